@@ -1,0 +1,95 @@
+"""Identity by content: SHA-256 over a folder's files. Standard library only, so a serving host can use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from registry.errors import DamagedArtifact
+
+MANIFEST = "limbeck.json"
+# Written from the records after the artifact is made, so they are no part of what it is.
+NOT_CONTENT = {MANIFEST, "README.md"}
+
+
+def text_digest(text: str | bytes) -> str:
+    """Hex SHA-256 of a text (UTF-8) or of bytes."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    return text_digest(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str))
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of one file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Relative POSIX path -> hex SHA-256, for every content file below `folder`, sorted by path."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    names = {p.relative_to(folder).as_posix(): p for p in paths}
+    return {name: file_digest(path) for name, path in names.items() if name not in NOT_CONTENT}
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """The digest of an artifact from its files' digests."""
+    return text_digest("".join(f"{name}\0{files[name]}\n" for name in sorted(files)))
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest that identifies the artifact in `folder`: 64 hex digits."""
+    return digest_of(file_digests(folder))
+
+
+def verify(folder: Path, expected: str | None = None) -> str:
+    """Check the files below `folder` against its manifest, and against `expected` where given.
+
+    Returns the digest. Raises DamagedArtifact, naming the files that are missing, changed or extra.
+    """
+    folder = Path(folder)
+    actual = file_digests(folder)
+    manifest_file = folder / MANIFEST
+    manifest = read_manifest(folder) if manifest_file.exists() else {}
+    recorded: dict[str, str] = manifest.get("files", actual)
+    problems = [f"{name} is missing" for name in sorted(recorded.keys() - actual.keys())]
+    problems += [f"{name} was added" for name in sorted(actual.keys() - recorded.keys())]
+    problems += [
+        f"{name} has sha256 {actual[name][:12]}, recorded {recorded[name][:12]}"
+        for name in sorted(actual.keys() & recorded.keys())
+        if actual[name] != recorded[name]
+    ]
+    digest = digest_of(actual)
+    if not problems and expected is not None and digest != expected:
+        problems = [f"digest is {digest[:12]}, expected {expected[:12]}"]
+    if problems:
+        raise DamagedArtifact(folder, problems)
+    return digest
+
+
+def write_manifest(folder: Path, **fields: Any) -> str:
+    """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`. Returns the digest."""
+    files = file_digests(folder)
+    digest = digest_of(files)
+    manifest = {"format": 1, "digest": digest, "files": files, **fields}
+    (Path(folder) / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    return digest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact folder, or {} where it has none. Raises DamagedArtifact if unreadable."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise DamagedArtifact(folder, [f"{MANIFEST} is not JSON: {error}"]) from None
+    if not isinstance(manifest, dict):
+        raise DamagedArtifact(folder, [f"{MANIFEST} is no JSON object"])
+    return manifest

@@ -1,0 +1,48 @@
+"""What can go wrong, in words for the user. Each error carries the exit code of the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class LimbeckError(Exception):
+    """A problem to be told to the user without a traceback.
+
+    Args:
+        message: what was wrong and where.
+        fix: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.message if self.fix is None else f"{self.message}\n  {self.fix}"
+
+
+class BadInput(LimbeckError):
+    """A flag, recipe, policy, folder or name that cannot be used (exit code 2)."""
+
+
+class DamagedArtifact(LimbeckError):
+    """Files that are not those their digest was taken of (exit code 2)."""
+
+    def __init__(self, folder: Path | str, details: list[str]) -> None:
+        super().__init__(
+            f"{folder} is damaged: " + "; ".join(details),
+            fix="make it again, or fetch it again from where it came",
+        )
+
+
+class Unreachable(LimbeckError):
+    """A tracking server, hub or endpoint that does not answer (exit code 2)."""
+
+
+class Refused(LimbeckError):
+    """A gate or check that said no (exit code 1)."""
+
+    exit_code = 1

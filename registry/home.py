@@ -1,0 +1,49 @@
+"""Where Limbeck keeps its state: `.limbeck/` under the current folder, or `LIMBECK_HOME`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+from uuid import uuid4
+
+
+def home() -> Path:
+    """The state folder, made if it is missing."""
+    folder = Path(os.environ.get("LIMBECK_HOME", ".limbeck")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, or a SQLite file in `home()`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def is_local() -> bool:
+    """True where the tracking database is the one in `home()`."""
+    return "MLFLOW_TRACKING_URI" not in os.environ
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its name only if the block ends well.
+
+    Works for files and for folders; nothing half-written is ever seen under `target`.
+    An existing folder is replaced.
+    """
+    import shutil
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.part"
+    try:
+        yield temporary
+        if temporary.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

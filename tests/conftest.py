@@ -1,0 +1,105 @@
+"""Small real models and a state folder of their own, for every room's tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before any Hugging Face import: a test that reaches for a hub fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+TEXT = [
+    "def add(a, b):\n    return a + b\n",
+    "class Vessel:\n    def __init__(self, volume):\n        self.volume = volume\n",
+    "for i in range(10):\n    print(i, 'drops of spirit')\n",
+    "The quick brown fox jumps over the lazy dog. \u00c0 bient\u00f4t, caf\u00e9!\n",
+    "import os\nimport sys\n\nif __name__ == '__main__':\n    sys.exit(os.EX_OK)\n",
+]
+
+SIZES = {
+    "llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
+    "qwen2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     max_position_embeddings=128),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 300 tokens that adds no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_model(folder: Path, tokenizer_folder: Path, model_type: str, seed: int = 0, **changes: object) -> Path:
+    """A randomly initialised causal LM of `model_type` with its tokenizer, saved in `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **SIZES[model_type] | changes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    # The usual initialisation gives nearly uniform logits; a test wants models with opinions.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), tokenizer_folder, "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return make_model(tmp_path_factory.mktemp("qwen2"), tokenizer_folder, "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return make_model(tmp_path_factory.mktemp("gpt2"), tokenizer_folder, "gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return make_model(tmp_path_factory.mktemp("neox"), tokenizer_folder, "gpt_neox")
+
+
+@pytest.fixture
+def limbeck_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder of this test's own, and a current folder with nothing in it."""
+    monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
