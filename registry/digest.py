@@ -73,7 +73,7 @@ def verify(folder: Path, expected: str | None = None) -> str:
 
 
 def write_manifest(folder: Path, **fields: Any) -> str:
-    """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`. Returns the digest."""
+    """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`; gives the digest."""
     files = file_digests(folder)
     digest = digest_of(files)
     manifest = {"format": 1, "digest": digest, "files": files, **fields}

@@ -14,17 +14,21 @@ Engine = Literal["torch", "onnxruntime"]
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
-class Record(BaseModel):
-    """A frozen record; unknown fields are an error."""
+class Frozen(BaseModel):
+    """Cannot be changed; unknown fields are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Record(Frozen):
+    """A frozen record with a digest of its fields."""
 
     def digest(self) -> str:
         """Hex SHA-256 of the record's JSON."""
         return json_digest(self.model_dump(mode="json"))
 
 
-class Version(Record):
+class Version(Frozen):
     """One exact artifact under a registered model name."""
 
     name: str
