@@ -1,0 +1,66 @@
+"""Tokens to text while they are generated: whole characters only, cut before a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no UTF-8 (yet)
+CONTEXT = 5  # prompt tokens decoded along, since some decoders treat the first token of a text differently
+
+
+class Detokenizer:
+    """Text of one growing sequence. The pieces that `add` and `finish` return join to `text`.
+
+    A character whose bytes are spread over several tokens is held back until it is whole, and so is text that
+    may turn out to be the start of a stop string.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int], stop: Sequence[str] = ()
+    ) -> None:
+        self.text = ""
+        self.stopped = False
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._given = 0  # characters of self.text that were returned
+        self._window = list(prompt_ids[-CONTEXT:])  # decoded anew with each token; starts at a character's edge
+        self._known = len(decode(self._window))  # characters of the window that are in self.text or the prompt
+
+    def add(self, token_id: int) -> str:
+        """Take the next token; return the text that is now certain (often "")."""
+        self._window.append(token_id)
+        decoded = self._decode(self._window)
+        whole = decoded.rstrip(BROKEN)
+        self._take(decoded[self._known : len(whole)])
+        self._known = max(self._known, len(whole))
+        if len(whole) == len(decoded) and len(self._window) > 2 * CONTEXT:
+            self._window = self._window[-CONTEXT:]
+            self._known = len(self._decode(self._window))
+        return self._give(len(self.text) if self.stopped else self._certain())
+
+    def finish(self) -> str:
+        """The rest, once no token follows: what was held back, broken bytes included."""
+        if not self.stopped:
+            self._take(self._decode(self._window)[self._known :])
+        return self._give(len(self.text))
+
+    def _take(self, new: str) -> None:
+        """Append to `text`, and cut it where a stop string begins."""
+        self.text += new
+        found = [self.text.find(stop, self._given) for stop in self._stop] if new else []
+        found = [position for position in found if position >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _certain(self) -> int:
+        """Length of `text` less a tail that could be the start of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for start in range(max(self._given, len(self.text) - longest), len(self.text)):
+            if any(stop.startswith(self.text[start:]) for stop in self._stop):
+                return start
+        return len(self.text)
+
+    def _give(self, end: int) -> str:
+        piece = self.text[self._given : end]
+        self._given = max(self._given, end)
+        return piece

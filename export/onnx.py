@@ -1,0 +1,161 @@
+"""A transformers checkpoint as an ONNX artifact: optimum's graph with key-value cache, and what it needs to run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from registry.digest import folder_digest, read_manifest, write_manifest
+from registry.errors import BadInput
+from registry.home import written_whole
+
+PRECISIONS = ("fp32", "int8")
+TASK = "text-generation-with-past"
+GRAPH = "model.onnx"
+# All a runtime reads. What else the exporter saves (vocab.json, merges.txt, ...) says the same a second time.
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+}
+
+
+def export(
+    model: Path,
+    out: Path,
+    precision: str = "fp32",
+    *,
+    fp32: Path | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Write the ONNX artifact of the causal language model in `model` to the folder `out`. Returns its digest.
+
+    The folder holds `model.onnx` (with `model.onnx_data` from 2 GB on), the configuration, the tokenizer and
+    `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
+
+    Args:
+        model: folder with config.json, safetensors and tokenizer files.
+        precision: "fp32", or "int8" (int8 weights, activations quantised as the graph runs).
+        fp32: the fp32 artifact of the same model where there is one; a quantised one is made from it.
+        trust_remote_code: run the Python code in the folder, as in transformers.
+
+    Raises:
+        BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
+            or is of an architecture that optimum cannot export.
+    """
+    if precision not in PRECISIONS:
+        raise BadInput(f"precision {precision!r} is unknown", fix=f"use one of: {', '.join(PRECISIONS)}")
+    model, out = Path(model), Path(out)
+    parent = folder_digest(check_checkpoint(model))
+    with written_whole(out) as folder:
+        folder.mkdir()
+        if fp32 is not None:
+            if read_manifest(fp32).get("parent") != parent:
+                raise BadInput(f"{fp32} is no export of {model}", fix="leave it away: it will be made again")
+            for name in FILES & {path.name for path in fp32.iterdir()}:
+                shutil.copyfile(fp32 / name, folder / name)
+            graph = fp32 / GRAPH
+        else:
+            with _quiet():
+                _export_fp32(model, folder, trust_remote_code)
+            graph = folder / GRAPH
+        if precision == "int8":
+            from export.quantize import quantize_int8
+
+            with _quiet():
+                quantize_int8(graph, folder)
+        return write_manifest(
+            folder, kind="onnx", engine="onnxruntime", precision=precision, parent=parent, made_with=_versions()
+        )
+
+
+def check_checkpoint(model: Path) -> Path:
+    """`model` again, if it is a folder with a transformers checkpoint in safetensors; else BadInput."""
+    if not model.is_dir():
+        raise BadInput(f"{model} is no folder")
+    if not (model / "config.json").is_file():
+        raise BadInput(f"{model} is no model: it has no config.json")
+    if not any(model.glob("*.safetensors")):
+        if any(model.glob("*.onnx")):
+            raise BadInput(f"{model} is an ONNX artifact already", fix="export the PyTorch model it came from")
+        if any(model.glob("*.bin")) or any(model.glob("*.pt")):
+            raise BadInput(
+                f"{model} has pickled weights only; they can run code when they are loaded",
+                fix="save it as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+            )
+        raise BadInput(f"{model} has no weights: no *.safetensors file")
+    return model
+
+
+def supported_model_types() -> list[str]:
+    """The `model_type`s that optimum can export with a key-value cache."""
+    import optimum.exporters.onnx.model_configs  # noqa: F401  (fills the table)
+    from optimum.exporters.tasks import TasksManager
+
+    return sorted(TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
+
+
+def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
+    """optimum's export of `model` into `folder`, less the files that nothing reads."""
+    import torch
+    from optimum.exporters.onnx.convert import onnx_export_from_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    trust: dict[str, Any] = dict(local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(model, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(model, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{model} cannot be read: {_first_line(error)}") from error
+    if config.model_type not in supported_model_types():
+        raise BadInput(
+            f"{model}: optimum cannot export the architecture {config.model_type!r}",
+            fix=f"supported: {', '.join(supported_model_types())}",
+        )
+    if not tokenizer.is_fast:
+        raise BadInput(f"{model}: its tokenizer has no tokenizer.json and none can be made from it")
+    try:
+        torch_model = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=torch.float32, use_safetensors=True, **trust
+        )
+    except Exception as error:  # safetensors raises a type of its own, not one of a family
+        raise BadInput(f"{model} cannot be loaded: {_first_line(error)}") from error
+    torch_model.eval()
+    torch_model.config.use_cache = True
+    # Without optimum's own validation: export.parity compares more, on real text.
+    onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        if path.name not in FILES and not path.name.startswith(GRAPH):
+            path.unlink()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("optimum-onnx", "onnx", "onnxruntime", "torch", "transformers")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracer warnings, no log lines, nothing printed: what matters is raised or measured by parity."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

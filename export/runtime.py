@@ -1,0 +1,373 @@
+"""Run an ONNX artifact: numpy, onnxruntime and tokenizers, nothing else. A serving host needs no torch.
+
+    from export.runtime import Runtime
+    runtime = Runtime.load(folder)
+    print(runtime.generate(["def main("], max_new_tokens=32)[0].text)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from export.detokenize import Detokenizer
+from export.sampling import Sampling, choose, log_softmax
+from registry.digest import verify as verify_digest
+from registry.errors import BadInput, DamagedArtifact
+
+GRAPH = "model.onnx"
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+# The names that model families give to the number of positions they were made for.
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+PREFILL_LOGITS = 2**25  # logits computed at once while a prompt is read (128 MB); longer prompts go in pieces
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    text: str
+    token_ids: list[int]  # with the end-of-text token where the model gave one
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    prefill_s: float  # from the call to the batch's first token
+    decode_s: float  # from there to the batch's last token
+    logprobs: list[float] | None = None  # of each token, natural log, before temperature, top-k and top-p
+    top_logprobs: list[dict[int, float]] | None = None  # the likeliest tokens at each step
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one prompt of a batch."""
+
+    index: int  # of the prompt
+    token_id: int
+    piece: str  # the text that is now certain; often ""
+    finish_reason: Literal["stop", "length"] | None  # None while more follows
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+class Runtime:
+    """A loaded artifact. Not for several threads at once: a server takes turns.
+
+    Attributes:
+        tokenizer: the artifact's `tokenizers.Tokenizer`.
+        config: config.json. generation_config: generation_config.json, or {}.
+        digest: of the artifact's files.
+        max_length: the context: prompt and new tokens together.
+        vocab_size: width of the logits.
+        eos_token_ids: tokens that end a text. bos_token_id, pad_token_id: None where the model names none.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        tokenizer: Tokenizer,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        digest: str,
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.config = config
+        self.generation_config = generation_config
+        self.digest = digest
+        text_config = config.get("text_config") or config
+        self.max_length: int = next((int(text_config[key]) for key in CONTEXT_KEYS if text_config.get(key)), 2**31)
+        self.bos_token_id: int | None = self._token_id("bos_token_id")
+        self.pad_token_id: int | None = self._token_id("pad_token_id")
+        eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
+        self.eos_token_ids: set[int] = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        inputs = {item.name: item for item in session.get_inputs()}
+        outputs = [item.name for item in session.get_outputs()]
+        self.vocab_size = int(session.get_outputs()[0].shape[-1])
+        self._past = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
+        self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
+        self._takes = inputs.keys() - self._past.keys()
+        unknown = sorted(self._takes - {"input_ids", "attention_mask", "position_ids"})
+        missing = [name for name in ("logits", *self._present) if name not in outputs]
+        if unknown or missing or not self._past:
+            raise BadInput(
+                f"{GRAPH} is no causal language model with a key-value cache: "
+                f"inputs {sorted(inputs)}, outputs {outputs}",
+                fix="export the model with `limbeck export`",
+            )
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, *, threads: int | None = None, verify: bool = True, expected: str | None = None
+    ) -> Runtime:
+        """Load the artifact in `folder`.
+
+        Args:
+            threads: for one operator; the default is one for each physical core this process may use.
+            verify: check the files against limbeck.json (and `expected`, a digest, where given) before they
+                are used.
+
+        Raises:
+            BadInput: a folder that is no artifact. DamagedArtifact: its files are not those of its digest.
+        """
+        folder = Path(folder)
+        for name in (GRAPH, "config.json", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise BadInput(
+                    f"{folder} is no ONNX artifact: it has no {name}", fix="make one with `limbeck export MODEL`"
+                )
+        digest = verify_digest(folder, expected) if verify else ""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or physical_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # each step has a shape of its own; a plan for each would pile up
+        try:
+            session = ort.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # both libraries raise bare exceptions
+            raise DamagedArtifact(folder, [str(error).strip().splitlines()[0]]) from error
+        generation_config = folder / "generation_config.json"
+        return cls(
+            session,
+            tokenizer,
+            _read_json(folder / "config.json"),
+            _read_json(generation_config) if generation_config.exists() else {},
+            digest,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with whatever special tokens the tokenizer adds."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Logits of whole texts, without a cache.
+
+        Args:
+            input_ids: (B, T) int64, padded on either side. attention_mask: (B, T) int64, 0 where padded.
+
+        Returns:
+            (B, T, V) float32; what stands at padded positions has no meaning.
+        """
+        feeds = self._feeds(input_ids, attention_mask, positions(attention_mask), self._empty_cache(len(input_ids)))
+        return self.session.run_with_ort_values(["logits"], feeds)[0].numpy().astype(np.float32, copy=False)
+
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
+        """Complete each prompt; all of them together as one batch.
+
+        Args:
+            prompts: texts, or token ids.
+            **sampling: the fields of `Sampling`; max_new_tokens is required.
+
+        Raises:
+            BadInput: a prompt that leaves no room in the context, or a setting out of range.
+        """
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        request = Sampling(**sampling)
+        start = time.perf_counter()
+        events, times = [], []
+        for event in self.events(ids, request):
+            events.append(event)
+            times.append(time.perf_counter())
+        completions = []
+        for index, prompt in enumerate(ids):
+            own = [event for event in events if event.index == index]
+            logprobs = [event.logprob for event in own if event.logprob is not None]
+            top = [event.top_logprobs for event in own if event.top_logprobs is not None]
+            completions.append(
+                Completion(
+                    text="".join(event.piece for event in own),
+                    token_ids=[event.token_id for event in own],
+                    finish_reason=own[-1].finish_reason or "length",
+                    prompt_tokens=len(prompt),
+                    prefill_s=times[0] - start,
+                    decode_s=times[-1] - times[0],
+                    logprobs=logprobs if request.logprobs is not None else None,
+                    top_logprobs=top if request.logprobs else None,
+                )
+            )
+        return completions
+
+    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
+        """The text of one completion, piece by piece as it is generated; whole characters only."""
+        for event in self.events([self._prompt_ids(prompt)], Sampling(**sampling)):
+            if event.piece:
+                yield event.piece
+
+    def events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Event]:
+        """The tokens of a batch as they come. Every row ends with an event that has a finish_reason.
+
+        Args:
+            prompts: token ids, none empty; padded on the left to one length here.
+        """
+        rows = [_Row(self, index, prompt, sampling) for index, prompt in enumerate(prompts)]
+        if not rows:
+            return
+        width = max(len(row.prompt) for row in rows)
+        pad = self.pad_token_id if self.pad_token_id is not None else 0
+        tokens = np.full((len(rows), width), pad, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for row in rows:
+            tokens[row.index, width - len(row.prompt) :] = row.prompt
+            mask[row.index, width - len(row.prompt) :] = 1
+        logits, cache = self._prefill(tokens, mask)
+        place = mask.sum(axis=1, keepdims=True)
+        while True:
+            for row in rows:
+                if row.finish_reason is None:
+                    yield row.take(logits[row.index])
+            if all(row.finish_reason for row in rows):
+                return
+            # Rows that have ended go on with padding; what they give is not read.
+            step = np.array([[pad if row.finish_reason else row.last] for row in rows], np.int64)
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+            output, cache = self._forward(step, mask, np.minimum(place, self.max_length - 1), cache)
+            logits = output[:, -1]
+            place = place + 1
+
+    def _prefill(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
+        """(B, T) tokens and mask -> (B, V) logits of the last position, and the cache."""
+        batch, width = tokens.shape
+        cache, place = self._empty_cache(batch), positions(mask)
+        piece = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
+        for start in range(0, width, piece):
+            end = min(start + piece, width)
+            logits, cache = self._forward(tokens[:, start:end], mask[:, :end], place[:, start:end], cache)
+        return logits[:, -1], cache
+
+    def _forward(
+        self, tokens: np.ndarray, mask: np.ndarray, place: np.ndarray, cache: dict[str, ort.OrtValue]
+    ) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
+        """One run of the graph: (B, T, V) logits and the cache grown by T. The cache never passes through numpy."""
+        feeds = self._feeds(tokens, mask, place, cache)
+        logits, *present = self.session.run_with_ort_values(["logits", *self._present], feeds)
+        return logits.numpy(), dict(zip(self._past, present, strict=True))
+
+    def _feeds(
+        self, tokens: np.ndarray, mask: np.ndarray, place: np.ndarray, cache: dict[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": place}
+        feeds = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
+            for name, array in arrays.items()
+            if name in self._takes
+        }
+        return feeds | cache
+
+    def _empty_cache(self, batch: int) -> dict[str, ort.OrtValue]:
+        """A cache of length 0 for each layer, in the layout the graph declares."""
+        empty = {}
+        for name, item in self._past.items():
+            sizes = [size if isinstance(size, int) else batch if "batch" in size else 0 for size in item.shape]
+            empty[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, NUMPY_TYPES[item.type]))
+        return empty
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; an empty one is the token that begins a text."""
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            begin = self.bos_token_id if self.bos_token_id is not None else min(self.eos_token_ids, default=None)
+            if begin is None:
+                raise BadInput("the prompt is empty and the model has no token that begins a text")
+            ids = [begin]
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
+        if len(ids) >= self.max_length:
+            raise BadInput(
+                f"the prompt has {len(ids)} tokens; the context of {self.max_length} leaves no room for new ones",
+                fix="shorten the prompt",
+            )
+        return ids
+
+    def _token_id(self, name: str) -> int | None:
+        value = self.generation_config.get(name, self.config.get(name))
+        return value[0] if isinstance(value, list) else value
+
+
+@dataclass
+class _Row:
+    """One prompt of a batch while it is completed."""
+
+    runtime: Runtime
+    index: int
+    prompt: Sequence[int]
+    sampling: Sampling
+    taken: int = 0
+    last: int = 0
+    finish_reason: Literal["stop", "length"] | None = None
+    random: np.random.Generator = field(init=False)
+    text: Detokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A row's draws depend on the seed and its place in the batch, not on what else is in the batch.
+        seed = None if self.sampling.seed is None else [self.sampling.seed, self.index]
+        self.random = np.random.default_rng(seed)
+        self.text = Detokenizer(self.runtime.decode, self.prompt, self.sampling.stop)
+
+    def take(self, logits: np.ndarray) -> Event:
+        """Choose the next token from (V,) logits."""
+        self.last = token = choose(logits, self.sampling, self.random)
+        self.taken += 1
+        ended = token in self.runtime.eos_token_ids
+        piece = "" if ended else self.text.add(token)
+        room = min(self.sampling.max_new_tokens, self.runtime.max_length - len(self.prompt))
+        if ended or self.text.stopped:
+            self.finish_reason = "stop"
+        elif self.taken >= room:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self.text.finish()
+            # The rest may hold a stop string that was not certain before.
+            self.finish_reason = "stop" if self.text.stopped else self.finish_reason
+        if self.sampling.logprobs is None:
+            return Event(self.index, token, piece, self.finish_reason)
+        logprobs = log_softmax(logits.astype(np.float64))
+        top = {}
+        if self.sampling.logprobs:
+            best = np.argsort(-logprobs, kind="stable")[: self.sampling.logprobs]
+            top = {int(other): float(logprobs[other]) for other in best}
+        return Event(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)
+
+
+def positions(attention_mask: np.ndarray) -> np.ndarray:
+    """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers does)."""
+    return np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may run on; logical ones where Linux does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise DamagedArtifact(path.parent, [f"{path.name} is not JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise DamagedArtifact(path.parent, [f"{path.name} is no JSON object"])
+    return value
