@@ -1,0 +1,220 @@
+"""The way to MLflow: opened quietly, within seconds or not at all, and its errors put in words.
+
+The only file that decides how MLflow is reached. `import mlflow` takes over a second, so it happens in here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from registry.errors import BadInput, LimbeckError, Unreachable
+from registry.home import home, written_whole
+
+QUIET = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # A server that was there a moment ago: a few seconds of retries, not minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+PROBE_SECONDS = 4.0
+LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
+
+
+def connect(tracking_uri: str) -> Client:
+    """A client of the tracking store at `tracking_uri`.
+
+    A server is asked for its health first, and a SQLite file that is not there is made.
+    Raises Unreachable within about five seconds where nothing answers.
+    """
+    if is_server(tracking_uri):
+        probe(tracking_uri)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with _in_words(tracking_uri):
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        if tracking_uri.startswith("sqlite:///"):
+            _make_database(Path(tracking_uri.removeprefix("sqlite:///")).resolve())
+        return Client(MlflowClient(tracking_uri, tracking_uri), tracking_uri)
+
+
+def is_server(tracking_uri: str) -> bool:
+    """True for an MLflow server spoken to over HTTP; false for a database opened directly."""
+    return urlsplit(tracking_uri).scheme in ("http", "https")
+
+
+def probe(tracking_uri: str) -> float:
+    """Ask an MLflow server whether it is there. Returns the seconds it took; raises Unreachable."""
+    import requests
+
+    start = time.monotonic()
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
+    certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    try:
+        answer = requests.get(
+            tracking_uri.rstrip("/") + "/health",
+            timeout=(PROBE_SECONDS / 2, PROBE_SECONDS),
+            verify=certificate,
+        )
+    except requests.exceptions.Timeout:
+        raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
+    except requests.exceptions.RequestException as error:
+        raise _unreachable(tracking_uri, _reason(error)) from None
+    if answer.status_code >= 500:
+        raise _unreachable(tracking_uri, f"it answers {answer.status_code} {answer.reason}")
+    return time.monotonic() - start
+
+
+class Client:
+    """MLflow's client: same methods, but what goes wrong comes as a LimbeckError.
+
+    A SQLite file that another process has locked is tried again: each method is one transaction.
+    """
+
+    def __init__(self, client: Any, tracking_uri: str) -> None:
+        self._client = client
+        self._tracking_uri = tracking_uri
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            for attempt in range(LOCKED_TRIES):
+                try:
+                    with _in_words(self._tracking_uri):
+                        return method(*args, **named)
+                except _Locked as error:
+                    if attempt == LOCKED_TRIES - 1:
+                        raise LimbeckError(
+                            f"{self._tracking_uri} is locked by another process",
+                            fix="wait for the other limbeck or mlflow process to finish, then try again",
+                        ) from error
+                    time.sleep(0.2 * (attempt + 1))
+            raise AssertionError("unreachable")
+
+        return call
+
+    def download(self, uri: str, to: Path) -> Path:
+        """Fetch the file or folder at an artifact URI into the folder `to`. Returns where it lies."""
+        with _in_words(self._tracking_uri):
+            from mlflow.artifacts import download_artifacts
+
+            to.mkdir(parents=True, exist_ok=True)
+            return Path(
+                download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri)
+            )
+
+
+class NotThere(BadInput):
+    """MLflow has no such experiment, run, model, version or alias."""
+
+
+class AlreadyThere(BadInput):
+    """MLflow has one of this name."""
+
+
+class _Locked(Exception):
+    """SQLite's database is locked."""
+
+
+@contextmanager
+def _in_words(tracking_uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database and its network raise into LimbeckErrors."""
+    try:
+        yield
+    except LimbeckError:
+        raise
+    except Exception as error:
+        translated = _translated(error, tracking_uri)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+def _translated(error: Exception, tracking_uri: str) -> Exception:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    text = str(error)
+    if any(getattr(e, "errno", None) == errno.ENOSPC for e in chain) or "disk is full" in text:
+        return LimbeckError(
+            f"no space left on the disk while writing to {tracking_uri}",
+            fix=f"free some space on the disk of {home()}, then run the same command again",
+        )
+    if "database is locked" in text:
+        return _Locked(text)
+    if "unable to open database file" in text or "readonly database" in text or "not a database" in text:
+        detail = next((w for w in ("readonly", "not a database") if w in text), "it cannot be opened")
+        return LimbeckError(
+            f"{tracking_uri}: the tracking database cannot be used ({detail})",
+            fix="check the file and its permissions, or move it away to begin with a new one",
+        )
+    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain):
+        return _unreachable(tracking_uri, _reason(error))
+    code = getattr(error, "error_code", "")
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return NotThere(text)
+    if code == "RESOURCE_ALREADY_EXISTS":
+        return AlreadyThere(text)
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return LimbeckError(
+            f"{tracking_uri} refused: {text}",
+            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        )
+    if code == "INVALID_PARAMETER_VALUE":
+        return BadInput(text)
+    if "out-of-date database schema" in text:
+        return LimbeckError(
+            f"{tracking_uri} was written by another version of MLflow",
+            fix=f"copy it to be safe, then run: mlflow db upgrade {tracking_uri}",
+        )
+    if code or isinstance(error, OSError):
+        return LimbeckError(f"{tracking_uri}: {text}")
+    return error
+
+
+def _unreachable(tracking_uri: str, why: str) -> Unreachable:
+    return Unreachable(
+        f"the tracking server {tracking_uri} does not answer: {why}",
+        fix="start it, correct MLFLOW_TRACKING_URI, or unset that to use the local store",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The plain words within a requests exception."""
+    text = str(error)
+    for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):
+        if words.lower() in text.lower():
+            return words.lower()
+    return text.split("\n")[0][:200]
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's SQLite file where it is missing: whole or not at all, by one process alone."""
+    if path.exists():
+        return
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with written_whole(path) as part:
+            store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
+            store.engine.dispose()

@@ -1,0 +1,358 @@
+"""What MLflow keeps for Limbeck: runs, registered versions with their files, scorecards, parity and verdicts.
+
+A version's files are the artifacts of an MLflow LoggedModel; its fields are tags `limbeck.*` of the model
+version. The tag, or the version, is always written last: what can be seen is whole and was verified.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from registry import connection
+from registry.connection import AlreadyThere, NotThere
+from registry.digest import verify
+from registry.errors import BadInput, DamagedArtifact
+from registry.findings import TAG, Findings
+from registry.home import home, written_whole
+from registry.home import tracking_uri as default_uri
+from registry.records import Engine, Kind, Version
+from registry.run import Run, key
+
+EXPERIMENT = "limbeck"
+FIELDS = set(Version.model_fields) - {"name", "version", "source", "created", "run_id", "aliases"}
+NAME = re.compile(r"[^\W_][\w.-]{0,199}")
+REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+
+
+class Store(Findings):
+    """MLflow's tracking store and model registry, as Limbeck uses them.
+
+    Args:
+        tracking_uri: MLflow's address; `registry.home.tracking_uri()` where it is None.
+
+    Raises:
+        Unreachable: a server that does not answer, within about five seconds.
+    """
+
+    def __init__(self, tracking_uri: str | None = None) -> None:
+        self.tracking_uri = tracking_uri or default_uri()
+        self.is_server = connection.is_server(self.tracking_uri)
+        self.client = connection.connect(self.tracking_uri)
+        self._experiments: dict[str, str] = {}
+
+    # --- runs
+
+    @contextmanager
+    def run(
+        self,
+        name: str,
+        *,
+        experiment: str = EXPERIMENT,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> Iterator[Run]:
+        """An MLflow run: FINISHED when the block ends well, KILLED by Ctrl-C, FAILED by any other error."""
+        made = self.client.create_run(
+            self._experiment(experiment),
+            run_name=name,
+            tags={key(k): str(v) for k, v in (tags or {}).items()},
+        )
+        run = Run(self.client, made.info.run_id)
+        status = "FAILED"
+        try:
+            run.params(params or {})
+            yield run
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self.client.set_terminated(run.id, status=status)
+
+    def _experiment(self, name: str) -> str:
+        """The id of the experiment, made if it is missing; artifacts of a local one lie in `home()`."""
+        if name not in self._experiments:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                where = None if self.is_server else str(home() / "artifacts")
+                try:
+                    self._experiments[name] = self.client.create_experiment(name, artifact_location=where)
+                    return self._experiments[name]
+                except AlreadyThere:  # another process was quicker
+                    found = self.client.get_experiment_by_name(name)
+            if found.lifecycle_stage != "active":
+                raise BadInput(
+                    f"the MLflow experiment {name!r} of {self.tracking_uri} is deleted",
+                    fix=f"mlflow experiments restore --experiment-id {found.experiment_id}",
+                )
+            self._experiments[name] = found.experiment_id
+        return self._experiments[name]
+
+    # --- versions
+
+    def register(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        kind: Kind,
+        engine: Engine = "torch",
+        precision: str = "fp32",
+        parent: str | None = None,
+        teacher: str | None = None,
+        recipe: str | None = None,
+        recipe_digest: str | None = None,
+        data_digest: str | None = None,
+        code_version: str | None = None,
+        licence: str | None = None,
+        params: int | None = None,
+        run_id: str | None = None,
+        extra_tags: Mapping[str, Any] | None = None,
+    ) -> Version:
+        """Store the files of `folder` and make them a version of `name`.
+
+        Idempotent: where `name` has a version with the same digest, parent and recipe, that one is given back
+        and nothing is stored. The version appears after its files are stored and their digest checked.
+
+        Args:
+            name: the registered model's name: letters, digits, dots, dashes, underscores.
+            folder: the artifact; checked against its manifest first, where it has one.
+            kind ... params: what is known of it, as in `registry.records.Version`.
+            run_id: the MLflow run that made it.
+            extra_tags: further MLflow tags of the version.
+
+        Raises:
+            BadInput: a name that cannot be used, an empty or missing folder.
+            DamagedArtifact: files that are not those of the manifest, or that arrived changed.
+        """
+        folder = Path(folder)
+        if not NAME.fullmatch(name):
+            raise BadInput(
+                f"{name!r} is no name for a model", fix="use letters, digits, dots, dashes and underscores"
+            )
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise BadInput(f"{folder}: {'an empty folder' if folder.is_dir() else 'no such folder'}")
+        digest = verify(folder)
+        wanted = Version(
+            name=name,
+            version=0,  # MLflow gives the number, the source and the time
+            source="",
+            created=datetime.now(UTC),
+            digest=digest,
+            kind=kind,
+            engine=engine,
+            precision=precision,
+            parent=parent,
+            teacher=teacher,
+            recipe=recipe,
+            recipe_digest=recipe_digest,
+            data_digest=data_digest,
+            code_version=code_version,
+            licence=licence,
+            params=params,
+            run_id=run_id,
+        )
+        with self.lock(f"register-{name}"):
+            same = {"digest": digest, "parent": parent, "recipe": recipe, "recipe_digest": recipe_digest}
+            if existing := self.find(name, **same):
+                return existing
+            return self._store(wanted, folder, extra_tags or {})
+
+    def _store(self, wanted: Version, folder: Path, extra_tags: Mapping[str, Any]) -> Version:
+        values = {field: getattr(wanted, field) for field in sorted(FIELDS)}
+        tags = {TAG + field: str(value) for field, value in values.items() if value is not None}
+        model = self.client.create_logged_model(
+            self._experiment(EXPERIMENT),
+            name=re.sub(r"[^\w-]", "_", wanted.name),
+            source_run_id=wanted.run_id,
+            tags=tags,
+            model_type=wanted.kind,
+        )
+        try:
+            self.client.log_model_artifacts(model.model_id, str(folder))
+            self._files(model.artifact_location, wanted.digest)
+            self.client.finalize_logged_model(model.model_id, "READY")
+            with_model = {TAG + "model_id": model.model_id}
+            with suppress(AlreadyThere):
+                self.client.create_registered_model(wanted.name)
+            made = self.client.create_model_version(
+                wanted.name,
+                model.artifact_location,
+                run_id=wanted.run_id,
+                tags=tags | with_model | {key(k): str(v) for k, v in extra_tags.items()},
+                # A server checks the source against it; a database would look it up in the wrong store.
+                model_id=model.model_id if self.is_server else None,
+            )
+        except BaseException:
+            self._discard(model)
+            raise
+        return _version(made)
+
+    def _discard(self, model: Any) -> None:
+        """Take away a LoggedModel that became no version; best effort, it is invisible to Limbeck anyway."""
+        try:
+            self.client.delete_logged_model(model.model_id)
+            if path := _local_path(model.artifact_location):
+                shutil.rmtree(path, ignore_errors=True)
+        except Exception:
+            return
+
+    def get(self, ref: str) -> Version:
+        """The version that `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI of these means.
+
+        Raises BadInput, with near names, where there is none.
+        """
+        return _version(self._mlflow_version(ref))
+
+    def _mlflow_version(self, ref: str) -> Any:
+        match = REF.fullmatch(ref.strip())
+        if match is None:
+            raise BadInput(f"{ref!r} is no version", fix="write NAME/VERSION or NAME@ALIAS")
+        name, number, alias = match["name"], match["version"], match["alias"]
+        try:
+            if number:
+                return self.client.get_model_version(name, number)
+            return self.client.get_model_version_by_alias(name, alias)
+        except BadInput:
+            raise self._unknown(name, number, alias) from None
+
+    def _unknown(self, name: str, number: str | None = None, alias: str | None = None) -> BadInput:
+        """What to say of a name, version or alias that is not there."""
+        versions = self.versions(name) if NAME.fullmatch(name) else []
+        if not versions:
+            names = self.names()
+            near = get_close_matches(name, names, n=1)
+            known = f"registered are: {', '.join(names)}" if names else "nothing is registered yet"
+            return BadInput(
+                f"no model is registered as {name!r}", fix=f"did you mean {near[0]}?" if near else known
+            )
+        if number:
+            return BadInput(
+                f"{name} has no version {number}",
+                fix=f"it has {', '.join(str(v.version) for v in versions)}",
+            )
+        aliases = list(self.aliases(name))
+        return BadInput(
+            f"{name} has no alias {alias!r}",
+            fix=f"it has {', '.join(aliases)}"
+            if aliases
+            else f"give it one: limbeck promote {name} --to {alias}",
+        )
+
+    def versions(self, name: str | None = None, filter_string: str = "") -> list[Version]:
+        """All versions that Limbeck registered, by name and oldest first.
+
+        Args:
+            name: of this registered model alone.
+            filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8'".
+        """
+        filters = ([f"name = '{name}'"] if name else []) + ([filter_string] if filter_string else [])
+        found: list[Version] = []
+        token = None
+        while True:
+            page = self.client.search_model_versions(
+                " and ".join(filters), max_results=1000, page_token=token
+            )
+            found += [_version(v) for v in page if TAG + "digest" in v.tags]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda v: (v.name, v.version))
+
+    def names(self) -> list[str]:
+        """The registered models that have versions of Limbeck's."""
+        return sorted({version.name for version in self.versions()})
+
+    def find(self, name: str, **fields: Any) -> Version | None:
+        """The newest version of `name` whose fields are all as given, or None."""
+        for version in reversed(self.versions(name)):
+            if all(getattr(version, field) == value for field, value in fields.items()):
+                return version
+        return None
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version number, of a registered model; empty where there is no such model."""
+        try:
+            aliases = self.client.get_registered_model(name).aliases
+        except NotThere:
+            return {}
+        return {alias: int(number) for alias, number in aliases.items()}
+
+    # --- files
+
+    def folder(self, version: Version) -> Path:
+        """The local folder of a version's files; from a server they are fetched once.
+
+        The digest is checked at each call. Raises DamagedArtifact.
+        """
+        return self._files(version.source, version.digest, version.ref)
+
+    def _files(self, source: str, digest: str, what: str | None = None) -> Path:
+        path = _local_path(source)
+        if path is not None:
+            if not path.is_dir():
+                raise DamagedArtifact(what or path, [f"its files are gone from {path}"])
+            verify(path, digest)
+            return path
+        cached = home() / "artifacts-cache" / digest
+        with self.lock(f"fetch-{digest[:16]}"):
+            if cached.exists():
+                try:
+                    verify(cached, digest)
+                    return cached
+                except DamagedArtifact:  # the store's own files decide
+                    shutil.rmtree(cached)
+            with written_whole(cached) as part:
+                got = self.client.download(source, part.with_suffix(".fetched"))
+                try:
+                    verify(got, digest)
+                    got.rename(part)
+                finally:
+                    shutil.rmtree(part.with_suffix(".fetched"), ignore_errors=True)
+        return cached
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """One process of this machine at a time (a file lock in `home()`)."""
+        from filelock import FileLock
+
+        path = home() / "locks" / f"{name}.lock"
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(path):
+            yield
+
+
+def _version(found: Any) -> Version:
+    """MLflow's model version as a record."""
+    fields = {f: found.tags[TAG + f] for f in FIELDS if TAG + f in found.tags}
+    if "digest" not in fields or "kind" not in fields:
+        raise BadInput(
+            f"{found.name}/{found.version} was not registered by Limbeck: it has no digest",
+            fix="register its files with Limbeck first",
+        )
+    return Version.model_validate(
+        fields
+        | {
+            "name": found.name,
+            "version": int(found.version),
+            "source": found.source,
+            "created": datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+            "run_id": found.run_id or None,
+            "aliases": tuple(sorted(found.aliases or ())),
+        }
+    )
+
+
+def _local_path(uri: str) -> Path | None:
+    """The path that an artifact URI means on this machine, or None where it lies elsewhere."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return Path(uri) if not parts.scheme else None
