@@ -1,1 +1,1 @@
-"""From a checkpoint to a served artifact: ONNX graphs, parity, bundles, the torch-free runtime, the server."""
+"""From a checkpoint to a served artifact: ONNX, parity, bundles, the torch-free runtime, the server."""

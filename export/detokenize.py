@@ -23,8 +23,8 @@ class Detokenizer:
         self._decode = decode
         self._stop = tuple(stop)
         self._given = 0  # characters of self.text that were returned
-        self._window = list(prompt_ids[-CONTEXT:])  # decoded anew with each token; starts at a character's edge
-        self._known = len(decode(self._window))  # characters of the window that are in self.text or the prompt
+        self._window = list(prompt_ids[-CONTEXT:])  # decoded anew with each token
+        self._known = len(decode(self._window))  # its characters that are in the prompt or self.text
 
     def add(self, token_id: int) -> str:
         """Take the next token; return the text that is now certain (often "")."""

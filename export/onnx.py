@@ -1,4 +1,4 @@
-"""A transformers checkpoint as an ONNX artifact: optimum's graph with key-value cache, and what it needs to run."""
+"""A transformers checkpoint as an ONNX artifact: optimum's graph with key-value cache, ready to run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def export(
     fp32: Path | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Write the ONNX artifact of the causal language model in `model` to the folder `out`. Returns its digest.
+    """Write the ONNX artifact of the causal language model in `model` to `out`. Returns its digest.
 
     The folder holds `model.onnx` (with `model.onnx_data` from 2 GB on), the configuration, the tokenizer and
     `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
@@ -75,7 +75,12 @@ def export(
             with _quiet():
                 quantize_int8(graph, folder)
         return write_manifest(
-            folder, kind="onnx", engine="onnxruntime", precision=precision, parent=parent, made_with=_versions()
+            folder,
+            kind="onnx",
+            engine="onnxruntime",
+            precision=precision,
+            parent=parent,
+            made_with=_versions(),
         )
 
 
@@ -87,7 +92,7 @@ def check_checkpoint(model: Path) -> Path:
         raise BadInput(f"{model} is no model: it has no config.json")
     if not any(model.glob("*.safetensors")):
         if any(model.glob("*.onnx")):
-            raise BadInput(f"{model} is an ONNX artifact already", fix="export the PyTorch model it came from")
+            raise BadInput(f"{model} is an ONNX artifact", fix="export the PyTorch model it came from")
         if any(model.glob("*.bin")) or any(model.glob("*.pt")):
             raise BadInput(
                 f"{model} has pickled weights only; they can run code when they are loaded",
@@ -111,7 +116,7 @@ def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
     from optimum.exporters.onnx.convert import onnx_export_from_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    trust: dict[str, Any] = dict(local_files_only=True, trust_remote_code=trust_remote_code)
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model, **trust)
         tokenizer = AutoTokenizer.from_pretrained(model, **trust)

@@ -69,7 +69,7 @@ def _quantize_embedding(graph: Any) -> None:
     def node(op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
         return helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", **attributes)
 
-    transposed = {item.output[0]: item for item in graph.node if item.op_type == "Transpose" and name in item.input}
+    transposed = {n.output[0] for n in graph.node if n.op_type == "Transpose" and name in n.input}
     nodes = []
     for item in graph.node:
         out = item.output[0]
@@ -100,7 +100,7 @@ def _quantize_embedding(graph: Any) -> None:
 
 
 def _token_embedding(graph: Any) -> str | None:
-    """The name of the float table that `input_ids` looks up, if nothing but the lookup and a tied head reads it."""
+    """The float table that `input_ids` looks up, if nothing but the lookup and a tied head reads it."""
     floats = {item.name for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
     from_ids = {"input_ids"}  # the ids pass through a Reshape in some graphs
     name = None
@@ -118,7 +118,7 @@ def _token_embedding(graph: Any) -> str | None:
 
 
 def _rows_to_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(V, H) float32 -> (V, H) int8 and (V,) float32 with table ~ int8 * scale[:, None]; symmetric per row."""
+    """(V, H) float32 -> (V, H) int8 and (V,) float32 scales, symmetric per row: table ~ int8 * scale."""
     scale = np.abs(table).max(axis=1) / 127
     scale = np.where(scale == 0, 1, scale).astype(np.float32)
     return np.rint(table / scale[:, None]).astype(np.int8), scale

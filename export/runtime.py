@@ -1,8 +1,8 @@
 """Run an ONNX artifact: numpy, onnxruntime and tokenizers, nothing else. A serving host needs no torch.
 
-    from export.runtime import Runtime
-    runtime = Runtime.load(folder)
-    print(runtime.generate(["def main("], max_new_tokens=32)[0].text)
+>>> from export.runtime import Runtime
+>>> runtime = Runtime.load(folder)
+>>> print(runtime.generate(["def main("], max_new_tokens=32)[0].text)
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NUMPY_TYPES = {
     "tensor(int32)": np.int32,
 }
 # The names that model families give to the number of positions they were made for.
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
-PREFILL_LOGITS = 2**25  # logits computed at once while a prompt is read (128 MB); longer prompts go in pieces
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+PREFILL_LOGITS = 2**25  # computed at once while a prompt is read (128 MB); longer prompts go in pieces
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,14 @@ class Runtime:
         digest: str,
     ) -> None:
         self.session = session
+        self._binding = session.io_binding()
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config
         self.digest = digest
         text_config = config.get("text_config") or config
-        self.max_length: int = next((int(text_config[key]) for key in CONTEXT_KEYS if text_config.get(key)), 2**31)
+        lengths = [int(text_config[key]) for key in CONTEXT_KEYS if text_config.get(key)]
+        self.max_length: int = next(iter(lengths), 2**31)
         self.bos_token_id: int | None = self._token_id("bos_token_id")
         self.pad_token_id: int | None = self._token_id("pad_token_id")
         eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
@@ -110,7 +112,12 @@ class Runtime:
 
     @classmethod
     def load(
-        cls, folder: Path | str, *, threads: int | None = None, verify: bool = True, expected: str | None = None
+        cls,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        expected: str | None = None,
     ) -> Runtime:
         """Load the artifact in `folder`.
 
@@ -126,7 +133,8 @@ class Runtime:
         for name in (GRAPH, "config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise BadInput(
-                    f"{folder} is no ONNX artifact: it has no {name}", fix="make one with `limbeck export MODEL`"
+                    f"{folder} is no ONNX artifact: it has no {name}",
+                    fix="make one with `limbeck export MODEL`",
                 )
         digest = verify_digest(folder, expected) if verify else ""
         options = ort.SessionOptions()
@@ -165,8 +173,9 @@ class Runtime:
         Returns:
             (B, T, V) float32; what stands at padded positions has no meaning.
         """
-        feeds = self._feeds(input_ids, attention_mask, positions(attention_mask), self._empty_cache(len(input_ids)))
-        return self.session.run_with_ort_values(["logits"], feeds)[0].numpy().astype(np.float32, copy=False)
+        cache = self._empty_cache(len(input_ids))
+        logits, _ = self._forward(input_ids, attention_mask, positions(attention_mask), cache, grow=False)
+        return logits.astype(np.float32, copy=False)
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
         """Complete each prompt; all of them together as one batch.
@@ -241,7 +250,7 @@ class Runtime:
             logits = output[:, -1]
             place = place + 1
 
-    def _prefill(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
+    def _prefill(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[ort.OrtValue]]:
         """(B, T) tokens and mask -> (B, V) logits of the last position, and the cache."""
         batch, width = tokens.shape
         cache, place = self._empty_cache(batch), positions(mask)
@@ -252,37 +261,47 @@ class Runtime:
         return logits[:, -1], cache
 
     def _forward(
-        self, tokens: np.ndarray, mask: np.ndarray, place: np.ndarray, cache: dict[str, ort.OrtValue]
-    ) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
-        """One run of the graph: (B, T, V) logits and the cache grown by T. The cache never passes through numpy."""
-        feeds = self._feeds(tokens, mask, place, cache)
-        logits, *present = self.session.run_with_ort_values(["logits", *self._present], feeds)
-        return logits.numpy(), dict(zip(self._past, present, strict=True))
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        place: np.ndarray,
+        cache: list[ort.OrtValue],
+        grow: bool = True,
+    ) -> tuple[np.ndarray, list[ort.OrtValue]]:
+        """One run of the graph: (B, T, V) logits, and the cache grown by T unless `grow` is False.
 
-    def _feeds(
-        self, tokens: np.ndarray, mask: np.ndarray, place: np.ndarray, cache: dict[str, ort.OrtValue]
-    ) -> dict[str, ort.OrtValue]:
+        The cache goes from output to input as it is: it never passes through numpy.
+        """
+        binding = self._binding
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
         arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": place}
-        feeds = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
-            for name, array in arrays.items()
-            if name in self._takes
-        }
-        return feeds | cache
+        for name in self._takes:
+            binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name], np.int64))
+        for name, value in zip(self._past, cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in ["logits", *self._present] if grow else ["logits"]:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), present
 
-    def _empty_cache(self, batch: int) -> dict[str, ort.OrtValue]:
+    def _empty_cache(self, batch: int) -> list[ort.OrtValue]:
         """A cache of length 0 for each layer, in the layout the graph declares."""
-        empty = {}
-        for name, item in self._past.items():
-            sizes = [size if isinstance(size, int) else batch if "batch" in size else 0 for size in item.shape]
-            empty[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, NUMPY_TYPES[item.type]))
+        empty = []
+        for item in self._past.values():
+            # Sizes the graph leaves open are the batch and the length of the past.
+            sizes = [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
+            empty.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, NUMPY_TYPES[item.type])))
         return empty
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; an empty one is the token that begins a text."""
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
-            begin = self.bos_token_id if self.bos_token_id is not None else min(self.eos_token_ids, default=None)
+            begin = self.bos_token_id
+            if begin is None:
+                begin = min(self.eos_token_ids, default=None)
             if begin is None:
                 raise BadInput("the prompt is empty and the model has no token that begins a text")
             ids = [begin]
@@ -290,7 +309,7 @@ class Runtime:
             raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
         if len(ids) >= self.max_length:
             raise BadInput(
-                f"the prompt has {len(ids)} tokens; the context of {self.max_length} leaves no room for new ones",
+                f"the prompt has {len(ids)} tokens, the context {self.max_length}: no room for new ones",
                 fix="shorten the prompt",
             )
         return ids
@@ -346,7 +365,7 @@ class _Row:
 
 
 def positions(attention_mask: np.ndarray) -> np.ndarray:
-    """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers does)."""
+    """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers)."""
     return np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
 
 

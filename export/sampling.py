@@ -23,7 +23,7 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()  # generation ends before the first of these strings
-    logprobs: int | None = None  # how many of the likeliest tokens to report at each step; 0: the chosen one only
+    logprobs: int | None = None  # report the chosen token's, and this many of the likeliest at each step
 
     def __post_init__(self) -> None:
         rules = [
@@ -32,7 +32,7 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed is None or self.seed >= 0, "0 or greater"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or greater"),
         ]
         for name, holds, wanted in rules:
@@ -47,7 +47,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """(V,) logits -> (V,) float64 probabilities after temperature, top-k and top-p, in transformers' order."""
+    """(V,) logits -> (V,) float64 probabilities after temperature, top-k and top-p, as transformers."""
     scores = logits.astype(np.float64) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
@@ -62,7 +62,7 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """The next token's id for (V,) logits: the likeliest at temperature 0, else one draw from `distribution`."""
+    """The next token's id for (V,) logits: the likeliest at temperature 0, else a draw."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     cumulative = np.cumsum(distribution(logits, sampling))
