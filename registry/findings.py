@@ -1,7 +1,7 @@
 """What is found out about a version, kept with it in MLflow: scorecards, parity, verdicts.
 
-Small things are tags of the model version. A scorecard and its parquet of documents are artifacts of an MLflow
-run; the tag that points at them is written last, so what can be seen is whole.
+Small things are tags of the model version. A scorecard and its parquet of documents are artifacts of an
+MLflow run; the tag that points at them is written last, so what can be seen is whole.
 """
 
 from __future__ import annotations

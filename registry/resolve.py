@@ -1,0 +1,187 @@
+"""What a MODEL on the command line means: a local folder, a registered version, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.digest import verify
+from registry.errors import BadInput, DamagedArtifact, Unreachable
+from registry.records import Engine, Version
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+REGISTERED = re.compile(r"models:/.*|[^/@]+/\d+|[^/@]+@[^/@]+")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An artifact at hand: its folder, and what it is called."""
+
+    path: Path
+    digest: str
+    label: str  # NAME/VERSION, else what the user wrote
+    version: Version | None
+    engine: Engine
+
+
+def resolve(text: str, store: Store | None = None, *, revision: str | None = None) -> Model:
+    """The model that `text` means.
+
+    In this order: a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only version of a
+    registered NAME; a Hugging Face hub id. The tracking store is opened only where one of the middle two may
+    be meant. The files are checked: against their manifest, and against the digest of a registered version.
+
+    Args:
+        text: as the user wrote it.
+        store: where registered models are looked for; the default one where None.
+        revision: of a hub id: a branch, tag or commit.
+
+    Raises:
+        BadInput: nothing of this name, a folder that is no model, or weights in pickle files only.
+        DamagedArtifact: files that are truncated or are not those recorded.
+        Unreachable: the tracking server or the hub does not answer.
+    """
+    folder = Path(text).expanduser()
+    looks_local = text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
+    if looks_local or (folder / "config.json").exists() or (folder.is_dir() and "/" in text):
+        if not folder.is_dir():
+            raise BadInput(f"{text}: no such folder")
+        return _local(folder, text)
+    if REGISTERED.fullmatch(text):
+        store = store or _default_store()
+        return registered(store.get(text), store)
+    if "/" not in text:
+        store = store or _default_store()
+        if versions := store.versions(text):
+            if len(versions) == 1:
+                return registered(versions[0], store)
+            numbers = ", ".join(version.ref for version in versions[-8:])
+            raise BadInput(f"{text} has {len(versions)} versions", fix=f"name one of them: {numbers}")
+        if folder.is_dir():
+            return _local(folder, text)
+    if not HUB_ID.fullmatch(text):
+        raise BadInput(
+            f"{text!r} is no model",
+            fix="give a local folder, NAME/VERSION, NAME@ALIAS or a Hugging Face hub id",
+        )
+    return _local(_snapshot(text, revision), text)
+
+
+def resolve_all(texts: Iterable[str], store: Store | None = None) -> list[Model]:
+    """As `resolve`, for several; a registered NAME alone stands for all its versions, oldest first."""
+    models: dict[str, Model] = {}
+    for text in texts:
+        found = []
+        if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
+            store = store or _default_store()
+            found = [registered(version, store) for version in store.versions(text)]
+        for model in found or [resolve(text, store)]:
+            models.setdefault(model.label, model)
+    return list(models.values())
+
+
+def registered(version: Version, store: Store) -> Model:
+    """A registered version as a Model; its files are fetched where they lie elsewhere, and verified."""
+    return Model(store.folder(version), version.digest, version.ref, version, version.engine)
+
+
+def check_folder(folder: Path) -> Engine:
+    """Which engine runs the model in `folder`: onnxruntime where *.onnx files are, else torch.
+
+    Raises BadInput where it is no model that Limbeck runs, DamagedArtifact where its weights are truncated.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "adapter_config.json").exists():
+            raise BadInput(
+                f"{folder} holds an adapter, no whole model", fix="merge it into its base model first"
+            )
+        raise BadInput(f"{folder} is no model: it has no config.json", fix="give a transformers checkpoint")
+    try:
+        if not isinstance(json.loads(config.read_bytes()), dict):
+            raise DamagedArtifact(folder, ["config.json is no JSON object"])
+    except ValueError as error:
+        raise DamagedArtifact(folder, [f"config.json is not JSON: {error}"]) from None
+    if any(folder.glob("*.onnx")):
+        return "onnxruntime"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+        if pickles:
+            raise BadInput(
+                f"{folder} has its weights in pickle files only ({', '.join(pickles[:3])}), "
+                "and loading those can run any code",
+                fix="save it with save_pretrained(..., safe_serialization=True) where you trust it",
+            )
+        raise BadInput(f"{folder} is no model: it has no *.safetensors and no *.onnx")
+    _check_weights(folder, weights)
+    return "torch"
+
+
+def _check_weights(folder: Path, weights: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    problems = []
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        problems += [f"{name} is missing" for name in sorted(shards - {path.name for path in weights})]
+    for path in weights:
+        try:
+            with safe_open(path, framework="np"):  # reads the header, checks the length
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{path.name}: {error}")
+    if problems:
+        raise DamagedArtifact(folder, problems)
+
+
+def _local(folder: Path, label: str) -> Model:
+    engine = check_folder(folder)
+    return Model(folder.resolve(), verify(folder), label, None, engine)
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    """The local folder of a hub repository's files, downloaded where they are not in its cache."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+        why = {
+            hub.GatedRepoError: "asks for access",
+            hub.RevisionNotFoundError: f"has no revision {revision}",
+        }
+        words = next(
+            (w for kind, w in why.items() if isinstance(error, kind)), "does not exist or is private"
+        )
+        raise BadInput(
+            f"{hub_id!r} is no local folder and no registered model, and on the hub it {words}",
+            fix="check the name; log in with `hf auth login` where it needs an account",
+        ) from None
+    except hub.HFValidationError as error:
+        raise BadInput(f"{hub_id!r} is no local folder, registered model or hub id: {error}") from None
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why_not = "HF_HUB_OFFLINE is set" if offline else str(error).split("\n")[0][:200]
+        raise Unreachable(
+            f"{hub_id!r} is no local folder and no registered model, and the hub cannot be asked: {why_not}",
+            fix="check the name; `limbeck models list` shows what is registered",
+        ) from None
+
+
+def _default_store() -> Store:
+    from registry.store import Store
+
+    return Store()
