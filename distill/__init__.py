@@ -1,0 +1,1 @@
+"""Teacher to student: recipes, data, the teacher cache, objectives and the training run."""

@@ -1,0 +1,48 @@
+"""The model card that travels with a student (Hugging Face model card format)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.recipe import Plan
+    from distill.run import Setting
+
+
+def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
+    """README.md of a student: what it learnt from, how, how much, and what came of it."""
+    recipe = setting.recipe
+    objective = recipe.objectives[plan.objective]
+    training = recipe.training_of(plan.student)
+    teacher = setting.teacher_version
+    learnt = "next-token labels alone"
+    if objective.divergence and teacher is not None:
+        learnt = f"{objective.divergence} from {teacher.ref} (digest {teacher.digest[:12]})"
+        if objective.labels:
+            learnt += f", with a share of {objective.labels} of the labels"
+    licence = f"license: {recipe.licence.lower()}\n" if recipe.licence else ""
+    return f"""---
+{licence}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- limbeck
+---
+
+# {recipe.name}: {plan.label}
+
+| | |
+|---|---|
+| parameters | {facts["params"]:,} |
+| learnt from | {learnt} |
+| text | {recipe.data.source} {recipe.data.path or ""}: {setting.corpus.train_documents} documents, \
+{setting.corpus.train_bytes:,} bytes; {setting.corpus.heldout_documents} documents held out by a hash of their path |
+| data digest | `{setting.corpus.digest}` |
+| tokens seen | {facts["tokens"]:,} |
+| optimizer | {training.optim}, learning rate {training.learning_rate}, {training.lr_scheduler_type} |
+| context | {recipe.data.max_length} tokens |
+| held-out bits per byte | {facts["heldout_bits_per_byte"]:.3f} |
+| licence | {recipe.licence or "not stated"} |
+
+Limits: a model of this size completes text like its training text. It knows no facts to rely on, and what it
+writes has to be checked.
+"""

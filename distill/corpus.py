@@ -1,0 +1,166 @@
+"""Where text comes from: documents of a recipe's `[data]`, split into train and held-out by a hash of their path."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from distill.recipe import Data
+from registry.digest import json_digest, text_digest
+from registry.errors import BadInput
+from registry.home import home, written_whole
+
+# Tests, vendored copies and generated tables are no example of how library code is written.
+LEFT_OUT = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip",
+    "__pycache__", "pydoc_data", "turtledemo", "encodings", "_vendor", "config-3",
+}  # fmt: skip
+
+
+class Document(NamedTuple):
+    """One text and the name that identifies it; the split and the statistics group by `path`."""
+
+    path: str
+    text: str
+
+
+class Corpus(NamedTuple):
+    """A recipe's text on disk: JSON lines of `{"path", "text"}`, and what identifies it."""
+
+    train: Path
+    heldout: Path
+    digest: str
+    train_documents: int
+    heldout_documents: int
+    train_bytes: int
+    heldout_bytes: int
+
+
+def stdlib_documents() -> Iterator[Document]:
+    """The source files of the running Python's standard library, paths relative to it."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if any(part in LEFT_OUT or part.startswith("config-") for part in parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            yield Document("/".join(parts), text)
+
+
+def text_documents(path: Path, characters: int = 2000) -> Iterator[Document]:
+    """Documents of a text file (cut at blank lines, each at least `characters` long) or a folder of them."""
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            try:
+                yield Document(file.relative_to(path).as_posix(), file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                raise BadInput(f"{file} is not UTF-8 text", fix="leave it out of the folder") from None
+        return
+    piece: list[str] = []
+    size = number = 0
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            piece.append(line)
+            size += len(line)
+            if size >= characters and not line.strip():
+                yield Document(f"{path.name}:{number:05d}", "".join(piece))
+                piece, size, number = [], 0, number + 1
+    if piece:
+        yield Document(f"{path.name}:{number:05d}", "".join(piece))
+
+
+def dataset_documents(data: Data, path: str) -> Iterator[Document]:
+    """Rows of a JSON-lines, parquet or CSV file, or of a Hugging Face dataset, by their `text_column`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if Path(path).suffix in loaders:
+            rows = datasets.load_dataset(
+                loaders[Path(path).suffix], data_files=path, split="train", cache_dir=str(home() / "datasets")
+            )
+        else:
+            rows = datasets.load_dataset(path, data.dataset_name, split=data.split)
+    except Exception as error:  # datasets raises many kinds; each means: this data cannot be read
+        raise BadInput(f"data.path {path!r} cannot be loaded: {error}") from error
+    if data.text_column not in rows.column_names:
+        raise BadInput(
+            f"{path} has no column {data.text_column!r}",
+            fix=f"set data.text_column to one of: {', '.join(rows.column_names)}",
+        )
+    for number, row in enumerate(rows):
+        text = row[data.text_column]
+        if isinstance(text, str) and text.strip():
+            yield Document(str(row.get("path") or f"{Path(path).name}:{number:07d}"), text)
+
+
+def documents(data: Data, beside: Path) -> Iterable[Document]:
+    """The documents a recipe names; relative paths are looked for beside the recipe, then here."""
+    if data.source == "stdlib":
+        return stdlib_documents()
+    path = data.path or ""
+    found = next((p for p in (beside / path, Path(path)) if path and p.exists()), None)
+    if data.source == "text":
+        if found is None:
+            raise BadInput(f"data.path {path!r} does not exist", fix=f"looked beside {beside} and in {Path.cwd()}")
+        return text_documents(found)
+    if found is None and Path(path).suffix in {".jsonl", ".json", ".parquet", ".csv"}:
+        raise BadInput(f"data.path {path!r} does not exist", fix=f"looked beside {beside} and in {Path.cwd()}")
+    return dataset_documents(data, str(found) if found else path)
+
+
+def is_heldout(path: str, fraction: float) -> bool:
+    """Whether a document is held out: decided by its path alone, so the split survives added documents."""
+    return int(text_digest(path)[:12], 16) / 16**12 < fraction
+
+
+def prepare(data: Data, beside: Path, name: str) -> Corpus:
+    """Write a recipe's train and held-out documents under `home()/data/<name>`, whole or not at all.
+
+    Documents are ordered by the hash of their path, so that any prefix is a fair sample.
+    Raises BadInput where there is no text or nothing would be held out.
+    """
+    folder = home() / "data" / name
+    ordered = sorted(documents(data, beside), key=lambda document: text_digest(document.path))
+    parts: dict[str, list[Document]] = {"train": [], "heldout": []}
+    for document in ordered:
+        parts["heldout" if is_heldout(document.path, data.heldout) else "train"].append(document)
+    for part, members in parts.items():
+        if not members:
+            raise BadInput(
+                f"data.source {data.source!r} leaves no {part} document ({len(ordered)} in all)",
+                fix="give more documents or another data.heldout",
+            )
+    digest = json_digest([[d.path, text_digest(d.text), p] for p, members in parts.items() for d in members])
+    record = folder / "corpus.json"
+    if not record.exists() or json.loads(record.read_text())["digest"] != digest:
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            for part, members in parts.items():
+                lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in members)
+                (temporary / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (temporary / "corpus.json").write_text(json.dumps({"digest": digest}) + "\n")
+    size = {part: sum(len(d.text.encode()) for d in members) for part, members in parts.items()}
+    return Corpus(
+        folder / "train.jsonl",
+        folder / "heldout.jsonl",
+        digest,
+        len(parts["train"]),
+        len(parts["heldout"]),
+        size["train"],
+        size["heldout"],
+    )
+
+
+def read(path: Path) -> list[Document]:
+    """The documents of a corpus file."""
+    with open(path, encoding="utf-8") as file:
+        return [Document(**json.loads(line)) for line in file]
