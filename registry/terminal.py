@@ -70,3 +70,18 @@ def progress() -> Any:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the terminal; call before importing them."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("torch", "optimum", "lm_eval", "lm-eval", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

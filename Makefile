@@ -1,0 +1,43 @@
+# Everything runs in .venv, made from pyproject.toml under the pins of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: .venv/installed  ## make .venv and install Limbeck in it
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Limbeck needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install  ## the whole loop: distil, export, score, rank, promote, generate (about 5 minutes)
+	$(BIN)/limbeck quickstart
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the tests that take too long for every run
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## ruff, mypy, the import rules between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install  ## the benchmarks: ratios measured side by side
+	$(BIN)/python -m tests.bench
+
+teacher: install  ## train the quickstart's teacher again (about half an hour)
+	$(BIN)/limbeck distill quickstart/teacher.toml --to quickstart/teacher
+
+clean:  ## remove .venv and .limbeck
+	rm -rf .venv .limbeck
+
+.PHONY: help install quickstart test test-slow lint bench teacher clean

@@ -1,0 +1,62 @@
+"""`limbeck distill` and `limbeck data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from registry.terminal import format_option, print_json, print_table
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in training.max_steps=100."
+)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@set_option
+@click.option("--to", type=click.Path(path_type=Path), help="Also copy the (one) student's files to this folder.")
+@format_option
+def distill(recipe: Path, overrides: tuple[str, ...], to: Path | None, output: str) -> None:
+    """Distil the teacher of RECIPE into its students: every size under every objective.
+
+    The teacher runs once for all of them. Each student is logged to MLflow and registered. A student already
+    made from the same ingredients is skipped; a run that was stopped goes on from its last checkpoint.
+    """
+    from registry.terminal import quiet_libraries
+
+    quiet_libraries()
+    from distill.run import distill as run
+    from registry.store import Store
+
+    students = run(recipe, list(overrides), Store(), to)
+    if output == "json":
+        print_json([{**s.version.model_dump(mode="json"), "trained": s.trained} for s in students])
+        return
+    rows = [
+        (s.version.ref, s.plan.label, f"{s.version.params:,}", s.version.teacher, s.version.digest[:12])
+        for s in students
+    ]
+    print_table("students", ["version", "recipe", "parameters", "teacher", "digest"], rows)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@set_option
+@format_option
+def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
+    """Write the train and held-out documents of RECIPE as JSON lines below .limbeck/data/NAME."""
+    from distill import corpus
+    from distill.recipe import load
+
+    loaded = load(recipe, list(overrides))
+    text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
+    if output == "json":
+        print_json(text._asdict())
+        return
+    rows = [
+        ("train", text.train_documents, f"{text.train_bytes:,}", text.train),
+        ("held-out", text.heldout_documents, f"{text.heldout_bytes:,}", text.heldout),
+    ]
+    print_table(f"{loaded.name}, digest {text.digest[:12]}", ["part", "documents", "bytes", "file"], rows)

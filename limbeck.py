@@ -1,0 +1,100 @@
+"""The `limbeck` command: a table of contents of the program. A command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib import import_module
+
+import click
+
+from registry.errors import LimbeckError
+
+# command -> (module:object, the line that `limbeck --help` shows)
+COMMANDS = {
+    "quickstart": ("quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
+    "data": ("distill.cli:data", "Write a recipe's train and held-out text."),
+    "distill": ("distill.cli:distill", "Distil a teacher into the students of a recipe."),
+    "export": ("export.cli:export", "Export torch models to ONNX variants, checked against PyTorch."),
+    "tasks": ("evals.cli:tasks", "Make lm-eval tasks from held-out text."),
+    "eval": ("evals.cli:evaluate", "Score models with lm-eval, quality and cost relative to a teacher."),
+    "leaderboard": ("evals.cli:leaderboard", "Rank the versions of a model by cost and quality."),
+    "models": ("registry.cli:models", "Browse the registry: list, show, lineage, history."),
+    "promote": ("registry.cli:promote", "Move an alias to a version that passes the policy."),
+    "rollback": ("registry.cli:rollback", "Put an alias back on the version before."),
+    "deploy": ("export.cli:deploy", "Copy a verified, self-contained bundle."),
+    "serve": ("export.cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
+    "generate": ("export.cli:generate", "Complete a prompt and tell the speed."),
+    "doctor": ("registry.cli:doctor", "What is installed, reachable, and what is wrong."),
+}
+
+
+class Rooms(click.Group):
+    """A group whose commands live in the rooms and are imported one at a time."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table alone: help must not import a room.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                error.message += f" Did you mean {near[0]!r}?"
+            raise
+
+
+@click.group(cls=Rooms)
+@click.version_option(package_name="limbeck")
+def cli() -> None:
+    """Turn a large language model into the cheapest small one that provably keeps its quality, and ship it.
+
+    A MODEL is a local folder, a Hugging Face hub id, NAME/VERSION, NAME@ALIAS or an MLflow models:/ URI.
+    State lives in .limbeck/ (LIMBECK_HOME moves it); MLFLOW_TRACKING_URI points at a shared MLflow server.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command. Exit codes: 0 done, 1 a gate or check said no, 2 bad input, 130 stopped by Ctrl-C."""
+    try:
+        code = cli.main(args, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except LimbeckError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print("  make room, or move the state with LIMBECK_HOME, and run the same command again", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
