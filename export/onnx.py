@@ -15,6 +15,7 @@ from typing import Any
 from registry.digest import folder_digest, read_manifest, write_manifest
 from registry.errors import BadInput
 from registry.home import written_whole
+from registry.resolve import check_folder
 
 PRECISIONS = ("fp32", "int8")
 TASK = "text-generation-with-past"
@@ -51,12 +52,14 @@ def export(
 
     Raises:
         BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
-            or is of an architecture that optimum cannot export.
+            or is of an architecture that optimum cannot export. DamagedArtifact: truncated weights.
     """
     if precision not in PRECISIONS:
         raise BadInput(f"precision {precision!r} is unknown", fix=f"use one of: {', '.join(PRECISIONS)}")
     model, out = Path(model), Path(out)
-    parent = folder_digest(check_checkpoint(model))
+    if check_folder(model) != "torch":
+        raise BadInput(f"{model} is an ONNX artifact", fix="export the PyTorch model it came from")
+    parent = folder_digest(model)
     with written_whole(out) as folder:
         folder.mkdir()
         if fp32 is not None:
@@ -82,24 +85,6 @@ def export(
             parent=parent,
             made_with=_versions(),
         )
-
-
-def check_checkpoint(model: Path) -> Path:
-    """`model` again, if it is a folder with a transformers checkpoint in safetensors; else BadInput."""
-    if not model.is_dir():
-        raise BadInput(f"{model} is no folder")
-    if not (model / "config.json").is_file():
-        raise BadInput(f"{model} is no model: it has no config.json")
-    if not any(model.glob("*.safetensors")):
-        if any(model.glob("*.onnx")):
-            raise BadInput(f"{model} is an ONNX artifact", fix="export the PyTorch model it came from")
-        if any(model.glob("*.bin")) or any(model.glob("*.pt")):
-            raise BadInput(
-                f"{model} has pickled weights only; they can run code when they are loaded",
-                fix="save it as safetensors: model.save_pretrained(folder, safe_serialization=True)",
-            )
-        raise BadInput(f"{model} has no weights: no *.safetensors file")
-    return model
 
 
 def supported_model_types() -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from registry.records import Parity
 
 MAX_LOGPROB_DIFF = 1e-3  # the most an fp32 graph may differ from PyTorch, in nats
 BATCH = 4  # texts at once: unequal lengths, so padding is part of what is checked
+SMALL = 20_000_000  # parameters; below, threads wait for each other longer than they work
 PROMPTS = 4  # texts whose beginnings are completed greedily
 
 
@@ -57,10 +59,11 @@ def compare(
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, do_sample=False
     )
-    runtime = Runtime.load(onnx_folder)
+    small = model.num_parameters() < SMALL
+    runtime = Runtime.load(onnx_folder, threads=1 if small else None)
     rows = _token_rows(tokenizer, runtime, texts, documents, min(tokens, runtime.max_length))
     sums = _Sums()
-    with torch.inference_mode():
+    with torch.inference_mode(), _threads(1 if small else None):
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             input_ids, mask = _pad_right(batch)
@@ -153,6 +156,19 @@ def _pad_right(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     width = max(map(len, rows))
     mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int64)
     return np.array([row + [0] * (width - len(row)) for row in rows], np.int64), mask
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """PyTorch on so many threads within the block; None leaves it as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bytes(runtime: Runtime, row: list[int]) -> int:

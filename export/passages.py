@@ -82,6 +82,6 @@ needed. This is why an egg takes longer to cook in the mountains: the water boil
 """,
     """Die Katze schläft auf dem Fensterbrett. Le café est très chaud, attention à la tasse !
 El niño soñó con un dragón. Кошка спит. 猫が寝ている。
-Price: 12.50 €; temperature: −4 °C; done ✓ 🐱
+Price: 12.50 €; temperature: 4 °C; done ✓ 🐱
 """,
 )

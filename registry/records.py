@@ -169,7 +169,7 @@ class LedgerEntry(Record):
     who: str
     name: str
     alias: str
-    action: Literal["promote", "rollback"]
+    action: Literal["promote", "rollback", "adopt"]  # adopt: moved through MLflow itself, and taken over
     from_version: int | None
     to_version: int | None  # None: the alias was taken away (a rollback of the first promotion)
     artifact: str | None  # digest of the artifact it now points at

@@ -222,10 +222,10 @@ class Store(Findings):
                 return self.client.get_model_version(name, number)
             return self.client.get_model_version_by_alias(name, alias)
         except BadInput:
-            raise self._unknown(name, number, alias) from None
+            raise self.unknown(name, number, alias) from None
 
-    def _unknown(self, name: str, number: str | None = None, alias: str | None = None) -> BadInput:
-        """What to say of a name, version or alias that is not there."""
+    def unknown(self, name: str, number: str | None = None, alias: str | None = None) -> BadInput:
+        """The error for a name, version or alias that is not there, with the near ones."""
         versions = self.versions(name) if NAME.fullmatch(name) else []
         if not versions:
             names = self.names()

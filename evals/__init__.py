@@ -1,0 +1,1 @@
+"""How good and how dear: lm-eval over any model, cost, statistics, scorecards, leaderboards."""

@@ -1,0 +1,230 @@
+"""The ONNX variants of a model: exported, held against PyTorch, then kept in a folder or the registry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from export.onnx import PRECISIONS, export
+from export.parity import MAX_LOGPROB_DIFF, compare
+from registry.digest import file_digests, folder_digest, read_manifest, verify, write_manifest
+from registry.errors import BadInput, Refused
+from registry.home import home, written_whole
+from registry.records import Parity, Version
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ONNX variant of a model, as `limbeck export` reports it."""
+
+    model: str  # NAME/VERSION of the variant, or its folder
+    parent: str  # NAME/VERSION or folder of the PyTorch model
+    precision: str
+    digest: str
+    bytes: int
+    parity: Parity | None
+    new: bool  # False: it was there already
+
+    def row(self) -> dict[str, Any]:
+        """The variant as JSON-able fields."""
+        return asdict(self) | {"parity": self.parity and self.parity.model_dump(mode="json")}
+
+
+def export_version(
+    store: Store,
+    parent: Version,
+    precisions: Sequence[str],
+    texts: Sequence[str] | None = None,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    trust_remote_code: bool = False,
+) -> list[Variant]:
+    """Register the ONNX variants of a registered PyTorch version; those that are there are skipped.
+
+    Each is a version of the same name with `parent` as its parent and with its parity.
+    Raises Refused, before anything is registered, where the fp32 graph does not give what PyTorch gives.
+    """
+    variants = {}
+    missing = []
+    for precision in _in_order(precisions):
+        version = store.find(parent.name, kind="onnx", parent=parent.ref, precision=precision)
+        parity = store.parity(version) if version else None
+        if version and parity:
+            tell(f"{parent.ref} {precision}: already exported as {version.ref}")
+            variants[precision] = _registered(store, version, parity, new=False)
+        else:
+            missing.append(precision)
+    if missing:
+        lineage = {
+            "model": parent.ref,
+            **parent.model_dump(include={"teacher", "recipe", "recipe_digest", "data_digest", "licence"}),
+        }
+        source = store.folder(parent)
+        with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
+            made = _make(
+                source, Path(temporary), missing, texts, lineage, parent.ref, tell, trust_remote_code
+            )
+            for precision, parity in made.items():
+                version = store.register(
+                    parent.name,
+                    Path(temporary) / precision,
+                    kind="onnx",
+                    engine="onnxruntime",
+                    precision=precision,
+                    parent=parent.ref,
+                    teacher=parent.teacher,
+                    recipe=parent.recipe,
+                    recipe_digest=parent.recipe_digest,
+                    data_digest=parent.data_digest,
+                    code_version=parent.code_version,
+                    licence=parent.licence,
+                    params=parent.params,
+                    run_id=parent.run_id,
+                )
+                store.add_parity(version, parity)
+                tell(f"{parent.ref} {precision}: registered as {version.ref}")
+                variants[precision] = _registered(store, version, parity, new=True)
+    return [variants[precision] for precision in _in_order(precisions)]
+
+
+def export_folder(
+    model: Path,
+    to: Path,
+    precisions: Sequence[str],
+    texts: Sequence[str] | None = None,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    trust_remote_code: bool = False,
+) -> list[Variant]:
+    """Write the ONNX variants of the checkpoint in `model` to `to/fp32`, `to/int8`.
+
+    Those that are there are skipped. Raises Refused where the fp32 graph does not give what PyTorch gives,
+    BadInput where something else is in the way.
+    """
+    parent = folder_digest(model)
+    variants = {}
+    missing = []
+    for precision in _in_order(precisions):
+        folder = to / precision
+        manifest = read_manifest(folder)
+        if manifest.get("parent") == parent and "parity" in manifest:
+            tell(f"{model} {precision}: already exported to {folder}")
+            verify(folder)
+            variants[precision] = _in_folder(folder, model, new=False)
+        elif folder.exists() and not manifest and any(folder.iterdir()):
+            raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
+        else:
+            missing.append(precision)
+    for precision in _make(model, to, missing, texts, {}, str(model), tell, trust_remote_code):
+        variants[precision] = _in_folder(to / precision, model, new=True)
+    return [variants[precision] for precision in _in_order(precisions)]
+
+
+def read_texts(corpus: Path, limit: int = 64) -> list[str]:
+    """The first texts of a corpus, a file with {"path": ..., "text": ...} a line.
+
+    Raises BadInput, naming the line.
+    """
+    texts = []
+    try:
+        with open(corpus, encoding="utf-8") as lines:
+            for number, line in enumerate(islice(lines, limit), 1):
+                try:
+                    texts.append(str(json.loads(line)["text"]))
+                except (ValueError, KeyError, TypeError):
+                    raise BadInput(
+                        f"{corpus}, line {number}: no JSON object with a text",
+                        fix='a corpus has one object a line: {"path": "...", "text": "..."}',
+                    ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{corpus} cannot be read: {error}") from None
+    if not texts:
+        raise BadInput(f"{corpus} is empty")
+    return texts
+
+
+def _in_order(precisions: Sequence[str]) -> list[str]:
+    """fp32 first: the others are made from it."""
+    return sorted(dict.fromkeys(precisions), key=PRECISIONS.index)
+
+
+def _make(
+    model: Path,
+    to: Path,
+    precisions: Sequence[str],
+    texts: Sequence[str] | None,
+    lineage: dict[str, Any],
+    label: str,
+    tell: Callable[[str], None],
+    trust_remote_code: bool,
+) -> dict[str, Parity]:
+    """Write the variants `to/<precision>`, each with its parity in its manifest. The fp32 graph that the
+    others are made from is made, and checked, even where it is not asked for."""
+    if not precisions:
+        return {}
+    made = {}
+    to.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=to, prefix=".export-") as temporary:
+        fp32 = Path(temporary) / "fp32"
+        for precision in _in_order(["fp32", *precisions]):
+            target = to / precision if precision in precisions else fp32
+            tell(f"{label} {precision}: exporting")
+            with written_whole(target) as part:
+                export(
+                    model,
+                    part,
+                    precision,
+                    fp32=None if precision == "fp32" else fp32,
+                    trust_remote_code=trust_remote_code,
+                )
+                parity = compare(
+                    model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code
+                )
+                check(parity, label)
+                fields = read_manifest(part)
+                for given in ("format", "digest", "files"):
+                    fields.pop(given)
+                extra = {"lineage": lineage} if lineage else {}
+                write_manifest(part, **fields, **extra, parity=parity.model_dump(mode="json"))
+            if precision == "fp32":
+                fp32 = target
+            if precision in precisions:
+                made[precision] = parity
+    return made
+
+
+def check(parity: Parity, label: str) -> None:
+    """Raise Refused, with the numbers, where a variant does not hold against PyTorch."""
+    if not parity.passed:
+        raise Refused(
+            f"{label} {parity.precision}: the ONNX graph does not give what PyTorch gives: over "
+            f"{parity.tokens} tokens, largest difference in log-probability {parity.max_logprob_diff:.3g} "
+            f"(at most {MAX_LOGPROB_DIFF:g}), greedy text "
+            f"{'the same' if parity.greedy_identical else 'differs'}",
+            fix="nothing was kept; this architecture is not exported faithfully",
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in file_digests(folder))
+
+
+def _registered(store: Store, version: Version, parity: Parity, new: bool) -> Variant:
+    size = _size(store.folder(version))
+    return Variant(version.ref, str(version.parent), version.precision, version.digest, size, parity, new)
+
+
+def _in_folder(folder: Path, model: Path, new: bool) -> Variant:
+    manifest = read_manifest(folder)
+    parity = Parity.model_validate(manifest["parity"])
+    return Variant(
+        str(folder), str(model), manifest["precision"], manifest["digest"], _size(folder), parity, new
+    )
