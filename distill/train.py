@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill import objectives
@@ -174,7 +175,7 @@ def train(
         data_collator=collate,
         callbacks=[watch],
     )
-    trainer.pop_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     model.eval()
