@@ -10,7 +10,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill import card, corpus, models, recipe as recipes
+from distill import card, corpus, models
+from distill import recipe as recipes
 from distill.blocks import Blocks, make_blocks, train_tokenizer
 from distill.cache import TeacherCache
 from distill.recipe import Plan, Recipe
@@ -253,9 +254,7 @@ def _train_and_save(
     spec = recipe.students[plan.student]
     objective = recipe.objectives[plan.objective]
     folder = _student_folder(spec.model, Path.cwd()) if spec.model else None
-    model = models.build_student(
-        plan.student, spec, setting.tokenizer, recipe.data.max_length, recipe.seed, folder
-    )
+    model = models.build_student(plan.student, spec, setting.tokenizer, recipe.data.max_length, recipe.seed, folder)
     if objective.divergence and setting.teacher is not None:
         if folder is not None:
             _check_one_tokenizer(setting, folder, plan.student)
@@ -340,5 +339,3 @@ def code_version() -> str:
     except (OSError, subprocess.TimeoutExpired):
         suffix = ""
     return f"limbeck {installed('limbeck')}{suffix}"
-
-

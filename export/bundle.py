@@ -27,9 +27,7 @@ Or load it; this takes numpy, onnxruntime and tokenizers, no torch:
 """
 
 
-def deploy(
-    artifact: Path, to: Path, *, digest: str | None = None, about: dict[str, Any] | None = None
-) -> str:
+def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[str, Any] | None = None) -> str:
     """Copy the ONNX artifact in `artifact` to the folder `to`. Returns its digest.
 
     The files are verified before and after they are copied, and take their place only then. An older bundle
@@ -46,9 +44,7 @@ def deploy(
     artifact, to = Path(artifact), Path(to)
     manifest = read_manifest(artifact)
     if manifest.get("kind") != "onnx":
-        raise BadInput(
-            f"{artifact} is no ONNX artifact of Limbeck", fix="export it first: limbeck export MODEL"
-        )
+        raise BadInput(f"{artifact} is no ONNX artifact of Limbeck", fix="export it first: limbeck export MODEL")
     if to.exists() and not is_bundle(to) and not (to.is_dir() and not any(to.iterdir())):
         raise BadInput(f"{to} holds something that is no bundle", fix="choose a new folder with --to")
     digest = verify(artifact, digest)

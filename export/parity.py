@@ -122,9 +122,7 @@ class _Sums:
         self.nats -= float(q[steps, row[1:]].sum())
 
 
-def _token_rows(
-    tokenizer: Any, runtime: Runtime, texts: Sequence[str], documents: int, tokens: int
-) -> list[list[int]]:
+def _token_rows(tokenizer: Any, runtime: Runtime, texts: Sequence[str], documents: int, tokens: int) -> list[list[int]]:
     """Token ids of the beginnings of the texts, by the checkpoint's tokenizer."""
     rows: list[list[int]] = []
     for text in texts:

@@ -69,9 +69,7 @@ def export_version(
         }
         source = store.folder(parent)
         with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
-            made = _make(
-                source, Path(temporary), missing, texts, lineage, parent.ref, tell, trust_remote_code
-            )
+            made = _make(source, Path(temporary), missing, texts, lineage, parent.ref, tell, trust_remote_code)
             for precision, parity in made.items():
                 version = store.register(
                     parent.name,
@@ -185,9 +183,7 @@ def _make(
                     fp32=None if precision == "fp32" else fp32,
                     trust_remote_code=trust_remote_code,
                 )
-                parity = compare(
-                    model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code
-                )
+                parity = compare(model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code)
                 check(parity, label)
                 fields = read_manifest(part)
                 for given in ("format", "digest", "files"):
@@ -225,6 +221,4 @@ def _registered(store: Store, version: Version, parity: Parity, new: bool) -> Va
 def _in_folder(folder: Path, model: Path, new: bool) -> Variant:
     manifest = read_manifest(folder)
     parity = Parity.model_validate(manifest["parity"])
-    return Variant(
-        str(folder), str(model), manifest["precision"], manifest["digest"], _size(folder), parity, new
-    )
+    return Variant(str(folder), str(model), manifest["precision"], manifest["digest"], _size(folder), parity, new)

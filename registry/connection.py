@@ -114,9 +114,7 @@ class Client:
             from mlflow.artifacts import download_artifacts
 
             to.mkdir(parents=True, exist_ok=True)
-            return Path(
-                download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri)
-            )
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri))
 
 
 class NotThere(BadInput):

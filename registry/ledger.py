@@ -151,9 +151,7 @@ def append(store: Store, name: str, **fields: Any) -> LedgerEntry:
         BadInput: a reason of more than 2,000 characters.
     """
     if len(fields.get("reason", "")) > LONGEST_REASON:
-        raise BadInput(
-            f"the reason has {len(fields['reason'])} characters, at most {LONGEST_REASON} are kept"
-        )
+        raise BadInput(f"the reason has {len(fields['reason'])} characters, at most {LONGEST_REASON} are kept")
     for _ in range(20):
         last = max(entries(store, name), key=lambda entry: entry.sequence, default=None)
         draft = LedgerEntry(

@@ -115,9 +115,7 @@ def judge(
     if version.kind == "onnx":
         rules += _parity(policy.parity, version, parity, parent_digest)
     outcomes = {rule.outcome for rule in rules}
-    outcome: Outcome = (
-        "fail" if "fail" in outcomes else "inconclusive" if len(outcomes) > 1 else rules[0].outcome
-    )
+    outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if len(outcomes) > 1 else rules[0].outcome
     return Verdict(
         outcome=outcome,
         rules=tuple(rules),
@@ -227,9 +225,7 @@ def _parity(
         words = f"mean KL {parity.mean_kl:.4g} nats per token, at most {asked.max_mean_kl:.4g} is asked"
         yield _rule("parity.max_mean_kl", "pass" if parity.mean_kl <= asked.max_mean_kl else "fail", words)
     if asked.min_top1_agreement is not None:
-        words = (
-            f"top-1 agreement {parity.top1_agreement:.4f}, at least {asked.min_top1_agreement:.4f} is asked"
-        )
+        words = f"top-1 agreement {parity.top1_agreement:.4f}, at least {asked.min_top1_agreement:.4f} is asked"
         good = parity.top1_agreement >= asked.min_top1_agreement
         yield _rule("parity.min_top1_agreement", "pass" if good else "fail", words)
 

@@ -103,9 +103,7 @@ def check_folder(folder: Path) -> Engine:
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "adapter_config.json").exists():
-            raise BadInput(
-                f"{folder} holds an adapter, no whole model", fix="merge it into its base model first"
-            )
+            raise BadInput(f"{folder} holds an adapter, no whole model", fix="merge it into its base model first")
         raise BadInput(f"{folder} is no model: it has no config.json", fix="give a transformers checkpoint")
     try:
         if not isinstance(json.loads(config.read_bytes()), dict):
@@ -163,9 +161,7 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
             hub.GatedRepoError: "asks for access",
             hub.RevisionNotFoundError: f"has no revision {revision}",
         }
-        words = next(
-            (w for kind, w in why.items() if isinstance(error, kind)), "does not exist or is private"
-        )
+        words = next((w for kind, w in why.items() if isinstance(error, kind)), "does not exist or is private")
         raise BadInput(
             f"{hub_id!r} is no local folder and no registered model, and on the hub it {words}",
             fix="check the name; log in with `hf auth login` where it needs an account",

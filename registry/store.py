@@ -135,9 +135,7 @@ class Store(Findings):
         """
         folder = Path(folder)
         if not NAME.fullmatch(name):
-            raise BadInput(
-                f"{name!r} is no name for a model", fix="use letters, digits, dots, dashes and underscores"
-            )
+            raise BadInput(f"{name!r} is no name for a model", fix="use letters, digits, dots, dashes and underscores")
         if not folder.is_dir() or not any(folder.iterdir()):
             raise BadInput(f"{folder}: {'an empty folder' if folder.is_dir() else 'no such folder'}")
         digest = verify(folder)
@@ -231,9 +229,7 @@ class Store(Findings):
             names = self.names()
             near = get_close_matches(name, names, n=1)
             known = f"registered are: {', '.join(names)}" if names else "nothing is registered yet"
-            return BadInput(
-                f"no model is registered as {name!r}", fix=f"did you mean {near[0]}?" if near else known
-            )
+            return BadInput(f"no model is registered as {name!r}", fix=f"did you mean {near[0]}?" if near else known)
         if number:
             return BadInput(
                 f"{name} has no version {number}",
@@ -242,9 +238,7 @@ class Store(Findings):
         aliases = list(self.aliases(name))
         return BadInput(
             f"{name} has no alias {alias!r}",
-            fix=f"it has {', '.join(aliases)}"
-            if aliases
-            else f"give it one: limbeck promote {name} --to {alias}",
+            fix=f"it has {', '.join(aliases)}" if aliases else f"give it one: limbeck promote {name} --to {alias}",
         )
 
     def versions(self, name: str | None = None, filter_string: str = "") -> list[Version]:
@@ -258,9 +252,7 @@ class Store(Findings):
         found: list[Version] = []
         token = None
         while True:
-            page = self.client.search_model_versions(
-                " and ".join(filters), max_results=1000, page_token=token
-            )
+            page = self.client.search_model_versions(" and ".join(filters), max_results=1000, page_token=token)
             found += [_version(v) for v in page if TAG + "digest" in v.tags]
             token = page.token
             if not token:

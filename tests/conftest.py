@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from registry.store import Store
 
 # Set before any Hugging Face import: a test that reaches for a hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two test processes on two cores: one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TEXT = [
     "def add(a, b):\n    return a + b\n",
@@ -96,10 +103,53 @@ def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     return make_model(tmp_path_factory.mktemp("neox"), tokenizer_folder, "gpt_neox")
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database as `Store` makes it; copied, since its migrations take seconds."""
+    folder = tmp_path_factory.mktemp("database")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Store()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
 def limbeck_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state folder of this test's own, and a current folder with nothing in it."""
+    """Where this test's state would be (nothing is there yet), and a current folder with nothing in it."""
     monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
+
+
+@pytest.fixture
+def store(limbeck_home: Path, empty_database: Path) -> Store:
+    """An empty tracking store of this test's own."""
+    limbeck_home.mkdir()
+    shutil.copy(empty_database, limbeck_home / "mlflow.db")
+    return Store()
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def limbeck(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a `limbeck` command line in this process: `limbeck("models", "list")`. Use `store` beside it."""
+
+    def run(*args: object) -> Result:
+        from limbeck import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(arg) for arg in args])
+        printed = capsys.readouterr()
+        return Result(int(stopped.value.code or 0), printed.out, printed.err)
+
+    return run

@@ -1,8 +1,7 @@
-"""A tracking store of each test's own, and records to put in it."""
+"""Records and artifact folders to put in a store."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,25 +10,6 @@ from typing import Any
 import pytest
 
 from registry.records import Cost, Estimate, Parity, Relative, Scorecard, TaskResult
-from registry.store import Store
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database as `Store` makes it; copied, since its migrations take seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIMBECK_HOME", str(folder))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        Store()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def store(limbeck_home: Path, empty_database: Path) -> Store:
-    limbeck_home.mkdir()
-    shutil.copy(empty_database, limbeck_home / "mlflow.db")
-    return Store()
 
 
 @pytest.fixture
