@@ -343,7 +343,7 @@ class _Row:
         """Choose the next token from (V,) logits."""
         self.last = token = choose(logits, self.sampling, self.random)
         self.taken += 1
-        ended = token in self.runtime.eos_token_ids
+        ended = token in self.runtime.eos_token_ids and not self.sampling.ignore_eos
         piece = "" if ended else self.text.add(token)
         room = min(self.sampling.max_new_tokens, self.runtime.max_length - len(self.prompt))
         if ended or self.text.stopped:

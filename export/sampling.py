@@ -24,6 +24,7 @@ class Sampling:
     seed: int | None = None
     stop: Sequence[str] = ()  # generation ends before the first of these strings
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest at each step
+    ignore_eos: bool = False  # go on after an end-of-text token: costs are measured over a known length
 
     def __post_init__(self) -> None:
         rules = [
