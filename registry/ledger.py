@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from registry.connection import NotThere
 from registry.digest import json_digest
-from registry.errors import BadInput, LimbeckError
+from registry.errors import BadInput, DamagedArtifact, LimbeckError
 from registry.records import LedgerEntry
 from registry.store import Store
 
@@ -75,15 +75,19 @@ class Ledger:
                 versions.append(entry.to_version)
         return versions
 
-    def problems(self) -> list[str]:
-        """Everything that is not as it should be; empty for a sound ledger."""
+    def problems(self, alias: str | None = None) -> list[str]:
+        """Everything that is not as it should be; empty for a sound ledger.
+
+        Args:
+            alias: leave out where the other aliases are; None for all that the ledger knows.
+        """
         problems = self.unreadable + verify(self.entries)
         hashes = {entry.hash for entry in self.entries}
-        for alias, mark in sorted(self.applied.items()):
+        for other, mark in sorted(self.applied.items()):
             if mark not in hashes:
-                problems.append(f"the entry {mark[:12]} that last moved {alias} is missing")
-        for alias in sorted({entry.alias for entry in self.entries} | self.applied.keys()):
-            if moved := self.moved(alias):
+                problems.append(f"the entry {mark[:12]} that last moved {other} is missing")
+        for other in [alias] if alias else sorted({entry.alias for entry in self.entries} | self.applied.keys()):
+            if moved := self.moved(other):
                 problems.append(moved)
         return problems
 
@@ -123,7 +127,8 @@ def verify(entries: list[LedgerEntry]) -> list[str]:
     problems = []
     counts = Counter(entry.sequence for entry in entries)
     problems += [f"{count} entries have the number {number}" for number, count in counts.items() if count > 1]
-    previous, versions = "", {}
+    previous = ""
+    versions: dict[str, int | None] = {}
     for place, entry in enumerate(entries, 1):
         if entry.hash != _hash(entry):
             problems.append(f"entry {entry.sequence} was changed: its hash does not fit")
@@ -182,10 +187,11 @@ def apply(store: Store, entry: LedgerEntry) -> None:
     store.client.set_registered_model_tag(entry.name, APPLIED + entry.alias, entry.hash)
 
 
-def settle(store: Store, name: str) -> list[LedgerEntry]:
-    """Finish the moves that a killed process left unfinished. Returns their entries.
+def settle(store: Store, name: str, *, who: str) -> list[LedgerEntry]:
+    """Finish the moves that a killed process left unfinished. Returns the entries that were carried out.
 
-    Raises DamagedArtifact where the files that such an entry points at are not those it was written for.
+    Where the files that such an entry points at are gone or damaged by now, the alias stays where it is, and
+    an entry of `who` says so.
     """
     finished = []
     ledger = read(store, name)
@@ -194,10 +200,29 @@ def settle(store: Store, name: str) -> list[LedgerEntry]:
         if entry is None or ledger.moved(alias):
             continue
         if entry.to_version is not None and ledger.aliases.get(alias) != entry.to_version:
-            store.folder(store.get(f"{name}/{entry.to_version}"))
+            try:
+                store.folder(store.get(f"{name}/{entry.to_version}"))
+            except (DamagedArtifact, BadInput) as error:
+                entry = _taken_back(store, entry, who, error.message)
         apply(store, entry)
         finished.append(entry)
     return finished
+
+
+def _taken_back(store: Store, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
+    """The entry that leaves an alias where `entry` was about to take it from."""
+    return append(
+        store,
+        entry.name,
+        who=who,
+        alias=entry.alias,
+        action="rollback" if entry.action == "promote" else "adopt",
+        from_version=entry.to_version,
+        to_version=entry.from_version,
+        artifact=_digest(store, entry.name, entry.from_version),
+        verdict=None,
+        reason=f"entry {entry.sequence} was never carried out: {why}"[:LONGEST_REASON],
+    )
 
 
 def adopt(store: Store, name: str, alias: str, *, who: str, reason: str) -> LedgerEntry | None:
@@ -206,10 +231,7 @@ def adopt(store: Store, name: str, alias: str, *, who: str, reason: str) -> Ledg
     if ledger.moved(alias) is None:
         return None
     last, now = ledger.last(alias), ledger.aliases.get(alias)
-    try:
-        artifact = store.get(f"{name}/{now}").digest if now is not None else None
-    except BadInput:  # a version that Limbeck did not register
-        artifact = None
+    artifact = _digest(store, name, now)
     entry = append(
         store,
         name,
@@ -224,6 +246,13 @@ def adopt(store: Store, name: str, alias: str, *, who: str, reason: str) -> Ledg
     )
     apply(store, entry)
     return entry
+
+
+def _digest(store: Store, name: str, number: int | None) -> str | None:
+    try:
+        return store.get(f"{name}/{number}").digest if number is not None else None
+    except BadInput:  # deleted, or a version that Limbeck did not register
+        return None
 
 
 def _hash(entry: LedgerEntry) -> str:

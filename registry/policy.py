@@ -132,11 +132,15 @@ def judge(
 def best_card(policy: Policy, version: Version, cards: Sequence[Scorecard]) -> Scorecard | None:
     """The scorecard to judge by: the newest that answers all the policy asks, else the newest; or None."""
 
+    asked = policy.quality
+
     def answers(card: Scorecard) -> bool:
         return (
             card.artifact == version.digest
             and card.relative is not None
-            and set(policy.quality.tasks) <= card.tasks.keys()
+            and set(asked.tasks) <= card.tasks.keys()
+            and asked.min_task_retention.keys() <= card.relative.task_retention.keys()
+            and all(result.documents >= (asked.min_documents or 0) for result in card.tasks.values())
             and (card.cost is not None or policy.cost == CostLimits())
         )
 

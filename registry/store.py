@@ -29,7 +29,7 @@ from registry.run import Run, key
 EXPERIMENT = "limbeck"
 FIELDS = set(Version.model_fields) - {"name", "version", "source", "created", "run_id", "aliases"}
 NAME = re.compile(r"[^\W_][\w.-]{0,199}")
-REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d{1,9})|@(?P<alias>[^/@]+))")
 
 
 class Store(Findings):
@@ -248,15 +248,30 @@ class Store(Findings):
             name: of this registered model alone.
             filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8'".
         """
+        if name is not None and not NAME.fullmatch(name):
+            return []
         filters = ([f"name = '{name}'"] if name else []) + ([filter_string] if filter_string else [])
         found: list[Version] = []
         token = None
         while True:
-            page = self.client.search_model_versions(" and ".join(filters), max_results=1000, page_token=token)
+            page = self.client.search_model_versions(
+                " and ".join(filters),
+                max_results=1000,
+                order_by=["name ASC", "version_number ASC"],
+                page_token=token,
+            )
             found += [_version(v) for v in page if TAG + "digest" in v.tags]
             token = page.token
             if not token:
-                return sorted(found, key=lambda v: (v.name, v.version))
+                return self._with_aliases(found)
+
+    def _with_aliases(self, versions: list[Version]) -> list[Version]:
+        """MLflow's search leaves them out."""
+        aliases = {name: self.aliases(name) for name in sorted({version.name for version in versions})}
+        return [
+            v.model_copy(update={"aliases": tuple(sorted(a for a, n in aliases[v.name].items() if n == v.version))})
+            for v in versions
+        ]
 
     def names(self) -> list[str]:
         """The registered models that have versions of Limbeck's."""
@@ -315,7 +330,7 @@ class Store(Findings):
         """One process of this machine at a time (a file lock in `home()`)."""
         from filelock import FileLock
 
-        path = home() / "locks" / f"{name}.lock"
+        path = home() / "locks" / (re.sub(r"[^\w.-]", "_", name) + ".lock")
         path.parent.mkdir(exist_ok=True)
         with FileLock(path):
             yield

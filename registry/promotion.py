@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from registry import ledger
 from registry.errors import BadInput, Refused
 from registry.policy import Policy, best_card, judge
-from registry.records import LedgerEntry, Scorecard, Verdict, Version
+from registry.records import LedgerEntry, RuleResult, Scorecard, Verdict, Version
 from registry.store import Store
+
+NEAREST = 5  # how many of the refused candidates an error tells of
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Candidate:
         """Dollars per million tokens; infinite where it was not measured."""
         return self.card.cost.usd_per_million_tokens if self.card and self.card.cost else float("inf")
 
+    @property
+    def failing(self) -> list[RuleResult]:
+        """The rules that do not pass."""
+        return [rule for rule in self.verdict.rules if rule.outcome != "pass"]
+
 
 @dataclass(frozen=True)
 class Promotion:
@@ -33,10 +40,25 @@ class Promotion:
 
     name: str
     alias: str
-    candidates: list[Candidate]
+    candidates: list[Candidate]  # cheapest first
     chosen: Version
+    before: int | None  # the version that the alias pointed at
     entry: LedgerEntry | None  # None: a dry run, or the alias was there already
-    moved: bool
+
+
+class Vetoed(Refused):
+    """No candidate passes the policy; `candidates` are the nearest first."""
+
+    def __init__(self, candidates: list[Candidate], alias: str) -> None:
+        nearest = sorted(candidates, key=lambda c: (len(c.failing), c.price, c.version.version))
+        lines = [f"nothing is promoted to {alias}:"]
+        for candidate in nearest[:NEAREST]:
+            lines.append(f"  {candidate.version.ref}: {candidate.verdict.outcome}")
+            lines += [f"    {rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing]
+        if len(nearest) > NEAREST:
+            lines.append(f"  and {len(nearest) - NEAREST} more that are further from passing")
+        super().__init__("\n".join(lines))
+        self.candidates = nearest
 
 
 def promote(
@@ -45,12 +67,15 @@ def promote(
     alias: str,
     policy: Policy,
     *,
-    reason: str = "",
     who: str | None = None,
+    reason: str = "",
     dry_run: bool = False,
     adopt: bool = False,
 ) -> Promotion:
     """Point an alias at a version that passes a policy.
+
+    The verdicts are kept, the files are verified, the move is written to the ledger and then made; one process
+    at a time for each model. An alias that is there already is left alone, without an entry.
 
     Args:
         store: where the versions are.
@@ -58,15 +83,15 @@ def promote(
             that pass.
         alias: such as `production`.
         policy: the rules.
+        who: kept in the ledger; `user()` where None.
         reason: kept in the ledger.
-        who: kept in the ledger; `$LIMBECK_USER` or the user's name where None.
         dry_run: judge, and write nothing.
         adopt: where the alias was moved through MLflow itself, or the ledger was tampered with: go on,
             and write the alias as it is found into the ledger first.
 
     Raises:
-        Refused: no candidate passes (with each failing rule and its numbers), or the alias is not where the
-            ledger says.
+        Vetoed: no candidate passes; with each failing rule and its numbers.
+        Refused: the alias is not where the ledger says.
         BadInput: no such version, no ONNX variant, an alias that cannot be used.
         DamagedArtifact: the files of the chosen version are not those that were scored.
     """
@@ -74,22 +99,20 @@ def promote(
     versions = _candidates(store, model)
     name = versions[0].name
     with store.lock(f"promote-{name}"):
-        if not dry_run:
-            _settled(store, name, alias, _who(who), adopt)
+        _check_ledger(store, name, alias, who or user(), adopt=adopt, dry_run=dry_run)
         candidates = [_judged(store, version, policy, keep=not dry_run) for version in versions]
-        passing = [candidate for candidate in candidates if candidate.verdict.outcome == "pass"]
-        if not passing:
-            raise _refusal(candidates, alias)
-        best = min(passing, key=lambda candidate: (candidate.price, candidate.version.version))
+        candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))
+        best = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
+        if best is None:
+            raise Vetoed(candidates, alias)
         store.folder(best.version)  # the very files, again
         before = store.aliases(name).get(alias)
         entry = None
-        moved = before != best.version.version
-        if moved and not dry_run:
+        if not dry_run and before != best.version.version:
             entry = ledger.append(
                 store,
                 name,
-                who=_who(who),
+                who=who or user(),
                 alias=alias,
                 action="promote",
                 from_version=before,
@@ -99,24 +122,34 @@ def promote(
                 reason=reason,
             )
             ledger.apply(store, entry)
-        return Promotion(name, alias, candidates, best.version, entry, moved and not dry_run)
+        return Promotion(name, alias, candidates, best.version, before, entry)
 
 
 def rollback(
-    store: Store, name: str, alias: str, *, reason: str = "", who: str | None = None, adopt: bool = False
+    store: Store, name: str, alias: str, *, who: str | None = None, reason: str = "", adopt: bool = False
 ) -> LedgerEntry:
     """Point an alias at the version before, as the ledger knows it; its files are verified first.
 
     Rolling back the first promotion takes the alias away (`to_version` is None in the entry).
-    Raises Refused where there is nothing to go back to, or the alias is not where the ledger says;
-    DamagedArtifact where the version before is damaged.
+
+    Raises:
+        Refused: nothing to go back to, or the alias is not where the ledger says.
+        BadInput: no such model, or the version before was deleted.
+        DamagedArtifact: the version before is damaged; the alias stays.
     """
     ledger.check_alias(alias)
+    ledger.read(store, name)  # no lock for a name that is not there
     with store.lock(f"promote-{name}"):
-        _settled(store, name, alias, _who(who), adopt)
-        history = ledger.read(store, name).history(alias)
+        _check_ledger(store, name, alias, who or user(), adopt=adopt)
+        book = ledger.read(store, name)
+        history = book.history(alias)
         if not history:
             raise Refused(f"{name} has no promotion to {alias} to roll back")
+        if history[-1] != book.aliases.get(alias):
+            raise Refused(
+                f"the ledger of {name} does not tell where {alias} was before",
+                fix=f"name the version: limbeck promote {name}/VERSION --to {alias} --adopt",
+            )
         target = history[-2] if len(history) > 1 else None
         before = store.get(f"{name}/{target}") if target is not None else None
         if before is not None:
@@ -124,7 +157,7 @@ def rollback(
         entry = ledger.append(
             store,
             name,
-            who=_who(who),
+            who=who or user(),
             alias=alias,
             action="rollback",
             from_version=history[-1],
@@ -137,21 +170,26 @@ def rollback(
         return entry
 
 
-def _settled(store: Store, name: str, alias: str, who: str, adopt: bool) -> None:
+def user() -> str:
+    """Who the ledger says it was: `$LIMBECK_USER`, or the name of the user of this machine."""
+    try:
+        return os.environ.get("LIMBECK_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"
+
+
+def _check_ledger(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> None:
     """Finish what a killed process began; refuse to go on over what somebody else did."""
-    ledger.settle(store, name)
-    book = ledger.read(store, name)
-    problems = book.problems()
-    if (moved := book.moved(alias)) and moved not in problems:
-        problems.append(moved)
-    if not problems:
-        return
-    if not adopt:
+    if not dry_run:
+        ledger.settle(store, name, who=who)
+    problems = ledger.read(store, name).problems(alias)
+    if problems and not adopt:
         raise Refused(
             "\n".join([f"the ledger of {name} and its aliases do not agree:", *(f"  {p}" for p in problems)]),
             fix=f"look at: limbeck models history {name}; to go on from what is there, add --adopt",
         )
-    ledger.adopt(store, name, alias, who=who, reason="; ".join(problems)[: ledger.LONGEST_REASON])
+    if problems and not dry_run:
+        ledger.adopt(store, name, alias, who=who, reason="; ".join(problems)[: ledger.LONGEST_REASON])
 
 
 def _candidates(store: Store, model: str) -> list[Version]:
@@ -164,7 +202,7 @@ def _candidates(store: Store, model: str) -> list[Version]:
     if not variants:
         raise BadInput(
             f"{model} has no ONNX variant to promote",
-            fix=f"make them: limbeck export {model}; or name one version: limbeck promote {versions[-1].ref}",
+            fix=f"make them: limbeck export {versions[-1].ref}; or name a version: limbeck promote {versions[-1].ref}",
         )
     return variants
 
@@ -184,16 +222,3 @@ def _judged(store: Store, version: Version, policy: Policy, keep: bool) -> Candi
 
 def _digest(store: Store, ref: str | None) -> str | None:
     return store.get(ref).digest if ref else None
-
-
-def _refusal(candidates: list[Candidate], alias: str) -> Refused:
-    lines = [f"nothing is promoted to {alias}:"]
-    for candidate in candidates:
-        lines.append(f"  {candidate.version.ref}: {candidate.verdict.outcome}")
-        failing = [rule for rule in candidate.verdict.rules if rule.outcome != "pass"]
-        lines += [f"    {rule.rule} ({rule.outcome}): {rule.message}" for rule in failing]
-    return Refused("\n".join(lines))
-
-
-def _who(who: str | None) -> str:
-    return who or os.environ.get("LIMBECK_USER") or getpass.getuser()
