@@ -301,6 +301,15 @@ class Store(Findings):
         """
         return self._files(version.source, version.digest, version.ref)
 
+    def is_local(self, version: Version) -> bool:
+        """True where the store keeps a version's files on this machine; false where they are fetched."""
+        return _local_path(version.source) is not None
+
+    def at_hand(self, version: Version) -> Path | None:
+        """The folder of a version's files where they are on this machine, not verified; else None."""
+        path = _local_path(version.source) or home() / "artifacts-cache" / version.digest
+        return path if path.is_dir() else None
+
     def _files(self, source: str, digest: str, what: str | None = None) -> Path:
         path = _local_path(source)
         if path is not None:

@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A rich table on stdout; None is shown as a dash."""
+    """A rich table on stdout; None is shown as a dash, and what a cell says is shown as it is written."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,10 +42,16 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+        table.add_row(*("-" if cell is None else _printable(str(cell)) for cell in row))
     console = Console()
     # A pipe has no width: print whole cells rather than cut them at 80 columns.
-    Console(width=console.width if console.is_terminal else 200).print(table)
+    width = console.width if console.is_terminal else 200
+    Console(width=width, markup=False, emoji=False).print(table)
+
+
+def _printable(text: str) -> str:
+    """Somebody else's text without the control characters that could rewrite the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def progress() -> Any:
