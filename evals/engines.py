@@ -1,0 +1,175 @@
+"""Causal language models as lm-eval needs them: log-probabilities of chosen tokens, and new text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from export.runtime import Runtime
+from registry.errors import BadInput
+from registry.resolve import Model
+from registry.terminal import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Engine(Protocol):
+    """A loaded model.
+
+    Attributes:
+        tokenizer: transformers' tokenizer of the model's folder, as lm-eval's HFLM loads it.
+        max_length: the context in tokens, as HFLM finds it. vocab_size: width of the logits.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    vocab_size: int
+
+    def logprobs(
+        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of N chosen tokens, each after the tokens of its row up to its place.
+
+        Args:
+            input_ids: (B, T) int64, padded on the right. lengths: (B,) int64, of the rows without padding.
+            row, place, token: (N,) int64.
+
+        Returns:
+            (N,) float32 natural-log probabilities of `token`; (N,) bool, True where it is the likeliest.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, up to one of the `until` strings or the end of text.
+
+        Args:
+            prompts: token ids; all of them together are one batch.
+            **sampling: `do_sample`, `temperature` and what else lm-eval's tasks give for transformers.
+        """
+
+
+class TorchEngine:
+    """A transformers checkpoint in float32, on a GPU where there is one."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        import torch
+
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def logprobs(
+        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.logprobs`. No mask: what stands on the right of a token cannot change what it gives."""
+        import torch
+
+        first = int(place.min()) if self._picks else 0
+        keep = {"logits_to_keep": input_ids.shape[1] - first} if self._picks else {}
+        ids, rows, places, tokens = (
+            torch.from_numpy(array).to(self.model.device) for array in (input_ids, row, place - first, token)
+        )
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, use_cache=False, **keep).logits[rows, places].float()
+            chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            return chosen.cpu().numpy(), (logits.argmax(-1) == tokens).cpu().numpy()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> list[list[int]]:
+        """See `Engine.generate`. With the checkpoint's own generation settings beneath, as HFLM."""
+        import torch
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        pad = self.tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        if not sampling.get("do_sample"):
+            sampling = {key: value for key, value in sampling.items() if key != "temperature"}
+        device = self.model.device
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=stop_sequences_criteria(self.tokenizer, list(until), width, len(prompts)),
+                pad_token_id=pad,
+                use_cache=True,
+                **sampling,
+            )
+        return output[:, width:].tolist()
+
+
+class OnnxEngine:
+    """An ONNX artifact in Limbeck's own runtime, the one that serves it."""
+
+    def __init__(self, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.vocab_size = runtime.vocab_size
+
+    def logprobs(
+        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.logprobs`."""
+        mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        logits = self.runtime.logits(input_ids, mask)[row, place]
+        greatest = logits.max(axis=-1)
+        chosen = np.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        greedy = logits.argmax(axis=-1) == token
+        logits -= greatest[:, None]
+        return chosen - greatest - np.log(np.exp(logits, out=logits).sum(axis=-1)), greedy
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> list[list[int]]:
+        """See `Engine.generate`. Raises BadInput for a setting that the runtime does not have."""
+        settings = {key: value for key, value in sampling.items() if key in ("top_k", "top_p") and value is not None}
+        if sampling.pop("do_sample", False):
+            settings["temperature"] = sampling.get("temperature") or 1.0
+        if unknown := sorted(sampling.keys() - {"temperature", "top_k", "top_p"}):
+            raise BadInput(
+                f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model cannot do",
+                fix="leave it out of the task, or score the PyTorch model",
+            )
+        stop = [text for text in until if text]
+        completions = self.runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
+        return [completion.token_ids for completion in completions]
+
+
+def load(model: Model, trust_remote_code: bool = False) -> Engine:
+    """The engine for a model: onnxruntime for an ONNX artifact, else PyTorch.
+
+    Raises BadInput where transformers cannot load the model or its tokenizer.
+    """
+    quiet_libraries()
+    import torch
+    from lm_eval.models.utils import configure_pad_token, resolve_max_length
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model.path, **trust)
+        tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(model.path, **trust), model_config=config)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{model.label}: its configuration or tokenizer cannot be loaded: {error}") from error
+    max_length = resolve_max_length(config, tokenizer)
+    if model.engine == "onnxruntime":
+        # The files were verified when the model was resolved.
+        return OnnxEngine(Runtime.load(model.path, verify=False), tokenizer, max_length)
+    try:
+        torch_model = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, dtype=torch.float32, use_safetensors=True, **trust
+        )
+    except Exception as error:  # safetensors and transformers raise types of no one family
+        raise BadInput(f"{model.label} cannot be loaded as a causal language model: {error}") from error
+    return TorchEngine(torch_model, tokenizer, max_length)
