@@ -55,7 +55,7 @@ def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[s
         verify(part, digest)
         given = {key: value for key, value in manifest.items() if key not in ("format", "digest", "files")}
         write_manifest(part, **given | (about or {}) | {"bundle": True})
-        name = (about or {}).get("name", to.name)
+        name = (about or {}).get("model", to.name)
         (part / "README.md").write_text(
             README.format(name=name, folder=to, digest=digest, precision=given["precision"])
         )

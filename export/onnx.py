@@ -8,7 +8,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ def export(
         BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
             or is of an architecture that optimum cannot export. DamagedArtifact: truncated weights.
     """
-    if precision not in PRECISIONS:
-        raise BadInput(f"precision {precision!r} is unknown", fix=f"use one of: {', '.join(PRECISIONS)}")
+    check_precisions([precision])
     model, out = Path(model), Path(out)
     if check_folder(model) != "torch":
         raise BadInput(f"{model} is an ONNX artifact", fix="export the PyTorch model it came from")
@@ -85,6 +84,15 @@ def export(
             parent=parent,
             made_with=_versions(),
         )
+
+
+def check_precisions(precisions: Sequence[str]) -> list[str]:
+    """The names without blanks around them. Raises BadInput for one that is none."""
+    names = [precision.strip() for precision in precisions]
+    for name in names:
+        if name not in PRECISIONS:
+            raise BadInput(f"precision {name!r} is unknown", fix=f"use one of: {', '.join(PRECISIONS)}")
+    return names
 
 
 def supported_model_types() -> list[str]:

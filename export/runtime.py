@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from export.detokenize import Detokenizer
-from export.sampling import Sampling, choose, log_softmax
+from export.sampling import Sampling, choose, likeliest, log_softmax
 from registry.digest import verify as verify_digest
 from registry.errors import BadInput, DamagedArtifact
 
@@ -164,6 +165,28 @@ class Runtime:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def prompt_ids(self, prompt: str | Sequence[int], *, room: int = 1) -> list[int]:
+        """Token ids of a prompt; an empty one is the token that begins a text.
+
+        Raises BadInput where an id is none of the model's, or the context has no room for `room` more tokens.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            begin = self.bos_token_id
+            if begin is None:
+                begin = min(self.eos_token_ids, default=None)
+            if begin is None:
+                raise BadInput("the prompt is empty and the model has no token that begins a text")
+            ids = [begin]
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
+        if len(ids) + room > self.max_length:
+            raise BadInput(
+                f"the prompt has {len(ids)} tokens, the context {self.max_length}: no room for {room} new",
+                fix="shorten the prompt",
+            )
+        return ids
+
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """Logits of whole texts, without a cache.
 
@@ -177,6 +200,12 @@ class Runtime:
         logits, _ = self._forward(input_ids, attention_mask, positions(attention_mask), cache, grow=False)
         return logits.astype(np.float32, copy=False)
 
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits of one text of T token ids, in pieces that add up to (T, V): a long one takes no more memory."""
+        tokens = np.array([prompt], np.int64)
+        for logits, _ in self._pieces(tokens, np.ones_like(tokens)):
+            yield logits[0]
+
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
         """Complete each prompt; all of them together as one batch.
 
@@ -187,7 +216,7 @@ class Runtime:
         Raises:
             BadInput: a prompt that leaves no room in the context, or a setting out of range.
         """
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
         request = Sampling(**sampling)
         start = time.perf_counter()
         events, times = [], []
@@ -215,7 +244,7 @@ class Runtime:
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
         """The text of one completion, piece by piece as it is generated; whole characters only."""
-        for event in self.events([self._prompt_ids(prompt)], Sampling(**sampling)):
+        for event in self.events([self.prompt_ids(prompt)], Sampling(**sampling)):
             if event.piece:
                 yield event.piece
 
@@ -235,7 +264,8 @@ class Runtime:
         for row in rows:
             tokens[row.index, width - len(row.prompt) :] = row.prompt
             mask[row.index, width - len(row.prompt) :] = 1
-        logits, cache = self._prefill(tokens, mask)
+        output, cache = deque(self._pieces(tokens, mask), maxlen=1).pop()
+        logits = output[:, -1]
         place = mask.sum(axis=1, keepdims=True)
         while True:
             for row in rows:
@@ -250,15 +280,15 @@ class Runtime:
             logits = output[:, -1]
             place = place + 1
 
-    def _prefill(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[ort.OrtValue]]:
-        """(B, T) tokens and mask -> (B, V) logits of the last position, and the cache."""
+    def _pieces(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
+        """Read (B, T) tokens in pieces of t tokens: the (B, t, V) logits of each, and the cache after it."""
         batch, width = tokens.shape
         cache, place = self._empty_cache(batch), positions(mask)
         piece = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
         for start in range(0, width, piece):
             end = min(start + piece, width)
             logits, cache = self._forward(tokens[:, start:end], mask[:, :end], place[:, start:end], cache)
-        return logits[:, -1], cache
+            yield logits, cache
 
     def _forward(
         self,
@@ -294,25 +324,6 @@ class Runtime:
             sizes = [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
             empty.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, NUMPY_TYPES[item.type])))
         return empty
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt; an empty one is the token that begins a text."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not ids:
-            begin = self.bos_token_id
-            if begin is None:
-                begin = min(self.eos_token_ids, default=None)
-            if begin is None:
-                raise BadInput("the prompt is empty and the model has no token that begins a text")
-            ids = [begin]
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
-        if len(ids) >= self.max_length:
-            raise BadInput(
-                f"the prompt has {len(ids)} tokens, the context {self.max_length}: no room for new ones",
-                fix="shorten the prompt",
-            )
-        return ids
 
     def _token_id(self, name: str) -> int | None:
         value = self.generation_config.get(name, self.config.get(name))
@@ -357,10 +368,7 @@ class _Row:
         if self.sampling.logprobs is None:
             return Event(self.index, token, piece, self.finish_reason)
         logprobs = log_softmax(logits.astype(np.float64))
-        top = {}
-        if self.sampling.logprobs:
-            best = np.argsort(-logprobs, kind="stable")[: self.sampling.logprobs]
-            top = {int(other): float(logprobs[other]) for other in best}
+        top = likeliest(logprobs, self.sampling.logprobs)
         return Event(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)
 
 

@@ -47,6 +47,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def likeliest(logprobs: np.ndarray, count: int) -> dict[int, float]:
+    """The `count` likeliest tokens of (V,) log-probabilities, best first, with theirs."""
+    best = np.argsort(-logprobs, kind="stable")[:count]
+    return {int(token): float(logprobs[token]) for token in best}
+
+
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """(V,) logits -> (V,) float64 probabilities after temperature, top-k and top-p, as transformers."""
     scores = logits.astype(np.float64) / sampling.temperature

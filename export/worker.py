@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="limbeck-worker", daemon=True).start()
 
-    async def results(self, start: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
+    async def results(self, start: Callable[[], Iterator[Any]]) -> AsyncGenerator[Any]:
         """What the generator that `start` makes yields in the thread; what it raises is raised here."""
         job = _Job(start, asyncio.get_running_loop())
         self._jobs.put(job)

@@ -1,0 +1,248 @@
+"""`limbeck export`, `deploy`, `serve` and `generate`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.errors import BadInput
+from registry.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from export.sampling import Sampling
+    from export.variants import Variant
+    from registry.resolve import Model
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="For one operator. [default: the physical cores]"
+)
+
+
+@click.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--precision", default="fp32,int8", show_default=True, help="Comma-separated: fp32, int8.")
+@click.option("--to", type=click.Path(path_type=Path), help="A folder for DIR/fp32, DIR/int8; nothing is registered.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Held-out text to compare on: JSON lines with a text.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@format_option
+def export(
+    models: tuple[str, ...], precision: str, to: Path | None, texts: Path | None, trust_remote_code: bool, output: str
+) -> None:
+    """Export each MODEL to ONNX, and hold every variant against PyTorch on held-out text.
+
+    The variants of a registered version are registered as versions of the same name; those of a folder or hub
+    id go to FOLDER-onnx/. An fp32 graph that does not give what PyTorch gives is refused (exit code 1).
+    """
+    quiet_libraries()
+    from export.onnx import check_precisions
+    from export.variants import read_texts
+    from registry.resolve import resolve_all
+
+    precisions = check_precisions(precision.split(","))
+    documents = read_texts(texts) if texts else None
+    found = [model for model in resolve_all(models) if model.engine == "torch"]
+    if not found:
+        raise BadInput(f"{', '.join(models)}: an ONNX artifact already", fix="export the PyTorch model it came from")
+    if to and len(found) > 1:
+        raise BadInput(f"--to takes one model, not {len(found)}", fix="export them one by one")
+    variants = []
+    with progress() as bar:
+        task = bar.add_task("export", total=len(found), rate="")
+        for model in found:
+            variants += _export(model, precisions, documents, to, trust_remote_code)
+            bar.advance(task)
+    if output == "json":
+        print_json([variant.row() for variant in variants])
+        return
+    columns = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "top-1", "bits/byte", "greedy", ""]
+    print_table("ONNX variants against PyTorch", columns, map(_variant_row, variants))
+
+
+def _export(
+    model: Model, precisions: list[str], texts: list[str] | None, to: Path | None, trust_remote_code: bool
+) -> list[Variant]:
+    from export.variants import export_folder, export_version
+
+    if model.version and to is None:
+        from registry.store import Store
+
+        return export_version(Store(), model.version, precisions, texts, tell=say, trust_remote_code=trust_remote_code)
+    if to is None:
+        folder = Path(model.label)
+        local = folder.is_dir()
+        to = model.path.with_name(model.path.name + "-onnx") if local else Path(folder.name + "-onnx")
+    return export_folder(model.path, to, precisions, texts, tell=say, trust_remote_code=trust_remote_code)
+
+
+def _variant_row(variant: Variant) -> tuple[Any, ...]:
+    parity = variant.parity
+    row = (variant.model, variant.parent, variant.precision, f"{variant.bytes / 1e6:.1f}")
+    if parity is None:
+        return (*row, None, None, None, None, None, None)
+    change = parity.bits_per_byte - parity.bits_per_byte_reference
+    return (
+        *row,
+        f"{parity.max_logprob_diff:.1e}",
+        f"{parity.mean_kl:.1e}",
+        f"{parity.top1_agreement:.1%}",
+        f"{parity.bits_per_byte:.3f} ({change:+.3f})",
+        "same" if parity.greedy_identical else "differs",
+        "new" if variant.new else "was there",
+    )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
+@format_option
+def deploy(model: str, to: Path, output: str) -> None:
+    """Copy the ONNX artifact MODEL, verified, to a folder that needs no registry.
+
+    `limbeck serve DIR` serves it on a host without torch, transformers or MLflow.
+    """
+    from export.bundle import deploy as copy
+
+    found = _onnx(model)
+    digest = copy(found.path, to, digest=found.digest, about={"model": found.name})
+    if output == "json":
+        print_json({"bundle": str(to), "model": found.name, "digest": digest})
+        return
+    print(f"{to}: {found.name}, digest {digest[:12]}, verified")
+    say(f"serve it: limbeck serve {to}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@threads_option
+def serve(model: str, host: str, port: int, threads: int | None) -> None:
+    """Serve the ONNX model MODEL over OpenAI-compatible HTTP: /v1/completions, /v1/models, /health.
+
+    MODEL is a bundle or ONNX folder, NAME/VERSION or NAME@ALIAS. Where LIMBECK_API_KEY is set, clients have to
+    send it as their API key. SIGTERM lets running requests end first.
+    """
+    from export.runtime import Runtime
+    from export.server import listen
+    from export.server import serve as run
+
+    found = _onnx(model)
+    runtime = Runtime.load(found.path, threads=threads, expected=found.digest)
+    listener = listen(host, port)
+    api_key = os.environ.get("LIMBECK_API_KEY") or None
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+    name = model if "@" in model else found.name  # a name that stays when the alias moves
+    say(f"{name}, digest {runtime.digest[:12]}, at {address}")
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        say("no API key is asked for: set LIMBECK_API_KEY to ask for one")
+    run(runtime, name, listener, api_key)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="The most to add.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens that hold this probability together.")
+@click.option("--seed", type=int, help="The same draws each time.")
+@click.option("--stop", multiple=True, help="End before this text; can be given again.")
+@click.option("--beside", metavar="TEACHER", help="Another model to complete the same prompt, for its speed.")
+@threads_option
+@format_option
+def generate(
+    model: str,
+    prompt: str | None,
+    beside: str | None,
+    threads: int | None,
+    output: str,
+    **sampling: Any,
+) -> None:
+    """Complete PROMPT (or what stands on stdin) with MODEL, and tell the speed.
+
+    An ONNX artifact runs in the torch-free runtime, a torch model through transformers. The files' digest is
+    checked first.
+    """
+    quiet_libraries()
+    from export.sampling import Sampling
+
+    request = Sampling(**sampling)
+    if prompt is None:
+        prompt = click.get_text_stream("stdin", encoding="utf-8").read()
+    results = [_complete(_find(name), prompt, request, threads) for name in (model, beside) if name]
+    if output == "json":
+        print_json(results)
+        return
+    print(prompt + results[0]["text"])
+    columns = ["model", "engine", "digest", "new tokens", "load", "prefill", "decode"]
+    print_table("", columns, map(_speed_row, results))
+
+
+def _complete(found: Found, prompt: str, sampling: Sampling, threads: int | None) -> dict[str, Any]:
+    from export.complete import complete_onnx, complete_torch
+
+    if found.engine == "onnxruntime":
+        done = complete_onnx(found.path, prompt, sampling, threads=threads, digest=found.digest)
+    else:
+        done = complete_torch(found.path, prompt, sampling, threads=threads, digest=found.digest)
+    speeds = {"prefill_tokens_per_s": done.prefill_tokens_per_s, "decode_tokens_per_s": done.decode_tokens_per_s}
+    return {"model": found.name, "engine": found.engine, **asdict(done), **speeds}
+
+
+def _speed_row(done: dict[str, Any]) -> tuple[Any, ...]:
+    decode = done["decode_tokens_per_s"]
+    return (
+        done["model"],
+        done["engine"],
+        done["digest"][:12],
+        done["new_tokens"],
+        f"{done['load_s']:.2f} s",
+        f"{done['prefill_tokens_per_s']:,.0f} tok/s",
+        decode and f"{decode:,.0f} tok/s",
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The artifact that a MODEL means."""
+
+    path: Path
+    name: str
+    engine: str
+    digest: str | None  # None: its manifest decides, when it is loaded
+
+
+def _find(text: str) -> Found:
+    """As `registry.resolve.resolve`; an ONNX folder without it, as a serving host needs."""
+    from export.bundle import is_bundle
+    from registry.digest import read_manifest
+
+    folder = Path(text).expanduser()
+    if is_bundle(folder) or (folder / "model.onnx").is_file():
+        name = read_manifest(folder).get("model") or folder.resolve().name
+        return Found(folder, str(name), "onnxruntime", None)
+    from registry.resolve import resolve
+
+    model = resolve(text)
+    return Found(model.path, model.label, model.engine, model.digest)
+
+
+def _onnx(text: str) -> Found:
+    """As `_find`. Raises BadInput, naming the ONNX variants there are, where it is a torch model."""
+    found = _find(text)
+    if found.engine == "onnxruntime":
+        return found
+    name, _, version = found.name.rpartition("/")
+    variants = []
+    if name and version.isdecimal() and not Path(text).is_dir():
+        from registry.store import Store
+
+        variants = [v for v in Store().versions(name) if v.kind == "onnx" and v.parent == found.name]
+    there = ", ".join(f"{variant.ref} ({variant.precision})" for variant in variants)
+    raise BadInput(
+        f"{text} is a torch model; what is deployed and served is ONNX",
+        fix=f"its ONNX variants: {there}" if there else f"export it first: limbeck export {text}",
+    )
