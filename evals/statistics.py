@@ -6,7 +6,7 @@ so they are compared document by document (Miller, "Adding Error Bars to Evals",
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CONFIDENCE = 0.95
+SIDES = ("student", "teacher")
 KEY = ["task", "doc_id", "doc_hash", "prompt_hash"]  # what makes two documents the same
 
 
@@ -66,11 +67,12 @@ def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult
     codes = _codes(pairs["cluster"])
     differences, retentions, left_out = {}, {}, {}
     for name, result in tasks.items():
-        rows = pairs["task"].isin(list(_leaves(name, tasks))).to_numpy()
+        rows = pairs["task"].isin(_leaves(name, tasks)).to_numpy()
         if len(np.unique(codes[rows])) < 2:
             left_out[name] = "it needs documents of two groups or more to tell how sure a score is"
             continue
-        ours, theirs = _means(pairs[rows], codes[rows], result)
+        weights = pairs["weight"].to_numpy(np.float64)[rows]
+        ours, theirs = (_mean(pairs[who].to_numpy(np.float64)[rows], weights, codes[rows]) for who in SIDES)
         differences[name] = _combine(ours.value - theirs.value, (1, ours), (-1, theirs))
         if _clear(theirs, result):
             retentions[name] = _retention(ours, theirs, result)
@@ -136,16 +138,6 @@ def _combine(value: float, *terms: tuple[float, _Estimate]) -> _Estimate:
     return _Estimate(value, errors, min(estimate.freedom for _, estimate in terms))
 
 
-def _means(pairs: pd.DataFrame, codes: np.ndarray, result: TaskResult) -> tuple[_Estimate, _Estimate]:
-    """The student's and the teacher's mean, as the task takes it."""
-    weights = pairs["weight"].to_numpy(np.float64)
-    ours, theirs = pairs["student"].to_numpy(np.float64), pairs["teacher"].to_numpy(np.float64)
-    if not np.isclose(_mean(theirs, weights, codes).value, result.value):
-        # A group whose sub-tasks count alike, however many documents each has.
-        weights = weights / pairs.groupby("task")["weight"].transform("sum").to_numpy(np.float64)
-    return _mean(ours, weights, codes), _mean(theirs, weights, codes)
-
-
 def _clear(teacher: _Estimate, result: TaskResult) -> bool:
     """Whether the teacher's whole interval is better than chance; above 0 where the metric has no chance."""
     interval = teacher.interval()
@@ -168,13 +160,9 @@ def _codes(clusters: Any) -> np.ndarray:
     return np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
 
 
-def _leaves(name: str, tasks: Mapping[str, TaskResult]) -> Iterator[str]:
-    """The task itself, or the tasks that a group is made of, however deep."""
-    inside = [other for other, result in tasks.items() if result.group == name]
-    for other in inside:
-        yield from _leaves(other, tasks)
-    if not inside:
-        yield name
+def _leaves(name: str, tasks: Mapping[str, TaskResult]) -> list[str]:
+    """The sub-tasks of a group, or the task itself."""
+    return [other for other, result in tasks.items() if result.group == name] or [name]
 
 
 def _pair(student: pa.Table, teacher: pa.Table) -> pd.DataFrame:

@@ -197,12 +197,6 @@ def test_a_group_counts_once_and_pools_its_documents() -> None:
     assert found.task_retention["a"].value == pytest.approx(kept(student["a"], teacher["a"]))
     assert found.retention is not None
     assert found.retention.value == pytest.approx((group + single) / 2)
-    # A group that weighs its sub-tasks alike, whatever their size.
-    means = {name: np.mean(teacher[name]["value"]) for name in "ab"}
-    tasks["group"] = result(pooled, value=(means["a"] + means["b"]) / 2)
-    alike = sum(np.mean(student[name]["value"]) for name in "ab") / 2
-    expected = (alike - 0.25) / (tasks["group"].value - 0.25)
-    assert compare(*tables, tasks).task_retention["group"].value == pytest.approx(expected)
 
 
 def test_a_teacher_that_guesses_is_left_out_of_the_mean() -> None:
