@@ -127,6 +127,7 @@ def _metrics(card: Scorecard) -> dict[str, float]:
     if card.cost:
         values |= {f"cost.{k}": v for k, v in card.cost.model_dump().items() if not isinstance(v, str)}
     if relative := card.relative:
-        values |= {f"retention.{k}": v for k, v in relative.retention.model_dump().items() if k != "confidence"}
+        if relative.retention:
+            values |= {f"retention.{k}": v for k, v in relative.retention.model_dump().items() if k != "confidence"}
         values |= {"cost_ratio": relative.cost_ratio, "speedup": relative.speedup}
     return {name: float(value) for name, value in values.items() if value is not None}

@@ -180,7 +180,11 @@ def _quality(
     elif teacher_digest is not None and relative.teacher_digest != teacher_digest:
         words = f"scored against {relative.teacher}, which is not its teacher {version.teacher}"
         yield _rule("quality.teacher", "inconclusive", f"{words}; run: {evaluate}")
-    yield _at_least("quality.min_retention", "retention", relative.retention, asked.min_retention)
+    if relative.retention is None:
+        words = f"{relative.teacher} is not clearly better than guessing on any task: there is nothing to keep"
+        yield _rule("quality.min_retention", "inconclusive", words)
+    else:
+        yield _at_least("quality.min_retention", "retention", relative.retention, asked.min_retention)
     for task, limit in asked.min_task_retention.items():
         rule = f"quality.min_task_retention.{task}"
         estimate = relative.task_retention.get(task)

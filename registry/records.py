@@ -103,7 +103,7 @@ class Relative(Record):
 
     teacher: str  # NAME/VERSION or folder
     teacher_digest: str
-    retention: Estimate  # mean over tasks; 1 is the teacher's quality
+    retention: Estimate | None  # mean over tasks; 1 is the teacher's quality; None: the teacher only guesses
     task_retention: dict[str, Estimate]
     difference: dict[str, Estimate]  # student - teacher, in the metric's own units
     cost_ratio: float | None  # usd_per_million_tokens over the teacher's
