@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,7 @@ def generate(
 
     request = Sampling(**sampling)
     if prompt is None:
-        prompt = click.get_text_stream("stdin", encoding="utf-8").read()
+        prompt = sys.stdin.read()
     results = [_complete(_find(name), prompt, request, threads) for name in (model, beside) if name]
     if output == "json":
         print_json(results)

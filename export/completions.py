@@ -101,7 +101,7 @@ def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
     try:
         return [runtime.prompt_ids(prompt, room=min(1, body.length())) for prompt in prompts]
     except BadInput as error:
-        raise APIError(400, str(error), "prompt") from None
+        raise APIError(400, error.message, "prompt") from None
 
 
 @dataclass

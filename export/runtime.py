@@ -158,8 +158,11 @@ class Runtime:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with whatever special tokens the tokenizer adds."""
-        return self.tokenizer.encode(text).ids
+        """Token ids of a text, with whatever special tokens the tokenizer adds. Raises BadInput."""
+        try:
+            return self.tokenizer.encode(text).ids
+        except TypeError:  # a str with half of a surrogate pair has no UTF-8
+            raise BadInput("the text is not valid Unicode") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -182,7 +185,7 @@ class Runtime:
             raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
         if len(ids) + room > self.max_length:
             raise BadInput(
-                f"the prompt has {len(ids)} tokens, the context {self.max_length}: no room for {room} new",
+                f"the prompt has {len(ids)} tokens and wants room for {room} more; the context is {self.max_length}",
                 fix="shorten the prompt",
             )
         return ids

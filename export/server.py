@@ -95,7 +95,7 @@ def application(runtime: Runtime, model: str, api_key: str | None = None) -> ASG
 
     @api.exception_handler(BadInput)
     async def bad_input(request: Request, error: BadInput) -> Response:
-        return _response(APIError(400, str(error)))
+        return _response(APIError(400, error.message))
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -165,7 +165,7 @@ async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[dict[str,
             if delta.logprobs is not None:
                 # A new dictionary: the choices of one prompt were given the same one.
                 before = choice["logprobs"] or {}
-                choice["logprobs"] = {k: before.get(k, []) + (v or []) for k, v in delta.logprobs.items()}
+                choice["logprobs"] = {k: before.get(k, []) + v for k, v in delta.logprobs.items()}
     return [choices[index] for index in sorted(choices)]
 
 
@@ -180,7 +180,7 @@ async def _sse(
                 usage.completion += delta.new_tokens
                 yield _event({**head, "choices": [delta.row()], **extra})
         except Exception as error:  # the status is sent: all that is left is to tell it
-            message = str(error) if isinstance(error, BadInput) else "the server failed on this request"
+            message = error.message if isinstance(error, BadInput) else "the server failed on this request"
             yield _event(APIError(500, message).body())
             return
     if with_usage:
