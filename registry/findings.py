@@ -61,24 +61,20 @@ class Findings:
         cards = []
         for value in self._tagged(version, "scorecard."):
             pointer = json.loads(value)
-            path = self._fetched(pointer["run_id"], "scorecard.json", pointer["digest"])
-            card = Scorecard.model_validate_json(path.read_text())
-            if card.digest() != pointer["digest"]:
-                path.unlink(missing_ok=True)
-                raise DamagedArtifact(f"the scorecard of {version.ref}", ["it is not the one recorded"])
-            cards.append(card)
+            what = f"the scorecard of {version.ref}"
+            path = self._fetched(pointer, "scorecard.json", _card_digest, pointer["digest"], what)
+            cards.append(Scorecard.model_validate_json(path.read_text()))
         return sorted(cards, key=lambda card: card.created)
 
     def documents(self, version: Version, card: Scorecard) -> Path:
-        """The local parquet file of a scorecard's documents. Raises BadInput where there is none."""
-        digest = card.digest()
-        for value in self._tagged(version, f"scorecard.{digest[:16]}"):
+        """The local parquet file of a scorecard's documents.
+
+        Raises BadInput where there is none, DamagedArtifact where it is not what was recorded.
+        """
+        for value in self._tagged(version, f"scorecard.{card.digest()[:16]}"):
             pointer = json.loads(value)
-            path = self._fetched(pointer["run_id"], "documents.parquet", digest)
-            if file_digest(path) != pointer["documents"]:
-                path.unlink(missing_ok=True)
-                raise DamagedArtifact(f"the documents of {version.ref}", ["they are not those recorded"])
-            return path
+            what = f"the documents of {version.ref}"
+            return self._fetched(pointer, "documents.parquet", file_digest, pointer["documents"], what)
         raise BadInput(f"{version.ref} has no such scorecard", fix=f"limbeck eval {version.ref} --tasks ...")
 
     def add_parity(self, version: Version, parity: Parity) -> None:
@@ -111,14 +107,27 @@ class Findings:
     def _tag(self, version: Version, key: str, value: str) -> None:
         self.client.set_model_version_tag(version.name, str(version.version), key, value)
 
-    def _fetched(self, run_id: str, file: str, digest: str) -> Path:
-        """A run's artifact, kept in `home()` by the digest of its scorecard."""
-        cached = home() / "scorecards" / digest / file
-        if not cached.exists():
-            uri = self.client.get_run(run_id).info.artifact_uri
-            with TemporaryDirectory() as temporary, written_whole(cached) as part:
-                shutil.copyfile(self.client.download(f"{uri}/{file}", Path(temporary)), part)
+    def _fetched(
+        self, pointer: dict[str, str], file: str, digest_of: Callable[[Path], str], digest: str, what: str
+    ) -> Path:
+        """An artifact of a scorecard's run, kept in `home()`; fetched again where it was damaged there."""
+        cached = home() / "scorecards" / pointer["digest"] / file
+        if cached.exists() and digest_of(cached) == digest:
+            return cached
+        uri = self.client.get_run(pointer["run_id"]).info.artifact_uri
+        with TemporaryDirectory() as temporary, written_whole(cached) as part:
+            shutil.copyfile(self.client.download(f"{uri}/{file}", Path(temporary)), part)
+            if digest_of(part) != digest:
+                raise DamagedArtifact(what, [f"{uri}/{file} is not what was recorded"])
         return cached
+
+
+def _card_digest(file: Path) -> str:
+    """The digest of the scorecard in a file; "" where there is none."""
+    try:
+        return Scorecard.model_validate_json(file.read_text()).digest()
+    except ValueError:
+        return ""
 
 
 def _metrics(card: Scorecard) -> dict[str, float]:
