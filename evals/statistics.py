@@ -61,7 +61,7 @@ def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult
         tasks: the teacher's results.
 
     Raises:
-        BadInput: documents that do not pair, or values that are no numbers; they are named.
+        BadInput: documents that do not pair; they are named.
     """
     pairs = _pair(student, teacher)
     codes = _codes(pairs["cluster"])
@@ -90,6 +90,13 @@ def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult
         difference={name: estimate.interval() for name, estimate in differences.items()},
         left_out=left_out,
     )
+
+
+def check_numbers(documents: pa.Table, model: str) -> None:
+    """Raise BadInput, naming the documents, where a score is NaN or infinite."""
+    broken = documents.to_pandas()[~np.isfinite(documents["value"].to_numpy())]
+    if len(broken):
+        raise BadInput(f"the scores of {model} on {_named(broken)} are no numbers", fix="its logits are NaN there")
 
 
 def top_level(tasks: Mapping[str, TaskResult]) -> list[str]:
@@ -178,9 +185,6 @@ def _pair(student: pa.Table, teacher: pa.Table) -> pd.DataFrame:
             + "; ".join(f"{_named(rows)} {sides[str(side)]}" for side, rows in single.groupby("_merge", observed=True)),
             fix="score both anew on the same tasks: add --force",
         )
-    broken = pairs[~np.isfinite(pairs["student"].to_numpy() + pairs["teacher"].to_numpy())]
-    if len(broken):
-        raise BadInput(f"a score is no number: {_named(broken)}", fix="the model gives NaN or infinite logits there")
     return pairs
 
 

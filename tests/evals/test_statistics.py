@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import statsmodels.api as sm
 
-from evals.statistics import compare, mean_and_stderr
+from evals.statistics import check_numbers, compare, mean_and_stderr
 from registry.errors import BadInput
 from registry.records import TaskResult
 
@@ -221,8 +221,7 @@ def test_documents_that_do_not_pair_are_named() -> None:
         compare(table.slice(0, 3), table, {"t": result(table)})
 
 
-def test_a_score_that_is_no_number_is_named() -> None:
-    table = documents("t", np.arange(10.0), range(10))
-    broken = documents("t", [np.nan, *range(1, 10)], range(10))
-    with pytest.raises(BadInput, match="no number: documents t 0"):
-        compare(broken, table, {"t": result(table)})
+def test_scores_that_are_no_numbers_are_named() -> None:
+    check_numbers(documents("t", range(10), range(10)), "m/1")
+    with pytest.raises(BadInput, match="the scores of m/1 on documents t 0, t 3 are no numbers"):
+        check_numbers(documents("t", [np.nan, 1, 2, np.inf], range(4)), "m/1")
