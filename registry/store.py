@@ -196,12 +196,11 @@ class Store(Findings):
 
     def _discard(self, model: Any) -> None:
         """Take away a LoggedModel that became no version; best effort, it is invisible to Limbeck anyway."""
-        try:
+        path = _local_path(model.artifact_location)
+        if path and path.parent.name == model.model_id:
+            shutil.rmtree(path.parent, ignore_errors=True)  # first, as it may be the disk that is full
+        with suppress(Exception):
             self.client.delete_logged_model(model.model_id)
-            if path := _local_path(model.artifact_location):
-                shutil.rmtree(path, ignore_errors=True)
-        except Exception:
-            return
 
     def get(self, ref: str) -> Version:
         """The version that `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI of these means.

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from registry.records import Cost, Estimate, Parity, Relative, Scorecard, TaskResult
+from registry.policy import CostLimits, Policy, Quality
+from registry.records import Cost, Estimate, Parity, Relative, Scorecard, TaskResult, Version
+from registry.store import Store
+
+POLICY = Policy(quality=Quality(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))
 
 
 @pytest.fixture
@@ -26,13 +33,79 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def make_card(artifact: str, **changes: Any) -> Scorecard:
+@pytest.fixture
+def make_card() -> Callable[..., Scorecard]:
     """A scorecard of two tasks; `retention` is (value, low, high), `usd` the price of a million tokens."""
+    return _card
+
+
+@pytest.fixture
+def make_parity() -> Callable[..., Parity]:
+    """A parity that passes."""
+    return _parity
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A parquet of two documents."""
+    file = tmp_path / "documents.parquet"
+    pq.write_table(pa.table({"doc_id": [0, 1], "value": [1.0, 0.0]}), file)
+    return file
+
+
+@dataclass
+class Still:
+    """A registered model `still`: a teacher, a student and the ONNX variants fp32, int8 and int4."""
+
+    store: Store
+    teacher: Version
+    student: Version
+    variants: dict[str, Version]
+    documents: Path
+
+    def score(self, version: Version, **changes: Any) -> Scorecard:
+        """Give a version a scorecard against its teacher."""
+        card = _card(version.digest, model=version.ref, teacher_digest=self.teacher.digest, **changes)
+        self.store.add_scorecard(version, card, self.documents)
+        return card
+
+
+@pytest.fixture
+def still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
+    """Nothing is scored yet; every variant has its parity."""
+    teacher = store.register("still", make_folder("teacher"), kind="teacher")
+    made = dict(parent=teacher.ref, teacher=teacher.ref, recipe="small")
+    student = store.register("still", make_folder("student"), kind="student", **made)
+    variants = {}
+    for precision in ("fp32", "int8", "int4"):
+        variants[precision] = store.register(
+            "still",
+            make_folder(precision, onnx=True),
+            kind="onnx",
+            engine="onnxruntime",
+            precision=precision,
+            **made | {"parent": student.ref},
+        )
+        store.add_parity(variants[precision], _parity(reference=student.digest, precision=precision))
+    return Still(store, teacher, student, variants, documents)
+
+
+@pytest.fixture
+def scored(still: Still) -> Still:
+    """fp32 (2 dollars) and int8 (1 dollar) pass POLICY; int4 is cheapest and fails."""
+    still.score(still.variants["fp32"], usd=2.0)
+    still.score(still.variants["int8"], usd=1.0)
+    still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))
+    return still
+
+
+def _card(artifact: str, **changes: Any) -> Scorecard:
     retention = changes.pop("retention", (0.97, 0.95, 0.99))
     usd = changes.pop("usd", 1.0)
     documents = changes.pop("documents", 500)
     tasks = changes.pop("tasks", ("bits", "choice"))
     cost_ratio = changes.pop("cost_ratio", 0.25)
+    teacher_digest = changes.pop("teacher_digest", "0" * 64)
     result = TaskResult(
         metric="acc",
         value=0.5,
@@ -61,8 +134,8 @@ def make_card(artifact: str, **changes: Any) -> Scorecard:
     value, low, high = retention
     estimate = Estimate(value=value, low=low, high=high)
     relative = Relative(
-        teacher="m/1",
-        teacher_digest="0" * 64,
+        teacher="still/1",
+        teacher_digest=teacher_digest,
         retention=estimate,
         task_retention=dict.fromkeys(tasks, estimate),
         difference={},
@@ -71,7 +144,7 @@ def make_card(artifact: str, **changes: Any) -> Scorecard:
     )
     fields: dict[str, Any] = {
         "artifact": artifact,
-        "model": "m/2",
+        "model": "still/2",
         "tasks": dict.fromkeys(tasks, result),
         "tasks_digest": "tasks",
         "prompts_digest": "prompts",
@@ -83,7 +156,7 @@ def make_card(artifact: str, **changes: Any) -> Scorecard:
     return Scorecard(**fields | changes)
 
 
-def make_parity(**changes: Any) -> Parity:
+def _parity(**changes: Any) -> Parity:
     fields: dict[str, Any] = {
         "reference": "r",
         "precision": "fp32",
