@@ -20,7 +20,6 @@ from registry.errors import BadInput, LimbeckError
 from registry.records import Cost
 from registry.resolve import Model
 
-DEFAULT_USD_PER_HOUR = 0.10  # a placeholder for one's own price; LIMBECK_USD_PER_HOUR overrides it
 REQUESTS = 10
 SECONDS = 3.0  # of timing; a slow model gets fewer requests, at least three
 
