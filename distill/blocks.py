@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -55,38 +54,44 @@ def make_blocks(
 ) -> Blocks:
     """Documents, each ended by EOS, laid end to end and cut into blocks; the last partial block is dropped.
 
-    Raises BadInput where the text does not fill one block.
+    Args:
+        max_length: tokens a block.
+        max_tokens: stop after the last whole block within so many.
+
+    Raises:
+        BadInput: a tokenizer without EOS, or text that does not fill one block.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise BadInput("the tokenizer has no EOS token", fix="give it one: documents are told apart by it")
-    ids: list[int] = []
-    lengths: list[tuple[int, int]] = []  # (tokens so far, bytes so far) after each document
-    size = 0
+    pieces: list[np.ndarray] = []
+    sizes: list[int] = []  # bytes of each piece
+    count = 0
     for start in range(0, len(documents), 64):
-        texts = [document.text for document in documents[start : start + 64]]
-        for text, tokens in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-            ids.extend(tokens)
-            ids.append(end)
-            size += len(text.encode())
-            lengths.append((len(ids), size))
-        if max_tokens and len(ids) >= max_tokens + max_length:
+        if max_tokens and count >= max_tokens:
             break
-    count = min(len(ids), max_tokens or len(ids)) // max_length
-    if count == 0:
+        texts = [document.text for document in documents[start : start + 64]]
+        tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        pieces += [np.asarray([*piece, end], dtype=np.int32) for piece in tokens]
+        sizes += [len(text.encode()) for text in texts]
+        count += sum(map(len, tokens)) + len(tokens)
+    used = min(count, max_tokens or count) // max_length * max_length
+    if used == 0:
         raise BadInput(
-            f"{len(ids)} tokens of text do not fill one block of {max_length}",
+            f"{count} tokens of text do not fill one block of {max_length}",
             fix="give more text or a smaller data.max_length",
         )
-    used = count * max_length
-    tokens_there, bytes_there = next((pair for pair in lengths if pair[0] >= used), lengths[-1])
-    array = np.asarray(ids[:used], dtype=np.int32).reshape(count, max_length)
-    # Bytes of a document that is cut are shared out by its tokens: exact up to that one document.
-    return Blocks(array, round(bytes_there * used / tokens_there), text_digest(array.tobytes()))
+    ids = np.concatenate(pieces)[:used].reshape(-1, max_length)
+    identity = text_digest(f"{max_length}\n".encode() + ids.tobytes())
+    return Blocks(ids, _bytes_within(used, [len(piece) for piece in pieces], sizes), identity)
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """What identifies a tokenizer: its `tokenizer.json`, or its slow vocabulary files."""
-    names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")
-    found = [folder / name for name in names if (folder / name).exists()]
-    return text_digest(b"".join(path.read_bytes() for path in found[:1] or found))
+def _bytes_within(used: int, lengths: list[int], sizes: list[int]) -> int:
+    """Bytes of text in the first `used` tokens; the bytes of a document that is cut are shared out by its tokens."""
+    ends = np.cumsum(lengths)
+    whole = int(np.searchsorted(ends, used, side="right"))
+    total = sum(sizes[:whole])
+    if whole < len(lengths):
+        inside = used - (int(ends[whole - 1]) if whole else 0)
+        total += round(sizes[whole] * inside / lengths[whole])
+    return total

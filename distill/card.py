@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.recipe import Plan
-    from distill.run import Setting
+    from distill.setting import Setting
 
 
 def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
@@ -34,7 +35,7 @@ tags:
 |---|---|
 | parameters | {facts["params"]:,} |
 | learnt from | {learnt} |
-| text | {recipe.data.source} {recipe.data.path or ""}: {setting.corpus.train_documents} documents, \
+| text | {recipe.data.path or recipe.data.kind}: {setting.corpus.train_documents} documents, \
 {setting.corpus.train_bytes:,} bytes; {setting.corpus.heldout_documents} documents held out by a hash of their path |
 | data digest | `{setting.corpus.digest}` |
 | tokens seen | {facts["tokens"]:,} |
@@ -46,3 +47,14 @@ tags:
 Limits: a model of this size completes text like its training text. It knows no facts to rely on, and what it
 writes has to be checked.
 """
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model's own card states, or None."""
+    from huggingface_hub import ModelCard
+
+    try:
+        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return None
+    return str(licence) if licence else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.recipe import Data
+from distill.recipe import TABLES, Data
 from registry.digest import json_digest, text_digest
 from registry.errors import BadInput
 from registry.home import home, written_whole
@@ -50,30 +50,34 @@ def stdlib_documents() -> Iterator[Document]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if text.strip():
-            yield Document("/".join(parts), text)
+        yield Document("/".join(parts), text)
 
 
 def text_documents(path: Path, characters: int = 2000) -> Iterator[Document]:
-    """Documents of a text file (cut at blank lines, each at least `characters` long) or a folder of them."""
+    """Documents of a folder (its files), or of a text file: cut at the first blank line after `characters`,
+    or at the end of any line after four times as many."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            try:
-                yield Document(file.relative_to(path).as_posix(), file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                raise BadInput(f"{file} is not UTF-8 text", fix="leave it out of the folder") from None
+            yield Document(file.relative_to(path).as_posix(), "".join(_lines(file)))
         return
     piece: list[str] = []
     size = number = 0
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            piece.append(line)
-            size += len(line)
-            if size >= characters and not line.strip():
-                yield Document(f"{path.name}:{number:05d}", "".join(piece))
-                piece, size, number = [], 0, number + 1
+    for line in _lines(path):
+        piece.append(line)
+        size += len(line)
+        if (size >= characters and not line.strip()) or size >= 4 * characters:
+            yield Document(f"{path.name}:{number:05d}", "".join(piece))
+            piece, size, number = [], 0, number + 1
     if piece:
         yield Document(f"{path.name}:{number:05d}", "".join(piece))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text", fix="convert it, or leave it out of data.path") from None
 
 
 def dataset_documents(data: Data, path: str) -> Iterator[Document]:
@@ -81,12 +85,10 @@ def dataset_documents(data: Data, path: str) -> Iterator[Document]:
     import datasets
 
     datasets.disable_progress_bars()
-    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    loader = TABLES.get(Path(path).suffix)
     try:
-        if Path(path).suffix in loaders:
-            rows = datasets.load_dataset(
-                loaders[Path(path).suffix], data_files=path, split="train", cache_dir=str(home() / "datasets")
-            )
+        if loader:
+            rows = datasets.load_dataset(loader, data_files=path, split="train", cache_dir=str(home() / "datasets"))
         else:
             rows = datasets.load_dataset(path, data.dataset_name, split=data.split)
     except Exception as error:  # datasets raises many kinds; each means: this data cannot be read
@@ -98,23 +100,21 @@ def dataset_documents(data: Data, path: str) -> Iterator[Document]:
         )
     for number, row in enumerate(rows):
         text = row[data.text_column]
-        if isinstance(text, str) and text.strip():
+        if isinstance(text, str):
             yield Document(str(row.get("path") or f"{Path(path).name}:{number:07d}"), text)
 
 
 def documents(data: Data, beside: Path) -> Iterable[Document]:
     """The documents a recipe names; relative paths are looked for beside the recipe, then here."""
-    if data.source == "stdlib":
+    if data.kind == "stdlib":
         return stdlib_documents()
-    path = data.path or ""
-    found = next((p for p in (beside / path, Path(path)) if path and p.exists()), None)
-    if data.source == "text":
-        if found is None:
-            raise BadInput(f"data.path {path!r} does not exist", fix=f"looked beside {beside} and in {Path.cwd()}")
-        return text_documents(found)
-    if found is None and Path(path).suffix in {".jsonl", ".json", ".parquet", ".csv"}:
-        raise BadInput(f"data.path {path!r} does not exist", fix=f"looked beside {beside} and in {Path.cwd()}")
-    return dataset_documents(data, str(found) if found else path)
+    path = Path(data.path or "").expanduser()
+    found = next((p for p in (beside / path, path) if p.exists()), None)
+    if found is None and (data.kind == "text" or path.suffix in TABLES):
+        raise BadInput(f"data.path {data.path!r} does not exist", fix=f"looked in {beside} and in {Path.cwd()}")
+    if data.kind == "text":
+        return text_documents(found or path)
+    return dataset_documents(data, str(found or data.path))
 
 
 def is_heldout(path: str, fraction: float) -> bool:
@@ -129,15 +129,16 @@ def prepare(data: Data, beside: Path, name: str) -> Corpus:
     Raises BadInput where there is no text or nothing would be held out.
     """
     folder = home() / "data" / name
-    ordered = sorted(documents(data, beside), key=lambda document: text_digest(document.path))
+    written = (document for document in documents(data, beside) if document.text.strip())
+    ordered = sorted(written, key=lambda document: text_digest(document.path))
     parts: dict[str, list[Document]] = {"train": [], "heldout": []}
     for document in ordered:
         parts["heldout" if is_heldout(document.path, data.heldout) else "train"].append(document)
     for part, members in parts.items():
         if not members:
             raise BadInput(
-                f"data.source {data.source!r} leaves no {part} document ({len(ordered)} in all)",
-                fix="give more documents or another data.heldout",
+                f"the text ({data.path or data.kind}) leaves no {part} document: it has {len(ordered)} in all",
+                fix=f"give more text, or another data.heldout than {data.heldout}",
             )
     digest = json_digest([[d.path, text_digest(d.text), p] for p, members in parts.items() for d in members])
     record = folder / "corpus.json"

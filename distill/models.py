@@ -1,15 +1,16 @@
-"""Teachers and students as transformers models: loading, building from a config, checking tokenizers."""
+"""Teachers and students as transformers models: loading, checking, building from a config, running over blocks."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill.blocks import Blocks
-from distill.recipe import Student
+from distill.cache import Capture
 from registry.errors import BadInput
 
 if TYPE_CHECKING:
@@ -39,68 +40,140 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
 
 
-def build_student(
-    name: str, student: Student, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, folder: Path | None
-) -> PreTrainedModel:
-    """The student before training: pretrained from `folder`, or fresh from its config.
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the greatest token id. A model's `vocab_size` may be greater: the rest is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
 
-    Raises BadInput for a config key that the architecture does not have, naming the near one.
+
+def check_fits(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, trust_remote_code: bool = False
+) -> None:
+    """Raises BadInput where the model in `folder` has fewer positions than a block, or too few embeddings."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions < max_length:
+        raise BadInput(
+            f"{folder} has {positions} positions and data.max_length is {max_length}",
+            fix=f"set data.max_length = {positions} or less",
+        )
+    if config.vocab_size < vocabulary(tokenizer):
+        raise BadInput(
+            f"{folder} has embeddings for {config.vocab_size} tokens and its tokenizer {vocabulary(tokenizer)}",
+            fix="take the tokenizer it was trained with",
+        )
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises BadInput where the model in `folder` has other tokens than `tokenizer`, the recipe's."""
+    own, shared = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    if own != shared:
+        raise BadInput(
+            f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
+            f"the {len(shared)} of the recipe's tokenizer, which is the teacher's where there is one",
+            fix="the text is laid out once and a divergence compares logits token by token: choose a student with "
+            "the teacher's tokenizer, or put this one in a recipe of its own without [teacher]",
+        )
+
+
+def check_setting(model_type: str, key: str) -> None:
+    """Raises BadInput for a config key that the architecture does not have, or an unknown architecture."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
+        raise BadInput(
+            f"{model_type!r} is no architecture that transformers knows",
+            fix=f"did you mean {near[0]}?" if near else "use llama, qwen2, gpt2, gpt_neox or another causal one",
+        )
+    default = AutoConfig.for_model(model_type)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        raise BadInput(f"{model_type} has no setting {key!r}", fix=f"did you mean {near[0]}?" if near else None)
+
+
+def fresh_student(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> PreTrainedModel:
+    """A student from its config; vocabulary, positions and special tokens are filled in where not given.
+
+    Raises BadInput where the config makes no causal model that takes a block of `max_length` tokens.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if folder is not None:
-        return load_model(folder)
-    given = dict(student.config)
+    given = dict(config)
     model_type = given.pop("model_type")
-    where = f"students.{name}.config"
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise BadInput(
-            f"{where}.model_type {model_type!r} is no architecture that transformers knows",
-            fix="use llama, qwen2, gpt2, gpt_neox or another causal one",
-        ) from None
-    known = default.to_dict().keys() | default.attribute_map.keys()
-    for key in given.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise BadInput(f"{where}.{key} is no setting of {model_type}", fix=f"did you mean {near[0]}?" if near else None)
     end = tokenizer.eos_token_id
     settings = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary(tokenizer),
         "max_position_embeddings": max_length,
         "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         "eos_token_id": end,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
     }
+    # GPT-2's name for max_position_embeddings is n_positions; both at once, and ours would win.
+    other_name = AutoConfig.for_model(model_type).attribute_map
+    settings = {key: value for key, value in settings.items() if other_name.get(key) not in given}
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | given)))
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise BadInput(f"{where} does not make a model: {error}") from error
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | given)))
+        with torch.inference_mode():
+            model.eval()(input_ids=torch.full((1, max_length), vocabulary(tokenizer) - 1))
+    except (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise BadInput(f"this does not make a model: {error}") from error
+    return model
 
 
-def check_vocabulary(student: PreTrainedModel, teacher_vocab_size: int, name: str) -> None:
-    """Logits are compared entry by entry. Raises BadInput where student and teacher have unlike vocabularies."""
-    size = student.config.vocab_size
-    if size < teacher_vocab_size:
-        raise BadInput(
-            f"students.{name} has a vocabulary of {size} tokens, its teacher one of {teacher_vocab_size}",
-            fix="a divergence needs one tokenizer: take the teacher's vocab_size, or learn from labels",
-        )
-
-
-def capture_topk(model: PreTrainedModel, top_k: int, batch_size: int = 8) -> object:
-    """A function of blocks (n, T) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k)."""
+def device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
     import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 matrix products are fast here: on CUDA as it says, on a CPU with AVX512-BF16 or AMX."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _batches(blocks: np.ndarray, vocab_size: int) -> Iterator[np.ndarray]:
+    """Blocks in batches whose logits stay below a gigabyte, 8 blocks at most."""
+    size = max(1, min(8, 2**28 // (blocks.shape[1] * vocab_size)))
+    for start in range(0, len(blocks), size):
+        yield blocks[start : start + size]
+
+
+def capture_topk(model: PreTrainedModel, vocab_size: int, top_k: int, bf16: bool) -> Capture:
+    """A function of blocks (n, T) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k).
+
+    Args:
+        vocab_size: entries beyond it are padding and are left out.
+        bf16: run under autocast.
+    """
+    import torch
+
+    torch.nn.Module.to(model, device()).eval()
 
     @torch.inference_mode()
     def capture(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids, logprobs = [], []
-        for start in range(0, len(blocks), batch_size):
-            batch = torch.from_numpy(blocks[start : start + batch_size]).long().to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits.float()
-            values, indices = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        for batch in _batches(blocks, vocab_size):
+            tokens = torch.from_numpy(batch).long().to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                logits = model(input_ids=tokens, use_cache=False).logits
+            logits = logits[..., :vocab_size].float()
+            values, indices = logits.topk(top_k, dim=-1)
             logprobs.append((values - logits.logsumexp(-1, keepdim=True)).cpu().numpy())
             ids.append(indices.cpu().numpy())
         return np.concatenate(ids), np.concatenate(logprobs)
@@ -108,7 +181,7 @@ def capture_topk(model: PreTrainedModel, top_k: int, batch_size: int = 8) -> obj
     return capture
 
 
-def bits_per_byte(model: PreTrainedModel, blocks: Blocks, batch_size: int = 8, limit: int = 128) -> float:
+def bits_per_byte(model: PreTrainedModel, blocks: Blocks, limit: int = 128) -> float:
     """Bits per byte of text over at most `limit` evenly spread blocks; the first token of a block is given."""
     import torch
     import torch.nn.functional as F
@@ -117,9 +190,9 @@ def bits_per_byte(model: PreTrainedModel, blocks: Blocks, batch_size: int = 8, l
     nats = 0.0
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(chosen), batch_size):
-            ids = torch.from_numpy(chosen[start : start + batch_size]).long().to(model.device)
+        for batch in _batches(chosen, model.config.get_text_config().vocab_size):
+            ids = torch.from_numpy(batch).long().to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nats += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
     tokens = chosen[:, 1:].size
-    return nats / tokens / np.log(2) * blocks.ids.size / blocks.text_bytes
+    return nats / tokens / float(np.log(2)) * blocks.ids.size / blocks.text_bytes

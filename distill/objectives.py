@@ -55,22 +55,25 @@ def loss(
     Args:
         logits: student logits (N, V) float.
         labels: the tokens that came next (N,) int64.
-        teacher: teacher logits (N, V), or its stored TopK (N, k); None for an objective of labels alone.
+        teacher: teacher logits (N, U) with U <= V, entry by entry the same tokens; or its stored TopK (N, k);
+            None for an objective of labels alone.
     """
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    total = logits.new_zeros((), dtype=torch.float32)
-    if objective.labels:
-        total = total + objective.labels * F.nll_loss(log_q, labels)
+    logits = logits.float()
     if objective.divergence is None or teacher is None:
-        return total
+        return F.cross_entropy(logits, labels)
+    t = 1.0
     if isinstance(teacher, TopK):
+        # Only k + 1 entries are needed of log q: a logsumexp and a gather write no second (N, V).
+        wanted = torch.cat([teacher.ids, labels.unsqueeze(-1)], dim=-1)
+        log_q = logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True)
+        cross_entropy = -log_q[..., -1].mean()
+        log_q = with_tail(log_q[..., :-1])
         log_p = with_tail(teacher.logprobs.float())
-        log_q = with_tail(log_q.gather(-1, teacher.ids))
-        distance = divergence(log_p, log_q, objective.divergence, objective.beta).mean()
     else:
         t = objective.temperature
+        cross_entropy = F.cross_entropy(logits, labels)
+        log_q = F.log_softmax(logits / t, dim=-1)[..., : teacher.shape[-1]]
         log_p = F.log_softmax(teacher.float() / t, dim=-1)
-        log_q = F.log_softmax(logits.float() / t, dim=-1) if t != 1 else log_q
-        # t * t keeps the gradient's size independent of the temperature (Hinton et al.).
-        distance = divergence(log_p, log_q, objective.divergence, objective.beta).mean() * t * t
-    return total + (1 - objective.labels) * distance
+    # t * t keeps the gradient's size independent of the temperature (Hinton et al.).
+    distance = divergence(log_p, log_q, objective.divergence, objective.beta).mean() * t * t
+    return objective.labels * cross_entropy + (1 - objective.labels) * distance

@@ -18,13 +18,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
     ) -> None:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in tables]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            tables.add(id(head.weight))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in tables]
         chosen = {id(p) for p in matrices}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is not None and id(head.weight) in chosen:
-            matrices = [p for p in matrices if p is not head.weight]
-            chosen.discard(id(head.weight))
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        rest = [p for p in trained if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0),

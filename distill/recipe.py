@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from registry import tomlfile
-from registry.errors import BadInput
 from registry.records import Record
+
+# Suffix of a file with a text column -> its loader in Hugging Face datasets.
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 
 class Data(Record):
     """`[data]`: the text, and how it is laid out in blocks."""
 
-    source: Literal["stdlib", "text", "dataset"] = "text"
-    path: str | None = None  # text: a file or folder; dataset: .jsonl/.parquet/.csv file or a hub id
+    source: Literal["stdlib", "text", "dataset"] | None = None  # None: as the path's suffix says
+    path: str | None = None  # text: a file or folder; dataset: .jsonl/.json/.parquet/.csv file or a hub id
     dataset_name: str | None = None  # a hub dataset's configuration
     split: str = "train"
     text_column: str = "text"
@@ -27,8 +30,13 @@ class Data(Record):
     @model_validator(mode="after")
     def _has_path(self) -> Data:
         if self.source != "stdlib" and not self.path:
-            raise ValueError(f"data.source {self.source!r} needs data.path")
+            raise ValueError("the text is missing: set path, or source = 'stdlib'")
         return self
+
+    @property
+    def kind(self) -> str:
+        """`source`, or what the suffix of `path` says: `dataset` for a table of rows, else `text`."""
+        return self.source or ("dataset" if Path(self.path or "").suffix in TABLES else "text")
 
 
 class Tokenizer(Record):
@@ -75,7 +83,7 @@ class Training(Record):
     gradient_accumulation_steps: int = Field(1, ge=1)
     optim: Literal["adamw_torch", "muon"] = "adamw_torch"  # muon: for the matrices of fresh students
     learning_rate: float = Field(2e-3, gt=0)
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Scheduler = "cosine"
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
@@ -92,7 +100,7 @@ class Student(Record):
     model: str | None = None
     config: dict[str, Any] = {}
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the saved weights
-    training: dict[str, Any] = {}  # overrides of [training] for this student
+    training: Training = Training()  # the keys given here override [training] for this student
 
     @model_validator(mode="after")
     def _has_a_start(self) -> Student:
@@ -128,15 +136,11 @@ class Recipe(Record):
                     f"objectives.{name}.temperature {self.objectives[name].temperature} needs every logit of the "
                     f"teacher and the cache keeps {self.cache.top_k}: set cache.top_k = 0 to run the teacher online"
                 )
-        for name, student in self.students.items():
-            unknown = student.training.keys() - Training.model_fields.keys()
-            if unknown:
-                raise ValueError(f"students.{name}.training has unknown key {sorted(unknown)[0]!r}")
         return self
 
     def training_of(self, student: str) -> Training:
         """`[training]` with this student's overrides."""
-        return Training(**(self.training.model_dump() | self.students[student].training))
+        return self.training.model_copy(update=self.students[student].training.model_dump(exclude_unset=True))
 
 
 class Plan(Record):
@@ -158,7 +162,21 @@ def plans(recipe: Recipe) -> list[Plan]:
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and check a recipe. Raises BadInput with file, key and line."""
-    if not path.is_file():
-        raise BadInput(f"no recipe at {path}", fix="give the path of a recipe TOML file")
+    """Read and check a recipe; each of `overrides` is `KEY=VALUE`. Raises BadInput with file, line and key."""
     return tomlfile.load(path, Recipe, overrides or [])
+
+
+class Source(NamedTuple):
+    """Where a recipe was read from."""
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+    def place(self, *key: str) -> str:
+        """Where `key` was given: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` that did."""
+        name = ".".join(key)
+        override = next((o for o in self.overrides if o.partition("=")[0].strip() == name), None)
+        if override:
+            return f"--set {override}"
+        line = tomlfile.key_lines(self.path.read_text(encoding="utf-8")).get(key)
+        return f"{self.path}:{line}: {name}" if line else f"{self.path}: {name}"

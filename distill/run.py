@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill import card, corpus, models
+from distill import card, models
 from distill import recipe as recipes
-from distill.blocks import Blocks, make_blocks, train_tokenizer
-from distill.cache import TeacherCache
-from distill.recipe import Plan, Recipe
+from distill.cache import Capture, TeacherCache
+from distill.recipe import Plan, Source
+from distill.setting import Setting, check_students, code_version, prepare
 from registry.digest import json_digest
-from registry.errors import BadInput
+from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
 from registry.records import Version
-from registry.resolve import Model, resolve
+from registry.run import Run
 from registry.store import Store
 from registry.terminal import progress, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Student(NamedTuple):
@@ -35,110 +37,40 @@ class Student(NamedTuple):
     trained: bool
 
 
-class Setting(NamedTuple):
-    """What every student of a recipe shares."""
-
-    recipe: Recipe
-    corpus: corpus.Corpus
-    train: Blocks
-    heldout: Blocks
-    tokenizer: PreTrainedTokenizerBase
-    teacher: Model | None
-    teacher_version: Version | None
-
-
 def distill(path: Path, overrides: list[str], store: Store, to: Path | None = None) -> list[Student]:
     """Carry out the recipe at `path`; students already made from the same ingredients are skipped.
 
     Args:
-        to: also copy the student's files there (a recipe with one student).
+        path: the recipe, TOML.
+        overrides: `KEY=VALUE`, put in before the recipe is checked.
+        to: also copy the student's files there (a recipe with one student); a model that is there is replaced.
+
+    Raises:
+        BadInput: anything wrong with the recipe, its text, its teacher or its students; before any training.
     """
     recipe = recipes.load(path, overrides)
     plans = recipes.plans(recipe)
     if to is not None and len(plans) != 1:
         raise BadInput(f"--to takes one student and {path} makes {len(plans)}", fix="leave --to out")
-    setting = prepare(recipe, path.resolve().parent, store)
+    if to is not None and to.exists() and not (to / "config.json").exists():
+        raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
+    setting = prepare(recipe, Source(path, tuple(overrides)), store)
     keys = {plan.label: student_key(setting, plan) for plan in plans}
-    made = {label: store.find(recipe.name, recipe_digest=key) for label, key in keys.items()}
-    missing = [plan for plan in plans if made[plan.label] is None]
+    students: dict[str, Student] = {}
     for plan in plans:
-        if made[plan.label] is not None:
-            say(f"  {plan.label}: already made, {made[plan.label].ref}")  # type: ignore[union-attr]
-    teacher = _teacher_for(setting, missing) if missing else None
+        if there := store.find(recipe.name, recipe_digest=keys[plan.label]):
+            say(f"  {plan.label}: already made, {there.ref}")
+            students[plan.label] = Student(plan, there, trained=False)
+    missing = [plan for plan in plans if plan.label not in students]
+    check_students(setting, missing)
+    teacher = _teacher_for(setting, missing)
     for plan in missing:
-        made[plan.label] = _make(setting, plan, keys[plan.label], teacher, store)
-    students = [Student(plan, _there(made[plan.label]), plan in missing) for plan in plans]
+        version = _make(setting, plan, keys[plan.label], teacher, store)
+        students[plan.label] = Student(plan, version, trained=True)
     if to is not None:
         with written_whole(to) as temporary:
-            shutil.copytree(store.folder(students[0].version), temporary)
-    return students
-
-
-def _there(version: Version | None) -> Version:
-    assert version is not None
-    return version
-
-
-def prepare(recipe: Recipe, beside: Path, store: Store) -> Setting:
-    """Text on disk, teacher resolved and registered, tokenizer, blocks."""
-    text = corpus.prepare(recipe.data, beside, recipe.name)
-    say(
-        f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
-        f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
-    )
-    train, heldout = corpus.read(text.train), corpus.read(text.heldout)
-    teacher, teacher_version = _register_teacher(recipe, beside, store)
-    if teacher is not None and recipe.teacher is not None:
-        tokenizer = models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
-    else:
-        tokenizer = _own_tokenizer(recipe, beside, train)
-    return Setting(
-        recipe,
-        text,
-        make_blocks(train, tokenizer, recipe.data.max_length, recipe.data.max_tokens),
-        make_blocks(heldout, tokenizer, recipe.data.max_length),
-        tokenizer,
-        teacher,
-        teacher_version,
-    )
-
-
-def _register_teacher(recipe: Recipe, beside: Path, store: Store) -> tuple[Model | None, Version | None]:
-    if recipe.teacher is None:
-        return None, None
-    name = recipe.teacher.model
-    teacher = resolve(str(beside / name) if (beside / name).is_dir() else name, store)
-    if teacher.engine != "torch":
-        raise BadInput(f"teacher.model {name!r} is an ONNX artifact", fix="name the torch model it came from")
-    if teacher.version is not None and teacher.version.name == recipe.name:
-        return teacher, teacher.version
-    version = store.register(
-        recipe.name,
-        teacher.path,
-        kind="teacher",
-        licence=recipe.teacher.licence or recipe.licence,
-        recipe="teacher",
-        params=_parameters(teacher.path),
-        code_version=code_version(),
-    )
-    say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
-    return teacher, version
-
-
-def _own_tokenizer(recipe: Recipe, beside: Path, train: list[corpus.Document]) -> PreTrainedTokenizerBase:
-    if recipe.tokenizer is not None:
-        return train_tokenizer(train, recipe.tokenizer.vocab_size, recipe.data.max_length)
-    pretrained = [student.model for student in recipe.students.values() if student.model]
-    if not pretrained:
-        raise BadInput(
-            "the recipe has no [teacher], no [tokenizer] and no pretrained student",
-            fix="add [tokenizer] with a vocab_size to train one on the text",
-        )
-    return models.load_tokenizer(_student_folder(pretrained[0], beside))
-
-
-def _student_folder(model: str, beside: Path) -> Path:
-    return resolve(str(beside / model) if (beside / model).is_dir() else model).path
+            shutil.copytree(store.folder(students[plans[0].label].version), temporary)
+    return [students[plan.label] for plan in plans]
 
 
 def student_key(setting: Setting, plan: Plan) -> str:
@@ -146,10 +78,13 @@ def student_key(setting: Setting, plan: Plan) -> str:
     recipe = setting.recipe
     objective = recipe.objectives[plan.objective]
     uses_teacher = objective.divergence is not None
+    student = recipe.students[plan.student].model_dump(exclude={"training"})
+    if plan.student in setting.starts:
+        student["model"] = setting.starts[plan.student].digest
     training = recipe.training_of(plan.student).model_dump(exclude={"logging_steps", "save_minutes"})
     return json_digest(
         {
-            "student": recipe.students[plan.student].model_dump(exclude={"training"}),
+            "student": student,
             "objective": objective.model_dump(),
             "training": training,
             "seed": recipe.seed,
@@ -167,37 +102,31 @@ def _teacher_for(setting: Setting, plans: list[Plan]) -> PreTrainedModel | Teach
     if setting.teacher is None or not any(recipe.objectives[plan.objective].divergence for plan in plans):
         return None
     assert recipe.teacher is not None
+    path, trust_remote_code = setting.teacher.path, recipe.teacher.trust_remote_code
     if recipe.cache.top_k == 0:
-        return models.load_model(setting.teacher.path, recipe.teacher.trust_remote_code)
-    settings = {
+        return models.load_model(path, trust_remote_code)
+    bf16 = models.has_bf16() if recipe.training.bf16 is None else recipe.training.bf16
+    settings: dict[str, str | int] = {
         "teacher": setting.teacher.digest,
         "blocks": setting.train.digest,
-        "top_k": min(recipe.cache.top_k, _vocab_size(setting)),
+        "top_k": min(recipe.cache.top_k, setting.vocab_size),
+        "precision": "bf16" if bf16 else "fp32",
     }
-    cache = TeacherCache(settings, setting.train.ids, _vocab_size(setting))
-    loaded: list[Any] = []
+    cache = TeacherCache(settings, setting.train.ids, setting.vocab_size)
 
-    def capture(blocks: Any) -> Any:
-        if not loaded:  # a cache that is whole needs no teacher
-            model = models.load_model(setting.teacher.path, recipe.teacher.trust_remote_code)  # type: ignore[union-attr]
-            loaded.append(models.capture_topk(model.eval(), cache.top_k))
-        return loaded[0](blocks)
+    @functools.cache
+    def runs() -> Capture:  # a cache that is whole needs no teacher
+        return models.capture_topk(models.load_model(path, trust_remote_code), setting.vocab_size, cache.top_k, bf16)
 
     with progress() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
-        captured = cache.fill(capture, lambda count: bar.advance(task, count))
-    tokens = captured * setting.train.ids.shape[1]
-    per_token = cache.disk_bytes() / setting.train.ids.size
-    say(f"  teacher cache: {tokens:,} tokens captured, {per_token:.0f} bytes a token, {cache.folder.name}")
+        captured = cache.fill(lambda blocks: runs()(blocks), lambda count: bar.advance(task, count))
+    say(
+        f"  teacher cache: {setting.train.ids.size:,} tokens, "
+        f"{captured * recipe.data.max_length:,} of them captured now, "
+        f"{cache.disk_bytes() / setting.train.ids.size:.0f} bytes a token, {cache.folder.name}"
+    )
     return cache
-
-
-def _vocab_size(setting: Setting) -> int:
-    import json
-
-    assert setting.teacher is not None
-    config = json.loads((setting.teacher.path / "config.json").read_text())
-    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0))
 
 
 def _make(
@@ -208,30 +137,38 @@ def _make(
     objective = recipe.objectives[plan.objective]
     work = home() / "runs" / key[:16]
     tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
-    params = {
+    params: dict[str, Any] = {
         "student": plan.student,
+        "set": " ".join(setting.source.overrides),
+        "seed": recipe.seed,
+        "code_version": code_version(),
+        **{f"data.{k}": v for k, v in recipe.data.model_dump().items()},
+        **{f"data.{part}": getattr(setting.corpus, part) for part in ("train_bytes", "heldout_bytes")},
         **{f"config.{k}": v for k, v in recipe.students[plan.student].config.items()},
         **{f"objective.{k}": v for k, v in objective.model_dump().items()},
         **{f"training.{k}": v for k, v in recipe.training_of(plan.student).model_dump().items()},
     }
+    compared = setting.teacher_version.ref if setting.teacher_version else None
+    if setting.teacher_version is not None:
+        params |= {"teacher": compared, "teacher_digest": setting.teacher_version.digest}
     with store.run(f"{recipe.name} {plan.label}", params=params, tags=tags) as run:
-        if setting.teacher_version is not None:
-            run.params({"teacher": setting.teacher_version.ref, "teacher_digest": setting.teacher_version.digest})
+        run.artifact(setting.source.path, "recipe")
         facts = _train_and_save(setting, plan, teacher, work, run)
-        run.metrics({k: v for k, v in facts.items() if isinstance(v, int | float)})
+        run.metrics(facts)
         version = store.register(
             recipe.name,
             work / "final",
             kind="student" if setting.teacher else "teacher",
             licence=recipe.licence,
-            parent=setting.teacher_version.ref if setting.teacher_version else None,
-            teacher=setting.teacher_version.ref if setting.teacher_version else None,
+            # A twin trained on labels alone is compared with the teacher, and was not made from it.
+            parent=compared if objective.divergence else None,
+            teacher=compared,
             recipe=plan.label,
             recipe_digest=key,
             data_digest=setting.corpus.digest,
             code_version=code_version(),
             params=int(facts["params"]),
-            precision=_precision(recipe.students[plan.student].dtype),
+            precision=PRECISION[recipe.students[plan.student].dtype],
             run_id=run.id,
         )
     shutil.rmtree(work, ignore_errors=True)
@@ -243,8 +180,8 @@ def _make(
 
 
 def _train_and_save(
-    setting: Setting, plan: Plan, teacher: PreTrainedModel | TeacherCache | None, work: Path, run: Any
-) -> dict[str, Any]:
+    setting: Setting, plan: Plan, teacher: PreTrainedModel | TeacherCache | None, work: Path, run: Run
+) -> dict[str, float]:
     """Train below `work`, save the student in `work/final`; returns its figures."""
     import torch
 
@@ -252,22 +189,20 @@ def _train_and_save(
 
     recipe = setting.recipe
     spec = recipe.students[plan.student]
-    objective = recipe.objectives[plan.objective]
-    folder = _student_folder(spec.model, Path.cwd()) if spec.model else None
-    model = models.build_student(plan.student, spec, setting.tokenizer, recipe.data.max_length, recipe.seed, folder)
-    if objective.divergence and setting.teacher is not None:
-        if folder is not None:
-            _check_one_tokenizer(setting, folder, plan.student)
-        models.check_vocabulary(model, _vocab_size(setting), plan.student)
+    if plan.student in setting.starts:
+        model = models.load_model(setting.starts[plan.student].path)
+    else:
+        model = models.fresh_student(spec.config, setting.tokenizer, recipe.data.max_length, recipe.seed)
     with _bar(plan.label) as on_progress:
         trained = train(
             model,
             setting.train.ids,
-            objective,
+            recipe.objectives[plan.objective],
             recipe.training_of(plan.student),
             teacher,
             work,
             recipe.seed,
+            setting.vocab_size,
             on_progress,
             run.metrics,
         )
@@ -277,23 +212,18 @@ def _train_and_save(
         "seconds": trained.seconds,
         "heldout_bits_per_byte": models.bits_per_byte(model, setting.heldout),
     }
+    if not math.isfinite(facts["heldout_bits_per_byte"]):
+        shutil.rmtree(work)
+        raise Refused(
+            f"{plan.label}: training diverged, its loss is no number; nothing was registered",
+            fix="give a lower training.learning_rate or more training.warmup_ratio",
+        )
     model.to(getattr(torch, spec.dtype))
     with written_whole(work / "final") as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         setting.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card.student_card(setting, plan, facts), encoding="utf-8")
     return facts
-
-
-def _check_one_tokenizer(setting: Setting, folder: Path, student: str) -> None:
-    own = models.load_tokenizer(folder).get_vocab()
-    if own != setting.tokenizer.get_vocab():
-        raise BadInput(
-            f"students.{student}.model has a tokenizer of {len(own)} tokens that is not the teacher's "
-            f"({len(setting.tokenizer)} tokens)",
-            fix="a divergence compares logits token by token: choose a student with the teacher's tokenizer, "
-            "or an objective of labels alone",
-        )
 
 
 @contextmanager
@@ -307,35 +237,3 @@ def _bar(label: str) -> Iterator[Any]:
             bar.update(task, completed=now.step, total=now.steps, rate=rate)
 
         yield on_progress
-
-
-def _precision(dtype: str) -> str:
-    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
-
-
-def _parameters(folder: Path) -> int:
-    from safetensors import safe_open
-
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                shape = file.get_slice(key).get_shape()
-                size = 1
-                for length in shape:
-                    size *= length
-                total += size
-    return total
-
-
-def code_version() -> str:
-    """Limbeck's version, and the commit it runs from where that can be told."""
-    where = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(where), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5
-        )
-        suffix = f"+g{commit.stdout.strip()}" if commit.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        suffix = ""
-    return f"limbeck {installed('limbeck')}{suffix}"

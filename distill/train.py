@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill import objectives
 from distill.cache import TeacherCache
+from distill.models import device, has_bf16
 from distill.optimizer import MuonAdamW
 from distill.recipe import Objective, Training
 from registry.errors import BadInput
 
 Teacher = TeacherCache | PreTrainedModel | None
+CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_s")
 
 
 class Progress(NamedTuple):
@@ -33,34 +36,28 @@ class Progress(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A finished run: its log (one dict a logging step, as the Trainer has it), tokens seen and seconds."""
+    """A finished run: tokens seen in all, and the seconds of this process's part of it."""
 
-    history: list[dict[str, float]]
     tokens: int
     seconds: float
-
-
-def has_bf16() -> bool:
-    """Whether bfloat16 matrix products are fast here: on CUDA as it says, on a CPU with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 class DistillTrainer(Trainer):
     """transformers' Trainer whose loss is the recipe's objective; rows are indices into the blocks."""
 
-    def __init__(self, *, objective: Objective, teacher: Teacher, training: Training, **kwargs: Any) -> None:
+    def __init__(
+        self, *, objective: Objective, teacher: Teacher, vocab_size: int, training: Training, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.objective = objective
+        self.objective: Objective = objective
         self.teacher = teacher
-        self.training = training
+        self.vocab_size = vocab_size
+        self.training: Training = training
         # The objective returns a mean: the Trainer must divide it by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -74,13 +71,15 @@ class DistillTrainer(Trainer):
                 inputs["teacher_ids"][:, :-1].flatten(0, 1), inputs["teacher_logprobs"][:, :-1].flatten(0, 1)
             )
         assert isinstance(self.teacher, PreTrainedModel)
-        with torch.inference_mode():
-            return self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            logits = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+            return logits[:, :-1, : self.vocab_size].flatten(0, 1)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.training.optim != "muon":
             return super().create_optimizer()
         if self.optimizer is None:
+            assert isinstance(self.model, torch.nn.Module)
             self.optimizer = MuonAdamW(
                 self.model,
                 self.args.learning_rate,
@@ -107,10 +106,10 @@ class _Watch(TrainerCallback):
         self.loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = self.saved = time.monotonic()
-        self.first = state.global_step
+        self.began = self.saved = self.logged = time.monotonic()
+        self.first = self.logged_step = state.global_step
         for entry in state.log_history:  # a resumed run tells its whole curve again
-            self._tell(entry, entry["step"])
+            self._tell(entry)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
@@ -120,14 +119,20 @@ class _Watch(TrainerCallback):
             self.saved = now
             control.should_save = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        self.loss = logs.get("loss", self.loss)
-        self._tell(logs, state.global_step)
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        entry = state.log_history[-1]
+        if "loss" not in entry:  # the Trainer's summary at the end
+            return
+        now, steps = time.monotonic(), state.global_step - self.logged_step
+        # Kept in the Trainer's own history, so that a checkpoint carries it.
+        entry["tokens_per_s"] = steps * self.tokens_per_step / max(now - self.logged, 1e-9)
+        self.logged, self.logged_step, self.loss = now, state.global_step, entry["loss"]
+        self._tell(entry)
 
-    def _tell(self, logs: dict[str, float], step: int) -> None:
-        kept = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+    def _tell(self, entry: dict[str, float]) -> None:
+        kept = {key: float(entry[key]) for key in CURVES if key in entry}
         if kept:
-            self.tell_log(kept, step)
+            self.tell_log(kept, int(entry["step"]))
 
 
 def train(
@@ -138,6 +143,7 @@ def train(
     teacher: Teacher,
     folder: Path,
     seed: int,
+    vocab_size: int,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
 ) -> Trained:
@@ -147,6 +153,7 @@ def train(
         blocks: token ids (N, T) int32; two students with one seed see them in one order.
         teacher: a filled TeacherCache over the same blocks, or a model that runs online.
         folder: checkpoints; removed by the caller when the student is safe elsewhere.
+        vocab_size: of the tokenizer; a teacher's logits beyond it are padding and are left out.
     """
 
     def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
@@ -158,19 +165,17 @@ def train(
         return batch
 
     if isinstance(teacher, PreTrainedModel):
-        teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    watch = _Watch(
-        training,
-        training.per_device_train_batch_size * training.gradient_accumulation_steps * blocks.shape[1],
-        on_progress,
-        on_log,
-    )
+        teacher = cast(torch.nn.Module, teacher).to(device()).eval()  # type: ignore[assignment]
+    arguments = _arguments(training, folder, seed)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    watch = _Watch(training, batch * blocks.shape[1], on_progress, on_log)
     trainer = DistillTrainer(
         objective=objective,
         teacher=teacher,
+        vocab_size=vocab_size,
         training=training,
         model=model,
-        args=_arguments(training, folder, seed),
+        args=arguments,
         train_dataset=[{"index": index} for index in range(len(blocks))],
         data_collator=collate,
         callbacks=[watch],
@@ -179,8 +184,7 @@ def train(
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     model.eval()
-    tokens = trainer.state.global_step * watch.tokens_per_step
-    return Trained(trainer.state.log_history, tokens, time.monotonic() - began)
+    return Trained(trainer.state.global_step * watch.tokens_per_step, time.monotonic() - began)
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:
@@ -189,7 +193,7 @@ def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments
             output_dir=str(folder),
             **training.model_dump(exclude={"bf16", "save_minutes", "optim"}),
             bf16=has_bf16() if training.bf16 is None else training.bf16,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=device() == "cpu",
             seed=seed,
             data_seed=seed,
             save_strategy="no",
@@ -197,7 +201,7 @@ def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=device() == "cuda",
             log_level="error",
         )
     except ValueError as error:
@@ -206,10 +210,11 @@ def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end; one that a kill cut short is removed."""
-    while folder.is_dir():
-        last = get_last_checkpoint(str(folder))
-        # The Trainer writes its state last of all.
-        if last is None or (Path(last) / "trainer_state.json").exists():
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:
+            # The Trainer writes its state last of all.
+            json.loads((Path(last) / "trainer_state.json").read_bytes())
             return last
-        shutil.rmtree(last)
+        except (OSError, ValueError):
+            shutil.rmtree(last)
     return None

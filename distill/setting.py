@@ -1,0 +1,169 @@
+"""What the students of a recipe share: text, tokenizer, blocks, teacher; all checked before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from distill import card, corpus, models
+from distill.blocks import Blocks, make_blocks, train_tokenizer
+from distill.recipe import Plan, Recipe, Source
+from registry.errors import BadInput, LimbeckError
+from registry.records import Version
+from registry.resolve import Model, resolve
+from registry.store import Store
+from registry.terminal import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Setting(NamedTuple):
+    """What every student of a recipe shares."""
+
+    recipe: Recipe
+    source: Source
+    corpus: corpus.Corpus
+    train: Blocks
+    heldout: Blocks
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Model | None
+    teacher_version: Version | None
+    starts: dict[str, Model]  # of the students that begin pretrained
+
+    @property
+    def vocab_size(self) -> int:
+        return models.vocabulary(self.tokenizer)
+
+
+def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
+    """Text on disk, teacher resolved and registered, tokenizer, blocks. Raises BadInput with the recipe's line."""
+    beside = source.path.resolve().parent
+    with _at(source, "data", "path"):
+        text = corpus.prepare(recipe.data, beside, recipe.name)
+    say(
+        f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
+        f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
+    )
+    train, heldout = corpus.read(text.train), corpus.read(text.heldout)
+    starts = {}
+    for name, student in recipe.students.items():
+        if student.model:
+            with _at(source, "students", name, "model"):
+                starts[name] = _torch_model(student.model, beside, store)
+    teacher = None
+    if recipe.teacher is not None:
+        with _at(source, "teacher", "model"):
+            teacher = _torch_model(recipe.teacher.model, beside, store)
+            tokenizer = models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
+            models.check_fits(teacher.path, tokenizer, recipe.data.max_length, recipe.teacher.trust_remote_code)
+    elif recipe.tokenizer is not None:
+        tokenizer = train_tokenizer(train, recipe.tokenizer.vocab_size, recipe.data.max_length)
+    elif starts:
+        tokenizer = models.load_tokenizer(next(iter(starts.values())).path)
+    else:
+        raise BadInput(
+            f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
+            fix="add [tokenizer] with a vocab_size to train one on the text",
+        )
+    with _at(source, "data"):
+        train_blocks = make_blocks(train, tokenizer, recipe.data.max_length, recipe.data.max_tokens)
+        heldout_blocks = make_blocks(heldout, tokenizer, recipe.data.max_length)
+    return Setting(
+        recipe,
+        source,
+        text,
+        train_blocks,
+        heldout_blocks,
+        tokenizer,
+        teacher,
+        _register_teacher(recipe, teacher, store) if teacher else None,
+        starts,
+    )
+
+
+@contextmanager
+def _at(source: Source, *key: str) -> Iterator[None]:
+    """An error within is told with the place in the recipe that it comes from."""
+    try:
+        yield
+    except LimbeckError as error:
+        error.message = f"{source.place(*key)}: {error.message}"
+        raise
+
+
+def _torch_model(text: str, beside: Path, store: Store) -> Model:
+    """The model that a recipe names: a folder beside it is meant before any other."""
+    model = resolve(str(beside / text) if (beside / text).is_dir() else text, store)
+    if model.engine != "torch":
+        raise BadInput(f"{text} is an ONNX artifact", fix="name the torch model it came from")
+    return model
+
+
+def _register_teacher(recipe: Recipe, teacher: Model, store: Store) -> Version:
+    """The teacher as a version of the recipe's own name, so that students and teacher stand in one list."""
+    origin = teacher.version
+    if origin is not None and origin.name == recipe.name:
+        return origin
+    assert recipe.teacher is not None
+    version = store.register(
+        recipe.name,
+        teacher.path,
+        kind="teacher",
+        licence=recipe.teacher.licence or (origin.licence if origin else card.licence_of(teacher.path)),
+        parent=origin.ref if origin else None,
+        recipe="teacher",
+        params=_parameters(teacher.path),
+        code_version=code_version(),
+    )
+    say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
+    return version
+
+
+def check_students(setting: Setting, plans: list[Plan]) -> None:
+    """Raises BadInput for a student that cannot be made, before the teacher runs."""
+    data = setting.recipe.data
+    for name in dict.fromkeys(plan.student for plan in plans):
+        config = setting.recipe.students[name].config
+        if name in setting.starts:
+            with _at(setting.source, "students", name, "model"):
+                models.check_tokenizer(setting.starts[name].path, setting.tokenizer)
+                models.check_fits(setting.starts[name].path, setting.tokenizer, data.max_length)
+            continue
+        for key in config:
+            with _at(setting.source, "students", name, "config", key):
+                models.check_setting(config["model_type"], key)
+        with _at(setting.source, "students", name, "config"):
+            models.fresh_student(config, setting.tokenizer, data.max_length, setting.recipe.seed)
+
+
+def _parameters(folder: Path) -> int:
+    """The parameters in a folder of safetensors, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (no dict)
+    return total
+
+
+@functools.cache
+def code_version() -> str:
+    """Limbeck's version, and the commit it runs from where it runs from a clone."""
+    root = Path(__file__).parent.parent
+    version = f"limbeck {installed('limbeck')}"
+    if not (root / ".git").exists():
+        return version
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return version
+    return f"{version}+g{commit.stdout.strip()}" if commit.returncode == 0 else version
