@@ -60,7 +60,7 @@ def rows(store: Store, name: str, task: str | None = None) -> list[LeaderboardRo
     found = [_row(store, version, chosen[version.version], task) for version in versions]
     frontier = pareto([(_usd(row), _retention(row)) for row in found])
     ranked = [row.model_copy(update={"pareto": best}) for row, best in zip(found, frontier, strict=True)]
-    return sorted(ranked, key=lambda row: -kept if (kept := _retention(row)) is not None else float("inf"))
+    return sorted(ranked, key=_rank)
 
 
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
@@ -150,6 +150,12 @@ def _row(store: Store, version: Version, card: Scorecard | None, task: str | Non
         verdict=verdicts[-1].outcome if verdicts else None,
         aliases=version.aliases,
     )
+
+
+def _rank(row: LeaderboardRow) -> tuple[float, float]:
+    """Best first, the cheaper of two that are as good; without figures last."""
+    kept, usd = _retention(row), _usd(row)
+    return float("inf") if kept is None else -kept, float("inf") if usd is None else usd
 
 
 def _usd(row: LeaderboardRow) -> float | None:
