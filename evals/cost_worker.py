@@ -59,6 +59,11 @@ def _seconds(generate: Callable[[int], None], new_tokens: int) -> float:
     return time.perf_counter() - start
 
 
+def _check(made: int, asked: int) -> None:
+    if made != asked:
+        raise RuntimeError(f"the model stopped after {made} of {asked} tokens")
+
+
 def _prompt(request: dict[str, Any], vocab_size: int) -> list[int]:
     """Any tokens do: a dense model takes as long for one as for another."""
     return [(7 * place + 11) % vocab_size for place in range(request["prompt_tokens"])]
@@ -83,8 +88,7 @@ def _torch(request: dict[str, Any]) -> tuple[Callable[[int], None], int]:
     @torch.inference_mode()
     def generate(new_tokens: int) -> None:
         text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
-        if text.shape[1] != ids.shape[1] + new_tokens:
-            raise RuntimeError(f"the model stopped after {text.shape[1] - ids.shape[1]} of {new_tokens} tokens")
+        _check(text.shape[1] - ids.shape[1], new_tokens)
 
     return generate, model.num_parameters()
 
@@ -96,10 +100,14 @@ def _onnx(request: dict[str, Any]) -> tuple[Callable[[int], None], None]:
     prompt = _prompt(request, runtime.vocab_size)
 
     def generate(new_tokens: int) -> None:
-        runtime.generate([prompt], max_new_tokens=new_tokens, ignore_eos=True)
+        (completion,) = runtime.generate([prompt], max_new_tokens=new_tokens, ignore_eos=True)
+        _check(len(completion.token_ids), new_tokens)
 
     return generate, None
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    try:
+        print(json.dumps(main(json.loads(sys.argv[1]))))
+    except Exception as error:  # whatever a model's own code raises; the parent tells the user
+        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no words'}")
