@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.runtime import Runtime
+from export.runtime import Runtime, physical_cores
 from export.sampling import Sampling
 from registry.digest import folder_digest
 from registry.errors import BadInput
@@ -72,15 +72,14 @@ def complete_torch(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or physical_cores())  # as the runtime, so that their speeds compare
     start = time.perf_counter()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers raises whatever it trips over
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
     loaded = time.perf_counter()
     eos = model.generation_config.eos_token_id
@@ -89,7 +88,8 @@ def complete_torch(
         ids = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
     length = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
     if ids.shape[1] >= length:
-        raise BadInput(f"the prompt has {ids.shape[1]} tokens, the context {length}", fix="shorten the prompt")
+        message = f"the prompt has {ids.shape[1]} tokens and wants room for 1 more; the context is {length}"
+        raise BadInput(message, fix="shorten the prompt")
     wanted: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}

@@ -113,8 +113,11 @@ def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
     try:
         config = AutoConfig.from_pretrained(model, **trust)
         tokenizer = AutoTokenizer.from_pretrained(model, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{model} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # transformers raises whatever it trips over, AttributeError for no tokenizer
+        raise BadInput(
+            f"{model}: its configuration or tokenizer cannot be read: {_first_line(error)}",
+            fix="the folder needs config.json and the tokenizer's files, as save_pretrained writes them",
+        ) from error
     if config.model_type not in supported_model_types():
         raise BadInput(
             f"{model}: optimum cannot export the architecture {config.model_type!r}",

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from export.detokenize import Detokenizer
 from export.sampling import Sampling, choose, likeliest, log_softmax
+from registry.digest import MANIFEST
 from registry.digest import verify as verify_digest
 from registry.errors import BadInput, DamagedArtifact
 
@@ -131,12 +132,12 @@ class Runtime:
             BadInput: a folder that is no artifact. DamagedArtifact: its files are not those of its digest.
         """
         folder = Path(folder)
-        for name in (GRAPH, "config.json", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise BadInput(
-                    f"{folder} is no ONNX artifact: it has no {name}",
-                    fix="make one with `limbeck export MODEL`",
-                )
+        missing = [name for name in (GRAPH, "config.json", "tokenizer.json") if not (folder / name).is_file()]
+        if missing and not (verify and (folder / MANIFEST).is_file()):  # a manifest tells more
+            raise BadInput(
+                f"{folder} is no ONNX artifact: it has no {missing[0]}",
+                fix="make one with `limbeck export MODEL`",
+            )
         digest = verify_digest(folder, expected) if verify else ""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or physical_cores()

@@ -1,0 +1,91 @@
+"""Damage to artifacts, and servers on a host without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from export.variants import Variant
+from registry.digest import read_manifest, write_manifest
+
+
+class Exported(NamedTuple):
+    """A torch model and its ONNX variants."""
+
+    torch: Path
+    fp32: Path
+    int8: Path
+    variants: list[Variant]
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """Make the manifest say what the files are now."""
+    fields = read_manifest(folder)
+    for given in ("format", "digest", "files"):
+        fields.pop(given, None)
+    write_manifest(folder, **fields)
+
+
+def corrupt_one_weight(folder: Path) -> None:
+    """Change one weight of the graph in `folder`, and let the manifest agree."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(folder / "model.onnx")
+    products = {name for node in graph.graph.node if node.op_type == "MatMul" for name in node.input}
+    weight = next(item for item in graph.graph.initializer if item.name in products and len(item.dims) == 2)
+    values = numpy_helper.to_array(weight).copy()
+    values[3, 5] += 1.0
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save_model(graph, folder / "model.onnx")
+    rewrite_manifest(folder)
+
+
+# A serving host has none of these: importing one fails there, and here.
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "optimum", "onnx", "mlflow", "datasets", "scipy"}:
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Blocker())
+from limbeck import main
+main(sys.argv[1:])
+"""
+
+
+def limbeck_without_torch(*args: object) -> list[str]:
+    """A command line that runs `limbeck` where torch and its friends cannot be imported."""
+    return [sys.executable, "-c", BLOCKED, *map(str, args)]
+
+
+class Served(NamedTuple):
+    """A running `limbeck serve`."""
+
+    process: subprocess.Popen[str]
+    url: str  # ends with /v1
+
+
+@contextmanager
+def serving(folder: Path, api_key: str = "") -> Iterator[Served]:
+    """`limbeck serve folder` in a process of its own, on a host without torch, on a free port."""
+    environment = os.environ | {"LIMBECK_API_KEY": api_key}
+    command = limbeck_without_torch("serve", folder, "--port", 0, "--threads", 1)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        assert " at http" in first, first + process.stderr.read()
+        yield Served(process, first.split(" at ")[1].strip())
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
