@@ -67,7 +67,7 @@ def changed(store: Store, number: int, edit: Callable[[str], str]) -> None:
     store.client.set_registered_model_tag("still", key, edit(value))
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, 3])
 def test_a_changed_entry(moved: Still, number: int) -> None:
     changed(moved.store, number, lambda value: value.replace('"who":"me"', '"who":"you"'))
     assert f"entry {number + 1} was changed: its hash does not fit" in problems(moved)
