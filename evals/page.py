@@ -82,7 +82,8 @@ g.teacher { opacity: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 8px 2px; color: var(--soft); font-size: 13px; }
 .legend svg { display: inline-block; width: 18px; height: 18px; vertical-align: -4px; margin-right: 4px; }
 .table { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; font-size: 12.5px; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }

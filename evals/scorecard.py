@@ -78,7 +78,7 @@ def evaluate(
             for line in left_out - told:
                 say(f"  {line}")
             told |= left_out
-        cards[model.label] = _keep(own, model, store, kept)
+        cards[model.label] = _keep(own, model, store, [*kept, scored])
         say(f"  {_told(cards[model.label].card)}")
     return [each.card for each in cards.values()]
 
@@ -118,7 +118,7 @@ def _find(kept: Sequence[_Kept], tasks: TaskSet) -> _Kept | None:
 def _keep(own: _Kept, model: Model, store: Store | None, kept: Sequence[_Kept]) -> _Kept:
     """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
     wanted = bool(store and model.version)
-    for each in kept:
+    for each in reversed(kept):
         if each.registered == wanted and each.card == own.card.model_copy(update={"created": each.card.created}):
             return each
     if store and model.version:

@@ -1,0 +1,268 @@
+"""Scorecards of real models on real tasks: what is known is not done again, what is finished is not lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+import evals.scorecard as scorecard
+from evals.harness import TaskSet
+from evals.scorecard import evaluate
+from evals.statistics import compare
+from registry.errors import BadInput
+from registry.resolve import Model, registered, resolve
+from registry.store import Store
+from tests.conftest import make_model
+
+NAMES = ["text_bits_per_byte", "text_next_line"]
+
+
+@pytest.fixture(scope="module")
+def tasks(text_tasks: Path) -> TaskSet:
+    return TaskSet.load(NAMES, [text_tasks])
+
+
+@pytest.fixture(scope="module")
+def other_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A model with other weights than tiny_llama."""
+    return make_model(tmp_path_factory.mktemp("other"), tokenizer_folder, "llama", seed=1)
+
+
+@pytest.fixture
+def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) -> list[Model]:
+    """A registered teacher, its ONNX export, and a student."""
+    teacher = store.register("m", tiny_llama, kind="teacher")
+    onnx = store.register("m", onnx_llama, kind="onnx", engine="onnxruntime", parent=teacher.ref, params=1000)
+    student = store.register("m", other_llama, kind="student", teacher=teacher.ref, recipe="other")
+    return [registered(version, store) for version in (teacher, onnx, student)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was run: "score m/1" and "measure m/1", in order."""
+    seen: list[str] = []
+
+    def counted(name: str, **brief: Any) -> None:
+        real = getattr(scorecard, name)
+
+        def run(model: Model, *args: Any, **more: Any) -> Any:
+            seen.append(f"{name} {model.label}")
+            return real(model, *args, **more, **brief)
+
+        monkeypatch.setattr(scorecard, name, run)
+
+    counted("score")
+    counted("measure", prompt_tokens=16, new_tokens=8, requests=3, threads=1)
+    return seen
+
+
+def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store, calls: list[str]) -> None:
+    teacher, onnx, student = models
+    cards = evaluate([onnx, teacher], tasks, store, against=teacher, usd_per_hour=0.2)
+    assert [card.model for card in cards] == ["m/1", "m/2"]
+    assert calls == ["score m/1", "measure m/1", "score m/2", "measure m/2"]
+    own, exported = (card.relative for card in cards)
+    assert own
+    assert exported
+    assert own.retention
+    assert (own.retention.value, own.retention.low, own.cost_ratio, own.speedup) == (1.0, 1.0, 1.0, 1.0)
+    assert exported.teacher == "m/1"
+    assert exported.teacher_digest == teacher.digest
+    assert exported.difference["text_bits_per_byte"].value == pytest.approx(0, abs=1e-4)  # fp32 ONNX is PyTorch
+    a, b = cards[1].cost, cards[0].cost
+    assert a
+    assert b
+    assert exported.cost_ratio == pytest.approx(a.usd_per_million_tokens / b.usd_per_million_tokens)
+    assert exported.speedup == pytest.approx(b.p50_ms / a.p50_ms)
+    assert cards[1].tasks.keys() == set(NAMES)
+    for model, card in zip((teacher, onnx), cards, strict=True):
+        assert model.version
+        assert store.scorecards(model.version) == [card]
+        kept = parquet.read_table(store.documents(model.version, card)).to_pandas()
+        mine = kept[kept["task"] == "text_bits_per_byte"]
+        assert np.average(mine["value"], weights=mine["weight"]) == pytest.approx(
+            card.tasks["text_bits_per_byte"].value
+        )
+
+    # Again, with a student more: only the student is run.
+    calls.clear()
+    again = evaluate([onnx, student], tasks, store, against=teacher, cost=False, usd_per_hour=0.2)
+    assert calls == ["score m/3"]
+    assert again[:2] == cards
+    assert again[2].cost is None
+
+    # The student's relative part is what the statistics say of the two sets of documents.
+    assert student.version
+    assert teacher.version
+    tables = (parquet.read_table(store.documents(m.version, c)) for m, c in ((student, again[2]), (teacher, cards[0])))
+    expected = compare(*tables, cards[0].tasks)
+    assert again[2].relative
+    assert again[2].relative.difference == expected.difference
+    assert again[2].relative.retention == expected.retention
+
+    # Another price: neither scored nor measured.
+    calls.clear()
+    (_, dear) = evaluate([onnx], tasks, store, against=teacher, usd_per_hour=0.4)
+    assert calls == []
+    assert dear.cost
+    assert dear.cost.usd_per_million_tokens == pytest.approx(2 * a.usd_per_million_tokens)
+    assert dear.relative
+    assert dear.relative.cost_ratio == pytest.approx(exported.cost_ratio)
+    assert onnx.version
+    assert [card.cost and card.cost.usd_per_hour for card in store.scorecards(onnx.version)] == [0.2, 0.4]
+
+
+def test_a_teacher_named_later_needs_no_forward_run(
+    models: list[Model], tasks: TaskSet, store: Store, calls: list[str]
+) -> None:
+    teacher, _, student = models
+    bare = evaluate([teacher, student], tasks, store, cost=False, usd_per_hour=1)
+    assert [card.relative for card in bare] == [None, None]
+    calls.clear()
+    cards = evaluate([student], tasks, store, against=teacher, cost=False, usd_per_hour=1)
+    assert calls == []
+    assert cards[1].relative
+    assert cards[1].tasks == bare[1].tasks
+    # Other tasks are other scores.
+    few = TaskSet.load(NAMES[:1], [tasks_folder(tasks)], limit=5)
+    evaluate([student], few, store, cost=False, usd_per_hour=1)
+    evaluate([student], tasks, store, cost=False, usd_per_hour=1, force=True)
+    assert calls == ["score m/3", "score m/3"]
+
+
+def tasks_folder(tasks: TaskSet) -> Path:
+    """Where the data of the tasks lie."""
+    config = tasks.tasks[NAMES[0]].config
+    return Path(config.dataset_kwargs["data_files"]["test"]).parent
+
+
+@pytest.mark.parametrize("at", ["score m/3", "measure m/2"])
+def test_a_kill_loses_nothing_finished(
+    at: str,
+    models: list[Model],
+    tasks: TaskSet,
+    store: Store,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, onnx, student = models
+    name = at.split()[0]
+    real = getattr(scorecard, name)
+
+    def killed(model: Model, *args: Any, **more: Any) -> Any:
+        if f"{name} {model.label}" == at:
+            raise KeyboardInterrupt
+        return real(model, *args, **more)
+
+    cost = name == "measure"
+    given = [onnx, student]
+    with monkeypatch.context() as patch:
+        patch.setattr(scorecard, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(given, tasks, store, usd_per_hour=1, cost=cost)
+    assert onnx.version
+    assert len(store.scorecards(onnx.version)) == (0 if cost else 1)
+    calls.clear()
+    cards = evaluate(given, tasks, store, usd_per_hour=1, cost=False)
+    assert calls == ["score m/3"]
+    assert [card.model for card in cards] == ["m/2", "m/3"]
+
+
+def test_a_folder_is_scored_once_and_a_damaged_score_again(
+    limbeck_home: Path, onnx_llama: Path, tasks: TaskSet, calls: list[str]
+) -> None:
+    model = resolve(str(onnx_llama))
+    first = evaluate([model], tasks, cost=False, usd_per_hour=1)
+    assert evaluate([model], tasks, cost=False, usd_per_hour=1) == first
+    assert len(calls) == 1
+    (documents,) = limbeck_home.rglob("documents.parquet")
+    documents.write_bytes(documents.read_bytes()[:-10])
+    again = evaluate([model], tasks, cost=False, usd_per_hour=1)
+    assert len(calls) == 2
+    assert again[0].tasks == first[0].tasks
+
+
+def test_scores_that_are_no_numbers_are_refused(
+    limbeck_home: Path, tiny_llama: Path, tmp_path: Path, tasks: TaskSet
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "nan"
+    shutil.copytree(tiny_llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="documents text_bits_per_byte 0"):
+        evaluate([resolve(str(folder))], tasks, cost=False, usd_per_hour=1)
+    assert not list(limbeck_home.rglob("scorecard.json"))
+
+
+# --- the commands
+
+
+@pytest.fixture
+def evaluated(limbeck: Callable[..., Any], text_tasks: Path) -> Callable[..., Any]:
+    """Run `limbeck eval ... --tasks ... --include-path ... --no-cost`."""
+
+    def run(*args: object) -> Any:
+        return limbeck("eval", *args, "--tasks", ",".join(NAMES), "--include-path", text_tasks, "--no-cost")
+
+    return run
+
+
+def test_eval_of_a_name_is_of_all_its_versions(models: list[Model], evaluated: Callable[..., Any]) -> None:
+    import json
+
+    done = evaluated("m", "--against", "m/1", "--format", "json")
+    assert done.code == 0
+    cards = json.loads(done.out)
+    assert [card["model"] for card in cards] == ["m/1", "m/2", "m/3"]
+    assert cards[2]["relative"]["teacher"] == "m/1"
+    assert cards[2]["tasks"]["text_next_line"]["metric"] == "acc"
+    table = evaluated("m", "--against", "m/1")
+    assert "m/3" in table.out
+    assert "bits per" in table.out
+    assert max(map(len, table.out.splitlines())) <= 140
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["LLAMA", "--usd-per-hour", "-1"], "a price of -1 dollars an hour"),
+        (["EMPTY"], "is no model"),
+        (["LLAMA", "--against", "EMPTY"], "is no model"),
+        (["LLAMA", "--limit", "0"], "limit"),
+    ],
+)
+def test_bad_input(
+    args: list[str],
+    message: str,
+    tiny_llama: Path,
+    limbeck_home: Path,
+    tmp_path: Path,
+    evaluated: Callable[..., Any],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"LLAMA": str(tiny_llama), "EMPTY": str(tmp_path / "empty")}
+    done = evaluated(*(places.get(arg, arg) for arg in args))
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_tasks_are_made_and_named(
+    limbeck: Callable[..., Any], limbeck_home: Path, corpus: Path, tmp_path: Path
+) -> None:
+    done = limbeck("tasks", corpus, "--name", "mine", "--to", tmp_path / "t", "--kind", "next_line")
+    assert (done.code, done.out) == (0, "mine_next_line\n")
+    assert list((tmp_path / "t").rglob("*.yaml"))
+    done = limbeck("tasks", corpus, "--name", "mine", "--to", tmp_path / "t", "--kind", "next_lime")
+    assert done.code == 2
+    assert "did you mean next_line" in done.err
