@@ -193,8 +193,10 @@ COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 
 def _print_rows(name: str, found: Sequence[LeaderboardRow]) -> None:
+    from evals.plot import title
+
     metrics = {task: str(quality["metric"]) for row in found for task, quality in row.quality.items()}
-    columns = ["version", "made by", *_headers(metrics), "retention", *COST_COLUMNS, "verdict"]
+    columns = ["version", "what", *_headers(metrics), "retention", *COST_COLUMNS[:3], "verdict"]
     table = []
     for row in found:
         values = [row.quality[task]["value"] if task in row.quality else None for task in metrics]
@@ -202,10 +204,10 @@ def _print_rows(name: str, found: Sequence[LeaderboardRow]) -> None:
         table.append(
             [
                 f"{row.version.rpartition('/')[2]}{' *' if row.pareto else ''}",
-                " ".join(filter(None, [row.recipe, row.kind, row.precision])),
+                title(row),
                 *(f"{value:.3f}" if isinstance(value, float) else None for value in values),
                 f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]" if kept else None,
-                *_cost_cells(row.cost, row.cost_ratio, row.speedup),
+                *_cost_cells(row.cost, row.cost_ratio, row.speedup)[:3],
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]
         )

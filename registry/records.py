@@ -180,18 +180,23 @@ class LedgerEntry(Record):
 
 
 class LeaderboardRow(Record):
-    """One line of `limbeck leaderboard --format json`. Stable: fields are only ever added."""
+    """One row of `limbeck leaderboard NAME --format json`, best retention first; unscored versions come last.
 
-    version: str
+    Stable: fields are only ever added. What was not measured is null, and its keys are there all the same.
+    """
+
+    version: str  # NAME/VERSION
     kind: Kind
-    parent: str | None
-    recipe: str | None
+    parent: str | None  # NAME/VERSION it was made from: an ONNX variant's student, a student's teacher
+    recipe: str | None  # the recipe's label
     precision: str
-    quality: dict[str, dict[str, float | str | None]]  # task -> {metric, value, stderr}
-    retention: dict[str, float] | None  # {value, low, high}
+    quality: dict[str, dict[str, float | str | None]]  # task or group -> {metric, value, stderr}
+    retention: dict[str, float] | None  # {value, low, high}: share of the teacher's quality, 95% interval
+    # {params, disk_bytes, peak_rss_bytes, prefill_tokens_per_s, decode_tokens_per_s, p50_ms, p95_ms,
+    # usd_per_million_tokens}, each as in Cost
     cost: dict[str, float] | None
-    cost_ratio: float | None
-    speedup: float | None
-    pareto: bool
-    verdict: Outcome | None
+    cost_ratio: float | None  # usd_per_million_tokens over the teacher's
+    speedup: float | None  # the teacher's p50_ms over this one's
+    pareto: bool  # no other row is both cheaper and at least as good
+    verdict: Outcome | None  # of the newest verdict
     aliases: tuple[str, ...]
