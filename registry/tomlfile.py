@@ -150,10 +150,13 @@ def _key_of(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
 def _fields(model: type[BaseModel], key: Key) -> list[str]:
     """The names that the table at `key` of a `model` may hold; of every member of a union."""
     models = [model]
+    named = False  # the part is a name of the file's own, as in [students.NAME]
     for part in key:
-        if isinstance(part, int):
+        if isinstance(part, int) or named:
+            named = False
             continue
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        named = any(get_origin(annotation) is dict for annotation in inner)
         models = [found for annotation in inner for found in _models(annotation)]
     return list(dict.fromkeys(f.alias or name for m in models for name, f in m.model_fields.items()))
 
