@@ -1,21 +1,64 @@
-"""Tasks made from a small text, and an ONNX artifact."""
+"""Models, text and tasks that the tests of this room share."""
 
 from __future__ import annotations
 
 import json
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_model
+
+MODULES = ["bisect", "contextlib", "fnmatch", "heapq", "keyword", "queue", "shlex", "textwrap", "json/encoder"]
+
 
 @pytest.fixture(scope="session")
-def onnx_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """tiny_llama exported to ONNX fp32."""
-    from export.onnx import export
+def tiny_llama_bos(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """As tiny_llama, with a tokenizer that puts a BOS token before each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("onnx") / "llama"
-    export(tiny_llama, folder, "fp32")
-    return folder
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    with_bos = tmp_path_factory.mktemp("tokenizer-bos")
+    tokenizer.save_pretrained(with_bos)
+    return make_model(tmp_path_factory.mktemp("llama-bos"), with_bos, "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A function from a checkpoint to its fp32 ONNX artifact, exported once."""
+    made: dict[Path, Path] = {}
+
+    def of(folder: Path) -> Path:
+        from export.onnx import export
+
+        if folder not in made:
+            made[folder] = tmp_path_factory.mktemp("onnx") / folder.name
+            export(folder, made[folder], "fp32")
+        return made[folder]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def onnx_llama(tiny_llama: Path, onnx: Callable[[Path], Path]) -> Path:
+    """tiny_llama exported to ONNX fp32."""
+    return onnx(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out text: some of the standard library's source files, as JSON lines."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    path = tmp_path_factory.mktemp("sources") / "heldout.jsonl"
+    rows = ({"path": f"{name}.py", "text": (root / f"{name}.py").read_text()} for name in MODULES)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="session")
