@@ -15,7 +15,7 @@ import click
 from registry.terminal import say
 
 HERE = Path(__file__).parent
-PROMPT = "def read_config(path):\n    "
+PROMPT = "def read_config(path):"
 TASKS = ("stdlib_bits_per_byte", "stdlib_next_line", "stdlib_minimal_pairs")
 
 Words = tuple[object, ...]  # a command line after `limbeck`; a path is said as short as it can be from here
