@@ -70,17 +70,10 @@ def complete_torch(
     Raises BadInput: a checkpoint that cannot be loaded, or a prompt that fills the context.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     torch.set_num_threads(threads or physical_cores())  # as the runtime, so that their speeds compare
     start = time.perf_counter()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        ).eval()
-    except Exception as error:  # transformers raises whatever it trips over
-        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    tokenizer, model = _load(folder)
     loaded = time.perf_counter()
     eos = model.generation_config.eos_token_id
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
@@ -90,13 +83,7 @@ def complete_torch(
     if ids.shape[1] >= length:
         message = f"the prompt has {ids.shape[1]} tokens and wants room for 1 more; the context is {length}"
         raise BadInput(message, fix="shorten the prompt")
-    wanted: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    # The request alone decides, not the penalties and defaults that the checkpoint's own settings hold.
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0, **wanted)
+    _set_sampling(model, sampling)
     clock = _Clock()
     with torch.inference_mode():
         one = torch.ones_like(ids)
@@ -124,6 +111,35 @@ def complete_torch(
         prefill_s=clock.times[1] - began,
         decode_s=clock.times[-1] - clock.times[1],
     )
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer, and the model in float32. Raises BadInput."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # transformers raises whatever it trips over
+        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    return tokenizer, model.eval()
+
+
+def _set_sampling(model: Any, sampling: Sampling) -> None:
+    """Let the request alone decide, not the penalties and defaults that the checkpoint's own settings hold."""
+    import torch
+    from transformers import GenerationConfig
+
+    wanted: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    eos = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0, **wanted)
 
 
 class _Clock:
