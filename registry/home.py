@@ -21,11 +21,6 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
-def is_local() -> bool:
-    """True where the tracking database is the one in `home()`."""
-    return "MLFLOW_TRACKING_URI" not in os.environ
-
-
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its name only if the block ends well.

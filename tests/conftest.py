@@ -106,6 +106,10 @@ def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database as `Store` makes it; copied, since its migrations take seconds."""
+    from sqlalchemy import Engine, event
+
+    # No test pulls the plug, and waiting for the disk at each commit is most of a small test's time.
+    event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
     folder = tmp_path_factory.mktemp("database")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_HOME", str(folder))
