@@ -132,8 +132,9 @@ def prepare(data: Data, beside: Path, name: str) -> Corpus:
     written = (document for document in documents(data, beside) if document.text.strip())
     ordered = sorted(written, key=lambda document: text_digest(document.path))
     parts: dict[str, list[Document]] = {"train": [], "heldout": []}
-    for document in ordered:
-        parts["heldout" if is_heldout(document.path, data.heldout) else "train"].append(document)
+    for number, document in enumerate(ordered):
+        # The first is the likeliest to be held out: of a few documents at least that one is.
+        parts["train" if number and not is_heldout(document.path, data.heldout) else "heldout"].append(document)
     for part, members in parts.items():
         if not members:
             raise BadInput(

@@ -74,6 +74,7 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
         )
     with _at(source, "data"):
         train_blocks = make_blocks(train, tokenizer, recipe.data.max_length, recipe.data.max_tokens)
+    with _at(source, "data", "heldout"):
         heldout_blocks = make_blocks(heldout, tokenizer, recipe.data.max_length)
     return Setting(
         recipe,

@@ -53,6 +53,14 @@ def test_the_split_holds_when_text_is_added(limbeck_home: Path, tmp_path: Path) 
     assert before <= heldout()
 
 
+def test_of_a_few_documents_one_is_held_out(limbeck_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    for number in range(3):
+        (tmp_path / "few" / str(number)).write_text("text")
+    made = corpus.prepare(Data(path="few", heldout=1e-6), tmp_path, "few")
+    assert (made.train_documents, made.heldout_documents) == (2, 1)
+
+
 def test_the_digest_is_of_text_and_split(limbeck_home: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(lines_of_text(2000))
     digests = [corpus.prepare(Data(path="a.txt", heldout=share), tmp_path, "a").digest for share in (0.2, 0.2, 0.5)]
