@@ -284,23 +284,34 @@ def _chance(task: Task, metric: str) -> float | None:
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     """Knows the tasks below `folders`; lm-eval's own too (10 s) where those do not have all the names."""
+    import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
     for folder in folders:
         if not folder.is_dir():
             raise BadInput(f"{folder} is no folder", fix="give --include-path a folder with the tasks' YAML files")
-    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
-    if not folders or any(name not in manager.task_index for name in names):
-        _check_yaml(folders)
-        manager = TaskManager(include_path=[str(folder) for folder in folders])
-    for name in names:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            places = " or ".join(map(str, folders)) or "lm-eval"
-            raise BadInput(
-                f"unknown task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-                fix=f"it has to be a task in {places}; --include-path takes a folder with more",
-            )
+    paths: list[str | Path] = list(folders)
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    missing = [name for name in names if name not in manager.task_index]
+    if not missing:
+        return manager
+    _check_yaml(folders)
+    # lm-eval's 14,000 files are searched before they are parsed, so that a typing mistake is told at once.
+    own = [path for path in Path(lm_eval.tasks.__path__[0]).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    text = b"".join(path.read_bytes() for path in own)
+    known = set(manager.all_tasks) | {path.stem for path in own}
+    if all(name.encode() in text for name in missing):
+        manager = TaskManager(include_path=paths)
+        known = set(manager.all_tasks)
+        missing = [name for name in names if name not in manager.task_index]
+    else:
+        missing = [name for name in missing if name.encode() not in text]
+    if missing:
+        near = difflib.get_close_matches(missing[0], known, n=3)
+        raise BadInput(
+            f"unknown task {missing[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+            fix=f"it is none of lm-eval's; looked in {', '.join(map(str, folders)) or 'no --include-path'} too",
+        )
     return manager
 
 
@@ -339,11 +350,15 @@ def _prepare(task: Task, num_fewshot: int | None, limit: int | None) -> str:
         task.build_all_requests(limit=limit)
     from lm_eval.utils import handle_non_serializable
 
-    config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}
-    docs = [doc for _, doc in task.doc_iterator(limit=limit)]
-    return text_digest(
-        json.dumps([config, docs, limit], sort_keys=True, default=handle_non_serializable, ensure_ascii=False)
-    )
+    def plain(value: Any) -> Any:
+        # A function by its name: its repr tells where it lies in memory.
+        return value.__qualname__ if hasattr(value, "__qualname__") else handle_non_serializable(value)
+
+    # What names files is left out: the documents themselves count.
+    places = ("dataset_kwargs", "metadata")
+    config = {key: value for key, value in task.dump_config().items() if key not in places}
+    documents = [document for _, document in task.doc_iterator(limit=limit)]
+    return text_digest(json.dumps([config, documents, limit], sort_keys=True, default=plain))
 
 
 @contextmanager

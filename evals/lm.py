@@ -133,8 +133,8 @@ class LimbeckLM(TemplateLM):
         for index, (context, continuation) in enumerate(pairs):
             if not 0 < len(continuation) <= self.max_length:
                 raise BadInput(
-                    f"a choice or text has {len(continuation)} tokens; it must have 1 to {self.max_length}, "
-                    "the model's context"
+                    f"a choice has {len(continuation)} tokens; the model's context allows 1 to {self.max_length}",
+                    fix="leave the task out, or give a model with a longer context",
                 )
             # The last token is only predicted; what is too long loses its beginning.
             inputs = (context + continuation)[-(self.max_length + 1) :][:-1]

@@ -169,7 +169,7 @@ def test_requests_with_the_same_input_run_once(tiny_llama: Path) -> None:
 
 def test_a_choice_longer_than_the_context_is_refused(tiny_llama: Path) -> None:
     lm = LimbeckLM(load(resolve(str(tiny_llama))))
-    with pytest.raises(BadInput, match=r"\d{3} tokens.* 1 to 128"):
+    with pytest.raises(BadInput, match=r"\d{3} tokens.*allows 1 to 128"):
         lm.loglikelihood(instances("loglikelihood", [("def", LONG)]))
 
 
