@@ -200,7 +200,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
     scored = {group: result(group, leaves, None) for group, leaves in members.items()}
     scored |= {name: result(name, [name], group_of.get(name)) for name in tasks.tasks}
     prompts = {name: scored[name].prompt_hash for name in tasks.tasks}
-    return Scores(scored, json_digest(prompts), pa.concat_tables(tables.values()))
+    in_order = {name: scored[name] for name in (*tasks.names, *scored) if name in scored}
+    return Scores(in_order, json_digest(prompts), pa.concat_tables(tables.values()))
 
 
 class _Metric(NamedTuple):
