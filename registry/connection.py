@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,7 +49,11 @@ def connect(tracking_uri: str) -> Client:
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         if tracking_uri.startswith("sqlite:///"):
-            _make_database(Path(tracking_uri.removeprefix("sqlite:///")).resolve())
+            path = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+            _make_database(path)
+            # MLflow would try a file that cannot be opened again and again, for minutes.
+            with closing(sqlite3.connect(path, timeout=20)) as database:
+                database.execute("PRAGMA schema_version")
         return Client(MlflowClient(tracking_uri, tracking_uri), tracking_uri)
 
 
@@ -97,12 +102,9 @@ class Client:
                 try:
                     with _in_words(self._tracking_uri):
                         return method(*args, **named)
-                except _Locked as error:
+                except _Locked:
                     if attempt == LOCKED_TRIES - 1:
-                        raise LimbeckError(
-                            f"{self._tracking_uri} is locked by another process",
-                            fix="wait for the other limbeck or mlflow process to finish, then try again",
-                        ) from error
+                        raise
                     time.sleep(0.2 * (attempt + 1))
             raise AssertionError("unreachable")
 
@@ -125,7 +127,7 @@ class AlreadyThere(BadInput):
     """MLflow has one of this name."""
 
 
-class _Locked(Exception):
+class _Locked(LimbeckError):
     """SQLite's database is locked."""
 
 
@@ -154,7 +156,10 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
             fix=f"free some space on the disk of {home()}, then run the same command again",
         )
     if "database is locked" in text:
-        return _Locked(text)
+        return _Locked(
+            f"{tracking_uri} is locked by another process",
+            fix="wait for the other limbeck or mlflow process to finish, then try again",
+        )
     if "unable to open database file" in text or "readonly database" in text or "not a database" in text:
         detail = next((w for w in ("readonly", "not a database") if w in text), "it cannot be opened")
         return LimbeckError(

@@ -199,8 +199,14 @@ def test_a_deleted_experiment(store: Store, make_folder: MakeFolder) -> None:
         Store().register("still", make_folder("b"), kind="student")
 
 
+@pytest.mark.timeout(30)  # MLflow alone would try for minutes
 def test_a_database_that_is_none(limbeck_home: Path) -> None:
     limbeck_home.mkdir()
-    (limbeck_home / "mlflow.db").write_text("this is no database at all, but some text that is long enough")
+    database = limbeck_home / "mlflow.db"
+    database.write_text("this is no database at all, but some text that is long enough")
     with pytest.raises(LimbeckError, match="not a database"):
-        Store().versions()
+        Store()
+    database.unlink()
+    database.mkdir()
+    with pytest.raises(LimbeckError, match="it cannot be opened"):
+        Store()
