@@ -194,7 +194,7 @@ class LeaderboardRow(Record):
     retention: dict[str, float] | None  # {value, low, high}: share of the teacher's quality, 95% interval
     # {params, disk_bytes, peak_rss_bytes, prefill_tokens_per_s, decode_tokens_per_s, p50_ms, p95_ms,
     # usd_per_million_tokens}, each as in Cost
-    cost: dict[str, float] | None
+    cost: dict[str, int | float] | None
     cost_ratio: float | None  # usd_per_million_tokens over the teacher's
     speedup: float | None  # the teacher's p50_ms over this one's
     pareto: bool  # no other row is both cheaper and at least as good
