@@ -76,7 +76,7 @@ def _kept(row: LeaderboardRow) -> dict[str, float]:
 def _usd_range(points: Sequence[LeaderboardRow]) -> tuple[float, float]:
     prices = [_usd(row) for row in points]
     spread = max(math.log10(max(prices) / min(prices)), 0.5)
-    margin = 10 ** (0.09 * spread)
+    margin = 10 ** (0.12 * spread)
     return min(prices) / margin, max(prices) * margin
 
 
@@ -156,7 +156,7 @@ def _labels(frame: Frame, points: Sequence[LeaderboardRow]) -> Iterator[str]:
         width = CHARACTER * len(text)
         for left, top in _places(x, y, width):
             box = (left, top, left + width, top + LINE)
-            inside = left >= frame.left and box[2] <= frame.width - 4 and top >= frame.top - 8
+            inside = left >= frame.left - 6 and box[2] <= frame.width - 4 and top >= frame.top - 8
             if inside and box[3] <= frame.height - frame.bottom and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 yield f'<text class="name" x="{left:.1f}" y="{top + 12:.1f}">{escape(text)}</text>'
@@ -164,11 +164,14 @@ def _labels(frame: Frame, points: Sequence[LeaderboardRow]) -> Iterator[str]:
 
 
 def _places(x: float, y: float, width: float) -> Iterator[tuple[float, float]]:
-    for away in (0, 12):  # further off it would name another point
+    """Left upper corners for a label of the point (x, y), best first; further off it would name another point."""
+    for away in (0, 12):
         yield x + 10 + away / 2, y - LINE - 2 - away
         yield x - 10 - width - away / 2, y - LINE - 2 - away
         yield x + 10 + away / 2, y + 3 + away
         yield x - 10 - width - away / 2, y + 3 + away
+    yield x - width / 2, y - LINE - 9
+    yield x - width / 2, y + 9
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
