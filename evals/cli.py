@@ -184,8 +184,11 @@ def leaderboard(name: str, task: str | None, output: str, file: Path | None) -> 
     if file is None:
         print(text, end="")
         return
-    with written_whole(file) as part:
-        part.write_text(text, encoding="utf-8")
+    try:
+        with written_whole(file) as part:
+            part.write_text(text, encoding="utf-8")
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"{file} cannot be written: {error.strerror}", fix="choose another --output") from error
     print(os.path.relpath(file))
 
 

@@ -215,6 +215,9 @@ def test_formats_say_the_same(
         limbeck("leaderboard", "m", "--format", form, "--output", tmp_path / f"out.{form}")
         assert "m/2" in (tmp_path / f"out.{form}").read_text()
     assert limbeck("leaderboard", "m", "--output", tmp_path / "x").code == 2
+    below_a_file = limbeck("leaderboard", "m", "--format", "csv", "--output", tmp_path / "out.csv" / "x.csv")
+    assert below_a_file.code == 2
+    assert "cannot be written" in below_a_file.err
     unknown = limbeck("leaderboard", "n")
     assert unknown.code == 2
     assert "registered are: m" in unknown.err
