@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from evals.make_tasks import make
+from evals.minimal_pairs import is_broken, undefined_names
 from registry.errors import BadInput
 
 RULES = ("swapped_bracket", "misplaced_keyword", "undefined_name", "wrong_indentation")
@@ -164,3 +165,21 @@ def test_another_folder_is_not_overwritten(tmp_path: Path, sources: Path) -> Non
     with pytest.raises(BadInput, match="holds something else"):
         make(sources, tmp_path, "std")
     assert (tmp_path / "std/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("source", "undefined"),
+    [
+        ("def f(a, *b, c=1, **d):\n    return a, b, c, d, len(a)", set()),
+        ("def f(a):\n    return b", {"b"}),
+        ("def f():\n    x = 1\n    def g():\n        return x + y\n    return g", {"y"}),
+        ("import os.path as p\nfrom sys import argv\nprint(p, argv, os)", {"os"}),
+        ("[a for a in range(3)]\nprint(a)", {"a"}),
+        ("def f():\n    global n\n    n = 1\ndef g():\n    return n", set()),
+        ("class A:\n    x = 1\n    def f(self):\n        return x", {"x"}),
+        ("try:\n    pass\nexcept OSError as e:\n    print(e)", set()),
+    ],
+)
+def test_a_name_is_undefined_where_no_scope_binds_it(source: str, undefined: set[str]) -> None:
+    assert undefined_names(source) == undefined
+    assert is_broken(source, "pass", "undefined_name") == bool(undefined)
