@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module
 
 import click
 
 from registry.errors import LimbeckError
+
+# Threads that spin while they wait take the core that another process needs: ten times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # command -> (module:object, the line that `limbeck --help` shows)
 COMMANDS = {
@@ -18,6 +22,7 @@ COMMANDS = {
     "export": ("export.cli:export", "Export torch models to ONNX variants, checked against PyTorch."),
     "tasks": ("evals.cli:tasks", "Make lm-eval tasks from held-out text."),
     "eval": ("evals.cli:evaluate", "Score models with lm-eval, quality and cost relative to a teacher."),
+    "compare": ("evals.cli:compare", "Hold one scored version against another, document by document."),
     "leaderboard": ("evals.cli:leaderboard", "Rank the versions of a model by cost and quality."),
     "models": ("registry.cli:models", "Browse the registry: list, show, lineage, history."),
     "promote": ("registry.cli:promote", "Move an alias to a version that passes the policy."),

@@ -58,7 +58,7 @@ def distill(path: Path, overrides: list[str], store: Store, to: Path | None = No
     keys = {plan.label: student_key(setting, plan) for plan in plans}
     students: dict[str, Student] = {}
     for plan in plans:
-        if there := store.find(recipe.name, recipe_digest=keys[plan.label]):
+        if there := store.find(recipe.name, engine="torch", recipe_digest=keys[plan.label]):
             say(f"  {plan.label}: already made, {there.ref}")
             students[plan.label] = Student(plan, there, trained=False)
     missing = [plan for plan in plans if plan.label not in students]

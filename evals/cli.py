@@ -1,4 +1,4 @@
-"""`limbeck tasks`, `eval` and `leaderboard`."""
+"""`limbeck tasks`, `eval`, `compare` and `leaderboard`."""
 
 from __future__ import annotations
 
@@ -138,6 +138,30 @@ def _print_cards(cards: Sequence[Scorecard]) -> None:
             ]
         )
     print_table("scores, each with its standard error", columns, table)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@format_option
+def compare(a: str, b: str, output: str) -> None:
+    """Hold the scored version A against B, document by document. No model runs.
+
+    The difference is A - B, with its 95% interval: paired by document, clustered by file.
+    """
+    from evals.compare import compare as run
+    from registry.store import Store
+
+    found = run(Store(), a, b)
+    if output == "json":
+        print_json([{**row._asdict(), "difference": row.difference.model_dump()} for row in found])
+        return
+    rows = []
+    for row in found:
+        sure = row.difference
+        between = f"{sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}]"
+        rows.append((row.task, row.metric, f"{row.a:.4f}", f"{row.b:.4f}", between, row.better or "not settled"))
+    print_table("", ["task", "metric", a, b, "difference, paired", "better"], rows)
 
 
 @click.command()

@@ -16,6 +16,7 @@ from registry.terminal import say
 
 HERE = Path(__file__).parent
 PROMPT = "def read_config(path):"
+SAMPLING = ("--max-new-tokens", 64, "--temperature", 0.6, "--seed", 0)
 TASKS = ("stdlib_bits_per_byte", "stdlib_next_line", "stdlib_minimal_pairs")
 
 Words = tuple[object, ...]  # a command line after `limbeck`; a path is said as short as it can be from here
@@ -68,6 +69,7 @@ def steps(
             ("eval", name, "--tasks", ",".join(TASKS), "--include-path", tasks, "--against", teacher, *limits),
         ],
     )
+    yield ("What distillation brought: each student against its twin", [("compare", *pair) for pair in twins(name)])
     yield ("Leaderboard: cost against quality", [("leaderboard", name), ("leaderboard", name, "--format", "html")])
     yield (
         "Promotion: the cheapest variant that passes the policy",
@@ -75,7 +77,7 @@ def steps(
     )
     yield (
         "Use: a fresh process, the torch-free runtime, beside the teacher",
-        [("generate", f"{name}@production", PROMPT, "--max-new-tokens", 48, "--beside", teacher)],
+        [("generate", f"{name}@production", PROMPT, *SAMPLING, "--beside", teacher)],
     )
 
 
@@ -87,6 +89,15 @@ def registered(name: str) -> tuple[str, list[str]]:
     teacher = [version for version in versions if version.kind == "teacher"][-1]
     students = [v for v in versions if v.kind == "student" and v.teacher == teacher.ref]
     return teacher.ref, [student.ref for student in students]
+
+
+def twins(name: str) -> list[tuple[str, str]]:
+    """NAME/VERSION of each distilled student and of its twin: the same student, trained on labels alone."""
+    from registry.store import Store
+
+    students = {v.recipe or "": v.ref for v in Store().versions(name) if v.kind == "student"}
+    pairs = ((ref, students.get(f"{recipe.removesuffix('-distilled')}-labels")) for recipe, ref in students.items())
+    return [(ref, twin) for ref, twin in pairs if twin and twin != ref]
 
 
 def run(words: Words) -> None:

@@ -129,15 +129,20 @@ def judge(
     )
 
 
-def best_card(policy: Policy, version: Version, cards: Sequence[Scorecard]) -> Scorecard | None:
-    """The scorecard to judge by: the newest that answers all the policy asks, else the newest; or None."""
+def best_card(
+    policy: Policy, version: Version, cards: Sequence[Scorecard], teacher_digest: str | None = None
+) -> Scorecard | None:
+    """The scorecard to judge by: the newest that answers all the policy asks, else the newest; or None.
 
+    One that is relative to another model than the teacher of `teacher_digest` answers nothing.
+    """
     asked = policy.quality
 
     def answers(card: Scorecard) -> bool:
         return (
             card.artifact == version.digest
             and card.relative is not None
+            and card.relative.teacher_digest == (teacher_digest or card.relative.teacher_digest)
             and set(asked.tasks) <= card.tasks.keys()
             and asked.min_task_retention.keys() <= card.relative.task_retention.keys()
             and all(result.documents >= (asked.min_documents or 0) for result in card.tasks.values())

@@ -208,13 +208,14 @@ def _candidates(store: Store, model: str) -> list[Version]:
 
 
 def _judged(store: Store, version: Version, policy: Policy, keep: bool) -> Candidate:
-    card = best_card(policy, version, store.scorecards(version))
+    teacher_digest = _digest(store, version.teacher)
+    card = best_card(policy, version, store.scorecards(version), teacher_digest)
     verdict = judge(
         policy,
         version,
         card,
         store.parity(version),
-        teacher_digest=_digest(store, version.teacher),
+        teacher_digest=teacher_digest,
         parent_digest=_digest(store, version.parent) if version.kind == "onnx" else None,
     )
     return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, card)
