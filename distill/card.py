@@ -34,6 +34,7 @@ tags:
 | | |
 |---|---|
 | parameters | {facts["params"]:,} |
+| recipe | `{setting.source.path.name}`, student `{plan.student}`, objective `{plan.objective}` |
 | learnt from | {learnt} |
 | text | {recipe.data.path or recipe.data.kind}: {setting.corpus.train_documents} documents, \
 {setting.corpus.train_bytes:,} bytes; {setting.corpus.heldout_documents} documents held out by a hash of their path |
