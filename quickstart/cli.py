@@ -70,10 +70,10 @@ def steps(
         ],
     )
     yield ("What distillation brought: each student against its twin", [("compare", *pair) for pair in twins(name)])
-    yield ("Leaderboard: cost against quality", [("leaderboard", name), ("leaderboard", name, "--format", "html")])
+    yield ("Leaderboard: cost against quality", [("leaderboard", name)])
     yield (
         "Promotion: the cheapest variant that passes the policy",
-        [("promote", name, "--to", "production", "--policy", policy)],
+        [("promote", name, "--to", "production", "--policy", policy), ("leaderboard", name, "--format", "html")],
     )
     yield (
         "Use: a fresh process, the torch-free runtime, beside the teacher",
