@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distill.recipe import TABLES, Data
+from registry import corpusfile
 from registry.digest import json_digest, text_digest
 from registry.errors import BadInput
 from registry.home import home, written_whole
@@ -164,5 +165,4 @@ def prepare(data: Data, beside: Path, name: str) -> Corpus:
 
 def read(path: Path) -> list[Document]:
     """The documents of a corpus file."""
-    with open(path, encoding="utf-8") as file:
-        return [Document(**json.loads(line)) for line in file]
+    return [Document._make(row) for row in corpusfile.rows(path)]

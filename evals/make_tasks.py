@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals import minimal_pairs
+from registry.corpusfile import rows
 from registry.digest import file_digest, json_digest, text_digest
 from registry.errors import BadInput
 from registry.home import written_whole
@@ -260,21 +261,7 @@ def _is_python(text: str) -> bool:
 
 def _read(corpus: Path, seed: int) -> list[Document]:
     """The documents of a corpus that are not blank, in the order of a hash of their paths."""
-    documents = []
-    try:
-        with open(corpus, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    documents.append(Document(str(row["path"]), str(row["text"])))
-                except (ValueError, KeyError, TypeError):
-                    raise BadInput(
-                        f"{corpus}, line {number}: no JSON object with a path and a text",
-                        fix='a corpus has one object a line: {"path": "...", "text": "..."}',
-                    ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{corpus} cannot be read: {error}") from None
-    documents = [document for document in documents if document.text.strip()]
+    documents = [document for document in map(Document._make, rows(corpus)) if document.text.strip()]
     if not documents:
         raise BadInput(f"{corpus} has no text")
     return sorted(documents, key=lambda document: text_digest(f"{seed}:{document.path}"))

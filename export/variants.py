@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from export.onnx import PRECISIONS, export
 from export.parity import MAX_LOGPROB_DIFF, compare
+from registry.corpusfile import rows
 from registry.digest import file_digests, folder_digest, read_manifest, verify, write_manifest
 from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
@@ -131,19 +130,7 @@ def read_texts(corpus: Path, limit: int = 64) -> list[str]:
 
     Raises BadInput, naming the line.
     """
-    texts = []
-    try:
-        with open(corpus, encoding="utf-8") as lines:
-            for number, line in enumerate(islice(lines, limit), 1):
-                try:
-                    texts.append(str(json.loads(line)["text"]))
-                except (ValueError, KeyError, TypeError):
-                    raise BadInput(
-                        f"{corpus}, line {number}: no JSON object with a text",
-                        fix='a corpus has one object a line: {"path": "...", "text": "..."}',
-                    ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{corpus} cannot be read: {error}") from None
+    texts = [text for (text,) in rows(corpus, ("text",), limit)]
     if not texts:
         raise BadInput(f"{corpus} is empty")
     return texts
