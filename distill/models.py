@@ -12,6 +12,7 @@ import numpy as np
 from distill.blocks import Blocks
 from distill.cache import Capture
 from registry.errors import BadInput
+from registry.machine import cpu_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,8 +144,7 @@ def has_bf16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return bool(cpu_bf16())
 
 
 def _batches(blocks: np.ndarray, vocab_size: int) -> Iterator[np.ndarray]:

@@ -17,6 +17,7 @@ import numpy as np
 from export.runtime import CONTEXT_KEYS, physical_cores
 from registry.digest import file_digests
 from registry.errors import BadInput, LimbeckError
+from registry.machine import proc
 from registry.records import Cost
 from registry.resolve import Model
 
@@ -119,12 +120,9 @@ def machine(model: Model) -> str:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in proc("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

@@ -19,6 +19,7 @@ from registry import ledger
 from registry.digest import read_manifest
 from registry.errors import DamagedArtifact, LimbeckError
 from registry.home import home, tracking_uri
+from registry.machine import cpu_bf16, proc
 from registry.records import Version
 from registry.store import Store
 from registry.terminal import progress
@@ -105,10 +106,9 @@ def _packages() -> Iterator[Check]:
 def _machine() -> Iterator[Check]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Check("ok", "machine", f"{os.cpu_count()} cores, {memory / 2**30:.1f} GiB of memory")
-    flags = set(re.findall(r"\w+", _text("/proc/cpuinfo").partition("flags")[2].partition("\n")[0]))
-    fast = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    fast = cpu_bf16()
     yield Check("ok", "bf16", f"in hardware ({', '.join(fast)})" if fast else "not in hardware: training is in fp32")
-    driver = re.search(r"\d+\.\d+(\.\d+)?", _text("/proc/driver/nvidia/version"))
+    driver = re.search(r"\d+\.\d+(\.\d+)?", proc("/proc/driver/nvidia/version"))
     yield Check("ok", "CUDA", f"NVIDIA driver {driver[0]}" if driver else "no NVIDIA driver: all runs on the CPU")
     folder = home()
     free = shutil.disk_usage(folder).free
@@ -119,14 +119,6 @@ def _machine() -> Iterator[Check]:
         yield Check("wrong", "state folder", found, "free some space, or move it with LIMBECK_HOME")
     else:
         yield Check("ok", "state folder", found)
-
-
-def _text(path: str) -> str:
-    """The text of a file of /proc, or nothing where there is no such file."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _hub() -> Check:
