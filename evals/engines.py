@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from evals import rows
+from evals.rows import Scored
 from export.runtime import Runtime
 from registry.errors import BadInput
 from registry.resolve import Model
@@ -22,24 +25,21 @@ class Engine(Protocol):
 
     Attributes:
         tokenizer: transformers' tokenizer of the model's folder, as lm-eval's HFLM loads it.
-        max_length: the context in tokens, as HFLM finds it. vocab_size: width of the logits.
+        max_length: the context in tokens, as HFLM finds it.
+        identity: library versions that the numbers depend on, in words.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    vocab_size: int
+    identity: str
 
-    def logprobs(
-        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of N chosen tokens, each after the tokens of its row up to its place.
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """(index, score) of each (context, continuation) of token ids, in the order they are finished.
+
+        What is longer than the context loses its beginning.
 
         Args:
-            input_ids: (B, T) int64, padded on the right. lengths: (B,) int64, of the rows without padding.
-            row, place, token: (N,) int64.
-
-        Returns:
-            (N,) float32 natural-log probabilities of `token`; (N,) bool, True where it is the likeliest.
+            batch_tokens: the most tokens of one forward pass.
         """
 
     def generate(
@@ -63,21 +63,26 @@ class TorchEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self.identity = versions("torch", "transformers")
         self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`."""
+        return rows.scores(self, pairs, batch_tokens)
 
     def logprobs(
         self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Engine.logprobs`. No mask: what stands on the right of a token cannot change what it gives."""
+        """See `Forward.logprobs`. No mask: what stands on the right of a token cannot change what it gives."""
         import torch
 
         first = int(place.min()) if self._picks else 0
         keep = {"logits_to_keep": input_ids.shape[1] - first} if self._picks else {}
-        ids, rows, places, tokens = (
+        ids, row_ids, places, tokens = (
             torch.from_numpy(array).to(self.model.device) for array in (input_ids, row, place - first, token)
         )
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False, **keep).logits[rows, places].float()
+            logits = self.model(input_ids=ids, use_cache=False, **keep).logits[row_ids, places].float()
             chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             return chosen.cpu().numpy(), (logits.argmax(-1) == tokens).cpu().numpy()
 
@@ -116,11 +121,16 @@ class OnnxEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.vocab_size = runtime.vocab_size
+        self.identity = versions("onnxruntime")
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`."""
+        return rows.scores(self, pairs, batch_tokens)
 
     def logprobs(
         self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Engine.logprobs`."""
+        """See `Forward.logprobs`."""
         mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
         logits = self.runtime.logits(input_ids, mask)[row, place]
         greatest = logits.max(axis=-1)
@@ -144,6 +154,11 @@ class OnnxEngine:
         stop = [text for text in until if text]
         completions = self.runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
+
+
+def versions(*libraries: str) -> str:
+    """Libraries and their versions, in words."""
+    return ", ".join(f"{library} {version(library)}" for library in libraries)
 
 
 def load(model: Model, trust_remote_code: bool = False) -> Engine:

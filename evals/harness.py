@@ -137,7 +137,8 @@ def score(
     from lm_eval.evaluator import evaluate
 
     from evals.engines import load
-    from evals.lm import BATCH_TOKENS, LimbeckLM
+    from evals.lm import LimbeckLM
+    from evals.rows import BATCH_TOKENS
 
     done = 0
 

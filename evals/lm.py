@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -17,14 +16,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evals.engines import Engine
+from evals.engines import Engine, Scored
+from evals.rows import BATCH_TOKENS, batches
 from registry.errors import BadInput
 
-BATCH_TOKENS = 4096
-MOST_LOGITS = 2**28  # of one batch (1 GB); a large vocabulary makes batches smaller
 MAX_GEN_TOKS = 256  # where a task does not say, as HFLM
-
-Scored = tuple[float, bool]  # summed log-probability in nats, and whether greedy decoding gives these tokens
 
 
 class LimbeckLM(TemplateLM):
@@ -49,7 +45,7 @@ class LimbeckLM(TemplateLM):
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.max_length = engine.max_length
-        self.batch_tokens = max(1, min(batch_tokens, MOST_LOGITS // engine.vocab_size))
+        self.batch_tokens = batch_tokens
         self.on_requests = on_requests
 
     @property
@@ -123,52 +119,15 @@ class LimbeckLM(TemplateLM):
             self.on_requests(1)
         return scores
 
-    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Scored]]:
-        """(index, score) of each (context, continuation) of token ids, batch by batch, longest first.
-
-        Pairs with the same input share a row; that covers repeated requests and all one-token choices. (Rows
-        that only begin alike do not share yet: this is where that belongs.)
-        """
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for index, (context, continuation) in enumerate(pairs):
+    def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Scored]]:
+        """(index, score) of each (context, continuation) of token ids, in the order they are finished."""
+        for _, continuation in pairs:
             if not 0 < len(continuation) <= self.max_length:
                 raise BadInput(
                     f"a choice has {len(continuation)} tokens; the model's context allows 1 to {self.max_length}",
                     fix="leave the task out, or give a model with a longer context",
                 )
-            # The last token is only predicted; what is too long loses its beginning.
-            inputs = (context + continuation)[-(self.max_length + 1) :][:-1]
-            rows.setdefault(tuple(inputs), []).append(index)
-        for batch in self._batches(sorted(rows, key=lambda inputs: (-len(inputs), inputs))):
-            lengths = np.array([len(inputs) for inputs in batch])
-            input_ids = np.zeros((len(batch), lengths.max()), np.int64)
-            owners: list[int] = []
-            row: list[int] = []
-            place: list[int] = []
-            token: list[int] = []
-            for number, inputs in enumerate(batch):
-                input_ids[number, : len(inputs)] = inputs
-                for index in rows[inputs]:
-                    continuation = pairs[index][1]
-                    row += [number] * len(continuation)
-                    place += range(len(inputs) - len(continuation), len(inputs))
-                    token += continuation
-                    owners.append(index)
-            logprobs, greedy = self.engine.logprobs(
-                input_ids, lengths, *(np.array(values, np.int64) for values in (row, place, token))
-            )
-            end = 0
-            for index in owners:
-                start, end = end, end + len(pairs[index][1])
-                yield index, (float(logprobs[start:end].sum(dtype=np.float64)), bool(greedy[start:end].all()))
-
-    def _batches(self, rows: list[Any], more: int = 0) -> Iterator[list[Any]]:
-        """Rows, longest first, in batches of at most `batch_tokens`, `more` tokens added to each row."""
-        start = 0
-        while start < len(rows):
-            size = max(1, self.batch_tokens // (len(rows[start]) + more))
-            yield rows[start : start + size]
-            start += size
+        return self.engine.scores(pairs, self.batch_tokens)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that follows each (context, generation_kwargs), up to one of its `until` strings."""
@@ -190,7 +149,7 @@ class LimbeckLM(TemplateLM):
             prompts = {index: self._prompt(requests[index].args[0], room) for index in members}
             order = sorted(members, key=lambda index: -len(prompts[index]))
             done = 0
-            for batch in self._batches([prompts[index] for index in order], new_tokens):
+            for batch in batches([prompts[index] for index in order], self.batch_tokens, new_tokens):
                 for tokens in self.engine.generate(batch, new_tokens, until, **settings):
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                     texts[order[done]] = postprocess_generated_text(text, until, None)
