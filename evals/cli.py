@@ -82,8 +82,8 @@ def evaluate(
     """
     quiet_libraries()
     from evals.cost import check_price
-    from evals.harness import TaskSet
     from evals.scorecard import evaluate as run
+    from evals.task_set import TaskSet
     from registry.resolve import resolve, resolve_all
     from registry.store import Store
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from evals.cost import check_price, comparable, machine, measure, priced
-from evals.harness import TaskSet, score
+from evals.harness import score
 from evals.statistics import check_numbers, compare, top_level
+from evals.task_set import TaskSet
 from registry.digest import verify, write_manifest
 from registry.errors import DamagedArtifact
 from registry.home import home, written_whole

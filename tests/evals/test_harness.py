@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.harness import DOCUMENTS, Scores, TaskSet, score
+from evals.documents import DOCUMENTS
+from evals.harness import Scores, score
 from evals.make_tasks import make
+from evals.task_set import TaskSet
 from registry.errors import BadInput
 from registry.resolve import resolve
 from tests.conftest import make_model
@@ -116,8 +118,11 @@ def test_onnx_scores_as_pytorch_does(tasks: TaskSet, scores: Scores, llama: Path
     assert seen[-1] == (tasks.requests, tasks.requests)
     assert other.prompts_digest == scores.prompts_digest
     ours, theirs = other.documents.to_pandas(), scores.documents.to_pandas()
-    assert ours.drop(columns="value").equals(theirs.drop(columns="value"))
+    numbers = ["value", "choice_logprobs"]
+    assert ours.drop(columns=numbers).equals(theirs.drop(columns=numbers))
     assert np.allclose(ours["value"], theirs["value"], atol=1e-4)
+    for mine, other in zip(ours["choice_logprobs"].dropna(), theirs["choice_logprobs"].dropna(), strict=True):
+        assert np.allclose(mine, other, atol=1e-4)
 
 
 def test_the_digest_is_of_documents_and_settings_not_of_places(folder: Path, tmp_path: Path, sources: Path) -> None:
@@ -185,6 +190,58 @@ def test_generated_answers_may_all_be_wrong(tmp_path: Path, tiny_llama: Path, on
         scores = score(resolve(str(model)), tasks)
         result = scores.tasks["answers"]
         assert (result.value, result.chance, result.documents) == (0.0, 0.0, 4)
+
+
+def rows_of(folder: Path, name: str, model: Path) -> list[dict[str, Any]]:
+    return score(resolve(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
+
+
+def test_choices_and_what_was_taken_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
+    prompt = {"question": "x" * 400 + " 1 + 1 =", "choices": [" 2", " the lazy dog", " é"], "label": 2}
+    norm = [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]
+    both = [{"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
+    for name, metrics in {"plain": {}, "norm": {"metric_list": norm}, "bytes": {"metric_list": both}}.items():
+        write_task(tmp_path, name, [prompt | {"label": label} for label in range(3)], target_delimiter="", **metrics)
+        sizes = {"plain": [1, 1, 1], "norm": [2, 13, 2], "bytes": [2, 13, 3]}[name]
+        for row in rows_of(tmp_path, name, tiny_llama):
+            taken = int(np.argmax(np.array(row["choice_logprobs"]) / sizes))
+            assert row["response"] == prompt["choices"][taken]
+            assert row["target"] == prompt["choices"][row["doc_id"]]
+            assert row["value"] == float(taken == row["doc_id"])
+            assert row["choice_lengths"] == [2, 13, 2]
+            assert len(row["choice_logprobs"]) == 3
+            assert max(row["choice_logprobs"]) < 0
+            assert row["prompt_end"] == prompt["question"][-300:]
+    chosen = {name: rows_of(tmp_path, name, tiny_llama)[0]["response"] for name in ("plain", "norm")}
+    assert chosen["plain"] != chosen["norm"]  # else the test cannot tell them apart
+
+
+def test_a_choice_in_the_prompt_and_several_right_ones_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
+    blanks = [{"options": ["Ann", "Bob"], "answer": 1, "rest": "ran home."}]
+    inputs = {"doc_to_text": "{{answer}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{rest}}"}
+    write_task(tmp_path, "blank", blanks, **inputs)
+    (row,) = rows_of(tmp_path, "blank", tiny_llama)
+    assert (row["target"], len(row["choice_logprobs"])) == ("Bob", 2)
+    assert row["response"] in ("Ann", "Bob")
+    write_task(tmp_path, "many", [{"question": "?", "choices": ["a", "b", "c"], "label": [0, 2]}])
+    assert rows_of(tmp_path, "many", tiny_llama)[0]["target"] == "a | c"
+
+
+def test_other_outputs_are_kept_in_words(tmp_path: Path, tiny_llama: Path) -> None:
+    said = {"doc_to_choice": None, "doc_to_target": "{{answer}}", "doc_to_text": "{{question}}"}
+    documents = [{"question": "One, two,", "answer": " three" * 400}]
+    acc = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    write_task(
+        tmp_path, "next", documents, output_type="loglikelihood", metric_list=acc, **said | {"doc_to_target": "3"}
+    )
+    (row,) = rows_of(tmp_path, "next", tiny_llama)
+    assert (row["target"], row["response"], row["choice_logprobs"]) == ("3", None, None)
+    match = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    write_task(tmp_path, "say", documents, output_type="generate_until", metric_list=match,
+               generation_kwargs={"until": [], "max_gen_toks": 8}, **said)  # fmt: skip
+    (row,) = rows_of(tmp_path, "say", tiny_llama)
+    assert (len(row["target"]), row["choice_lengths"], row["prompt_end"]) == (1000, None, "One, two,")
+    assert row["response"]
 
 
 def test_perplexity_gives_way_to_bits_per_byte(tmp_path: Path, tiny_llama: Path) -> None:

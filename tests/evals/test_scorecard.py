@@ -12,9 +12,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 import evals.scorecard as scorecard
-from evals.harness import TaskSet
 from evals.scorecard import evaluate
 from evals.statistics import compare
+from evals.task_set import TaskSet
 from registry.errors import BadInput
 from registry.resolve import Model, registered, resolve
 from registry.store import Store
