@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from registry.resolve import Model
 from registry.terminal import quiet_libraries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Engine(Protocol):
@@ -63,7 +64,7 @@ class TorchEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.vocab_size = int(model.config.get_text_config().vocab_size)
-        self.identity = versions("torch", "transformers")
+        self.identity = identity("torch")
         self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
@@ -121,7 +122,7 @@ class OnnxEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.vocab_size = runtime.vocab_size
-        self.identity = versions("onnxruntime")
+        self.identity = identity("onnxruntime")
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
         """See `Engine.scores`."""
@@ -156,9 +157,33 @@ class OnnxEngine:
         return [completion.token_ids for completion in completions]
 
 
-def versions(*libraries: str) -> str:
-    """Libraries and their versions, in words."""
+def identity(engine: str) -> str:
+    """The libraries that an engine's numbers depend on, with their versions, in words; loads none of them."""
+    libraries = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime",)}[engine]
     return ", ".join(f"{library} {version(library)}" for library in libraries)
+
+
+class Text(NamedTuple):
+    """How a model reads text: what is known before its weights are loaded."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def read_text(folder: Path, label: str, trust_remote_code: bool = False) -> Text:
+    """A model folder's tokenizer and context, as lm-eval's HFLM finds them. Raises BadInput."""
+    quiet_libraries()
+    from lm_eval.models.utils import configure_pad_token, resolve_max_length
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **trust)
+        tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(folder, **trust), model_config=config)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{label}: its configuration or tokenizer cannot be loaded: {error}") from error
+    return Text(config, tokenizer, resolve_max_length(config, tokenizer))
 
 
 def load(model: Model, trust_remote_code: bool = False) -> Engine:
@@ -166,21 +191,14 @@ def load(model: Model, trust_remote_code: bool = False) -> Engine:
 
     Raises BadInput where transformers cannot load the model or its tokenizer.
     """
-    quiet_libraries()
+    config, tokenizer, max_length = read_text(model.path, model.label, trust_remote_code)
     import torch
-    from lm_eval.models.utils import configure_pad_token, resolve_max_length
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(model.path, **trust)
-        tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(model.path, **trust), model_config=config)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{model.label}: its configuration or tokenizer cannot be loaded: {error}") from error
-    max_length = resolve_max_length(config, tokenizer)
     if model.engine == "onnxruntime":
         # The files were verified when the model was resolved.
         return OnnxEngine(Runtime.load(model.path, verify=False), tokenizer, max_length)
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         torch_model = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=torch.float32, use_safetensors=True, **trust
