@@ -118,7 +118,8 @@ def _print_card(card: Scorecard) -> None:
     columns = ["task", "metric", "value", "documents", "retention"]
     print_table(f"scored {card.created:%Y-%m-%d %H:%M} with {card.harness}{against}", columns, rows)
     if card.cost:
-        print_table("cost", ["figure", "value"], card.cost.model_dump().items())
+        figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}
+        print_table("cost", ["figure", "value"], figures.items())
 
 
 def _use(version: Version) -> list[str]:

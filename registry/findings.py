@@ -134,7 +134,7 @@ def _metrics(card: Scorecard) -> dict[str, float]:
     """A scorecard's numbers, as MLflow shows them."""
     values: dict[str, Any] = {f"{task}.{result.metric}": result.value for task, result in card.tasks.items()}
     if card.cost:
-        values |= {f"cost.{k}": v for k, v in card.cost.model_dump().items() if not isinstance(v, str)}
+        values |= {f"cost.{k}": v for k, v in card.cost.model_dump().items() if isinstance(v, int | float)}
     if relative := card.relative:
         if relative.retention:
             values |= {f"retention.{k}": v for k, v in relative.retention.model_dump().items() if k != "confidence"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
 
 from registry.digest import json_digest
 
@@ -24,8 +25,26 @@ class Record(Frozen):
     """A frozen record with a digest of its fields."""
 
     def digest(self) -> str:
-        """Hex SHA-256 of the record's JSON."""
-        return json_digest(self.model_dump(mode="json"))
+        """Hex SHA-256 of the record's JSON; fields that are `later` and say nothing are left out."""
+        return json_digest(_said(self))
+
+
+def later(default: Any) -> Any:
+    """A field added to a record after some were kept: at its default it is no part of the digest."""
+    return Field(default=default, json_schema_extra={"later": True})
+
+
+def _said(value: Any) -> Any:
+    """A value as its digest takes it: JSON, without what `later` fields do not say."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        silent = {n for n, f in fields.items() if f.json_schema_extra and getattr(value, n) == f.default}
+        return {name: _said(inner) for name, inner in value if name not in silent}
+    if isinstance(value, dict):
+        return {key: _said(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_said(inner) for inner in value]
+    return to_jsonable_python(value)
 
 
 class Version(Frozen):
@@ -79,8 +98,25 @@ class TaskResult(Record):
     group: str | None = None  # the group it is a sub-task of
 
 
+class Load(Record):
+    """Requests of one batch size, all of them the same."""
+
+    batch: int
+    request_ms: tuple[float, ...]  # one batch from start to end, round by round; rounds of one run are paired
+    prefill_tokens_per_s: float  # of the whole batch
+    decode_tokens_per_s: float
+    p50_ms: float
+    p95_ms: float
+    usd_per_million_tokens: float
+    peak_rss_bytes: int  # so far: smaller batches came before
+    peak_device_bytes: int | None = None  # the most that torch held on the GPU
+
+
 class Cost(Record):
-    """What running an artifact costs, measured in a process of its own."""
+    """What running an artifact costs, by the protocol of `evals.cost`, in a process of its own.
+
+    Records of the first protocol lack what `later` marks.
+    """
 
     params: int
     disk_bytes: int
@@ -96,6 +132,15 @@ class Cost(Record):
     requests: int
     threads: int
     machine: str
+    protocol: int = later(1)
+    run: str | None = later(None)  # costs of one run were measured in turn, round by round
+    device: str = later("cpu")  # cpu or cuda
+    price: str | None = later(None)  # where usd_per_hour comes from: name, date and source
+    usd_interval: Estimate | None = later(None)  # of usd_per_million_tokens: the median over rounds
+    p50_interval: Estimate | None = later(None)  # of p50_ms
+    flops_per_token: float | None = later(None)  # mean over a request's tokens, see evals.flops
+    peak_device_bytes: int | None = later(None)
+    loads: tuple[Load, ...] = later(())  # by batch size, batch 1 first
 
 
 class Relative(Record):
@@ -106,8 +151,11 @@ class Relative(Record):
     retention: Estimate | None  # mean over tasks; 1 is the teacher's quality; None: the teacher only guesses
     task_retention: dict[str, Estimate]
     difference: dict[str, Estimate]  # student - teacher, in the metric's own units
-    cost_ratio: float | None  # usd_per_million_tokens over the teacher's
-    speedup: float | None  # teacher's p50_ms over this p50_ms
+    cost_ratio: float | None  # usd_per_million_tokens over the teacher's: the median over paired rounds
+    speedup: float | None  # teacher's p50_ms over this p50_ms, likewise
+    cost_ratio_interval: Estimate | None = later(None)
+    speedup_interval: Estimate | None = later(None)
+    teacher_cost: Cost | None = later(None)  # of the same run as this scorecard's cost
 
 
 class Scorecard(Record):
@@ -122,6 +170,21 @@ class Scorecard(Record):
     created: datetime
     cost: Cost | None = None
     relative: Relative | None = None
+    seconds: float | None = later(None)  # that scoring took; what was known already took none
+
+
+class Making(Record):
+    """What making a student took."""
+
+    training_seconds: float  # of all parts of a run that was stopped and resumed; online teacher included
+    teacher_seconds: float = 0.0  # of the teacher's forward passes whose logits were stored and learnt from
+    teacher_students: int = 1  # students of the recipe that share those logits; the seconds are not divided
+    tokens: int  # seen in training
+    machine: str  # registry.machine.hardware
+    device: str = "cpu"
+    api_input_tokens: int = 0  # sent to and got from a teacher behind an API
+    api_output_tokens: int = 0
+    api_model: str | None = None
 
 
 class Parity(Record):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from registry.digest import json_digest
 from registry.errors import BadInput, DamagedArtifact
 from registry.home import home
 from registry.policy import judge
-from registry.records import Parity, Scorecard
+from registry.records import Cost, Parity, Relative, Scorecard
 from tests.registry.conftest import POLICY, Still
 
 
@@ -96,3 +97,15 @@ def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., 
     store.add_verdict(version, other)
     assert store.verdicts(version) == [first, other]
     assert (first.outcome, other.outcome) == ("inconclusive", "pass")
+
+
+def test_a_scorecard_from_before_a_field_was_added_keeps_its_digest(make_card: Callable[..., Scorecard]) -> None:
+    card = make_card("a")
+    old = card.model_dump(mode="json")
+    for record, kind in ((old, Scorecard), (old["cost"], Cost), (old["relative"], Relative)):
+        for name, field in kind.model_fields.items():
+            if field.json_schema_extra:
+                del record[name]
+    assert "run" not in old["cost"]
+    assert Scorecard.model_validate(old).digest() == json_digest(old) == card.digest()
+    assert card.model_copy(update={"seconds": 1.0}).digest() != card.digest()
