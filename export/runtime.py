@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from export.sampling import Sampling, choose, likeliest, log_softmax
 from registry.digest import MANIFEST
 from registry.digest import verify as verify_digest
 from registry.errors import BadInput, DamagedArtifact
+from registry.machine import physical_cores
 
 GRAPH = "model.onnx"
 NUMPY_TYPES = {
@@ -120,6 +120,7 @@ class Runtime:
         threads: int | None = None,
         verify: bool = True,
         expected: str | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> Runtime:
         """Load the artifact in `folder`.
 
@@ -127,6 +128,7 @@ class Runtime:
             threads: for one operator; the default is one for each physical core this process may use.
             verify: check the files against limbeck.json (and `expected`, a digest, where given) before they
                 are used.
+            providers: onnxruntime's, the preferred one first. The cache stays in main memory whatever they are.
 
         Raises:
             BadInput: a folder that is no artifact. DamagedArtifact: its files are not those of its digest.
@@ -145,7 +147,7 @@ class Runtime:
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # each step has a shape of its own; a plan for each would pile up
         try:
-            session = ort.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(folder / GRAPH), options, providers=list(providers))
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # both libraries raise bare exceptions
             raise DamagedArtifact(folder, [str(error).strip().splitlines()[0]]) from error
@@ -379,19 +381,6 @@ class _Row:
 def positions(attention_mask: np.ndarray) -> np.ndarray:
     """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers)."""
     return np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
-
-
-def physical_cores() -> int:
-    """The physical cores that this process may run on; logical ones where Linux does not tell."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
