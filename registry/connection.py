@@ -1,6 +1,7 @@
 """The way to MLflow: opened quietly, within seconds or not at all, and its errors put in words.
 
-The only file that decides how MLflow is reached. `import mlflow` takes over a second, so it happens in here.
+The only file that decides how MLflow is reached. `import mlflow` takes over a second, so it happens in here, at
+the first call.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,18 +45,20 @@ def connect(tracking_uri: str) -> Client:
         probe(tracking_uri)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with _in_words(tracking_uri):
-        from mlflow import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        if tracking_uri.startswith("sqlite:///"):
-            path = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+    if path := sqlite_file(tracking_uri):
+        with _in_words(tracking_uri):
             _make_database(path)
             # MLflow would try a file that cannot be opened again and again, for minutes.
             with closing(sqlite3.connect(path, timeout=20)) as database:
                 database.execute("PRAGMA schema_version")
-        return Client(MlflowClient(tracking_uri, tracking_uri), tracking_uri)
+    return Client(tracking_uri)
+
+
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """The database file of a SQLite store, else None."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return Path(tracking_uri.removeprefix("sqlite:///")).resolve()
 
 
 def is_server(tracking_uri: str) -> bool:
@@ -90,18 +94,22 @@ class Client:
     A SQLite file that another process has locked is tried again: each method is one transaction.
     """
 
-    def __init__(self, client: Any, tracking_uri: str) -> None:
-        self._client = client
+    def __init__(self, tracking_uri: str) -> None:
         self._tracking_uri = tracking_uri
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._client, name)
+    @cached_property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
 
+        _quiet_logs()
+        return MlflowClient(self._tracking_uri, self._tracking_uri)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
             for attempt in range(LOCKED_TRIES):
                 try:
                     with _in_words(self._tracking_uri):
-                        return method(*args, **named)
+                        return getattr(self._client, name)(*args, **named)
                 except _Locked:
                     if attempt == LOCKED_TRIES - 1:
                         raise
@@ -218,6 +226,13 @@ def _make_database(path: Path) -> None:
             return
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+        _quiet_logs()
         with written_whole(path) as part:
             store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
             store.engine.dispose()
+
+
+def _quiet_logs() -> None:
+    """After mlflow is imported, which sets them."""
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.ERROR)

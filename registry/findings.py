@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from registry.connection import Client
 from registry.digest import file_digest
@@ -22,6 +22,14 @@ from registry.records import Parity, Scorecard, Verdict, Version
 from registry.run import Run
 
 TAG = "limbeck."
+
+
+class Found(NamedTuple):
+    """A version and what was found out about it, each newest last."""
+
+    version: Version
+    scorecards: list[Scorecard]
+    verdicts: list[Verdict]
 
 
 class Findings:
@@ -46,11 +54,14 @@ class Findings:
             file = Path(temporary) / "scorecard.json"
             file.write_text(card.model_dump_json(indent=1))
             run.artifact(file)
+            written = file_digest(file)
             parquet = Path(temporary) / "documents.parquet"
             shutil.copyfile(documents, parquet)
             run.artifact(parquet)
             run.metrics(_metrics(card), model_id=tags.get(TAG + "model_id"))
-        pointer = {"digest": digest, "run_id": run.id, "documents": file_digest(documents)}
+            with written_whole(_cached(digest, file.name)) as part:  # here nobody has to fetch it
+                shutil.copyfile(file, part)
+        pointer = {"digest": digest, "run_id": run.id, "file": written, "documents": file_digest(documents)}
         self._tag(version, key, json.dumps(pointer | {"created": card.created.isoformat()}))
 
     def scorecards(self, version: Version) -> list[Scorecard]:
@@ -58,20 +69,29 @@ class Findings:
 
         Raises DamagedArtifact where one is not what was recorded.
         """
+        return self._scorecards(version, self._tags(version))
+
+    def _scorecards(self, version: Version, tags: Mapping[str, str]) -> list[Scorecard]:
         cards = []
-        for value in self._tagged(version, "scorecard."):
+        for value in _tagged(tags, "scorecard."):
             pointer = json.loads(value)
-            what = f"the scorecard of {version.ref}"
-            path = self._fetched(pointer, "scorecard.json", _card_digest, pointer["digest"], what)
-            cards.append(Scorecard.model_validate_json(path.read_text()))
+            # Scorecards of before have no digest of their file, but one of their fields.
+            digest_of, digest = (
+                (file_digest, pointer["file"]) if "file" in pointer else (_card_digest, pointer["digest"])
+            )
+            path = self._fetched(pointer, "scorecard.json", digest_of, digest, f"the scorecard of {version.ref}")
+            cards.append(Scorecard.model_validate_json(path.read_bytes()))
         return sorted(cards, key=lambda card: card.created)
+
+    def _found(self, version: Version, tags: Mapping[str, str]) -> Found:
+        return Found(version, self._scorecards(version, tags), _verdicts(tags))
 
     def documents(self, version: Version, card: Scorecard) -> Path:
         """The local parquet file of a scorecard's documents.
 
         Raises BadInput where there is none, DamagedArtifact where it is not what was recorded.
         """
-        for value in self._tagged(version, f"scorecard.{card.digest()[:16]}"):
+        for value in _tagged(self._tags(version), f"scorecard.{card.digest()[:16]}"):
             pointer = json.loads(value)
             what = f"the documents of {version.ref}"
             return self._fetched(pointer, "documents.parquet", file_digest, pointer["documents"], what)
@@ -83,7 +103,7 @@ class Findings:
 
     def parity(self, version: Version) -> Parity | None:
         """The parity kept for a version, or None."""
-        return next((Parity.model_validate_json(v) for v in self._tagged(version, "parity")), None)
+        return next((Parity.model_validate_json(v) for v in _tagged(self._tags(version), "parity")), None)
 
     def add_verdict(self, version: Version, verdict: Verdict) -> Verdict:
         """Keep a verdict. One that says the same as a kept one is not kept again: that one is given back."""
@@ -95,14 +115,10 @@ class Findings:
 
     def verdicts(self, version: Version) -> list[Verdict]:
         """The verdicts on a version, newest last."""
-        verdicts = [Verdict.model_validate_json(value) for value in self._tagged(version, "verdict.")]
-        return sorted(verdicts, key=lambda verdict: verdict.created)
+        return _verdicts(self._tags(version))
 
     def _tags(self, version: Version) -> dict[str, str]:
         return dict(self.client.get_model_version(version.name, str(version.version)).tags)
-
-    def _tagged(self, version: Version, prefix: str) -> list[str]:
-        return [value for key, value in self._tags(version).items() if key.startswith(TAG + prefix)]
 
     def _tag(self, version: Version, key: str, value: str) -> None:
         self.client.set_model_version_tag(version.name, str(version.version), key, value)
@@ -111,7 +127,7 @@ class Findings:
         self, pointer: dict[str, str], file: str, digest_of: Callable[[Path], str], digest: str, what: str
     ) -> Path:
         """An artifact of a scorecard's run, kept in `home()`; fetched again where it was damaged there."""
-        cached = home() / "scorecards" / pointer["digest"] / file
+        cached = _cached(pointer["digest"], file)
         if cached.exists() and digest_of(cached) == digest:
             return cached
         uri = self.client.get_run(pointer["run_id"]).info.artifact_uri
@@ -120,6 +136,19 @@ class Findings:
             if digest_of(part) != digest:
                 raise DamagedArtifact(what, [f"{uri}/{file} is not what was recorded"])
         return cached
+
+
+def _cached(digest: str, file: str) -> Path:
+    return home() / "scorecards" / digest / file
+
+
+def _tagged(tags: Mapping[str, str], prefix: str) -> list[str]:
+    return [value for key, value in tags.items() if key.startswith(TAG + prefix)]
+
+
+def _verdicts(tags: Mapping[str, str]) -> list[Verdict]:
+    verdicts = [Verdict.model_validate_json(value) for value in _tagged(tags, "verdict.")]
+    return sorted(verdicts, key=lambda verdict: verdict.created)
 
 
 def _card_digest(file: Path) -> str:

@@ -17,12 +17,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from registry import connection
-from registry.connection import AlreadyThere, NotThere
+from registry.connection import AlreadyThere
 from registry.digest import verify
 from registry.errors import BadInput, DamagedArtifact
-from registry.findings import TAG, Findings
+from registry.findings import TAG, Findings, Found
 from registry.home import home, written_whole
 from registry.home import tracking_uri as default_uri
+from registry.listing import Listed, aliases_of, listed
 from registry.records import Engine, Kind, Version
 from registry.run import Run, key
 
@@ -247,30 +248,18 @@ class Store(Findings):
             name: of this registered model alone.
             filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8'".
         """
+        return [_version(found) for found in self._listed(name, filter_string)]
+
+    def _listed(self, name: str | None, filter_string: str = "") -> list[Listed]:
         if name is not None and not NAME.fullmatch(name):
             return []
-        filters = ([f"name = '{name}'"] if name else []) + ([filter_string] if filter_string else [])
-        found: list[Version] = []
-        token = None
-        while True:
-            page = self.client.search_model_versions(
-                " and ".join(filters),
-                max_results=1000,
-                order_by=["name ASC", "version_number ASC"],
-                page_token=token,
-            )
-            found += [_version(v) for v in page if TAG + "digest" in v.tags]
-            token = page.token
-            if not token:
-                return self._with_aliases(found)
+        found = listed(self.client, self.tracking_uri, name, filter_string)
+        return [each for each in found if TAG + "digest" in each.tags]
 
-    def _with_aliases(self, versions: list[Version]) -> list[Version]:
-        """MLflow's search leaves them out."""
-        aliases = {name: self.aliases(name) for name in sorted({version.name for version in versions})}
-        return [
-            v.model_copy(update={"aliases": tuple(sorted(a for a, n in aliases[v.name].items() if n == v.version))})
-            for v in versions
-        ]
+    def found(self, name: str) -> list[Found]:
+        """The versions of `name`, oldest first, each with its scorecards and verdicts; all in one query."""
+        listing = ((_version(each), each.tags) for each in self._listed(name))
+        return [self._found(version, tags) for version, tags in listing]
 
     def names(self) -> list[str]:
         """The registered models that have versions of Limbeck's."""
@@ -285,11 +274,7 @@ class Store(Findings):
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version number, of a registered model; empty where there is no such model."""
-        try:
-            aliases = self.client.get_registered_model(name).aliases
-        except NotThere:
-            return {}
-        return {alias: int(number) for alias, number in aliases.items()}
+        return aliases_of(self.client, name)
 
     # --- files
 

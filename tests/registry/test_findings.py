@@ -72,6 +72,7 @@ def test_a_changed_number_is_noticed(still: Still) -> None:
     still.score(still.variants["int8"])
     kept = next((home() / "artifacts").rglob("scorecard.json"))
     kept.write_text(kept.read_text().replace("0.97", "0.99"))
+    shutil.rmtree(home() / "scorecards")
     with pytest.raises(DamagedArtifact, match="the scorecard of still/4"):
         still.store.scorecards(still.variants["int8"])
 

@@ -55,7 +55,7 @@ def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
     assert [v.ref for v in store.versions()] == ["kettle/1", "still/1", "still/2"]
     assert [v.aliases for v in store.versions("still")] == [(), ("production",)]
     assert store.versions("still")[1] == store.get("still@production") == store.get("models:/still/2")
-    assert store.versions(filter_string="tags.`limbeck.precision` = 'int8'") == [third]
+    assert store.versions("kettle") == store.versions(filter_string="tags.`limbeck.precision` = 'int8'") == [third]
     assert store.find("still", recipe="small").ref == second.ref  # the newest
     assert store.find("still", recipe="large") is None
     assert store.names() == ["kettle", "still"]
