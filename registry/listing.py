@@ -59,8 +59,10 @@ def _from_sqlite(file: Path, name: str | None) -> list[Listed] | None:
             for model, version, alias in database.execute(ALIASES):
                 aliases[model, version].append(alias)
             return [
-                Listed(*row[:4], row[4] or None, json.loads(row[5]), tuple(aliases[row[0], row[1]]))
-                for row in database.execute(VERSIONS, {"name": name})
+                Listed(
+                    model, version, source, created, run_id or None, json.loads(tags), tuple(aliases[model, version])
+                )
+                for model, version, source, created, run_id, tags in database.execute(VERSIONS, {"name": name})
             ]
     except sqlite3.Error:  # MLflow finds the words
         return None
