@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from evals.cells import COST_COLUMNS, cost_cells, headers
+from registry.errors import BadInput
 from registry.terminal import format_option, print_json, print_table, quiet_libraries, say
 
 if TYPE_CHECKING:
     from registry.records import Scorecard
-
-USD_PER_HOUR = 0.10
 
 
 @click.command()
@@ -49,15 +49,39 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
 @click.option("--against", metavar="TEACHER", help="The model that the others are held against.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in each prompt.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of each task.")
+@click.option("--samples", metavar="JSON|FILE", help='Only these documents of a task: {"TASK": [0, 5], ...}.')
+@click.option(
+    "--apply-chat-template",
+    metavar="[NAME]",
+    is_flag=False,
+    flag_value="",
+    help="Put prompts into the tokenizer's chat template, or into the one of this name.",
+)
+@click.option(
+    "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+    default=None,
+    help="Each example as a turn of the chat. [default: where there is a chat template]",
+)
+@click.option("--system-instruction", metavar="TEXT", help="Put before each prompt.")
+@click.option(
+    "--gen-kwargs", metavar="KEY=VALUE,...", help="For tasks that generate: do_sample=true,temperature=0.7, or JSON."
+)
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
 @click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
+@click.option(
+    "--prices",
+    "prices_file",
+    type=click.Path(path_type=Path),
+    envvar="LIMBECK_PRICES",
+    show_envvar=True,
+    help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
+)
 @click.option(
     "--usd-per-hour",
     type=float,
-    default=USD_PER_HOUR,
     envvar="LIMBECK_USD_PER_HOUR",
-    show_default=True,
     show_envvar=True,
-    help="The price of this machine; the default is a placeholder for your own.",
+    help="The price of this machine, before any file.",
 )
 @click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
@@ -69,25 +93,33 @@ def evaluate(
     against: str | None,
     num_fewshot: int | None,
     limit: int | None,
+    samples: str | None,
+    apply_chat_template: str | None,
+    fewshot_as_multiturn: bool | None,
+    system_instruction: str | None,
+    gen_kwargs: str | None,
+    confirm_run_unsafe_code: bool,
     cost: bool,
-    usd_per_hour: float,
+    prices_file: Path | None,
+    usd_per_hour: float | None,
     force: bool,
     trust_remote_code: bool,
     output: str,
 ) -> None:
     """Score each MODEL with lm-eval, and tell what it costs to run, relative to a teacher.
 
-    A NAME alone is all its versions. What is scored already, by digest of files and tasks, is not run again.
+    A NAME alone is all its versions. What is scored already, by digest of files and tasks, is not run again, nor
+    is a request that a model answered before.
     Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
     """
     quiet_libraries()
-    from evals.cost import check_price
+    from evals.prices import Prices
     from evals.scorecard import evaluate as run
     from evals.task_set import TaskSet
     from registry.resolve import resolve, resolve_all
     from registry.store import Store
 
-    check_price(usd_per_hour)
+    prices = Prices.load(prices_file, usd_per_hour)
     found = resolve_all(models)
     teacher = resolve(against) if against else None
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
@@ -96,6 +128,12 @@ def evaluate(
         include_path,
         num_fewshot=num_fewshot,
         limit=limit,
+        samples=_samples(samples) if samples else None,
+        apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        system_instruction=system_instruction,
+        gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
     cards = run(
         found,
@@ -103,7 +141,7 @@ def evaluate(
         store,
         against=teacher,
         cost=cost,
-        usd_per_hour=usd_per_hour,
+        prices=prices,
         force=force,
         trust_remote_code=trust_remote_code,
     )
@@ -111,8 +149,33 @@ def evaluate(
         print_json(cards)
         return
     _print_cards(cards)
-    if cost and usd_per_hour == USD_PER_HOUR:
-        say(f"at {usd_per_hour:.2f} dollars an hour, a placeholder: give your own price with --usd-per-hour")
+    for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
+        say(f"dollars: {words}")
+
+
+def _samples(text: str) -> dict[str, list[int]]:
+    """Task -> document numbers, from JSON or from a file of it, as lm-eval takes them."""
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (ValueError, OSError) as error:
+        raise BadInput(f"--samples is neither JSON nor a file of it: {error}") from None
+    numbers = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(each, list) and all(type(index) is int for index in each) for each in numbers):
+        raise BadInput("--samples is not of the right form", fix='give {"TASK": [0, 5], ...}')
+    return found
+
+
+def _gen_kwargs(text: str) -> dict[str, Any]:
+    """Settings of generation, as lm-eval takes them, or as a JSON object."""
+    from lm_eval.utils import simple_parse_args_string
+
+    try:
+        found = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
+    except ValueError as error:
+        raise BadInput(f"--gen-kwargs is not JSON: {error}") from None
+    if any(value == "" for value in found.values()):
+        raise BadInput(f"--gen-kwargs {text!r} has a key without a value", fix="give KEY=VALUE,...")
+    return found
 
 
 def _print_cards(cards: Sequence[Scorecard]) -> None:

@@ -9,15 +9,19 @@ import numpy as np
 import pyarrow as pa
 
 from evals.documents import DOCUMENTS, document_table
+from evals.score_cache import ScoreCache
 from evals.statistics import mean_and_stderr
 from evals.task_set import FEWSHOT_SEED, TaskSet, metric_of, outermost, quiet_bars
 from registry.digest import json_digest
+from registry.errors import BadInput
 from registry.records import TaskResult
 from registry.resolve import Model
 from registry.terminal import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+
+    from evals.engines import Engine
 
 
 class Scores(NamedTuple):
@@ -39,21 +43,24 @@ def score(
     *,
     batch_tokens: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    force: bool = False,
     trust_remote_code: bool = False,
 ) -> Scores:
-    """Score one model.
+    """Score one model. Answers that it gave before are taken from the cache; the rest are added to it.
 
     Args:
         batch_tokens: the most tokens of one forward pass; see `evals.lm.LimbeckLM`.
         on_progress: called with the requests done and those there are in all.
+        force: run every request, whatever the cache has, and replace that.
 
     Raises:
-        BadInput: a model that cannot be loaded, or a task that it cannot do.
+        BadInput: a model that cannot be loaded, a task that it cannot do, or one that answers with no numbers.
+        Unreachable: an endpoint that does not answer; what it answered before is kept.
     """
     quiet_libraries()
     from lm_eval.evaluator import evaluate
 
-    from evals.engines import load
+    from evals.lazy import LazyEngine
     from evals.lm import LimbeckLM
     from evals.rows import BATCH_TOKENS
 
@@ -64,14 +71,47 @@ def score(
         done += requests
         on_progress(done, tasks.requests)
 
-    lm = LimbeckLM(load(model, trust_remote_code), batch_tokens=batch_tokens or BATCH_TOKENS, on_requests=advance)
-    for task in tasks.tasks.values():
-        task.set_fewshot_seed(FEWSHOT_SEED)
-    with quiet_bars():
+    settings = tasks.settings
+    engine = LazyEngine(model, trust_remote_code)
+    with ScoreCache(model.digest, anew=force) as cache, quiet_bars():
+        lm = LimbeckLM(
+            engine,
+            label=model.label,
+            cache=cache,
+            harness=tasks.harness,
+            chat_template=_chat_template(engine, settings.apply_chat_template),
+            batch_tokens=batch_tokens or BATCH_TOKENS,
+            on_requests=advance,
+        )
+        for task in tasks.tasks.values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
         results = evaluate(
-            lm, {"tasks": tasks.tasks, "groups": tasks.groups}, limit=tasks.limit, bootstrap_iters=0, log_samples=True
+            lm,
+            {"tasks": tasks.tasks, "groups": tasks.groups},
+            limit=settings.limit,
+            samples={name: settings.of(name) for name in settings.samples} if settings.samples else None,
+            bootstrap_iters=0,
+            log_samples=True,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.multiturn,
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
         )
     return _scores(tasks, results)
+
+
+def _chat_template(engine: Engine, asked: bool | str) -> str | None:
+    """The name of the template to use; None is the only or default one. Raises BadInput where it is not there."""
+    if not asked:
+        return None
+    known, label = engine.tokenizer.chat_template, engine.tokenizer.name_or_path
+    if not known:
+        raise BadInput(f"the tokenizer of {label} has no chat template", fix="leave --apply-chat-template out")
+    names = sorted(known) if isinstance(known, dict) else ["default"]
+    name = "default" if asked is True else asked
+    if name not in names:
+        raise BadInput(f"{label} has no chat template {name!r}", fix=f"it has {', '.join(names)}")
+    return name if isinstance(known, dict) else None
 
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,53 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How tasks are asked, by the names that lm-eval has for it. All of it goes into the tasks' hashes.
+
+    Attributes:
+        num_fewshot: examples in each prompt, where the task does not fix it to 0.
+        limit: documents of each task, from its beginning; None is all.
+        samples: task -> numbers of the documents to take; other tasks take all. Not together with limit.
+        apply_chat_template: True, or the name of one of the tokenizer's templates.
+        fewshot_as_multiturn: each example as a turn of its own; None is where there is a chat template.
+        system_instruction: put before each prompt.
+        gen_kwargs: laid over what generate_until tasks say themselves.
+        confirm_run_unsafe_code: tasks that run what the model writes are allowed. No part of the hashes.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    samples: Mapping[str, Sequence[int]] | None = None
+    apply_chat_template: bool | str = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    gen_kwargs: Mapping[str, Any] | None = None
+    confirm_run_unsafe_code: bool = False
+
+    @property
+    def multiturn(self) -> bool:
+        """`fewshot_as_multiturn`, decided."""
+        if self.fewshot_as_multiturn is None:
+            return bool(self.apply_chat_template)
+        return self.fewshot_as_multiturn
+
+    def of(self, task: str) -> list[int] | None:
+        """The documents taken of one task, in order; None where `samples` says nothing of it."""
+        chosen = (self.samples or {}).get(task)
+        return None if chosen is None else sorted(set(chosen))
+
+    def hashed(self, task: str) -> dict[str, Any]:
+        """What is not lm-eval's default and is no part of the task's own configuration."""
+        said = {
+            "samples": self.of(task),
+            "apply_chat_template": self.apply_chat_template or None,
+            "fewshot_as_multiturn": self.multiturn or None,
+            "system_instruction": self.system_instruction,
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class TaskSet:
     """lm-eval tasks, loaded and hashed.
@@ -29,8 +76,8 @@ class TaskSet:
     Attributes:
         names: as asked for. digest: over the task_hash of every task.
         harness: name and version of lm-eval. requests: how many a model will be asked, repeats included.
-        task_hashes: task -> hash of its configuration and documents; where the files lie has no part in it.
-        tasks, groups: lm-eval's own objects. limit: documents taken of each task; None is all.
+        task_hashes: task -> hash of its configuration, documents and settings; where the files lie has no part in it.
+        tasks, groups: lm-eval's own objects. settings: how they are asked.
     """
 
     names: list[str]
@@ -40,49 +87,49 @@ class TaskSet:
     task_hashes: dict[str, str]
     tasks: dict[str, Task]
     groups: dict[str, Group]
-    limit: int | None
+    settings: Settings
 
     @classmethod
-    def load(
-        cls,
-        names: Sequence[str],
-        include_path: Sequence[Path] = (),
-        *,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-    ) -> TaskSet:
+    def load(cls, names: Sequence[str], include_path: Sequence[Path] = (), **settings: Any) -> TaskSet:
         """Load tasks by name: from the YAML files below `include_path`, else lm-eval's own.
 
         Args:
-            num_fewshot: examples in each prompt, where the task does not fix it to 0. limit: documents of
-                each task, from its beginning.
+            **settings: the fields of `Settings`.
 
         Raises:
-            BadInput: an unknown task or folder, YAML that cannot be loaded, data that is missing, or a task
-                with no metric that is a mean over documents.
+            BadInput: an unknown task or folder, YAML that cannot be loaded, data that is missing, a task
+                with no metric that is a mean over documents, samples that are not there, or a task that runs
+                code where that is not confirmed.
         """
         quiet_libraries()
         import importlib.metadata
 
+        asked = Settings(**settings)
         names = list(dict.fromkeys(names))
         if not names:
             raise BadInput("no tasks are named", fix="name some with --tasks")
+        if asked.samples is not None and asked.limit is not None:
+            raise BadInput("samples and a limit cannot go together", fix="leave out --samples or --limit")
+        if asked.multiturn and not asked.apply_chat_template:
+            raise BadInput("--fewshot-as-multiturn makes turns of a chat", fix="give --apply-chat-template too")
         manager = _manager(names, [Path(folder) for folder in include_path])
         tasks: dict[str, Task] = {}
         groups: dict[str, Group] = {}
         for name in names:
             for known, found in zip((tasks, groups), _loaded(manager, name), strict=True):
                 known.update(found)
+        _check_samples(tasks, asked)
         hashes = {}
         for name, task in tasks.items():
+            _check_code(name, task, asked)
             try:
-                hashes[name] = _prepare(task, num_fewshot, limit)
+                hashes[name] = _prepare(task, asked)
             except Exception as error:  # a template that does not fit the documents raises whatever comes
                 raise BadInput(f"task {name} gives no prompts: {_said(error)}", fix=_from(manager, name)) from error
             metric_of(name, task, groups)
         requests = sum(instance.repeats for task in tasks.values() for instance in task.instances)
         harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
-        return cls(names, json_digest(hashes), harness, requests, hashes, tasks, groups, limit)
+        return cls(names, json_digest(hashes), harness, requests, hashes, tasks, groups, asked)
 
 
 class Metric(NamedTuple):
@@ -173,22 +220,44 @@ def _loaded(manager: TaskManager, name: str) -> tuple[dict[str, Task], dict[str,
         loaded = manager.load([name])
     except Exception as error:  # lm-eval, datasets and jinja raise whatever comes
         raise BadInput(f"task {name} cannot be loaded: {_said(error)}", fix=_from(manager, name)) from error
-    for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            why = "needs images or sound" if getattr(task, "MULTIMODAL", False) else "runs the code that models write"
-            raise BadInput(f"task {task.task_name} {why}; Limbeck does not do that")
     return loaded["tasks"], loaded.get("groups", {})
 
 
-def _prepare(task: Task, num_fewshot: int | None, limit: int | None) -> str:
-    """Set the number of examples, build the prompts, and give the task's hash."""
-    # As lm-eval's simple_evaluate: a task that fixes 0 keeps it.
+def _check_code(name: str, task: Task, settings: Settings) -> None:
+    """Raises BadInput for what Limbeck does not do, and for code that may not be run."""
+    if getattr(task, "MULTIMODAL", False):
+        raise BadInput(f"task {name} needs images or sound; Limbeck does not do that")
+    if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
+        raise BadInput(
+            f"task {name} runs the code that models write on this machine, and models write what they like",
+            fix="give --confirm-run-unsafe-code where that can do no harm, such as in a container",
+        )
+
+
+def _check_samples(tasks: dict[str, Task], settings: Settings) -> None:
+    """Raises BadInput for a task that is not asked, and for numbers that no document has."""
+    for name, chosen in (settings.samples or {}).items():
+        if name not in tasks:
+            raise BadInput(f"samples name the task {name!r}", fix=f"the tasks are {', '.join(tasks)}")
+        count = len(tasks[name].eval_docs)
+        wrong = [index for index in chosen if not 0 <= index < count]
+        if wrong or not chosen:
+            said = f"document {wrong[0]}" if wrong else "no documents"
+            raise BadInput(f"samples of {name} name {said}", fix=f"it has documents 0 to {count - 1}")
+
+
+def _prepare(task: Task, settings: Settings) -> str:
+    """Configure a task as lm-eval's simple_evaluate does, build its prompts, and give its hash."""
+    if settings.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+        task.set_config("generation_kwargs", dict(settings.gen_kwargs), update=True)
     own = task.get_config("num_fewshot")
-    if own is None or (num_fewshot is not None and own != 0):
-        task.set_config("num_fewshot", num_fewshot or 0)
+    if own is None or (settings.num_fewshot is not None and own != 0):  # a task that fixes 0 keeps it
+        task.set_config("num_fewshot", settings.num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    limit, samples = settings.limit, settings.of(task.task_name)
     with quiet_bars():
-        task.build_all_requests(limit=limit)
+        # Without the chat template, which is the model's; a model's own prompts are in the prompt hashes.
+        task.build_all_requests(limit=limit, samples=samples, system_instruction=settings.system_instruction)
     from lm_eval.utils import handle_non_serializable
 
     def plain(value: Any) -> Any:
@@ -198,8 +267,11 @@ def _prepare(task: Task, num_fewshot: int | None, limit: int | None) -> str:
     # What names files is left out: the documents themselves count.
     places = ("dataset_kwargs", "metadata")
     config = {key: value for key, value in task.dump_config().items() if key not in places}
-    documents = [document for _, document in task.doc_iterator(limit=limit)]
-    return text_digest(json.dumps([config, documents, limit], sort_keys=True, default=plain))
+    documents = [document for _, document in task.doc_iterator(limit=limit, samples=samples)]
+    hashed = [config, documents, limit]
+    if said := settings.hashed(task.task_name):
+        hashed.append(said)
+    return text_digest(json.dumps(hashed, sort_keys=True, default=plain))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from tests.conftest import make_model
 NAMES = ["std_bits_per_byte", "std_minimal_pairs", "std_next_line"]
 RULES = ("swapped_bracket", "misplaced_keyword", "undefined_name", "wrong_indentation")
 SHARED = Path(__file__).parents[3] / "shared/data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state folder for all of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="module")
