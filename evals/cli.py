@@ -16,6 +16,8 @@ from registry.terminal import format_option, print_json, print_table, quiet_libr
 if TYPE_CHECKING:
     from registry.records import Scorecard
 
+USD_PER_HOUR = 0.10
+
 
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
@@ -69,19 +71,13 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
 @click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
 @click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(path_type=Path),
-    envvar="LIMBECK_PRICES",
-    show_envvar=True,
-    help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
-)
-@click.option(
     "--usd-per-hour",
     type=float,
+    default=USD_PER_HOUR,
     envvar="LIMBECK_USD_PER_HOUR",
+    show_default=True,
     show_envvar=True,
-    help="The price of this machine, before any file.",
+    help="The price of this machine; the default is a placeholder for your own.",
 )
 @click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
@@ -100,8 +96,7 @@ def evaluate(
     gen_kwargs: str | None,
     confirm_run_unsafe_code: bool,
     cost: bool,
-    prices_file: Path | None,
-    usd_per_hour: float | None,
+    usd_per_hour: float,
     force: bool,
     trust_remote_code: bool,
     output: str,
@@ -113,13 +108,13 @@ def evaluate(
     Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
     """
     quiet_libraries()
-    from evals.prices import Prices
+    from evals.cost import check_price
     from evals.scorecard import evaluate as run
     from evals.task_set import TaskSet
     from registry.resolve import resolve, resolve_all
     from registry.store import Store
 
-    prices = Prices.load(prices_file, usd_per_hour)
+    check_price(usd_per_hour)
     found = resolve_all(models)
     teacher = resolve(against) if against else None
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
@@ -141,7 +136,7 @@ def evaluate(
         store,
         against=teacher,
         cost=cost,
-        prices=prices,
+        usd_per_hour=usd_per_hour,
         force=force,
         trust_remote_code=trust_remote_code,
     )
@@ -149,8 +144,8 @@ def evaluate(
         print_json(cards)
         return
     _print_cards(cards)
-    for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
-        say(f"dollars: {words}")
+    if cost and usd_per_hour == USD_PER_HOUR:
+        say(f"at {usd_per_hour:.2f} dollars an hour, a placeholder: give your own price with --usd-per-hour")
 
 
 def _samples(text: str) -> dict[str, list[int]]:
