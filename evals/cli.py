@@ -16,8 +16,6 @@ from registry.terminal import format_option, print_json, print_table, quiet_libr
 if TYPE_CHECKING:
     from registry.records import Scorecard
 
-USD_PER_HOUR = 0.10
-
 
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
@@ -71,13 +69,19 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
 @click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
 @click.option(
+    "--prices",
+    "prices_file",
+    type=click.Path(path_type=Path),
+    envvar="LIMBECK_PRICES",
+    show_envvar=True,
+    help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
+)
+@click.option(
     "--usd-per-hour",
     type=float,
-    default=USD_PER_HOUR,
     envvar="LIMBECK_USD_PER_HOUR",
-    show_default=True,
     show_envvar=True,
-    help="The price of this machine; the default is a placeholder for your own.",
+    help="The price of this machine, before any file.",
 )
 @click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
@@ -96,7 +100,8 @@ def evaluate(
     gen_kwargs: str | None,
     confirm_run_unsafe_code: bool,
     cost: bool,
-    usd_per_hour: float,
+    prices_file: Path | None,
+    usd_per_hour: float | None,
     force: bool,
     trust_remote_code: bool,
     output: str,
@@ -108,13 +113,13 @@ def evaluate(
     Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
     """
     quiet_libraries()
-    from evals.cost import check_price
+    from evals.prices import Prices
     from evals.scorecard import evaluate as run
     from evals.task_set import TaskSet
     from registry.resolve import resolve, resolve_all
     from registry.store import Store
 
-    check_price(usd_per_hour)
+    prices = Prices.load(prices_file, usd_per_hour)
     found = resolve_all(models)
     teacher = resolve(against) if against else None
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
@@ -136,7 +141,7 @@ def evaluate(
         store,
         against=teacher,
         cost=cost,
-        usd_per_hour=usd_per_hour,
+        prices=prices,
         force=force,
         trust_remote_code=trust_remote_code,
     )
@@ -144,8 +149,8 @@ def evaluate(
         print_json(cards)
         return
     _print_cards(cards)
-    if cost and usd_per_hour == USD_PER_HOUR:
-        say(f"at {usd_per_hour:.2f} dollars an hour, a placeholder: give your own price with --usd-per-hour")
+    for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
+        say(f"dollars: {words}")
 
 
 def _samples(text: str) -> dict[str, list[int]]:

@@ -1,43 +1,56 @@
-"""The process that `evals.cost.measure` starts: it loads one model, times requests and prints what it saw as JSON.
+"""A process that `evals.cost_run` starts: it loads one model and times a batch of requests whenever it is asked to.
 
-It is alone with the model, so that its peak memory is what running the model takes.
+It is alone with the model, so that its peak memory is what running the model takes. While it is not its turn it
+waits for a line on its standard input; the end of the input ends it. One JSON object a line goes out for each
+that comes in, and a first one when the model is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-FEWEST = 3
+WARM_UP_TOKENS = 8
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Time `requests` requests of batch 1, each after one that stops at its first token.
+class Loaded(NamedTuple):
+    """A model ready to be timed.
 
-    A slow model is asked less often: no more than `FEWEST` times once `seconds` have passed.
+    `generate(batch, new_tokens)` runs that many equal prompts to their end and gives the seconds to the first
+    token and in all. `params` is None where the engine does not tell; so is `peak_device_bytes`.
+    """
+
+    generate: Callable[[int, int], tuple[float, float]]
+    params: int | None
+    device: str
+    peak_device_bytes: Callable[[], int | None]
+
+
+def main(setting: dict[str, Any], requests: Any, answers: Any) -> None:
+    """Load the model, then answer each request line: a short batch to warm up, and the one that is timed.
 
     Args:
-        request: folder, engine, prompt_tokens, new_tokens, requests, seconds, threads, trust_remote_code.
-
-    Returns:
-        request_s and prefill_s (lists of seconds), peak_rss_bytes, and params where the engine tells.
+        setting: folder, engine, prompt_tokens, threads, cpus (to run on, or None), trust_remote_code.
+        requests: lines such as {"batch": 1, "new_tokens": 64}.
+        answers: first {params, device}, then {prefill_s, request_s, peak_rss_bytes, peak_device_bytes} each time.
     """
-    load = _torch if request["engine"] == "torch" else _onnx
-    generate, params = load(request)
-    generate(min(8, request["new_tokens"]))  # warm-up
-    request_s, prefill_s = [], []
-    began = time.perf_counter()
-    for done in range(request["requests"]):
-        if done >= FEWEST and time.perf_counter() - began > request["seconds"]:
-            break
-        prefill_s.append(_seconds(generate, 1))
-        request_s.append(_seconds(generate, request["new_tokens"]))
-    return {"request_s": request_s, "prefill_s": prefill_s, "params": params, "peak_rss_bytes": peak_rss_bytes()}
+    if setting["cpus"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, setting["cpus"])  # before any library starts its threads
+    loaded = (_torch if setting["engine"] == "torch" else _onnx)(setting)
+    _answer(answers, params=loaded.params, device=loaded.device)
+    for line in requests:
+        batch, new_tokens = (json.loads(line)[key] for key in ("batch", "new_tokens"))
+        # The models before it have taken the caches; as a server it would have them.
+        loaded.generate(batch, min(WARM_UP_TOKENS, new_tokens))
+        prefill_s, request_s = loaded.generate(batch, new_tokens)
+        peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": loaded.peak_device_bytes()}
+        _answer(answers, prefill_s=prefill_s, request_s=request_s, **peaks)
 
 
 def peak_rss_bytes() -> int:
@@ -53,10 +66,9 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _seconds(generate: Callable[[int], None], new_tokens: int) -> float:
-    start = time.perf_counter()
-    generate(new_tokens)
-    return time.perf_counter() - start
+def _answer(answers: Any, **fields: Any) -> None:
+    answers.write(json.dumps(fields) + "\n")
+    answers.flush()
 
 
 def _check(made: int, asked: int) -> None:
@@ -64,50 +76,83 @@ def _check(made: int, asked: int) -> None:
         raise RuntimeError(f"the model stopped after {made} of {asked} tokens")
 
 
-def _prompt(request: dict[str, Any], vocab_size: int) -> list[int]:
+def _prompt(setting: dict[str, Any], vocab_size: int) -> list[int]:
     """Any tokens do: a dense model takes as long for one as for another."""
-    return [(7 * place + 11) % vocab_size for place in range(request["prompt_tokens"])]
+    return [(7 * place + 11) % vocab_size for place in range(setting["prompt_tokens"])]
 
 
-def _torch(request: dict[str, Any]) -> tuple[Callable[[int], None], int]:
+def _torch(setting: dict[str, Any]) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    torch.set_num_threads(request["threads"])
+    torch.set_num_threads(setting["threads"])
+    cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
-        request["folder"],
+        setting["folder"],
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
-        trust_remote_code=request["trust_remote_code"],
+        trust_remote_code=setting["trust_remote_code"],
     ).eval()
+    model.to("cuda" if cuda else "cpu")
     # Greedy, with a cache, and no token that ends a text early.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)
-    ids = torch.tensor([_prompt(request, model.get_input_embeddings().num_embeddings)])
+    prompt = _prompt(setting, model.get_input_embeddings().num_embeddings)
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     @torch.inference_mode()
-    def generate(new_tokens: int) -> None:
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+    def generate(batch: int, new_tokens: int) -> tuple[float, float]:
+        ids = torch.tensor([prompt] * batch, device=model.device)
+        first: list[float] = []
+
+        def after_a_token(_: Any, __: Any, **___: Any) -> torch.Tensor:
+            if not first:
+                first.append(now())
+            return torch.zeros(batch, dtype=torch.bool, device=model.device)
+
+        began = now()
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, stopping_criteria=[after_a_token]
+        )
+        ended = now()
         _check(text.shape[1] - ids.shape[1], new_tokens)
+        return first[0] - began, ended - began
 
-    return generate, model.num_parameters()
+    peak = torch.cuda.max_memory_allocated if cuda else lambda: None
+    return Loaded(generate, model.num_parameters(), "cuda" if cuda else "cpu", peak)
 
 
-def _onnx(request: dict[str, Any]) -> tuple[Callable[[int], None], None]:
+def _onnx(setting: dict[str, Any]) -> Loaded:
+    import onnxruntime
+
     from export.runtime import Runtime
 
-    runtime = Runtime.load(request["folder"], threads=request["threads"], verify=False)
-    prompt = _prompt(request, runtime.vocab_size)
+    known = onnxruntime.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
+    runtime = Runtime.load(setting["folder"], threads=setting["threads"], verify=False, providers=providers)
+    prompt = _prompt(setting, runtime.vocab_size)
 
-    def generate(new_tokens: int) -> None:
-        (completion,) = runtime.generate([prompt], max_new_tokens=new_tokens, ignore_eos=True)
-        _check(len(completion.token_ids), new_tokens)
+    def generate(batch: int, new_tokens: int) -> tuple[float, float]:
+        began = time.perf_counter()
+        done = runtime.generate([prompt] * batch, max_new_tokens=new_tokens, ignore_eos=True)
+        seconds = time.perf_counter() - began
+        for completion in done:
+            _check(len(completion.token_ids), new_tokens)
+        return done[0].prefill_s, seconds
 
-    return generate, None
+    device = "cuda" if runtime.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+    return Loaded(generate, None, device, lambda: None)
 
 
 if __name__ == "__main__":
+    # What a library prints must not come between the answers.
+    own_output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     try:
-        print(json.dumps(main(json.loads(sys.argv[1]))))
+        main(json.loads(sys.argv[1]), sys.stdin, own_output)
     except Exception as error:  # whatever a model's own code raises; the parent tells the user
         sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no words'}")

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from evals.cost import check_price, comparable, machine, measure, priced
+from evals.cost import PROTOCOL, groups, in_one_run, machine, measure, priced, ratio
 from evals.harness import score
+from evals.prices import Prices
 from evals.statistics import check_numbers, compare, top_level
 from evals.task_set import TaskSet
 from registry.digest import verify, write_manifest
 from registry.errors import DamagedArtifact
 from registry.home import home, written_whole
-from registry.records import Cost, Relative, Scorecard
+from registry.records import Cost, Estimate, Relative, Scorecard
 from registry.resolve import Model
 from registry.terminal import progress, say
 
@@ -32,56 +33,67 @@ def evaluate(
     tasks: TaskSet,
     store: Store | None = None,
     *,
-    usd_per_hour: float,
     against: Model | None = None,
     cost: bool = True,
+    prices: Prices | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Scorecard]:
-    """Score models, the teacher first, and keep each scorecard as soon as it is whole.
+    """Score models, the teacher first, then measure what they cost; keep each scorecard as soon as it is whole.
 
-    A model whose scores on these very tasks are kept is not run again, nor is its cost measured again on this
-    machine: a teacher named later, or another price, only adds to what is there. Scorecards of registered
-    versions go to MLflow; those of folders stay below `home()`.
+    A model whose scores on these very tasks are kept is not run again. Nor is its cost measured again on this
+    machine, unless the teacher's was not measured in the same run: a cost ratio is of costs measured in turn.
+    A teacher named later, or other prices, only add to what is there. Scorecards of registered versions go to
+    MLflow; those of folders stay below `home()`.
 
     Args:
         models: what to score.
         store: where the registered ones are.
-        usd_per_hour: the price of this machine.
         against: the teacher; its own scorecard comes first in the result.
         cost: measure it where it is not known.
+        prices: of machines; those that come with Limbeck where None.
         force: score and measure everything anew.
 
     Raises:
         BadInput: a model that cannot be loaded, scores that are no numbers, documents that do not pair with
-            the teacher's, a price that is not above zero.
+            the teacher's.
     """
-    check_price(usd_per_hour)
+    prices = prices or Prices.load()
+    every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
+    kept = {model.label: [] if force else list(_kept(model, store)) for model in every}
+    scored: dict[str, _Kept] = {}
     cards: dict[str, _Kept] = {}
     told: set[str] = set()
-    for model in [*([against] if against else []), *models]:
-        if model.label in cards:
-            continue
-        kept = [] if force else list(_kept(model, store))
-        scored = _find(kept, tasks) or _score(model, tasks, force, trust_remote_code)
-        price = _cost(model, [each.card for each in kept], cost, trust_remote_code)
-        card = scored.card.model_copy(
-            update={
-                "model": model.label,
-                "created": datetime.now(UTC),
-                "cost": priced(price, usd_per_hour) if price else None,
-            }
-        )
-        own = _Kept(card, scored.documents)
+
+    def finish(model: Model, own: Cost | None, teachers: Cost | None) -> None:
+        a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
+        found = scored[model.label]
+        card = found.card.model_copy(update={"model": model.label, "created": datetime.now(UTC), "cost": a})
         if against:
-            relative, left_out = _relative(own, cards.get(against.label, own))
-            own = own._replace(card=card.model_copy(update={"relative": relative}))
-            for line in left_out - told:
+            relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
+            card = card.model_copy(update={"relative": relative})
+            for line in lines - told:
                 say(f"  {line}")
-            told |= left_out
-        cards[model.label] = _keep(own, model, store, [*kept, scored])
+            told.update(lines)
+        cards[model.label] = _keep(found._replace(card=card), model, store, [*kept[model.label], found])
         say(f"  {_told(cards[model.label].card)}")
-    return [each.card for each in cards.values()]
+
+    unknown = []
+    for model in every:
+        scored[model.label] = _find(kept[model.label], tasks) or _score(model, tasks, force, trust_remote_code)
+        costs = _known_costs(model, kept[model.label], against, kept[against.label] if against else [])
+        if cost and not costs.enough:
+            unknown.append(model)
+        else:
+            finish(model, costs.own, costs.teachers)
+    for group in groups(unknown, against) if unknown else ():
+        with _bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
+            found = measure(group, trust_remote_code=trust_remote_code, on_round=on_round)
+        measured = {model.label: each for model, each in zip(group, found, strict=True)}
+        for model in unknown:
+            if model.label in measured and model.label not in cards:
+                finish(model, measured[model.label], measured[against.label] if against else None)
+    return [cards[model.label].card for model in every]
 
 
 class _Kept(NamedTuple):
@@ -144,6 +156,7 @@ def _local(model: Model) -> Path:
 
 def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -> _Kept:
     """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
+    began = time.monotonic()
     with _bar(f"{model.label}: scoring") as on_progress:
         scores = score(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
     check_numbers(scores.documents, model.label)
@@ -155,49 +168,76 @@ def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -
         prompts_digest=scores.prompts_digest,
         harness=tasks.harness,
         created=datetime.now(UTC),
+        seconds=time.monotonic() - began,
     )
     return _keep_local(card, scores.documents, model)
 
 
-def _cost(model: Model, kept: Sequence[Scorecard], wanted: bool, trust_remote_code: bool) -> Cost | None:
-    """The cost as measured on this machine before, else measured now where it is wanted."""
-    known = [card.cost for card in sorted(kept, key=lambda card: card.created) if card.cost]
-    here = [cost for cost in known if cost.machine == machine(model)]
-    if here or not wanted:
-        return next(reversed(here or known), None)
-    with _bar(f"{model.label}: measuring its cost"):
-        return measure(model, usd_per_hour=1.0, trust_remote_code=trust_remote_code)
+class _Costs(NamedTuple):
+    """What is known of the cost of a model, and of its teacher's in the same run."""
+
+    own: Cost | None
+    teachers: Cost | None
+    enough: bool  # measured on this machine, and the teacher's with it
+
+
+def _known_costs(model: Model, kept: Sequence[_Kept], teacher: Model | None, teachers: Sequence[_Kept]) -> _Costs:
+    """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
+    here = machine(model)
+    beside = {each.card.cost.run: each.card.cost for each in teachers if each.card.cost}
+    for each in kept:
+        relative = each.card.relative
+        if teacher and relative and relative.teacher_cost and relative.teacher_digest == teacher.digest:
+            beside[relative.teacher_cost.run] = relative.teacher_cost
+    beside.pop(None, None)
+
+    def worth(card: Scorecard) -> tuple[bool, bool, datetime]:
+        assert card.cost
+        fits = card.cost.protocol == PROTOCOL and (teacher is None or card.cost.run in beside)
+        return fits, card.cost.machine == here, card.created
+
+    best = max((each.card for each in kept if each.card.cost), key=worth, default=None)
+    if best is None or best.cost is None:
+        return _Costs(None, None, False)
+    return _Costs(best.cost, beside.get(best.cost.run), worth(best)[:2] == (True, True))
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int], None]]:
     with progress() as bar:
         row = bar.add_task(label, total=None, rate="")
         began = time.monotonic()
 
         def on_progress(done: int, total: int) -> None:
             rate = done / max(time.monotonic() - began, 1e-9)
-            bar.update(row, completed=done, total=total, rate=f"{rate:,.0f} requests/s")
+            bar.update(row, completed=done, total=total, rate=f"{rate:,.1f} {unit}/s")
 
         yield on_progress
 
 
-def _relative(own: _Kept, teacher: _Kept) -> tuple[Relative, set[str]]:
-    """A scorecard relative to the teacher's, and what has to be said about it."""
-    found = compare(parquet.read_table(own.documents), parquet.read_table(teacher.documents), teacher.card.tasks)
+def _relative(own: _Kept, scored: _Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
+    """A scorecard relative to the teacher's scores and cost, and what has to be said about it."""
+    found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
     said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
-    a, b = own.card.cost, teacher.card.cost
-    if a and b and not comparable(a, b):
-        said.add(f"{own.card.model} has no cost ratio: its cost was measured elsewhere or otherwise than the teacher's")
-        a = None
+    cost, dearer, faster = own.card.cost, None, None
+    if cost and teachers and in_one_run(cost, teachers):
+        dearer = ratio(cost, teachers)
+        faster = Estimate(
+            value=1 / dearer.value, low=1 / dearer.high, high=1 / dearer.low, confidence=dearer.confidence
+        )
+    elif cost:
+        said.add(f"{own.card.model} has no cost ratio: its cost was not measured in one run with the teacher's")
     relative = Relative(
-        teacher=teacher.card.model,
-        teacher_digest=teacher.card.artifact,
+        teacher=teacher.label,
+        teacher_digest=teacher.digest,
         retention=found.retention,
         task_retention=found.task_retention,
         difference=found.difference,
-        cost_ratio=a.usd_per_million_tokens / b.usd_per_million_tokens if a and b else None,
-        speedup=b.p50_ms / a.p50_ms if a and b else None,
+        cost_ratio=dearer.value if dearer else None,
+        speedup=faster.value if faster else None,
+        cost_ratio_interval=dearer,
+        speedup_interval=faster,
+        teacher_cost=teachers,
     )
     return relative, said
 

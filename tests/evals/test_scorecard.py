@@ -12,6 +12,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 import evals.scorecard as scorecard
+from evals.cost import ratio
+from evals.prices import Prices
 from evals.scorecard import evaluate
 from evals.statistics import compare
 from evals.task_set import TaskSet
@@ -44,29 +46,44 @@ def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) 
 
 
 @pytest.fixture
+def quick(
+    store: Store, onnx_llama: Path, other_llama: Path, tiny_gpt2: Path, onnx: Callable[[Path], Path]
+) -> list[Model]:
+    """A registered teacher and two students, all ONNX: their processes are loaded in a moment."""
+    folders = [onnx_llama, onnx(other_llama), onnx(tiny_gpt2)]
+    versions = [store.register("m", folder, kind="onnx", engine="onnxruntime") for folder in folders]
+    return [registered(version, store) for version in versions]
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was run: "score m/1" and "measure m/1", in order."""
+    """What was run: "score m/1" and "measure m/1 m/2", in order."""
     seen: list[str] = []
+    score, measure = scorecard.score, scorecard.measure
 
-    def counted(name: str, **brief: Any) -> None:
-        real = getattr(scorecard, name)
+    def scoring(model: Model, *args: Any, **more: Any) -> Any:
+        seen.append(f"score {model.label}")
+        return score(model, *args, **more)
 
-        def run(model: Model, *args: Any, **more: Any) -> Any:
-            seen.append(f"{name} {model.label}")
-            return real(model, *args, **more, **brief)
+    def measuring(models: list[Model], **more: Any) -> Any:
+        seen.append(f"measure {' '.join(model.label for model in models)}")
+        return measure(models, **more, prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
 
-        monkeypatch.setattr(scorecard, name, run)
-
-    counted("score")
-    counted("measure", prompt_tokens=16, new_tokens=8, requests=3, threads=1)
+    monkeypatch.setattr(scorecard, "score", scoring)
+    monkeypatch.setattr(scorecard, "measure", measuring)
     return seen
+
+
+def at(usd_per_hour: float) -> Prices:
+    """One price for any machine."""
+    return Prices.load(usd_per_hour=usd_per_hour)
 
 
 def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store, calls: list[str]) -> None:
     teacher, onnx, student = models
-    cards = evaluate([onnx, teacher], tasks, store, against=teacher, usd_per_hour=0.2)
+    cards = evaluate([onnx, teacher], tasks, store, against=teacher, prices=at(0.2))
     assert [card.model for card in cards] == ["m/1", "m/2"]
-    assert calls == ["score m/1", "measure m/1", "score m/2", "measure m/2"]
+    assert calls == ["score m/1", "score m/2", "measure m/1 m/2"]
     own, exported = (card.relative for card in cards)
     assert own
     assert exported
@@ -78,8 +95,16 @@ def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store,
     a, b = cards[1].cost, cards[0].cost
     assert a
     assert b
-    assert exported.cost_ratio == pytest.approx(a.usd_per_million_tokens / b.usd_per_million_tokens)
-    assert exported.speedup == pytest.approx(b.p50_ms / a.p50_ms)
+    assert a.run == b.run
+    assert exported.teacher_cost == b
+    assert exported.cost_ratio_interval == ratio(a, b)
+    assert exported.cost_ratio == exported.cost_ratio_interval.value
+    assert exported.speedup_interval
+    assert exported.speedup == exported.speedup_interval.value == pytest.approx(1 / exported.cost_ratio)
+    assert exported.speedup_interval.low * exported.cost_ratio_interval.high == pytest.approx(1)
+    assert a.price
+    assert "0.2 USD/h (--usd-per-hour)" in a.price
+    assert all(card.seconds and card.seconds > 0 for card in cards)
     assert cards[1].tasks.keys() == set(NAMES)
     for model, card in zip((teacher, onnx), cards, strict=True):
         assert model.version
@@ -92,7 +117,7 @@ def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store,
 
     # Again, with a student more: only the student is run.
     calls.clear()
-    again = evaluate([onnx, student], tasks, store, against=teacher, cost=False, usd_per_hour=0.2)
+    again = evaluate([onnx, student], tasks, store, against=teacher, cost=False, prices=at(0.2))
     assert calls == ["score m/3"]
     assert again[:2] == cards
     assert again[2].cost is None
@@ -108,7 +133,7 @@ def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store,
 
     # Another price: neither scored nor measured.
     calls.clear()
-    (_, dear) = evaluate([onnx], tasks, store, against=teacher, usd_per_hour=0.4)
+    (_, dear) = evaluate([onnx], tasks, store, against=teacher, prices=at(0.4))
     assert calls == []
     assert dear.cost
     assert dear.cost.usd_per_million_tokens == pytest.approx(2 * a.usd_per_million_tokens)
@@ -122,17 +147,17 @@ def test_a_teacher_named_later_needs_no_forward_run(
     models: list[Model], tasks: TaskSet, store: Store, calls: list[str]
 ) -> None:
     teacher, _, student = models
-    bare = evaluate([teacher, student], tasks, store, cost=False, usd_per_hour=1)
+    bare = evaluate([teacher, student], tasks, store, cost=False)
     assert [card.relative for card in bare] == [None, None]
     calls.clear()
-    cards = evaluate([student], tasks, store, against=teacher, cost=False, usd_per_hour=1)
+    cards = evaluate([student], tasks, store, against=teacher, cost=False)
     assert calls == []
     assert cards[1].relative
     assert cards[1].tasks == bare[1].tasks
     # Other tasks are other scores.
     few = TaskSet.load(NAMES[:1], [tasks_folder(tasks)], limit=5)
-    evaluate([student], few, store, cost=False, usd_per_hour=1)
-    evaluate([student], tasks, store, cost=False, usd_per_hour=1, force=True)
+    evaluate([student], few, store, cost=False)
+    evaluate([student], tasks, store, cost=False, force=True)
     assert calls == ["score m/3", "score m/3"]
 
 
@@ -142,9 +167,70 @@ def tasks_folder(tasks: TaskSet) -> Path:
     return Path(config.dataset_kwargs["data_files"]["test"]).parent
 
 
-@pytest.mark.parametrize("at", ["score m/3", "measure m/2"])
+def test_a_ratio_is_of_costs_measured_in_one_run(
+    quick: list[Model], tasks: TaskSet, store: Store, calls: list[str]
+) -> None:
+    teacher, one, other = quick
+    alone = evaluate([one], tasks, store)
+    first = evaluate([], tasks, store, against=teacher)
+    assert calls == ["score m/2", "measure m/2", "score m/1", "measure m/1"]
+
+    # Both costs are known, not of one run.
+    calls.clear()
+    (_, card) = evaluate([one], tasks, store, against=teacher, cost=False)
+    assert calls == []
+    assert card.cost == alone[0].cost
+    assert card.relative
+    assert (card.relative.cost_ratio, card.relative.speedup, card.relative.teacher_cost) == (None, None, None)
+
+    # So both are timed again; the teacher's own scorecard stays as it is.
+    (own, card) = evaluate([one], tasks, store, against=teacher)
+    assert calls == ["measure m/1 m/2"]
+    assert own == first[0]
+    assert card.cost != alone[0].cost
+    assert card.relative
+    assert card.relative.cost_ratio
+
+    # A candidate more: the first one's ratio stays that of its own run.
+    calls.clear()
+    (own, again, new) = evaluate([one, other], tasks, store, against=teacher)
+    assert calls == ["score m/3", "measure m/1 m/3"]
+    assert (own, again) == (first[0], card)
+    assert new.cost
+    assert new.relative
+    assert new.relative.teacher_cost
+    assert new.cost.run == new.relative.teacher_cost.run != card.relative.teacher_cost.run
+    calls.clear()
+    assert evaluate([one, other], tasks, store, against=teacher) == [own, again, new]
+    assert calls == []
+
+
+def test_where_memory_holds_two_models_at_once(
+    quick: list[Model], tasks: TaskSet, store: Store, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is timed beside each candidate; what a run found is kept before the next one begins."""
+    teacher, one, other = quick
+    monkeypatch.setattr("evals.cost.available_memory", lambda: 0)
+    measuring = scorecard.measure
+
+    def killed(given: list[Model], **more: Any) -> Any:
+        if other in given:
+            raise KeyboardInterrupt
+        return measuring(given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scorecard, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate([one, other], tasks, store, against=teacher)
+    assert one.version
+    assert [card.cost is not None for card in store.scorecards(one.version)] == [True]
+    calls.clear()
+    cards = evaluate([one, other], tasks, store, against=teacher)
+    assert calls == ["measure m/1 m/3"]
+    assert all(card.relative and card.relative.cost_ratio for card in cards)
+
+
 def test_a_kill_loses_nothing_finished(
-    at: str,
     models: list[Model],
     tasks: TaskSet,
     store: Store,
@@ -152,24 +238,21 @@ def test_a_kill_loses_nothing_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, onnx, student = models
-    name = at.split()[0]
-    real = getattr(scorecard, name)
+    scoring = scorecard.score
 
     def killed(model: Model, *args: Any, **more: Any) -> Any:
-        if f"{name} {model.label}" == at:
+        if model == student:
             raise KeyboardInterrupt
-        return real(model, *args, **more)
+        return scoring(model, *args, **more)
 
-    cost = name == "measure"
-    given = [onnx, student]
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, name, killed)
+        patch.setattr(scorecard, "score", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(given, tasks, store, usd_per_hour=1, cost=cost)
+            evaluate([onnx, student], tasks, store, cost=False)
     assert onnx.version
-    assert len(store.scorecards(onnx.version)) == (0 if cost else 1)
+    assert len(store.scorecards(onnx.version)) == 1
     calls.clear()
-    cards = evaluate(given, tasks, store, usd_per_hour=1, cost=False)
+    cards = evaluate([onnx, student], tasks, store, cost=False)
     assert calls == ["score m/3"]
     assert [card.model for card in cards] == ["m/2", "m/3"]
 
@@ -178,12 +261,12 @@ def test_a_folder_is_scored_once_and_a_damaged_score_again(
     limbeck_home: Path, onnx_llama: Path, tasks: TaskSet, calls: list[str]
 ) -> None:
     model = resolve(str(onnx_llama))
-    first = evaluate([model], tasks, cost=False, usd_per_hour=1)
-    assert evaluate([model], tasks, cost=False, usd_per_hour=1) == first
+    first = evaluate([model], tasks, cost=False)
+    assert evaluate([model], tasks, cost=False) == first
     assert len(calls) == 1
     (documents,) = limbeck_home.rglob("documents.parquet")
     documents.write_bytes(documents.read_bytes()[:-10])
-    again = evaluate([model], tasks, cost=False, usd_per_hour=1)
+    again = evaluate([model], tasks, cost=False)
     assert len(calls) == 2
     assert again[0].tasks == first[0].tasks
 
@@ -199,7 +282,7 @@ def test_scores_that_are_no_numbers_are_refused(
     weights["model.norm.weight"][:] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*\(NaN\)"):
-        evaluate([resolve(str(folder))], tasks, cost=False, usd_per_hour=1)
+        evaluate([resolve(str(folder))], tasks, cost=False)
     assert not list(limbeck_home.rglob("scorecard.json"))
 
 
