@@ -8,6 +8,7 @@ damaged shard is captured again.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,12 +71,14 @@ class TeacherCache:
             for shard in range(self.shards):
                 blocks = self.blocks[shard * SHARD_BLOCKS : (shard + 1) * SHARD_BLOCKS]
                 if not self._is_whole(shard):
-                    self._write(shard, *capture(blocks))
+                    began = time.monotonic()
+                    ids, logprobs = capture(blocks)
+                    self._write(shard, ids, logprobs, time.monotonic() - began)
                     captured += len(blocks)
                 on_blocks(len(blocks))
         return captured
 
-    def _write(self, shard: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    def _write(self, shard: int, ids: np.ndarray, logprobs: np.ndarray, seconds: float) -> None:
         arrays = {"ids": ids.astype(self.id_dtype), "logprobs": logprobs.astype(np.float16)}
         files = self._files(shard)
         for part, path in files.items():
@@ -83,7 +86,8 @@ class TeacherCache:
                 np.save(file, arrays[part])
         # The record comes last: a shard without one is not there.
         with written_whole(self.folder / f"{shard:05d}.json") as temporary:
-            temporary.write_text(json.dumps({part: file_digest(path) for part, path in files.items()}) + "\n")
+            digests = {part: file_digest(path) for part, path in files.items()}
+            temporary.write_text(json.dumps({**digests, "seconds": seconds}) + "\n")
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n, T, top_k) int64 and log-probabilities (n, T, top_k) float32 of the blocks at `indices`."""
@@ -99,6 +103,11 @@ class TeacherCache:
             ids.append(self._open[shard][0][row])
             logprobs.append(self._open[shard][1][row])
         return np.stack(ids).astype(np.int64), np.stack(logprobs).astype(np.float32)
+
+    def seconds(self) -> float:
+        """Seconds that the capture of all shards took, whichever run made them; loading the teacher included."""
+        records = (self.folder / f"{shard:05d}.json" for shard in range(self.shards))
+        return sum(json.loads(record.read_text()).get("seconds", 0.0) for record in records)
 
     def disk_bytes(self) -> int:
         """Bytes that the cache takes on disk."""

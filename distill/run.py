@@ -18,9 +18,10 @@ from distill.setting import Setting, check_students, code_version, prepare
 from registry.digest import json_digest
 from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
-from registry.records import Version
+from registry.machine import hardware
+from registry.records import Making, Version
 from registry.run import Run
-from registry.store import Store
+from registry.store import MAKING, Store
 from registry.terminal import progress, say
 
 if TYPE_CHECKING:
@@ -154,7 +155,9 @@ def _make(
     with store.run(f"{recipe.name} {plan.label}", params=params, tags=tags) as run:
         run.artifact(setting.source.path, "recipe")
         facts = _train_and_save(setting, plan, teacher, work, run)
-        run.metrics(facts)
+        making = _making(setting, plan, teacher, facts)
+        run.metrics(facts | {"teacher_seconds": making.teacher_seconds})
+        run.tags({MAKING: making.model_dump_json()})
         version = store.register(
             recipe.name,
             work / "final",
@@ -177,6 +180,26 @@ def _make(
         f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s"
     )
     return version
+
+
+def _making(
+    setting: Setting, plan: Plan, teacher: PreTrainedModel | TeacherCache | None, facts: dict[str, float]
+) -> Making:
+    """What the student took. A capture that several students share is counted in full for each of them."""
+    import torch
+
+    recipe = setting.recipe
+    learns = [each.label for each in recipes.plans(recipe) if recipe.objectives[each.objective].divergence]
+    cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
+    device = models.device()
+    return Making(
+        training_seconds=facts["seconds"],
+        teacher_seconds=cache.seconds() if cache else 0.0,
+        teacher_students=len(learns) if cache else 1,
+        tokens=int(facts["tokens"]),
+        machine=hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
+        device=device,
+    )
 
 
 def _train_and_save(

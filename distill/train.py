@@ -36,7 +36,10 @@ class Progress(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A finished run: tokens seen in all, and the seconds of this process's part of it."""
+    """A finished run: tokens seen, and seconds, over all its parts where it was stopped and resumed.
+
+    What a part did after its last checkpoint was lost, and its time is not counted.
+    """
 
     tokens: int
     seconds: float
@@ -108,6 +111,7 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = self.saved = self.logged = time.monotonic()
         self.first = self.logged_step = state.global_step
+        self.before = max((entry["seconds"] for entry in state.log_history if "seconds" in entry), default=0.0)
         for entry in state.log_history:  # a resumed run tells its whole curve again
             self._tell(entry)
 
@@ -117,6 +121,8 @@ class _Watch(TrainerCallback):
         self.tell_progress(Progress(state.global_step, state.max_steps, rate, self.loss))
         if now - self.saved >= 60 * self.training.save_minutes and state.global_step < state.max_steps:
             self.saved = now
+            # In the Trainer's own history, so that the checkpoint carries it.
+            state.log_history.append({"step": state.global_step, "seconds": self.before + now - self.began})
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -184,7 +190,8 @@ def train(
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     model.eval()
-    return Trained(trainer.state.global_step * watch.tokens_per_step, time.monotonic() - began)
+    seconds = watch.before + time.monotonic() - began
+    return Trained(trainer.state.global_step * watch.tokens_per_step, seconds)
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:

@@ -24,10 +24,11 @@ from registry.findings import TAG, Findings, Found
 from registry.home import home, written_whole
 from registry.home import tracking_uri as default_uri
 from registry.listing import Listed, aliases_of, listed
-from registry.records import Engine, Kind, Version
+from registry.records import Engine, Kind, Making, Version
 from registry.run import Run, key
 
 EXPERIMENT = "limbeck"
+MAKING = TAG + "making"  # a tag of the run that made a version
 FIELDS = set(Version.model_fields) - {"name", "version", "source", "created", "run_id", "aliases"}
 NAME = re.compile(r"[^\W_][\w.-]{0,199}")
 REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d{1,9})|@(?P<alias>[^/@]+))")
@@ -275,6 +276,13 @@ class Store(Findings):
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version number, of a registered model; empty where there is no such model."""
         return aliases_of(self.client, name)
+
+    def making(self, version: Version) -> Making | None:
+        """What making a version took; of an ONNX variant, what its student took. None where it is not recorded."""
+        if version.run_id is None:
+            return None
+        found = self.client.get_run(version.run_id).data.tags.get(MAKING)
+        return Making.model_validate_json(found) if found else None
 
     # --- files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -64,6 +65,12 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     step = int(reached.parent.name.removeprefix("checkpoint-"))
     assert step < 100
 
+    state = json.loads(reached.read_text())
+    [spent] = [entry for entry in state["log_history"] if "seconds" in entry and entry["step"] == step]
+    assert 0 < spent["seconds"] < 100
+    spent["seconds"] = 1000.0
+    reached.write_text(json.dumps(state))
+
     resumed = limbeck(*args, "--set", "name=resumed")
     assert resumed.code == 0, resumed.err
     assert "0 of them captured now" in resumed.err
@@ -71,6 +78,11 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     assert whole.code == 0, whole.err
     one, other = store.get("resumed/2"), store.get("whole/2")
     assert one.digest == other.digest  # bit by bit
+    parts, at_once = store.making(one), store.making(other)
+    assert parts
+    assert at_once
+    assert at_once.training_seconds < 100 < 1000 < parts.training_seconds < 1100
+    assert parts.teacher_seconds == at_once.teacher_seconds > 0
     assert not list((limbeck_home / "runs").glob("*/checkpoint-*"))
 
     curves = [store.client.get_metric_history(version.run_id, "loss") for version in (one, other)]

@@ -19,6 +19,7 @@ from distill.corpus import read
 from distill.recipe import Source
 from distill.run import student_key
 from distill.setting import prepare
+from registry.machine import hardware
 from registry.store import Store
 from tests.distill.conftest import DISTILLED, TWINS
 
@@ -78,6 +79,35 @@ def test_a_recipe_makes_students_and_twins(
     table = limbeck("distill", recipe)
     assert "tiny/2" in table.out
     assert "small-labels" in table.out
+
+
+def test_what_making_a_student_took_is_kept_with_it(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path
+) -> None:
+    recipe = write_recipe(tiny_llama, objectives=TWINS + '\n[objectives.mixed]\ndivergence = "jsd"\n')
+    students(limbeck("distill", recipe, "--format", "json"))
+    distilled, twin, mixed = (store.making(store.get(f"tiny/{number}")) for number in (2, 3, 4))
+    assert distilled
+    assert twin
+    assert mixed
+    shards = [json.loads(path.read_text()) for path in (limbeck_home / "teacher-cache").glob("*/0*.json")]
+    captured = sum(shard["seconds"] for shard in shards)
+    assert captured > 0
+    # The stored logits are behind two of the three, and behind each of them in full.
+    assert (distilled.teacher_seconds, distilled.teacher_students) == (captured, 2)
+    assert (mixed.teacher_seconds, mixed.teacher_students) == (captured, 2)
+    assert (twin.teacher_seconds, twin.teacher_students) == (0, 1)
+    assert distilled.tokens == 4 * 4 * 32
+    assert distilled.machine == hardware()
+    metrics = store.client.get_run(store.get("tiny/2").run_id).data.metrics
+    assert distilled.training_seconds == pytest.approx(metrics["seconds"])
+    assert distilled.teacher_seconds == pytest.approx(metrics["teacher_seconds"])
+    assert store.making(store.get("tiny/1")) is None
+    # A later run learns from what the first one captured.
+    students(limbeck("distill", recipe, "--set", "training.max_steps=2", "--format", "json"))
+    again = store.making(store.get("tiny/5"))
+    assert again
+    assert again.teacher_seconds == captured
 
 
 def test_a_student_learns_what_its_objective_says(
