@@ -83,6 +83,16 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
     show_envvar=True,
     help="The price of this machine, before any file.",
 )
+@click.option(
+    "--tokenizer", metavar="MODEL", help="The tokenizer of models that are given as http://HOST:PORT/v1#NAME."
+)
+@click.option(
+    "--num-concurrent",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Requests to an endpoint at a time.",
+)
 @click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
 @format_option
@@ -102,6 +112,8 @@ def evaluate(
     cost: bool,
     prices_file: Path | None,
     usd_per_hour: float | None,
+    tokenizer: str | None,
+    num_concurrent: int,
     force: bool,
     trust_remote_code: bool,
     output: str,
@@ -120,8 +132,9 @@ def evaluate(
     from registry.store import Store
 
     prices = Prices.load(prices_file, usd_per_hour)
-    found = resolve_all(models)
-    teacher = resolve(against) if against else None
+    http: dict[str, Any] = {"tokenizer": tokenizer, "num_concurrent": num_concurrent}
+    found = resolve_all(models, **http)
+    teacher = resolve(against, **http) if against else None
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
     task_set = TaskSet.load(
         [name.strip() for name in names.split(",") if name.strip()],

@@ -13,7 +13,7 @@ from evals.score_cache import ScoreCache
 from evals.statistics import mean_and_stderr
 from evals.task_set import FEWSHOT_SEED, TaskSet, metric_of, outermost, quiet_bars
 from registry.digest import json_digest
-from registry.errors import BadInput
+from registry.errors import BadInput, Unreachable
 from registry.records import TaskResult
 from registry.resolve import Model
 from registry.terminal import quiet_libraries
@@ -60,7 +60,7 @@ def score(
     quiet_libraries()
     from lm_eval.evaluator import evaluate
 
-    from evals.lazy import LazyEngine
+    from evals.lazy import open_engine
     from evals.lm import LimbeckLM
     from evals.rows import BATCH_TOKENS
 
@@ -72,7 +72,7 @@ def score(
         on_progress(done, tasks.requests)
 
     settings = tasks.settings
-    engine = LazyEngine(model, trust_remote_code)
+    engine = open_engine(model, trust_remote_code)
     with ScoreCache(model.digest, anew=force) as cache, quiet_bars():
         lm = LimbeckLM(
             engine,
@@ -85,18 +85,24 @@ def score(
         )
         for task in tasks.tasks.values():
             task.set_fewshot_seed(FEWSHOT_SEED)
-        results = evaluate(
-            lm,
-            {"tasks": tasks.tasks, "groups": tasks.groups},
-            limit=settings.limit,
-            samples={name: settings.of(name) for name in settings.samples} if settings.samples else None,
-            bootstrap_iters=0,
-            log_samples=True,
-            system_instruction=settings.system_instruction,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=settings.multiturn,
-            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-        )
+        try:
+            results = evaluate(
+                lm,
+                {"tasks": tasks.tasks, "groups": tasks.groups},
+                limit=settings.limit,
+                samples={name: settings.of(name) for name in settings.samples} if settings.samples else None,
+                bootstrap_iters=0,
+                log_samples=True,
+                system_instruction=settings.system_instruction,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.multiturn,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            )
+        except Unreachable as error:
+            raise Unreachable(
+                f"{error.message}; of {tasks.requests} requests {done} are answered, and kept",
+                fix="run the same again: it goes on from there",
+            ) from error
     return _scores(tasks, results)
 
 

@@ -1,14 +1,28 @@
-"""An engine whose weights are loaded when something is first asked of it."""
+"""Engines that cost nothing until something is asked of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from evals.endpoint import EndpointEngine
 from evals.engines import Engine, identity, load, read_text
 from evals.rows import Scored
 from registry.resolve import Model
+from registry.terminal import say
+
+
+def open_engine(model: Model, trust_remote_code: bool = False) -> Engine:
+    """The engine of any model. Raises BadInput where its tokenizer cannot be loaded."""
+    if model.endpoint:
+        engine = EndpointEngine(model.endpoint, read_text(model.path, model.label, trust_remote_code))
+        say(
+            f"{model.label}: of its context of {engine.context} tokens {engine.max_length} can be used over HTTP; "
+            "only of longer texts the scores differ from those of the same model here"
+        )
+        return engine
+    return LazyEngine(model, trust_remote_code)
 
 
 class LazyEngine:
@@ -31,6 +45,6 @@ class LazyEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
-    ) -> list[list[int]]:
+    ) -> Iterable[list[int] | str]:
         """See `Engine.generate`."""
         return self.loaded.generate(prompts, max_new_tokens, until, **sampling)

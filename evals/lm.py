@@ -238,9 +238,9 @@ class LimbeckLM(TemplateLM):
         missing.sort(key=lambda key: -len(ids[key]))
         done = 0
         for batch in batches([ids[key] for key in missing], self.batch_tokens, new_tokens):
-            for tokens in self._generate(batch, new_tokens, until, settings):
+            for made in self._generate(batch, new_tokens, until, settings):
                 key = missing[done]
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                text = made if isinstance(made, str) else self.tokenizer.decode(made, skip_special_tokens=True)
                 text = postprocess_generated_text(text, until, None)
                 if self.cache:
                     self.cache.put(key, text)
@@ -255,7 +255,7 @@ class LimbeckLM(TemplateLM):
 
     def _generate(
         self, prompts: Sequence[list[int]], new_tokens: int, until: list[str], settings: dict[str, Any]
-    ) -> list[list[int]]:
+    ) -> Iterable[list[int] | str]:
         """As `Engine.generate`. Raises BadInput for settings that the library does not know."""
         try:
             return self.engine.generate(prompts, new_tokens, until, **settings)

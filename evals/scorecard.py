@@ -64,6 +64,11 @@ def evaluate(
     scored: dict[str, _Kept] = {}
     cards: dict[str, _Kept] = {}
     told: set[str] = set()
+    timed = against if against and not against.endpoint else None
+    if cost:
+        for model in every:
+            if model.endpoint:
+                say(f"  {model.label}: what an endpoint costs cannot be measured from here")
 
     def finish(model: Model, own: Cost | None, teachers: Cost | None) -> None:
         a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
@@ -81,18 +86,18 @@ def evaluate(
     unknown = []
     for model in every:
         scored[model.label] = _find(kept[model.label], tasks) or _score(model, tasks, force, trust_remote_code)
-        costs = _known_costs(model, kept[model.label], against, kept[against.label] if against else [])
-        if cost and not costs.enough:
+        costs = _known_costs(model, kept[model.label], timed, kept[timed.label] if timed else [])
+        if cost and not costs.enough and not model.endpoint:
             unknown.append(model)
         else:
             finish(model, costs.own, costs.teachers)
-    for group in groups(unknown, against) if unknown else ():
+    for group in groups(unknown, timed) if unknown else ():
         with _bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
             found = measure(group, trust_remote_code=trust_remote_code, on_round=on_round)
         measured = {model.label: each for model, each in zip(group, found, strict=True)}
         for model in unknown:
             if model.label in measured and model.label not in cards:
-                finish(model, measured[model.label], measured[against.label] if against else None)
+                finish(model, measured[model.label], measured[timed.label] if timed else None)
     return [cards[model.label].card for model in every]
 
 

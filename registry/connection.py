@@ -82,7 +82,7 @@ def probe(tracking_uri: str) -> float:
     except requests.exceptions.Timeout:
         raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
     except requests.exceptions.RequestException as error:
-        raise _unreachable(tracking_uri, _reason(error)) from None
+        raise _unreachable(tracking_uri, reason(error)) from None
     if answer.status_code >= 500:
         raise _unreachable(tracking_uri, f"it answers {answer.status_code} {answer.reason}")
     return time.monotonic() - start
@@ -175,7 +175,7 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
             fix="check the file and its permissions, or move it away to begin with a new one",
         )
     if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain):
-        return _unreachable(tracking_uri, _reason(error))
+        return _unreachable(tracking_uri, reason(error))
     code = getattr(error, "error_code", "")
     if code == "RESOURCE_DOES_NOT_EXIST":
         return NotThere(text)
@@ -205,7 +205,7 @@ def _unreachable(tracking_uri: str, why: str) -> Unreachable:
     )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The plain words within a requests exception."""
     text = str(error)
     for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):

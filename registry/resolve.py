@@ -1,4 +1,4 @@
-"""What a MODEL on the command line means: a local folder, a registered version, or a hub id."""
+"""What a MODEL on the command line means: a local folder, a registered version, a hub id or an endpoint."""
 
 from __future__ import annotations
 
@@ -8,49 +8,68 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from registry.digest import verify
+from registry import endpoint
+from registry.digest import MANIFEST, file_digest, json_digest, verify
 from registry.errors import BadInput, DamagedArtifact, Unreachable
 from registry.records import Engine, Version
 
 if TYPE_CHECKING:
     from registry.store import Store
 
+URL = re.compile(r"https?://", re.IGNORECASE)
 REGISTERED = re.compile(r"models:/.*|[^/@]+/\d+|[^/@]+@[^/@]+")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # a tokenizer is among them
+HUB_FILES = [*TEXT_FILES, "*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Model:
-    """An artifact at hand: its folder, and what it is called."""
+    """An artifact at hand: its folder, and what it is called.
+
+    Of an endpoint the folder is that of its tokenizer, and the digest is over URL, name and tokenizer: what the
+    server runs behind them cannot be known.
+    """
 
     path: Path
     digest: str
     label: str  # NAME/VERSION, else what the user wrote
     version: Version | None
-    engine: Engine
+    engine: Engine | Literal["endpoint"]
+    endpoint: endpoint.Endpoint | None = None
 
 
-def resolve(text: str, store: Store | None = None, *, revision: str | None = None) -> Model:
+def resolve(
+    text: str,
+    store: Store | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    num_concurrent: int = 4,
+) -> Model:
     """The model that `text` means.
 
-    In this order: a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only version of a
-    registered NAME; a Hugging Face hub id. The tracking store is opened only where one of the middle two may
-    be meant. The files are checked: against their manifest, and against the digest of a registered version.
+    In this order: an endpoint's URL; a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only
+    version of a registered NAME; a Hugging Face hub id. The tracking store is opened only where one of the middle
+    two may be meant. The files are checked: against their manifest, and against the digest of a registered version.
 
     Args:
         text: as the user wrote it.
         store: where registered models are looked for; the default one where None.
         revision: of a hub id: a branch, tag or commit.
+        tokenizer: an endpoint's, as a MODEL or a folder; None where no endpoint can be used.
+        num_concurrent: the most requests that an endpoint is asked at a time.
 
     Raises:
         BadInput: nothing of this name, a folder that is no model, or weights in pickle files only.
         DamagedArtifact: files that are truncated or are not those recorded.
-        Unreachable: the tracking server or the hub does not answer.
+        Unreachable: the tracking server, the hub or the endpoint does not answer.
     """
+    if URL.match(text):
+        return _endpoint(text, store, tokenizer, num_concurrent)
     folder = Path(text).expanduser()
     looks_local = text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
     if looks_local or (folder / "config.json").exists() or (folder.is_dir() and "/" in text):
@@ -77,7 +96,9 @@ def resolve(text: str, store: Store | None = None, *, revision: str | None = Non
     return _local(_snapshot(text, revision), text)
 
 
-def resolve_all(texts: Iterable[str], store: Store | None = None) -> list[Model]:
+def resolve_all(
+    texts: Iterable[str], store: Store | None = None, *, tokenizer: str | None = None, num_concurrent: int = 4
+) -> list[Model]:
     """As `resolve`, for several; a registered NAME alone stands for all its versions, oldest first."""
     models: dict[str, Model] = {}
     for text in texts:
@@ -85,7 +106,7 @@ def resolve_all(texts: Iterable[str], store: Store | None = None) -> list[Model]
         if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
             store = store or _default_store()
             found = [registered(version, store) for version in store.versions(text)]
-        for model in found or [resolve(text, store)]:
+        for model in found or [resolve(text, store, tokenizer=tokenizer, num_concurrent=num_concurrent)]:
             models.setdefault(model.label, model)
     return list(models.values())
 
@@ -149,13 +170,31 @@ def _local(folder: Path, label: str) -> Model:
     return Model(folder.resolve(), verify(folder), label, None, engine)
 
 
-def _snapshot(hub_id: str, revision: str | None) -> Path:
+def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurrent: int) -> Model:
+    if tokenizer is None:
+        raise BadInput(
+            f"{endpoint.shown(text)} is an endpoint, which has no files",
+            fix="to score it, give its tokenizer: --tokenizer MODEL",
+        )
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
+        hub_id = not REGISTERED.fullmatch(tokenizer) and "/" in tokenizer and HUB_ID.fullmatch(tokenizer)
+        folder = _snapshot(tokenizer, None, TEXT_FILES) if hub_id else resolve(tokenizer, store).path
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise BadInput(f"{tokenizer} has no tokenizer", fix="give --tokenizer the model that the endpoint serves")
+    found = endpoint.find(text, num_concurrent)
+    files = sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern) if path.name != MANIFEST})
+    digest = json_digest([found.url, found.name, {path.name: file_digest(path) for path in files}])
+    return Model(folder.resolve(), digest, found.label, None, "endpoint", found)
+
+
+def _snapshot(hub_id: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     """The local folder of a hub repository's files, downloaded where they are not in its cache."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         why = {
             hub.GatedRepoError: "asks for access",
