@@ -4,76 +4,74 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from evals.statistics import top_level
+from evals.cells import COSTS
+from evals.ranking import USD, ranked, sort_keys
+from evals.settings import differences, group
 from registry.errors import BadInput
 from registry.lineage import ancestor
-from registry.records import Estimate, LeaderboardRow, Scorecard, Version
+from registry.records import Estimate, LeaderboardRow, Scorecard, TaskResult, top_level
 from registry.terminal import say
 
 if TYPE_CHECKING:
+    from registry.findings import Found
     from registry.store import Store
 
-COST = (
-    "params",
-    "disk_bytes",
-    "peak_rss_bytes",
-    "prefill_tokens_per_s",
-    "decode_tokens_per_s",
-    "p50_ms",
-    "p95_ms",
-    "usd_per_million_tokens",
-)
 
+def rows(
+    store: Store,
+    name: str,
+    task: str | None = None,
+    *,
+    sort: str = "retention",
+    cost: str = USD,
+    only: Mapping[str, Collection[str]] | None = None,
+) -> list[LeaderboardRow]:
+    """The versions of `name`: those that were measured alike together, best first; unscored ones last.
 
-def rows(store: Store, name: str, task: str | None = None) -> list[LeaderboardRow]:
-    """The versions of `name`, best retention first; those that are not scored come last.
-
-    Of each version the newest scorecard counts that is of the same tasks, and against the same teacher, as
-    those of most versions. Figures of other tasks are not put beside them; a line on stderr says so.
+    Each version is in the largest setting that it has a scorecard for. What is ranked apart is said on stderr.
 
     Args:
         task: rank by the retention of this task alone.
+        sort: rank by this: retention, a task, a cost, cost_ratio, speedup, version, kind, recipe or precision.
+        cost: the column of `evals.cells.COSTS` that the frontier is about.
+        only: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
 
     Raises:
-        BadInput: no such model, or a task that none of its scorecards has.
+        BadInput: no such model, task, key, column or value; with the near ones.
     """
-    versions = store.versions(name)
-    if not versions:
+    found = store.found(name)
+    if not found:
         raise store.unknown(name)
-    cards = {version.version: store.scorecards(version) for version in versions}
-    chosen = _alike(cards, task)
-    if task and not any(chosen.values()):
-        known = sorted({known for several in cards.values() for card in several for known in card.tasks})
-        near = get_close_matches(task, known, n=1)
-        raise BadInput(
-            f"no version of {name} is scored on {task!r}",
-            fix=f"did you mean {near[0]}?" if near else f"they are scored on: {', '.join(known) or 'nothing yet'}",
-        )
-    others = [f"{name}/{number}" for number, several in cards.items() if several and not chosen[number]]
-    if others:
-        say(f"not shown with a score, since theirs are of other tasks: {', '.join(others)}")
-    found = [_row(store, version, chosen[version.version], task) for version in versions]
-    frontier = pareto([(_usd(row), _retention(row)) for row in found])
-    ranked = [row.model_copy(update={"pareto": best}) for row, best in zip(found, frontier, strict=True)]
-    return sorted(ranked, key=_rank)
+    cards = {each.version.version: each.scorecards for each in found}
+    groups = group(cards, task)
+    if task and not groups:
+        tasks = {known for several in cards.values() for card in several for known in card.tasks}
+        raise BadInput(f"no version of {name} is scored on {task!r}", fix=_near(task, tasks))
+    _check(cost, COSTS, "cost")
+    for field, values in (only or {}).items():
+        for one in values:
+            _check(one, {getattr(each.version, field) for each in found} - {None}, field)
+    listed = list(_listed(found, groups, task))
+    keys = sort_keys(listed)
+    _check(sort, keys, "sort")
+    shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (only or {}).items())]
+    _say_hidden(cards, groups, task)
+    _say_apart(shown)
+    return ranked(shown, sort, cost, keys)
 
 
-def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
-    """Which of the points (cost, quality) no other one beats: none is cheaper and as good, or better and as cheap.
-
-    Points with None are on no frontier.
-    """
-    whole = [(cost, quality) for cost, quality in points if cost is not None and quality is not None]
-
-    def beaten(cost: float, quality: float) -> bool:
-        return any(c <= cost and q >= quality and (c < cost or q > quality) for c, q in whole)
-
-    return [c is not None and q is not None and not beaten(c, q) for c, q in points]
+def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
+    """Rows as `rows` gives them, a list for each setting; the unscored ones join the first."""
+    groups = [list(alike) for _, alike in groupby(found, key=lambda row: row.setting)]
+    if len(groups) > 1 and groups[-1][0].setting is None:
+        groups[0] += groups.pop()
+    return groups
 
 
 def to_csv(found: Sequence[LeaderboardRow]) -> str:
@@ -96,71 +94,94 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return line
 
 
-def _alike(cards: Mapping[int, Sequence[Scorecard]], task: str | None) -> dict[int, Scorecard | None]:
-    """Of each version the newest scorecard on the tasks, and against the teacher, that most versions have.
-
-    One that is against no teacher, or another, counts without its relative part.
-    """
-
-    def asked(card: Scorecard) -> str:
-        return f"{card.tasks[task].task_hash if task else card.tasks_digest} {card.harness}"
-
-    able = {n: [card for card in several if task is None or task in card.tasks] for n, several in cards.items()}
-    tasks = _usual((n, asked(card), card) for n, several in able.items() for card in several)
-    alike = {n: [card for card in several if asked(card) == tasks] for n, several in able.items()}
-    against = {n: [(card.relative.teacher_digest, card) for card in s if card.relative] for n, s in alike.items()}
-    teacher = _usual((n, digest, card) for n, several in against.items() for digest, card in several)
-    chosen: dict[int, Scorecard | None] = {}
-    for number, several in alike.items():
-        held = [card for digest, card in against[number] if digest == teacher]
-        bare = [card.model_copy(update={"relative": None}) for card in several]
-        chosen[number] = next(reversed(held or bare), None)
-    return chosen
+def _listed(
+    found: Sequence[Found], groups: Sequence[Mapping[int, Scorecard]], task: str | None
+) -> Iterator[LeaderboardRow]:
+    """A row for each version, group by group."""
+    left = {each.version.version: each for each in found}
+    for place, cards in enumerate(groups):
+        differs = "; ".join(differences(cards.values(), groups[0].values(), task)) if place else None
+        for number, card in cards.items():
+            yield _row(left.pop(number), card, task, place, differs)
+    for each in left.values():
+        yield _row(each, None, task, None, None)
 
 
-def _usual(seen: Iterable[tuple[int, str, Scorecard]]) -> str | None:
-    """Of (version, kind, scorecard): the kind that most versions have; the newest of those."""
-    versions: dict[str, set[int]] = {}
-    newest: dict[str, datetime] = {}
-    for number, kind, card in seen:
-        versions.setdefault(kind, set()).add(number)
-        newest[kind] = max(card.created, newest.get(kind, card.created))
-    return max(versions, key=lambda kind: (len(versions[kind]), newest[kind]), default=None)
-
-
-def _row(store: Store, version: Version, card: Scorecard | None, task: str | None) -> LeaderboardRow:
-    verdicts = store.verdicts(version)
+def _row(
+    found: Found, card: Scorecard | None, task: str | None, place: int | None, differs: str | None
+) -> LeaderboardRow:
+    version = found.version
     relative = card.relative if card else None
-    kept: Estimate | None = None
-    if relative:
-        kept = relative.task_retention.get(task) if task else relative.retention
-    shown = [task] if task else top_level(card.tasks) if card else []
+    cost = card.cost if card else None
+    shown = {name: card.tasks[name] for name in ([task] if task else top_level(card.tasks))} if card else {}
+    by_task = {name: _interval(kept) for name, kept in relative.task_retention.items()} if relative else {}
+    overall = _interval(relative.retention) if relative and relative.retention else None
+    spread = {
+        USD: cost and cost.usd_interval,
+        "p50_ms": cost and cost.p50_interval,
+        "cost_ratio": relative and relative.cost_ratio_interval,
+        "speedup": relative and relative.speedup_interval,
+    }
     return LeaderboardRow(
         version=version.ref,
         kind=version.kind,
         parent=ancestor(version),
         recipe=version.recipe,
         precision=version.precision,
-        quality={name: card.tasks[name].model_dump(include={"metric", "value", "stderr"}) for name in shown if card},
-        retention=kept.model_dump(include={"value", "low", "high"}) if kept else None,
-        cost=card.cost.model_dump(include=set(COST)) if card and card.cost else None,
+        quality={name: _quality(result) for name, result in shown.items()},
+        retention=by_task.get(task) if task else overall,
+        cost={column: getattr(cost, column) for column in COSTS} if cost else None,
         cost_ratio=relative.cost_ratio if relative else None,
         speedup=relative.speedup if relative else None,
         pareto=False,
-        verdict=verdicts[-1].outcome if verdicts else None,
+        verdict=found.verdicts[-1].outcome if found.verdicts else None,
         aliases=version.aliases,
+        task_retention={name: by_task[name] for name in shown if name in by_task},
+        intervals={name: {"low": each.low, "high": each.high} for name, each in spread.items() if each},
+        machine=cost.machine if cost else None,
+        setting=place,
+        differs=differs,
     )
 
 
-def _rank(row: LeaderboardRow) -> tuple[float, float]:
-    """Best first, the cheaper of two that are as good; without figures last."""
-    kept, usd = _retention(row), _usd(row)
-    return float("inf") if kept is None else -kept, float("inf") if usd is None else usd
+def _interval(kept: Estimate) -> dict[str, float]:
+    return {"value": kept.value, "low": kept.low, "high": kept.high}
 
 
-def _usd(row: LeaderboardRow) -> float | None:
-    return row.cost["usd_per_million_tokens"] if row.cost else None
+def _quality(result: TaskResult) -> dict[str, bool | float | str | None]:
+    return {
+        "metric": result.metric,
+        "value": result.value,
+        "stderr": result.stderr,
+        "higher_is_better": result.higher_is_better,
+    }
 
 
-def _retention(row: LeaderboardRow) -> float | None:
-    return row.retention["value"] if row.retention else None
+def _say_apart(shown: Sequence[LeaderboardRow]) -> None:
+    """What is ranked apart, and why."""
+    for alike in by_setting(shown):
+        if alike[0].differs:
+            more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+            say(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
+
+
+def _say_hidden(
+    cards: Mapping[int, Sequence[Scorecard]], groups: Sequence[Mapping[int, Scorecard]], task: str | None
+) -> None:
+    """The tasks that versions are scored on, beside those that are shown."""
+    shown = {number: card.tasks.keys() for alike in groups for number, card in alike.items()}
+    every = {number: {name for card in several for name in top_level(card.tasks)} for number, several in cards.items()}
+    hidden = Counter(name for number, names in every.items() for name in names - shown.get(number, names))
+    if hidden and not task:
+        words = (f"{name} ({count} version{'s' if count > 1 else ''})" for name, count in sorted(hidden.items()))
+        say(f"also scored, to be seen with --task: {', '.join(words)}")
+
+
+def _check(name: str, among: Collection[str], option: str) -> None:
+    if name not in among:
+        raise BadInput(f"--{option} {name!r} is not there", fix=_near(name, among))
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none yet'}"

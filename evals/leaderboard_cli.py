@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from evals.cells import COST_COLUMNS, cost_cells, headers
 from registry.errors import BadInput
 from registry.terminal import print_json, print_table
 
@@ -21,6 +20,22 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.option("--task", help="Rank by this task alone.")
 @click.option(
+    "--sort",
+    default="retention",
+    show_default=True,
+    help="Or a task, a cost, cost_ratio, speedup, version, kind, recipe, precision. The best, or first, on top.",
+)
+@click.option(
+    "--cost",
+    default="usd_per_million_tokens",
+    show_default=True,
+    help="The cost that the frontier and the plot are about; its names are those of the JSON.",
+)
+@click.option("--kind", multiple=True, help="Show only teacher, student or onnx; may be given again.")
+@click.option("--recipe", multiple=True, help="Show only students of this recipe; may be given again.")
+@click.option("--precision", multiple=True, help="Show only this precision; may be given again.")
+@click.option("--pareto", is_flag=True, help="Show only the frontier.")
+@click.option(
     "--format",
     "output",
     type=click.Choice(["table", "json", "csv", "html"]),
@@ -29,10 +44,23 @@ if TYPE_CHECKING:
     help="html is one file with a plot.",
 )
 @click.option("--output", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
-def leaderboard(name: str, task: str | None, output: str, file: Path | None) -> None:
+def leaderboard(
+    name: str,
+    task: str | None,
+    sort: str,
+    cost: str,
+    kind: tuple[str, ...],
+    recipe: tuple[str, ...],
+    precision: tuple[str, ...],
+    pareto: bool,
+    output: str,
+    file: Path | None,
+) -> None:
     """Rank the versions of NAME: quality kept of the teacher's, against cost.
 
-    A star marks the Pareto frontier: no other version is both cheaper and at least as good.
+    A star marks the Pareto frontier of what is shown: no other version is both cheaper and at least as good.
+    Versions that were not measured alike (other tasks, documents, prompts, harness, teacher, machine, threads,
+    request, price) are ranked apart, the largest group first.
     """
     from evals.leaderboard import rows, to_csv
     from registry.home import home, written_whole
@@ -40,12 +68,14 @@ def leaderboard(name: str, task: str | None, output: str, file: Path | None) -> 
 
     if output == "table" and file:
         raise BadInput("--output takes no table", fix="add --format html, csv or json")
-    found = rows(Store(), name, task)
+    only = {"kind": kind, "recipe": recipe, "precision": precision}
+    found = rows(Store(), name, task, sort=sort, cost=cost, only=only)
+    found = [row for row in found if row.pareto or not pareto]
     if output == "html":
         from evals.page import render
 
         file = file or home() / "reports" / f"{name}.html"
-        text = render(name, found, task)
+        text = render(name, found, task, cost)
     elif output == "csv":
         text = to_csv(found)
     elif output == "json" and file:
@@ -56,7 +86,7 @@ def leaderboard(name: str, task: str | None, output: str, file: Path | None) -> 
         print_json(found)
         return
     else:
-        _print_rows(name, found)
+        _print_rows(name, found, cost)
         return
     if file is None:
         print(text, end="")
@@ -69,23 +99,36 @@ def leaderboard(name: str, task: str | None, output: str, file: Path | None) -> 
     print(os.path.relpath(file))
 
 
-def _print_rows(name: str, found: Sequence[LeaderboardRow]) -> None:
-    from evals.plot import title
+def _print_rows(name: str, found: Sequence[LeaderboardRow], cost: str) -> None:
+    """A table for each setting."""
+    from evals.leaderboard import by_setting
+
+    for alike in by_setting(found) or [[]]:
+        apart = f", {alike[0].differs}" if alike and alike[0].differs else ""
+        print_table(f"{name}{apart}: * is on the Pareto frontier", *_table(alike, cost))
+
+
+def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
+    """Columns and cells of rows that were measured alike."""
+    from evals.cells import COST_COLUMNS, COSTS, cost_cells, headers, title
+    from evals.ranking import USD, value
 
     metrics = {task: str(quality["metric"]) for row in found for task, quality in row.quality.items()}
-    columns = ["version", "what", *headers(metrics), "retention", *COST_COLUMNS[:3], "verdict"]
-    table = []
+    chosen = COST_COLUMNS[:1] if cost == USD else [COSTS[cost].title.replace(" ", "\n", 1)]
+    columns = ["version", "what", *headers(metrics), "retention", *chosen, *COST_COLUMNS[1:3], "verdict"]
+    lines = []
     for row in found:
-        values = [row.quality[task]["value"] if task in row.quality else None for task in metrics]
+        values = [value(row, task) for task in metrics]
         kept = row.retention
-        table.append(
+        lines.append(
             [
                 f"{row.version.rpartition('/')[2]}{' *' if row.pareto else ''}",
                 title(row),
-                *(f"{value:.3f}" if isinstance(value, float) else None for value in values),
+                *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]" if kept else None,
-                *cost_cells(row.cost, row.cost_ratio, row.speedup)[:3],
+                COSTS[cost].cell(value(row, cost)),
+                *cost_cells(row.cost, row.cost_ratio, row.speedup)[1:3],
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]
         )
-    print_table(f"{name}: * is on the Pareto frontier", columns, table)
+    return columns, lines

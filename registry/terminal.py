@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+MANY = 100  # rows of a table
+
 format_option = click.option(
     "--format",
     "output",
@@ -38,14 +40,21 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.console import Console
     from rich.table import Table
 
+    cells = [["-" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
+    many = len(cells) > MANY
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*("-" if cell is None else _printable(str(cell)) for cell in row))
+        table.add_column(column, no_wrap=many)
+    # Each cell takes rich some 60 microseconds: of many rows it gets one cell for each column, line by line.
+    if many:
+        cells = [["\n".join(cell.replace("\n", " ") for cell in column) for column in zip(*cells, strict=True)]]
+    for row in cells:
+        table.add_row(*row)
     console = Console()
     # A pipe has no width: print whole cells rather than cut them at 80 columns.
     width = console.width if console.is_terminal else 200
+    if many:  # lines have to stay beside each other
+        width = max(width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     Console(width=width, markup=False, emoji=False).print(table)
 
 

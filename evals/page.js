@@ -1,0 +1,281 @@
+"use strict";
+// The leaderboard's page: draws each board's plot, sorts and filters its table. No library; nothing is fetched.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const MARKS = {  // of each kind, around (0, 0); shapes too, for those who tell no colours
+  teacher: '<path class="mark" d="M0-8 8 0 0 8-8 0z"/>',
+  student: '<rect class="mark" x="-5.5" y="-5.5" width="11" height="11" rx="1.5"/>',
+  onnx: '<circle class="mark" r="6"/>',
+};
+const FILTERS = ["recipe", "precision", "kind"];
+const controls = document.querySelector(".controls");
+const chosen = name => controls.elements[name].value;
+
+// --- numbers in words
+
+const escaped = text => String(text).replace(/[&<>"]/g, c => `&#${c.charCodeAt(0)};`);
+const percent = share => `${(100 * share).toFixed(1)}%`;
+const short = number => number >= 1000 ? Math.round(number).toLocaleString("en") : Number(number.toPrecision(3)).toString();
+const said = (cost, value) => short(value * DATA.costs[cost].factor);
+
+// --- what is shown
+
+const shown = board => board.rows.filter(row => FILTERS.every(f => !chosen(f) || row[f] === chosen(f)));
+const kept = row => chosen("task") ? row.tasks[chosen("task")] : row.kept;  // [value, low, high]
+const price = row => row.cost[chosen("cost")];
+
+// The rows that no other one beats: none is cheaper and as good, or better and as cheap. As evals.ranking.pareto.
+function frontier(rows) {
+  const sign = DATA.costs[chosen("cost")].higher ? -1 : 1;
+  const sorted = rows.slice().sort((a, b) => sign * (price(a) - price(b)) || kept(b)[0] - kept(a)[0]);
+  const best = [];
+  for (const row of sorted) {
+    const last = best[best.length - 1];
+    const same = last && price(last) === price(row) && kept(last)[0] === kept(row)[0];
+    if (!last || same || kept(row)[0] > kept(last)[0]) best.push(row);
+  }
+  return best;
+}
+
+// --- the plot: cost (log) against quality kept
+
+function frameOf(rows, width) {
+  const height = width > 600 ? 430 : 400;
+  const prices = rows.flatMap(row => [price(row), ...(row.spread[chosen("cost")] || [])]);
+  const values = rows.map(row => kept(row)[0]);
+  const [least, most] = [Math.min(...prices), Math.max(...prices)];
+  const margin = Math.pow(most / least > 3 ? most / least : 3, 0.12);
+  // Room for the intervals, but no interval may squeeze the rest together.
+  const around = Math.max(Math.max(...values) - Math.min(...values), 0.05);
+  const low = Math.max(Math.min(...rows.map(row => kept(row)[1])), Math.min(...values) - around);
+  const high = Math.min(Math.max(...rows.map(row => kept(row)[2]), 1), Math.max(...values, 1) + around);
+  const frame = {width, height, left: 52, right: 18, top: 26, bottom: 50, x0: least / margin, x1: most * margin,
+    y0: low - 0.06 * (high - low), y1: high + 0.08 * (high - low)};
+  const inner = [width - frame.left - frame.right, height - frame.top - frame.bottom];
+  const across = value => Math.log(value / frame.x0) / Math.log(frame.x1 / frame.x0);
+  frame.x = value => frame.left + Math.min(Math.max(across(value), 0), 1) * inner[0];
+  const up = value => (Math.min(Math.max(value, frame.y0), frame.y1) - frame.y0) / (frame.y1 - frame.y0);
+  frame.y = value => height - frame.bottom - up(value) * inner[1];
+  return frame;
+}
+
+function linearTicks(low, high) {
+  const power = Math.pow(10, Math.floor(Math.log10((high - low) / 5)));
+  const step = [1, 2, 5, 10].map(factor => power * factor).find(size => (high - low) / size <= 7);
+  const ticks = [];
+  for (let place = Math.ceil(low / step); place <= Math.floor(high / step); place++) ticks.push(place * step);
+  return ticks;
+}
+
+function logTicks(low, high, most) {
+  let ticks = [];
+  for (const factors of [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 5], [1, 3], [1]]) {
+    ticks = [];
+    for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade++)
+      ticks.push(...factors.map(factor => factor * Math.pow(10, decade)).filter(tick => tick >= low && tick <= high));
+    if (ticks.length <= most) break;
+  }
+  return ticks;
+}
+
+function axes(frame) {
+  const {factor, title} = DATA.costs[chosen("cost")];
+  const [left, right, bottom] = [frame.left, frame.width - frame.right, frame.height - frame.bottom];
+  const line = (kind, x1, x2, y1, y2) => `<line class="${kind}" x1="${x1}" x2="${x2}" y1="${y1}" y2="${y2}"/>`;
+  const words = (kind, x, y, anchor, text) => `<text class="${kind}" x="${x}" y="${y}" text-anchor="${anchor}">${text}</text>`;
+  const parts = linearTicks(frame.y0, frame.y1).map(tick => {
+    const y = frame.y(tick).toFixed(1);
+    return line("grid", left, right, y, y) + words("tick", left - 8, +y + 4, "end", `${Math.round(100 * tick)}%`);
+  });
+  for (const tick of logTicks(frame.x0 * factor, frame.x1 * factor, frame.width > 600 ? 9 : 5)) {
+    const x = frame.x(tick / factor).toFixed(1);
+    parts.push(line("grid", x, x, frame.top, bottom), words("tick", x, bottom + 18, "middle", short(tick)));
+  }
+  const whole = frame.y(1).toFixed(1);
+  return parts.join("") + line("whole", left, right, whole, whole) +
+    words("axis", (left + right) / 2, frame.height - 10, "middle", escaped(title)) +
+    words("axis", left, 13, "start", `quality kept${chosen("task") ? ` on ${escaped(chosen("task"))}` : ""}`);
+}
+
+// The most quality that each price buys: a staircase, on to the dearer side.
+function staircase(frame, best) {
+  if (!best.length) return "";
+  const at = row => [frame.x(price(row)).toFixed(1), frame.y(kept(row)[0]).toFixed(1)];
+  const [x, y] = at(best[0]);
+  const steps = best.slice(1).map(row => `H${at(row)[0]}V${at(row)[1]}`).join("");
+  const end = DATA.costs[chosen("cost")].higher ? frame.left : frame.width - frame.right;
+  return `<path class="frontier" d="M${x} ${y}${steps}H${end}"/>`;
+}
+
+function point(frame, row, isBest) {
+  const [x, y] = [frame.x(price(row)), frame.y(kept(row)[0])];
+  const [low, high] = [1, 2].map(place => (frame.y(kept(row)[place]) - y).toFixed(1));
+  let bars = `M0 ${low}V${high}M-4 ${low}H4M-4 ${high}H4`;
+  const spread = row.spread[chosen("cost")];
+  if (spread) {
+    const [from, to] = spread.map(value => (frame.x(value) - x).toFixed(1));
+    bars += `M${from} 0H${to}M${from}-4V4M${to}-4V4`;
+  }
+  const label = [`${row.version}, ${row.title}`, ...facts(row).map(([what, value]) => `${what} ${value}`)].join("; ");
+  return `<g class="${row.kind} ${isBest ? "best" : "beaten"}" transform="translate(${x.toFixed(1)} ${y.toFixed(1)})" ` +
+    `role="img" tabindex="-1" data-row="${row.id}" aria-label="${escaped(label)}">` +
+    `<circle class="near" r="11"/><path class="bar" d="${bars}"/>${MARKS[row.kind]}</g>`;
+}
+
+// Names of the frontier and the teacher, each beside its point where it covers nothing.
+function names(frame, rows, best) {
+  const taken = rows.map(row => [frame.x(price(row)), frame.y(kept(row)[0])]).map(([x, y]) => [x - 8, y - 8, x + 8, y + 8]);
+  const covers = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  const [right, bottom] = [frame.width - 4, frame.height - frame.bottom];
+  return [...new Set([...rows.filter(row => row.kind === "teacher"), ...best])].map(row => {
+    const [x, y, width] = [frame.x(price(row)), frame.y(kept(row)[0]), 6.9 * row.title.length];
+    const places = [0, 12].flatMap(off => [[x + 10 + off / 2, y - 17 - off], [x - 10 - width - off / 2, y - 17 - off],
+      [x + 10 + off / 2, y + 3 + off], [x - 10 - width - off / 2, y + 3 + off]]);
+    places.push([x - width / 2, y - 24], [x - width / 2, y + 9]);
+    const boxes = places.map(([left, top]) => [left, top, left + width, top + 15]);
+    const box = boxes.find(b => b[0] >= frame.left - 6 && b[2] <= right && b[1] >= frame.top - 8 && b[3] <= bottom &&
+      !taken.some(other => covers(b, other)));
+    if (!box) return "";
+    taken.push(box);
+    return `<text class="name" x="${box[0].toFixed(1)}" y="${(box[1] + 12).toFixed(1)}">${escaped(row.title)}</text>`;
+  }).join("");
+}
+
+// What is said of a point.
+function facts(row) {
+  const between = (ends, form) => ends ? ` [${form(ends[0])}, ${form(ends[1])}]` : "";
+  const lines = kept(row) ? [["quality kept", percent(kept(row)[0]) + between(kept(row).slice(1), percent)]] : [];
+  for (const cost of new Set([chosen("cost"), ...DATA.told])) {
+    if (row.cost[cost] == null) continue;
+    lines.push([DATA.costs[cost].title, said(cost, row.cost[cost]) + between(row.spread[cost], end => said(cost, end))]);
+  }
+  if (row.ratio != null) lines.push(["of the teacher's cost", percent(row.ratio)]);
+  if (row.verdict) lines.push(["verdict", row.verdict]);
+  if (row.aliases.length) lines.push(["alias", row.aliases.join(", ")]);
+  return lines;
+}
+
+function draw(board) {
+  const holder = board.section.querySelector(".plot");
+  const rows = shown(board).filter(row => kept(row) && price(row) > 0);
+  const best = frontier(rows);
+  const [svg, tip] = [holder.querySelector("svg"), holder.querySelector(".tip")];
+  tip.hidden = true;
+  svg.style.display = holder.querySelector(".legend").style.display = rows.length ? "" : "none";
+  holder.querySelector(".empty").hidden = rows.length > 0;
+  if (rows.length) {
+    const frame = frameOf(rows, Math.max(svg.clientWidth, 280));
+    svg.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
+    // The frontier last: what matters lies on top.
+    const order = row => best.includes(row) + 2 * (row.kind === "teacher");
+    const points = rows.slice().sort((a, b) => order(a) - order(b));
+    svg.innerHTML = axes(frame) + staircase(frame, best) +
+      points.map(row => point(frame, row, best.includes(row))).join("") + names(frame, rows, best);
+    const first = svg.querySelector("g.best");
+    if (first) first.tabIndex = 0;
+  }
+  mark(board, new Set(best));
+}
+
+function tell(board, group) {
+  const [holder, row] = [board.section.querySelector(".plot"), board.rows[group.dataset.row]];
+  const tip = holder.querySelector(".tip");
+  tip.innerHTML = `<b>${escaped(row.version)}</b>${escaped(row.title)}<dl>` +
+    facts(row).map(([what, value]) => `<dt>${escaped(what)}</dt><dd>${escaped(value)}</dd>`).join("") + "</dl>";
+  tip.hidden = false;
+  const [around, at] = [holder.getBoundingClientRect(), group.querySelector(".mark").getBoundingClientRect()];
+  const [before, after] = [at.left - around.left - tip.offsetWidth - 12, at.right - around.left + 12];
+  const beside = [after, before].find(left => left >= 4 && left + tip.offsetWidth < around.width);
+  const lowest = Math.max(around.height - tip.offsetHeight - 4, 4);
+  tip.style.left = `${beside ?? 4}px`;
+  tip.style.top = `${beside == null ? at.bottom - around.top + 12 : Math.min(Math.max(at.top - around.top - 10, 4), lowest)}px`;
+  board.lines.forEach(line => line.classList.toggle("on", line.dataset.row === group.dataset.row));
+}
+
+function hush(board) {
+  board.section.querySelector(".tip").hidden = true;
+  board.section.querySelectorAll(".on").forEach(each => each.classList.remove("on"));
+}
+
+// --- the table
+
+// Show the rows that pass the filters, what each keeps on the chosen task, and who is on the frontier.
+function mark(board, best) {
+  const visible = new Set(shown(board));
+  for (const line of board.lines) {
+    const row = board.rows[line.dataset.row];
+    line.hidden = !visible.has(row);
+    line.classList.toggle("best", best.has(row));
+    const cell = line.querySelector("[data-kept]");
+    const value = kept(row);
+    cell.dataset.value = value ? value[0] : "";
+    cell.innerHTML = value ? `${percent(value[0])}<small>${percent(value[1])} to ${percent(value[2])}</small>` : "&ndash;";
+  }
+}
+
+function sort(board, header, descending) {
+  const place = [...header.parentNode.children].indexOf(header);
+  const key = line => line.children[place].dataset.value;
+  const number = board.lines.every(line => !key(line) || !isNaN(key(line)));
+  const compare = (a, b) => number ? a - b : a.localeCompare(b, "en", {numeric: true});
+  const empty = board.lines.filter(line => !key(line));
+  const full = board.lines.filter(line => key(line)).sort((a, b) => (descending ? -1 : 1) * compare(key(a), key(b)));
+  header.closest("table").tBodies[0].append(...full, ...empty);
+  header.parentNode.querySelectorAll("[aria-sort]").forEach(other => other.removeAttribute("aria-sort"));
+  header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+}
+
+// --- start
+
+const boards = DATA.boards.map((rows, place) => {
+  const section = document.querySelectorAll(".board")[place];
+  rows.forEach((row, id) => { row.id = id; });
+  return {rows, section, lines: [...section.querySelectorAll("tbody tr")]};
+});
+
+function update() {
+  boards.forEach(draw);
+  const [some, all] = [shown, board => board.rows].map(of => boards.reduce((sum, board) => sum + of(board).length, 0));
+  controls.elements.count.value = some < all ? `${some} of ${all} versions` : `${all} version${all === 1 ? "" : "s"}`;
+}
+
+for (const board of boards) {
+  const svg = board.section.querySelector(".plot > svg");
+  const group = event => event.target.closest("g[data-row]");
+  svg.addEventListener("pointerover", event => group(event) ? tell(board, group(event)) : hush(board));
+  svg.addEventListener("pointerleave", () => hush(board));
+  svg.addEventListener("focusin", event => tell(board, group(event)));
+  svg.addEventListener("focusout", () => hush(board));
+  svg.addEventListener("keydown", event => {  // the arrows go from point to point, cheapest first
+    const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
+    if (event.key === "Escape") hush(board);
+    if (!step) return;
+    const points = [...svg.querySelectorAll("g[data-row]")];
+    points.sort((a, b) => price(board.rows[a.dataset.row]) - price(board.rows[b.dataset.row]));
+    const next = points[(points.indexOf(group(event)) + step + points.length) % points.length];
+    group(event).tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+    event.preventDefault();
+  });
+  for (const line of board.lines) {
+    const its = () => svg.querySelector(`g[data-row="${line.dataset.row}"]`);
+    line.addEventListener("pointerenter", () => its()?.classList.add("on"));
+    line.addEventListener("pointerleave", () => its()?.classList.remove("on"));
+  }
+  for (const header of board.section.querySelectorAll("thead th")) {
+    const button = document.createElement("button");
+    button.append(...header.childNodes);
+    header.append(button);
+    button.addEventListener("click", () => {
+      const now = header.getAttribute("aria-sort");
+      sort(board, header, now ? now === "ascending" : header.dataset.first === "descending");
+    });
+  }
+}
+
+controls.addEventListener("change", update);
+controls.addEventListener("reset", () => setTimeout(update));
+controls.hidden = false;
+addEventListener("resize", () => boards.forEach(draw));
+update();
