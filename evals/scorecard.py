@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from evals.cost import PROTOCOL, groups, in_one_run, machine, measure, priced, ratio
+from evals.cost import PROTOCOL, groups, machine, measure, priced, ratio
 from evals.harness import score
 from evals.prices import Prices
 from evals.statistics import check_numbers, compare, top_level
@@ -221,11 +221,11 @@ def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int], No
 
 
 def _relative(own: _Kept, scored: _Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
-    """A scorecard relative to the teacher's scores and cost, and what has to be said about it."""
+    """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
     found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
     said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
     cost, dearer, faster = own.card.cost, None, None
-    if cost and teachers and in_one_run(cost, teachers):
+    if cost and teachers:
         dearer = ratio(cost, teachers)
         faster = Estimate(
             value=1 / dearer.value, low=1 / dearer.high, high=1 / dearer.low, confidence=dearer.confidence
