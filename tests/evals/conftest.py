@@ -6,10 +6,16 @@ import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
+from registry.records import Version
+from registry.store import Store
 from tests.conftest import make_model
+from tests.evals.leaderboard_helpers import make_card
 
 MODULES = ["bisect", "contextlib", "fnmatch", "heapq", "keyword", "queue", "shlex", "textwrap", "json/encoder"]
 
@@ -82,3 +88,21 @@ def text_tasks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     make(corpus, folder, "text", ["bits_per_byte", "next_line"], documents=24)
     return folder
+
+
+@pytest.fixture
+def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
+    """Register another version of m, with scorecards of (retention, usd, changes)."""
+    documents = tmp_path / "documents.parquet"
+    parquet.write_table(pa.table({"task": ["single"]}), documents)
+
+    def run(*cards: tuple[float | None, float, dict[str, Any]], **fields: Any) -> Version:
+        folder = tmp_path / f"artifact-{len(store.versions('m'))}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"of": folder.name}))
+        version = store.register("m", folder, **{"kind": "onnx", "engine": "onnxruntime", **fields})
+        for retention, usd, changes in cards:
+            store.add_scorecard(version, make_card(version.digest, retention, usd, **changes), documents)
+        return version
+
+    return run

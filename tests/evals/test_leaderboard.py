@@ -1,4 +1,4 @@
-"""The ranking of a real registry, as a table, JSON, CSV and a page."""
+"""The ranking of a real registry, as a table, JSON and CSV; its page has tests of its own."""
 
 from __future__ import annotations
 
@@ -6,88 +6,21 @@ import csv
 import io
 import json
 import random
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 
-from evals.leaderboard import pareto, rows
+from evals.leaderboard import rows
 from evals.page import render
-from evals.plot import draw
+from evals.ranking import pareto
+from evals.settings import group
 from registry.errors import BadInput
-from registry.records import Cost, Estimate, LeaderboardRow, Relative, Scorecard, TaskResult, Verdict, Version
+from registry.records import Estimate, LeaderboardRow, Verdict, Version
 from registry.store import Store
-
-TEACHER = "0" * 64
-
-
-def make_card(artifact: str, retention: float | None, usd: float, **changes: Any) -> Scorecard:
-    """A scorecard of a task, and of a group with one sub-task, at `usd` dollars per million tokens."""
-    result = TaskResult(
-        metric="acc", value=0.5, stderr=0.01, higher_is_better=True, documents=9, task_hash="t", prompt_hash="p"
-    )
-    cost = Cost(
-        params=1000,
-        disk_bytes=4000,
-        peak_rss_bytes=10_000,
-        prefill_tokens_per_s=1e4,
-        decode_tokens_per_s=300.0,
-        p50_ms=20.0,
-        p95_ms=30.0,
-        usd_per_million_tokens=usd,
-        usd_per_hour=1.0,
-        prompt_tokens=64,
-        new_tokens=64,
-        requests=20,
-        threads=1,
-        machine="a test",
-    )
-    kept = Estimate(value=retention or 0, low=(retention or 0) - 0.05, high=(retention or 0) + 0.05)
-    relative = Relative(
-        teacher="m/1",
-        teacher_digest=changes.pop("teacher", TEACHER),
-        retention=kept,
-        task_retention={"single": kept.model_copy(update={"value": kept.value - 0.1})},
-        difference={},
-        cost_ratio=usd / 2,
-        speedup=2 / usd,
-    )
-    fields: dict[str, Any] = {
-        "artifact": artifact,
-        "model": "m/0",
-        "tasks": {"single": result, "group": result, "sub": result.model_copy(update={"group": "group"})},
-        "tasks_digest": "tasks",
-        "prompts_digest": "prompts",
-        "harness": "lm-eval 0",
-        "created": datetime(2026, 1, 1, tzinfo=UTC),
-        "cost": cost,
-        "relative": relative if retention is not None else None,
-    }
-    return Scorecard.model_validate(fields | changes)
-
-
-@pytest.fixture
-def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
-    """Register another version of m, with scorecards of (retention, usd, changes)."""
-    documents = tmp_path / "documents.parquet"
-    parquet.write_table(pa.table({"task": ["single"]}), documents)
-
-    def run(*cards: tuple[float | None, float, dict[str, Any]], **fields: Any) -> Version:
-        folder = tmp_path / f"artifact-{len(store.versions('m'))}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"of": folder.name}))
-        version = store.register("m", folder, **{"kind": "onnx", "engine": "onnxruntime", **fields})
-        for retention, usd, changes in cards:
-            store.add_scorecard(version, make_card(version.digest, retention, usd, **changes), documents)
-        return version
-
-    return run
+from tests.evals.leaderboard_helpers import make_card
 
 
 def verdict_on(version: Version, outcome: Any, day: int) -> Verdict:
@@ -133,6 +66,7 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
     cost = row.pop("cost")
     assert isinstance(cost["params"], int)
     assert cost.keys() == {
+        "flops_per_token",
         "params",
         "disk_bytes",
         "peak_rss_bytes",
@@ -143,7 +77,8 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
         "usd_per_million_tokens",
     }
     assert row.pop("retention") == pytest.approx({"value": 0.8, "low": 0.75, "high": 0.85})
-    single = {"metric": "acc", "value": 0.5, "stderr": 0.01}
+    single = {"metric": "acc", "value": 0.5, "stderr": 0.01, "higher_is_better": True}
+    assert row.pop("task_retention")["single"] == pytest.approx({"value": 0.7, "low": 0.75, "high": 0.85})
     assert row == {
         "version": cheap.ref,
         "kind": "onnx",
@@ -156,6 +91,10 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
         "pareto": True,
         "verdict": "pass",
         "aliases": ("production",),
+        "intervals": {},
+        "machine": "a test",
+        "setting": 0,
+        "differs": None,
     }
     assert found[2].parent == "m/1"
     assert (found[3].retention, found[3].cost, found[3].quality, found[3].verdict) == (None, None, {}, None)
@@ -165,22 +104,188 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
     assert alone[0].quality.keys() == {"single"}
 
 
-def test_scores_that_cannot_be_compared_are_not_ranked(
+LATER = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def kept_by(found: list[LeaderboardRow]) -> dict[str, float | None]:
+    return {row.version: row.retention and round(row.retention["value"], 2) for row in found}
+
+
+def test_a_version_counts_with_its_newest_scorecard_of_the_largest_setting(
     store: Store, add: Callable[..., Version], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later = datetime(2026, 3, 1, tzinfo=UTC)
     add((1.0, 2.0, {}))
-    # The newest of a version counts, unless it is of other tasks than most versions' or against no teacher.
-    add((0.5, 1.0, {}), (0.7, 1.0, {"created": later}))
-    add((0.6, 1.0, {}), (0.9, 1.0, {"created": later, "tasks_digest": "others"}), (None, 1.0, {"created": later}))
-    add((0.9, 1.0, {"tasks_digest": "others", "created": later}))
-    add((0.8, 1.0, {"teacher": "f" * 64}))
-    found = {row.version: row for row in rows(store, "m")}
-    kept = {version: row.retention and round(row.retention["value"], 2) for version, row in found.items()}
-    assert kept == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6, "m/4": None, "m/5": None}
-    assert found["m/4"].quality == {}
-    assert found["m/5"].quality  # the same tasks: only its retention is of another teacher
-    assert "m/4" in capsys.readouterr().err
+    add((0.5, 1.0, {}), (0.7, 1.0, {"created": LATER}))
+    others = {"created": LATER, "tasks_digest": "others", "tasks": {"other": make_card("", 1, 1).tasks["single"]}}
+    # One of other tasks, and one against no teacher: neither is the one to rank by.
+    add((0.6, 1.0, {}), (0.9, 1.0, others), (None, 1.0, {"created": LATER}))
+    assert kept_by(rows(store, "m")) == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6}
+    assert capsys.readouterr().err == "also scored, to be seen with --task: other (1 version)\n"
+    assert kept_by(rows(store, "m", "single")) == {"m/1": 0.9, "m/2": 0.6, "m/3": 0.5}
+
+
+HERE = "a processor, 2 cores, Linux; torch 1"
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "tasks": ({"tasks_digest": "others", "tasks": {"other": None}}, "scored on other"),
+    "task version": ({"tasks_digest": "others", "tasks": {"single": {"task_hash": "new"}}}, "another version"),
+    "limit": (
+        {"tasks_digest": "others", "tasks": {"single": {"task_hash": "new", "documents": 5}}},
+        "5 documents of single, not 9",
+    ),
+    "prompts": ({"prompts_digest": "q", "tasks": {"single": {"prompt_hash": "q"}}}, "other prompts of single"),
+    "harness": ({"harness": "lm-eval 1"}, "scored with lm-eval 1, not lm-eval 0"),
+    "teacher": ({"teacher": "f" * 64}, "against other files of m/1 as the teacher"),
+    "machine": (
+        {"cost_fields": {"machine": "b processor, 4 cores, Linux; torch 1"}},
+        "cost measured on b processor, 4 cores, Linux, not on a processor, 2 cores, Linux",
+    ),
+    "threads": ({"cost_fields": {"threads": 2}}, "cost measured with 2 threads, not with 1 threads"),
+    "request": ({"cost_fields": {"new_tokens": 8}}, "for 64 tokens in and 8 out"),
+    "price": ({"cost_fields": {"usd_per_hour": 3.0}}, "at $3 an hour, not at $1 an hour"),
+    "protocol": ({"cost_fields": {"protocol": 9}}, "by protocol 9, not by protocol 1"),
+}
+
+
+def changed_card(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes for `make_card`, with whole results of tasks; costs are measured HERE."""
+    base = make_card("", 1.0, 1.0).tasks
+    changes = {**changes, "cost_fields": {"machine": HERE} | changes.get("cost_fields", {})}
+    if tasks := changes.get("tasks"):
+        changes["tasks"] = {n: base["single"].model_copy(update=update or {}) for n, update in tasks.items()}
+        changes["tasks"] |= {n: base[n] for n in ("group", "sub") if "single" in tasks}
+    return changes
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_was_measured_otherwise_is_ranked_apart(
+    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any], changed: str
+) -> None:
+    changes, words = CHANGES[changed]
+    for retention in (1.0, 0.7):
+        add((retention, retention, changed_card({})))
+    add((0.9, 0.01, changed_card(changes)), recipe="lonely")  # would be the best of both
+    add()
+    written = limbeck("leaderboard", "m", "--format", "json")
+    found = [LeaderboardRow.model_validate(row) for row in json.loads(written.out)]
+    assert [row.version for row in found] == ["m/1", "m/2", "m/3", "m/4"]
+    assert [row.setting for row in found] == [0, 0, 1, None]
+    assert [row.pareto for row in found] == [True, True, True, False]  # each against its like
+    assert found[0].differs is None
+    assert found[2].differs is not None
+    assert words in found[2].differs
+    assert written.err == f"ranked apart: m/3: {found[2].differs}\n"
+    tables = limbeck("leaderboard", "m").out.split("┏")[1:]
+    assert [("lonely" in table) for table in tables] == [False, True]
+    page = render("m", found)
+    assert page.count('<section class="board">') == 2
+    assert "<h2>Ranked apart" in page
+
+
+def test_a_card_without_a_cost_or_a_teacher_stands_with_those_that_have_them(
+    store: Store, add: Callable[..., Version], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add((1.0, 1.0, {}))
+    for _ in range(3):
+        add((0.8, 1.0, {"cost": None}))
+    add((None, 1.0, {}))
+    found = rows(store, "m")
+    assert [row.setting for row in found] == [0] * 5
+    assert [row.pareto for row in found] == [True, False, False, False, False]
+    assert capsys.readouterr().err == ""
+
+
+def test_groups_do_not_depend_on_order() -> None:
+    """Every version is in one group, with others that fit it, and none could be in a larger one."""
+    dice = random.Random(1)
+    for _ in range(100):
+        cards = {}
+        for number in range(dice.randint(1, 8)):
+            cards[number] = [
+                make_card(
+                    "a", dice.choice([1.0, 0.5, None]), 1.0, harness=dice.choice("ab"), tasks_digest=dice.choice("xy")
+                )
+                for _ in range(dice.randint(0, 3))
+            ]
+        groups = group(cards)
+        placed = [number for alike in groups for number in alike]
+        assert sorted(placed) == [number for number, several in cards.items() if several]
+        assert [len(alike) for alike in groups] == sorted((len(alike) for alike in groups), reverse=True)
+        for alike in groups:
+            assert len({(card.harness, card.tasks_digest) for card in alike.values()}) == 1
+        largest = max(
+            (
+                sum(any((c.harness, c.tasks_digest) == key for c in of) for of in cards.values())
+                for key in (("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"))
+            ),
+            default=0,
+        )
+        assert len(groups[0] if groups else []) == largest
+
+
+def test_sorting_and_filtering(store: Store, add: Callable[..., Version], limbeck: Callable[..., Any]) -> None:
+    def order(*options: str) -> list[int]:
+        out = limbeck("leaderboard", "m", "--format", "json", *options).out
+        return [int(row["version"].rpartition("/")[2]) for row in json.loads(out)]
+
+    def fields(**values: Any) -> dict[str, Any]:
+        return {"cost_fields": values}
+
+    better = make_card("", 1, 1).tasks
+    better["single"] = better["single"].model_copy(update={"value": 0.9})
+    fewer = make_card("", 1, 1).tasks
+    fewer["single"] = fewer["single"].model_copy(update={"value": 0.2})
+    add((1.0, 3.0, fields(p50_ms=9.0, decode_tokens_per_s=1.0)), kind="teacher", engine="torch")
+    add((0.6, 1.0, fields(p50_ms=5.0, decode_tokens_per_s=3.0) | {"tasks": better}), recipe="small", precision="int8")
+    add((0.8, 2.0, fields(p50_ms=7.0, decode_tokens_per_s=2.0) | {"tasks": fewer}), recipe="small")
+    add((0.8, 1.5, fields(p50_ms=8.0, decode_tokens_per_s=9.0)), recipe="large", kind="student", engine="torch")
+    add(recipe="large")
+    assert order() == [1, 4, 3, 2, 5]  # the cheaper of two that are as good; unscored ones last
+    assert order("--sort", "usd_per_million_tokens") == [2, 4, 3, 1, 5]
+    assert order("--sort", "p50_ms") == [2, 3, 4, 1, 5]
+    assert order("--sort", "decode_tokens_per_s") == [4, 2, 3, 1, 5]  # more is better
+    assert order("--sort", "cost_ratio") == order("--sort", "speedup") == [2, 4, 3, 1, 5]
+    assert order("--sort", "single") == [2, 4, 1, 3, 5]
+    assert order("--sort", "version") == [1, 2, 3, 4, 5]
+    assert order("--sort", "recipe")[:1] == [4]
+    assert order("--recipe", "small") == [3, 2]
+    assert order("--recipe", "small", "--recipe", "large", "--kind", "onnx") == [3, 2, 5]
+    assert order("--precision", "int8") == [2]
+    assert order("--pareto") == [1, 4, 2]
+    assert order("--pareto", "--cost", "p50_ms") == [1, 3, 2]
+    assert order("--pareto", "--cost", "decode_tokens_per_s") == [1, 4]
+    assert order("--pareto", "--recipe", "small") == [3, 2]  # of what is shown
+    assert "decode" in limbeck("leaderboard", "m", "--cost", "decode_tokens_per_s").out
+    lines = list(csv.DictReader(io.StringIO(limbeck("leaderboard", "m", "--precision", "int8", "--format", "csv").out)))
+    assert [line["version"] for line in lines] == ["m/2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sort", "p50_m"], "--sort 'p50_m' is not there\n  did you mean p50_ms?"),
+        (["--sort", "singel"], "did you mean single?"),
+        (["--cost", "usd_per_million_token"], "did you mean usd_per_million_tokens?"),
+        (["--cost", "verdict"], "there are: decode_tokens_per_s, "),
+        (["--recipe", "smal"], "--recipe 'smal' is not there\n  did you mean small?"),
+        (["--precision", "x"], "there are: fp32, int8"),
+        (["--kind", "students"], "did you mean student?"),
+        (["--task", "singel"], "did you mean single?"),
+    ],
+)
+def test_what_cannot_be_sorted_or_filtered_by(
+    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any], options: list[str], words: str
+) -> None:
+    add((1.0, 2.0, {}), kind="student", precision="int8", recipe="small")
+    add((1.0, 2.0, {}))
+    told = limbeck("leaderboard", "m", *options)
+    assert (told.code, told.out) == (2, "")
+    assert words in told.err
+
+
+def test_intervals_of_costs(store: Store, add: Callable[..., Version]) -> None:
+    spread = Estimate(value=2.0, low=1.5, high=2.5)
+    add((1.0, 2.0, {"cost_fields": {"usd_interval": spread}}))
+    assert rows(store, "m")[0].intervals == {"usd_per_million_tokens": {"low": 1.5, "high": 2.5}}
 
 
 def test_what_is_not_there(store: Store, add: Callable[..., Version]) -> None:
@@ -221,65 +326,3 @@ def test_formats_say_the_same(
     unknown = limbeck("leaderboard", "n")
     assert unknown.code == 2
     assert "registered are: m" in unknown.err
-
-
-class Page(HTMLParser):
-    """What a page fetches or runs, its marks, and whether its tags close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-        self.open: list[str] = []
-        self.count: dict[str, int] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] = self.count.get(tag, 0) + 1
-        self.fetched += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset", "data")]
-        self.fetched += [tag] if tag in ("script", "link", "iframe", "img") else []
-        if tag not in ("meta", "br", "path", "rect", "circle", "line"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in ("path", "rect", "circle", "line"):
-            assert self.open.pop() == tag
-
-
-def test_the_page_stands_alone_and_escapes(store: Store, add: Callable[..., Version]) -> None:
-    add((1.0, 2.0, {}), kind="teacher", engine="torch")
-    add((0.8, 0.1, {}), recipe="<script>alert('x')</script>&", precision="int8")
-    add((0.7, 0.3, {}), kind="student", engine="torch", recipe="plain")
-    add()
-    text = render("m", rows(store, "m"))
-    page = Page(text)
-    assert page.fetched == []
-    assert page.open == []
-    assert page.count["tr"] == 5
-    assert "&lt;script&gt;" in text
-    assert "prefers-color-scheme: dark" in text
-    assert "@import" not in text
-    assert "url(" not in text
-
-
-def test_the_plot_is_to_scale(store: Store, add: Callable[..., Version]) -> None:
-    for retention, usd in ((1.0, 1.0), (0.8, 0.1), (0.9, 0.01)):
-        add((retention, usd, {}))
-    found = rows(store, "m")
-    svg = ElementTree.fromstring(draw(found, 900, 430))
-    places = {}
-    for mark in svg.iter("g"):
-        x, y = mark.attrib["transform"].removeprefix("translate(").removesuffix(")").split()
-        title = mark.find("title")
-        assert title is not None
-        places[str(title.text).split(",")[0]] = float(x), float(y), mark.attrib["class"]
-    teacher, beaten, best = places["m/1"], places["m/2"], places["m/3"]
-    assert teacher[0] - beaten[0] == pytest.approx(beaten[0] - best[0], abs=0.2)  # a factor of ten each
-    assert beaten[1] - best[1] == pytest.approx(best[1] - teacher[1], abs=0.2)  # ten points each
-    assert [place[2].split()[1] for place in (teacher, beaten, best)] == ["best", "beaten", "best"]
-    assert draw([row.model_copy(update={"cost": None}) for row in found], 900, 430) == ""
-
-
-def test_one_point_can_be_drawn(store: Store, add: Callable[..., Version]) -> None:
-    add((1.0, 2.0, {}), kind="teacher", engine="torch")
-    assert "NaN" not in draw(rows(store, "m"), 400, 400)
-    Page(render("m", rows(store, "m")))
