@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-
 from evals import rows
-from evals.rows import Scored
+from evals.onnx_rows import OnnxRows
+from evals.rows import Scored, Work
+from evals.torch_rows import TorchRows
 from export.runtime import Runtime
 from registry.errors import BadInput
 from registry.resolve import Model
@@ -45,8 +44,8 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
-    ) -> list[list[int]]:
-        """The new tokens of each prompt, up to one of the `until` strings or the end of text.
+    ) -> Iterable[list[int] | str]:
+        """The new tokens of each prompt, or their text, up to one of the `until` strings or the end of text.
 
         Args:
             prompts: token ids; all of them together are one batch.
@@ -63,29 +62,13 @@ class TorchEngine:
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.identity = identity("torch")
-        self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._rows = TorchRows(self.model, max_length)
+        self.work = self._rows.work
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
         """See `Engine.scores`."""
-        return rows.scores(self, pairs, batch_tokens)
-
-    def logprobs(
-        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Forward.logprobs`. No mask: what stands on the right of a token cannot change what it gives."""
-        import torch
-
-        first = int(place.min()) if self._picks else 0
-        keep = {"logits_to_keep": input_ids.shape[1] - first} if self._picks else {}
-        ids, row_ids, places, tokens = (
-            torch.from_numpy(array).to(self.model.device) for array in (input_ids, row, place - first, token)
-        )
-        with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False, **keep).logits[row_ids, places].float()
-            chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-            return chosen.cpu().numpy(), (logits.argmax(-1) == tokens).cpu().numpy()
+        return rows.scores(self._rows, pairs, batch_tokens)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
@@ -115,30 +98,25 @@ class TorchEngine:
 
 
 class OnnxEngine:
-    """An ONNX artifact in Limbeck's own runtime, the one that serves it."""
+    """An ONNX artifact: text from Limbeck's own runtime, scores from the same graph with prefixes shared."""
 
-    def __init__(self, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.runtime = runtime
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.folder = folder
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.vocab_size = runtime.vocab_size
         self.identity = identity("onnxruntime")
+        self.work = Work()
+        # One of the two at a time: each holds the weights.
+        self._rows: OnnxRows | None = None
+        self._runtime: Runtime | None = None
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
         """See `Engine.scores`."""
-        return rows.scores(self, pairs, batch_tokens)
-
-    def logprobs(
-        self, input_ids: np.ndarray, lengths: np.ndarray, row: np.ndarray, place: np.ndarray, token: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Forward.logprobs`."""
-        mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        logits = self.runtime.logits(input_ids, mask)[row, place]
-        greatest = logits.max(axis=-1)
-        chosen = np.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        greedy = logits.argmax(axis=-1) == token
-        logits -= greatest[:, None]
-        return chosen - greatest - np.log(np.exp(logits, out=logits).sum(axis=-1)), greedy
+        if self._rows is None:
+            self._runtime = None
+            self._rows = OnnxRows(self.folder, self.max_length)
+            self._rows.work = self.work
+        return rows.scores(self._rows, pairs, batch_tokens)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
@@ -153,7 +131,10 @@ class OnnxEngine:
                 fix="leave it out of the task, or score the PyTorch model",
             )
         stop = [text for text in until if text]
-        completions = self.runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
+        if self._runtime is None:
+            self._rows = None
+            self._runtime = Runtime.load(self.folder, verify=False)  # verified when the model was resolved
+        completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
 
 
@@ -196,8 +177,7 @@ def load(model: Model, trust_remote_code: bool = False) -> Engine:
     from transformers import AutoModelForCausalLM
 
     if model.engine == "onnxruntime":
-        # The files were verified when the model was resolved.
-        return OnnxEngine(Runtime.load(model.path, verify=False), tokenizer, max_length)
+        return OnnxEngine(model.path, tokenizer, max_length)
     trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         torch_model = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,6 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from evals import rows
 from evals.engines import Engine, load
 from evals.lm import LimbeckLM
 from registry.errors import BadInput
@@ -145,29 +144,15 @@ def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dic
     assert lm.tokenizer_name == theirs.tokenizer_name
 
 
-class Counting:
-    """A model that counts the rows it is given."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.rows = engine, 0
-        self.max_length, self.vocab_size = engine.max_length, engine.vocab_size
-
-    def logprobs(self, input_ids: np.ndarray, *chosen: np.ndarray) -> Any:
-        self.rows += len(input_ids)
-        return self.engine.logprobs(input_ids, *chosen)
-
-
 def test_requests_with_the_same_input_run_once(tiny_llama: Path) -> None:
     engine = load(resolve(str(tiny_llama)))
-    counting = Counting(engine)
-    engine.scores = lambda pairs, batch_tokens: rows.scores(counting, pairs, batch_tokens)  # type: ignore[method-assign]
     done: list[int] = []
     lm = LimbeckLM(engine, on_requests=done.append)
     letters = [("Answer:", choice) for choice in "ABCD"]
-    scores = lm.loglikelihood(instances("loglikelihood", [*letters, ("Answer:", "\n    return"), *letters]))
-    assert counting.rows == 2
-    assert scores[:4] == scores[5:]
-    assert sum(done) == 9
+    scores = lm.loglikelihood(instances("loglikelihood", [*letters, *letters]))
+    assert engine.work.forward == engine.work.least == len(lm.tok_encode("Answer:"))
+    assert scores[:4] == scores[4:]
+    assert sum(done) == 8
 
 
 def test_a_choice_longer_than_the_context_is_refused(tiny_llama: Path) -> None:

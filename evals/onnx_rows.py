@@ -1,0 +1,82 @@
+"""Batches of rows through an exported graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from evals.onnx_graph import FLAT, TREE_MASK, open_session
+from evals.probe import Probe
+from evals.rows import Batch, Work
+from evals.torch_rows import additive, choose
+from export.runtime import NUMPY_TYPES, Runtime
+
+
+class OnnxRows:
+    """A `rows.Forward`: a graph with key-value cache, with what it needs to share prefixes.
+
+    With int8 activations every number depends a little on what else is in the batch. Whether prefixes may be
+    shared is then asked of the same weights with activations that are not quantised.
+    """
+
+    def __init__(self, folder: Path, max_length: int, float_products: bool = False) -> None:
+        try:
+            self.session, quantizes = open_session(folder, float_products)
+        except Exception:  # onnx and onnxruntime raise types of no one family
+            Runtime.load(folder, verify=False)  # says what is wrong with the artifact
+            raise
+        self.max_length = max_length
+        self.work = Work()
+        self._inputs = {item.name: item for item in self.session.get_inputs()}
+        self._past = [item for name, item in self._inputs.items() if name.startswith("past_key_values.")]
+        self._present = [item.name.replace("past_key_values.", "present.", 1) for item in self._past]
+        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
+        self._probe = Probe(lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self)
+
+    def reach(self, tokens: int) -> int:
+        """See `rows.Forward.reach`."""
+        if TREE_MASK not in self._inputs or "position_ids" not in self._inputs:
+            return 0
+        return self._probe.reach(tokens)
+
+    def run(self, batch: Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+        """See `rows.Forward.run`. A trunk is the graph's past, (1, heads, tokens, width) each."""
+        import torch
+
+        count, width = batch.tokens.shape
+        real = np.arange(batch.start + width) < batch.start + batch.lengths[:, None]
+        depth = batch.depth
+        if depth is None:  # padding repeats the last place: there may be none beyond
+            depth = batch.start + np.minimum(np.arange(width), batch.lengths[:, None] - 1)
+        feeds = {
+            "input_ids": batch.tokens,
+            "attention_mask": real.astype(np.int64),
+            "position_ids": depth,
+            TREE_MASK: np.zeros((1, 1, 1, 1), np.float32) if batch.mask is None else additive(batch).numpy(),
+            FLAT: batch.flat,
+        }
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for place, item in enumerate(self._past):
+            past = np.zeros(self._empty(item), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
+            whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
+            binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
+        for name in ["logits", *self._present] if keep else ["logits"]:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        logits, *kept = (value.numpy() for value in binding.get_outputs())
+        if FLAT not in self._inputs:
+            logits = logits.reshape(count * width, -1)[batch.flat]
+        node, token = torch.from_numpy(batch.node), torch.from_numpy(batch.token)
+        logprobs, likeliest = choose(torch.from_numpy(logits).flatten(0, -2), node, token)
+        return logprobs.numpy(), likeliest.numpy(), kept if keep else None
+
+    @staticmethod
+    def _empty(item: Any) -> list[int]:
+        """The shape of one text's past without tokens."""
+        return [size if isinstance(size, int) else 1 if "batch" in size else 0 for size in item.shape]
