@@ -11,8 +11,8 @@ The protocol, number 2:
    early. Where a model of the run has not room for both, all of them get half of its context for each.
 3. Batches of 1 and then of 8 equal requests are timed. A round times one batch of every model, one after the
    other: A B C, A B C; each right after a batch of 8 new tokens that is not timed and fills the caches. The others
-   wait for their input meanwhile and use no processor. There are 10 rounds of each size; once 3 seconds a model
-   have passed, 6 are enough.
+   wait for their input meanwhile and use no processor. There are 10 rounds of batch 1, or 6 once 3 seconds a
+   model have passed, and 6 of batch 8.
 4. The clock runs from the call to the last token (on a GPU until it has finished). A figure is the median over
    rounds; its interval is between two order statistics of the rounds, with a confidence of at least 95% (fewer
    than 6 rounds: less, and the record says so). It takes rounds for independent of each other. p95 is over rounds.

@@ -41,7 +41,8 @@ class _Worker:
 
     def __init__(self, model: Model, setting: dict[str, Any]) -> None:
         self.label = model.label
-        self._said = TemporaryFile("w+", errors="replace")  # noqa: SIM115: closed at exit; a full pipe would stop it
+        # A file, since a full pipe would stop it; closed by `__exit__`.
+        self._said = TemporaryFile("w+", errors="replace")  # noqa: SIM115
         about = {"folder": str(model.path), "engine": model.engine, **setting}
         environment = os.environ | {
             "OMP_NUM_THREADS": str(setting["threads"]),
@@ -105,7 +106,8 @@ def time_in_turn(
     """Start a process for each model and time them in turn, by the protocol of `evals.cost`.
 
     Args:
-        rounds: at most. seconds: of one batch size and one model; once they have passed, `FEWEST` rounds are enough.
+        rounds: of batch 1; larger batches get `FEWEST`.
+        seconds: for each model; once they have passed, `FEWEST` rounds of batch 1 are enough.
         on_round: told how many rounds of all are done.
 
     Raises:
@@ -121,15 +123,16 @@ def time_in_turn(
     with ExitStack() as stack:
         workers = [stack.enter_context(_Worker(model, setting)) for model in models]
         seen = [Seen(**worker.answer(), loads={}) for worker in workers]
-        for place, batch in enumerate(batches):
+        planned = [rounds if batch == 1 else min(rounds, FEWEST) for batch in batches]
+        for place, (batch, most) in enumerate(zip(batches, planned, strict=True)):
             answers: list[list[dict[str, Any]]] = [[] for _ in workers]
             end = time.monotonic() + seconds * len(workers)
-            for number in range(rounds):
+            for number in range(most):
                 if number >= FEWEST and time.monotonic() > end:
                     break
                 for worker, own in zip(workers, answers, strict=True):
                     own.append(worker.ask(batch, new_tokens))
-                on_round(place * rounds + number + 1, len(batches) * rounds)
+                on_round(sum(planned[:place]) + number + 1, sum(planned))
             for each, own in zip(seen, answers, strict=True):
                 peaks = (own[-1]["peak_rss_bytes"], own[-1]["peak_device_bytes"])
                 each.loads[batch] = Timed([a["request_s"] for a in own], [a["prefill_s"] for a in own], *peaks)

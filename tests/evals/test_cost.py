@@ -159,6 +159,9 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) ->
     brief = BRIEF | {"rounds": 9}
     (a, b) = measure(models, seconds=0, **brief)
     assert asked == [("A", 1), ("B", 1)] * 6 + [("A", 2), ("B", 2)] * 6
+    asked.clear()
+    measure(models, seconds=600, **brief)
+    assert asked == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
     assert a.p50_interval
     assert a.p50_interval.confidence == 0.95
     assert a.run == b.run is not None
