@@ -187,7 +187,8 @@ class LimbeckLM(TemplateLM):
                 request = asked[places[key][0]]
                 raise BadInput(
                     f"{self.label}: task {request.task_name}, document {request.doc_id}: "
-                    "the log-probability it gives is not a number (NaN)"
+                    "the log-probability it gives is not a number (NaN)",
+                    fix="its weights are damaged or overflow: look at how it was trained or exported",
                 )
             if self.cache:
                 self.cache.put(key, score)

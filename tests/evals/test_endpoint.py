@@ -61,8 +61,8 @@ def home(limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Flaky(ThreadingHTTPServer):
     """Forwards to another server, but answers the next POSTs as `script` says; then it goes on, or is dead.
 
-    The script's words: ok, a status, a status with Retry-After as "429:1", "drop" (the connection, before an
-    answer), "cut" (within the answer), "blind" (an answer without log-probabilities).
+    The script's words: "ok", a status, a status with Retry-After as "429:1", "drop" (the connection, before an
+    answer), "cut" (within the answer).
     """
 
     def __init__(self, url: str) -> None:
@@ -70,7 +70,7 @@ class Flaky(ThreadingHTTPServer):
         self.target = url
         self.script: list[str] = []
         self.dead_after: int | None = None  # so many POSTs that were answered well
-        self.blind = False
+        self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda choice: choice
         self.posts: list[tuple[float, str, dict[str, Any]]] = []  # when, what was answered, the body
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -107,8 +107,9 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif action in ("ok", "cut"):
             status, answer = self.forward("POST", body)
-            if self.server.blind:
-                answer = json.dumps(blinded(json.loads(answer))).encode()
+            whole = json.loads(answer)
+            whole["choices"] = [self.server.change(choice) for choice in whole["choices"]]
+            answer = json.dumps(whole).encode()
             self.answer(status, answer, cut=action == "cut")
         else:
             status, _, wait = action.partition(":")
@@ -132,8 +133,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2] if cut else body)
 
 
-def blinded(answer: dict[str, Any]) -> dict[str, Any]:
-    return answer | {"choices": [choice | {"logprobs": None} for choice in answer["choices"]]}
+def blinded(choice: dict[str, Any]) -> dict[str, Any]:
+    """As of a server that ignores what it is asked about log-probabilities."""
+    return choice | {"logprobs": None}
+
+
+def ended(choice: dict[str, Any]) -> dict[str, Any]:
+    """As of a server that makes no new token after the echo."""
+    return choice | {"logprobs": {name: values[:-1] for name, values in choice["logprobs"].items()}}
 
 
 @pytest.fixture
@@ -307,11 +314,21 @@ def test_texts_are_kept_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, 
     assert flaky.prompts() + 1 == 20
 
 
+def test_a_server_that_makes_no_new_token_is_read_alike(tiny_llama: Path, served: Served, flaky: Flaky) -> None:
+    flaky.change = ended
+    asked = [("def add(a, b):\n", "    return a + b"), ("The quick brown", " fox")]
+    ours, theirs = (
+        LimbeckLM(open_engine(resolve(url, tokenizer=str(tiny_llama)))).loglikelihood(instances("loglikelihood", asked))
+        for url in (flaky.url, served.url)
+    )
+    assert ours == theirs
+
+
 def test_an_endpoint_without_logprobs_can_generate(
     tmp_path: Path, tiny_llama: Path, flaky: Flaky, limbeck: Callable[..., Result]
 ) -> None:
     write_tasks(tmp_path / "tasks")
-    flaky.blind = True
+    flaky.change = blinded
     command = (flaky.url, "--tokenizer", tiny_llama, "--no-cost")
     assert run(limbeck, *command, tasks="say").code == 0
     result = run(limbeck, *command, tasks="sums")
