@@ -60,9 +60,9 @@ def evaluate(
     """
     prices = prices or Prices.load()
     every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
-    kept = {model.label: [] if force else list(_kept(model, store)) for model in every}
-    scored: dict[str, _Kept] = {}
-    cards: dict[str, _Kept] = {}
+    kept = {model.label: [] if force else list(all_kept(model, store)) for model in every}
+    scored: dict[str, Kept] = {}
+    cards: dict[str, Kept] = {}
     told: set[str] = set()
     timed = against if against and not against.endpoint else None
     if cost:
@@ -101,7 +101,7 @@ def evaluate(
     return [cards[model.label].card for model in every]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A scorecard and its parquet of documents."""
 
     card: Scorecard
@@ -109,7 +109,7 @@ class _Kept(NamedTuple):
     registered: bool = False
 
 
-def _kept(model: Model, store: Store | None) -> Iterator[_Kept]:
+def all_kept(model: Model, store: Store | None) -> Iterator[Kept]:
     """What is kept of these very files: below `home()`, then with the version in MLflow; each oldest first."""
     folders = (path for path in _local(model).glob("*") if (path / "scorecard.json").exists())
     found = []
@@ -119,21 +119,21 @@ def _kept(model: Model, store: Store | None) -> Iterator[_Kept]:
             card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
         except (DamagedArtifact, ValueError):  # scored again
             continue
-        found.append(_Kept(card, folder / "documents.parquet"))
+        found.append(Kept(card, folder / "documents.parquet"))
     yield from sorted(found, key=lambda each: each.card.created)
     if store and model.version:
         for card in store.scorecards(model.version):
             if card.artifact == model.digest:
-                yield _Kept(card, store.documents(model.version, card), registered=True)
+                yield Kept(card, store.documents(model.version, card), registered=True)
 
 
-def _find(kept: Sequence[_Kept], tasks: TaskSet) -> _Kept | None:
+def _find(kept: Sequence[Kept], tasks: TaskSet) -> Kept | None:
     """The newest that is of these tasks and this harness."""
     fitting = [each for each in kept if (each.card.tasks_digest, each.card.harness) == (tasks.digest, tasks.harness)]
     return max(fitting, key=lambda each: each.card.created, default=None)
 
 
-def _keep(own: _Kept, model: Model, store: Store | None, kept: Sequence[_Kept]) -> _Kept:
+def _keep(own: Kept, model: Model, store: Store | None, kept: Sequence[Kept]) -> Kept:
     """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
     wanted = bool(store and model.version)
     for each in reversed(kept):
@@ -145,21 +145,21 @@ def _keep(own: _Kept, model: Model, store: Store | None, kept: Sequence[_Kept]) 
     return _keep_local(own.card, parquet.read_table(own.documents), model)
 
 
-def _keep_local(card: Scorecard, documents: pa.Table, model: Model) -> _Kept:
+def _keep_local(card: Scorecard, documents: pa.Table, model: Model) -> Kept:
     folder = _local(model) / card.digest()[:16]
     with written_whole(folder) as part:
         part.mkdir()
         (part / "scorecard.json").write_text(card.model_dump_json(indent=1))
         parquet.write_table(documents, part / "documents.parquet")
         write_manifest(part)
-    return _Kept(card, folder / "documents.parquet")
+    return Kept(card, folder / "documents.parquet")
 
 
 def _local(model: Model) -> Path:
     return home() / "scorecards-local" / model.digest
 
 
-def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -> _Kept:
+def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -> Kept:
     """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
     began = time.monotonic()
     with _bar(f"{model.label}: scoring") as on_progress:
@@ -186,7 +186,7 @@ class _Costs(NamedTuple):
     enough: bool  # measured on this machine, and the teacher's with it
 
 
-def _known_costs(model: Model, kept: Sequence[_Kept], teacher: Model | None, teachers: Sequence[_Kept]) -> _Costs:
+def _known_costs(model: Model, kept: Sequence[Kept], teacher: Model | None, teachers: Sequence[Kept]) -> _Costs:
     """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
     here = machine(model)
     beside = {each.card.cost.run: each.card.cost for each in teachers if each.card.cost}
@@ -220,7 +220,7 @@ def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int], No
         yield on_progress
 
 
-def _relative(own: _Kept, scored: _Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
+def _relative(own: Kept, scored: Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
     """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
     found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
     said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
