@@ -117,6 +117,10 @@ def test_a_browser_draws_the_plot_to_scale(
     assert middle[1] - cheap[1] == pytest.approx(cheap[1] - dear[1], abs=0.2)  # ten points each
     best = {row.version for row in found if row.pareto}
     assert {version for version, place in places.items() if "best" in place[2]} == best == {"m/1", "m/3", "m/4"}
+    line = re.search(r'class="frontier" d="M([\d.]+) [^"]*H(\d+)"', document)
+    assert line is not None
+    assert float(line[1]) == cheap[0]
+    assert (float(line[2]) > dear[0]) == (cost == "usd_per_million_tokens")  # beyond the dearest, to its side
     bars = re.findall(r'<path class="bar" d="([^"]*)"', document)
     assert sum(bar.count("M") == 6 for bar in bars) == (cost == "usd_per_million_tokens")  # a cross, where measured
     assert "alert" in document
