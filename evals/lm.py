@@ -18,7 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.engines import Engine, Scored
-from evals.rows import BATCH_TOKENS, batches
+from evals.rows import BATCH_TOKENS, NotANumber, batches
 from evals.score_cache import ScoreCache, request_key
 from registry.errors import BadInput
 from registry.terminal import say
@@ -181,19 +181,18 @@ class LimbeckLM(TemplateLM):
         if not missing:
             return
         todo = [pairs[places[key][0]] for key in missing]
-        for number, score in self.engine.scores(todo, self.batch_tokens):
-            key = missing[number]
-            if math.isnan(score[0]):
-                request = asked[places[key][0]]
-                raise BadInput(
-                    f"{self.label}: task {request.task_name}, document {request.doc_id}: "
-                    "the log-probability it gives is not a number (NaN)",
-                    fix="its weights are damaged or overflow: look at how it was trained or exported",
-                )
-            if self.cache:
-                self.cache.put(key, score)
-            for index in places[key]:
-                yield index, score
+        try:
+            for number, score in self.engine.scores(todo, self.batch_tokens):
+                if math.isnan(score[0]):
+                    raise NotANumber(number)
+                if self.cache:
+                    self.cache.put(missing[number], score)
+                for index in places[missing[number]]:
+                    yield index, score
+        except NotANumber as error:
+            request = asked[places[missing[error.pair]][0]]
+            where = f"task {request.task_name}, document {request.doc_id}"
+            raise BadInput(f"{self.label}: {where}: {error.message}", fix=error.fix) from None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that follows each (context, generation_kwargs), up to one of its `until` strings."""

@@ -83,6 +83,17 @@ class Forward(Protocol):
         """
 
 
+class NotANumber(BadInput):
+    """A pair whose log-probability is NaN, by its index; the rest of what a model answers would look fine."""
+
+    def __init__(self, pair: int) -> None:
+        super().__init__(
+            "the model gives NaN (no number) as log-probability",
+            fix="its weights are damaged or overflow: look at how it was trained or exported",
+        )
+        self.pair = pair
+
+
 def scores(forward: Forward, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, Scored]]:
     """(index, score) of each (context, continuation) of token ids, in the order they are finished.
 
@@ -93,7 +104,7 @@ def scores(forward: Forward, pairs: Sequence[Pair], batch_tokens: int = BATCH_TO
         batch_tokens: the most tokens of one forward pass, padding included; a longer text runs alone.
 
     Raises:
-        BadInput: log-probabilities that are no numbers.
+        NotANumber: a log-probability that is none.
     """
     requests = Requests(pairs, forward.max_length)
     forward.work.least += requests.inputs.least
@@ -168,10 +179,7 @@ def run(
         logprobs, likeliest, trunk = forward.run(batch, trunk, keep)
         forward.work.forward += batch.tokens.size
         if np.isnan(logprobs).any():
-            raise BadInput(
-                "the model gives NaN (no number) as log-probability",
-                fix="its weights are damaged or overflow: look at how it was trained or exported",
-            )
+            raise NotANumber(int(pair[np.isnan(logprobs)][0]))
         np.add.at(total, pair, logprobs)
         np.logical_and.at(greedy, pair, likeliest)
         np.subtract.at(left, pair, 1)

@@ -281,7 +281,7 @@ def test_scores_that_are_no_numbers_are_refused(
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][:] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*\(NaN\)"):
+    with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*gives NaN"):
         evaluate([resolve(str(folder))], tasks, cost=False)
     assert not list(limbeck_home.rglob("scorecard.json"))
 
