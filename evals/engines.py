@@ -7,9 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+
 from evals import rows
 from evals.onnx_rows import OnnxRows
-from evals.rows import Scored, Work
+from evals.rows import NotANumber, Scored, Work
 from evals.torch_rows import TorchRows
 from export.runtime import Runtime
 from registry.errors import BadInput
@@ -50,6 +52,9 @@ class Engine(Protocol):
         Args:
             prompts: token ids; all of them together are one batch.
             **sampling: `do_sample`, `temperature` and what else lm-eval's tasks give for transformers.
+
+        Raises:
+            NotANumber: logits that are NaN, after this prompt.
         """
 
 
@@ -76,6 +81,12 @@ class TorchEngine:
         """See `Engine.generate`. With the checkpoint's own generation settings beneath, as HFLM."""
         import torch
         from lm_eval.models.utils_hf import stop_sequences_criteria
+        from transformers import LogitsProcessorList
+
+        def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if (bad := logits.isnan().any(dim=-1)).any():  # the text would look like any other
+                raise NotANumber(int(bad.nonzero()[0, 0]))
+            return logits
 
         pad = self.tokenizer.pad_token_id
         width = max(map(len, prompts))
@@ -90,6 +101,7 @@ class TorchEngine:
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, list(until), width, len(prompts)),
+                logits_processor=LogitsProcessorList([checked]),
                 pad_token_id=pad,
                 use_cache=True,
                 **sampling,
@@ -134,6 +146,9 @@ class OnnxEngine:
         if self._runtime is None:
             self._rows = None
             self._runtime = Runtime.load(self.folder, verify=False)  # verified when the model was resolved
+            (first,) = self._runtime.generate(prompts[:1], max_new_tokens=1, logprobs=0)
+            if np.isnan(first.logprobs or []).any():  # the text would look like any other
+                raise NotANumber(0)
         completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
 

@@ -79,6 +79,7 @@ def score(
             label=model.label,
             cache=cache,
             harness=tasks.harness,
+            documents=settings.of,
             chat_template=_chat_template(engine, settings.apply_chat_template),
             batch_tokens=batch_tokens or BATCH_TOKENS,
             on_requests=advance,

@@ -36,6 +36,7 @@ class LimbeckLM(TemplateLM):
         label: what the model is called in messages.
         cache: where answers are kept and looked for; without one they are kept for a call only.
         harness: name and version of lm-eval, for the cache.
+        documents: the numbers of a task's documents where not all are asked, for messages.
         chat_template: the name of the tokenizer's chat template; None is its only or default one.
         batch_tokens: the most tokens of one forward pass, padding included; a longer text runs alone.
         on_requests: told of each batch the number of requests that it finished.
@@ -48,6 +49,7 @@ class LimbeckLM(TemplateLM):
         label: str = "the model",
         cache: ScoreCache | None = None,
         harness: str = "",
+        documents: Callable[[str], list[int] | None] = lambda task: None,
         chat_template: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
         on_requests: Callable[[int], None] = lambda done: None,
@@ -58,6 +60,7 @@ class LimbeckLM(TemplateLM):
         self.max_length = engine.max_length
         self.label = label
         self.cache = cache
+        self.documents = documents
         self.template = chat_template
         self.batch_tokens = batch_tokens
         self.on_requests = on_requests
@@ -168,7 +171,8 @@ class LimbeckLM(TemplateLM):
         for index, (request, (context, continuation)) in enumerate(zip(asked, pairs, strict=True)):
             if not 0 < len(continuation) <= self.max_length:
                 raise BadInput(
-                    f"a choice has {len(continuation)} tokens; the model's context allows 1 to {self.max_length}",
+                    f"{self._where(request)}: a choice has {len(continuation)} tokens; "
+                    f"the model's context allows 1 to {self.max_length}",
                     fix="leave the task out, or give a model with a longer context",
                 )
             key = request_key(request.request_type, request.task_name, context, continuation, *self._maker)
@@ -190,9 +194,7 @@ class LimbeckLM(TemplateLM):
                 for index in places[missing[number]]:
                     yield index, score
         except NotANumber as error:
-            request = asked[places[missing[error.pair]][0]]
-            where = f"task {request.task_name}, document {request.doc_id}"
-            raise BadInput(f"{self.label}: {where}: {error.message}", fix=error.fix) from None
+            raise self._no_number(asked[places[missing[error.index]][0]], error) from None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that follows each (context, generation_kwargs), up to one of its `until` strings."""
@@ -238,7 +240,11 @@ class LimbeckLM(TemplateLM):
         missing.sort(key=lambda key: -len(ids[key]))
         done = 0
         for batch in batches([ids[key] for key in missing], self.batch_tokens, new_tokens):
-            for made in self._generate(batch, new_tokens, until, settings):
+            try:
+                answers = self._generate(batch, new_tokens, until, settings)
+            except NotANumber as error:
+                raise self._no_number(requests[places[missing[done + error.index]][0]], error) from None
+            for made in answers:
                 key = missing[done]
                 text = made if isinstance(made, str) else self.tokenizer.decode(made, skip_special_tokens=True)
                 text = postprocess_generated_text(text, until, None)
@@ -262,6 +268,14 @@ class LimbeckLM(TemplateLM):
         except (TypeError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
             raise BadInput(f"the model cannot generate with {settings}: {line}") from error
+
+    def _no_number(self, request: Instance, error: NotANumber) -> BadInput:
+        return BadInput(f"{self._where(request)}: {error.message}", fix=error.fix)
+
+    def _where(self, request: Instance) -> str:
+        chosen = self.documents(request.task_name or "")
+        number = request.doc_id if chosen is None or request.doc_id is None else chosen[request.doc_id]
+        return f"{self.label}: task {request.task_name}, document {number}"
 
     def _prompt(self, text: str) -> list[int]:
         """The tokens of a prompt; the token that begins a text where it is empty."""

@@ -84,14 +84,14 @@ class Forward(Protocol):
 
 
 class NotANumber(BadInput):
-    """A pair whose log-probability is NaN, by its index; the rest of what a model answers would look fine."""
+    """A pair or prompt after which the logits are NaN, by its index; what is made of them may look fine."""
 
-    def __init__(self, pair: int) -> None:
+    def __init__(self, index: int) -> None:
         super().__init__(
-            "the model gives NaN (no number) as log-probability",
+            "the model gives NaN (no number) for a token's probability",
             fix="its weights are damaged or overflow: look at how it was trained or exported",
         )
-        self.pair = pair
+        self.index = index
 
 
 def scores(forward: Forward, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, Scored]]:

@@ -234,8 +234,12 @@ def test_numbers_that_are_none_name_task_and_document(
 
         main_export(str(broken), tmp_path / "out", task="text-generation-with-past", do_validation=False)
         broken = tmp_path / "out"
-    result = run(limbeck, broken, sums)
-    assert (result.code, result.out) == (2, "")
-    assert "task sums, document " in result.err
-    assert "NaN" in result.err
+    write_task(sums, "say", [{"question": "1?", "answer": "1"}], **GSM8K)
+    for task, *options in (["sums"], ["say"], ["say", "--gen-kwargs", "do_sample=true,temperature=1.0"]):
+        result = run(limbeck, broken, sums, *options, tasks=task)
+        assert (result.code, result.out) == (2, "")
+        assert f"task {task}, document " in result.err
+        assert "the model gives NaN" in result.err
+    picked = run(limbeck, broken, sums, "--samples", '{"sums": [6]}')
+    assert "task sums, document 6: " in picked.err
     assert not list(home.glob("scorecards-local/*/*"))
