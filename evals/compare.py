@@ -1,59 +1,132 @@
-"""Two scored versions held against each other, document by document: no model runs."""
+"""One scored model held against another: finds the scores of both, or makes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as parquet
 
-from evals.statistics import compare as paired
-from evals.statistics import top_level
+from evals.diagnostics import COLUMNS, flips
+from evals.hold import correct, hold
+from evals.noninferiority import Margins
+from evals.scorecard import all_kept, evaluate
+from evals.statistics import leaves, pair, top_level
 from registry.errors import BadInput
-from registry.records import Estimate, Scorecard
+from registry.records import ComparedModels, Scorecard, TaskResult
+from registry.resolve import REGISTERED, resolve
+from registry.store import Store
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    from evals.task_set import TaskSet
 
 
-class Difference(NamedTuple):
-    """One task of both versions; `difference` is a - b in the metric's own units, paired and clustered."""
+def compare(
+    candidate: str,
+    reference: str,
+    tasks: Sequence[str] = (),
+    load: Callable[[], TaskSet] | None = None,
+    *,
+    margins: Margins | None = None,
+    most_flips: int = 0,
+    trust_remote_code: bool = False,
+) -> ComparedModels:
+    """Hold `candidate` against `reference`, both MODELs, on the newest tasks that both were scored on.
 
-    task: str
-    metric: str
-    a: float
-    b: float
-    difference: Estimate
-    better: str | None  # NAME/VERSION of the one that is better beyond its interval; None where neither is
+    Args:
+        tasks: tasks or groups; all that both were scored on where none is named.
+        load: makes the task set on which both are scored where they were not scored on all of `tasks`.
+        margins: how much worse the candidate may be.
+        most_flips: give so many documents of each task on which the two differ.
 
-
-def compare(store: Store, a: str, b: str) -> list[Difference]:
-    """Compare the versions `a` and `b` on the newest tasks that both were scored on.
-
-    Raises BadInput for a name that is no version, and where no scorecards of the two are of the same tasks.
+    Raises:
+        BadInput: a name that is no model, no documents in common, documents that do not pair (they are named), or
+            a margin of a task that is not compared.
     """
-    first, second = store.get(a), store.get(b)
-    ours, theirs = _common(store.scorecards(first), store.scorecards(second), first.ref, second.ref)
-    found = paired(
-        parquet.read_table(store.documents(first, ours)),
-        parquet.read_table(store.documents(second, theirs)),
-        theirs.tasks,
+    margins, store = margins or Margins(), Store()
+    sides = [_Side.of(text, store) for text in (candidate, reference)]
+    both = _common(sides[0], sides[1], tasks)
+    if both is None and tasks and load:
+        models = [resolve(text, store) for text in (candidate, reference)]
+        evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)
+        sides = [_Side.of(text, store) for text in (candidate, reference)]
+        both = _common(sides[0], sides[1], tasks)
+    if both is None:
+        raise BadInput(
+            f"{candidate} and {reference} have no common documents: {'; '.join(side.told() for side in sides)}",
+            fix=f"limbeck eval {candidate} {reference} --tasks {','.join(tasks) or '...'}",
+        )
+    ours, theirs, results = both
+    names = sides[0].label, sides[1].label
+    margins.check([*top_level(results), *(result.metric for result in results.values())])
+    pairs = pair(_documents(ours, results), _documents(theirs, results), COLUMNS, names)
+    held = hold(pairs, results, margins, names)
+    return ComparedModels(
+        candidate=names[0],
+        reference=names[1],
+        candidate_digest=ours.card.artifact,
+        reference_digest=theirs.card.artifact,
+        harness=ours.card.harness,
+        retention=held.retention,
+        tasks=tuple(correct([held.tasks])[0]),
+        over_all=tuple(correct([held.over_all])[0]),
+        untold=held.untold,
+        flips=tuple(flips(pairs, most_flips)),
     )
-    rows = []
-    for task in top_level(theirs.tasks):
-        if task not in found.difference:
-            continue
-        result, difference = theirs.tasks[task], found.difference[task]
-        better = None
-        if not difference.low <= 0 <= difference.high:
-            better = first.ref if (difference.value > 0) == result.higher_is_better else second.ref
-        rows.append(Difference(task, result.metric, ours.tasks[task].value, result.value, difference, better))
-    return rows
 
 
-def _common(ours: list[Scorecard], theirs: list[Scorecard], a: str, b: str) -> tuple[Scorecard, Scorecard]:
-    """The newest scorecards of the same tasks and harness."""
-    for card in reversed(ours):
-        for other in reversed(theirs):
-            if (card.tasks_digest, card.harness) == (other.tasks_digest, other.harness):
-                return card, other
-    raise BadInput(f"{a} and {b} have no scores on the same tasks", fix=f"limbeck eval {a} {b} --tasks ...")
+class _Scored(NamedTuple):
+    """A scorecard, and what gives the parquet of its documents."""
+
+    card: Scorecard
+    documents: Callable[[], Path]
+
+
+class _Side(NamedTuple):
+    """One of the two models, with its scores, oldest first."""
+
+    label: str
+    scores: list[_Scored]
+
+    @classmethod
+    def of(cls, text: str, store: Store) -> _Side:
+        """What is known of a MODEL. A registered version is not fetched: its scores are enough."""
+        if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
+            version = store.get(text)
+            cards = store.scorecards(version)
+            return cls(version.ref, [_Scored(card, partial(store.documents, version, card)) for card in cards])
+        model = resolve(text, store)
+        kept = sorted(all_kept(model, store), key=lambda each: each.card.created)
+        return cls(model.label, [_Scored(each.card, partial(Path, each.documents)) for each in kept])
+
+    def told(self) -> str:
+        known = dict.fromkeys(task for scored in self.scores for task in top_level(scored.card.tasks))
+        return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
+
+
+def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[_Scored, _Scored, dict[str, TaskResult]] | None:
+    """The newest scores of the same tasks by the same harness, all those `wanted`; the reference's results on them."""
+    for own in reversed(ours.scores):
+        for other in reversed(theirs.scores):
+            if own.card.harness != other.card.harness:
+                continue
+            same = {
+                name: result
+                for name, result in other.card.tasks.items()
+                if name in own.card.tasks and own.card.tasks[name].task_hash == result.task_hash
+            }
+            chosen = {*(wanted or same)}
+            if same and chosen <= same.keys():
+                return own, other, {name: result for name, result in same.items() if {name, result.group} & chosen}
+    return None
+
+
+def _documents(scored: _Scored, tasks: Mapping[str, TaskResult]) -> pa.Table:
+    """The documents of `tasks`."""
+    table = parquet.read_table(scored.documents())
+    asked = [leaf for name in tasks for leaf in leaves(name, tasks)]
+    return table.filter(pyarrow.compute.is_in(table["task"], pa.array(asked, pa.string())))

@@ -245,7 +245,8 @@ class ComparedModels(Record):
     retention: Estimate | None  # mean over the tasks that have one
     tasks: tuple[ComparedTask, ...]  # top-level tasks and groups
     over_all: tuple[ComparedTask, ...]  # of each metric that several tasks have: macro, then pooled
-    flips: tuple[Flip, ...] = ()  # where they were asked for
+    untold: dict[str, str]  # tasks of which nothing can be told, and why
+    flips: tuple[Flip, ...]  # where they were asked for
 
 
 class Scorecard(Record):

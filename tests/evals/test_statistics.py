@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import statsmodels.api as sm
+from scipy import stats
 
+from evals.estimates import mean
 from evals.statistics import check_numbers, compare, mean_and_stderr
 from registry.errors import BadInput
 from registry.records import TaskResult
@@ -49,14 +51,37 @@ def clustered(random: np.random.Generator, clusters: int = 40, rho: float = 0.5)
     )
 
 
+def jackknife(values: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean and CR3 standard error by statsmodels: HC3 of the clusters' means, weighted, less one cluster in G."""
+    names = np.unique(labels)
+    share = np.array([weights[labels == name].sum() for name in names])
+    means = np.array([np.average(values[labels == name], weights=weights[labels == name]) for name in names])
+    fit = sm.WLS(means, np.ones(len(names)), share).fit(cov_type="HC3")
+    return fit.params[0], fit.bse[0] * np.sqrt(1 - 1 / len(names))
+
+
 def test_mean_and_stderr_equal_statsmodels() -> None:
     random = np.random.default_rng(0)
     labels, values = clustered(random)
     weights = random.uniform(1, 5, len(values))
-    fit = sm.WLS(values, np.ones(len(values)), weights).fit(cov_type="cluster", cov_kwds={"groups": labels})
-    mean, stderr = mean_and_stderr(values, weights, [f"file{i}.py" for i in labels])
-    assert mean == pytest.approx(fit.params[0], rel=1e-12)
-    assert stderr == pytest.approx(fit.bse[0], rel=1e-12)
+    expected = jackknife(values, weights, labels)
+    assert mean_and_stderr(values, weights, [f"file{i}.py" for i in labels]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_clusters_of_one_size_have_the_usual_cluster_robust_error() -> None:
+    random = np.random.default_rng(10)
+    labels = np.repeat(np.arange(20), 5)
+    values = random.normal(size=20)[labels] + random.normal(size=100)
+    fit = sm.OLS(values, np.ones(100)).fit(cov_type="cluster", cov_kwds={"groups": labels})
+    assert mean_and_stderr(values, np.ones(100), labels) == pytest.approx((fit.params[0], fit.bse[0]), rel=1e-12)
+
+
+def test_the_error_is_that_of_leaving_out_each_cluster() -> None:
+    random = np.random.default_rng(11)
+    labels, values = clustered(random, clusters=7)
+    without = np.array([values[labels != name].mean() for name in range(7)])
+    _, stderr = mean_and_stderr(values, np.ones(len(values)), labels)
+    assert stderr == pytest.approx(np.sqrt(6 / 7 * ((without - values.mean()) ** 2).sum()))
 
 
 def test_without_clusters_the_error_is_the_usual_one() -> None:
@@ -78,12 +103,11 @@ def test_the_difference_is_paired_and_equals_statsmodels() -> None:
     # Rows may come in any order.
     tables = tables[0].take(random.permutation(len(labels))), tables[1]
     comparison = compare(*tables, {"t": result(tables[1])})
-    fit = sm.OLS(student - teacher, np.ones(len(labels))).fit(
-        cov_type="cluster", cov_kwds={"groups": labels}, use_t=True
-    )
-    low, high = fit.conf_int()[0]
+    value, stderr = jackknife(student - teacher, np.ones(len(labels)), labels)
+    sizes = np.bincount(labels)
+    half = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1) * stderr
     found = comparison.difference["t"]
-    assert (found.value, found.low, found.high) == pytest.approx((fit.params[0], low, high), rel=1e-9)
+    assert (found.value, found.low, found.high) == pytest.approx((value, value - half, value + half), rel=1e-9)
     alone = mean_and_stderr(student, np.ones(len(labels)), labels)[1]
     assert alone is not None
     assert found.high - found.low < alone  # pairing removes what both share
@@ -154,6 +178,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert 0.91 <= np.mean(covered) <= 0.98
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_intervals_cover_where_one_cluster_is_half_of_all(rho: float) -> None:
+    random = np.random.default_rng(8)
+    labels = np.repeat(np.arange(12), [4] * 11 + [44])
+    codes, weights = labels, np.ones(len(labels))
+    covered = 0
+    for _ in range(1500):
+        shared, own = random.normal(size=12)[labels], random.normal(size=len(labels))
+        interval = mean(np.sqrt(rho) * shared + np.sqrt(1 - rho) * own, weights, codes).interval()
+        covered += interval.low <= 0 <= interval.high
+    # With G / (G - 1) and G - 1 degrees of freedom it would be 83% at rho 0.3.
+    assert covered / 1500 >= 0.94
+
+
 def test_the_interval_agrees_with_a_cluster_bootstrap() -> None:
     random = np.random.default_rng(5)
     student, teacher, tasks, _ = two_tasks(random, clusters=120)
@@ -207,7 +245,8 @@ def test_a_teacher_that_guesses_is_left_out_of_the_mean() -> None:
     found = compare(both, both, tasks)
     assert found.retention == found.task_retention["good"]
     assert "bad" not in found.task_retention
-    assert "0.25" in found.left_out["bad"]
+    assert "retention is undefined" in found.left_out["bad"]
+    assert "not clearly better than chance, 0.25" in found.left_out["bad"]
     assert found.difference["bad"].value == 0
     assert compare(guessed, guessed, {"bad": tasks["bad"]}).retention is None
 

@@ -77,9 +77,10 @@ def test_the_loop_is_refused_resumed_promoted_and_rolled_back(
     assert all(row["cost"]["decode_tokens_per_s"] > 0 for row in rows)
 
     twins = json.loads(limbeck("compare", "tiny-coder/2", "tiny-coder/3", "--format", "json").out)
-    assert [twin["task"] for twin in twins] == ["stdlib_bits_per_byte"]
-    assert twins[0]["difference"]["value"] == pytest.approx(twins[0]["a"] - twins[0]["b"])
-    assert twins[0]["better"] == "tiny-coder/2"  # fewer bits per byte, and it is the distilled one
+    (twin,) = twins["tasks"]
+    assert twin["task"] == "stdlib_bits_per_byte"
+    assert twin["difference"]["value"] == pytest.approx(twin["candidate"] - twin["reference"])
+    assert twin["better"] == "tiny-coder/2"  # fewer bits per byte, and it is the distilled one
 
     assert "onnxruntime" in limbeck("generate", "tiny-coder@production", "import os", "--max-new-tokens", 4).out
     assert limbeck("rollback", "tiny-coder").code == 0
