@@ -57,7 +57,9 @@ def compare(
 
     The difference is A - B with its 95% interval, paired by document and clustered by file. A passes where it is
     surely not worse than B by the margin: the one-sided 95% lower bound lies above it, also after Holm's
-    correction over the tasks. Set the margin before you look.
+    correction over the tasks. Set the margin before you look. Where it is inconclusive, so many documents would
+    settle it if the difference stayed what it is; detectable is the margin that these documents would show, four
+    times in five, of a model that is just as good.
 
     The newest scores that both have are taken; no model runs, but for --tasks that are not scored yet.
     """
@@ -88,7 +90,7 @@ def _print(found: ComparedModels) -> None:
     rows = [*found.tasks, *found.over_all]
     columns = ["task", "metric", a, b, "difference, paired", "better"]
     print_table("", columns, [_difference_cells(row) for row in rows])
-    columns = ["task", "margin", "lower bound", "p", "p, Holm", "verdict", "what would settle it"]
+    columns = ["task", "margin", "lower bound", "p", "p, Holm", "verdict", "detectable", "what would settle it"]
     print_table(f"is {a} as good as {b}?", columns, [_verdict_cells(row) for row in rows])
     columns = ["task", "documents", "clusters", "retention", "right to\nwrong", "wrong to\nright", "McNemar\np", "KL"]
     print_table(f"how the answers of {a} differ", columns, [_answer_cells(row) for row in rows])
@@ -114,8 +116,8 @@ def _difference_cells(row: ComparedTask) -> list[str]:
 
 def _verdict_cells(row: ComparedTask) -> list[str | None]:
     test = row.noninferiority
-    p_values = f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
-    return [_name(row), f"{test.margin:g}", f"{test.lower:+.4f}", *p_values, test.verdict, _settling(test)]
+    numbers = f"{test.margin:g}", f"{test.lower:+.4f}", f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
+    return [_name(row), *numbers, test.verdict, f"{test.detectable:.2g}", _settling(test)]
 
 
 def _settling(test: Noninferiority) -> str | None:
@@ -123,11 +125,10 @@ def _settling(test: Noninferiority) -> str | None:
     if test.verdict != "inconclusive":
         return None
     if test.alone == "pass":
-        return "it passes alone, not beside so many others"
-    margin = f"a margin of {test.detectable:.2g}"
+        return "it passes alone, not beside the others"
     if test.documents_needed is None:
-        return margin
-    return f"about {_rounded(test.documents_needed)} documents, or {margin}"
+        return "nothing: it is at the margin"
+    return f"about {_rounded(test.documents_needed)} documents"
 
 
 def _rounded(count: int) -> str:
