@@ -52,9 +52,9 @@ def compare(
     both = _common(sides[0], sides[1], tasks)
     if both is None and tasks and load:
         models = [resolve(text, store) for text in (candidate, reference)]
-        evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)
+        card = evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)[0]
         sides = [_Side.of(text, store) for text in (candidate, reference)]
-        both = _common(sides[0], sides[1], tasks)
+        both = _common(sides[0], sides[1], top_level(card.tasks))  # a group may have no value of its own
     if both is None:
         raise BadInput(
             f"{candidate} and {reference} have no common documents: {'; '.join(side.told() for side in sides)}",

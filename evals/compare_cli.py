@@ -55,11 +55,12 @@ def compare(
 ) -> None:
     """Hold A against B, document by document: what is the difference, and is A as good as B?
 
-    The difference is A - B with its 95% interval, paired by document and clustered by file. A passes where it is
-    surely not worse than B by the margin: the one-sided 95% lower bound lies above it, also after Holm's
-    correction over the tasks. Set the margin before you look. Where it is inconclusive, so many documents would
-    settle it if the difference stayed what it is; detectable is the margin that these documents would show, four
-    times in five, of a model that is just as good.
+    The difference is A - B with its 95% interval, paired by document and clustered by file. A passes where the
+    one-sided 95% lower bound of how much better it is lies above minus the margin, also after Holm's correction
+    over the tasks; it fails where the upper bound lies below. Set the margin before you look.
+
+    Where it is inconclusive, so many documents would settle it, if the difference stayed what it is. Detectable is
+    the margin that these documents would show, four times in five, of a model that is just as good.
 
     The newest scores that both have are taken; no model runs, but for --tasks that are not scored yet.
     """

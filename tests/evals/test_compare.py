@@ -42,8 +42,10 @@ def three_tasks() -> tuple[pa.Table, pa.Table, dict[str, Any]]:
             reference, candidate = reference + 1, reference + 1.2 + 0.05 * random.normal(size=count)
         ours.append(documents(name, candidate, files))
         theirs.append(documents(name, reference, files))
-        bits = dict(metric="bits_per_byte", higher_is_better=False, chance=8.0) if name == "bits" else {}
-        tasks[name] = result(theirs[-1], group=group, **bits)
+        changes: dict[str, Any] = {"chance": 0.5} if name == "one" else {}
+        if name == "bits":
+            changes = dict(metric="bits_per_byte", higher_is_better=False, chance=8.0)
+        tasks[name] = result(theirs[-1], group=group, **changes)
     tasks["two"] = result(pa.concat_tables(theirs[1:3]))
     return pa.concat_tables(ours), pa.concat_tables(theirs), tasks
 
@@ -68,8 +70,8 @@ def test_over_all_is_of_the_tasks_of_one_metric(three_tasks: Any) -> None:
     assert macro.retention
     assert pooled.retention
     assert macro.retention.value == pytest.approx((one.retention.value + two.retention.value) / 2)
-    kept = (pooled.candidate - 0.25) / (pooled.reference - 0.25)
-    assert pooled.retention.value == pytest.approx(kept)
+    chance = (60 * 0.5 + 120 * 0.25) / 180
+    assert pooled.retention.value == pytest.approx((pooled.candidate - chance) / (pooled.reference - chance))
     found = compare(ours, theirs, tasks)
     assert held.retention == found.retention
     assert one.difference == found.difference["one"]
@@ -206,7 +208,12 @@ def test_tasks_that_are_scored_are_taken_as_they_are(
 
 
 def test_what_is_not_scored_yet_is_scored_first(
-    limbeck: Callable[..., Any], versions: list[Version], store: Store, folders: list[Path], text_tasks: Path
+    limbeck: Callable[..., Any],
+    versions: list[Version],
+    store: Store,
+    folders: list[Path],
+    text_tasks: Path,
+    tmp_path: Path,
 ) -> None:
     done = limbeck("compare", "m/2", "m/1")
     assert done.code == 2
@@ -220,7 +227,11 @@ def test_what_is_not_scored_yet_is_scored_first(
     local = compared(limbeck, folders[1], "m/1", *one)
     assert local.candidate == str(folders[1])
     assert local.tasks[0].difference == compared(limbeck, "m/2", "m/1").tasks[0].difference
-    done = limbeck("compare", "m/2", "m/1", "--tasks", NAMES[0])
+    # A group without a value of its own is its tasks.
+    (tmp_path / "group.yaml").write_text(f"group: both\ntask: [{', '.join(NAMES)}]\n")
+    both = ("--tasks", "both", "--include-path", text_tasks, "--include-path", tmp_path)
+    assert {row.task for row in compared(limbeck, "m/2", "m/1", *both).tasks} == {*NAMES}
+    done = limbeck("compare", "m/2", "m/1", "--tasks", "text_next_lines")
     assert done.code == 2
     assert "unknown task" in done.err  # it is no task of lm-eval's own
 
