@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("evals.cli:evaluate", "Score models with lm-eval, quality and cost relative to a teacher."),
     "compare": ("evals.compare_cli:compare", "Hold one scored version against another, document by document."),
     "leaderboard": ("evals.leaderboard_cli:leaderboard", "Rank the versions of a model by cost and quality."),
+    "verdict": ("evals.verdict_cli:verdict", "Is the giant a waste here? One page, and what was not measured."),
     "models": ("registry.cli:models", "Browse the registry: list, show, lineage, history."),
     "promote": ("registry.cli:promote", "Move an alias to a version that passes the policy."),
     "rollback": ("registry.cli:rollback", "Put an alias back on the version before."),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.records import LeaderboardRow
+
+if TYPE_CHECKING:
+    from evals.verdict import Candidate
 
 
 class Column(NamedTuple):
@@ -34,7 +37,7 @@ COSTS = {  # the figures of registry.records.Cost that versions are compared by
 COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 
-def title(row: LeaderboardRow) -> str:
+def title(row: LeaderboardRow | Candidate) -> str:
     """What a version is, in a word or two."""
     if row.kind == "teacher":
         return "teacher"

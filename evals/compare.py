@@ -63,7 +63,7 @@ def compare(
     ours, theirs, results = both
     names = sides[0].label, sides[1].label
     margins.check([*top_level(results), *(result.metric for result in results.values())])
-    pairs = pair(_documents(ours, results), _documents(theirs, results), COLUMNS, names)
+    pairs = pair(documents(ours, results), documents(theirs, results), COLUMNS, names)
     held = hold(pairs, results, margins, names)
     return ComparedModels(
         candidate=names[0],
@@ -79,7 +79,7 @@ def compare(
     )
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """A scorecard, and what gives the parquet of its documents."""
 
     card: Scorecard
@@ -90,7 +90,7 @@ class _Side(NamedTuple):
     """One of the two models, with its scores, oldest first."""
 
     label: str
-    scores: list[_Scored]
+    scores: list[Scored]
 
     @classmethod
     def of(cls, text: str, store: Store) -> _Side:
@@ -98,17 +98,17 @@ class _Side(NamedTuple):
         if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
             version = store.get(text)
             cards = store.scorecards(version)
-            return cls(version.ref, [_Scored(card, partial(store.documents, version, card)) for card in cards])
+            return cls(version.ref, [Scored(card, partial(store.documents, version, card)) for card in cards])
         model = resolve(text, store)
         kept = sorted(all_kept(model, store), key=lambda each: each.card.created)
-        return cls(model.label, [_Scored(each.card, partial(Path, each.documents)) for each in kept])
+        return cls(model.label, [Scored(each.card, partial(Path, each.documents)) for each in kept])
 
     def told(self) -> str:
         known = dict.fromkeys(task for scored in self.scores for task in top_level(scored.card.tasks))
         return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
 
 
-def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[_Scored, _Scored, dict[str, TaskResult]] | None:
+def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[Scored, Scored, dict[str, TaskResult]] | None:
     """The newest scores of the same tasks by the same harness, all those `wanted`; the reference's results on them."""
     for own in reversed(ours.scores):
         for other in reversed(theirs.scores):
@@ -125,7 +125,7 @@ def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[_Scored,
     return None
 
 
-def _documents(scored: _Scored, tasks: Mapping[str, TaskResult]) -> pa.Table:
+def documents(scored: Scored, tasks: Mapping[str, TaskResult]) -> pa.Table:
     """The documents of `tasks`."""
     table = parquet.read_table(scored.documents())
     asked = [leaf for name in tasks for leaf in leaves(name, tasks)]

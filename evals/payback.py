@@ -89,7 +89,7 @@ def payback(
     student = _at(card.cost, prices)
     used = [student.price]
     if api_teacher is not None:
-        dollars, words = _api_usd(api_teacher, student, prices)
+        dollars, words = api_usd(api_teacher, student, prices)
         saved = _less(Estimate(value=dollars, low=dollars, high=dollars, confidence=1.0), _usd(student, batch))
         used.append(words)
     else:
@@ -188,7 +188,7 @@ def _less(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(value=a.value - b.value, low=a.low - b.high, high=a.high - b.low, confidence=sure)
 
 
-def _api_usd(model: str, student: Cost, prices: Prices) -> tuple[float, str]:
+def api_usd(model: str, student: Cost, prices: Prices) -> tuple[float, str]:
     """Dollars per million tokens of an API, for requests as long as the student's."""
     price = prices.of_api(model)
     dollars = student.prompt_tokens * price.usd_per_million_input_tokens
