@@ -132,7 +132,13 @@ def _measured(cost: Cost) -> list[str]:
     """The parts of `Cost.setting` in words."""
     machine, threads, prompt, new, price, protocol = cost.setting
     request = f"for {prompt} tokens in and {new} out"
-    return [f"on {machine}", f"with {threads} threads", request, f"at ${price:g} an hour", f"by protocol {protocol}"]
+    return [
+        f"on {machine}",
+        f"with {threads} thread{'s' * (threads != 1)}",
+        request,
+        f"at ${price:g} an hour",
+        f"by protocol {protocol}",
+    ]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

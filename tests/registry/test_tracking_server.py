@@ -133,7 +133,9 @@ def test_the_whole_gate_through_a_server(
     assert ledger.read(store, "still").problems() == []
 
     shutil.rmtree(home())  # another machine
-    assert Store().scorecards(int8) == scored.store.scorecards(int8)
+    found = {each.version.ref: each for each in Store().found("still")}  # fetched
+    assert found[int8.ref].scorecards == Store().scorecards(int8) == scored.store.scorecards(int8)
+    assert found[int8.ref].version == store.get(int8.ref)
     listed = limbeck("models", "list", "still")
     assert (listed.code, listed.out.count("still/")) == (0, 5 + 4)
     doctor = limbeck("doctor", "--deep")
