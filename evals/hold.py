@@ -24,6 +24,7 @@ class Held(NamedTuple):
     over_all: list[ComparedTask]  # of each metric that several tasks have: macro, then pooled
     untold: dict[str, str]  # task -> why nothing can be told of it
     retention: Estimate | None  # mean over the tasks that have one
+    differences: dict[str, Difference]  # by task: candidate less reference
 
 
 def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins, names: tuple[str, str]) -> Held:
@@ -55,6 +56,7 @@ def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins,
         over_all=[_row(each, margins, names) for each in together],
         untold={name: found.left_out[name] for name in top if name not in subjects},
         retention=found.retention,
+        differences={name: each.difference for name, each in subjects.items()},
     )
 
 

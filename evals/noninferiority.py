@@ -80,10 +80,9 @@ def noninferiority(
     lower, upper = advantage.bounds(1 - LEVEL)
     outcome: Outcome = "pass" if lower > -margin else "fail" if upper < -margin else "inconclusive"
     p_value = advantage.p_better(-margin)
-    needed = None
-    if outcome == "inconclusive" and (gap := abs(advantage.estimate.value + margin)) > 0:
-        quantiles = sum(advantage.estimate.quantile(probability) for probability in (1 - LEVEL, POWER))
-        needed = max(1 + 1 / documents, (quantiles * advantage.stderr_at(-margin) / gap) ** 2)
+    needed = times_the_documents(advantage, margin, LEVEL) if outcome == "inconclusive" else None
+    if needed is not None:
+        needed = max(1 + 1 / documents, needed)
     return Noninferiority(
         margin=margin,
         lower=lower,
@@ -96,6 +95,21 @@ def noninferiority(
         documents_needed=math.ceil(documents * needed) if needed else None,
         clusters_needed=math.ceil(clusters * needed) if needed else None,
     )
+
+
+def times_the_documents(advantage: Difference, margin: float, level: float) -> float | None:
+    """So many times the documents would settle a test with POWER, if the difference stays what it is.
+
+    None where it is at the margin itself: no number would.
+    """
+    gap = abs(advantage.estimate.value + margin)
+    quantiles = sum(advantage.estimate.quantile(probability) for probability in (1 - level, POWER))
+    return (quantiles * advantage.stderr_at(-margin) / gap) ** 2 if gap else None
+
+
+def passing_margin(advantage: Difference, level: float) -> float:
+    """The margin above which a test passes at `level`."""
+    return -advantage.bounds(1 - level)[0]
 
 
 def corrected(tests: Sequence[Noninferiority]) -> list[Noninferiority]:

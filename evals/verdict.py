@@ -16,8 +16,8 @@ from evals.candidates import Teacher, alike, find_teacher, scores_of
 from evals.compare import Scored, documents
 from evals.cost import priced, scaled
 from evals.diagnostics import COLUMNS
-from evals.hold import correct, hold
-from evals.noninferiority import Margins
+from evals.hold import Held, correct, hold
+from evals.noninferiority import LEVEL, Margins, passing_margin, times_the_documents
 from evals.payback import Payback, api_usd, payback
 from evals.prices import Prices
 from evals.statistics import pair
@@ -40,9 +40,19 @@ from registry.records import (
 )
 
 if TYPE_CHECKING:
+    from evals.estimates import Difference
     from registry.store import Store
 
 Answer = Literal["yes", "no", "not settled"]
+
+
+class Open(Frozen):
+    """A task that a candidate does not pass: what would settle it, if the difference stays what it is."""
+
+    task: str
+    documents: int | None  # about so many; None: no number would, since the difference is at the margin itself
+    as_good: bool  # what they would show: that it is as good, or that it is worse
+    margin: float  # above this one it passes, corrected for all tests
 
 
 class Candidate(Frozen):
@@ -60,6 +70,7 @@ class Candidate(Frozen):
     cheaper: bool | None  # surely so, or surely not; None: not known
     retention: Estimate | None  # mean over the tasks that have one
     tasks: tuple[ComparedTask, ...]
+    open: tuple[Open, ...]  # of the tasks that are inconclusive
     untold: dict[str, str]  # task -> why nothing can be told of it
     cost: Cost | None
     teacher_cost: Cost | None  # of the same run, where there is one
@@ -83,7 +94,8 @@ class Judgement(Frozen):
     teacher: str  # NAME/VERSION, folder or endpoint
     teacher_digest: str
     teacher_engine: Engine | Literal["endpoint"]
-    margins: dict[str, float]  # by task, in the metric's own units
+    asked: tuple[str, ...]  # the tasks that it was asked to judge by; empty: those that were scored
+    margins: dict[str, float]  # by task that it is judged by, in the metric's own units
     default_margins: bool
     tests: int  # that the correction is over
     candidates: tuple[Candidate, ...]  # as good, not settled, worse; each cheapest first
@@ -134,8 +146,8 @@ def judge(
     margins_of = margins or Margins()
     margins_of.check([*top_level(results), *(results[task].metric for task in top_level(results))])
     setting = _Setting(store, teacher, chosen.teacher, results, margins_of, prices or Prices.load(), tokens_per_day)
-    judged = [_candidate(found[ref].version, scored, setting) for ref, scored in chosen.candidates.items()]
-    judged = sorted(_judged(judged), key=_rank)
+    held = [_held(found[ref].version, scored, setting) for ref, scored in chosen.candidates.items()]
+    judged = sorted(_judged(held), key=_rank)
     answer = _answer(judged)
     best = _best(judged, answer)
     judgement = Judgement(
@@ -148,6 +160,7 @@ def judge(
         teacher=teacher.label,
         teacher_digest=teacher.digest,
         teacher_engine=teacher.engine,
+        asked=tuple(tasks),
         margins={task: margins_of.of(task, results[task].metric) for task in top_level(results)},
         default_margins=margins is None,
         tests=sum(len(each.tasks) for each in judged),
@@ -182,7 +195,7 @@ class _Setting(NamedTuple):
         return name if self.teacher.engine == "endpoint" and name in self.prices.apis else None
 
 
-def _candidate(version: Version, scored: Scored, setting: _Setting) -> Candidate:
+def _held(version: Version, scored: Scored, setting: _Setting) -> tuple[Candidate, Held]:
     """A candidate with every task tested alone, and not yet judged."""
     card, teacher = scored.card, setting.teacher
     names = version.ref, teacher.label
@@ -193,7 +206,7 @@ def _candidate(version: Version, scored: Scored, setting: _Setting) -> Candidate
     cost, teacher_cost = (priced(c, *setting.prices.of_machine(c.machine)) if c else None for c in costs)
     ratio, interval = _ratio(cost, relative, setting)
     making = setting.store.making(version)
-    return Candidate(
+    candidate = Candidate(
         version=version.ref,
         files=version.digest,
         kind=version.kind,
@@ -206,6 +219,7 @@ def _candidate(version: Version, scored: Scored, setting: _Setting) -> Candidate
         cheaper=_cheaper(ratio, interval),
         retention=held.retention,
         tasks=tuple(held.tasks),
+        open=(),
         untold=held.untold,
         cost=cost,
         teacher_cost=teacher_cost,
@@ -216,6 +230,7 @@ def _candidate(version: Version, scored: Scored, setting: _Setting) -> Candidate
         making=making,
         payback=_payback(card.model_copy(update={"relative": relative}), making, setting),
     )
+    return candidate, held
 
 
 def _ratio(cost: Cost | None, relative: Relative | None, setting: _Setting) -> tuple[float | None, Estimate | None]:
@@ -245,16 +260,33 @@ def _payback(card: Scorecard, making: Making | None, setting: _Setting) -> Payba
     return payback(card, making, setting.prices, tokens_per_day=setting.tokens_per_day, api_teacher=setting.api)
 
 
-def _judged(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+def _judged(held: Sequence[tuple[Candidate, Held]]) -> Iterator[Candidate]:
     """The candidates with every test corrected for all the others, and what follows from it."""
-    for each, tasks in zip(candidates, correct([each.tasks for each in candidates]), strict=True):
+    families = correct([each.tasks for each, _ in held])
+    tests = sum(map(len, families))
+    for (candidate, kept), tasks in zip(held, families, strict=True):
         outcomes = {task.noninferiority.verdict for task in tasks}
         quality: Outcome = "inconclusive"
         if "fail" in outcomes:
             quality = "fail"
-        elif outcomes == {"pass"} and not each.untold:
+        elif outcomes == {"pass"} and not candidate.untold:
             quality = "pass"
-        yield each.model_copy(update={"tasks": tuple(tasks), "quality": quality})
+        still = [task for task in tasks if task.noninferiority.verdict == "inconclusive"]
+        settling = tuple(_open(task, kept.differences[task.task], tests) for task in still)
+        yield candidate.model_copy(update={"tasks": tuple(tasks), "quality": quality, "open": settling})
+
+
+def _open(task: ComparedTask, difference: Difference, tests: int) -> Open:
+    """To pass, a test has to be the first of Holm's steps at worst; to fail it needs no correction."""
+    advantage, margin = difference if task.higher_is_better else difference.turned(), task.noninferiority.margin
+    as_good = advantage.estimate.value > -margin
+    times = times_the_documents(advantage, margin, LEVEL / tests if as_good else LEVEL)
+    return Open(
+        task=task.task,
+        documents=max(math.ceil(task.documents * times), task.documents + 1) if times is not None else None,
+        as_good=as_good,
+        margin=passing_margin(advantage, LEVEL / tests),
+    )
 
 
 def _rank(candidate: Candidate) -> tuple[int, float]:
@@ -283,11 +315,14 @@ def _best(candidates: Sequence[Candidate], answer: Answer) -> Candidate:
         passed = [each for each in candidates if each.quality == "pass"]
         return min(passed, key=_price) if passed else max(candidates, key=_kept)
 
-    def missing(candidate: Candidate) -> tuple[int, int, float]:
-        """Tasks on which it looks too bad, tasks that it does not pass, cost."""
-        tests = [task.noninferiority for task in candidate.tasks]
-        bad = sum(test.lower + test.upper < -2 * test.margin for test in tests)
-        return bad, sum(test.verdict != "pass" for test in tests) + len(candidate.untold), _price(candidate)
+    def missing(candidate: Candidate) -> tuple[int, int, float, float]:
+        """Tasks on which it looks worse, tasks that it does not pass, how many times the documents; cost."""
+        bad = sum(not task.as_good for task in candidate.open)
+        documents = {task.task: task.documents for task in candidate.tasks}
+        more = (
+            max((task.documents or math.inf) / documents[task.task] for task in candidate.open) if candidate.open else 0
+        )
+        return bad, len(candidate.open) + len(candidate.untold), more, _price(candidate)
 
     return min((each for each in candidates if not _ruled_out(each)), key=missing)
 

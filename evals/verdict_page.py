@@ -12,7 +12,7 @@ from evals.cells import COSTS, Column, title
 from evals.cost import load_of
 from evals.verdict import Candidate, Judgement
 from evals.verdict_words import SHORT, between, chosen, named, payback, percent, signed, times
-from registry.records import ComparedTask, Estimate
+from registry.records import ComparedTask, Cost, Estimate
 
 MOST = 20  # candidates in the table
 
@@ -154,12 +154,7 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
         rows.append(_compared(what, dollars, beside, load.usd_per_million_tokens))
     yield from _table(["", plain(judgement.teacher), best.version, "of the teacher's"], rows)
     yield ""
-    yield (
-        f"Timed: {cost.prompt_tokens} tokens in and {cost.new_tokens} out, one request at a time where no batch is "
-        f"named, on {plain(cost.machine)}, {cost.threads} threads. Dollars: "
-        + plain("; ".join(_prices(best)) or f"{cost.usd_per_hour:g} USD/h")
-        + "."
-    )
+    yield plain(_timed(judgement, best, cost))
     yield ""
     yield plain(payback(best))
     if best.payback:
@@ -171,9 +166,24 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
         yield from _table(["making it took", "time", "dollars"], parts)
 
 
+def _timed(judgement: Judgement, best: Candidate, cost: Cost) -> str:
+    hardware, _, engine = cost.machine.partition("; ")
+    beside = f", {judgement.teacher} in {best.teacher_cost.machine.partition('; ')[2]}" if best.teacher_cost else ""
+    words = (
+        f"Timed on {hardware}, with {cost.threads} threads: {best.version} in {engine}{beside}; {cost.prompt_tokens} "
+        f"tokens in and {cost.new_tokens} out, one request at a time where no batch is named. Dollars: "
+        f"{'; '.join(_prices(best)) or f'{cost.usd_per_hour:g} USD/h'}."
+    )
+    if best.cost_ratio_interval and best.teacher_cost:
+        words += " The ratio above is the median over paired rounds; the table sets medians beside each other."
+    return words
+
+
 def _compared(what: str, column: Column, teachers: float | None, own: float) -> list[str | None]:
     """A figure of both, and their ratio."""
-    return [what, column.cell(teachers), column.cell(own), percent(own / teachers) if teachers else None]
+    ratio = own / teachers if teachers else None
+    beside = ratio and (f"{times(ratio)} times" if ratio >= 2 else percent(ratio))
+    return [what, column.cell(teachers), column.cell(own), beside or None]
 
 
 def _prices(best: Candidate) -> list[str]:
@@ -220,7 +230,8 @@ def _reasons(candidate: Candidate) -> Iterator[str]:
     """The tasks that it does not pass."""
     for outcome in ("fail", "inconclusive"):
         if tasks := [task.task for task in candidate.tasks if task.noninferiority.verdict == outcome]:
-            yield f"{outcome}: {', '.join(tasks)}"
+            every = len(tasks) == len(candidate.tasks) > 1
+            yield f"{outcome}: {'all tasks' if every else ', '.join(tasks)}"
     if candidate.untold:
         yield f"cannot be told: {', '.join(candidate.untold)}"
 
@@ -239,12 +250,18 @@ def _trace(judgement: Judgement, best: Candidate) -> Iterator[str]:
     yield ""
     yield "To make it again (`eval` with the `--include-path` and `--limit` of the first time):"
     yield ""
-    margins = "".join(f" --margin {_word(f'{task}={margin:g}')}" for task, margin in judgement.margins.items())
-    tasks = _word(",".join(judgement.margins))
+    tasks, widths = _word(",".join(judgement.margins)), set(judgement.margins.values())
+    words = (
+        [f"{task}={margin:g}" for task, margin in judgement.margins.items()]
+        if len(widths) > 1
+        else [f"{widths.pop():g}"]
+    )
+    margins = "".join(f" --margin {_word(word)}" for word in words)
+    asked = "".join(f" --task {_word(task)}" for task in judgement.asked)
     yield f"    limbeck models lineage {best.version}"
     yield f"    limbeck eval {judgement.name} --tasks {tasks} --against {judgement.teacher}"
-    yield f"    limbeck compare {best.version} {judgement.teacher}{margins}"
-    yield f"    limbeck verdict {judgement.name} --against {judgement.teacher}{margins}"
+    yield f"    limbeck compare {best.version} {judgement.teacher} --tasks {tasks}{margins}"
+    yield f"    limbeck verdict {judgement.name} --against {judgement.teacher}{asked}{margins}"
 
 
 # --- HTML

@@ -11,7 +11,7 @@ from registry.records import ComparedTask, Estimate
 
 if TYPE_CHECKING:
     from evals.payback import Span
-    from evals.verdict import Candidate, Judgement
+    from evals.verdict import Candidate, Judgement, Open
 
 SHORT = {"yes": "Yes", "no": "No, not with these candidates", "not settled": "Not settled"}
 
@@ -50,8 +50,10 @@ def _no(judgement: Judgement, best: Candidate) -> str:
 
 def _not_settled(judgement: Judgement, best: Candidate) -> str:
     passed = sum(task.noninferiority.verdict == "pass" for task in best.tasks)
-    words = f"the most promising candidate, {named(best)}, is shown to be as good as {judgement.teacher} on "
-    words += f"{passed} of {len(judgement.margins)} tasks"
+    shown = f"is {'' if passed else 'not '}shown to be as good as {judgement.teacher} on "
+    many = len(judgement.margins)
+    on = _all_tasks(judgement) if passed == many else f"{passed} of {many} tasks" if passed else "any task"
+    words = f"the most promising candidate, {named(best)}, {shown}{on}"
     words += ", and surely worse on none." if best.quality != "pass" else "."
     if best.cost_ratio is None:
         return f"{words} What it costs beside the teacher is not measured."
@@ -78,9 +80,9 @@ def settle(judgement: Judgement) -> tuple[str, ...]:
 
 
 def _settle(judgement: Judgement, best: Candidate) -> Iterator[str]:
-    for task in best.tasks:
-        if task.noninferiority.verdict != "pass":
-            yield _settle_task(task, judgement.tests)
+    tasks = {task.task: task for task in best.tasks}
+    for still in best.open:
+        yield _settle_task(tasks[still.task], still, judgement.tests)
     for name, why in best.untold.items():
         yield f"{name}: {why}."
     again = f"limbeck eval {best.version} --tasks {','.join(judgement.margins)} --against {judgement.teacher}"
@@ -90,20 +92,17 @@ def _settle(judgement: Judgement, best: Candidate) -> Iterator[str]:
         yield f"Its cost, timed again on a machine with nothing else to do: {again} --force"
 
 
-def _settle_task(task: ComparedTask, tests: int) -> str:
+def _settle_task(task: ComparedTask, still: Open, tests: int) -> str:
     test = task.noninferiority
     words = f"{task.task}: the difference is {signed(task.difference)}, the margin {test.margin:g}."
     if test.alone == "pass":
         words += f" Alone it would pass; corrected for all {tests} tests it does not (p = {test.p_holm:.2g})."
-        return f"{words} More documents would settle it, or fewer candidates and tasks, named before they are scored."
-    if test.documents_needed:
-        worse = (test.lower + test.upper) / 2 < -test.margin
-        words += f" About {large(test.documents_needed)} documents (now {large(task.documents)}) would settle it"
-        words += f"{' alone' if tests > 1 else ''}, if the difference stays what it is, "
-        words += f"and show it {'worse' if worse else 'as good'}."
+    if still.documents:
+        words += f" About {large(still.documents)} documents (now {large(task.documents)}) would settle it and show it "
+        words += f"{'as good' if still.as_good else 'worse'}, if the difference stays what it is."
     else:
         words += " The difference is at the margin itself: no number of documents settles it while it stays there."
-    return f"{words} Or a margin of {wider(-test.lower)} at the least, if that is acceptable, and said to be wider."
+    return f"{words} Or a margin of {wider(still.margin)}, if that is acceptable, and said to be wider."
 
 
 # --- numbers in words
