@@ -34,6 +34,7 @@ def open_session(folder: Path, float_products: bool = False) -> tuple[ort.Infere
     del graph.value_info[:]  # inferred again when the graph is loaded
     pick_before_head(graph)
     mask_trees(graph)
+    drop_nan_guards(graph)
     options = ort.SessionOptions()
     options.intra_op_num_threads = physical_cores()
     options.inter_op_num_threads = 1
@@ -107,6 +108,29 @@ def mask_trees(graph: Any) -> None:
     if masked:
         shape: list[str | int | None] = ["tree_batch", 1, "tree_length", "tree_total"]
         graph.input.append(helper.make_tensor_value_info(TREE_MASK, TensorProto.FLOAT, shape))
+
+
+def drop_nan_guards(graph: Any) -> None:
+    """Leave out Where(IsNaN(x), 0, x) behind each Softmax x: an eighth of the time.
+
+    It is there for tokens that attend to nothing. In a batch each one attends to itself, padding too.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    plain: dict[str, str] = {}
+    guards = []
+    for node in graph.node:
+        test = made.get(node.input[0]) if node.op_type == "Where" else None
+        if test is None or test.op_type != "IsNaN" or test.input[0] != node.input[2]:
+            continue
+        if made[node.input[2]].op_type == "Softmax":
+            plain[node.output[0]] = node.input[2]
+            guards += [node, test]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in plain:
+                node.input[place] = plain[name]
+    for node in guards:
+        graph.node.remove(node)
 
 
 def multiply_in_float(graph: Any) -> None:
