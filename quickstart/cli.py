@@ -71,6 +71,7 @@ def steps(
     )
     yield ("What distillation brought: each student against its twin", [("compare", *pair) for pair in twins(name)])
     yield ("Leaderboard: cost against quality", [("leaderboard", name)])
+    yield ("Verdict: is the giant a waste here?", [("verdict", name)])
     yield (
         "Promotion: the cheapest variant that passes the policy",
         [("promote", name, "--to", "production", "--policy", policy), ("leaderboard", name, "--format", "html")],
