@@ -27,7 +27,6 @@ from registry.records import Cost, Load, Making, Relative, Scorecard, TaskResult
 from registry.store import MAKING, Store
 
 DOCUMENTS = 2000
-RIGHT = np.arange(DOCUMENTS) % 5 > 0  # the teacher's answers: 80% are right
 MS = [100.0, 101, 99, 100, 102, 98]  # the teacher's requests
 WIDE = Margins(default=0.02)
 
@@ -40,9 +39,10 @@ Add = Callable[..., Version]
 
 def wrong(documents: int, lost: int, won: int = 0) -> np.ndarray:
     """The teacher's answers to `documents`, but for `lost` that become wrong and `won` that become right."""
-    answers = RIGHT[:documents].astype(float)
-    answers[np.flatnonzero(answers == 1)[:lost]] = 0
-    answers[np.flatnonzero(RIGHT[:documents] == 0)[:won]] = 1
+    right = np.arange(documents) % 5 > 0  # 80%
+    answers = right.astype(float)
+    answers[np.flatnonzero(right)[:lost]] = 0
+    answers[np.flatnonzero(~right)[:won]] = 1
     return answers
 
 
@@ -254,6 +254,12 @@ def test_what_would_settle_it_does(store: Store, add: Add) -> None:
     assert "would settle it and show it as good" in words
     assert judge(store, "m", margins=Margins(default=float(margin))).answer == "yes"
     assert judge(store, "m", margins=Margins(default=0.95 * float(margin))).answer == "not settled"
+    # So many documents with the same difference.
+    many = int(documents.replace(",", ""))
+    add({"qa": wrong(many, 0)}, 1.0, name="n", kind="teacher", alone=True)
+    add({"qa": wrong(many, many * 6 // 300, many * 4 // 300)}, 0.2, name="n", teacher="n/1", alone=True)
+    [settled] = judge(store, "n", against="n/1").candidates
+    assert settled.quality == "pass"
 
 
 def test_the_correction_is_over_candidates_too(store: Store, add: Add) -> None:
