@@ -11,7 +11,7 @@ import numpy as np
 
 from evals import rows
 from evals.onnx_rows import OnnxRows
-from evals.rows import NotANumber, Scored, Work
+from evals.rows import CPU_TOKENS, NotANumber, Scored, Work
 from evals.torch_rows import TorchRows
 from export.runtime import Runtime
 from registry.errors import BadInput
@@ -41,7 +41,7 @@ class Engine(Protocol):
         What is longer than the context loses its beginning.
 
         Args:
-            batch_tokens: the most tokens of one forward pass.
+            batch_tokens: the most tokens of one forward pass; on a CPU no more than `CPU_TOKENS`.
         """
 
     def generate(
@@ -73,7 +73,8 @@ class TorchEngine:
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
         """See `Engine.scores`."""
-        return rows.scores(self._rows, pairs, batch_tokens)
+        on_cpu = self.model.device.type == "cpu"
+        return rows.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
@@ -128,7 +129,7 @@ class OnnxEngine:
             self._runtime = None
             self._rows = OnnxRows(self.folder, self.max_length)
             self._rows.work = self.work
-        return rows.scores(self._rows, pairs, batch_tokens)
+        return rows.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any

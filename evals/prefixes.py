@@ -99,7 +99,8 @@ class Inputs:
         Args:
             most: the most tokens of a row, a single text aside.
             reach: the most tokens of a row and the trunk above it; a longer text shares nothing.
-            below: the fewest tokens below a trunk. shortest: the fewest of a trunk.
+            below: the fewest tokens below a trunk, unless trunk and all below it are more than `most`: then they
+                would be in several rows, and each would repeat it. shortest: the fewest tokens of a trunk.
         """
         if (self.lengths > reach).any():
             short, long = (self._only(self.lengths <= reach), self._only(self.lengths > reach))
@@ -107,11 +108,11 @@ class Inputs:
         groups = [Group()]
         owner = np.zeros(len(self.tokens), int)
         above = [(0, len(self.tokens), 0)]  # group, end of its inputs, depth
-        for start, end, depth in self._forks(below):
+        for start, end, depth, hanging in self._forks():
             while above[-1][1] <= start:
                 above.pop()
             parent, _, top = above[-1]
-            if depth - top >= max(shortest, top // 8):
+            if depth - top >= max(shortest, top // 8) and (hanging >= below or depth - top + hanging > most):
                 above.append((len(groups), end, depth))
                 owner[start:end] = len(groups)
                 groups.append(Group(self._chain(start, top, depth, range(start, end)), parent))
@@ -125,9 +126,9 @@ class Inputs:
         members = np.flatnonzero(chosen).tolist()
         return Inputs([self.tokens[index] for index in members], [self.names[index] for index in members])
 
-    def _forks(self, below: int) -> list[tuple[int, int, int]]:
-        """(start, end, depth) of the inputs below each fork with enough below it, outermost first."""
-        own = np.concatenate([[0], np.cumsum(self.lengths - self.common)])
+    def _forks(self) -> list[tuple[int, int, int, int]]:
+        """(start, end, depth, tokens below) of the inputs below each fork, outermost first."""
+        own = [0, *np.cumsum(self.lengths - self.common).tolist()]
         found = []
         open_: list[tuple[int, int]] = []  # (start, depth), depths ascending
         for index, depth in enumerate([*self.common[1:].tolist(), 0], 1):
@@ -135,8 +136,8 @@ class Inputs:
             while open_ and open_[-1][1] > depth:
                 start, closed = open_.pop()
                 # What the first has beyond the fork, and what each of the others adds.
-                if own[index] - own[start + 1] + self.lengths[start] - closed >= below:
-                    found.append((start, index, closed))
+                hanging = own[index] - own[start + 1] + int(self.lengths[start]) - closed
+                found.append((start, index, closed, hanging))
             if depth and (not open_ or open_[-1][1] < depth):
                 open_.append((start, depth))
         return sorted(found, key=lambda fork: (fork[0], -fork[1]))

@@ -53,15 +53,17 @@ class Probe:
         forward = self.model()
         requests = rows.Requests(tree(size, forward.max_length, forward.vocab_size), forward.max_length)
         inputs, most = requests.inputs, min(size + SMALLEST, isqrt(rows.MOST_PAIRS))
-        expected = dict(rows.run(forward, requests, inputs.chains(), size))
-        for below, shortest in ((NEVER, NEVER), (size // 4, 2)):
-            try:
-                groups = inputs.forest(most, NEVER, below, shortest)
-                found = dict(rows.run(forward, requests, groups, size))
-            except Exception:  # no masks, positions or cache from the caller: each model says so in its own way
-                return False
-            if any(abs(found[pair][0] - score) > TOLERANCE for pair, (score, _) in expected.items()):
-                return False
+        counted, forward.work = forward.work, rows.Work()
+        try:
+            expected = dict(rows.run(forward, requests, inputs.chains(), size))
+            for below, shortest in ((NEVER, NEVER), (size // 4, 2)):
+                found = dict(rows.run(forward, requests, inputs.forest(most, NEVER, below, shortest), size))
+                if any(abs(found[pair][0] - score) > TOLERANCE for pair, (score, _) in expected.items()):
+                    return False
+        except Exception:  # no masks, positions or cache from the caller: each model says so in its own way
+            return False
+        finally:
+            forward.work = counted
         return True
 
 

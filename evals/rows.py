@@ -14,10 +14,11 @@ from evals.prefixes import BELOW, Group, Inputs, Row
 from registry.errors import BadInput
 
 BATCH_TOKENS = 4096
+CPU_TOKENS = 1024  # of a batch: attention scores of more leave a processor's cache, and take longer
 MOST_LOGITS = 2**28  # of one batch (1 GB); a large vocabulary makes batches smaller
 MOST_PAIRS = 2**23  # of tokens that attend to each other in one batch, for each head
 MOST_PADDING = 0.1  # of a row: a shorter one waits for the next batch
-MOST_CACHED = 4  # times the tokens of a batch: the trunk's keys and values, once for each row
+MOST_CACHED = 8  # times the tokens of a batch: the trunk's keys and values, once for each row
 WORTH = 0.97  # of the tokens: sharing has to save more than the rest of them
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
