@@ -34,6 +34,13 @@ SIZES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      max_position_embeddings=128),
+    # What else attention may depend on: a window, the place in the row, a state.
+    "mistral": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=128, sliding_window=24),
+    "gemma2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                   num_key_value_heads=2, max_position_embeddings=128, final_logit_softcapping=3.0),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=4),
 }  # fmt: skip
 
 
