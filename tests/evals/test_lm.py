@@ -36,6 +36,9 @@ class Reference:
         begin = self.lm.tokenizer.decode(self.lm.prefix_token_id)
         self.pairs += [PROMPTS[1:2] + CHOICES[:1], ("", begin + CHOICES[2]), (begin + PROMPTS[1], CHOICES[0])]
         self.pairs += [("def", self.text(128)), ("", self.text(127))]
+        # Questions after the same shots, of two kinds: the shots are long enough for a trunk.
+        shots = [self.text(60), self.text(70)]
+        self.pairs += [(f"{first}\nQ{n}:", choice) for first in shots for n in range(12) for choice in CHOICES[:4]]
         self.texts = [(TEXT[0],), (LONG,), (self.text(127),), (self.text(128),), (self.text(257),), ("\u00e9",)]
         self.logprobs = self.lm.loglikelihood(instances("loglikelihood", self.pairs), disable_tqdm=True)
         self.rolling = self.lm.loglikelihood_rolling(instances("loglikelihood_rolling", self.texts), disable_tqdm=True)
@@ -66,7 +69,7 @@ def references() -> dict[Path, Reference]:
     return {}
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2", "tiny_llama_bos"])
+@pytest.fixture(params=["tiny_llama", "tiny_llama_bos", "tiny_gpt2", "tiny_neox", "tiny_qwen2"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -93,6 +96,8 @@ def test_every_loglikelihood_is_that_of_hflm(reference: Reference, engine: Engin
     assert np.allclose([score for score, _ in scores], [score for score, _ in expected], rtol=0, atol=1e-4)
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
     assert len({greedy for _, greedy in expected}) == 2, "both kinds have to occur"
+    # One row for each request would be five times the least.
+    assert engine.work.forward <= (1.1 if batch_tokens >= 300 else 2) * engine.work.least
 
 
 def test_rolling_windows_are_those_of_hflm(reference: Reference, engine: Engine) -> None:
