@@ -40,6 +40,7 @@ def open_session(folder: Path, float_products: bool = False) -> tuple[ort.Infere
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # each batch has a shape of its own
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # torch's threads work between two runs
     # Weights in a file of their own are read from there.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if float_products:

@@ -85,14 +85,19 @@ def choose(logits: torch.Tensor, node: torch.Tensor, token: torch.Tensor) -> tup
 
     size = max(1, CHUNK // logits.shape[1])
     logprobs = torch.empty(len(node), device=logits.device)
-    likeliest = torch.empty(len(node), dtype=torch.bool, device=logits.device)
+    likeliest = torch.zeros(len(node), dtype=torch.bool, device=logits.device)
     order = node.argsort()
     borders = torch.searchsorted(node[order], torch.arange(0, len(logits) + size, size, device=node.device)).tolist()
     for number, piece in enumerate(logits.split(size)):
         chosen = order[borders[number] : borders[number + 1]]
         rows, tokens = node[chosen] - number * size, token[chosen]
-        logprobs[chosen] = piece.float().log_softmax(-1)[rows, tokens]
-        likeliest[chosen] = piece.argmax(-1)[rows] == tokens
+        piece = piece.float()
+        top = piece.amax(-1)
+        given = piece[rows, tokens]
+        logprobs[chosen] = given - (top + (piece - top[:, None]).exp_().sum(-1).log())[rows]
+        # The place of the greatest takes longer than the greatest: only where it may be this token's.
+        if len(hits := (given == top[rows]).nonzero()[:, 0]):
+            likeliest[chosen[hits]] = piece[rows[hits]].argmax(-1) == tokens[hits]
     return logprobs, likeliest
 
 

@@ -330,3 +330,19 @@ def test_generation_and_scores_take_turns(tiny_llama: Path, onnx: Any) -> None:
     text = list(engine.generate([[1, 2, 3]], 4, []))
     assert list(engine.scores([pair], 300)) == before
     assert list(engine.generate([[1, 2, 3]], 4, [])) == text
+
+
+def test_of_tokens_that_are_equally_likely_the_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from evals import torch_rows
+
+    monkeypatch.setattr(torch_rows, "CHUNK", 3 * 50)  # three rows at a time
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (11, 50), generator=random).float()
+    node = torch.randint(0, 11, (400,), generator=random)
+    token = torch.randint(0, 50, (400,), generator=random)
+    logprobs, likeliest = torch_rows.choose(logits, node, token)
+    assert torch.allclose(logprobs, logits.double().log_softmax(-1)[node, token].float(), atol=1e-5)
+    assert likeliest.tolist() == (logits.argmax(-1)[node] == token).tolist()
+    assert likeliest.any()

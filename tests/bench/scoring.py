@@ -1,0 +1,192 @@
+"""Scoring speed beside lm-eval's own models: the same model, the same requests, in turns within one process.
+
+Three shapes of requests: four choices after a context of 256 tokens, BLiMP's pairs (Warstadt et al. 2020, from
+`LIMBECK_BLIMP`, a folder of its JSON lines, where it is set; else pairs like them), and the windows of long texts.
+HFLM runs at the batch size that is best for it here. Its scores are compared too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from registry.terminal import print_table, quiet_libraries, say
+
+VOCABULARY, CONTEXT, ROUNDS = 32_000, 1024, 3
+BATCH_SIZES = (1, 4, 16, 64)
+# 35 million parameters, 16 of them embeddings.
+CONFIG = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
+              num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True)  # fmt: skip
+
+Pair = tuple[list[int], list[int]]
+
+
+def main(threads: int | None = None) -> None:
+    """Measure and print a table."""
+    quiet_libraries()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
+
+    from evals.engines import load
+    from export.onnx import export
+    from export.runtime import physical_cores
+    from registry.resolve import resolve
+
+    threads = threads or physical_cores()
+    torch.set_num_threads(threads)
+    rows = []
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        params, tokenizer = make_llama(folder / "torch")
+        say(f"a random Llama of {params / 1e6:.0f}M parameters, {threads} threads")
+        export(folder / "torch", folder / "onnx")
+        ours = {name: load(resolve(str(folder / name))) for name in ("torch", "onnx")}
+        hflm = HFLM(pretrained=str(folder / "torch"), device="cpu", dtype="float32", batch_size=1)
+        peer = ONNXRuntimeLM(str(folder / "onnx"), max_length=CONTEXT)
+
+        def by_hflm(pairs: list[Pair], size: int) -> Any:
+            hflm.batch_size_per_gpu = size
+            return hflm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
+
+        def by_onnxruntime(pairs: list[Pair]) -> Any:
+            return peer._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
+
+        choices = four_choices(tokenizer, 8)
+        for shape, pairs in {
+            "four choices after 256 tokens": choices,
+            "minimal pairs": minimal_pairs(tokenizer, 250),
+            "windows of long texts": windows(tokenizer, 2),
+        }.items():
+            tried = {size: min(timed(by_hflm, pairs[::2], size)[0] for _ in range(2)) for size in BATCH_SIZES}
+            size = min(tried, key=tried.__getitem__)
+            rows.append([shape, "torch", f"HFLM, batch {size}", *compare(ours["torch"], by_hflm, pairs, size)])
+        rows.append([rows[0][0], "onnx", "lm-eval's onnxruntime", *compare(ours["onnx"], by_onnxruntime, choices)])
+    columns = ["requests", "Limbeck", "beside", "seconds", "theirs", "times as fast", "of 3 rounds"]
+    columns += ["tokens run", "least", "differ by"]
+    print_table(f"scoring, {threads} threads, load {os.getloadavg()[0]:.1f}", columns, rows)
+
+
+def compare(engine: Any, other: Callable[..., Any], pairs: list[Pair], *settings: Any) -> list[str]:
+    """One row of the table: both in turns, after one round to warm up."""
+    from evals.rows import BATCH_TOKENS
+
+    seconds: list[tuple[float, float]] = []
+    for _ in range(ROUNDS + 1):
+        engine.work.forward = engine.work.least = 0
+        own, scores = timed(lambda: dict(engine.scores(pairs, BATCH_TOKENS)))
+        their, expected = timed(other, pairs, *settings)
+        seconds.append((own, their))
+    ratios = [their / own for own, their in seconds[1:]]
+    differ = max(abs(scores[index][0] - score) for index, (score, _) in enumerate(expected))
+    work = engine.work
+    return [
+        *(f"{statistics.median(column):.2f}" for column in zip(*seconds[1:], strict=True)),
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        f"{work.forward:,}",
+        f"{work.least:,} (+{work.forward / work.least - 1:.1%})",
+        f"{differ:.0e}",
+    ]
+
+
+def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    start = time.perf_counter()
+    result = run(*arguments)
+    return time.perf_counter() - start, result
+
+
+def make_llama(folder: Path) -> tuple[int, Any]:
+    """A random Llama in `folder`, its tokenizer trained on the standard library and the pairs; its parameters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([*sources(), *(" ".join(pair) for pair in sentences())], trainer)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=VOCABULARY, **ids, **CONFIG))
+    model.save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return model.num_parameters(), fast
+
+
+def sources() -> list[str]:
+    """Files of the standard library."""
+    return [path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]]
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """(good, bad) sentences: BLiMP's where its folder is given."""
+    if blimp := os.environ.get("LIMBECK_BLIMP"):
+        for path in sorted(Path(blimp).glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                item = json.loads(line)
+                yield item["sentence_good"], item["sentence_bad"]
+        return
+    names = ["Amanda", "Carlos", "the teachers", "most customers", "this actress", "some senators", "Ruth", "an author"]
+    verbs = [("were cleaning", "was clean"), ("has hidden", "have hid"), ("know", "knows that"), ("fell", "fall")]
+    ends = ["that dog.", "every cup on the table.", "a lot of old bikes.", "those gates near here.", "itself again."]
+    for subject, (good, bad), end, other in product(names, verbs, ends, names):
+        start = f"{subject[0].upper()}{subject[1:]} and {other} "
+        yield f"{start}{good} {end}", f"{start}{bad} {end}"
+
+
+def four_choices(tokenizer: Any, documents: int) -> list[Pair]:
+    """Contexts of 256 tokens, each with the lines that follow in four files."""
+    texts = [tokenizer.encode(text) for text in sources()]
+    texts = [ids for ids in texts if len(ids) > 2000]
+    random = np.random.default_rng(0)
+    pairs = []
+    for number in range(documents):
+        starts = [int(random.integers(0, len(ids) - 400)) for ids in texts]
+        own = number % len(texts)
+        context = texts[own][starts[own] :][:256]
+        for choice in [own, *random.choice([n for n in range(len(texts)) if n != own], 3, replace=False)]:
+            length = int(random.integers(6, 18))
+            pairs.append((context, texts[choice][starts[choice] + 256 :][:length]))
+    return pairs
+
+
+def minimal_pairs(tokenizer: Any, count: int) -> list[Pair]:
+    """The first sentences of both kinds, without context; an even share of each of BLiMP's files."""
+    every = list(sentences())
+    chosen = every[:: max(1, len(every) // count)][:count]
+    return [([0], tokenizer.encode(sentence)) for pair in chosen for sentence in pair]
+
+
+def windows(tokenizer: Any, texts: int) -> list[Pair]:
+    """The windows that texts of up to four contexts are scored in."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    pairs = []
+    for text in [text for text in sources() if len(text) > 20_000][:texts]:
+        tokens = tokenizer.encode(text[:6_000])
+        pairs += [make_disjoint_window(window) for window in get_rolling_token_windows(tokens, 0, CONTEXT, 1)]
+    return pairs
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else None)
