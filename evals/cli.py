@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evals.cells import COST_COLUMNS, cost_cells, headers
+from evals.prices import Prices, price_options
 from registry.errors import BadInput
 from registry.terminal import format_option, print_json, print_table, quiet_libraries, say
 
@@ -68,21 +69,7 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
 )
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
 @click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
-@click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(path_type=Path),
-    envvar="LIMBECK_PRICES",
-    show_envvar=True,
-    help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
-)
-@click.option(
-    "--usd-per-hour",
-    type=float,
-    envvar="LIMBECK_USD_PER_HOUR",
-    show_envvar=True,
-    help="The price of this machine, before any file.",
-)
+@price_options
 @click.option(
     "--tokenizer", metavar="MODEL", help="The tokenizer of models that are given as http://HOST:PORT/v1#NAME."
 )
@@ -125,7 +112,6 @@ def evaluate(
     Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
     """
     quiet_libraries()
-    from evals.prices import Prices
     from evals.scorecard import evaluate as run
     from evals.task_set import TaskSet
     from registry.resolve import resolve, resolve_all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.errors import BadInput
-from registry.terminal import print_json, print_table
+from registry.terminal import print_json, print_table, write_report
 
 if TYPE_CHECKING:
     from registry.records import LeaderboardRow
@@ -63,7 +62,7 @@ def leaderboard(
     request, price) are ranked apart, the largest group first.
     """
     from evals.leaderboard import rows, to_csv
-    from registry.home import home, written_whole
+    from registry.home import home
     from registry.store import Store
 
     if output == "table" and file:
@@ -88,15 +87,7 @@ def leaderboard(
     else:
         _print_rows(name, found, cost)
         return
-    if file is None:
-        print(text, end="")
-        return
-    try:
-        with written_whole(file) as part:
-            part.write_text(text, encoding="utf-8")
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        raise BadInput(f"{file} cannot be written: {error.strerror}", fix="choose another --output") from error
-    print(os.path.relpath(file))
+    write_report(text, file)
 
 
 def _print_rows(name: str, found: Sequence[LeaderboardRow], cost: str) -> None:

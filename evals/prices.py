@@ -22,10 +22,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import click
 from pydantic import Field, field_validator
 
 from registry import tomlfile
@@ -152,3 +154,23 @@ def _words(name: str, dollars: str, found: _Dated) -> str:
     if found.source == "--usd-per-hour":  # today's: a date would make the same price another one tomorrow
         return f"{name}, {dollars} (--usd-per-hour)"
     return f"{name}, {dollars} ({found.date}, {found.source})"
+
+
+def price_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options `--prices` and `--usd-per-hour` of a command: its `prices_file` and `usd_per_hour`."""
+    by_file = click.option(
+        "--prices",
+        "prices_file",
+        type=click.Path(path_type=Path),
+        envvar="LIMBECK_PRICES",
+        show_envvar=True,
+        help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
+    )
+    by_hand = click.option(
+        "--usd-per-hour",
+        type=float,
+        envvar="LIMBECK_USD_PER_HOUR",
+        show_envvar=True,
+        help="The price of the machine, before any file.",
+    )
+    return by_file(by_hand(command))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
+from evals.prices import Prices, price_options
 from registry.errors import BadInput
-from registry.terminal import print_json
+from registry.terminal import print_json, write_report
 
 
 @click.command()
@@ -28,21 +28,7 @@ from registry.terminal import print_json
     type=click.FloatRange(min=0, min_open=True),
     help="The load, prompt and new tokens together: tells the days until a student has paid for itself.",
 )
-@click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(path_type=Path),
-    envvar="LIMBECK_PRICES",
-    show_envvar=True,
-    help="Your prices of machines, TOML; looked at before those in evals/prices.toml.",
-)
-@click.option(
-    "--usd-per-hour",
-    type=float,
-    envvar="LIMBECK_USD_PER_HOUR",
-    show_envvar=True,
-    help="The price of every machine, before any file.",
-)
+@price_options
 @click.option(
     "--format",
     "output",
@@ -69,9 +55,8 @@ def verdict(
     was not measured. No model runs. The exit code is 0 whatever the answer: `limbeck promote` is the gate.
     """
     from evals.noninferiority import Margins
-    from evals.prices import Prices
     from evals.verdict import judge
-    from registry.home import home, written_whole
+    from registry.home import home
     from registry.store import Store
 
     if output == "table" and file:
@@ -98,12 +83,4 @@ def verdict(
         text = html(judgement)
     else:
         text = judgement.model_dump_json(indent=2) + "\n" if output == "json" else markdown(judgement)
-    if file is None:
-        print(text, end="")
-        return
-    try:
-        with written_whole(file) as part:
-            part.write_text(text, encoding="utf-8")
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        raise BadInput(f"{file} cannot be written: {error.strerror}", fix="choose another --output") from error
-    print(os.path.relpath(file))
+    write_report(text, file)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+from registry.errors import BadInput
+from registry.home import written_whole
 
 MANY = 100  # rows of a table
 
@@ -29,6 +34,19 @@ def say(text: str) -> None:
 def print_json(value: Any) -> None:
     """JSON on stdout; pydantic records are dumped by their fields."""
     print(json.dumps(value, indent=2, default=_plain))
+
+
+def write_report(text: str, file: Path | None) -> None:
+    """A report whole in `file`, whose path is printed; on stdout where there is none. Raises BadInput."""
+    if file is None:
+        print(text, end="")
+        return
+    try:
+        with written_whole(file) as part:
+            part.write_text(text, encoding="utf-8")
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"{file} cannot be written: {error.strerror}", fix="choose another --output") from error
+    print(os.path.relpath(file))
 
 
 def _plain(value: Any) -> Any:
