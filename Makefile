@@ -16,7 +16,7 @@ install: .venv/installed  ## make .venv and install Limbeck in it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: install  ## the whole loop: distil, export, score, rank, promote, generate (about 5 minutes)
+quickstart: install  ## the whole loop: distil, export, score, rank, promote, generate (4 to 8 minutes)
 	$(BIN)/limbeck quickstart
 
 test: install  ## the whole test suite
