@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from registry.records import Cost
 from registry.store import Store
 
 # Set before any Hugging Face import: a test that reaches for a hub fails at once.
@@ -68,6 +69,26 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_cost(usd: float) -> Cost:
+    """What a small model costs, at `usd` dollars per million tokens."""
+    return Cost(
+        params=1000,
+        disk_bytes=4000,
+        peak_rss_bytes=10_000,
+        prefill_tokens_per_s=1e4,
+        decode_tokens_per_s=300.0,
+        p50_ms=20.0,
+        p95_ms=30.0,
+        usd_per_million_tokens=usd,
+        usd_per_hour=1.0,
+        prompt_tokens=64,
+        new_tokens=64,
+        requests=20,
+        threads=1,
+        machine="a test",
+    )
 
 
 def make_model(folder: Path, tokenizer_folder: Path, model_type: str, seed: int = 0, **changes: object) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from registry.records import Cost, Estimate, Relative, Scorecard, TaskResult
+from registry.records import Estimate, Relative, Scorecard, TaskResult
+from tests.conftest import make_cost
 
 TEACHER = "0" * 64
 
@@ -15,22 +16,7 @@ def make_card(artifact: str, retention: float | None, usd: float, **changes: Any
     result = TaskResult(
         metric="acc", value=0.5, stderr=0.01, higher_is_better=True, documents=9, task_hash="t", prompt_hash="p"
     )
-    cost = Cost(
-        params=1000,
-        disk_bytes=4000,
-        peak_rss_bytes=10_000,
-        prefill_tokens_per_s=1e4,
-        decode_tokens_per_s=300.0,
-        p50_ms=20.0,
-        p95_ms=30.0,
-        usd_per_million_tokens=usd,
-        usd_per_hour=1.0,
-        prompt_tokens=64,
-        new_tokens=64,
-        requests=20,
-        threads=1,
-        machine="a test",
-    )
+    cost = make_cost(usd)
     kept = Estimate(value=retention or 0, low=(retention or 0) - 0.05, high=(retention or 0) + 0.05)
     relative = Relative(
         teacher="m/1",

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from registry.policy import CostLimits, Policy, Quality
-from registry.records import Cost, Estimate, Parity, Relative, Scorecard, TaskResult, Version
+from registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
 from registry.store import Store
+from tests.conftest import make_cost
 
 POLICY = Policy(quality=Quality(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))
 
@@ -115,22 +116,7 @@ def _card(artifact: str, **changes: Any) -> Scorecard:
         task_hash="t",
         prompt_hash="p",
     )
-    cost = Cost(
-        params=1000,
-        disk_bytes=4000,
-        peak_rss_bytes=10_000,
-        prefill_tokens_per_s=1e4,
-        decode_tokens_per_s=300.0,
-        p50_ms=20.0,
-        p95_ms=30.0,
-        usd_per_million_tokens=usd,
-        usd_per_hour=1.0,
-        prompt_tokens=64,
-        new_tokens=64,
-        requests=20,
-        threads=1,
-        machine="a test",
-    )
+    cost = make_cost(usd)
     value, low, high = retention
     estimate = Estimate(value=value, low=low, high=high)
     relative = Relative(
