@@ -11,38 +11,43 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from registry.digest import file_digest, json_digest
 from registry.home import home, written_whole
 
+if TYPE_CHECKING:
+    import torch
+
 SHARD_BLOCKS = 128
 
-Capture = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Capture = Callable[
+    [np.ndarray], dict[str, np.ndarray]
+]  # the numbers of blocks (n,) -> arrays (n, T, ...) of a stored form
 
 
 class TeacherCache:
-    """Stored top-k log-probabilities of one teacher over one array of blocks.
+    """Stored top-k log-probabilities of one teacher over the blocks of one layout.
 
     Args:
         settings: what identifies the content: teacher digest, blocks digest, top_k. Another value of any
             of them is another cache.
-        blocks: token ids (N, T) int32.
+        blocks: how many.
         vocab_size: decides the width of the stored ids.
     """
 
-    def __init__(self, settings: dict[str, str | int], blocks: np.ndarray, vocab_size: int) -> None:
+    def __init__(self, settings: dict[str, str | int], blocks: int, vocab_size: int) -> None:
         self.settings = settings
         self.blocks = blocks
-        self.top_k = int(settings["top_k"])
         self.id_dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         self.folder = home() / "teacher-cache" / json_digest(settings)[:16]
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def shards(self) -> int:
-        return -(-len(self.blocks) // SHARD_BLOCKS)
+        return -(-self.blocks // SHARD_BLOCKS)
 
     def _files(self, shard: int) -> dict[str, Path]:
         return {part: self.folder / f"{shard:05d}.{part}.npy" for part in ("ids", "logprobs")}
@@ -59,7 +64,7 @@ class TeacherCache:
         """Capture every shard that is not there or is damaged; returns the blocks captured.
 
         Args:
-            capture: blocks (n, T) -> ids (n, T, top_k) and log-probabilities (n, T, top_k).
+            capture: numbers of blocks (n,) -> ids (n, T, top_k) and log-probabilities (n, T, top_k), by name.
             on_blocks: told how many blocks are done, for a progress bar.
         """
         from filelock import FileLock
@@ -69,11 +74,11 @@ class TeacherCache:
         with FileLock(self.folder / ".lock"):
             (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
             for shard in range(self.shards):
-                blocks = self.blocks[shard * SHARD_BLOCKS : (shard + 1) * SHARD_BLOCKS]
+                blocks = np.arange(shard * SHARD_BLOCKS, min((shard + 1) * SHARD_BLOCKS, self.blocks))
                 if not self._is_whole(shard):
                     began = time.monotonic()
-                    ids, logprobs = capture(blocks)
-                    self._write(shard, ids, logprobs, time.monotonic() - began)
+                    arrays = capture(blocks)
+                    self._write(shard, arrays["ids"], arrays["logprobs"], time.monotonic() - began)
                     captured += len(blocks)
                 on_blocks(len(blocks))
         return captured
@@ -89,20 +94,26 @@ class TeacherCache:
             digests = {part: file_digest(path) for part, path in files.items()}
             temporary.write_text(json.dumps({**digests, "seconds": seconds}) + "\n")
 
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n, T, top_k) int64 and log-probabilities (n, T, top_k) float32 of the blocks at `indices`."""
-        ids, logprobs = [], []
-        for index in indices:
-            shard, row = divmod(int(index), SHARD_BLOCKS)
-            if shard not in self._open:
-                files = self._files(shard)
-                self._open[shard] = (
-                    np.load(files["ids"], mmap_mode="r", allow_pickle=False),
-                    np.load(files["logprobs"], mmap_mode="r", allow_pickle=False),
-                )
-            ids.append(self._open[shard][0][row])
-            logprobs.append(self._open[shard][1][row])
-        return np.stack(ids).astype(np.int64), np.stack(logprobs).astype(np.float32)
+    def rows(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """The stored form of the blocks at `indices` (n,), by the names of `objectives.TopK`.
+
+        Returns:
+            ids (n, T, top_k) int64 and logprobs (n, T, top_k) float32.
+        """
+        import torch
+
+        rows = [self._row(int(index)) for index in indices]
+        return {
+            "ids": torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64)),
+            "logprobs": torch.from_numpy(np.stack([row["logprobs"] for row in rows]).astype(np.float32)),
+        }
+
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        shard, row = divmod(index, SHARD_BLOCKS)
+        if shard not in self._open:
+            files = self._files(shard)
+            self._open[shard] = {part: np.load(file, mmap_mode="r", allow_pickle=False) for part, file in files.items()}
+        return {part: array[row] for part, array in self._open[shard].items()}
 
     def seconds(self) -> float:
         """Seconds that the capture of all shards took, whichever run made them; loading the teacher included."""

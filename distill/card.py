@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
     """README.md of a student: what it learnt from, how, how much, and what came of it."""
     recipe = setting.recipe
-    objective = recipe.objectives[plan.objective]
+    objective = plan.objective
     training = recipe.training_of(plan.student)
     teacher = setting.teacher_version
     learnt = "next-token labels alone"
@@ -34,7 +34,7 @@ tags:
 | | |
 |---|---|
 | parameters | {facts["params"]:,} |
-| recipe | `{setting.source.path.name}`, student `{plan.student}`, objective `{plan.objective}` |
+| recipe | `{setting.source.path.name}`, student `{plan.student}`, objective `{plan.objective_name}` |
 | learnt from | {learnt} |
 | text | {recipe.data.path or recipe.data.kind}: {setting.corpus.train_documents} documents, \
 {setting.corpus.train_bytes:,} bytes; {setting.corpus.heldout_documents} documents held out by a hash of their path |

@@ -15,6 +15,7 @@ from registry.errors import BadInput
 from registry.machine import cpu_bf16
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -147,15 +148,21 @@ def has_bf16() -> bool:
     return bool(cpu_bf16())
 
 
-def _batches(blocks: np.ndarray, vocab_size: int) -> Iterator[np.ndarray]:
-    """Blocks in batches whose logits stay below a gigabyte, 8 blocks at most."""
-    size = max(1, min(8, 2**28 // (blocks.shape[1] * vocab_size)))
-    for start in range(0, len(blocks), size):
-        yield blocks[start : start + size]
+def batches(blocks: Blocks, vocab_size: int, indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+    """The blocks at `indices` in batches whose logits stay below a gigabyte, 8 blocks at most."""
+    size = max(1, min(8, 2**28 // (blocks.ids.shape[1] * vocab_size)))
+    for start in range(0, len(indices), size):
+        yield blocks.batch(indices[start : start + size])
 
 
-def capture_topk(model: PreTrainedModel, vocab_size: int, top_k: int, bf16: bool) -> Capture:
-    """A function of blocks (n, T) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k).
+def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (n, T, V) float32 of a batch of blocks."""
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+    return model(**inputs, use_cache=False).logits.float()
+
+
+def capture_topk(model: PreTrainedModel, blocks: Blocks, vocab_size: int, top_k: int, bf16: bool) -> Capture:
+    """A function of block numbers (n,) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k).
 
     Args:
         vocab_size: entries beyond it are padding and are left out.
@@ -166,33 +173,31 @@ def capture_topk(model: PreTrainedModel, vocab_size: int, top_k: int, bf16: bool
     torch.nn.Module.to(model, device()).eval()
 
     @torch.inference_mode()
-    def capture(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def capture(indices: np.ndarray) -> dict[str, np.ndarray]:
         ids, logprobs = [], []
-        for batch in _batches(blocks, vocab_size):
-            tokens = torch.from_numpy(batch).long().to(model.device)
+        for batch in batches(blocks, vocab_size, indices):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            logits = logits[..., :vocab_size].float()
-            values, indices = logits.topk(top_k, dim=-1)
+                logits = logits_of(model, batch)[..., :vocab_size]
+            values, chosen = logits.topk(top_k, dim=-1)
             logprobs.append((values - logits.logsumexp(-1, keepdim=True)).cpu().numpy())
-            ids.append(indices.cpu().numpy())
-        return np.concatenate(ids), np.concatenate(logprobs)
+            ids.append(chosen.cpu().numpy())
+        return {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs)}
 
     return capture
 
 
 def bits_per_byte(model: PreTrainedModel, blocks: Blocks, limit: int = 128) -> float:
-    """Bits per byte of text over at most `limit` evenly spread blocks; the first token of a block is given."""
+    """Bits per byte of text over at most `limit` evenly spread blocks, every target predicted."""
     import torch
     import torch.nn.functional as F
 
-    chosen = blocks.ids[np.unique(np.linspace(0, len(blocks.ids) - 1, limit).astype(int))]
-    nats = 0.0
+    chosen = np.unique(np.linspace(0, len(blocks.ids) - 1, limit).astype(int))
+    nats = targets = 0.0
     model.eval()
     with torch.inference_mode():
-        for batch in _batches(chosen, model.config.get_text_config().vocab_size):
-            ids = torch.from_numpy(batch).long().to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            nats += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-    tokens = chosen[:, 1:].size
-    return nats / tokens / float(np.log(2)) * blocks.ids.size / blocks.text_bytes
+        for batch in batches(blocks, model.config.get_text_config().vocab_size, chosen):
+            labels = batch["labels"][:, 1:].to(model.device)
+            logits = logits_of(model, batch)[:, :-1]
+            nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+            targets += int((labels != -100).sum())
+    return nats / targets / float(np.log(2)) * blocks.text_tokens / blocks.text_bytes

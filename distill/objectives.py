@@ -6,6 +6,7 @@ vocabulary (teacher run online) or the teacher's top-k tokens and one bucket for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,29 @@ class TopK(NamedTuple):
 
     ids: torch.Tensor
     logprobs: torch.Tensor
+
+
+class Samples(NamedTuple):
+    """An unbiased sparse estimate of the teacher's distribution at each position.
+
+    Attributes:
+        ids: (..., m) int64; unused places hold any id with weight 0.
+        weights: (..., m) float: what the estimate gives each id; over the draws, its mean is the probability.
+        entropy: (...) float: of the teacher's whole distribution, in nats.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+
+Said = torch.Tensor | TopK | Samples  # what the teacher said: logits (..., V), or a stored form of them
+
+
+def stored(arrays: Mapping[str, torch.Tensor]) -> TopK | Samples:
+    """A stored form from its arrays by name."""
+    form = TopK if "logprobs" in arrays else Samples
+    return form(**arrays)
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float = 0.5) -> torch.Tensor:
@@ -47,10 +71,8 @@ def with_tail(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([logprobs, torch.log((1 - mass).clamp_min(1e-6))], dim=-1)
 
 
-def loss(
-    logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teacher: torch.Tensor | TopK | None
-) -> torch.Tensor:
-    """The objective's mean over tokens, in nats.
+def loss(logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teacher: Said | None) -> torch.Tensor:
+    """The objective's sum over tokens, in nats.
 
     Args:
         logits: student logits (N, V) float.
@@ -60,20 +82,22 @@ def loss(
     """
     logits = logits.float()
     if objective.divergence is None or teacher is None:
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum")
     t = 1.0
     if isinstance(teacher, TopK):
         # Only k + 1 entries are needed of log q: a logsumexp and a gather write no second (N, V).
         wanted = torch.cat([teacher.ids, labels.unsqueeze(-1)], dim=-1)
         log_q = logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True)
-        cross_entropy = -log_q[..., -1].mean()
+        cross_entropy = -log_q[..., -1].sum()
         log_q = with_tail(log_q[..., :-1])
         log_p = with_tail(teacher.logprobs.float())
+    elif isinstance(teacher, Samples):
+        raise NotImplementedError
     else:
         t = objective.temperature
-        cross_entropy = F.cross_entropy(logits, labels)
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
         log_q = F.log_softmax(logits / t, dim=-1)[..., : teacher.shape[-1]]
         log_p = F.log_softmax(teacher.float() / t, dim=-1)
     # t * t keeps the gradient's size independent of the temperature (Hinton et al.).
-    distance = divergence(log_p, log_q, objective.divergence, objective.beta).mean() * t * t
+    distance = divergence(log_p, log_q, objective.divergence, objective.beta).sum() * t * t
     return objective.labels * cross_entropy + (1 - objective.labels) * distance

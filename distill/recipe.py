@@ -13,30 +13,81 @@ from registry.records import Record
 # Suffix of a file with a text column -> its loader in Hugging Face datasets.
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "chunks"]
+Control = Literal["untrained", "labels", "labels_equal_cost"]
 
 
 class Data(Record):
-    """`[data]`: the text, and how it is laid out in blocks."""
+    """`[data]`: the text, and how it is laid out in blocks.
+
+    A row of a table is a text (`text_column`), a prompt with its completion (`prompt_column`,
+    `completion_column`) or a conversation (`messages_column`); of the latter two only the answers are learnt.
+    """
 
     source: Literal["stdlib", "text", "dataset"] | None = None  # None: as the path's suffix says
     path: str | None = None  # text: a file or folder; dataset: .jsonl/.json/.parquet/.csv file or a hub id
     dataset_name: str | None = None  # a hub dataset's configuration
     split: str = "train"
     text_column: str = "text"
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    messages_column: str | None = None
     heldout: float = Field(0.1, gt=0, lt=1)  # share of documents held out, by a hash of their path
     max_length: int = Field(256, ge=8)  # tokens a block
     max_tokens: int | None = Field(None, ge=8)  # use only this many training tokens (a fair sample)
 
     @model_validator(mode="after")
-    def _has_path(self) -> Data:
+    def _names_its_text(self) -> Data:
         if self.source != "stdlib" and not self.path:
             raise ValueError("the text is missing: set path, or source = 'stdlib'")
+        if self.messages_column and (self.prompt_column or self.completion_column):
+            raise ValueError(
+                "a row is a conversation or a prompt with its completion: set messages_column, or the others"
+            )
+        if self.completion_column and not self.prompt_column:
+            raise ValueError("a completion needs its prompt: set prompt_column")
         return self
 
     @property
     def kind(self) -> str:
         """`source`, or what the suffix of `path` says: `dataset` for a table of rows, else `text`."""
         return self.source or ("dataset" if Path(self.path or "").suffix in TABLES else "text")
+
+
+class Filter(Record):
+    """`[generate.filter]`: which of the teacher's answers are kept."""
+
+    min_tokens: int = Field(1, ge=0)
+    max_tokens: int | None = Field(None, ge=1)
+    finished: bool = True  # only answers that ended by themselves, not at max_new_tokens
+    max_repetition: float = Field(1.0, gt=0, le=1)  # share of an answer's 4-grams that came before in it
+    regex: str | None = None  # has to be found in the answer
+    verifier: str | None = None  # "final_answer" (against answer_column), or "package.module:function"
+    answer_column: str | None = None  # what the verifier compares with
+    min_logprob: float | None = Field(None, le=0)  # mean log-probability a token under the teacher, in nats
+
+
+class Generate(Record):
+    """`[generate]`: the teacher answers the prompts of `[data]`, and the student learns from its answers."""
+
+    samples: int = Field(1, ge=1)  # answers a prompt
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    stop: tuple[str, ...] = ()
+    chat: bool | None = None  # through the chat template; None: where the teacher has one
+    system_prompt: str | None = None
+    batch_size: int = Field(16, ge=1)  # prompts at a time (a local teacher)
+    filter: Filter = Filter()
+
+
+class OnPolicy(Record):
+    """`[on_policy]`: the student writes a share of the batches itself, the teacher grades them (GKD)."""
+
+    lmbda: float = Field(0.5, gt=0, le=1)  # share of the batches, as in TRL's GKDConfig
+    max_new_tokens: int = Field(64, ge=1)
+    prompt_tokens: int | None = Field(None, ge=1)  # of plain text; None: half of the block
+    temperature: float = Field(1.0, gt=0)
 
 
 class Tokenizer(Record):
@@ -46,26 +97,48 @@ class Tokenizer(Record):
 
 
 class Teacher(Record):
-    """`[teacher]`: a folder (beside the recipe or here), a hub id, NAME/VERSION or NAME@ALIAS."""
+    """`[teacher]`: a folder (beside the recipe or here), a hub id, NAME/VERSION, NAME@ALIAS, or an endpoint."""
 
-    model: str
+    model: str  # an endpoint: http://HOST:PORT/v1#NAME
+    tokenizer: str | None = None  # an endpoint's: a folder or hub id; None: its text alone can be learnt from
     licence: str | None = None
+    licence_allows_distillation: bool | None = None  # None: as is known of the licence
     trust_remote_code: bool = False
+    num_concurrent: int = Field(4, ge=1)  # endpoint: requests at a time
+    requests_per_minute: float | None = Field(None, gt=0)
+    usd_per_million_input_tokens: float = Field(0.0, ge=0)
+    usd_per_million_output_tokens: float = Field(0.0, ge=0)
+
+    @property
+    def is_endpoint(self) -> bool:
+        return self.model.startswith(("http://", "https://"))
 
 
 class Cache(Record):
     """`[cache]`: what is stored of the teacher's distribution at each position."""
 
-    top_k: int = Field(32, ge=0)  # most likely tokens stored, and the mass of the rest; 0: teacher runs online
+    form: Literal["sampled", "topk", "online"] = "topk"  # online: nothing is stored, the teacher runs each time
+    top_k: int = Field(32, ge=1)  # topk: the most likely tokens stored, and the mass of the rest
+    samples: int = Field(50, ge=1)  # sampled: draws a token
+
+
+class Layers(Record):
+    """`[objectives.NAME.layers]`: hidden states follow the teacher's too; the teacher has to run online."""
+
+    loss: Literal["cosine", "mse"] = "cosine"
+    weight: float = Field(1.0, gt=0)
+    map: dict[int, int] | None = None  # student's layer -> teacher's, counted from 1; None: evenly spread
 
 
 class Objective(Record):
-    """`[objectives.NAME]`: labels * cross-entropy + (1 - labels) * divergence from the teacher."""
+    """`[objectives.NAME]`: labels * cross-entropy + (1 - labels) * divergence from the teacher (+ layers)."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None = None
+    divergence: Divergence | None = None  # chunks: for a teacher with another tokenizer
     labels: float = Field(0.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.5, gt=0, lt=1)  # jsd: weight of the teacher in the mixture
+    alpha: float = Field(0.1, gt=0, lt=1)  # skew_kl: share of the other distribution mixed in
+    layers: Layers | None = None
 
     @model_validator(mode="after")
     def _has_a_signal(self) -> Objective:
@@ -73,14 +146,19 @@ class Objective(Record):
             raise ValueError("an objective without a divergence learns from labels alone: set labels = 1.0")
         return self
 
+    @property
+    def uses_teacher(self) -> bool:
+        return self.divergence is not None or self.layers is not None
+
 
 class Training(Record):
-    """`[training]`: as in transformers.TrainingArguments; `bf16` None means where the hardware has it."""
+    """`[training]`: as in transformers.TrainingArguments; `bf16` None means where it is measured to be faster."""
 
     max_steps: int = Field(-1, ge=-1)
     num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
     optim: Literal["adamw_torch", "muon"] = "adamw_torch"  # muon: for the matrices of fresh students
     learning_rate: float = Field(2e-3, gt=0)
     lr_scheduler_type: Scheduler = "cosine"
@@ -91,51 +169,117 @@ class Training(Record):
     bf16: bool | None = None
     torch_compile: bool = False
     logging_steps: int = Field(20, ge=1)
+    eval_steps: int | None = Field(None, ge=1)  # held-out bits per byte and agreement so often; None: a tenth
     save_minutes: float = Field(2.0, gt=0)  # a killed run goes on from its last checkpoint
 
 
+class Budget(Record):
+    """`[budget]`: where a student's training ends at the latest; the student is kept and can be used."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+    max_usd: float | None = Field(None, gt=0)
+    usd_per_hour: float | None = Field(None, gt=0)  # of this machine; max_usd and stop_when need it
+    stop_when: float | None = Field(None, gt=0)  # gain below so many held-out bits per byte a dollar
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Budget:
+        if (self.max_usd or self.stop_when) and not self.usd_per_hour:
+            raise ValueError("max_usd and stop_when need what an hour of this machine costs: set usd_per_hour")
+        return self
+
+
+class Carve(Record):
+    """`[students.NAME.carve]`: cut from the teacher; what is not given stays as the teacher has it."""
+
+    layers: tuple[int, ...] | None = None  # the teacher's layers that stay, counted from 0
+    num_hidden_layers: int | None = Field(None, ge=1)  # or so many, evenly spread
+    hidden_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    calibration_blocks: int = Field(32, ge=1)  # of the training text, to measure importance on
+
+    @model_validator(mode="after")
+    def _says_layers_once(self) -> Carve:
+        if self.layers is not None and self.num_hidden_layers is not None:
+            raise ValueError("give layers or num_hidden_layers, not both")
+        return self
+
+
+class Lora(Record):
+    """`[students.NAME.lora]`: as in peft.LoraConfig; the adapter is merged into the saved student."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
 class Student(Record):
-    """`[students.NAME]`: a fresh model from `config`, or a pretrained one from `model`."""
+    """`[students.NAME]`: a fresh model from `config`, a pretrained one from `model`, or one cut from the teacher."""
 
     model: str | None = None
     config: dict[str, Any] = {}
+    carve: Carve | None = None
+    lora: Lora | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the saved weights
     training: Training = Training()  # the keys given here override [training] for this student
 
     @model_validator(mode="after")
     def _has_a_start(self) -> Student:
-        if (self.model is None) == ("model_type" not in self.config):
-            raise ValueError("a student needs either model (pretrained) or config with a model_type, not both")
+        starts = [self.model is not None, "model_type" in self.config, self.carve is not None]
+        if sum(starts) != 1 or (self.config and "model_type" not in self.config):
+            raise ValueError(
+                "a student needs one start: model (pretrained), config with a model_type, or carve (from the teacher)"
+            )
         return self
 
 
+class Sweep(Record):
+    """`[sweep]`: the grid is sizes x objectives x temperatures x seeds, and its controls."""
+
+    temperatures: tuple[float, ...] = ()  # of every objective with a divergence; none: as the objective says
+    seeds: tuple[int, ...] = ()  # none: the recipe's
+    controls: tuple[Control, ...] = ()  # added for every size and seed
+
+
 class Recipe(Record):
-    """A whole distillation recipe. The students are every student under every objective."""
+    """A whole distillation recipe. The students are every size under every objective, temperature and seed."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     licence: str | None = None
     seed: int = 0
     data: Data
+    generate: Generate | None = None
+    on_policy: OnPolicy | None = None
     tokenizer: Tokenizer | None = None
     teacher: Teacher | None = None
     cache: Cache = Cache()
     students: dict[str, Student] = Field(min_length=1)
     objectives: dict[str, Objective] = Field(min_length=1)
     training: Training = Training()
+    budget: Budget = Budget()
+    sweep: Sweep = Sweep()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        needing = [name for name, objective in self.objectives.items() if objective.divergence]
+        needing = [name for name, objective in self.objectives.items() if objective.uses_teacher]
         if needing and self.teacher is None:
             raise ValueError(f"objectives.{needing[0]} has a divergence but the recipe has no [teacher]")
-        if self.tokenizer and self.teacher:
-            raise ValueError("[tokenizer] is trained only where there is no [teacher]; students take the teacher's")
         for name in needing:
-            if self.objectives[name].temperature != 1.0 and self.cache.top_k:
+            if self.objectives[name].temperature != 1.0 and self.cache.form != "online":
                 raise ValueError(
                     f"objectives.{name}.temperature {self.objectives[name].temperature} needs every logit of the "
-                    f"teacher and the cache keeps {self.cache.top_k}: set cache.top_k = 0 to run the teacher online"
+                    f'teacher and the cache keeps some: set cache.form = "online" to run the teacher each time'
                 )
+        if self.generate and self.teacher is None:
+            raise ValueError("[generate] has the teacher write the answers and the recipe has no [teacher]")
+        if self.tokenizer and self.teacher:
+            raise ValueError("[tokenizer] is trained only where there is no [teacher]; students take the teacher's")
+        carved = [name for name, student in self.students.items() if student.carve]
+        if carved and (self.teacher is None or self.teacher.is_endpoint):
+            raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
         return self
 
     def training_of(self, student: str) -> Training:
@@ -144,21 +288,32 @@ class Recipe(Record):
 
 
 class Plan(Record):
-    """One student to train: a size and an objective of the recipe."""
+    """One student to train: a size, an objective (its temperature filled in) and a seed."""
 
     label: str
     student: str
-    objective: str
+    objective_name: str
+    objective: Objective
+    seed: int
+    control: Control | None = None
 
 
 def plans(recipe: Recipe) -> list[Plan]:
-    """Every student under every objective; the objective is left out of the label where there is only one."""
-    single = len(recipe.objectives) == 1
-    return [
-        Plan(label=student if single else f"{student}-{objective}", student=student, objective=objective)
-        for student in recipe.students
-        for objective in recipe.objectives
-    ]
+    """Every student under every objective, temperature and seed; what does not vary is left out of the label."""
+    made = []
+    for student in recipe.students:
+        for name, objective in recipe.objectives.items():
+            single = len(recipe.objectives) == 1
+            made.append(
+                Plan(
+                    label=student if single else f"{student}-{name}",
+                    student=student,
+                    objective_name=name,
+                    objective=objective,
+                    seed=recipe.seed,
+                )
+            )
+    return made
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:

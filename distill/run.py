@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill import card, models
 from distill import recipe as recipes
-from distill.cache import Capture, TeacherCache
+from distill.cache import TeacherCache
 from distill.recipe import Plan, Source
 from distill.setting import Setting, check_students, code_version, prepare
+from distill.teacher import teacher_for
 from registry.digest import json_digest
 from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
@@ -64,7 +64,7 @@ def distill(path: Path, overrides: list[str], store: Store, to: Path | None = No
             students[plan.label] = Student(plan, there, trained=False)
     missing = [plan for plan in plans if plan.label not in students]
     check_students(setting, missing)
-    teacher = _teacher_for(setting, missing)
+    teacher = teacher_for(setting, missing)
     for plan in missing:
         version = _make(setting, plan, keys[plan.label], teacher, store)
         students[plan.label] = Student(plan, version, trained=True)
@@ -77,8 +77,7 @@ def distill(path: Path, overrides: list[str], store: Store, to: Path | None = No
 def student_key(setting: Setting, plan: Plan) -> str:
     """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
     recipe = setting.recipe
-    objective = recipe.objectives[plan.objective]
-    uses_teacher = objective.divergence is not None
+    uses_teacher = plan.objective.uses_teacher
     student = recipe.students[plan.student].model_dump(exclude={"training"})
     if plan.student in setting.starts:
         student["model"] = setting.starts[plan.student].digest
@@ -86,48 +85,15 @@ def student_key(setting: Setting, plan: Plan) -> str:
     return json_digest(
         {
             "student": student,
-            "objective": objective.model_dump(),
+            "objective": plan.objective.model_dump(),
             "training": training,
-            "seed": recipe.seed,
+            "seed": plan.seed,
             "blocks": setting.train.digest,
             "tokenizer": recipe.tokenizer.model_dump() if recipe.tokenizer else None,
             "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
-            "top_k": recipe.cache.top_k if uses_teacher else None,
+            "cache": recipe.cache.model_dump() if uses_teacher else None,
         }
     )
-
-
-def _teacher_for(setting: Setting, plans: list[Plan]) -> PreTrainedModel | TeacherCache | None:
-    """The filled teacher cache, or the teacher itself where the recipe runs it online; None if no plan needs it."""
-    recipe = setting.recipe
-    if setting.teacher is None or not any(recipe.objectives[plan.objective].divergence for plan in plans):
-        return None
-    assert recipe.teacher is not None
-    path, trust_remote_code = setting.teacher.path, recipe.teacher.trust_remote_code
-    if recipe.cache.top_k == 0:
-        return models.load_model(path, trust_remote_code)
-    bf16 = models.has_bf16() if recipe.training.bf16 is None else recipe.training.bf16
-    settings: dict[str, str | int] = {
-        "teacher": setting.teacher.digest,
-        "blocks": setting.train.digest,
-        "top_k": min(recipe.cache.top_k, setting.vocab_size),
-        "precision": "bf16" if bf16 else "fp32",
-    }
-    cache = TeacherCache(settings, setting.train.ids, setting.vocab_size)
-
-    @functools.cache
-    def runs() -> Capture:  # a cache that is whole needs no teacher
-        return models.capture_topk(models.load_model(path, trust_remote_code), setting.vocab_size, cache.top_k, bf16)
-
-    with progress() as bar:
-        task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
-        captured = cache.fill(lambda blocks: runs()(blocks), lambda count: bar.advance(task, count))
-    say(
-        f"  teacher cache: {setting.train.ids.size:,} tokens, "
-        f"{captured * recipe.data.max_length:,} of them captured now, "
-        f"{cache.disk_bytes() / setting.train.ids.size:.0f} bytes a token, {cache.folder.name}"
-    )
-    return cache
 
 
 def _make(
@@ -135,18 +101,17 @@ def _make(
 ) -> Version:
     """Train one student, log its run, register it."""
     recipe = setting.recipe
-    objective = recipe.objectives[plan.objective]
     work = home() / "runs" / key[:16]
     tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
     params: dict[str, Any] = {
         "student": plan.student,
         "set": " ".join(setting.source.overrides),
-        "seed": recipe.seed,
+        "seed": plan.seed,
         "code_version": code_version(),
         **{f"data.{k}": v for k, v in recipe.data.model_dump().items()},
         **{f"data.{part}": getattr(setting.corpus, part) for part in ("train_bytes", "heldout_bytes")},
         **{f"config.{k}": v for k, v in recipe.students[plan.student].config.items()},
-        **{f"objective.{k}": v for k, v in objective.model_dump().items()},
+        **{f"objective.{k}": v for k, v in plan.objective.model_dump().items()},
         **{f"training.{k}": v for k, v in recipe.training_of(plan.student).model_dump().items()},
     }
     compared = setting.teacher_version.ref if setting.teacher_version else None
@@ -164,7 +129,7 @@ def _make(
             kind="student" if setting.teacher else "teacher",
             licence=recipe.licence,
             # A twin trained on labels alone is compared with the teacher, and was not made from it.
-            parent=compared if objective.divergence else None,
+            parent=compared if plan.objective.uses_teacher else None,
             teacher=compared,
             recipe=plan.label,
             recipe_digest=key,
@@ -189,7 +154,7 @@ def _making(
     import torch
 
     recipe = setting.recipe
-    learns = [each.label for each in recipes.plans(recipe) if recipe.objectives[each.objective].divergence]
+    learns = [each.label for each in recipes.plans(recipe) if each.objective.uses_teacher]
     cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
     device = models.device()
     return Making(
@@ -208,27 +173,29 @@ def _train_and_save(
     """Train below `work`, save the student in `work/final`; returns its figures."""
     import torch
 
-    from distill.train import train
+    from distill.train import Job, train
 
     recipe = setting.recipe
     spec = recipe.students[plan.student]
     if plan.student in setting.starts:
         model = models.load_model(setting.starts[plan.student].path)
     else:
-        model = models.fresh_student(spec.config, setting.tokenizer, recipe.data.max_length, recipe.seed)
+        model = models.fresh_student(spec.config, setting.tokenizer, recipe.data.max_length, plan.seed)
     with _bar(plan.label) as on_progress:
-        trained = train(
-            model,
-            setting.train.ids,
-            recipe.objectives[plan.objective],
-            recipe.training_of(plan.student),
-            teacher,
-            work,
-            recipe.seed,
-            setting.vocab_size,
-            on_progress,
-            run.metrics,
+        job = Job(
+            student=model,
+            train=setting.train,
+            heldout=setting.heldout,
+            objective=plan.objective,
+            training=recipe.training_of(plan.student),
+            teacher=teacher,
+            folder=work,
+            seed=plan.seed,
+            vocab_size=setting.vocab_size,
+            budget=recipe.budget,
+            on_policy=recipe.on_policy,
         )
+        trained = train(job, on_progress, run.metrics)
     facts = {
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": trained.tokens,

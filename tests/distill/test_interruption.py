@@ -52,7 +52,7 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     harmed.write_bytes(harmed.read_bytes()[:-4])
     assert [version.kind for version in store.versions()] == ["teacher"]
 
-    checkpoints = lambda: list((limbeck_home / "runs").glob("*/checkpoint-*/trainer_state.json"))  # noqa: E731
+    checkpoints = lambda: [p for p in (limbeck_home / "runs").glob("*/checkpoint-*/trainer_state.json") if _whole(p)]  # noqa: E731
     code, err = start(args, limbeck_home, checkpoints, signal.SIGINT)  # type: ignore[arg-type]
     assert code == 130, err
     assert "run the same command again to go on" in err
@@ -92,6 +92,14 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     assert set(apart) <= {step + 1}
     statuses = {run.info.status for run in store.client.search_runs([store._experiment("limbeck")])}
     assert "KILLED" in statuses
+
+
+def _whole(path: Path) -> bool:
+    """Whether a JSON file is written to its end."""
+    try:
+        return bool(json.loads(path.read_bytes()))
+    except ValueError:
+        return False
 
 
 def _counts(err: str) -> tuple[str, str]:

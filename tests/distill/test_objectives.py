@@ -33,6 +33,10 @@ def plain(kind: str, p: torch.Tensor, q: torch.Tensor, beta: float = 0.5) -> tor
     return (beta * kl_divergence(Categorical(p), m) + (1 - beta) * kl_divergence(Categorical(q), m)).mean()
 
 
+def mean_loss(logits: torch.Tensor, *rest: object) -> torch.Tensor:
+    return loss(logits, *rest) / len(logits)  # type: ignore[arg-type]
+
+
 def same(ours: torch.Tensor, reference: torch.Tensor, leaf: torch.Tensor) -> None:
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     [ours_gradient] = torch.autograd.grad(ours, leaf, retain_graph=True)
@@ -49,7 +53,7 @@ def test_the_whole_vocabulary(logits, kind: str, temperature: float, labels: flo
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     reference = labels * cross_entropy(student, target)
     reference = reference + (1 - labels) * temperature**2 * plain(kind, p, q, beta)
-    same(loss(student, target, objective, teacher), reference, student)
+    same(mean_loss(student, target, objective, teacher), reference, student)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -68,25 +72,27 @@ def test_stored_top_k_and_the_mass_of_the_rest(logits, kind: str, labels: float)
     reference = labels * cross_entropy(student, target)
     reference = reference + (1 - labels) * plain(kind, outcomes(teacher), outcomes(student))
     objective = Objective(divergence=kind, labels=labels)
-    same(loss(student, target, objective, TopK(ids, values)), reference, student)
+    same(mean_loss(student, target, objective, TopK(ids, values)), reference, student)
 
 
 def test_half_precision_storage_costs_little(logits) -> None:  # type: ignore[no-untyped-def]
     student, teacher, target = logits
     values, ids = teacher.log_softmax(-1).topk(K, dim=-1)
     objective = Objective(divergence="forward_kl")
-    exact = loss(student, target, objective, TopK(ids, values))
-    stored = loss(student, target, objective, TopK(ids, values.half()))
+    exact = mean_loss(student, target, objective, TopK(ids, values))
+    stored = mean_loss(student, target, objective, TopK(ids, values.half()))
     torch.testing.assert_close(stored, exact, rtol=2e-3, atol=2e-3)
     # A teacher that is sure: its mass rounds to 1 and nothing becomes infinite.
-    sure = loss(student, target, objective, TopK(ids, torch.tensor([[0.0] + [-20.0] * (K - 1)]).repeat(N, 1).half()))
+    sure = mean_loss(
+        student, target, objective, TopK(ids, torch.tensor([[0.0] + [-20.0] * (K - 1)]).repeat(N, 1).half())
+    )
     assert torch.isfinite(sure)
     assert torch.isfinite(torch.autograd.grad(sure, student)[0]).all()
 
 
 def test_labels_alone(logits) -> None:  # type: ignore[no-untyped-def]
     student, _, target = logits
-    same(loss(student, target, Objective(labels=1.0), None), cross_entropy(student, target), student)
+    same(mean_loss(student, target, Objective(labels=1.0), None), cross_entropy(student, target), student)
 
 
 def test_divergences_are_zero_for_equals_and_jsd_is_scipys(logits) -> None:  # type: ignore[no-untyped-def]
@@ -103,6 +109,6 @@ def test_divergences_are_zero_for_equals_and_jsd_is_scipys(logits) -> None:  # t
 def test_a_teacher_without_the_students_padding(logits) -> None:  # type: ignore[no-untyped-def]
     """A student may have more entries than the tokenizer has tokens; what it gives them is lost to it."""
     student, teacher, target = logits
-    got = loss(student, target, Objective(divergence="forward_kl"), teacher[:, :30])
+    got = mean_loss(student, target, Objective(divergence="forward_kl"), teacher[:, :30])
     p, log_q = teacher[:, :30].softmax(-1), student.log_softmax(-1)[:, :30]
     torch.testing.assert_close(got, (p * (p.log() - log_q)).sum(-1).mean())

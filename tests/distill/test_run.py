@@ -143,7 +143,7 @@ def test_students_of_another_architecture(
 ) -> None:
     name = {"qwen2": "tiny_gpt2", "gpt2": "tiny_neox", "gpt_neox": "tiny_qwen2"}[student]
     recipe = write_recipe(request.getfixturevalue(name), student, DISTILLED)
-    args = ("--set", "cache.top_k=0", "--set", "objectives.distilled.temperature=2.0") if online else ()
+    args = ("--set", "cache.form=online", "--set", "objectives.distilled.temperature=2.0") if online else ()
     [made] = students(limbeck("distill", recipe, *args, "--format", "json"))
     model = AutoModelForCausalLM.from_pretrained(store.folder(store.get("tiny/2")))
     assert model.config.model_type == student

@@ -82,7 +82,8 @@ def test_blocks_are_the_documents_end_to_end(tokenizer_folder: Path) -> None:
     blocks = make_blocks(documents, tokenizer, 16)
     assert blocks.ids.dtype == np.int32
     assert blocks.ids.shape[1] == 16
-    whole = tokenizer.eos_token.join(document.text for document in documents)
+    end = tokenizer.eos_token  # there is no BOS: it starts a document too
+    whole = "".join(f"{end}{document.text}{end}" for document in documents)
     text = tokenizer.decode(blocks.ids.flatten())
     assert whole.startswith(text)
     # Exact but for the one document that is cut.
