@@ -1,11 +1,10 @@
-"""Teachers and students as transformers models: loading, checking, building from a config, running over blocks."""
+"""Teachers and students as transformers models: loading, checking, running over blocks."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -80,56 +79,6 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             fix="the text is laid out once and a divergence compares logits token by token: choose a student with "
             "the teacher's tokenizer, or put this one in a recipe of its own without [teacher]",
         )
-
-
-def check_setting(model_type: str, key: str) -> None:
-    """Raises BadInput for a config key that the architecture does not have, or an unknown architecture."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
-        raise BadInput(
-            f"{model_type!r} is no architecture that transformers knows",
-            fix=f"did you mean {near[0]}?" if near else "use llama, qwen2, gpt2, gpt_neox or another causal one",
-        )
-    default = AutoConfig.for_model(model_type)
-    known = default.to_dict().keys() | default.attribute_map.keys()
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise BadInput(f"{model_type} has no setting {key!r}", fix=f"did you mean {near[0]}?" if near else None)
-
-
-def fresh_student(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-) -> PreTrainedModel:
-    """A student from its config; vocabulary, positions and special tokens are filled in where not given.
-
-    Raises BadInput where the config makes no causal model that takes a block of `max_length` tokens.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    given = dict(config)
-    model_type = given.pop("model_type")
-    end = tokenizer.eos_token_id
-    settings = {
-        "vocab_size": vocabulary(tokenizer),
-        "max_position_embeddings": max_length,
-        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
-        "eos_token_id": end,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
-    }
-    # GPT-2's name for max_position_embeddings is n_positions; both at once, and ours would win.
-    other_name = AutoConfig.for_model(model_type).attribute_map
-    settings = {key: value for key, value in settings.items() if other_name.get(key) not in given}
-    torch.manual_seed(seed)
-    try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | given)))
-        with torch.inference_mode():
-            model.eval()(input_ids=torch.full((1, max_length), vocabulary(tokenizer) - 1))
-    except (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise BadInput(f"this does not make a model: {error}") from error
-    return model
 
 
 def device() -> str:

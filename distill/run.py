@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill import card, models
 from distill import recipe as recipes
+from distill import students as starting
 from distill.cache import TeacherCache
 from distill.recipe import Plan, Source
-from distill.setting import Setting, check_students, code_version, prepare
+from distill.setting import Setting, code_version, prepare
 from distill.teacher import teacher_for
 from registry.digest import json_digest
 from registry.errors import BadInput, Refused
@@ -63,7 +64,8 @@ def distill(path: Path, overrides: list[str], store: Store, to: Path | None = No
             say(f"  {plan.label}: already made, {there.ref}")
             students[plan.label] = Student(plan, there, trained=False)
     missing = [plan for plan in plans if plan.label not in students]
-    check_students(setting, missing)
+    for plan in {plan.student: plan for plan in missing}.values():
+        starting.check(setting, plan)
     teacher = teacher_for(setting, missing)
     for plan in missing:
         version = _make(setting, plan, keys[plan.label], teacher, store)
@@ -177,10 +179,7 @@ def _train_and_save(
 
     recipe = setting.recipe
     spec = recipe.students[plan.student]
-    if plan.student in setting.starts:
-        model = models.load_model(setting.starts[plan.student].path)
-    else:
-        model = models.fresh_student(spec.config, setting.tokenizer, recipe.data.max_length, plan.seed)
+    model = starting.make(setting, plan)
     with _bar(plan.label) as on_progress:
         job = Job(
             student=model,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from distill import card, corpus, models
 from distill.blocks import Blocks, make_blocks, train_tokenizer
-from distill.recipe import Plan, Recipe, Source
+from distill.recipe import Recipe, Source
 from registry.errors import BadInput, LimbeckError
 from registry.records import Version
 from registry.resolve import Model, resolve
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
     """Text on disk, teacher resolved and registered, tokenizer, blocks. Raises BadInput with the recipe's line."""
     beside = source.path.resolve().parent
-    with _at(source, "data", "path"):
+    with at(source, "data", "path"):
         text = corpus.prepare(recipe.data, beside, recipe.name)
     say(
         f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
@@ -55,11 +55,11 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
     starts = {}
     for name, student in recipe.students.items():
         if student.model:
-            with _at(source, "students", name, "model"):
+            with at(source, "students", name, "model"):
                 starts[name] = _torch_model(student.model, beside, store)
     teacher = None
     if recipe.teacher is not None:
-        with _at(source, "teacher", "model"):
+        with at(source, "teacher", "model"):
             teacher = _torch_model(recipe.teacher.model, beside, store)
             tokenizer = models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
             models.check_fits(teacher.path, tokenizer, recipe.data.max_length, recipe.teacher.trust_remote_code)
@@ -72,9 +72,9 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
             f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
             fix="add [tokenizer] with a vocab_size to train one on the text",
         )
-    with _at(source, "data"):
+    with at(source, "data"):
         train_blocks = make_blocks(train, tokenizer, recipe.data.max_length, recipe.data.max_tokens)
-    with _at(source, "data", "heldout"):
+    with at(source, "data", "heldout"):
         heldout_blocks = make_blocks(heldout, tokenizer, recipe.data.max_length)
     return Setting(
         recipe,
@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
 
 
 @contextmanager
-def _at(source: Source, *key: str) -> Iterator[None]:
+def at(source: Source, *key: str) -> Iterator[None]:
     """An error within is told with the place in the recipe that it comes from."""
     try:
         yield
@@ -125,23 +125,6 @@ def _register_teacher(recipe: Recipe, teacher: Model, store: Store) -> Version:
     )
     say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
     return version
-
-
-def check_students(setting: Setting, plans: list[Plan]) -> None:
-    """Raises BadInput for a student that cannot be made, before the teacher runs."""
-    data = setting.recipe.data
-    for name in dict.fromkeys(plan.student for plan in plans):
-        config = setting.recipe.students[name].config
-        if name in setting.starts:
-            with _at(setting.source, "students", name, "model"):
-                models.check_tokenizer(setting.starts[name].path, setting.tokenizer)
-                models.check_fits(setting.starts[name].path, setting.tokenizer, data.max_length)
-            continue
-        for key in config:
-            with _at(setting.source, "students", name, "config", key):
-                models.check_setting(config["model_type"], key)
-        with _at(setting.source, "students", name, "config"):
-            models.fresh_student(config, setting.tokenizer, data.max_length, setting.recipe.seed)
 
 
 def _parameters(folder: Path) -> int:
