@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -239,9 +239,16 @@ class Student(Record):
 class Sweep(Record):
     """`[sweep]`: the grid is sizes x objectives x temperatures x seeds, and its controls."""
 
-    temperatures: tuple[float, ...] = ()  # of every objective with a divergence; none: as the objective says
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of every objective with a divergence; none: its own
     seeds: tuple[int, ...] = ()  # none: the recipe's
     controls: tuple[Control, ...] = ()  # added for every size and seed
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> Sweep:
+        for name, values in self:
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {', '.join(map(str, values))}")
+        return self
 
 
 class Recipe(Record):
@@ -280,7 +287,32 @@ class Recipe(Record):
         carved = [name for name, student in self.students.items() if student.carve]
         if carved and (self.teacher is None or self.teacher.is_endpoint):
             raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
+        self._check_sweep()
         return self
+
+    def _check_sweep(self) -> None:
+        grid, learns = self.sweep, any(objective.uses_teacher for objective in self.objectives.values())
+        if grid.temperatures and not any(objective.divergence for objective in self.objectives.values()):
+            raise ValueError("sweep.temperatures: no objective has a divergence that a temperature belongs to")
+        labels = [control for control in grid.controls if control != "untrained"]
+        if labels and not learns:
+            raise ValueError(
+                f"sweep.controls {labels[0]!r} shows what the same labels bring without the teacher, and no objective "
+                f"learns from its distribution: leave it out"
+            )
+        if labels and self.generate:
+            raise ValueError(
+                f"sweep.controls {labels[0]!r} learns from labels without the teacher, and with [generate] the teacher "
+                f"writes them: leave it out, or put the control in a recipe of its own over the text as it came"
+            )
+        alone = any(not objective.uses_teacher for objective in self.objectives.values())
+        if "labels_equal_cost" in grid.controls and "labels" not in grid.controls and not alone:
+            raise ValueError(
+                'sweep.controls "labels_equal_cost" takes its speed from "labels": put both into sweep.controls'
+            )
+        for control in grid.controls:
+            if control in self.objectives and self.objectives[control].uses_teacher:
+                raise ValueError(f"objectives.{control} has the name of a control: give it another")
 
     def training_of(self, student: str) -> Training:
         """`[training]` with this student's overrides."""
@@ -299,21 +331,48 @@ class Plan(Record):
 
 
 def plans(recipe: Recipe) -> list[Plan]:
-    """Every student under every objective, temperature and seed; what does not vary is left out of the label."""
-    made = []
+    """Every student under every objective, temperature and seed, each size and seed followed by its controls.
+
+    What does not vary is left out of the labels.
+    """
+    made: list[Plan] = []
     for student in recipe.students:
-        for name, objective in recipe.objectives.items():
-            single = len(recipe.objectives) == 1
-            made.append(
-                Plan(
-                    label=student if single else f"{student}-{name}",
-                    student=student,
-                    objective_name=name,
-                    objective=objective,
-                    seed=recipe.seed,
-                )
-            )
+        for seed in recipe.sweep.seeds or (recipe.seed,):
+            made += _family(recipe, student, seed)
     return made
+
+
+def _family(recipe: Recipe, student: str, seed: int) -> list[Plan]:
+    """The students of one size and seed, those that learn from the teacher first: controls are measured by them."""
+    learns = any(objective.uses_teacher for objective in recipe.objectives.values())
+    alone = [name for name, objective in recipe.objectives.items() if not objective.uses_teacher]
+    controls = [control for control in recipe.sweep.controls if control != "labels" or not alone]
+
+    def plan(name: str, objective: Objective, control: Control | None = None, varies: str = "") -> Plan:
+        named = name if len(recipe.objectives) + len(controls) > 1 else ""
+        seeded = f"s{seed}" if len(recipe.sweep.seeds) > 1 else ""
+        return Plan(
+            label="-".join(filter(None, [student, named.replace("_", "-") if control else named, varies, seeded])),
+            student=student,
+            objective_name=name,
+            objective=objective,
+            seed=seed,
+            control=control,
+        )
+
+    made = []
+    for name, objective in recipe.objectives.items():
+        temperatures = recipe.sweep.temperatures if objective.divergence else ()
+        for temperature in temperatures or (objective.temperature,):
+            varies = f"t{temperature:g}" if len(temperatures) > 1 else ""
+            # Under [generate] the teacher wrote the labels, and learning from them is distillation.
+            control: Control | None = "labels" if name in alone and learns and not recipe.generate else None
+            made.append(plan(name, objective.model_copy(update={"temperature": temperature}), control, varies))
+    made += [plan(control, Objective(labels=1.0), control) for control in controls]
+    return sorted(made, key=lambda each: _ORDER.index(each.control))
+
+
+_ORDER: tuple[Control | None, ...] = (None, "labels", "untrained", "labels_equal_cost")
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
