@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distill.blocks import Blocks
-from distill.cache import Capture
 from registry.errors import BadInput
 from registry.machine import cpu_bf16
 
@@ -108,31 +107,6 @@ def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.T
     """Logits (n, T, V) float32 of a batch of blocks."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
     return model(**inputs, use_cache=False).logits.float()
-
-
-def capture_topk(model: PreTrainedModel, blocks: Blocks, vocab_size: int, top_k: int, bf16: bool) -> Capture:
-    """A function of block numbers (n,) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k).
-
-    Args:
-        vocab_size: entries beyond it are padding and are left out.
-        bf16: run under autocast.
-    """
-    import torch
-
-    torch.nn.Module.to(model, device()).eval()
-
-    @torch.inference_mode()
-    def capture(indices: np.ndarray) -> dict[str, np.ndarray]:
-        ids, logprobs = [], []
-        for batch in batches(blocks, vocab_size, indices):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                logits = logits_of(model, batch)[..., :vocab_size]
-            values, chosen = logits.topk(top_k, dim=-1)
-            logprobs.append((values - logits.logsumexp(-1, keepdim=True)).cpu().numpy())
-            ids.append(chosen.cpu().numpy())
-        return {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs)}
-
-    return capture
 
 
 def bits_per_byte(model: PreTrainedModel, blocks: Blocks, limit: int = 128) -> float:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from distill import models
+from distill.blocks import Blocks
 from distill.cache import Capture, TeacherCache
 from distill.recipe import Plan
 from distill.setting import Setting
@@ -37,7 +40,7 @@ def teacher_for(setting: Setting, plans: list[Plan]) -> PreTrainedModel | Teache
     @functools.cache
     def runs() -> Capture:  # a cache that is whole needs no teacher
         model = models.load_model(path, trust_remote_code)
-        return models.capture_topk(model, setting.train, setting.vocab_size, top_k, bf16)
+        return capture_topk(model, setting.train, setting.vocab_size, top_k, bf16)
 
     with progress() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
@@ -48,3 +51,28 @@ def teacher_for(setting: Setting, plans: list[Plan]) -> PreTrainedModel | Teache
         f"{cache.disk_bytes() / setting.train.ids.size:.0f} bytes a token, {cache.folder.name}"
     )
     return cache
+
+
+def capture_topk(model: PreTrainedModel, blocks: Blocks, vocab_size: int, top_k: int, bf16: bool) -> Capture:
+    """A function of block numbers (n,) that runs the teacher: ids (n, T, k) and log-probabilities (n, T, k).
+
+    Args:
+        vocab_size: entries beyond it are padding and are left out.
+        bf16: run under autocast.
+    """
+    import torch
+
+    torch.nn.Module.to(model, models.device()).eval()
+
+    @torch.inference_mode()
+    def capture(indices: np.ndarray) -> dict[str, np.ndarray]:
+        ids, logprobs = [], []
+        for batch in models.batches(blocks, vocab_size, indices):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                logits = models.logits_of(model, batch)[..., :vocab_size]
+            values, chosen = logits.topk(top_k, dim=-1)
+            logprobs.append((values - logits.logsumexp(-1, keepdim=True)).cpu().numpy())
+            ids.append(chosen.cpu().numpy())
+        return {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs)}
+
+    return capture

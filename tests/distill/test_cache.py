@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from distill import cache as caches
 from distill.blocks import Blocks
 from distill.cache import Capture, TeacherCache
-from distill.models import capture_topk, load_model
+from distill.models import load_model
+from distill.teacher import capture_topk
 
 IDS = np.random.default_rng(0).integers(0, 300, (10, 12), dtype=np.int32)
 ONES = np.ones_like(IDS)
