@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from registry.terminal import format_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from distill.run import Begin, Student
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in training.max_steps=100."
@@ -17,20 +21,36 @@ set_option = click.option(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @set_option
 @click.option("--to", type=click.Path(path_type=Path), help="Also copy the (one) student's files to this folder.")
+@click.option("--resume", is_flag=True, help="Go on, as is done anyway; an error where nothing was begun.")
+@click.option("--restart", is_flag=True, help="Drop checkpoints and make every student anew.")
 @format_option
-def distill(recipe: Path, overrides: tuple[str, ...], to: Path | None, output: str) -> None:
-    """Distil the teacher of RECIPE into its students: every size under every objective.
+def distill(
+    recipe: Path, overrides: tuple[str, ...], to: Path | None, resume: bool, restart: bool, output: str
+) -> None:
+    """Distil the teacher of RECIPE into its students: every size, objective, temperature and seed, and controls.
 
     The teacher runs once for all of them. Each student is logged to MLflow and registered. A student already
-    made from the same ingredients is skipped; a run that was stopped goes on from its last checkpoint.
+    made from the same ingredients is skipped; a run that was stopped goes on from its last checkpoint. Where one
+    student fails the others are made all the same, and the exit code is 1.
     """
+    if resume and restart:
+        raise click.UsageError("--resume goes on and --restart begins anew: give one of them")
     from registry.terminal import quiet_libraries
 
     quiet_libraries()
+    from distill.run import SomeFailed
     from distill.run import distill as run
     from registry.store import Store
 
-    students = run(recipe, list(overrides), Store(), to)
+    begin: Begin = "resume" if resume else "restart" if restart else "go on"
+    try:
+        _print_students(run(recipe, list(overrides), Store(), to, begin=begin), output)
+    except SomeFailed as error:
+        _print_students(error.made, output)
+        raise
+
+
+def _print_students(students: list[Student], output: str) -> None:
     if output == "json":
         print_json([{**s.version.model_dump(mode="json"), "trained": s.trained} for s in students])
         return

@@ -80,6 +80,8 @@ def export_version(
                     teacher=parent.teacher,
                     recipe=parent.recipe,
                     recipe_digest=parent.recipe_digest,
+                    family=parent.family,
+                    control=parent.control,
                     data_digest=parent.data_digest,
                     code_version=parent.code_version,
                     licence=parent.licence,

@@ -63,6 +63,8 @@ class Version(Frozen):
     teacher: str | None = None  # NAME/VERSION it was distilled from
     recipe: str | None = None  # the recipe's label for it, such as "small" or "small-labels"
     recipe_digest: str | None = None
+    family: str | None = None  # digest of what a student and its controls share: start, text, training, seed
+    control: str | None = None  # of distillation: "labels", "labels_equal_cost" or "untrained"
     data_digest: str | None = None
     code_version: str | None = None
     licence: str | None = None

@@ -29,6 +29,7 @@ from registry.run import Run, key
 
 EXPERIMENT = "limbeck"
 MAKING = TAG + "making"  # a tag of the run that made a version
+PARENT = "mlflow.parentRunId"
 FIELDS = set(Version.model_fields) - {"name", "version", "source", "created", "run_id", "aliases"}
 NAME = re.compile(r"[^\W_][\w.-]{0,199}")
 REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d{1,9})|@(?P<alias>[^/@]+))")
@@ -60,17 +61,44 @@ class Store(Findings):
         experiment: str = EXPERIMENT,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
+        parent: str | None = None,
     ) -> Iterator[Run]:
-        """An MLflow run: FINISHED when the block ends well, KILLED by Ctrl-C, FAILED by any other error."""
+        """An MLflow run: FINISHED when the block ends well, KILLED by Ctrl-C, FAILED by any other error.
+
+        Args:
+            parent: the id of the run that it is shown below.
+        """
         made = self.client.create_run(
             self._experiment(experiment),
             run_name=name,
-            tags={key(k): str(v) for k, v in (tags or {}).items()},
+            tags={key(k): str(v) for k, v in (tags or {}).items()} | ({PARENT: parent} if parent else {}),
         )
-        run = Run(self.client, made.info.run_id)
+        with self._going(Run(self.client, made.info.run_id)) as run:
+            run.params(params or {})
+            yield run
+
+    @contextmanager
+    def parent_run(self, name: str, digest: str) -> Iterator[Run]:
+        """The MLflow run that the runs of one sweep are shown below: as `run`, but one that did not finish goes on.
+
+        Args:
+            digest: of all that the sweep makes.
+        """
+        tag, experiment = TAG + "sweep", self._experiment(EXPERIMENT)
+        asked = f"tags.`{tag}` = '{digest}' and attributes.status != 'FINISHED'"
+        if found := self.client.search_runs([experiment], asked, max_results=1):
+            run = Run(self.client, found[0].info.run_id)
+            self.client.update_run(run.id, status="RUNNING")
+        else:
+            run = Run(self.client, self.client.create_run(experiment, run_name=name, tags={tag: digest}).info.run_id)
+        with self._going(run):
+            yield run
+
+    @contextmanager
+    def _going(self, run: Run) -> Iterator[Run]:
+        """Sets the status of a run at the end of the block."""
         status = "FAILED"
         try:
-            run.params(params or {})
             yield run
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -112,6 +140,8 @@ class Store(Findings):
         teacher: str | None = None,
         recipe: str | None = None,
         recipe_digest: str | None = None,
+        family: str | None = None,
+        control: str | None = None,
         data_digest: str | None = None,
         code_version: str | None = None,
         licence: str | None = None,
@@ -154,6 +184,8 @@ class Store(Findings):
             teacher=teacher,
             recipe=recipe,
             recipe_digest=recipe_digest,
+            family=family,
+            control=control,
             data_digest=data_digest,
             code_version=code_version,
             licence=licence,

@@ -17,7 +17,7 @@ from distill import recipe as recipes
 from distill.blocks import make_blocks
 from distill.corpus import read
 from distill.recipe import Source
-from distill.run import student_key
+from distill.one_student import student_key
 from distill.setting import prepare
 from registry.machine import hardware
 from registry.store import Store
@@ -86,7 +86,7 @@ def test_what_making_a_student_took_is_kept_with_it(
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=TWINS + '\n[objectives.mixed]\ndivergence = "jsd"\n')
     students(limbeck("distill", recipe, "--format", "json"))
-    distilled, twin, mixed = (store.making(store.get(f"tiny/{number}")) for number in (2, 3, 4))
+    distilled, mixed, twin = (store.making(store.get(f"tiny/{number}")) for number in (2, 3, 4))
     assert distilled
     assert twin
     assert mixed

@@ -1,0 +1,233 @@
+"""One student: trained, logged, registered; and the digest of all that makes it what it is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill import card, controls, models
+from distill import recipe as recipes
+from distill import students as starting
+from distill.cache import TeacherCache
+from distill.recipe import Budget, Plan, Training
+from distill.setting import Setting, code_version
+from registry.digest import json_digest
+from registry.errors import Refused
+from registry.home import home, written_whole
+from registry.machine import hardware
+from registry.records import Making, Version
+from registry.run import Run
+from registry.store import MAKING, Store
+from registry.terminal import progress, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distill.train import Teacher
+
+PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def family_key(setting: Setting, plan: Plan) -> str:
+    """The digest of what a student shares with its controls: start, text and its layout, training, seed."""
+    recipe = setting.recipe
+    student = recipe.students[plan.student]
+    start = student.model_dump(exclude={"training"})
+    if plan.student in setting.starts:
+        start["model"] = setting.starts[plan.student].digest
+    elif student.carve:
+        start["model"] = setting.teacher.digest if setting.teacher else None
+    return json_digest(
+        {
+            "student": start,
+            "training": recipe.training_of(plan.student).model_dump(exclude={"logging_steps", "save_minutes"}),
+            "seed": plan.seed,
+            "blocks": setting.train.digest,
+            "tokenizer": recipe.tokenizer.model_dump() if recipe.tokenizer else None,
+        }
+    )
+
+
+def student_key(setting: Setting, plan: Plan) -> str:
+    """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
+    recipe = setting.recipe
+    uses_teacher = plan.objective.uses_teacher
+    matched = controls.matched(recipe, plan)
+    return json_digest(
+        {
+            "family": family_key(setting, plan),
+            "objective": plan.objective.model_dump(),
+            "budget": recipe.budget.model_dump(),
+            "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
+            "cache": recipe.cache.model_dump() if uses_teacher else None,
+            "on_policy": recipe.on_policy.model_dump() if recipe.on_policy and uses_teacher else None,
+            # A control that learns as long as others cost, or not at all.
+            "control": plan.control if plan.control != "labels" else None,
+            "matches": [student_key(setting, other) for other in matched],
+        }
+    )
+
+
+def folder_of(key: str) -> Path:
+    """Where the student of a key has its checkpoints until it is registered."""
+    return home() / "runs" / key[:16]
+
+
+def make(
+    setting: Setting, plan: Plan, key: str, teacher: Teacher, store: Store, parent_run: str | None = None
+) -> Version:
+    """Train one student, log its run (below `parent_run` where given), register it."""
+    recipe = setting.recipe
+    work = folder_of(key)
+    training, budget = controls.schedule(setting, plan, controls.makings(setting, plan, store))
+    tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
+    if plan.control:
+        tags["limbeck.control"] = plan.control
+    compared = setting.teacher_version.ref if setting.teacher_version else None
+    learnt = plan.objective.uses_teacher or (recipe.generate is not None and plan.control is None)
+    with store.run(
+        f"{recipe.name} {plan.label}", params=_params(setting, plan, training), tags=tags, parent=parent_run
+    ) as run:
+        run.artifact(setting.source.path, "recipe")
+        facts = _train_and_save(setting, plan, (training, budget), teacher, work, run)
+        making = _making(setting, plan, teacher, facts)
+        numbers = {name: value for name, value in facts.items() if not isinstance(value, str)}
+        run.metrics(numbers | {"teacher_seconds": making.teacher_seconds})
+        run.tags({MAKING: making.model_dump_json()})
+        version = store.register(
+            recipe.name,
+            work / "final",
+            kind="student" if setting.teacher_version else "teacher",
+            licence=recipe.licence,
+            # A twin trained on labels alone is compared with the teacher, and was not made from it.
+            parent=compared if learnt else None,
+            teacher=compared,
+            recipe=plan.label,
+            recipe_digest=key,
+            family=family_key(setting, plan),
+            control=plan.control,
+            data_digest=setting.corpus.digest,
+            code_version=code_version(),
+            params=int(facts["params"]),
+            precision=PRECISION[recipe.students[plan.student].dtype],
+            run_id=run.id,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    stopped = f"; stopped: {facts['stopped']}" if facts.get("stopped") else ""
+    say(
+        f"  {plan.label}: {version.ref}, {facts['heldout_bits_per_byte']:.3f} held-out bits per byte, "
+        f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s{stopped}"
+    )
+    return version
+
+
+def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
+    """What MLflow shows of a student's run."""
+    recipe = setting.recipe
+    params: dict[str, Any] = {
+        "student": plan.student,
+        "control": plan.control or "",
+        "set": " ".join(setting.source.overrides),
+        "seed": plan.seed,
+        "code_version": code_version(),
+        **{f"data.{k}": v for k, v in recipe.data.model_dump().items()},
+        **{f"data.{part}": getattr(setting.corpus, part) for part in ("train_bytes", "heldout_bytes")},
+        **{f"config.{k}": v for k, v in recipe.students[plan.student].config.items()},
+        **{f"objective.{k}": v for k, v in plan.objective.model_dump().items()},
+        **{f"training.{k}": v for k, v in training.model_dump().items()},
+    }
+    if setting.teacher_version is not None:
+        params |= {"teacher": setting.teacher_version.ref, "teacher_digest": setting.teacher_version.digest}
+    return params
+
+
+def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any]) -> Making:
+    """What the student took. A capture that several students share is counted in full for each of them."""
+    import torch
+
+    recipe = setting.recipe
+    learns = [each.label for each in recipes.plans(recipe) if each.objective.uses_teacher]
+    cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
+    device = models.device()
+    return Making(
+        training_seconds=facts["seconds"],
+        teacher_seconds=cache.seconds() if cache else 0.0,
+        teacher_students=len(learns) if cache else 1,
+        tokens=int(facts["tokens"]),
+        machine=hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
+        device=device,
+    )
+
+
+def _train_and_save(
+    setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: Teacher, work: Path, run: Run
+) -> dict[str, Any]:
+    """Train below `work`, save the student in `work/final`; returns its figures."""
+
+    from distill.train import Job, Trained, train
+
+    recipe = setting.recipe
+    model = starting.make(setting, plan)
+    if plan.control == "untrained":
+        trained = Trained(tokens=0, seconds=0.0)
+    else:
+        with _bar(plan.label) as on_progress:
+            job = Job(
+                student=model,
+                train=setting.train,
+                heldout=setting.heldout,
+                objective=plan.objective,
+                training=schedule[0],
+                teacher=teacher,
+                folder=work,
+                seed=plan.seed,
+                vocab_size=setting.vocab_size,
+                budget=schedule[1],
+                on_policy=recipe.on_policy,
+            )
+            trained = train(job, on_progress, run.metrics)
+    facts: dict[str, Any] = {
+        "params": sum(p.numel() for p in model.parameters()),
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "heldout_bits_per_byte": models.bits_per_byte(model, setting.heldout),
+    }
+    if trained.stopped:
+        facts["stopped"] = trained.stopped
+        run.tags({"limbeck.stopped": trained.stopped})
+    if not math.isfinite(facts["heldout_bits_per_byte"]):
+        shutil.rmtree(work)
+        raise Refused(
+            f"{plan.label}: training diverged, its loss is no number; nothing was registered",
+            fix="give a lower training.learning_rate or more training.warmup_ratio",
+        )
+    _save(setting, plan, model, facts, work / "final")
+    return facts
+
+
+def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str, Any], folder: Path) -> None:
+    """The student's files, whole or not at all."""
+    import torch
+
+    model.to(getattr(torch, setting.recipe.students[plan.student].dtype))
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        setting.tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card.student_card(setting, plan, facts), encoding="utf-8")
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Any]:
+    with progress() as bar:
+        task = bar.add_task(label, total=None, rate="")
+
+        def on_progress(now: Any) -> None:
+            loss = f"loss {now.loss:.3f}, " if now.loss is not None else ""
+            rate = f"{loss}{now.tokens_per_s:,.0f} tok/s"
+            bar.update(task, completed=now.step, total=now.steps, rate=rate)
+
+        yield on_progress
