@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill.recipe import TABLES, Data
 from registry import corpusfile
@@ -81,19 +81,28 @@ def _lines(path: Path) -> Iterator[str]:
         raise BadInput(f"{path} is not UTF-8 text", fix="convert it, or leave it out of data.path") from None
 
 
-def dataset_documents(data: Data, path: str) -> Iterator[Document]:
-    """Rows of a JSON-lines, parquet or CSV file, or of a Hugging Face dataset, by their `text_column`."""
+def dataset_rows(data: Data, path: str) -> Any:
+    """The rows of a JSON-lines, parquet or CSV file, or of a Hugging Face dataset, as a `datasets.Dataset`."""
     import datasets
 
     datasets.disable_progress_bars()
     loader = TABLES.get(Path(path).suffix)
     try:
         if loader:
-            rows = datasets.load_dataset(loader, data_files=path, split="train", cache_dir=str(home() / "datasets"))
-        else:
-            rows = datasets.load_dataset(path, data.dataset_name, split=data.split)
+            return datasets.load_dataset(loader, data_files=path, split="train", cache_dir=str(home() / "datasets"))
+        return datasets.load_dataset(path, data.dataset_name, split=data.split)
     except Exception as error:  # datasets raises many kinds; each means: this data cannot be read
         raise BadInput(f"data.path {path!r} cannot be loaded: {error}") from error
+
+
+def row_path(row: Mapping[str, Any], path: str, number: int) -> str:
+    """What identifies a row: its own `path`, else its file's name and its number."""
+    return str(row.get("path") or f"{Path(path).name}:{number:07d}")
+
+
+def dataset_documents(data: Data, path: str) -> Iterator[Document]:
+    """Rows of a table by their `text_column`."""
+    rows = dataset_rows(data, path)
     if data.text_column not in rows.column_names:
         raise BadInput(
             f"{path} has no column {data.text_column!r}",
@@ -102,20 +111,24 @@ def dataset_documents(data: Data, path: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         text = row[data.text_column]
         if isinstance(text, str):
-            yield Document(str(row.get("path") or f"{Path(path).name}:{number:07d}"), text)
+            yield Document(row_path(row, path, number), text)
 
 
-def documents(data: Data, beside: Path) -> Iterable[Document]:
-    """The documents a recipe names; relative paths are looked for beside the recipe, then here."""
-    if data.kind == "stdlib":
-        return stdlib_documents()
+def located(data: Data, beside: Path) -> str:
+    """`data.path` as it is to be opened, looked for beside the recipe, then here; or a hub id. Raises BadInput."""
     path = Path(data.path or "").expanduser()
     found = next((p for p in (beside / path, path) if p.exists()), None)
     if found is None and (data.kind == "text" or path.suffix in TABLES):
         raise BadInput(f"data.path {data.path!r} does not exist", fix=f"looked in {beside} and in {Path.cwd()}")
-    if data.kind == "text":
-        return text_documents(found or path)
-    return dataset_documents(data, str(found or data.path))
+    return str(found or data.path)
+
+
+def documents(data: Data, beside: Path) -> Iterable[Document]:
+    """The documents a recipe names."""
+    if data.kind == "stdlib":
+        return stdlib_documents()
+    path = located(data, beside)
+    return text_documents(Path(path)) if data.kind == "text" else dataset_documents(data, path)
 
 
 def is_heldout(path: str, fraction: float) -> bool:
@@ -124,23 +137,35 @@ def is_heldout(path: str, fraction: float) -> bool:
 
 
 def prepare(data: Data, beside: Path, name: str) -> Corpus:
-    """Write a recipe's train and held-out documents under `home()/data/<name>`, whole or not at all.
+    """A recipe's own text, written under `home()/data/<name>`. Raises BadInput where there is none."""
+    return write(documents(data, beside), name, data.heldout, f"the text ({data.path or data.kind})")
+
+
+def write(documents: Iterable[Document], name: str, heldout: float, what: str) -> Corpus:
+    """Write train and held-out documents under `home()/data/<name>`, whole or not at all.
 
     Documents are ordered by the hash of their path, so that any prefix is a fair sample.
-    Raises BadInput where there is no text or nothing would be held out.
+
+    Args:
+        heldout: the share held out, by a hash of the path.
+        what: the documents are, in words.
+
+    Raises:
+        BadInput: there is no text, or nothing would be held out.
     """
     folder = home() / "data" / name
-    written = (document for document in documents(data, beside) if document.text.strip())
+    written = (document for document in documents if document.text.strip())
     ordered = sorted(written, key=lambda document: text_digest(document.path))
     parts: dict[str, list[Document]] = {"train": [], "heldout": []}
-    for number, document in enumerate(ordered):
+    for document in ordered:
         # The first is the likeliest to be held out: of a few documents at least that one is.
-        parts["train" if number and not is_heldout(document.path, data.heldout) else "heldout"].append(document)
+        out = document.path == ordered[0].path or is_heldout(document.path, heldout)
+        parts["heldout" if out else "train"].append(document)
     for part, members in parts.items():
         if not members:
             raise BadInput(
-                f"the text ({data.path or data.kind}) leaves no {part} document: it has {len(ordered)} in all",
-                fix=f"give more text, or another data.heldout than {data.heldout}",
+                f"{what} leaves no {part} document: it has {len(ordered)} in all",
+                fix=f"give more text, or another data.heldout than {heldout}",
             )
     digest = json_digest([[d.path, text_digest(d.text), p] for p, members in parts.items() for d in members])
     record = folder / "corpus.json"
