@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from distill.recipe import TABLES, Data
 from registry import corpusfile
-from registry.digest import json_digest, text_digest
+from registry.digest import text_digest
 from registry.errors import BadInput
-from registry.home import home, written_whole
+from registry.home import home
 
 # Tests, vendored copies and generated tables are no example of how library code is written.
 LEFT_OUT = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip",
     "__pycache__", "pydoc_data", "turtledemo", "encodings", "_vendor", "config-3",
 }  # fmt: skip
+ROLES = ("system", "user", "assistant")
+MESSAGES = 'a message is {"role": "system", "user" or "assistant", "content": "..."}'
 
 
 class Document(NamedTuple):
-    """One text and the name that identifies it; the split and the statistics group by `path`."""
+    """One text and the name that identifies it; the split and the statistics group by `path`.
+
+    Attributes:
+        text: all of it in plain: of a prompt with its completion both, of a conversation every turn.
+        prompt: what `text` begins with and is not learnt; "" where all is.
+        messages: the turns of a conversation, {"role", "content"} each; the assistant's are learnt.
+    """
 
     path: str
     text: str
+    prompt: str = ""
+    messages: Sequence[dict[str, str]] = ()
+
+    @property
+    def completion(self) -> str:
+        """What follows the prompt."""
+        return self.text[len(self.prompt) :]
 
 
 class Corpus(NamedTuple):
-    """A recipe's text on disk: JSON lines of `{"path", "text"}`, and what identifies it."""
+    """A recipe's text on disk: JSON lines of `Document`s, and what identifies it."""
 
     train: Path
     heldout: Path
@@ -101,17 +120,62 @@ def row_path(row: Mapping[str, Any], path: str, number: int) -> str:
 
 
 def dataset_documents(data: Data, path: str) -> Iterator[Document]:
-    """Rows of a table by their `text_column`."""
+    """Rows of a table, read as the recipe says. Raises BadInput, naming the row, for one that cannot be used."""
     rows = dataset_rows(data, path)
-    if data.text_column not in rows.column_names:
-        raise BadInput(
-            f"{path} has no column {data.text_column!r}",
-            fix=f"set data.text_column to one of: {', '.join(rows.column_names)}",
-        )
+    for key in ("messages_column", "prompt_column", "completion_column", "text_column"):
+        column = getattr(data, key)
+        asked = key != "text_column" or not (data.messages_column or data.prompt_column)
+        if column and asked and column not in rows.column_names:
+            raise BadInput(
+                f"{path} has no column {column!r}",
+                fix=f"set data.{key} to one of: {', '.join(rows.column_names)}",
+            )
     for number, row in enumerate(rows):
-        text = row[data.text_column]
-        if isinstance(text, str):
-            yield Document(row_path(row, path, number), text)
+        try:
+            document = document_of(data, row, row_path(row, path, number))
+        except BadInput as error:
+            error.message = f"{path}, row {number + 1}: {error.message}"
+            raise
+        if document:
+            yield document
+
+
+def document_of(data: Data, row: Mapping[str, Any], path: str) -> Document | None:
+    """A row as a text, a prompt with its completion, or a conversation; None where its text is missing.
+
+    Raises BadInput where a prompt, a completion or a turn is.
+    """
+    if data.messages_column:
+        return conversation(path, _turns(row, data.messages_column))
+    if data.prompt_column:
+        prompt = _filled(row, data.prompt_column)
+        completion = _filled(row, data.completion_column) if data.completion_column else ""
+        return Document(path, prompt + completion, prompt=prompt)
+    text = row[data.text_column]
+    return Document(path, text) if isinstance(text, str) else None
+
+
+def conversation(path: str, messages: Sequence[dict[str, str]]) -> Document:
+    """A conversation as a document."""
+    return Document(path, "\n".join(message["content"] for message in messages), messages=messages)
+
+
+def _filled(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if isinstance(value, str) and value.strip():
+        return value
+    raise BadInput(f"{column} is {'no text' if isinstance(value, (dict, list)) else 'empty'}", fix="leave the row out")
+
+
+def _turns(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
+    """The messages of a row, checked; fields besides role and content are dropped."""
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        raise BadInput(f"{column} holds no messages", fix=MESSAGES)
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            raise BadInput(f"{column}, message {number} cannot be used: {str(turn)[:80]}", fix=MESSAGES)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def located(data: Data, beside: Path) -> str:
@@ -137,57 +201,85 @@ def is_heldout(path: str, fraction: float) -> bool:
 
 
 def prepare(data: Data, beside: Path, name: str) -> Corpus:
-    """A recipe's own text, written under `home()/data/<name>`. Raises BadInput where there is none."""
+    """Write a recipe's text under `home()/data/<name>`. Raises BadInput where there is too little of it."""
     return write(documents(data, beside), name, data.heldout, f"the text ({data.path or data.kind})")
 
 
 def write(documents: Iterable[Document], name: str, heldout: float, what: str) -> Corpus:
-    """Write train and held-out documents under `home()/data/<name>`, whole or not at all.
+    """Write documents to `home()/data/<name>`, split in train and held-out, whole or not at all.
 
-    Documents are ordered by the hash of their path, so that any prefix is a fair sample.
+    Documents are ordered by the hash of their path, so that any prefix is a fair sample. They are not held in
+    memory. Other text that lies there is kept as `<name>-<its digest>`, for versions that were made from it.
 
     Args:
-        heldout: the share held out, by a hash of the path.
-        what: the documents are, in words.
+        documents: those without text are left out.
+        heldout: share of the documents.
+        what: the text, for an error.
 
     Raises:
-        BadInput: there is no text, or nothing would be held out.
+        BadInput: no text, or none for one of the two parts.
     """
+    from filelock import FileLock
+
     folder = home() / "data" / name
-    written = (document for document in documents if document.text.strip())
-    ordered = sorted(written, key=lambda document: text_digest(document.path))
-    parts: dict[str, list[Document]] = {"train": [], "heldout": []}
-    for document in ordered:
-        # The first is the likeliest to be held out: of a few documents at least that one is.
-        out = document.path == ordered[0].path or is_heldout(document.path, heldout)
-        parts["heldout" if out else "train"].append(document)
-    for part, members in parts.items():
-        if not members:
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+        new = Path(scratch) / "text"
+        new.mkdir()
+        text = _write_parts(_ordered(documents, Path(scratch) / "rows.jsonl"), new, heldout)
+        if not (text.train_documents and text.heldout_documents):
+            part = "train" if text.heldout_documents else "heldout"
             raise BadInput(
-                f"{what} leaves no {part} document: it has {len(ordered)} in all",
+                f"{what} leaves no {part} document: it has {text.train_documents + text.heldout_documents} in all",
                 fix=f"give more text, or another data.heldout than {heldout}",
             )
-    digest = json_digest([[d.path, text_digest(d.text), p] for p, members in parts.items() for d in members])
-    record = folder / "corpus.json"
-    if not record.exists() or json.loads(record.read_text())["digest"] != digest:
-        with written_whole(folder) as temporary:
-            temporary.mkdir()
-            for part, members in parts.items():
-                lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in members)
-                (temporary / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
-            (temporary / "corpus.json").write_text(json.dumps({"digest": digest}) + "\n")
-    size = {part: sum(len(d.text.encode()) for d in members) for part, members in parts.items()}
-    return Corpus(
-        folder / "train.jsonl",
-        folder / "heldout.jsonl",
-        digest,
-        len(parts["train"]),
-        len(parts["heldout"]),
-        size["train"],
-        size["heldout"],
-    )
+        before = corpusfile.digest_in(folder)
+        if before != text.digest:
+            if folder.exists():
+                aside = folder.with_name(f"{name}-{before[:12] if before else 'unknown'}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+            os.replace(new, folder)
+    return text._replace(train=folder / "train.jsonl", heldout=folder / "heldout.jsonl")
 
 
-def read(path: Path) -> list[Document]:
+def _ordered(documents: Iterable[Document], rows: Path) -> Iterator[tuple[Document, bytes]]:
+    """Documents with their lines, by the hash of their path; `rows` holds them meanwhile."""
+    places = []
+    with open(rows, "w+b") as file:
+        for document in documents:
+            if document.text.strip():
+                places.append((bytes.fromhex(text_digest(document.path)), file.tell()))
+                said = {key: value for key, value in document._asdict().items() if value or key in corpusfile.KEYS}
+                file.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+        for _, place in sorted(places):
+            file.seek(place)
+            line = file.readline()
+            yield _document(json.loads(line)), line
+
+
+def _write_parts(ordered: Iterable[tuple[Document, bytes]], folder: Path, heldout: float) -> Corpus:
+    digest = hashlib.sha256()
+    count, size = [0, 0], [0, 0]
+    paths = folder / "train.jsonl", folder / "heldout.jsonl"
+    with open(paths[0], "wb") as train, open(paths[1], "wb") as held:
+        first = None
+        for document, line in ordered:
+            first = first or document.path
+            # The first is the likeliest to be held out: of a few documents at least that one is.
+            part = int(document.path == first or is_heldout(document.path, heldout))
+            (train, held)[part].write(line)
+            digest.update(b"%d" % part + line)
+            count[part] += 1
+            size[part] += len(document.text.encode())
+    (folder / "corpus.json").write_text(json.dumps({"digest": digest.hexdigest()}) + "\n")
+    return Corpus(*paths, digest.hexdigest(), *count, *size)
+
+
+def read(path: Path) -> Iterator[Document]:
     """The documents of a corpus file."""
-    return [Document._make(row) for row in corpusfile.rows(path)]
+    return map(_document, corpusfile.objects(path))
+
+
+def _document(row: dict[str, Any]) -> Document:
+    return Document(str(row["path"]), str(row["text"]), row.get("prompt", ""), row.get("messages", ()))

@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
         f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
         f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
     )
-    train, heldout = corpus.read(text.train), corpus.read(text.heldout)
+    train, heldout = list(corpus.read(text.train)), list(corpus.read(text.heldout))
     starts = {}
     for name, student in recipe.students.items():
         if student.model:
