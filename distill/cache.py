@@ -1,125 +1,231 @@
 """The teacher cache: the teacher runs once over the training blocks, every student reads what it said.
 
-At each position the `top_k` most likely tokens and their log-probabilities are kept, in shards of blocks.
-A shard is written whole and recorded with its digest, so a killed capture goes on where it stopped and a
-damaged shard is captured again.
+Shards of blocks lie in one file each, memory-mapped. A shard is written whole and recorded with its digest, so a
+killed capture goes on where it stopped and a damaged shard is captured again. Processes share a cache: one fills
+it while the others wait, and none is removed while it is read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill import stored
+from distill.stored import Form
 from registry.digest import file_digest, json_digest
+from registry.errors import DamagedArtifact
 from registry.home import home, written_whole
+from registry.terminal import say
 
 if TYPE_CHECKING:
     import torch
 
-SHARD_BLOCKS = 128
+SHARD_TOKENS = 2**14
+CACHES = "teacher-cache"  # the folder below home()
 
-Capture = Callable[
-    [np.ndarray], dict[str, np.ndarray]
-]  # the numbers of blocks (n,) -> arrays (n, T, ...) of a stored form
+# The numbers of blocks (n,) -> what is stored of them, by name: (n, T, ...), or as `stored.shard_arrays` gives it.
+Capture = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 class TeacherCache:
-    """Stored top-k log-probabilities of one teacher over the blocks of one layout.
+    """What one teacher said over the blocks of one layout, in one form.
 
     Args:
-        settings: what identifies the content: teacher digest, blocks digest, top_k. Another value of any
-            of them is another cache.
-        blocks: how many.
-        vocab_size: decides the width of the stored ids.
+        settings: what identifies the content beside the form: teacher, tokenizer, blocks, precision. Another value
+            of any of them is another cache.
+        shape: blocks, and tokens a block.
+        form: None for arrays (T, ...) a block by names of one's own.
+        about: told by `limbeck cache list`: the teacher's name, the recipe.
     """
 
-    def __init__(self, settings: dict[str, str | int], blocks: int, vocab_size: int) -> None:
-        self.settings = settings
-        self.blocks = blocks
-        self.id_dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self.folder = home() / "teacher-cache" / json_digest(settings)[:16]
-        self._open: dict[int, dict[str, np.ndarray]] = {}
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        shape: tuple[int, int],
+        form: Form | None = None,
+        about: dict[str, str] | None = None,
+    ) -> None:
+        self.settings = settings | (form._asdict() if form else {})
+        self.blocks, self.length = shape
+        self.form = form
+        self.about = about or {}
+        self.shard_blocks = max(1, SHARD_TOKENS // self.length)
+        key = json_digest(self.settings)
+        self.seed = int(key[:16], 16)  # of what is drawn at random
+        self.folder = home() / CACHES / key[:16]
+        self._open: dict[int, Any] = {}
+        self._held: IO[str] | None = None
 
     @property
     def shards(self) -> int:
-        return -(-self.blocks // SHARD_BLOCKS)
+        return -(-self.blocks // self.shard_blocks)
 
-    def _files(self, shard: int) -> dict[str, Path]:
-        return {part: self.folder / f"{shard:05d}.{part}.npy" for part in ("ids", "logprobs")}
+    def blocks_of(self, shard: int) -> np.ndarray:
+        return np.arange(shard * self.shard_blocks, min((shard + 1) * self.shard_blocks, self.blocks))
 
-    def _is_whole(self, shard: int) -> bool:
-        record = self.folder / f"{shard:05d}.json"
-        try:
-            recorded = json.loads(record.read_text())
-            return all(file_digest(path) == recorded[part] for part, path in self._files(shard).items())
-        except (OSError, ValueError, KeyError):
-            return False
+    def missing(self) -> int:
+        """Blocks that are not captured yet, as far as the records tell; no checksum is taken."""
+        there = (_record(self.folder, shard).exists() for shard in range(self.shards))
+        return sum(len(self.blocks_of(shard)) for shard, is_there in enumerate(there) if not is_there)
 
     def fill(self, capture: Capture, on_blocks: Callable[[int], None] = lambda count: None) -> int:
-        """Capture every shard that is not there or is damaged; returns the blocks captured.
+        """`fill` of this cache alone; returns the blocks captured."""
+        return fill([self], lambda blocks, lacking: [capture(blocks)], on_blocks)
 
-        Args:
-            capture: numbers of blocks (n,) -> ids (n, T, top_k) and log-probabilities (n, T, top_k), by name.
-            on_blocks: told how many blocks are done, for a progress bar.
-        """
-        from filelock import FileLock
+    def write(self, shard: int, arrays: dict[str, np.ndarray], seconds: float) -> None:
+        """Write a shard; `seconds` is what its capture took."""
+        from safetensors.numpy import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        captured = 0
-        with FileLock(self.folder / ".lock"):
-            (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
-            for shard in range(self.shards):
-                blocks = np.arange(shard * SHARD_BLOCKS, min((shard + 1) * SHARD_BLOCKS, self.blocks))
-                if not self._is_whole(shard):
-                    began = time.monotonic()
-                    arrays = capture(blocks)
-                    self._write(shard, arrays["ids"], arrays["logprobs"], time.monotonic() - began)
-                    captured += len(blocks)
-                on_blocks(len(blocks))
-        return captured
-
-    def _write(self, shard: int, ids: np.ndarray, logprobs: np.ndarray, seconds: float) -> None:
-        arrays = {"ids": ids.astype(self.id_dtype), "logprobs": logprobs.astype(np.float16)}
-        files = self._files(shard)
-        for part, path in files.items():
-            with written_whole(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, arrays[part])
+        path = _file(self.folder, shard)
+        with written_whole(path) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+            digest = file_digest(temporary)
         # The record comes last: a shard without one is not there.
-        with written_whole(self.folder / f"{shard:05d}.json") as temporary:
-            digests = {part: file_digest(path) for part, path in files.items()}
-            temporary.write_text(json.dumps({**digests, "seconds": seconds}) + "\n")
+        with written_whole(_record(self.folder, shard)) as temporary:
+            temporary.write_text(json.dumps({"sha256": digest, "seconds": seconds}) + "\n")
+        self._open.pop(shard, None)
 
     def rows(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """The stored form of the blocks at `indices` (n,), by the names of `objectives.TopK`.
+        """What is stored of the blocks at `indices` (n,), as the objectives take it.
 
         Returns:
-            ids (n, T, top_k) int64 and logprobs (n, T, top_k) float32.
+            Of `topk`: ids (n, T, k) int64 and logprobs (n, T, k) float32, the likeliest token first. Of `sampled`:
+            ids (n, T, m) int64, weights (n, T, m) float32 and entropy (n, T) float32, where m is what the fullest
+            position needs. Both at the form's temperature. Else the arrays by their names.
         """
-        import torch
+        return stored.batch(self.form, [self._block(int(index)) for index in indices])
 
-        rows = [self._row(int(index)) for index in indices]
-        return {
-            "ids": torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64)),
-            "logprobs": torch.from_numpy(np.stack([row["logprobs"] for row in rows]).astype(np.float32)),
-        }
-
-    def _row(self, index: int) -> dict[str, np.ndarray]:
-        shard, row = divmod(index, SHARD_BLOCKS)
+    def _block(self, index: int) -> dict[str, np.ndarray]:
+        shard, place = divmod(index, self.shard_blocks)
         if shard not in self._open:
-            files = self._files(shard)
-            self._open[shard] = {part: np.load(file, mmap_mode="r", allow_pickle=False) for part, file in files.items()}
-        return {part: array[row] for part, array in self._open[shard].items()}
+            self._open[shard] = _Shard(_file(self.folder, shard))
+        return self._open[shard].block(place)
+
+    def hold(self) -> None:
+        """Keep others from removing this cache for as long as this object lives."""
+        if self._held is None:
+            self._held = open(self.folder / ".held", "a")  # noqa: SIM115 (open on purpose)
+            fcntl.flock(self._held, fcntl.LOCK_SH)
 
     def seconds(self) -> float:
         """Seconds that the capture of all shards took, whichever run made them; loading the teacher included."""
-        records = (self.folder / f"{shard:05d}.json" for shard in range(self.shards))
+        records = (_record(self.folder, shard) for shard in range(self.shards))
         return sum(json.loads(record.read_text()).get("seconds", 0.0) for record in records)
 
     def disk_bytes(self) -> int:
         """Bytes that the cache takes on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+        return disk_bytes(self.folder)
+
+
+class _Shard:
+    """A shard's file, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            file = safe_open(path, framework="numpy")
+        except (OSError, SafetensorError) as error:
+            raise DamagedArtifact(path, [str(error)]) from error
+        self.slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        self.starts: np.ndarray | None = None
+        if "entries" in self.slices:
+            sizes = file.get_tensor("sizes")
+            self.starts = np.concatenate([[0], np.cumsum(sizes.sum(-1, dtype=np.int64))])
+
+    def block(self, place: int) -> dict[str, np.ndarray]:
+        arrays = {}
+        for name, piece in self.slices.items():
+            if name == "entries" and self.starts is not None:
+                arrays[name] = piece[int(self.starts[place]) : int(self.starts[place + 1])]
+            else:
+                arrays[name] = piece[place]
+        return arrays
+
+
+def fill(
+    caches: Sequence[TeacherCache],
+    capture: Callable[[np.ndarray, list[TeacherCache]], list[dict[str, np.ndarray]]],
+    on_blocks: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Capture every shard that is not there or is damaged, for several caches over the same blocks in one pass.
+
+    Args:
+        capture: numbers of blocks (n,) and the caches that lack them -> what each of these stores of them.
+        on_blocks: told how many blocks are done, for a progress bar.
+
+    Returns:
+        The blocks captured.
+    """
+    captured = 0
+    with ExitStack() as locks:
+        for cache in sorted(caches, key=lambda cache: cache.folder):  # in one order, or two processes block each other
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_filling(cache.folder))
+            cache.hold()
+            _describe(cache)
+        for shard in range(caches[0].shards):
+            blocks = caches[0].blocks_of(shard)
+            lacking = [cache for cache in caches if not is_whole(cache.folder, shard)]
+            if lacking:
+                began = time.monotonic()
+                made = capture(blocks, lacking)
+                for cache, arrays in zip(lacking, made, strict=True):
+                    cache.write(shard, arrays, time.monotonic() - began)
+                captured += len(blocks)
+            on_blocks(len(blocks))
+    return captured
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[None]:
+    """The right to fill a cache, once no other process is at it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        say(f"  teacher cache: {folder.name} is being filled by another process; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _describe(cache: TeacherCache) -> None:
+    about = {"settings": cache.settings, "blocks": cache.blocks, "length": cache.length, "shards": cache.shards}
+    with written_whole(cache.folder / "settings.json") as temporary:  # its time tells when the cache was last used
+        temporary.write_text(json.dumps(about | {"about": cache.about}, indent=1) + "\n")
+
+
+# --- files of a cache's folder
+
+
+def _file(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.safetensors"
+
+
+def _record(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.json"
+
+
+def is_whole(folder: Path, shard: int) -> bool:
+    """Whether a shard is there and is what was written."""
+    try:
+        return bool(file_digest(_file(folder, shard)) == json.loads(_record(folder, shard).read_text())["sha256"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the shards in a cache's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -15,7 +15,7 @@ from distill import students as starting
 from distill.one_student import student_key
 from distill.recipe import Plan, Source
 from distill.setting import Setting, prepare
-from distill.teacher import teacher_for
+from distill.teacher import teachers_for
 from registry.digest import json_digest
 from registry.errors import BadInput, LimbeckError, Refused
 from registry.home import home, written_whole
@@ -78,10 +78,12 @@ def distill(
     for plan in missing:
         starting.check(setting, plan)
     with _parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)) as parent:
-        teacher = teacher_for(setting, missing)
+        teachers = teachers_for(setting, missing)
 
         def make(plan: Plan) -> Version:
-            return one_student.make(setting, plan, keys[plan.label], teacher, store, parent.id if parent else None)
+            return one_student.make(
+                setting, plan, keys[plan.label], teachers.get(plan.label), store, parent.id if parent else None
+            )
 
         failed = _make_all(missing, make, students, alone=len(plans) == 1)
         made = [students[plan.label] for plan in plans if plan.label in students]

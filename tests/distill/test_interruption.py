@@ -48,7 +48,7 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     code, _ = start(args, limbeck_home, lambda: len(shards()) > 2, signal.SIGKILL)
     assert code == -signal.SIGKILL
     kept = len(shards()) - 1  # one is the settings
-    [harmed, *_] = sorted((limbeck_home / "teacher-cache").glob("*/*.logprobs.npy"))
+    [harmed, *_] = sorted((limbeck_home / "teacher-cache").glob("*/*.safetensors"))
     harmed.write_bytes(harmed.read_bytes()[:-4])
     assert [version.kind for version in store.versions()] == ["teacher"]
 

@@ -1,0 +1,234 @@
+"""The forms in which the teacher's words are stored: what each can serve, what is kept of it, how it is packed.
+
+`topk` keeps the likeliest tokens with their log-probabilities; the mass of the rest follows from them. Cheap to
+read and biased: what the tail is made of is lost, and a student taught by it alone is over-confident.
+
+`sampled` is an unbiased sparse estimate (Sparse Logit Sampling, Anshumann et al., arXiv 2503.16870). There, tokens
+are drawn with replacement and counted; here a token of probability p is kept with probability min(1, p / t) and
+weighs max(p, t): the same estimate on average, and none of its noise where p is above t. The threshold t is a
+block's own, such that it keeps `samples` tokens a position on average: more where the teacher is undecided, one or
+two where it is sure. The draws are systematic (Madow, 1949): each position keeps its share of them, give or take one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.recipe import Cache, Objective
+
+Kind = Literal["sampled", "topk"]
+# A position keeps at most this many times `samples` tokens.
+MOST = 8
+
+
+class Form(NamedTuple):
+    """What is stored at each position, of the distribution at one temperature.
+
+    Attributes:
+        size: tokens a position: all alike (`topk`), or on average (`sampled`).
+        vocab_size: decides the bits of an id.
+    """
+
+    kind: Kind
+    size: int
+    vocab_size: int
+    temperature: float = 1.0
+
+    @property
+    def id_bits(self) -> int:
+        return max(1, (self.vocab_size - 1).bit_length())
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a sampled token: its id, and its weight in the bits that are left."""
+        return 3 if self.id_bits <= 18 else 4
+
+    @property
+    def levels(self) -> int:
+        """Different weights of a sampled token."""
+        return 2 ** (8 * self.entry_bytes - self.id_bits)
+
+
+def refusal(kind: str, objective: Objective, endpoint: bool = False) -> str | None:
+    """Why a form cannot serve an objective, and what to do; None where it can.
+
+    Args:
+        kind: `sampled`, `topk` or `online`.
+        endpoint: whether the teacher is one; it tells its likeliest tokens and no more.
+    """
+    if objective.divergence == "chunks" and objective.layers is None:
+        return None  # keeps a form of its own
+    if endpoint and objective.layers is not None:
+        return "layers needs the teacher's hidden states and an endpoint does not tell them: leave layers out"
+    if endpoint and objective.uses_teacher:
+        if kind != "topk":
+            return 'an endpoint tells its likeliest tokens alone: set cache.form = "topk"'
+        if objective.temperature != 1.0:
+            return (
+                f"temperature {objective.temperature:g} needs every logit and an endpoint tells its likeliest tokens "
+                f"alone: set temperature = 1.0"
+            )
+    if kind == "online":
+        return None
+    if objective.layers is not None:
+        return (
+            "layers needs the teacher's hidden states and the cache keeps what it said of the next token: "
+            'set cache.form = "online" to run the teacher each time'
+        )
+    if kind == "sampled" and objective.divergence not in (None, "forward_kl"):
+        return (
+            f"the sampled form gives each probability right on average, and {objective.divergence} of an average is "
+            f'not the average of {objective.divergence}: set cache.form = "topk", or leave it out'
+        )
+    return None
+
+
+def choose(cache: Cache, objective: Objective, vocab_size: int, endpoint: bool = False) -> Form | None:
+    """The form that an objective is served by, None for a teacher that runs online: `cache.form`, or the smallest
+    one that can."""
+    kinds: tuple[str, ...] = (cache.form,) if cache.form else ("sampled", "topk", "online")
+    kind = next((kind for kind in kinds if refusal(kind, objective, endpoint) is None), kinds[-1])
+    if kind == "sampled":
+        return Form("sampled", cache.samples, vocab_size, objective.temperature)
+    if kind == "topk":
+        return Form("topk", min(cache.top_k, vocab_size), vocab_size, objective.temperature)
+    return None
+
+
+# --- what a block's arrays hold
+
+
+def topk_arrays(form: Form, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
+    """The likeliest tokens and their log-probabilities, (..., k) each, as they are stored."""
+    id_type = np.uint16 if form.vocab_size <= 2**16 else np.uint32
+    return {"ids": ids.astype(id_type), "logprobs": logprobs.astype(np.float16)}
+
+
+def block_arrays(form: Form, logits: torch.Tensor, wanted: np.ndarray, seed: Sequence[int]) -> dict[str, np.ndarray]:
+    """What is stored of one block.
+
+    Args:
+        logits: (T, vocab_size) float.
+        wanted: (T,) bool: the positions whose next token is to be predicted; `sampled` spends nothing on others.
+        seed: of the draws.
+    """
+    logprobs = (logits.float() / form.temperature).log_softmax(-1)
+    if form.kind == "topk":
+        values, ids = logprobs.topk(form.size, dim=-1)
+        return topk_arrays(form, ids.cpu().numpy(), values.cpu().numpy())
+    probs = logprobs.exp()
+    entropy = -(probs * logprobs).sum(-1)
+    entries, sizes, threshold = sample(form, probs, wanted, np.random.default_rng(seed))
+    return {
+        "entries": entries,
+        "sizes": sizes,
+        "threshold": np.asarray(threshold, np.float32),
+        "entropy": entropy.cpu().numpy().astype(np.float16),
+    }
+
+
+def shard_arrays(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Blocks one after another: `entries` end to end, all else with an axis for the blocks before its own."""
+    return {
+        name: np.concatenate([block[name] for block in blocks])
+        if name == "entries"
+        else np.stack([block[name] for block in blocks])
+        for name in blocks[0]
+    }
+
+
+def batch(form: Form | None, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Stored blocks as a batch, by the names of `objectives.TopK` or `objectives.Samples`.
+
+    Args:
+        form: None for arrays (T, ...) by other names, which come back as they are, with an axis for the blocks.
+
+    Returns:
+        Whole numbers as int64, others as float32.
+    """
+    import torch
+
+    arrays = _samples(form, blocks) if form is not None and form.kind == "sampled" else shard_arrays(blocks)
+    wide = {"f": np.float32, "u": np.int64, "i": np.int64}
+    return {name: torch.from_numpy(np.asarray(a, wide.get(a.dtype.kind, a.dtype))) for name, a in arrays.items()}
+
+
+# --- the sampled form
+
+
+def sample(
+    form: Form, probs: torch.Tensor, wanted: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Draw `form.size` tokens a wanted position, on average over the block, from probs (T, vocab_size).
+
+    Returns:
+        The packed tokens (E, entry_bytes) uint8 in the order of positions, how many each position has (T,), and
+        the threshold.
+    """
+    import torch
+
+    probs = probs * torch.from_numpy(wanted).to(probs.device).unsqueeze(-1)
+    t = _threshold(form, probs, int(wanted.sum()) * form.size)
+    certain = probs >= t
+    # Equally spaced points on a line where each of the other tokens is a stretch as long as its chance.
+    ends = (torch.where(certain, 0, probs).double() / t).flatten().cumsum(0).add_(rng.random()).floor_()
+    hit = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
+    places = (hit.view_as(certain) | certain).nonzero()
+    kept = probs[places[:, 0], places[:, 1]].double().cpu().numpy()
+    positions, ids = places.cpu().numpy().T
+    codes = _codes(kept, t, form.levels, rng)
+    words = (ids.astype(np.uint32) | codes << np.uint32(form.id_bits)).astype("<u4")
+    sizes = np.bincount(positions, minlength=len(wanted)).astype(_size_type(form))
+    return words.view(np.uint8).reshape(-1, 4)[:, : form.entry_bytes], sizes, t
+
+
+def _size_type(form: Form) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if MOST * form.size + 1 < 2**8 else np.uint32
+
+
+def _threshold(form: Form, probs: torch.Tensor, budget: int) -> float:
+    """The t at which sum(min(1, p / t)) is `budget`; no less than what keeps the most tokens at one position."""
+    floor = 1 / (MOST * form.size)
+    if budget == 0:
+        return floor
+    greatest = probs[probs >= floor].double().sort(descending=True).values.cpu().numpy()
+    whole = np.arange(min(len(greatest), budget - 1) + 1)  # so many are kept for certain
+    rest = float(probs.double().sum()) - np.concatenate([[0.0], np.cumsum(greatest)])[whole]
+    thresholds = rest / (budget - whole)
+    fits = np.append(greatest, 0.0)[whole] < thresholds
+    return max(floor, float(thresholds[np.argmax(fits)])) if fits.any() else floor
+
+
+def _codes(probs: np.ndarray, t: float, levels: int, rng: np.random.Generator) -> np.ndarray:
+    """Weights as levels from t to 1, evenly spaced on a logarithmic scale: (E,) -> (E,) uint32.
+
+    Which of the two levels beside a probability is taken is drawn, such that on average it is the probability.
+    """
+    exact = np.clip(probs, t, 1.0)
+    below = np.clip(np.floor((1 - np.log(exact) / np.log(t)) * (levels - 1)), 0, levels - 2)
+    low, high = (t ** (1 - (below + step) / (levels - 1)) for step in (0, 1))
+    return (below + (rng.random(len(exact)) < (exact - low) / (high - low))).astype(np.uint32)
+
+
+def _samples(form: Form, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields of `objectives.Samples`, padded to the position with the most tokens, to a multiple of 8."""
+    entries = np.concatenate([block["entries"] for block in blocks])
+    sizes = np.stack([block["sizes"] for block in blocks]).astype(np.int64)
+    words = np.zeros((len(entries), 4), dtype=np.uint8)
+    words[:, : form.entry_bytes] = entries
+    words = words.view("<u4")[:, 0]
+    codes = (words >> form.id_bits).astype(np.float32)
+    log_t = np.log([block["threshold"] for block in blocks], dtype=np.float32)
+    weights = np.exp(np.repeat(log_t, sizes.sum(-1)) * (1 - codes / np.float32(form.levels - 1)))
+    shape = (*sizes.shape, -(-max(1, int(sizes.max())) // 8) * 8)
+    filled = np.arange(shape[-1]) < sizes[..., None]
+    ids, padded = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    ids[filled] = words & (2**form.id_bits - 1)
+    padded[filled] = weights
+    return {"ids": ids, "weights": padded, "entropy": np.stack([block["entropy"] for block in blocks])}
