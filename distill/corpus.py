@@ -119,8 +119,11 @@ def row_path(row: Mapping[str, Any], path: str, number: int) -> str:
     return str(row.get("path") or f"{Path(path).name}:{number:07d}")
 
 
-def dataset_documents(data: Data, path: str) -> Iterator[Document]:
-    """Rows of a table, read as the recipe says. Raises BadInput, naming the row, for one that cannot be used."""
+def table(data: Data, path: str) -> Iterator[tuple[Document, Mapping[str, Any]]]:
+    """Rows of a table as the recipe reads them, and as they are.
+
+    Raises BadInput, naming the row, for one that cannot be used.
+    """
     rows = dataset_rows(data, path)
     for key in ("messages_column", "prompt_column", "completion_column", "text_column"):
         column = getattr(data, key)
@@ -137,7 +140,7 @@ def dataset_documents(data: Data, path: str) -> Iterator[Document]:
             error.message = f"{path}, row {number + 1}: {error.message}"
             raise
         if document:
-            yield document
+            yield document, row
 
 
 def document_of(data: Data, row: Mapping[str, Any], path: str) -> Document | None:
@@ -192,7 +195,7 @@ def documents(data: Data, beside: Path) -> Iterable[Document]:
     if data.kind == "stdlib":
         return stdlib_documents()
     path = located(data, beside)
-    return text_documents(Path(path)) if data.kind == "text" else dataset_documents(data, path)
+    return text_documents(Path(path)) if data.kind == "text" else (document for document, _ in table(data, path))
 
 
 def is_heldout(path: str, fraction: float) -> bool:
