@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from distill.stored import unserved
 from registry import tomlfile
 from registry.records import Record
 
@@ -66,18 +68,29 @@ class Filter(Record):
     answer_column: str | None = None  # what the verifier compares with
     min_logprob: float | None = Field(None, le=0)  # mean log-probability a token under the teacher, in nats
 
+    @model_validator(mode="after")
+    def _can_be_applied(self) -> Filter:
+        if self.verifier == "final_answer" and self.answer_column is None:
+            raise ValueError("the verifier final_answer compares with the right answer: set answer_column")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex is no regular expression: {error}") from error
+        return self
+
 
 class Generate(Record):
     """`[generate]`: the teacher answers the prompts of `[data]`, and the student learns from its answers."""
 
     samples: int = Field(1, ge=1)  # answers a prompt
+    max_prompts: int | None = Field(None, ge=1)  # use only so many (a fair sample)
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     stop: tuple[str, ...] = ()
-    chat: bool | None = None  # through the chat template; None: where the teacher has one
+    chat: bool | None = None  # through the chat template; None: where the teacher has one, and not for plain text
     system_prompt: str | None = None
-    batch_size: int = Field(16, ge=1)  # prompts at a time (a local teacher)
+    batch_size: int = Field(16, ge=1)  # answers at a time (a local teacher)
     filter: Filter = Filter()
 
 
@@ -117,9 +130,10 @@ class Teacher(Record):
 class Cache(Record):
     """`[cache]`: what is stored of the teacher's distribution at each position."""
 
-    form: Literal["sampled", "topk", "online"] = "topk"  # online: nothing is stored, the teacher runs each time
+    # online: nothing is stored, the teacher runs each time; None: for each objective the smallest that serves it
+    form: Literal["sampled", "topk", "online"] | None = "topk"
+    samples: int = Field(12, ge=2)  # sampled: tokens stored a position, on average; an unbiased estimate
     top_k: int = Field(32, ge=1)  # topk: the most likely tokens stored, and the mass of the rest
-    samples: int = Field(50, ge=1)  # sampled: draws a token
 
 
 class Layers(Record):
@@ -275,11 +289,11 @@ class Recipe(Record):
         if needing and self.teacher is None:
             raise ValueError(f"objectives.{needing[0]} has a divergence but the recipe has no [teacher]")
         for name in needing:
-            if self.objectives[name].temperature != 1.0 and self.cache.form != "online":
-                raise ValueError(
-                    f"objectives.{name}.temperature {self.objectives[name].temperature} needs every logit of the "
-                    f'teacher and the cache keeps some: set cache.form = "online" to run the teacher each time'
-                )
+            assert self.teacher is not None
+            for temperature in (self.objectives[name].temperature, *self.sweep.temperatures):
+                objective = self.objectives[name].model_copy(update={"temperature": temperature})
+                if why := unserved(self.cache, objective, self.teacher.is_endpoint):
+                    raise ValueError(f"objectives.{name}: {why}")
         if self.generate and self.teacher is None:
             raise ValueError("[generate] has the teacher write the answers and the recipe has no [teacher]")
         if self.tokenizer and self.teacher:

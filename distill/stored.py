@@ -89,16 +89,33 @@ def refusal(kind: str, objective: Objective, endpoint: bool = False) -> str | No
     return None
 
 
+def unserved(cache: Cache, objective: Objective, endpoint: bool = False) -> str | None:
+    """Why no form that a recipe allows can serve an objective; None where one can."""
+    kinds = _kinds(cache, endpoint)
+    whys = [refusal(kind, objective, endpoint) for kind in kinds]
+    return whys[-1] if all(whys) else None
+
+
 def choose(cache: Cache, objective: Objective, vocab_size: int, endpoint: bool = False) -> Form | None:
-    """The form that an objective is served by, None for a teacher that runs online: `cache.form`, or the smallest
-    one that can."""
-    kinds: tuple[str, ...] = (cache.form,) if cache.form else ("sampled", "topk", "online")
-    kind = next((kind for kind in kinds if refusal(kind, objective, endpoint) is None), kinds[-1])
+    """The form that serves an objective: `cache.form`, or the smallest that can; None for a teacher that runs online.
+
+    Raises ValueError where none can.
+    """
+    kind = next((kind for kind in _kinds(cache, endpoint) if refusal(kind, objective, endpoint) is None), None)
+    if kind is None:
+        raise ValueError(unserved(cache, objective, endpoint))
     if kind == "sampled":
         return Form("sampled", cache.samples, vocab_size, objective.temperature)
     if kind == "topk":
         return Form("topk", min(cache.top_k, vocab_size), vocab_size, objective.temperature)
     return None
+
+
+def _kinds(cache: Cache, endpoint: bool) -> tuple[str, ...]:
+    """The forms that a recipe allows, the smallest first."""
+    if cache.form:
+        return (cache.form,)
+    return ("topk",) if endpoint else ("sampled", "topk", "online")
 
 
 # --- what a block's arrays hold

@@ -86,8 +86,8 @@ def test_recipes_that_do_not_fit_together(
     assert "objectives.distilled has a divergence but the recipe has no [teacher]" in done.err
     done = limbeck("distill", write_recipe(), "--set", "objectives.labels.labels=0.5")
     assert "objectives.labels: an objective without a divergence learns from labels alone" in done.err
-    hot = write_recipe(tiny_llama, objectives=DISTILLED + "temperature = 2.0\n")
-    assert 'set cache.form = "online"' in limbeck("distill", hot).err
+    layered = write_recipe(tiny_llama, objectives=DISTILLED + "layers = {}\n", extra="[cache]\nform = 'topk'\n")
+    assert 'set cache.form = "online"' in limbeck("distill", layered).err
     two = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.other]\nlabels = 1.0\n")
     assert "makes 2" in limbeck("distill", two, "--to", tmp_path / "copy").err
     (tmp_path / "mine").mkdir()
