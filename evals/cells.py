@@ -41,7 +41,8 @@ def title(row: LeaderboardRow | Candidate) -> str:
     """What a version is, in a word or two."""
     if row.kind == "teacher":
         return "teacher"
-    return f"{row.recipe or row.version} {row.precision if row.kind == 'onnx' else 'torch'}"
+    control = ", control" if isinstance(row, LeaderboardRow) and row.control else ""
+    return f"{row.recipe or row.version} {row.precision if row.kind == 'onnx' else 'torch'}{control}"
 
 
 def headers(metrics: Mapping[str, str]) -> Iterator[str]:

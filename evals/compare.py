@@ -33,6 +33,7 @@ def compare(
     *,
     margins: Margins | None = None,
     most_flips: int = 0,
+    store: Store | None = None,
     trust_remote_code: bool = False,
 ) -> ComparedModels:
     """Hold `candidate` against `reference`, both MODELs, on the newest tasks that both were scored on.
@@ -47,7 +48,7 @@ def compare(
         BadInput: a name that is no model, no documents in common, documents that do not pair (they are named), or
             a margin of a task that is not compared.
     """
-    margins, store = margins or Margins(), Store()
+    margins, store = margins or Margins(), store or Store()
     sides = [_Side.of(text, store) for text in (candidate, reference)]
     both = _common(sides[0], sides[1], tasks)
     if both is None and tasks and load:

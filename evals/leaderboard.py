@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from evals.cells import COSTS
+from evals.controls import against_controls
 from evals.ranking import USD, ranked, sort_keys
 from evals.settings import differences, group
 from registry.errors import BadInput
@@ -63,7 +64,19 @@ def rows(
     shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (only or {}).items())]
     _say_hidden(cards, groups, task)
     _say_apart(shown)
-    return ranked(shown, sort, cost, keys)
+    return ranked(_with_controls(store, found, shown, task), sort, cost, keys)
+
+
+def _with_controls(
+    store: Store, found: Iterable[Found], shown: Sequence[LeaderboardRow], task: str | None
+) -> list[LeaderboardRow]:
+    """The rows, those of distilled students held against their controls."""
+    versions = [each.version for each in found]
+    held = against_controls(store, versions, task) if any(version.control for version in versions) else []
+    return [
+        row.model_copy(update={"against_controls": tuple(each for each in held if each.student == row.version)})
+        for row in shown
+    ]
 
 
 def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
@@ -76,7 +89,7 @@ def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
 
 def to_csv(found: Sequence[LeaderboardRow]) -> str:
     """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`."""
-    flat = [_flat(row.model_dump(mode="json")) for row in found]
+    flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in found]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for line in flat for key in line)), lineterminator="\n")
     writer.writeheader()
@@ -141,6 +154,7 @@ def _row(
         machine=cost.machine if cost else None,
         setting=place,
         differs=differs,
+        control=version.control,
     )
 
 

@@ -92,11 +92,16 @@ def leaderboard(
 
 def _print_rows(name: str, found: Sequence[LeaderboardRow], cost: str) -> None:
     """A table for each setting."""
+    from evals.controls import told
     from evals.leaderboard import by_setting
 
     for alike in by_setting(found) or [[]]:
         apart = f", {alike[0].differs}" if alike and alike[0].differs else ""
         print_table(f"{name}{apart}: * is on the Pareto frontier", *_table(alike, cost))
+    lines = [line for row in found for held in row.against_controls for line in told(held)]
+    if lines:
+        print("what distillation brought, paired by document, with 95% intervals")
+        print("\n".join(f"  {line}" for line in lines))
 
 
 def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.cells import COSTS, title
+from evals.controls import told
 from evals.leaderboard import by_setting
 from evals.ranking import USD, value
 from registry.records import LeaderboardRow
@@ -108,7 +109,7 @@ def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, c
         subtitle=escape(f"{subtitle} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
         tiles="".join(_tiles(boards[0])),
         controls="".join(_controls(rows, task, cost)),
-        boards="".join(map(_board, boards)),
+        boards="".join(map(_board, boards)) + _against_controls(rows),
         notes="".join(f"<p>{note}</p>" for note in NOTES),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         script=script,
@@ -202,6 +203,19 @@ def _board(rows: Sequence[LeaderboardRow]) -> str:
         headers="".join(_headers(metrics)),
         lines="\n".join(_line(place, row, list(metrics)) for place, row in enumerate(rows)),
     )
+
+
+def _against_controls(rows: Sequence[LeaderboardRow]) -> str:
+    """What distillation brought, where there are controls."""
+    items = []
+    for held in (held for row in rows for held in row.against_controls):
+        first, *tasks = told(held)
+        items.append(
+            f"<li>{escape(first)}<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in tasks)}</ul></li>"
+        )
+    if not items:
+        return ""
+    return f'<section class="board"><h2>What distillation brought</h2><ul>{"".join(items)}</ul></section>'
 
 
 def _legend(rows: Sequence[LeaderboardRow]) -> Iterator[str]:

@@ -68,6 +68,8 @@ class Version(Frozen):
     data_digest: str | None = None
     code_version: str | None = None
     licence: str | None = None
+    # Of a student: whether the licence of what it learnt from lets a model learn from it; text alone always does.
+    licence_allows_distillation: bool | None = None
     params: int | None = None
     run_id: str | None = None
     aliases: tuple[str, ...] = ()
@@ -251,6 +253,25 @@ class ComparedModels(Record):
     flips: tuple[Flip, ...]  # where they were asked for
 
 
+class Overlap(Record):
+    """How many of a task's documents occur in a training text."""
+
+    documents: int
+    contaminated: int  # those of which some n-gram occurs
+
+    @property
+    def share(self) -> float:
+        return self.contaminated / self.documents if self.documents else 0.0
+
+
+class Contamination(Record):
+    """The overlap of a version's training text with the tasks it was scored on, see evals.contamination."""
+
+    data_digest: str  # of the training text
+    ngram: int  # words; a document that is shorter counts with all of its words
+    tasks: dict[str, Overlap]  # no groups
+
+
 class Scorecard(Record):
     """One artifact, one set of tasks, one machine."""
 
@@ -264,6 +285,7 @@ class Scorecard(Record):
     cost: Cost | None = None
     relative: Relative | None = None
     seconds: float | None = later(None)  # that scoring took; what was known already took none
+    contamination: Contamination | None = later(None)  # None: the training text was not at hand
 
 
 class Making(Record):
@@ -335,6 +357,28 @@ class LedgerEntry(Record):
     hash: str  # over all the other fields
 
 
+class HeldTask(Record):
+    """A student less its control on one task, paired by document."""
+
+    metric: str
+    difference: Estimate
+    better: Literal["student", "control"] | None  # beyond the interval; None: not settled
+
+
+class AgainstControl(Record):
+    """A distilled student held against a control: the same student without the teacher."""
+
+    student: str  # NAME/VERSION
+    control: str
+    kind: str  # labels (at equal tokens), labels_equal_cost, untrained
+    tasks: dict[str, HeldTask]  # top-level tasks and groups
+    outcome: Literal["better", "worse", "mixed", "not settled"]  # over the tasks
+    student_tokens: int | None  # that each has seen in training
+    control_tokens: int | None
+    student_seconds: float | None  # of training and of the teacher's pass, in full
+    control_seconds: float | None
+
+
 class LeaderboardRow(Record):
     """One row of `limbeck leaderboard NAME --format json`.
 
@@ -365,3 +409,5 @@ class LeaderboardRow(Record):
     machine: str | None = None  # that the cost was measured on
     setting: int | None = None  # 0 is the largest; null: not scored
     differs: str | None = None  # how the setting differs from setting 0, in words
+    control: str | None = None  # of distillation, as Version.control
+    against_controls: tuple[AgainstControl, ...] = ()  # of a distilled PyTorch student

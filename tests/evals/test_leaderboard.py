@@ -95,6 +95,8 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
         "machine": "a test",
         "setting": 0,
         "differs": None,
+        "control": None,
+        "against_controls": (),
     }
     assert found[2].parent == "m/1"
     assert (found[3].retention, found[3].cost, found[3].quality, found[3].verdict) == (None, None, {}, None)
