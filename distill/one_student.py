@@ -89,6 +89,7 @@ def make(
         tags["limbeck.control"] = plan.control
     compared = setting.teacher_version.ref if setting.teacher_version else None
     learnt = plan.objective.uses_teacher or (recipe.generate is not None and plan.control is None)
+    carved = recipe.students[plan.student].carve is not None
     with store.run(
         f"{recipe.name} {plan.label}", params=_params(setting, plan, training), tags=tags, parent=parent_run
     ) as run:
@@ -103,6 +104,7 @@ def make(
             work / "final",
             kind="student" if setting.teacher_version else "teacher",
             licence=recipe.licence,
+            licence_allows_distillation=setting.licence_allows if learnt or carved else True,
             # A twin trained on labels alone is compared with the teacher, and was not made from it.
             parent=compared if learnt else None,
             teacher=compared,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from distill import card, corpus, models
 from distill.blocks import Blocks, make_blocks, train_tokenizer
 from distill.recipe import Recipe, Source
+from registry import licences
 from registry.errors import BadInput, LimbeckError
 from registry.records import Version
 from registry.resolve import Model, resolve
@@ -36,6 +37,15 @@ class Setting(NamedTuple):
     teacher: Model | None
     teacher_version: Version | None
     starts: dict[str, Model]  # of the students that begin pretrained
+
+    @property
+    def licence_allows(self) -> bool | None:
+        """Whether the teacher's licence allows a student to learn from its outputs; None: not known, or no teacher."""
+        asked = self.recipe.teacher
+        if asked is None or asked.licence_allows_distillation is not None:
+            return asked.licence_allows_distillation if asked else None
+        stated = self.teacher_version.licence if self.teacher_version else None
+        return licences.allows(asked.licence or stated or licences.of_endpoint(asked.model))
 
     @property
     def vocab_size(self) -> int:

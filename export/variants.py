@@ -85,6 +85,7 @@ def export_version(
                     data_digest=parent.data_digest,
                     code_version=parent.code_version,
                     licence=parent.licence,
+                    licence_allows_distillation=parent.licence_allows_distillation,
                     params=parent.params,
                     run_id=parent.run_id,
                 )

@@ -22,6 +22,11 @@ A policy is a TOML file. Only `quality.min_retention` has to be there; a rule le
     max_mean_kl = 0.05          # nats per token
     min_top1_agreement = 0.9
 
+    [lineage]
+    max_contamination = 0.01    # of each task: the share of documents that occur in the training text
+    require_distillation_licence = true  # the teacher's licence has to allow that a student learns from it
+
+What is not known, such as an overlap with text that is not at hand, or a licence, is inconclusive.
 An interval wholly below a limit fails. One that reaches across it is inconclusive: more documents settle it.
 Neither passes the gate.
 """
@@ -45,6 +50,7 @@ from registry.records import (
     Scorecard,
     Verdict,
     Version,
+    later,
 )
 
 
@@ -75,12 +81,20 @@ class ParityLimits(Frozen):
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
 
 
+class LineageRules(Frozen):
+    """What it may have been made from."""
+
+    max_contamination: float | None = Field(default=None, ge=0, le=1)
+    require_distillation_licence: bool = False
+
+
 class Policy(Record):
     """The rules of one gate."""
 
     quality: Quality
     cost: CostLimits = CostLimits()
     parity: ParityLimits = ParityLimits()
+    lineage: LineageRules = later(LineageRules())
 
 
 def load(path: Path | str) -> Policy:
@@ -112,6 +126,7 @@ def judge(
         fails, else inconclusive.
     """
     rules = [*_quality(policy, version, card, teacher_digest), *_cost(policy, version, card)]
+    rules += _lineage(policy.lineage, version, card)
     if version.kind == "onnx":
         rules += _parity(policy.parity, version, parity, parent_digest)
     outcomes = {rule.outcome for rule in rules}
@@ -147,6 +162,7 @@ def best_card(
             and asked.min_task_retention.keys() <= card.relative.task_retention.keys()
             and all(result.documents >= (asked.min_documents or 0) for result in card.tasks.values())
             and (card.cost is not None or policy.cost == CostLimits())
+            and (card.contamination is not None or policy.lineage.max_contamination is None)
         )
 
     return next((card for card in reversed(cards) if answers(card)), cards[-1] if cards else None)
@@ -241,6 +257,34 @@ def _parity(
         words = f"top-1 agreement {parity.top1_agreement:.4f}, at least {asked.min_top1_agreement:.4f} is asked"
         good = parity.top1_agreement >= asked.min_top1_agreement
         yield _rule("parity.min_top1_agreement", "pass" if good else "fail", words)
+
+
+def _lineage(asked: LineageRules, version: Version, card: Scorecard | None) -> Iterator[RuleResult]:
+    if asked.require_distillation_licence:
+        yield _licence(version)
+    if asked.max_contamination is None or card is None or card.artifact != version.digest:
+        return
+    rule, found = "lineage.max_contamination", card.contamination
+    if found is None:
+        words = "its overlap with the training text has not been measured"
+        yield _rule(rule, "inconclusive", f"{words}; run limbeck eval {version.ref} where that text lies")
+        return
+    for task, overlap in found.tasks.items():
+        words = f"{overlap.contaminated} of {overlap.documents} documents of {task} occur in the training text"
+        words += f" ({overlap.share:.4f}), at most {asked.max_contamination:.4f} is asked"
+        yield _rule(f"{rule}.{task}", "pass" if overlap.share <= asked.max_contamination else "fail", words)
+
+
+def _licence(version: Version) -> RuleResult:
+    rule, allowed = "lineage.require_distillation_licence", version.licence_allows_distillation
+    if version.kind == "teacher" and version.teacher is None:
+        return _rule(rule, "pass", "it was distilled from no other model")
+    if allowed is None:
+        words = f"whether the licence of {version.teacher or 'its teacher'} lets a student learn from it is not known"
+        fix = "say so in the recipe: teacher.licence_allows_distillation, and distil again"
+        return _rule(rule, "inconclusive", f"{words}; {fix}")
+    words = "allows it" if allowed else "forbids it"
+    return _rule(rule, "pass" if allowed else "fail", f"to learn from {version.teacher}: its licence {words}")
 
 
 def _at_least(rule: str, what: str, estimate: Estimate, limit: float) -> RuleResult:

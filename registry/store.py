@@ -145,6 +145,7 @@ class Store(Findings):
         data_digest: str | None = None,
         code_version: str | None = None,
         licence: str | None = None,
+        licence_allows_distillation: bool | None = None,
         params: int | None = None,
         run_id: str | None = None,
         extra_tags: Mapping[str, Any] | None = None,
@@ -189,6 +190,7 @@ class Store(Findings):
             data_digest=data_digest,
             code_version=code_version,
             licence=licence,
+            licence_allows_distillation=licence_allows_distillation,
             params=params,
             run_id=run_id,
         )

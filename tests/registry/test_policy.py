@@ -11,7 +11,7 @@ import pytest
 
 from registry.errors import BadInput
 from registry.policy import Policy, best_card, judge, load
-from registry.records import Parity, Scorecard, Version
+from registry.records import Contamination, Overlap, Parity, Scorecard, Version
 
 ONNX = Version(
     name="still",
@@ -173,3 +173,40 @@ def test_policy_files(tmp_path: Path) -> None:
             load(file)
     with pytest.raises(BadInput, match="no such file"):
         load(tmp_path / "absent.toml")
+
+
+def test_contamination(make_card: Callable[..., Scorecard]) -> None:
+    asked = {"lineage": {"max_contamination": 0.02}}
+    overlaps = {"bits": Overlap(documents=100, contaminated=2), "choice": Overlap(documents=100, contaminated=3)}
+    found = outcomes(
+        asked, make_card(TORCH.digest, contamination=Contamination(data_digest="d", ngram=13, tasks=overlaps))
+    )
+    rule = "lineage.max_contamination"
+    assert found == {"quality.min_retention": "pass", f"{rule}.bits": "pass", f"{rule}.choice": "fail"}
+    unknown = make_card(TORCH.digest)
+    assert outcomes(asked, unknown)[rule] == "inconclusive"
+    assert rule not in outcomes({}, unknown)
+
+
+def test_the_licence_of_the_teacher() -> None:
+    asked = policy(lineage={"require_distillation_licence": True})
+    rule = "lineage.require_distillation_licence"
+
+    def found(**changes: Any) -> tuple[str, str]:
+        verdict = judge(asked, TORCH.model_copy(update=changes), None, None)
+        return next((each.outcome, each.message) for each in verdict.rules if each.rule == rule)
+
+    assert found(licence_allows_distillation=True)[0] == "pass"
+    assert found(licence_allows_distillation=False) == ("fail", "to learn from still/1: its licence forbids it")
+    outcome, words = found()
+    assert outcome == "inconclusive"
+    assert "still/1" in words
+    assert "teacher.licence_allows_distillation" in words
+    assert found(kind="teacher", teacher=None)[0] == "pass"
+    assert all(each.rule != rule for each in judge(policy(), TORCH, None, None).rules)
+
+
+def test_a_policy_without_rules_of_lineage_is_the_one_it_was() -> None:
+    assert policy().digest() == policy(lineage={}).digest()
+    assert policy().digest() != policy(lineage={"max_contamination": 0.1}).digest()
+    assert policy().digest().startswith("01de81b4f40f")
