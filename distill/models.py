@@ -14,7 +14,7 @@ from registry.machine import cpu_bf16
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -40,6 +40,16 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
 
 
+def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a causal LM. Raises BadInput where transformers does not know it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+
+
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the greatest token id. A model's `vocab_size` may be greater: the rest is padding."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -49,12 +59,7 @@ def check_fits(
     folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, trust_remote_code: bool = False
 ) -> None:
     """Raises BadInput where the model in `folder` has fewer positions than a block, or too few embeddings."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    config = load_config(folder, trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions < max_length:
         raise BadInput(

@@ -106,7 +106,7 @@ def make(
             licence=recipe.licence,
             licence_allows_distillation=setting.licence_allows if learnt or carved else True,
             # A twin trained on labels alone is compared with the teacher, and was not made from it.
-            parent=compared if learnt else None,
+            parent=compared if learnt or carved else None,
             teacher=compared,
             recipe=plan.label,
             recipe_digest=key,
@@ -192,6 +192,7 @@ def _train_and_save(
                 on_policy=recipe.on_policy,
             )
             trained = train(job, on_progress, run.metrics)
+    model = starting.finish(model)
     facts: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": trained.tokens,
