@@ -1,0 +1,119 @@
+"""Several processes of one run, as `torchrun` and `accelerate launch` start them: the first leads, the others follow.
+
+The first does all that is done once: text, capture, logging, checkpoints, registration. What is to be trained it
+tells the others (`follow.py`), which wait as long as it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from registry.machine import physical_cores
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def count() -> int:
+    """The processes of this run; 1 where no launcher started it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def index() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that leads, or the only one."""
+    return index() == 0
+
+
+def set_threads() -> None:
+    """One torch thread for each physical core that is this process's share; OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+        torch.set_num_threads(max(1, physical_cores() // here))
+
+
+def tell(value: Any) -> None:
+    """Tell the other processes a value that JSON holds; nothing where there is only one. Of the first process."""
+    if count() > 1:
+        _pass_on(value)
+
+
+def told() -> Any:
+    """What the first process tells next, however long it takes. Of the others."""
+    return _pass_on(None)
+
+
+def agree(numbers: list[float]) -> list[float]:
+    """The first process's numbers, in every process."""
+    import torch
+    import torch.distributed as dist
+
+    if count() == 1:
+        return numbers
+    shared = torch.tensor(numbers, dtype=torch.float64)
+    dist.broadcast(shared, 0, group=_waiting_room())
+    return shared.tolist()
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """Within, this process tells others what to do; at the end it lets them go.
+
+    After an error amid a training they cannot be reached: the launcher ends them when this process ends.
+    """
+    try:
+        yield
+    except BaseException:
+        if not _busy:
+            tell(None)
+        raise
+    tell(None)
+
+
+_busy: list[str] = []
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Within, all processes are at the same work."""
+    _busy.append(what)
+    yield
+    _busy.pop()  # after an error it stays
+
+
+def _pass_on(value: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    text = json.dumps(value).encode()
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, 0, group=_waiting_room())
+    data = (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8) if is_main() else torch.empty(int(size), dtype=torch.uint8)
+    )
+    dist.broadcast(data, 0, group=_waiting_room())
+    return json.loads(bytes(data.tolist()))
+
+
+@functools.cache
+def _waiting_room() -> ProcessGroup:
+    """A group of all processes whose waiting is not cut short: a teacher's pass can take days."""
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    from distill.models import device
+
+    PartialState(cpu=device() == "cpu")  # it knows the launchers' ways
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
