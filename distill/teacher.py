@@ -11,6 +11,7 @@ import numpy as np
 from distill import models, stored
 from distill.blocks import Blocks
 from distill.cache import Capture, TeacherCache, fill
+from distill.precision import uses_bf16
 from distill.recipe import Plan
 from distill.setting import Setting
 from distill.stored import Form
@@ -95,8 +96,13 @@ def _load(setting: Setting) -> PreTrainedModel:
 
 def _bf16(setting: Setting) -> bool:
     """Whether the teacher runs in bfloat16."""
-    asked = setting.recipe.training.bf16
-    return models.has_bf16() if asked is None else asked
+    from transformers import AutoConfig
+
+    assert setting.recipe.teacher is not None
+    assert setting.teacher is not None
+    trusted = setting.recipe.teacher.trust_remote_code
+    config = AutoConfig.from_pretrained(setting.teacher.path, trust_remote_code=trusted)
+    return uses_bf16(setting.recipe.training.bf16, config)
 
 
 def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool) -> Pass:
