@@ -54,7 +54,7 @@ def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Maki
         making = store.making(version) if version else None
         if making is None:
             raise Refused(
-                f"{plan.label} is as long as {other.label} took, which was not made",
+                f"{plan.label}: it is as long as {other.label} took, which was not made",
                 fix=f"run the same command again when {other.label} can be made",
             )
         found.append((other, making))
