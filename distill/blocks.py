@@ -138,6 +138,12 @@ def make_blocks(
     )
 
 
+def no_blocks(max_length: int) -> Blocks:
+    """Of a text that is not written yet."""
+    nothing = np.zeros((0, max_length))
+    return Blocks(nothing.astype(np.int32), nothing.astype(np.uint16), nothing.astype(bool), 0, 0, "")
+
+
 def layout_digest(ids: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> str:
     """What identifies blocks: their tokens and how they are laid out."""
     parts = (f"{ids.shape[1]}\n".encode(), ids.tobytes(), segments.tobytes(), targets.tobytes())

@@ -14,7 +14,7 @@ from distill import recipe as recipes
 from distill import students as starting
 from distill.one_student import student_key
 from distill.recipe import Plan, Source
-from distill.setting import Setting, prepare
+from distill.setting import Setting, prepare, written
 from distill.teacher import teachers_for
 from registry.digest import json_digest
 from registry.errors import BadInput, LimbeckError, Refused
@@ -71,6 +71,10 @@ def distill(
     if to is not None and to.exists() and not (to / "config.json").exists():
         raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
     setting = prepare(recipe, Source(path, tuple(overrides)), store)
+    if recipe.generate:  # before the teacher writes
+        for plan in plans:
+            starting.check(setting, plan)
+    setting = written(setting)
     keys = {plan.label: student_key(setting, plan) for plan in plans}
     students = {} if begin == "restart" else _made_before(setting, plans, keys, store)
     missing = [plan for plan in plans if plan.label not in students]

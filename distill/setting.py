@@ -11,8 +11,9 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill import card, corpus, models
-from distill.blocks import Blocks, make_blocks, train_tokenizer
+from distill import card, corpus, generate, models
+from distill.blocks import Blocks, make_blocks, no_blocks, train_tokenizer
+from distill.generate import Generated
 from distill.recipe import Recipe, Source
 from registry import licences
 from registry.errors import BadInput, LimbeckError
@@ -23,6 +24,8 @@ from registry.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NO_TEXT = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # not written yet
 
 
 class Setting(NamedTuple):
@@ -37,6 +40,7 @@ class Setting(NamedTuple):
     teacher: Model | None
     teacher_version: Version | None
     starts: dict[str, Model]  # of the students that begin pretrained
+    generated: Generated | None = None  # of a text that the teacher wrote
 
     @property
     def licence_allows(self) -> bool | None:
@@ -53,15 +57,15 @@ class Setting(NamedTuple):
 
 
 def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
-    """Text on disk, teacher resolved and registered, tokenizer, blocks. Raises BadInput with the recipe's line."""
+    """Text on disk, teacher resolved and registered, tokenizer, blocks. Raises BadInput with the recipe's line.
+
+    Where the teacher is to write the text there is none yet, and no block: see `written`.
+    """
     beside = source.path.resolve().parent
-    with at(source, "data", "path"):
-        text = corpus.prepare(recipe.data, beside, recipe.name)
-    say(
-        f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
-        f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
-    )
-    train, heldout = list(corpus.read(text.train)), list(corpus.read(text.heldout))
+    text = NO_TEXT
+    if recipe.generate is None:
+        with at(source, "data", "path"):
+            text = corpus.prepare(recipe.data, beside, recipe.name)
     starts = {}
     for name, student in recipe.students.items():
         if student.model:
@@ -73,8 +77,10 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
             teacher = _torch_model(recipe.teacher.model, beside, store)
             tokenizer = models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
             models.check_fits(teacher.path, tokenizer, recipe.data.max_length, recipe.teacher.trust_remote_code)
+        if recipe.generate and starts and not any(o.uses_teacher for o in recipe.objectives.values()):
+            tokenizer = models.load_tokenizer(next(iter(starts.values())).path)  # text alone is learnt from
     elif recipe.tokenizer is not None:
-        tokenizer = train_tokenizer(train, recipe.tokenizer.vocab_size, recipe.data.max_length)
+        tokenizer = train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
     elif starts:
         tokenizer = models.load_tokenizer(next(iter(starts.values())).path)
     else:
@@ -82,21 +88,33 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
             f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
             fix="add [tokenizer] with a vocab_size to train one on the text",
         )
-    with at(source, "data"):
-        train_blocks = make_blocks(train, tokenizer, recipe.data.max_length, recipe.data.max_tokens)
-    with at(source, "data", "heldout"):
-        heldout_blocks = make_blocks(heldout, tokenizer, recipe.data.max_length)
-    return Setting(
-        recipe,
-        source,
-        text,
-        train_blocks,
-        heldout_blocks,
-        tokenizer,
-        teacher,
-        _register_teacher(recipe, teacher, store) if teacher else None,
-        starts,
+    version = _register_teacher(recipe, teacher, store) if teacher else None
+    nothing = no_blocks(recipe.data.max_length)
+    setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, version, starts)
+    return setting if recipe.generate else _laid_out(setting)
+
+
+def written(setting: Setting) -> Setting:
+    """With the text that the teacher is to write, where the recipe asks for it; students are checked before."""
+    if setting.recipe.generate is None:
+        return setting
+    with at(setting.source, "generate"):
+        text, facts = generate.written(setting)
+    return _laid_out(setting._replace(corpus=text, generated=facts))
+
+
+def _laid_out(setting: Setting) -> Setting:
+    """With the blocks of its text."""
+    text, data, tokenizer = setting.corpus, setting.recipe.data, setting.tokenizer
+    say(
+        f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
+        f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
     )
+    with at(setting.source, "data"):
+        train = make_blocks(list(corpus.read(text.train)), tokenizer, data.max_length, data.max_tokens)
+    with at(setting.source, "data", "heldout"):
+        heldout = make_blocks(list(corpus.read(text.heldout)), tokenizer, data.max_length)
+    return setting._replace(train=train, heldout=heldout)
 
 
 @contextmanager
