@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from distill import objectives
+from distill import head, objectives
+from distill.head import Body, Logits
+from distill.layers import LayerMatching
 from distill.recipe import Objective
+from registry.errors import BadInput
 
 
 class Losses(NamedTuple):
     """What came of a batch: the loss to go down, a scalar in nats; and over its targets, counted, not averaged:
-    how many there are, and on how many of them student and teacher have the same likeliest token."""
+    how many there are, and, where it is measured, on how many of them student and teacher have the same likeliest
+    token."""
 
     loss: torch.Tensor
     targets: torch.Tensor
@@ -28,6 +33,12 @@ class Distiller(torch.nn.Module):
         student: trained in place.
         teacher: runs online, in no gradient; None where its stored outputs come with the batch, or none are needed.
         vocab_size: of the tokenizer; a teacher's logits beyond it are padding and are left out.
+
+    Attributes:
+        measure: whether `Losses.agreed` is counted, which takes time; set it for the batches that are to be logged.
+
+    Raises:
+        BadInput: layers to match without a teacher that runs online, or layers that are not there.
     """
 
     def __init__(
@@ -36,12 +47,32 @@ class Distiller(torch.nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        self._teacher = [teacher]  # in a list: its parameters are none of this module's
         self.vocab_size = vocab_size
+        self.measure = False
+        # In a list: what is in there is none of this module's parameters.
+        self._bodies = [
+            Body.of(model) for model in (student, teacher if objective.uses_teacher else None) if model is not None
+        ]
+        self.layers: LayerMatching | None = None
+        if objective.layers is not None:
+            if teacher is None:
+                raise BadInput(
+                    "layers follow the hidden states of a teacher that runs, and a cache stores none",
+                    fix='set cache.form = "online"',
+                )
+            self.layers = LayerMatching(objective.layers, student, teacher)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
-        return self._teacher[0]
+        return self._bodies[1].model if len(self._bodies) > 1 else None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The student's, by the name that the Trainer calls."""
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """The student's head, by the name that an optimizer asks for."""
+        return self.student.get_output_embeddings()
 
     def forward(self, batch: Mapping[str, Any], num_items: float | torch.Tensor) -> Losses:
         """The loss of a batch.
@@ -51,29 +82,19 @@ class Distiller(torch.nn.Module):
             num_items: targets of the whole optimizer step, over its accumulated batches: the loss is the sum over
                 this batch divided by it.
         """
-        labels = batch["labels"][:, 1:]
-        rows = labels != -100
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
-        logits = self.student(**inputs).logits[:, :-1][rows]
-        said = self._said(batch, inputs, rows)
-        loss = objectives.loss(logits, labels[rows], self.objective, said) / num_items
-        agreed = (logits.argmax(-1) == _likeliest(said)).sum() if said is not None else torch.zeros_like(rows.sum())
-        return Losses(loss, rows.sum(), agreed)
-
-    def _said(self, batch: Mapping[str, Any], inputs: dict[str, Any], rows: torch.Tensor) -> objectives.Said | None:
-        if not self.objective.uses_teacher:
-            return None
-        if "teacher" in batch:
-            return objectives.stored({name: array[:, :-1][rows] for name, array in batch["teacher"].items()})
-        assert self.teacher is not None
-        with torch.no_grad():
-            return self.teacher(**inputs).logits[:, :-1, : self.vocab_size][rows]
-
-
-def _likeliest(said: objectives.Said) -> torch.Tensor:
-    """The teacher's likeliest token at each position, as far as what is stored tells: (N,)."""
-    if isinstance(said, objectives.TopK):
-        return said.ids[:, 0]
-    if isinstance(said, objectives.Samples):
-        return said.ids.gather(-1, said.weights.argmax(-1, keepdim=True))[:, 0]
-    return said.argmax(-1)
+        rows = batch["labels"][:, 1:] != -100
+        labels = batch["labels"][:, 1:][rows]
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        matches = self.layers is not None
+        student = self._bodies[0].run(inputs, rows, states=matches)
+        said: Logits | objectives.Stored | None = None
+        if "teacher" in batch and self.objective.uses_teacher:
+            said = objectives.stored({name: array[:, :-1][rows] for name, array in batch["teacher"].items()})
+        elif len(self._bodies) > 1:
+            with torch.no_grad():
+                teacher = self._bodies[1].run(inputs, rows, states=matches)
+            said = teacher.logits._replace(vocab_size=self.vocab_size)
+        total, agreed = head.loss(student.logits, labels, self.objective, said, self.measure)
+        if self.layers is not None:
+            total = total + self.layers(student.states, teacher.states, F.pad(rows, (0, 1)))
+        return Losses(total / num_items, rows.sum(), agreed)
