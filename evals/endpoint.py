@@ -11,9 +11,8 @@ token that is not read. Its class itself is not used, because it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from evals.engines import Text
 from evals.rows import Scored, batches
@@ -25,7 +24,6 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 
 Prompt = list[int]
 Choice = dict[str, Any]
-T = TypeVar("T")
 
 
 class EndpointEngine:
@@ -58,7 +56,7 @@ class EndpointEngine:
         starts = [0]
         for group in groups:
             starts.append(starts[-1] + len(group))
-        for number, choices in self._concurrently(ask, groups):
+        for number, choices in self._client.concurrently(ask, groups):
             for index, choice in zip(order[starts[number] :], choices, strict=False):
                 yield index, self._scored(choice, len(prompts[index]), len(pairs[index][1]))
 
@@ -78,7 +76,7 @@ class EndpointEngine:
 
         answers: dict[int, list[Choice]] = {}
         following = 0
-        for number, choices in self._concurrently(ask, groups):
+        for number, choices in self._client.concurrently(ask, groups):
             answers[number] = choices
             while following in answers:
                 yield from (str(choice.get("text") or "") for choice in answers.pop(following))
@@ -124,30 +122,6 @@ class EndpointEngine:
                 fix="give --tokenizer the model that it serves",
             )
         self._checked = True
-
-    def _concurrently(self, ask: Callable[[Sequence[Prompt]], T], groups: Sequence[Any]) -> Iterator[tuple[int, T]]:
-        """(number, answer) of each group, as they come. After a failure the ones that are under way are waited for."""
-        failed: BaseException | None = None
-        waiting = list(enumerate(groups))[::-1]
-        running: dict[Future[T], int] = {}
-        pool = ThreadPoolExecutor(self.endpoint.num_concurrent)
-        try:
-            while running or (waiting and not failed):
-                while waiting and not failed and len(running) < self.endpoint.num_concurrent:
-                    number, group = waiting.pop()
-                    running[pool.submit(ask, group)] = number
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    number = running.pop(future)
-                    failed = failed or future.exception()
-                    if not future.exception():
-                        yield number, future.result()
-            if failed:
-                raise failed
-        except BaseException:
-            self._client.stop()  # nobody waits for another try
-            raise
-        finally:
-            pool.shutdown(wait=False)
 
 
 def _parts(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from registry.connection import reason
@@ -21,6 +24,9 @@ BACKOFF_S = 1.0  # before the second try; doubled before each further one
 LONGEST_WAIT_S = 120.0
 TIMEOUT_S = (10, 600)  # to connect; to answer
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,18 @@ class Client:
 
     Args:
         url: up to and with /v1. num_concurrent: the most requests at a time.
+        requests_per_minute: the most requests that are sent, evenly spaced; None: no limit.
     """
 
-    def __init__(self, url: str, num_concurrent: int = 1) -> None:
+    def __init__(self, url: str, num_concurrent: int = 1, requests_per_minute: float | None = None) -> None:
         import requests
         from requests.adapters import HTTPAdapter
 
         self.url = url
+        self.num_concurrent = num_concurrent
+        self._spacing = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._next = 0.0  # when the next request may be sent
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._session = requests.Session()
         self._session.auth = _authorize
@@ -81,7 +92,9 @@ class Client:
         tries = TRIES if tries is None else tries
         why = "stopped"
         for number in range(tries):
-            wait = min(BACKOFF_S * 2**number, LONGEST_WAIT_S)
+            pause = min(BACKOFF_S * 2**number, LONGEST_WAIT_S)
+            if self._stopped.wait(self._turn()):
+                break
             try:
                 method = "GET" if payload is None else "POST"
                 answer = self._session.request(method, f"{self.url}{path}", json=payload, timeout=TIMEOUT_S)
@@ -90,20 +103,56 @@ class Client:
                 why = _said(answer)
                 if answer.status_code not in TEMPORARY:
                     raise _refused(self.url, answer.status_code, why)
-                wait = max(wait, _retry_after(answer))
+                pause = max(pause, _retry_after(answer))
             except requests.JSONDecodeError:
                 raise Unreachable(f"{self.url}{path} does not answer with JSON", fix="check the URL") from None
             except requests.RequestException as error:
                 why = reason(error)
-            if wait > LONGEST_WAIT_S:
-                why += f"; it asks to wait {wait:.0f} s"
+            if pause > LONGEST_WAIT_S:
+                why += f"; it asks to wait {pause:.0f} s"
                 break
             if number + 1 < tries:
-                if wait >= 5:
-                    say(f"{self.url}: {why}; trying again in {wait:.0f} s")
-                if self._stopped.wait(wait):
+                if pause >= 5:
+                    say(f"{self.url}: {why}; trying again in {pause:.0f} s")
+                if self._stopped.wait(pause):
                     break
         raise Unreachable(f"{self.url} cannot be asked: {why}")
+
+    def _turn(self) -> float:
+        """Seconds until a request may be sent; the place in line is taken."""
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self._spacing
+            return start - now
+
+    def concurrently(self, ask: Callable[[Q], A], asked: Sequence[Q]) -> Iterator[tuple[int, A]]:
+        """(number, answer) of each of `asked`, as they come; `num_concurrent` at a time.
+
+        After a failure what is under way is waited for and given; then the failure is raised.
+        """
+        failed: BaseException | None = None
+        waiting = iter(enumerate(asked))
+        running: dict[Future[A], int] = {}
+        pool = ThreadPoolExecutor(self.num_concurrent)
+        try:
+            while True:
+                while not failed and len(running) < self.num_concurrent and (following := next(waiting, None)):
+                    running[pool.submit(ask, following[1])] = following[0]
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number = running.pop(future)
+                    failed = failed or future.exception()
+                    if not future.exception():
+                        yield number, future.result()
+            if failed:
+                raise failed
+        except BaseException:
+            self.stop()  # nobody waits for another try
+            raise
+        finally:
+            pool.shutdown(wait=False)
 
 
 def find(text: str, num_concurrent: int = 4) -> Endpoint:
