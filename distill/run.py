@@ -14,7 +14,7 @@ from distill import recipe as recipes
 from distill import students as starting
 from distill.one_student import student_key
 from distill.recipe import Plan, Source
-from distill.setting import Setting, prepare, written
+from distill.setting import Setting, prepare, with_teacher, written
 from distill.teacher import teachers_for
 from registry.digest import json_digest
 from registry.errors import BadInput, LimbeckError, Refused
@@ -81,6 +81,7 @@ def distill(
     _begin(begin, [keys[plan.label] for plan in missing], bool(students), path)
     for plan in missing:
         starting.check(setting, plan)
+    setting = with_teacher(setting, store)
     with _parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)) as parent:
         teachers = teachers_for(setting, missing)
 

@@ -48,8 +48,15 @@ class Setting(NamedTuple):
         asked = self.recipe.teacher
         if asked is None or asked.licence_allows_distillation is not None:
             return asked.licence_allows_distillation if asked else None
-        stated = self.teacher_version.licence if self.teacher_version else None
-        return licences.allows(asked.licence or stated or licences.of_endpoint(asked.model))
+        return licences.allows(self.teacher_licence or licences.of_endpoint(asked.model))
+
+    @property
+    def teacher_licence(self) -> str | None:
+        """As the recipe says, else as the registry or the teacher's own card does; None: not stated."""
+        asked, teacher = self.recipe.teacher, self.teacher
+        if asked is None or asked.licence or teacher is None:
+            return asked.licence if asked else None
+        return teacher.version.licence if teacher.version else card.licence_of(teacher.path)
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +64,7 @@ class Setting(NamedTuple):
 
 
 def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
-    """Text on disk, teacher resolved and registered, tokenizer, blocks. Raises BadInput with the recipe's line.
+    """Text on disk, teacher found, tokenizer, blocks; nothing is registered. Raises BadInput with the recipe's line.
 
     Where the teacher is to write the text there is none yet, and no block: see `written`.
     """
@@ -88,9 +95,8 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
             f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
             fix="add [tokenizer] with a vocab_size to train one on the text",
         )
-    version = _register_teacher(recipe, teacher, store) if teacher else None
     nothing = no_blocks(recipe.data.max_length)
-    setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, version, starts)
+    setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts)
     return setting if recipe.generate else _laid_out(setting)
 
 
@@ -135,27 +141,28 @@ def _torch_model(text: str, beside: Path, store: Store) -> Model:
     return model
 
 
-def _register_teacher(recipe: Recipe, teacher: Model, store: Store) -> Version:
-    """The teacher as a version of the recipe's own name, so that students and teacher stand in one list."""
-    origin = teacher.version
-    if origin is not None and origin.name == recipe.name:
-        return origin
-    assert recipe.teacher is not None
-    version = store.register(
-        recipe.name,
-        teacher.path,
-        kind="teacher",
-        licence=recipe.teacher.licence or (origin.licence if origin else card.licence_of(teacher.path)),
-        parent=origin.ref if origin else None,
-        recipe="teacher",
-        params=_parameters(teacher.path),
-        code_version=code_version(),
-    )
-    say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
-    return version
+def with_teacher(setting: Setting, store: Store) -> Setting:
+    """With the teacher as a version of the recipe's own name, so that students and teacher stand in one list."""
+    recipe, teacher = setting.recipe, setting.teacher
+    if teacher is None:
+        return setting
+    version = teacher.version
+    if version is None or version.name != recipe.name:
+        version = store.register(
+            recipe.name,
+            teacher.path,
+            kind="teacher",
+            licence=setting.teacher_licence,
+            parent=version.ref if version else None,
+            recipe="teacher",
+            params=parameters(teacher.path),
+            code_version=code_version(),
+        )
+        say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
+    return setting._replace(teacher_version=version)
 
 
-def _parameters(folder: Path) -> int:
+def parameters(folder: Path) -> int:
     """The parameters in a folder of safetensors, from their headers."""
     from safetensors import safe_open
 
