@@ -186,7 +186,9 @@ def student_config(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
     if getattr(config, "layer_types", None):
         made.layer_types = [config.layer_types[layer] for layer in shape.layers]
     made.hidden_size = shape.hidden
-    setattr(made, FAMILIES[config.model_type].neurons, shape.neurons)
+    neurons = FAMILIES[config.model_type].neurons
+    if getattr(config, neurons) or shape.neurons != 4 * shape.hidden:
+        setattr(made, neurons, shape.neurons)
     made.num_attention_heads = shape.heads
     if hasattr(config, "num_key_value_heads"):
         made.num_key_value_heads = shape.kv_heads
@@ -287,7 +289,8 @@ def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, 
             ratios[f"{path}.weight"].append(ratio[valid])
 
     _run(teacher, blocks, indices, see)
-    return {name: float(torch.cat(each).mean()) for name, each in ratios.items()}
+    # A token whose channels are all zero, as padding's are, has no ratio.
+    return {name: float(torch.cat(each).nanmean().nan_to_num(nan=1.0)) for name, each in ratios.items()}
 
 
 def _spread(value: torch.Tensor, centred: bool) -> torch.Tensor:

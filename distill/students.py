@@ -54,7 +54,7 @@ def make(setting: Setting, plan: Plan) -> PreTrainedModel:
         model = carve(_teacher(setting), spec.carve, setting.train)
     else:
         model = fresh(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
-    _end_with(model, setting.tokenizer.eos_token_id)
+    _mend_generation(model, setting.tokenizer.eos_token_id)
     return add_lora(model, spec.lora, plan.seed) if spec.lora else model
 
 
@@ -105,13 +105,18 @@ def _teacher(setting: Setting) -> PreTrainedModel:
     return models.load_model(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
 
 
-def _end_with(model: PreTrainedModel, end: int) -> None:
-    """Generation stops at the token that ends a training text too, where the model knew another."""
-    assert model.generation_config is not None
-    known = model.generation_config.eos_token_id
+def _mend_generation(model: PreTrainedModel, end: int) -> None:
+    """Settings for generation that can be saved, and that stop at the token which ends a training text."""
+    config = model.generation_config
+    assert config is not None
+    try:
+        config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, as some hub models have it, is not saved again
+        config.do_sample = True
+    known = config.eos_token_id
     ends = known if isinstance(known, list) else [known] if known is not None else []
     if end not in ends:
-        model.generation_config.eos_token_id = [*ends, end] if ends else end
+        config.eos_token_id = [*ends, end] if ends else end
 
 
 def add_lora(model: PreTrainedModel, spec: Lora, seed: int) -> PreTrainedModel:

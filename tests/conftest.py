@@ -32,6 +32,8 @@ SIZES = {
                   num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
     "qwen2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
+    "qwen3": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+                  num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      max_position_embeddings=128),
