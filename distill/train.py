@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +14,23 @@ import torch
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from distill import budget, heldout, processes
 from distill.blocks import Blocks
 from distill.cache import TeacherCache
 from distill.distiller import Distiller
-from distill.models import device, has_bf16
+from distill.models import device
+from distill.on_policy import Writer
 from distill.optimizer import MuonAdamW
+from distill.precision import uses_bf16
 from distill.recipe import Budget, Objective, OnPolicy, Training
 from distill.watch import Progress, Watch
 from registry.errors import BadInput
+
+UNFINISHED = "unfinished"  # the folder that a checkpoint is written in
+FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 
 Teacher = TeacherCache | PreTrainedModel | None
 
@@ -36,6 +43,9 @@ class Job(NamedTuple):
         teacher: a filled TeacherCache over `train`, or a model that runs online.
         folder: checkpoints; removed by the caller when the student is safe elsewhere.
         vocab_size: of the tokenizer.
+        paid: dollars already paid to an endpoint for this student; the budget counts them.
+        likeliest: the teacher's likeliest next tokens at `heldout.sample(heldout)`, to see how far the student
+            agrees; a teacher that runs online is asked for them.
     """
 
     student: PreTrainedModel
@@ -49,11 +59,13 @@ class Job(NamedTuple):
     vocab_size: int
     budget: Budget = Budget()
     on_policy: OnPolicy | None = None
+    paid: float = 0.0
+    likeliest: np.ndarray | None = None
 
 
 class Trained(NamedTuple):
-    """A finished run: tokens seen, and seconds, over all its parts where it was stopped and resumed; and why it
-    ended before its last step, where it did.
+    """A finished run: tokens seen, and seconds, over all its parts where it was stopped and resumed; why it
+    ended before its last step, where it did; and the seconds of its evaluations, which are counted apart.
 
     What a part did after its last checkpoint was lost, and its time is not counted.
     """
@@ -61,26 +73,46 @@ class Trained(NamedTuple):
     tokens: int
     seconds: float
     stopped: str | None = None
+    eval_seconds: float = 0.0
 
 
 class DistillTrainer(Trainer):
-    """transformers' Trainer over a Distiller; rows are indices into the blocks."""
+    """transformers' Trainer over a Distiller; its data are the numbers of blocks.
 
-    def __init__(self, *, training: Training, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    Args:
+        watch: told of every batch and its losses.
+        writer: gives back a batch, or one that the student wrote in its place.
+    """
+
+    def __init__(self, *, training: Training, watch: Watch, writer: Writer | None = None, **kwargs: Any) -> None:
+        super().__init__(callbacks=[watch], **kwargs)
         self.training: Training = training
-        # The loss is a sum over targets; the Trainer counts those of a whole step, over all processes.
+        self.watch = watch
+        self.writer = writer
+        # The loss is a sum over targets, divided by those of a whole step, over all processes.
         self.model_accepts_loss_kwargs = True
+        self._saving = False
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The batches of one optimizer step, and its targets over all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self.writer is not None:
+            others, mine, step = self.args.world_size, self.args.process_index, self.state.global_step
+            with self.accelerator.autocast():
+                for place, batch in enumerate(batches):
+                    moved: Any = self._prepare_input(batch)
+                    batches[place] = self.writer(moved, step, place * others + mine)
+        targets = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batches), start=torch.tensor(0))
+        return batches, self.accelerator.gather(targets.to(device)).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
         losses = model(inputs, num_items_in_batch)
-        if self.args.average_tokens_across_devices:  # processes average their gradients, and the loss is a share
-            return losses.loss * self.accelerator.num_processes
-        return losses.loss
+        self.watch.saw(inputs, losses)
+        return losses.loss * self.args.world_size  # processes average their gradients, and the loss is a share
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.training.optim != "muon":
@@ -95,16 +127,48 @@ class DistillTrainer(Trainer):
             )
         return self.optimizer
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._agree()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._agree()
+
+    def _agree(self) -> None:
+        """All processes log, save and stop where the first does: their clocks and what they measure differ."""
+        if self.args.world_size > 1:
+            flags = [float(getattr(self.control, name)) for name in FLAGS]
+            for name, flag in zip(FLAGS, processes.agree(flags), strict=True):
+                setattr(self.control, name, bool(flag))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside its place and put there when it is whole: what a kill cut short is never gone on from."""
+        self._saving = True
+        super()._save_checkpoint(model, trial)
+        self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir))
+            [written] = (folder / UNFINISHED).iterdir()
+            before = list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+            os.replace(written, folder / written.name)
+            for older in before:
+                shutil.rmtree(older)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(str(self.args.output_dir)) / UNFINISHED) if self._saving else str(self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # The Trainer's own way stops at weights that are tied.
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
+        # The Trainer's own way stops at weights that are tied. FSDP and DeepSpeed keep shards of their own.
+        if state_dict is None:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.accelerator.unwrap_model(self.model), str(folder / SAFE_WEIGHTS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_model(
-            model or self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / "model.safetensors")
-        )
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            whole = self.accelerator.unwrap_model(model or self.model)
+            load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
 
 def train(
@@ -118,8 +182,8 @@ def train(
     checkpoint is written.
     """
 
-    def collate(rows: list[dict[str, int]]) -> dict[str, Any]:
-        indices = np.array([row["index"] for row in rows])
+    def collate(numbers: list[int]) -> dict[str, Any]:
+        indices = np.array(numbers)
         batch: dict[str, Any] = dict(job.train.batch(indices))
         if isinstance(job.teacher, TeacherCache) and job.objective.uses_teacher:
             batch["teacher"] = job.teacher.rows(indices)
@@ -128,56 +192,63 @@ def train(
     teacher = job.teacher if isinstance(job.teacher, PreTrainedModel) else None
     if teacher is not None:
         torch.nn.Module.to(teacher, device()).eval()
-    arguments = _arguments(job.training, job.folder, job.seed)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    watch = Watch(job.training, batch * job.train.ids.shape[1], on_progress, on_log)
+    on_policy = job.on_policy if job.objective.uses_teacher else None
+    whole_batch = job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
+    tokens_per_step = whole_batch * processes.count() * job.train.ids.shape[1]
+    steps = budget.steps_asked(job.training, len(job.train.ids), processes.count())
+    training, fewer = budget.within_tokens(job.training, job.budget, steps, tokens_per_step)
+    training = training.model_copy(update={"bf16": uses_bf16(training.bf16, job.student.config)})
+    arguments = _arguments(training, job.folder, job.seed)
+    sample, likeliest = heldout.sample(job.heldout), job.likeliest
+    if teacher is not None and likeliest is None and job.objective.divergence != "chunks":
+        likeliest = heldout.likeliest(teacher, sample, job.vocab_size)
+    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, job.paid, sample, likeliest)
     trainer = DistillTrainer(
-        training=job.training,
+        training=training,
+        watch=watch,
         model=Distiller(job.student, job.objective, teacher, job.vocab_size),
         args=arguments,
-        train_dataset=[{"index": index} for index in range(len(job.train.ids))],
+        writer=Writer(job.student, on_policy, job.seed) if on_policy else None,
+        train_dataset=range(len(job.train.ids)),
         data_collator=collate,
-        callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    began = time.monotonic()
     with watch.stops_gently():
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
     if watch.interrupted.is_set():
         raise KeyboardInterrupt
     job.student.eval()
-    seconds = watch.before + time.monotonic() - began
-    return Trained(trainer.state.global_step * watch.tokens_per_step, seconds)
+    seconds = watch.seconds() - watch.eval_seconds
+    tokens = trainer.state.global_step * tokens_per_step
+    return Trained(tokens, seconds, watch.stopped or fewer, watch.eval_seconds)
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
-            **training.model_dump(exclude={"bf16", "save_minutes", "optim", "eval_steps"}),
-            bf16=has_bf16() if training.bf16 is None else training.bf16,
+            **training.model_dump(exclude={"save_minutes", "optim", "eval_steps"}),
+            optim="adamw_torch_fused",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             use_cpu=device() == "cpu",
             seed=seed,
             data_seed=seed,
             save_strategy="no",
-            save_total_limit=1,
             report_to=[],
             disable_tqdm=True,
+            logging_nan_inf_filter=False,  # the watch stops a run before such a loss is logged
             remove_unused_columns=False,
             dataloader_pin_memory=device() == "cuda",
             log_level="error",
         )
     except ValueError as error:
         raise BadInput(f"[training] is not what transformers takes: {error}") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU a process: torchrun starts a process for each
+    return arguments
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; one that a kill cut short is removed."""
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        try:
-            # The Trainer writes its state last of all.
-            json.loads((Path(last) / "trainer_state.json").read_bytes())
-            return last
-        except (OSError, ValueError):
-            shutil.rmtree(last)
-    return None
+    """The last checkpoint, where there is one; what a kill left of another that was being written is removed."""
+    if processes.is_main():
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
