@@ -20,6 +20,7 @@ COMMANDS = {
     "quickstart": ("quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
     "data": ("distill.cli:data", "Write a recipe's train and held-out text."),
     "distill": ("distill.cli:distill", "Distil a teacher into the students of a recipe."),
+    "cache": ("distill.cache_cli:cache", "The teacher caches of this machine: list, verify, prune."),
     "export": ("export.cli:export", "Export torch models to ONNX variants, checked against PyTorch."),
     "tasks": ("evals.cli:tasks", "Make lm-eval tasks from held-out text."),
     "eval": ("evals.cli:evaluate", "Score models with lm-eval, quality and cost relative to a teacher."),

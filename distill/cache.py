@@ -111,6 +111,7 @@ class TeacherCache:
     def hold(self) -> None:
         """Keep others from removing this cache for as long as this object lives."""
         if self._held is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._held = open(self.folder / ".held", "a")  # noqa: SIM115 (open on purpose)
             fcntl.flock(self._held, fcntl.LOCK_SH)
 
