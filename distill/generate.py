@@ -7,49 +7,25 @@ that was stopped goes on where it was, other filters cost no new answers, nor do
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from distill import corpus, models
 from distill.completions import Completions
-from distill.corpus import Document
-from distill.filters import THOUGHT, Answer, Sieve
-from distill.recipe import Data, Generate
-from registry.digest import json_digest, text_digest
+from distill.endpoint import EndpointTeacher
+from distill.filters import Answer, Sieve
+from distill.prompts import Prompt, layout, prompts
+from distill.writers import EndpointWriter, LocalWriter, Request, Writes
+from registry.digest import json_digest
 from registry.errors import BadInput
-from registry.resolve import Model
 from registry.terminal import progress, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from distill.setting import Setting
-
-THINKING = "<think>"
-CHARACTERS = 2  # of plain text, for each token of a block: its beginning is a prompt of about half a block
-
-Messages = Sequence[dict[str, str]]
-
-
-class Prompt(NamedTuple):
-    """What the teacher is to answer.
-
-    Attributes:
-        path: identifies it; the split and the statistics group by it.
-        text: in plain. messages: the turns before the answer; () where it is no conversation.
-        row: of the table it is from, for a verifier.
-    """
-
-    path: str
-    text: str
-    messages: Messages
-    row: Mapping[str, Any]
 
 
 class Generated(NamedTuple):
-    """What came of it. Seconds and tokens are those of all answers, whichever run had them made."""
+    """What came of it. Seconds, tokens and dollars are those of all answers, whichever run had them made."""
 
     prompts: int
     too_long: int  # prompts left out: with max_new_tokens they pass the teacher's context
@@ -58,7 +34,7 @@ class Generated(NamedTuple):
     dropped: dict[str, int]  # by filter
     tokens: int  # of all answers
     seconds: float  # a local teacher took
-    input_tokens: int  # of a teacher behind an API
+    input_tokens: int  # of a teacher behind an endpoint
     output_tokens: int
     usd: float
     asked: int  # answers that this run had made
@@ -69,59 +45,39 @@ class Generated(NamedTuple):
         return facts | {f"generate.dropped.{name}": float(count) for name, count in self.dropped.items()}
 
 
-class Writes(Protocol):
-    """A teacher that answers prompts."""
+class Outlook(NamedTuple):
+    """What generating will take at most, before any of it."""
 
-    def request(self, prompt: Prompt, seed: int) -> dict[str, Any] | None:
-        """All that an answer depends on; None where the prompt is too long to be answered."""
-
-    def ask(self, requests: Mapping[str, dict[str, Any]], kept: Completions) -> Iterator[int]:
-        """Have requests answered, by their digest, and keep the answers; yields how many more are done."""
-
-    def answer(self, kept: Any) -> Answer:
-        """An answer as it was kept."""
+    prompts: int
+    answers: int
+    missing: int  # answers that are not there from before
+    input_tokens: int  # of those
+    output_tokens: int  # at most
+    usd: float  # at most
 
 
-def prompts(data: Data, generate: Generate, beside: Path) -> list[Prompt]:
-    """The prompts of a recipe's data, ordered by the hash of their path, so that any number is a fair sample.
+class _Asked(NamedTuple):
+    """The prompts of a recipe and the requests for their answers, by digest."""
 
-    Raises BadInput, naming the row, for one that cannot be used.
-    """
-    if data.kind == "dataset":
-        found = _of_rows(data, beside)
-    else:
-        found = (
-            Prompt(document.path, _beginning(document.text, data.max_length), (), {})
-            for document in corpus.documents(data, beside)
-        )
-    kept = sorted((p for p in found if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
-    if not kept:
-        raise BadInput(f"{data.path or data.kind} has no prompt", fix="give text, a prompt_column or a messages_column")
-    return kept[: generate.max_prompts]
+    prompts: list[Prompt]
+    requests: dict[str, Request]
+    of_prompt: list[tuple[Prompt, list[str]]]  # those short enough, and the digests of their requests
+    missing: dict[str, Request]
+    teacher: Writes
+    kept: Completions
+    by_chat: bool
 
 
-def _of_rows(data: Data, beside: Path) -> Iterator[Prompt]:
-    path = corpus.located(data, beside)
-    asked = data.model_copy(update={"completion_column": None})  # the teacher's stands in its place
-    for document, row in corpus.table(asked, path):
-        messages = list(document.messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if document.messages and not (messages and messages[-1]["role"] == "user"):
-            raise BadInput(f"{document.path}: no user's turn to answer", fix="leave the row out")
-        if messages:
-            text = "\n".join(message["content"] for message in messages)
-        else:
-            text = document.prompt or _beginning(document.text, data.max_length)
-        yield Prompt(document.path, text, messages, row)
-
-
-def _beginning(text: str, max_length: int) -> str:
-    """The first half of a text, at most about half a block, up to the end of a word."""
-    size = min(len(text) // 2, CHARACTERS * max_length)
-    while size > 1 and size < len(text) and not text[size].isspace():
-        size -= 1
-    return text[:size]
+def outlook(setting: Setting) -> Outlook:
+    """What generating will take at most; asks nobody. Raises BadInput as `written` does before any answer."""
+    asked = _asked(setting, _sieve(setting))
+    generate, teacher = setting.recipe.generate, setting.recipe.teacher
+    assert generate is not None
+    assert teacher is not None
+    sizes = [len(r["ids"]) if "ids" in r else len(str(r["payload"])) // 4 for r in asked.missing.values()]
+    new = len(asked.missing) * generate.max_new_tokens
+    usd = teacher.usd(sum(sizes), new)
+    return Outlook(len(asked.prompts), len(asked.requests), len(asked.missing), sum(sizes), new, usd)
 
 
 def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
@@ -131,17 +87,61 @@ def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
         BadInput: prompts or filters that cannot be used, before any answer; no answer that is kept.
         Unreachable: an endpoint that does not answer; what it answered before is kept.
     """
-    recipe, beside = setting.recipe, setting.source.path.resolve().parent
-    generate = recipe.generate
+    recipe = setting.recipe
+    assert recipe.generate is not None
+    assert recipe.teacher is not None
+    sieve = _sieve(setting)
+    asked = _asked(setting, sieve)
+    pairs, made = _answers(asked)
+    lay_out = layout(setting.tokenizer, asked.by_chat, recipe.generate.system_prompt)
+    documents = [
+        lay_out(prompt, answer.text)
+        for prompt, answer in pairs
+        if sieve.keeps(prompt.messages or prompt.text, answer, prompt.row)
+    ]
+    tokens = [sum(getattr(answer, part) for _, answer in pairs) for part in ("input_tokens", "output_tokens")]
+    facts = Generated(
+        prompts=len(asked.prompts),
+        too_long=len(asked.prompts) - len(asked.of_prompt),
+        answers=len(pairs),
+        kept=sieve.kept,
+        dropped=dict(sieve.dropped),
+        tokens=sum(answer.tokens for _, answer in pairs),
+        seconds=sum(answer.seconds for _, answer in pairs),
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        usd=recipe.teacher.usd(*tokens),
+        asked=made,
+    )
+    left_out = f", {facts.too_long} of them too long and left out" if facts.too_long else ""
+    unasked = len(asked.missing) - made
+    ended = f"; budget.max_usd is spent, {unasked} answers were not asked for" if unasked else ""
+    paid = f", ${facts.usd:.2f} in all" if facts.usd else ""
+    say(f"  teacher's text: {facts.prompts} prompts{left_out}; {sieve.told()}; {made} written now{paid}{ended}")
+    if not documents:
+        raise BadInput(
+            f"no answer of the teacher is left to learn from: {sieve.told()}",
+            fix="loosen generate.filter or give a larger generate.max_new_tokens; the answers are kept",
+        )
+    return corpus.write(documents, recipe.name, recipe.data.heldout, "what the teacher wrote"), facts
+
+
+def _sieve(setting: Setting) -> Sieve:
+    assert setting.recipe.generate is not None
+    return Sieve(setting.recipe.generate.filter, setting.source.path.resolve().parent)
+
+
+def _asked(setting: Setting, sieve: Sieve) -> _Asked:
+    """What is to be asked, and what of it was answered before; all that can be checked is checked."""
+    recipe, generate = setting.recipe, setting.recipe.generate
     assert generate is not None
-    asked = prompts(recipe.data, generate, beside)
-    sieve = Sieve(generate.filter, beside)
+    asked = prompts(recipe.data, generate, setting.source.path.resolve().parent)
     for prompt in asked:
         sieve.check(prompt.row, prompt.path)
-    teacher = _writer(setting, asked)
     kept = Completions()
-    requests: dict[str, dict[str, Any]] = {}
-    of_prompt: list[tuple[Prompt, list[str]]] = []  # and the digests of its requests
+    teacher, by_chat = _writer(setting, asked, kept)
+    requests: dict[str, Request] = {}
+    of_prompt = []
     for prompt in asked:
         digests = []
         for sample in range(generate.samples):
@@ -153,180 +153,65 @@ def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
             of_prompt.append((prompt, digests))
     if not of_prompt:
         raise BadInput(
-            f"none of {len(asked)} prompts leaves room for {generate.max_new_tokens} new tokens in the teacher's "
-            "context",
-            "context",
+            f"none of {len(asked)} prompts leaves room for {generate.max_new_tokens} new tokens in the context",
             fix="give shorter prompts or a smaller generate.max_new_tokens",
         )
     missing = {digest: request for digest, request in requests.items() if kept.get(digest) is None}
+    return _Asked(asked, requests, of_prompt, missing, teacher, kept, by_chat)
+
+
+def _answers(asked: _Asked) -> tuple[list[tuple[Prompt, Answer]], int]:
+    """Every prompt with each of its answers, and how many were made now."""
+    total = len(asked.requests)
+    made = 0
     with progress() as bar:
-        task = bar.add_task("teacher writes", total=len(requests), completed=len(requests) - len(missing), rate="")
-        for count in teacher.ask(missing, kept):
-            bar.update(task, advance=count, rate=_rate(bar.tasks[task].speed))
-    pairs = [(prompt, teacher.answer(kept.get(digest))) for prompt, digests in of_prompt for digest in digests]
-    lay_out = _layout(setting.tokenizer, _by_chat(setting, asked), generate.system_prompt)
-    documents = [
-        lay_out(prompt, a.text) for prompt, a in pairs if sieve.keeps(prompt.messages or prompt.text, a, prompt.row)
+        task = bar.add_task("teacher writes", total=total, completed=total - len(asked.missing), rate="")
+        for count in asked.teacher.ask(asked.missing):
+            made += count
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=count, rate=f"{speed:,.1f} answers/s" if speed else "")
+    pairs = [
+        (prompt, asked.teacher.answer(kept))
+        for prompt, digests in asked.of_prompt
+        for digest in digests
+        if (kept := asked.kept.get(digest)) is not None
     ]
-    facts = Generated(
-        prompts=len(asked),
-        too_long=len(asked) - len(of_prompt),
-        answers=len(pairs),
-        kept=sieve.kept,
-        dropped=dict(sieve.dropped),
-        tokens=sum(answer.tokens for _, answer in pairs),
-        seconds=sum(answer.seconds for _, answer in pairs),
-        input_tokens=sum(answer.input_tokens for _, answer in pairs),
-        output_tokens=sum(answer.output_tokens for _, answer in pairs),
-        usd=0.0,
-        asked=len(missing),
-    )
-    left_out = f", {facts.too_long} too long and left out" if facts.too_long else ""
-    say(f"  teacher's text: {len(asked)} prompts{left_out}; {sieve.told()}; {len(missing)} of them written now")
-    if not documents:
-        raise BadInput(
-            f"no answer of the teacher is left to learn from: {sieve.told()}",
-            fix="loosen generate.filter or give a larger generate.max_new_tokens; the answers are kept",
-        )
-    return corpus.write(documents, recipe.name, recipe.data.heldout, "what the teacher wrote"), facts
+    return pairs, made
 
 
-def _rate(speed: float | None) -> str:
-    return f"{speed:,.1f} answers/s" if speed else ""
+def _writer(setting: Setting, asked: Sequence[Prompt], kept: Completions) -> tuple[Writes, bool]:
+    """The teacher, and whether it is asked by chat."""
+    recipe, model = setting.recipe, setting.teacher
+    assert model is not None
+    assert recipe.teacher is not None
+    assert recipe.generate is not None
+    tokenizer = None
+    if model.has_tokenizer:
+        tokenizer = models.load_tokenizer(model.path, recipe.teacher.trust_remote_code)
+    by_chat = _by_chat(setting, asked, can=tokenizer is None or bool(tokenizer.chat_template))
+    if model.endpoint:
+        teacher = EndpointTeacher(model, recipe.teacher, kept, recipe.budget.max_usd)
+        return EndpointWriter(teacher, recipe.generate, by_chat), by_chat
+    assert tokenizer is not None
+    trust = recipe.teacher.trust_remote_code
+    return LocalWriter(model, tokenizer, recipe.generate, by_chat, kept, trust), by_chat
 
 
-def _by_chat(setting: Setting, asked: Sequence[Prompt]) -> bool:
-    """Whether prompts go through the teacher's chat template. Raises BadInput where they have to and cannot."""
-    generate, teacher = setting.recipe.generate, setting.recipe.teacher
+def _by_chat(setting: Setting, asked: Sequence[Prompt], can: bool) -> bool:
+    """Whether prompts go through a chat template. Raises BadInput where they have to and cannot.
+
+    Args:
+        can: the teacher's tokenizer has a template; an endpoint without a tokenizer is trusted to have one.
+    """
+    generate = setting.recipe.generate
     assert generate is not None
-    assert teacher is not None
-    if teacher.is_endpoint and teacher.tokenizer is None:
-        can = True
-    else:
-        assert setting.teacher is not None
-        can = bool(_teacher_tokenizer(setting.teacher, teacher.trust_remote_code).chat_template)
     conversations = any(prompt.messages for prompt in asked)
     plain = setting.recipe.data.prompt_column is None and not conversations
-    by_chat = (can and not plain) if generate.chat is None else generate.chat
     needs = "conversations" if conversations else "a system prompt" if generate.system_prompt else None
+    by_chat = (can and (bool(needs) or not plain)) if generate.chat is None else generate.chat
     if by_chat and not can:
         raise BadInput("generate.chat is set and the teacher's tokenizer has no chat template", fix="leave it out")
     if needs and not by_chat:
         why = "generate.chat is false" if generate.chat is False else "the teacher's tokenizer has none"
         raise BadInput(f"{needs} cannot be given to the teacher without a chat template: {why}")
     return by_chat
-
-
-@functools.lru_cache(maxsize=2)
-def _teacher_tokenizer(teacher: Model, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    return models.load_tokenizer(teacher.path, trust_remote_code)
-
-
-def turns(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
-    """A prompt as the turns before the answer."""
-    messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _writer(setting: Setting, asked: Sequence[Prompt]) -> Writes:
-    by_chat = _by_chat(setting, asked)
-    return LocalWriter(setting, by_chat)
-
-
-class LocalWriter:
-    """A teacher that runs here; see `Writes`. It is loaded when there is something to be written."""
-
-    def __init__(self, setting: Setting, by_chat: bool) -> None:
-        from transformers import AutoConfig
-
-        assert setting.recipe.generate is not None
-        assert setting.recipe.teacher is not None
-        assert setting.teacher is not None
-        self.generate, self.by_chat = setting.recipe.generate, by_chat
-        self.model, self.trust_remote_code = setting.teacher, setting.recipe.teacher.trust_remote_code
-        self.tokenizer = _teacher_tokenizer(self.model, self.trust_remote_code)
-        config = AutoConfig.from_pretrained(self.model.path, trust_remote_code=self.trust_remote_code)
-        self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.settings = {
-            "teacher": self.model.digest,
-            **self.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "stop"}),
-        }
-
-    def request(self, prompt: Prompt, seed: int) -> dict[str, Any] | None:
-        """See `Writes.request`."""
-        opening = ""
-        if self.by_chat:
-            text = rendered(self.tokenizer, turns(prompt, self.generate.system_prompt), prompt.path)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if text.rstrip().endswith(THINKING):  # the template opens the reasoning, which is part of the answer
-                opening = THINKING + text.rpartition(THINKING)[2]
-        else:
-            start = self.tokenizer.bos_token_id
-            start = self.tokenizer.eos_token_id if start is None else start
-            ids = [start, *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
-        if self.context and len(ids) + self.generate.max_new_tokens > self.context:
-            return None
-        return {**self.settings, "ids": ids, "opening": opening, "seed": seed if self.generate.temperature else 0}
-
-    def ask(self, requests: Mapping[str, dict[str, Any]], kept: Completions) -> Iterator[int]:
-        """See `Writes.ask`. Batches are of prompts that are alike in length."""
-        from distill.sampling import Writer
-
-        if not requests:
-            return
-        model = models.load_model(self.model.path, self.trust_remote_code).to(models.device())  # type: ignore[arg-type]
-        vocab_size = models.vocabulary(self.tokenizer)
-        settings = self.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "stop"})
-        writer = Writer(model, self.tokenizer, vocab_size=vocab_size, **settings)
-        # A batch is kept whole: what is missing after a kill falls into the batches that an unbroken run makes.
-        order = sorted(requests, key=lambda digest: (len(requests[digest]["ids"]), digest))
-        for start in range(0, len(order), self.generate.batch_size):
-            batch = order[start : start + self.generate.batch_size]
-            asked = [requests[digest] for digest in batch]
-            answers = writer.answers([each["ids"] for each in asked], [each["seed"] for each in asked])
-            made = {
-                digest: answer._replace(text=request["opening"] + answer.text)._asdict()
-                for digest, request, answer in zip(batch, asked, answers, strict=True)
-            }
-            kept.add(made)
-            yield len(batch)
-
-    def answer(self, kept: Any) -> Answer:
-        """See `Writes.answer`."""
-        return Answer(**kept)
-
-
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> str:
-    """Turns through a chat template, up to where the answer begins. Raises BadInput where it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(f"{where}: the teacher's chat template refuses it: {error}") from error
-
-
-def _layout(tokenizer: PreTrainedTokenizerBase, by_chat: bool, system_prompt: str | None) -> Any:
-    """A function of prompt and answer that gives the document to learn from, by the student's tokenizer."""
-
-    def plain(prompt: Prompt, answer: str) -> Document:
-        return Document(prompt.path, prompt.text + answer, prompt=prompt.text)
-
-    def chat(prompt: Prompt, answer: str) -> Document:
-        messages = turns(prompt, system_prompt)
-        if THOUGHT in answer and not keeps_thoughts:
-            # The template would drop the reasoning: what it gives before the answer is the prompt, in plain.
-            text = rendered(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
-            if text.rstrip().endswith(THINKING):
-                text = text.rpartition(THINKING)[0]
-            return Document(prompt.path, text + answer, prompt=text)
-        return corpus.conversation(prompt.path, [*messages, {"role": "assistant", "content": answer}])
-
-    if not (by_chat and tokenizer.chat_template):
-        return plain
-    thinks = {"role": "assistant", "content": f"{THINKING}\na thought of it\n{THOUGHT}\n\nwhat it says"}
-    probe = tokenizer.apply_chat_template([{"role": "user", "content": "what is asked"}, thinks], tokenize=False)
-    keeps_thoughts = "a thought of it" in str(probe)
-    return chat

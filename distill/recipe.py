@@ -93,6 +93,12 @@ class Generate(Record):
     batch_size: int = Field(16, ge=1)  # answers at a time (a local teacher)
     filter: Filter = Filter()
 
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Generate:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("at temperature 0 all samples of a prompt are one: set samples = 1, or a temperature")
+        return self
+
 
 class OnPolicy(Record):
     """`[on_policy]`: the student writes a share of the batches itself, the teacher grades them (GKD)."""
@@ -125,6 +131,11 @@ class Teacher(Record):
     @property
     def is_endpoint(self) -> bool:
         return self.model.startswith(("http://", "https://"))
+
+    def usd(self, input_tokens: int, output_tokens: int) -> float:
+        """What tokens of an endpoint cost."""
+        dollars = input_tokens * self.usd_per_million_input_tokens
+        return (dollars + output_tokens * self.usd_per_million_output_tokens) / 1e6
 
 
 class Cache(Record):

@@ -11,10 +11,10 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill import card, corpus, generate, models
+from distill import card, corpus, endpoint, generate, models
 from distill.blocks import Blocks, make_blocks, no_blocks, train_tokenizer
 from distill.generate import Generated
-from distill.recipe import Recipe, Source
+from distill.recipe import Recipe, Source, Teacher
 from registry import licences
 from registry.errors import BadInput, LimbeckError
 from registry.records import Version
@@ -81,20 +81,12 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
     teacher = None
     if recipe.teacher is not None:
         with at(source, "teacher", "model"):
-            teacher = _torch_model(recipe.teacher.model, beside, store)
-            tokenizer = models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
-            models.check_fits(teacher.path, tokenizer, recipe.data.max_length, recipe.teacher.trust_remote_code)
-        if recipe.generate and starts and not any(o.uses_teacher for o in recipe.objectives.values()):
-            tokenizer = models.load_tokenizer(next(iter(starts.values())).path)  # text alone is learnt from
-    elif recipe.tokenizer is not None:
-        tokenizer = train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
-    elif starts:
-        tokenizer = models.load_tokenizer(next(iter(starts.values())).path)
-    else:
-        raise BadInput(
-            f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
-            fix="add [tokenizer] with a vocab_size to train one on the text",
-        )
+            teacher = _teacher(recipe.teacher, beside, store)
+            if not teacher.endpoint:
+                trust = recipe.teacher.trust_remote_code
+                tokenizer = models.load_tokenizer(teacher.path, trust)
+                models.check_fits(teacher.path, tokenizer, recipe.data.max_length, trust)
+    tokenizer = _tokenizer(recipe, source, text, teacher, starts)
     nothing = no_blocks(recipe.data.max_length)
     setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts)
     return setting if recipe.generate else _laid_out(setting)
@@ -133,9 +125,46 @@ def at(source: Source, *key: str) -> Iterator[None]:
         raise
 
 
+def _tokenizer(
+    recipe: Recipe, source: Source, text: corpus.Corpus, teacher: Model | None, starts: dict[str, Model]
+) -> PreTrainedTokenizerBase:
+    """The students' tokenizer: the teacher's; where its text alone is learnt from, that of a pretrained student."""
+    own = models.load_tokenizer(next(iter(starts.values())).path) if starts else None
+    learns_words = any(objective.uses_teacher for objective in recipe.objectives.values())
+    if recipe.generate and own is not None and not learns_words:
+        return own
+    if teacher is not None and teacher.has_tokenizer:
+        assert recipe.teacher is not None
+        return models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
+    if teacher is not None:
+        with at(source, "teacher", "model"):
+            raise BadInput(
+                f"{teacher.label} is an endpoint and has no files",
+                fix="give teacher.tokenizer, the model that it serves; or learn from its text alone, by [generate], "
+                "with pretrained students and no divergence",
+            )
+    if recipe.tokenizer is not None:
+        return train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
+    if own is not None:
+        return own
+    raise BadInput(
+        f"{source.path} has no [teacher], no [tokenizer] and no pretrained student",
+        fix="add [tokenizer] with a vocab_size to train one on the text",
+    )
+
+
+def _teacher(teacher: Teacher, beside: Path, store: Store) -> Model:
+    """The teacher that a recipe names. Raises Unreachable for an endpoint that does not answer."""
+    if teacher.is_endpoint:
+        return endpoint.find(teacher, beside, store)
+    return _torch_model(teacher.model, beside, store)
+
+
 def _torch_model(text: str, beside: Path, store: Store) -> Model:
     """The model that a recipe names: a folder beside it is meant before any other."""
     model = resolve(str(beside / text) if (beside / text).is_dir() else text, store)
+    if model.engine == "endpoint":
+        raise BadInput(f"{text} is an endpoint", fix="name it by its URL: http://HOST:PORT/v1#NAME")
     if model.engine != "torch":
         raise BadInput(f"{text} is an ONNX artifact", fix="name the torch model it came from")
     return model
@@ -155,7 +184,8 @@ def with_teacher(setting: Setting, store: Store) -> Setting:
             licence=setting.teacher_licence,
             parent=version.ref if version else None,
             recipe="teacher",
-            params=parameters(teacher.path),
+            engine=teacher.engine,
+            params=None if teacher.endpoint else parameters(teacher.path),
             code_version=code_version(),
         )
         say(f"  teacher: {version.ref}, digest {version.digest[:12]}")

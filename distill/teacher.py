@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill import models, stored
+from distill import echo, models, stored
 from distill.blocks import Blocks
 from distill.cache import Capture, TeacherCache, fill
 from distill.precision import uses_bf16
@@ -72,6 +72,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _fill(setting: Setting, caches: list[TeacherCache]) -> None:
     @functools.cache
     def teacher() -> Pass:  # caches that are whole need no teacher
+        assert setting.teacher is not None
+        if setting.teacher.endpoint:
+            return echo.pass_over(setting)
         return one_pass(_load(setting), setting.train, setting.vocab_size, _bf16(setting))
 
     with progress() as bar:
@@ -95,11 +98,13 @@ def _load(setting: Setting) -> PreTrainedModel:
 
 
 def _bf16(setting: Setting) -> bool:
-    """Whether the teacher runs in bfloat16."""
+    """Whether the teacher runs in bfloat16 here."""
     from transformers import AutoConfig
 
     assert setting.recipe.teacher is not None
     assert setting.teacher is not None
+    if setting.teacher.endpoint:
+        return False
     trusted = setting.recipe.teacher.trust_remote_code
     config = AutoConfig.from_pretrained(setting.teacher.path, trust_remote_code=trusted)
     return uses_bf16(setting.recipe.training.bf16, config)

@@ -40,6 +40,7 @@ class CompletionRequest:
     stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
     seed: Annotated[int, Ge(0)] | None = None
     logprobs: Annotated[int, Ge(0), Le(20)] | None = None
+    return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
     echo: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
@@ -148,7 +149,7 @@ def deltas(runtime: Runtime, body: CompletionRequest, prompts: list[list[int]]) 
     if body.echo:
         for place, (prompt, given) in enumerate(zip(prompts, body.prompts(), strict=True)):
             text = given if isinstance(given, str) else runtime.decode(prompt)
-            logprobs = _of_prompt(runtime, prompt, body.logprobs) if body.logprobs is not None else None
+            logprobs = _of_prompt(runtime, prompt, body) if body.logprobs is not None else None
             for index in range(place * n, place * n + n):
                 lengths[index] = len(text)
                 yield Delta(index, text, None if body.length() else "length", logprobs)
@@ -158,30 +159,31 @@ def deltas(runtime: Runtime, body: CompletionRequest, prompts: list[list[int]]) 
         logprobs = None
         if event.logprob is not None:
             top = event.top_logprobs or None
-            logprobs = _logprobs(runtime, [event.token_id], [event.logprob], [top], [lengths[event.index]])
+            logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
         lengths[event.index] += len(event.piece)
         yield Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1)
 
 
-def _of_prompt(runtime: Runtime, prompt: list[int], count: int) -> dict[str, list[Any]]:
-    """Each prompt token's log-probability given those before it, and the `count` likeliest at its place."""
+def _of_prompt(runtime: Runtime, prompt: list[int], body: CompletionRequest) -> dict[str, list[Any]]:
+    """Each prompt token's log-probability given those before it, and the likeliest at its place."""
     values: list[float | None] = [None]
     tops: list[dict[int, float] | None] = [None]
     steps = (step for piece in runtime.prompt_logits(prompt) for step in piece)
     for token, step in zip(prompt[1:], steps, strict=False):  # what the last step predicts is not in the prompt
         logprobs = log_softmax(step.astype(np.float64))
         values.append(float(logprobs[token]))
-        tops.append(likeliest(logprobs, count) or None)
+        tops.append(likeliest(logprobs, body.logprobs or 0) or None)
     text = Detokenizer(runtime.decode, [])
     offsets = []
     for token in prompt:
         offsets.append(len(text.text))
         text.add(token)
-    return _logprobs(runtime, prompt, values, tops, offsets)
+    return _logprobs(runtime, body, prompt, values, tops, offsets)
 
 
 def _logprobs(
     runtime: Runtime,
+    body: CompletionRequest,
     ids: Sequence[int],
     values: Sequence[float | None],
     tops: Sequence[dict[int, float] | None],
@@ -192,16 +194,18 @@ def _logprobs(
     for token, value, top in zip(ids, values, tops, strict=True):
         # OpenAI's list holds the chosen token too, where it is not among the likeliest.
         shown = {**top, token: value} if top and value is not None else {}
-        named.append({_token_text(runtime, other): p for other, p in shown.items()} or None)
+        named.append({_name(runtime, body, other): p for other, p in shown.items()} or None)
     return {
-        "tokens": [_token_text(runtime, token) for token in ids],
+        "tokens": [_name(runtime, body, token) for token in ids],
         "token_logprobs": list(values),
         "top_logprobs": named,
         "text_offset": list(offsets),
     }
 
 
-def _token_text(runtime: Runtime, token: int) -> str:
-    """A token alone; by its name in the vocabulary where it is no whole character."""
+def _name(runtime: Runtime, body: CompletionRequest, token: int) -> str:
+    """A token alone: its text, or its name in the vocabulary where it is no whole character; or its id."""
+    if body.return_tokens_as_token_ids:
+        return f"token_id:{token}"
     text = runtime.tokenizer.decode([token], skip_special_tokens=False)
     return runtime.tokenizer.id_to_token(token) or text if BROKEN in text else text

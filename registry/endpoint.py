@@ -146,13 +146,13 @@ class Client:
                     failed = failed or future.exception()
                     if not future.exception():
                         yield number, future.result()
-            if failed:
-                raise failed
         except BaseException:
             self.stop()  # nobody waits for another try
             raise
         finally:
             pool.shutdown(wait=False)
+        if failed:
+            raise failed
 
 
 def find(text: str, num_concurrent: int = 4) -> Endpoint:

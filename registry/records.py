@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 from registry.digest import json_digest
 
 Kind = Literal["teacher", "student", "onnx"]
-Engine = Literal["torch", "onnxruntime"]
+Engine = Literal["torch", "onnxruntime", "endpoint"]  # endpoint: its files say where it is
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 

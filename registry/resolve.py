@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from registry import endpoint
 from registry.digest import MANIFEST, file_digest, json_digest, verify
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 URL = re.compile(r"https?://", re.IGNORECASE)
 REGISTERED = re.compile(r"models:/.*|[^/@]+/\d+|[^/@]+@[^/@]+")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ENDPOINT = "endpoint.json"  # in the folder of a registered endpoint: its url and name
 TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # a tokenizer is among them
 HUB_FILES = [*TEXT_FILES, "*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -38,8 +39,12 @@ class Model:
     digest: str
     label: str  # NAME/VERSION, else what the user wrote
     version: Version | None
-    engine: Engine | Literal["endpoint"]
+    engine: Engine
     endpoint: endpoint.Endpoint | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return _has_tokenizer(self.path)
 
 
 def resolve(
@@ -106,14 +111,24 @@ def resolve_all(
         if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
             store = store or _default_store()
             found = [registered(version, store) for version in store.versions(text)]
+            if len(found) > 1:  # an endpoint whose tokenizer is not known can only be asked for text
+                found = [model for model in found if not model.endpoint or model.has_tokenizer]
         for model in found or [resolve(text, store, tokenizer=tokenizer, num_concurrent=num_concurrent)]:
             models.setdefault(model.label, model)
     return list(models.values())
 
 
 def registered(version: Version, store: Store) -> Model:
-    """A registered version as a Model; its files are fetched where they lie elsewhere, and verified."""
-    return Model(store.folder(version), version.digest, version.ref, version, version.engine)
+    """A registered version as a Model; its files are fetched where they lie elsewhere, and verified.
+
+    An endpoint is not asked whether it is there.
+    """
+    folder = store.folder(version)
+    found = None
+    if version.engine == "endpoint":
+        said = json.loads((folder / ENDPOINT).read_bytes())
+        found = endpoint.Endpoint(said["url"], said["name"])
+    return Model(folder, version.digest, version.ref, version, version.engine, found)
 
 
 def check_folder(folder: Path) -> Engine:
@@ -180,12 +195,16 @@ def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurr
     if not folder.is_dir():
         hub_id = not REGISTERED.fullmatch(tokenizer) and "/" in tokenizer and HUB_ID.fullmatch(tokenizer)
         folder = _snapshot(tokenizer, None, TEXT_FILES) if hub_id else resolve(tokenizer, store).path
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not _has_tokenizer(folder):
         raise BadInput(f"{tokenizer} has no tokenizer", fix="give --tokenizer the model that the endpoint serves")
     found = endpoint.find(text, num_concurrent)
     files = sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern) if path.name != MANIFEST})
     digest = json_digest([found.url, found.name, {path.name: file_digest(path) for path in files}])
     return Model(folder.resolve(), digest, found.label, None, "endpoint", found)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _snapshot(hub_id: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
