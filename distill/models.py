@@ -10,7 +10,6 @@ import numpy as np
 
 from distill.blocks import Blocks
 from registry.errors import BadInput
-from registry.machine import cpu_bf16
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +89,6 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def has_bf16() -> bool:
-    """Whether bfloat16 matrix products are fast here: on CUDA as it says, on a CPU with AVX512-BF16 or AMX."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(cpu_bf16())
 
 
 def batches(blocks: Blocks, vocab_size: int, indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
