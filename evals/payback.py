@@ -18,6 +18,8 @@ from evals.prices import Prices
 from registry.errors import BadInput
 from registry.records import Cost, Estimate, Frozen, Making, Record, Scorecard
 
+API = "tokens of the teacher's API"
+
 
 class Part(Frozen):
     """A part of what making a student took."""
@@ -133,11 +135,14 @@ def making_parts(making: Making, prices: Prices, scoring_seconds: float, scoring
         if seconds:
             price = prices.of_machine(machine)
             parts.append(Part(what=what, seconds=seconds, usd=seconds / 3600 * price.usd_per_hour, price=price.words))
-    if making.api_model:
+    if making.api_model and making.api_usd is not None:
+        words = f"{making.api_model}, at the recipe's prices"
+        parts.append(Part(what=API, seconds=None, usd=making.api_usd, price=words))
+    elif making.api_model:
         api = prices.of_api(making.api_model)
         dollars = making.api_input_tokens * api.usd_per_million_input_tokens
         dollars += making.api_output_tokens * api.usd_per_million_output_tokens
-        parts.append(Part(what="tokens of the teacher's API", seconds=None, usd=dollars / 1e6, price=api.words))
+        parts.append(Part(what=API, seconds=None, usd=dollars / 1e6, price=api.words))
     return parts
 
 

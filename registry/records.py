@@ -300,6 +300,7 @@ class Making(Record):
     api_input_tokens: int = 0  # sent to and got from a teacher behind an API
     api_output_tokens: int = 0
     api_model: str | None = None
+    api_usd: float | None = later(None)  # what those cost at the recipe's prices; None where it named none
 
 
 class Parity(Record):
