@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import card, controls, models
+from distill import card, controls, models, spent
 from distill import recipe as recipes
 from distill import students as starting
 from distill.cache import TeacherCache
@@ -97,7 +97,9 @@ def make(
         facts = _train_and_save(setting, plan, (training, budget), teacher, work, run)
         making = _making(setting, plan, teacher, facts)
         numbers = {name: value for name, value in facts.items() if not isinstance(value, str)}
-        run.metrics(numbers | {"teacher_seconds": making.teacher_seconds})
+        run.metrics(numbers | {"teacher_seconds": making.teacher_seconds, "teacher_usd": making.api_usd or 0.0})
+        if setting.generated:
+            run.metrics(setting.generated.metrics())
         run.tags({MAKING: making.model_dump_json()})
         version = store.register(
             recipe.name,
@@ -140,6 +142,7 @@ def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
         **{f"data.{part}": getattr(setting.corpus, part) for part in ("train_bytes", "heldout_bytes")},
         **{f"config.{k}": v for k, v in recipe.students[plan.student].config.items()},
         **{f"objective.{k}": v for k, v in plan.objective.model_dump().items()},
+        **{f"generate.{k}": v for k, v in (recipe.generate.model_dump() if recipe.generate else {}).items()},
         **{f"training.{k}": v for k, v in training.model_dump().items()},
     }
     if setting.teacher_version is not None:
@@ -155,10 +158,16 @@ def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any
     learns = [each.label for each in recipes.plans(recipe) if each.objective.uses_teacher]
     cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
     device = models.device()
+    words = spent.of(setting, plan)
+    shared = recipes.plans(recipe) if setting.generated else learns if cache else []
     return Making(
         training_seconds=facts["seconds"],
-        teacher_seconds=cache.seconds() if cache else 0.0,
-        teacher_students=len(learns) if cache else 1,
+        teacher_seconds=(cache.seconds() if cache else 0.0) + words.seconds,
+        teacher_students=max(1, len(shared)),
+        api_input_tokens=words.input_tokens,
+        api_output_tokens=words.output_tokens,
+        api_model=words.model if words.input_tokens else None,
+        api_usd=words.usd,
         tokens=int(facts["tokens"]),
         machine=hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
         device=device,
