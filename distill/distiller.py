@@ -78,7 +78,8 @@ class Distiller(torch.nn.Module):
         """The loss of a batch.
 
         Args:
-            batch: as `Blocks.batch` gives it, and `teacher`, the arrays of a stored form (B, T, ...), where stored.
+            batch: as `Blocks.batch` gives it, and `teacher`, the arrays of a stored form (B, T, ...), where stored;
+                `written` is true where the student wrote it.
             num_items: targets of the whole optimizer step, over its accumulated batches: the loss is the sum over
                 this batch divided by it.
         """
@@ -94,7 +95,9 @@ class Distiller(torch.nn.Module):
             with torch.no_grad():
                 teacher = self._bodies[1].run(inputs, rows, states=matches)
             said = teacher.logits._replace(vocab_size=self.vocab_size)
-        total, agreed = head.loss(student.logits, labels, self.objective, said, self.measure)
+        # Of what the student wrote itself there are no labels to learn.
+        objective = self.objective.model_copy(update={"labels": 0.0}) if batch.get("written") else self.objective
+        total, agreed = head.loss(student.logits, labels, objective, said, self.measure)
         if self.layers is not None:
             total = total + self.layers(student.states, teacher.states, F.pad(rows, (0, 1)))
         return Losses(total / num_items, rows.sum(), agreed)

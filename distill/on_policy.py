@@ -108,7 +108,7 @@ def _rows(found: list[torch.Tensor], written: torch.Tensor, ends: list[int]) -> 
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : len(prompt) + length] = written[row, :length]
         labels[row, len(prompt) : len(prompt) + length] = written[row, :length]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels, "written": True}
 
 
 def _ends(student: PreTrainedModel) -> list[int]:

@@ -312,8 +312,29 @@ class Recipe(Record):
         carved = [name for name, student in self.students.items() if student.carve]
         if carved and (self.teacher is None or self.teacher.is_endpoint):
             raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
+        if self.on_policy:
+            self._check_on_policy()
         self._check_sweep()
         return self
+
+    def _check_on_policy(self) -> None:
+        if not any(objective.uses_teacher for objective in self.objectives.values()):
+            raise ValueError("[on_policy] has the teacher grade what the student writes: no objective uses a teacher")
+        if self.teacher is not None and self.teacher.is_endpoint:
+            raise ValueError("[on_policy]: an endpoint does not grade each step's text: [teacher] has to be local")
+        if self.cache.form not in (None, "online"):
+            raise ValueError(
+                f"[on_policy]: the student writes text that no cache has seen, and cache.form is {self.cache.form!r}: "
+                f'set cache.form = "online", or leave it out'
+            )
+        for name, objective in self.objectives.items():
+            if objective.divergence == "chunks":
+                raise ValueError(
+                    f"[on_policy]: objectives.{name}.divergence chunks knows the text as it came, and the student "
+                    f"writes another: choose another divergence"
+                )
+            if objective.layers and not objective.divergence:
+                raise ValueError(f"[on_policy]: objectives.{name} has no divergence to grade what the student writes")
 
     def _check_sweep(self) -> None:
         grid, learns = self.sweep, any(objective.uses_teacher for objective in self.objectives.values())

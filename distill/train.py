@@ -197,7 +197,8 @@ def train(
     tokens_per_step = whole_batch * processes.count() * job.train.ids.shape[1]
     steps = budget.steps_asked(job.training, len(job.train.ids), processes.count())
     training, fewer = budget.within_tokens(job.training, job.budget, steps, tokens_per_step)
-    training = training.model_copy(update={"bf16": uses_bf16(training.bf16, job.student.config)})
+    [bf16] = processes.agree([uses_bf16(training.bf16, job.student.config)])
+    training = training.model_copy(update={"bf16": bool(bf16)})
     arguments = _arguments(training, job.folder, job.seed)
     sample, likeliest = heldout.sample(job.heldout), job.likeliest
     if teacher is not None and likeliest is None and job.objective.divergence != "chunks":
