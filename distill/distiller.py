@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from distill import head, objectives
+from distill import chunks, head, objectives
 from distill.head import Body, Logits
 from distill.layers import LayerMatching
 from distill.recipe import Objective
@@ -88,6 +88,10 @@ class Distiller(torch.nn.Module):
         inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
         matches = self.layers is not None
         student = self._bodies[0].run(inputs, rows, states=matches)
+        if self.objective.divergence == "chunks":
+            said_of = {name: array[:, :-1] for name, array in batch["teacher"].items()}
+            total = chunks.loss(student.logits, labels, rows, said_of, self.objective)
+            return Losses(total / num_items, rows.sum(), torch.zeros_like(rows.sum()))
         said: Logits | objectives.Stored | None = None
         if "teacher" in batch and self.objective.uses_teacher:
             said = objectives.stored({name: array[:, :-1][rows] for name, array in batch["teacher"].items()})

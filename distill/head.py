@@ -153,9 +153,14 @@ def loss(
             agreed.add_((logits.detach().argmax(-1) == objectives.likeliest(said)).sum())
         return objectives.loss(logits, labels[rows], objective, said)
 
+    return summed(student, of_chunk), agreed
+
+
+def summed(student: Logits, of_chunk: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+    """The sum over chunks of a function of a chunk's logits (n, V) and of which rows they are."""
     if not torch.is_grad_enabled():
         student = student.detached()
-    return _InChunks.apply(student.hidden, student.weight, student.bias, of_chunk), agreed
+    return _InChunks.apply(student.hidden, student.weight, student.bias, of_chunk)
 
 
 class _InChunks(torch.autograd.Function):

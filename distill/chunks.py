@@ -1,0 +1,304 @@
+"""A teacher with another tokenizer: both read the same text, and its chunks that both begin and end are compared.
+
+Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083): where both have a token end at the same byte of
+the text, a chunk ends. A chunk's log-probability is the sum of those of its tokens, and what is matched is whether it
+comes or not: the divergence of two outcomes, since nobody can sum over all other strings. It needs nothing of the
+teacher but its log-probability of each token of the text. Equal tokenizers make each token a chunk of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from distill import head, models
+from distill.blocks import Blocks
+from distill.cache import Capture
+from distill.head import Logits
+from distill.recipe import Objective
+from registry.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MOST_LOGITS = 2**26  # of a batch of the teacher
+
+
+class Piece(NamedTuple):
+    """A stretch of text that a block holds of one document.
+
+    Attributes:
+        text: without the bytes of a character that the block's edge cuts.
+        skipped: bytes of the block's tokens before `text`.
+        begins, ends: whether the document begins and ends here.
+    """
+
+    text: str
+    skipped: int
+    begins: bool
+    ends: bool
+
+
+class Read(NamedTuple):
+    """How a teacher read a piece: where its tokens end, in bytes of the text from 0, and their log-probabilities.
+
+    The first token of all, with nothing before it, has none: NaN. The end of a document is a token that ends one
+    byte after the text.
+    """
+
+    ends: np.ndarray
+    logprobs: np.ndarray
+
+
+Reader = Callable[[Sequence[Piece]], list[Read]]
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes of text that each token id stands for; special tokens stand for none.
+
+    Raises BadInput for a tokenizer whose tokens are no bytes of the text (WordPiece, say).
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    written = json.dumps([state.get("decoder"), state.get("pre_tokenizer")])
+    special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
+    texts = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    found: list[bytes] = [b""] * (texts[-1][1] + 1)
+    of_letter = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    for token, number in texts:
+        if token in special:
+            added = tokenizer.added_tokens_decoder.get(number)
+            found[number] = b"" if added is None or added.special else token.encode()
+        elif '"ByteLevel"' in written:
+            found[number] = bytes(of_letter[letter] for letter in token)
+        elif "\u2581" in json.dumps(state.get("decoder"), ensure_ascii=False):
+            is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            found[number] = bytes([int(token[3:5], 16)]) if is_byte else token.replace("\u2581", " ").encode()
+        else:
+            raise BadInput(
+                "a tokenizer's tokens are no bytes of the text: it is neither byte-level nor of SentencePiece's kind",
+                fix='let the teacher write text instead ([generate]), which divergence = "chunks" is not needed for',
+            )
+    return found
+
+
+def pieces(
+    blocks: Blocks, number: int, tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]
+) -> list[tuple[slice, np.ndarray, Piece]]:
+    """Of each document in a block: its places, where its tokens end in bytes from 0, and its text.
+
+    Args:
+        tokenizer: of the blocks; it says which tokens begin and end a document.
+        texts: the bytes of each of its tokens.
+    """
+    ids, segments = blocks.ids[number], blocks.segments[number]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    edges = np.flatnonzero(np.diff(segments)) + 1
+    found = []
+    for first, last in zip([0, *edges], [*edges, len(ids)], strict=True):
+        if segments[first] == 0:  # padding
+            continue
+        own = ids[first:last]
+        begins, ends = own[0] == start, len(own) > 1 and own[-1] == tokenizer.eos_token_id
+        sizes = np.array([len(texts[token]) for token in own])
+        sizes[-1] += ends
+        raw = b"".join(texts[token] for token in own)
+        skipped = next((place for place, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
+        text = raw[skipped:].decode("utf-8", "ignore")
+        found.append((slice(first, last), np.cumsum(sizes), Piece(text, skipped, bool(begins), bool(ends))))
+    return found
+
+
+def local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> Reader:
+    """A teacher that runs here reads pieces by its own tokenizer; what exceeds its context is not read.
+
+    Args:
+        bf16: run under autocast.
+    """
+    torch.nn.Module.to(model, models.device()).eval()
+    texts, vocab_size = token_bytes(tokenizer), models.vocabulary(tokenizer)
+    end = tokenizer.eos_token_id
+    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    @torch.inference_mode()
+    def logprobs(tokens: list[np.ndarray]) -> Iterator[np.ndarray]:
+        ids = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
+        for row, own in zip(ids, tokens, strict=True):
+            row[: len(own)] = own  # what follows it does not see
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = models.logits_of(model, {"input_ids": torch.from_numpy(ids)})[:, :-1, :vocab_size]
+        said = logits.gather(-1, torch.from_numpy(ids[:, 1:, None]).to(logits.device))[..., 0] - logits.logsumexp(-1)
+        for row, own in zip(said.cpu().numpy(), tokens, strict=True):
+            yield np.concatenate([[np.nan], row[: len(own) - 1]])
+
+    def read(asked: Sequence[Piece]) -> list[Read]:
+        encoded = tokenizer([piece.text for piece in asked], add_special_tokens=False)["input_ids"]
+        tokens, ends = [], []
+        for piece, own in zip(asked, encoded, strict=True):
+            closed = piece.ends and end is not None
+            whole = np.array(([] if start is None else [start]) + own + ([end] if closed else []), dtype=np.int64)
+            tokens.append(whole[:most])
+            ends.append(_ends(own, texts, piece, start is not None, closed)[:most])
+        reads = [Read(ends, np.zeros(0)) for ends in ends]
+        order = sorted((number for number, own in enumerate(tokens) if len(own) > 1), key=lambda n: len(tokens[n]))
+        for few in _batches(order, [len(own) * vocab_size for own in tokens]):
+            for number, said in zip(few, logprobs([tokens[number] for number in few]), strict=True):
+                reads[number] = Read(ends[number], said)
+        return [read if len(read.logprobs) else Read(read.ends[:0], read.logprobs) for read in reads]
+
+    return read
+
+
+def _ends(own: Sequence[int], texts: Sequence[bytes], piece: Piece, opened: bool, closed: bool) -> np.ndarray:
+    """Where tokens end in the bytes of a piece; -1 for all where they do not stand for its text."""
+    ends = np.cumsum([0, *(len(texts[token]) for token in own)])
+    written, text = b"".join(texts[token] for token in own), piece.text.encode()
+    if written == b" " + text:  # SentencePiece puts a space before
+        ends = np.maximum(ends - 1, 0)
+    elif written != text:  # a normalizer changed it
+        ends = np.full(len(ends), -1)
+    ends = ends if opened else ends[1:]
+    return np.append(ends, ends[-1] + 1 if len(ends) and ends[-1] >= 0 else -1) if closed else ends
+
+
+def _batches(order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers in batches of which the greatest size, times how many there are, stays below `MOST_LOGITS`."""
+    few: list[int] = []
+    for number in order:  # of rising size
+        if few and sizes[number] * (len(few) + 1) > MOST_LOGITS:
+            yield few
+            few = []
+        few.append(number)
+    if few:
+        yield few
+
+
+def align(own: np.ndarray, read: Read) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of a text that two tokenizations share.
+
+    Args:
+        own: (n,) where the student's tokens end, not falling.
+
+    Returns:
+        numbers (n,) int64: the chunk of each of the student's tokens, counted from 1, 0 where it is in none; and the
+        teacher's log-probability of each chunk.
+    """
+    numbers = np.zeros(len(own), dtype=np.int64)
+    common = np.intersect1d(own, read.ends)
+    if len(common) < 2:
+        return numbers, np.zeros(0)
+    # Of several tokens that end at one byte the first: the others are of no bytes, and belong to what follows.
+    mine, theirs = np.searchsorted(own, common), np.searchsorted(read.ends, common)
+    until = np.concatenate([[0.0], np.cumsum(np.nan_to_num(read.logprobs))])
+    logprobs = until[theirs[1:] + 1] - until[theirs[:-1] + 1]
+    for chunk, (first, last) in enumerate(pairwise(mine), start=1):
+        numbers[first + 1 : last + 1] = chunk
+    return numbers, logprobs
+
+
+def capture(blocks: Blocks, tokenizer: PreTrainedTokenizerBase, reader: Reader) -> Capture:
+    """What a cache stores of blocks: at each place (T,) what it says of the token after it.
+
+    `chunks` uint16 is the number of its chunk in the block, from 1, 0 for none; `logprobs` float16 the teacher's
+    log-probability of the chunk, where it ends, and 0 elsewhere. A chunk counts where all its tokens are targets.
+    """
+    texts = token_bytes(tokenizer)
+
+    def run(indices: np.ndarray) -> dict[str, np.ndarray]:
+        found = [pieces(blocks, int(number), tokenizer, texts) for number in indices]
+        reads = iter(reader([piece for of_block in found for _, _, piece in of_block]))
+        shape = (len(indices), blocks.ids.shape[1])
+        chunks, logprobs = np.zeros(shape, dtype=np.uint16), np.zeros(shape, dtype=np.float16)
+        for row, (number, of_block) in enumerate(zip(indices, found, strict=True)):
+            count = 0
+            for places, ends, piece in of_block:
+                read = next(reads)
+                numbers, said = align(ends, read._replace(ends=read.ends + piece.skipped))
+                targets = blocks.targets[number, places]
+                for chunk in np.unique(numbers[~targets]):
+                    numbers[numbers == chunk] = 0
+                kept = np.unique(numbers[numbers > 0])
+                for chunk in kept:
+                    count += 1
+                    of_chunk = np.flatnonzero(numbers == chunk) + places.start - 1
+                    chunks[row, of_chunk] = count
+                    logprobs[row, of_chunk[-1]] = max(said[chunk - 1], -60000)
+        return {"chunks": chunks, "logprobs": logprobs}
+
+    return run
+
+
+# --- the loss
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divergence of whether a chunk comes or not, student q from teacher p, in nats: (K,), (K,) -> (K,).
+
+    KL of the outcomes (p^(1/t), 1 - p^(1/t)), times t. At t = 1 it tells apart the likely chunks; as t grows it
+    comes near to b - a - a log(b / a), where a and b are the surprisals of teacher and student: unlikely chunks tell
+    as much as likely ones, and longer ones more.
+    """
+    log_p, log_q = (x.clamp(max=-1e-5) / temperature for x in (log_p, log_q))
+    comes = log_p.exp() * (log_p - log_q)
+    misses = -log_p.expm1() * (_log1mexp(log_p) - _log1mexp(log_q))
+    return temperature * (comes + misses)
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) of x < 0, exact on both ends."""
+    return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x.clamp(max=-0.5))))
+
+
+def loss(
+    student: Logits, labels: torch.Tensor, rows: torch.Tensor, said: Mapping[str, torch.Tensor], objective: Objective
+) -> torch.Tensor:
+    """Labels and chunks mixed as the objective says, summed over tokens, in nats.
+
+    Args:
+        student: logits of the N targets.
+        labels: (N,) int64.
+        rows: (B, T) bool, N of them true: where in the batch the targets are.
+        said: `chunks` and `logprobs` (B, T), as `capture` stores them.
+    """
+    own = torch.empty(len(labels), dtype=torch.float64, device=labels.device)
+
+    def look(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        own[part] = (logits.gather(-1, labels[part, None])[:, 0] - logits.logsumexp(-1)).double()
+        return own.new_zeros(())
+
+    with torch.no_grad():
+        head.summed(student, look)
+    # Chunks are numbered by block: no two of a batch have one number.
+    numbers = said["chunks"]
+    unlike = torch.where(
+        numbers > 0, numbers + torch.arange(len(numbers), device=numbers.device)[:, None] * numbers.shape[1], 0
+    )
+    which = unlike[rows]
+    sums = own.new_zeros(2, numbers.numel() + 1)
+    sums[0].index_add_(0, which, own)
+    sums[1].index_add_(0, which, said["logprobs"][rows].double())
+    there = torch.zeros_like(sums[0], dtype=torch.bool)
+    there[which] = True
+    there[0] = False
+    with torch.enable_grad():
+        log_q = sums[0].requires_grad_()
+        distance = divergence(sums[1][there], log_q[there], objective.temperature).sum()
+        [by_chunk] = torch.autograd.grad(distance, log_q)
+    # A token's log-probability counts by how the loss of its chunk changes with it.
+    weights = ((1 - objective.labels) * by_chunk[which] - objective.labels).float()
+
+    def weighted(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        logprobs = logits.gather(-1, labels[part, None])[:, 0].float() - logits.float().logsumexp(-1)
+        return (weights[part] * logprobs).sum()
+
+    towards = head.summed(student, weighted)
+    total = (1 - objective.labels) * distance.detach() - objective.labels * own.sum()
+    return towards + (total.to(towards.dtype) - towards.detach())
