@@ -23,9 +23,22 @@ set_option = click.option(
 @click.option("--to", type=click.Path(path_type=Path), help="Also copy the (one) student's files to this folder.")
 @click.option("--resume", is_flag=True, help="Go on, as is done anyway; an error where nothing was begun.")
 @click.option("--restart", is_flag=True, help="Drop checkpoints and make every student anew.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Make the students on a Ray cluster: at this address, auto for one that runs here; alone, begin one here.",
+)
 @format_option
 def distill(
-    recipe: Path, overrides: tuple[str, ...], to: Path | None, resume: bool, restart: bool, output: str
+    recipe: Path,
+    overrides: tuple[str, ...],
+    to: Path | None,
+    resume: bool,
+    restart: bool,
+    ray: str | None,
+    output: str,
 ) -> None:
     """Distil the teacher of RECIPE into its students: every size, objective, temperature and seed, and controls.
 
@@ -44,7 +57,7 @@ def distill(
 
     begin: Begin = "resume" if resume else "restart" if restart else "go on"
     try:
-        _print_students(run(recipe, list(overrides), Store(), to, begin=begin), output)
+        _print_students(run(recipe, list(overrides), Store(), to, begin=begin, ray=ray), output)
     except SomeFailed as error:
         _print_students(error.made, output)
         raise

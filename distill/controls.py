@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from distill import processes
 from distill import recipe as recipes
 from distill.recipe import Budget, Plan, Recipe, Training
 from registry.errors import Refused
@@ -87,7 +88,8 @@ def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, Making]]) ->
         return training, Budget(max_tokens=max(making.tokens for _, making in distilled))
     dearest, spent = max(((other, cost(making, recipe)) for other, making in distilled), key=lambda of: of[1].seconds)
     labels = next(making for other, making in others if other.control == "labels")
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * setting.train.ids.shape[1]
+    blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes.count()
+    step = blocks * setting.train.ids.shape[1]
     tokens = labels.tokens * spent.seconds / labels.training_seconds
     say(
         f"  {plan.label}: {tokens:,.0f} tokens, in the {spent.seconds:,.0f} s that {dearest.label} cost "

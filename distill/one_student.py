@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from distill.cache import TeacherCache
 from distill.recipe import Budget, Plan, Training
 from distill.setting import Setting, code_version
 from registry.digest import json_digest
-from registry.errors import Refused
+from registry.errors import LimbeckError, Refused
 from registry.home import home, written_whole
 from registry.machine import hardware
 from registry.records import Making, Version
@@ -44,7 +45,9 @@ def family_key(setting: Setting, plan: Plan) -> str:
     return json_digest(
         {
             "student": start,
-            "training": recipe.training_of(plan.student).model_dump(exclude={"logging_steps", "save_minutes"}),
+            "training": recipe.training_of(plan.student).model_dump(
+                exclude={"logging_steps", "save_minutes", "eval_steps"}
+            ),
             "seed": plan.seed,
             "blocks": setting.train.digest,
             "tokenizer": recipe.tokenizer.model_dump() if recipe.tokenizer else None,
@@ -78,15 +81,21 @@ def folder_of(key: str) -> Path:
 
 
 def make(
-    setting: Setting, plan: Plan, key: str, teacher: Teacher, store: Store, parent_run: str | None = None
+    setting: Setting,
+    plan: Plan,
+    key: str,
+    teacher: Teacher,
+    store: Store,
+    parent_run: str | None = None,
+    more_tags: Mapping[str, str] | None = None,
 ) -> Version:
-    """Train one student, log its run (below `parent_run` where given), register it."""
+    """Train one student, log its run (below `parent_run` where given, with `more_tags`), register it."""
     recipe = setting.recipe
     work = folder_of(key)
     training, budget = controls.schedule(setting, plan, controls.makings(setting, plan, store))
     tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
-    if plan.control:
-        tags["limbeck.control"] = plan.control
+    tags |= {"limbeck.control": plan.control} if plan.control else {}
+    tags |= more_tags or {}
     compared = setting.teacher_version.ref if setting.teacher_version else None
     learnt = plan.objective.uses_teacher or (recipe.generate is not None and plan.control is None)
     carved = recipe.students[plan.student].carve is not None
@@ -127,6 +136,17 @@ def make(
         f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s{stopped}"
     )
     return version
+
+
+def told(plan: Plan, error: Exception) -> str:
+    """What went wrong with a student, in a line; what no one foresaw leaves its traceback in a file."""
+    if isinstance(error, LimbeckError):
+        return error.message.removeprefix(f"{plan.label}: ")
+    with written_whole(home() / "runs" / f"{plan.label}.error.txt") as temporary:
+        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+    return (
+        f"{type(error).__name__}: {error}".split("\n")[0] + f" (traceback in {home() / 'runs' / plan.label}.error.txt)"
+    )
 
 
 def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:

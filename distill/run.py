@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from distill import one_student
+from distill import one_student, ray_workers
 from distill import recipe as recipes
 from distill import students as starting
-from distill.one_student import student_key
+from distill.one_student import student_key, told
+from distill.ray_workers import Share
 from distill.recipe import Plan, Source
 from distill.setting import Setting, prepare, with_teacher, written
 from distill.teacher import teachers_for
 from registry.digest import json_digest
-from registry.errors import BadInput, LimbeckError, Refused
+from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
 from registry.records import Version
 from registry.store import Store
@@ -50,7 +50,13 @@ class SomeFailed(Refused):
 
 
 def distill(
-    path: Path, overrides: list[str], store: Store, to: Path | None = None, *, begin: Begin = "go on"
+    path: Path,
+    overrides: list[str],
+    store: Store,
+    to: Path | None = None,
+    *,
+    begin: Begin = "go on",
+    ray: str | None = None,
 ) -> list[Student]:
     """Carry out the recipe at `path`; students already made from the same ingredients are skipped.
 
@@ -59,6 +65,7 @@ def distill(
         overrides: `KEY=VALUE`, put in before the recipe is checked.
         to: also copy the student's files there (a recipe with one student); a model that is there is replaced.
         begin: "go on" from what is there; "resume": the same, and there has to be something; "restart": anew.
+        ray: the address of a Ray cluster that makes the students, or "local" to begin one here.
 
     Raises:
         BadInput: anything wrong with the recipe, its text, its teacher or its students; before any training.
@@ -81,16 +88,24 @@ def distill(
     _begin(begin, [keys[plan.label] for plan in missing], bool(students), path)
     for plan in missing:
         starting.check(setting, plan)
-    setting = with_teacher(setting, store)
-    with _parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)) as parent:
-        teachers = teachers_for(setting, missing)
+    with ExitStack() as stack:
+        nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
+        setting = with_teacher(setting, store)
+        parent = stack.enter_context(_parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)))
+        teachers = teachers_for(setting, missing) if missing else {}
+        parent_run = parent.id if parent else None
 
         def make(plan: Plan) -> Version:
-            return one_student.make(
-                setting, plan, keys[plan.label], teachers.get(plan.label), store, parent.id if parent else None
-            )
+            return one_student.make(setting, plan, keys[plan.label], teachers.get(plan.label), store, parent_run)
 
-        failed = _make_all(missing, make, students, alone=len(plans) == 1)
+        def on_made(plan: Plan, version: Version) -> None:
+            students[plan.label] = Student(plan, version, trained=True)
+
+        if nodes:
+            teachers.clear()  # a teacher that runs online runs on the workers
+            failed = ray_workers.make_all(Share(setting, missing, keys, parent_run), nodes, on_made)
+        else:
+            failed = _make_all(missing, make, on_made, alone=len(plans) == 1)
         made = [students[plan.label] for plan in plans if plan.label in students]
         if failed:
             raise SomeFailed(failed, made)
@@ -137,9 +152,9 @@ def _parent(setting: Setting, keys: dict[str, str], store: Store, needed: bool) 
 
 
 def _make_all(
-    plans: list[Plan], make: Callable[[Plan], Version], students: dict[str, Student], alone: bool
+    plans: list[Plan], make: Callable[[Plan], Version], on_made: Callable[[Plan, Version], None], alone: bool
 ) -> dict[str, str]:
-    """Make students one after the other into `students`; of a sweep, one that fails does not stop the others.
+    """Make students one after the other; of a sweep, one that fails does not stop the others.
 
     Returns:
         Why, by label, of those that failed.
@@ -147,21 +162,10 @@ def _make_all(
     failed: dict[str, str] = {}
     for plan in plans:
         try:
-            students[plan.label] = Student(plan, make(plan), trained=True)
+            on_made(plan, make(plan))
         except Exception as error:
             if alone:
                 raise
             failed[plan.label] = told(plan, error)
             say(f"  {plan.label}: failed: {failed[plan.label]}")
     return failed
-
-
-def told(plan: Plan, error: Exception) -> str:
-    """What went wrong with a student, in a line; what no one foresaw leaves its traceback in a file."""
-    if isinstance(error, LimbeckError):
-        return error.message.removeprefix(f"{plan.label}: ")
-    with written_whole(home() / "runs" / f"{plan.label}.error.txt") as temporary:
-        temporary.write_text(traceback.format_exc(), encoding="utf-8")
-    return (
-        f"{type(error).__name__}: {error}".split("\n")[0] + f" (traceback in {home() / 'runs' / plan.label}.error.txt)"
-    )
