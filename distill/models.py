@@ -72,18 +72,6 @@ def check_fits(
         )
 
 
-def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises BadInput where the model in `folder` has other tokens than `tokenizer`, the recipe's."""
-    own, shared = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
-    if own != shared:
-        raise BadInput(
-            f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
-            f"the {len(shared)} of the recipe's tokenizer, which is the teacher's where there is one",
-            fix="the text is laid out once and a divergence compares logits token by token: choose a student with "
-            "the teacher's tokenizer, or put this one in a recipe of its own without [teacher]",
-        )
-
-
 def device() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
     import torch

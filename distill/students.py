@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distill import models
+from distill import models, vocabularies
 from distill.recipe import Lora, Plan
 from distill.setting import Setting, at
 from registry.errors import BadInput
@@ -25,7 +25,7 @@ def check(setting: Setting, plan: Plan) -> None:
     spec = setting.recipe.students[name]
     if name in setting.starts:
         with at(setting.source, "students", name, "model"):
-            models.check_tokenizer(setting.starts[name].path, setting.tokenizer)
+            vocabularies.check(setting.starts[name].path, setting.tokenizer)
             models.check_fits(setting.starts[name].path, setting.tokenizer, max_length)
     elif spec.carve:
         with at(setting.source, "students", name, "carve"):
@@ -74,6 +74,19 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 def parameters(setting: Setting, name: str) -> int:
     """How many parameters the student `name` has, without its weights being loaded; tied ones count once."""
     return int(outline(setting, name).num_parameters())
+
+
+def compared(setting: Setting, name: str) -> vocabularies.Vocabularies | None:
+    """The teacher's vocabulary and that of the student `name`; None where no tokenizer of the teacher is known."""
+    teacher, asked = setting.teacher, setting.recipe.teacher
+    if teacher is None or asked is None or not teacher.has_tokenizer:
+        return None
+    theirs = models.load_tokenizer(teacher.path, asked.trust_remote_code)
+    rows = models.vocabulary(theirs)
+    if not teacher.endpoint:
+        rows = models.load_config(teacher.path, asked.trust_remote_code).get_text_config().vocab_size
+    own = models.load_tokenizer(setting.starts[name].path) if name in setting.starts else setting.tokenizer
+    return vocabularies.compare(theirs, rows, own, _config(setting, name).get_text_config().vocab_size)
 
 
 def outline(setting: Setting, name: str) -> PreTrainedModel:

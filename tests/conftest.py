@@ -100,7 +100,8 @@ def make_model(folder: Path, tokenizer_folder: Path, model_type: str, seed: int 
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **SIZES[model_type] | changes)
+    sizes = {"vocab_size": len(tokenizer)} | SIZES[model_type] | changes
+    config = AutoConfig.for_model(model_type, **ids, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     # The usual initialisation gives nearly uniform logits; a test wants models with opinions.
