@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from distill.chat import Piece, encode
 from distill.corpus import Document
-from registry.digest import text_digest
+from distill.packing import first_fit
 from registry.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,8 +28,10 @@ class Blocks(NamedTuple):
         ids: (N, T) int32.
         segments: (N, T) uint16: which document of its block a token belongs to, counted from 1; 0 is padding.
         targets: (N, T) bool: whether a token is to be predicted from those before it in its segment.
-        text_tokens: tokens that stand for text: all but padding and the tokens that start a document.
+        text_tokens: tokens that stand for text: all but padding and the tokens that start a document; of prompts
+            with completions and conversations those of the answers alone.
         text_bytes: bytes of UTF-8 that those stand for.
+        left_out: documents that do not fit into a block.
     """
 
     ids: np.ndarray
@@ -35,6 +40,7 @@ class Blocks(NamedTuple):
     text_tokens: int
     text_bytes: int
     digest: str
+    left_out: int = 0
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """The blocks at `indices` (n,) as a model takes them.
@@ -48,7 +54,7 @@ class Blocks(NamedTuple):
 
         ids, segments = self.ids[indices].astype(np.int64), self.segments[indices]
         batch = {"input_ids": ids, "labels": np.where(self.targets[indices], ids, -100)}
-        if (segments != segments[:, :1]).any():
+        if segments.max(initial=0) > 1:
             batch["position_ids"] = positions(segments)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -86,56 +92,127 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: 
 
 
 def make_blocks(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int | None = None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_tokens: int | None = None,
+    alone: bool = False,
 ) -> Blocks:
-    """Documents, each between a start token and EOS, laid end to end and cut into blocks.
+    """Documents laid out in blocks.
 
-    The start token is BOS, or EOS where the tokenizer has none: what lm-eval gives a model before a text. A
-    document that does not end in a block goes on in the next without what came before. The last partial block is
-    dropped.
+    Texts, each between a start token and EOS, are laid end to end and cut; one that does not end in a block goes on
+    in the next without what came before, and the last partial block is dropped. Prompts with completions and
+    conversations stay whole: several share a block where they fit, and those that are too long are left out. The
+    start token is BOS, or EOS where the tokenizer has none: what lm-eval gives a model before a text.
 
     Args:
+        documents: the first says which of these they are.
         max_length: tokens a block.
-        max_tokens: stop after the last whole block within so many.
+        max_tokens: use only so many, of the first documents.
+        alone: one document a block, for a model that would see its neighbours: see `packing.keeps_apart`.
 
     Raises:
-        BadInput: a tokenizer without EOS, or text that does not fill one block.
+        BadInput: a tokenizer without EOS, too little text, no document that fits, or one without an answer.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise BadInput("the tokenizer has no EOS token", fix="give it one: documents are told apart by it")
     start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    pieces: list[np.ndarray] = []
-    sizes: list[int] = []  # bytes of each piece
+    documents = iter(documents)
+    first = next(documents, None)
+    if first is None:
+        raise BadInput("there is no document", fix="give more text")
+    documents = chain([first], documents)
+    if first.prompt or first.messages:
+        return _whole((encode(each, tokenizer, start, end) for each in documents), max_length, max_tokens, end, alone)
+    pieces = _texts(documents, tokenizer, start, end)
+    if alone:
+        cuts = (cut for piece in pieces for cut in _cut(piece, max_length))
+        return _whole(cuts, max_length, max_tokens, end, alone)
+    return _end_to_end(pieces, max_length, max_tokens)
+
+
+def _texts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> Iterator[Piece]:
+    documents = iter(documents)
+    while some := list(islice(documents, 256)):
+        texts = [document.text for document in some]
+        tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for text, piece in zip(texts, tokens, strict=True):
+            ids = np.asarray([start, *piece, end], dtype=np.int32)
+            yield Piece(ids, np.arange(len(ids)) > 0, len(text.encode()))
+
+
+def _cut(piece: Piece, max_length: int) -> Iterator[Piece]:
+    """A text in parts of `max_length`; a last token alone is left out, nothing would be predicted from it."""
+    count = len(piece.ids)
+    for begin in range(0, count - 1, max_length):
+        part = slice(begin, begin + max_length)
+        size = round(piece.size * len(piece.ids[part]) / count)
+        yield Piece(piece.ids[part], piece.learnt[part], size)
+
+
+def _end_to_end(pieces: Iterator[Piece], max_length: int, max_tokens: int | None) -> Blocks:
+    ids_of: list[np.ndarray] = []
+    sizes: list[int] = []
     count = 0
-    for first in range(0, len(documents), 64):
+    for piece in pieces:
+        ids_of.append(piece.ids)
+        sizes.append(piece.size)
+        count += len(piece.ids)
         if max_tokens and count >= max_tokens:
             break
-        texts = [document.text for document in documents[first : first + 64]]
-        tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        pieces += [np.asarray([start, *piece, end], dtype=np.int32) for piece in tokens]
-        sizes += [len(text.encode()) for text in texts]
-        count += sum(map(len, tokens)) + 2 * len(tokens)
     used = min(count, max_tokens or count) // max_length * max_length
     if used == 0:
         raise BadInput(
             f"{count} tokens of text do not fill one block of {max_length}",
             fix="give more text or a smaller data.max_length",
         )
-    lengths = [len(piece) for piece in pieces]
-    ids = np.concatenate(pieces)[:used].reshape(-1, max_length)
-    numbers = np.repeat(np.arange(len(pieces)), lengths)[:used].reshape(-1, max_length)
+    lengths = np.array([len(ids) for ids in ids_of])
+    ids = np.concatenate(ids_of)[:used].reshape(-1, max_length)
+    numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:used].reshape(-1, max_length)
     segments = (numbers - numbers[:, :1] + 1).astype(np.uint16)
-    targets = positions(segments) > 0  # the first of a segment follows nothing
-    starts = int((np.cumsum([0, *lengths[:-1]]) < used).sum())
-    return Blocks(
-        ids,
-        segments,
-        targets,
-        used - starts,
-        _bytes_within(used, lengths, sizes),
-        layout_digest(ids, segments, targets),
-    )
+    targets = np.zeros(ids.shape, dtype=bool)  # the first of a segment follows nothing
+    targets[:, 1:] = segments[:, 1:] == segments[:, :-1]
+    begun = int((np.cumsum(lengths) - lengths < used).sum())
+    size = _bytes_within(used, lengths, sizes)
+    return Blocks(ids, segments, targets, used - begun, size, layout_digest(ids, segments, targets))
+
+
+def _whole(pieces: Iterator[Piece], max_length: int, max_tokens: int | None, padding: int, alone: bool) -> Blocks:
+    kept: list[Piece] = []
+    count = left_out = shortest = 0
+    for piece in pieces:
+        length = len(piece.ids)
+        if length > max_length:
+            left_out += 1
+            shortest = min(shortest or length, length)
+            continue
+        count += length
+        if max_tokens and count > max_tokens:
+            break
+        kept.append(piece)
+    if not kept:
+        raise BadInput(
+            f"all {left_out} documents are longer than {max_length} tokens: the shortest has {shortest}"
+            if left_out
+            else f"data.max_tokens {max_tokens} is less than the first document has",
+            fix="a prompt with its answer stays whole: give a greater data.max_length or data.max_tokens",
+        )
+    places = first_fit([len(piece.ids) for piece in kept], max_length)
+    if alone:
+        places = [[number] for number in range(len(kept))]
+    shape = (len(places), max_length)
+    ids, segments = np.full(shape, padding, dtype=np.int32), np.zeros(shape, dtype=np.uint16)
+    targets = np.zeros(shape, dtype=bool)
+    for row, numbers in enumerate(places):
+        at = 0
+        for segment, piece in enumerate((kept[number] for number in numbers), 1):
+            part = slice(at, at + len(piece.ids))
+            ids[row, part], segments[row, part], targets[row, part] = piece.ids, segment, piece.learnt
+            targets[row, at] = False  # the first of a segment follows nothing
+            at = part.stop
+    tokens, size = sum(int(piece.learnt.sum()) for piece in kept), sum(piece.size for piece in kept)
+    return Blocks(ids, segments, targets, tokens, size, layout_digest(ids, segments, targets), left_out)
 
 
 def no_blocks(max_length: int) -> Blocks:
@@ -146,11 +223,13 @@ def no_blocks(max_length: int) -> Blocks:
 
 def layout_digest(ids: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> str:
     """What identifies blocks: their tokens and how they are laid out."""
-    parts = (f"{ids.shape[1]}\n".encode(), ids.tobytes(), segments.tobytes(), targets.tobytes())
-    return text_digest(b"".join(parts))
+    digest = hashlib.sha256(f"{ids.shape[1]}\n".encode())
+    for array in (ids, segments, targets):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
-def _bytes_within(used: int, lengths: list[int], sizes: list[int]) -> int:
+def _bytes_within(used: int, lengths: np.ndarray, sizes: list[int]) -> int:
     """Bytes of text in the first `used` tokens; the bytes of a document that is cut are shared out by its tokens."""
     ends = np.cumsum(lengths)
     whole = int(np.searchsorted(ends, used, side="right"))

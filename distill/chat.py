@@ -1,0 +1,183 @@
+"""From a prompt with its completion, or a conversation, to tokens, and which of them are the answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from distill.corpus import Document
+from registry.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
+
+
+class Piece(NamedTuple):
+    """A document's tokens up to the end of its last answer.
+
+    Attributes:
+        ids: (n,) int32.
+        learnt: (n,) bool: the tokens of answers, with the one that ends each.
+        size: bytes of UTF-8 that the learnt tokens stand for.
+    """
+
+    ids: np.ndarray
+    learnt: np.ndarray
+    size: int
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` of a text."""
+
+    start: int
+    end: int
+
+
+def encode(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> Piece:
+    """The tokens of a document of which only the answers are learnt.
+
+    A conversation is as the chat template lays it out. A prompt comes after the start token, as lm-eval gives it
+    to a model, unless it begins as a rendered chat does: with BOS, or with a special token where there is no BOS.
+    Where an answer ends in no special token of its own, EOS ends it.
+
+    Args:
+        start, end: the ids of the start token and of EOS.
+
+    Raises:
+        BadInput: no answer, no chat template or one that does not fit; it names the document.
+    """
+    try:
+        if document.messages:
+            text, spans = _rendered(document.messages, tokenizer)
+            size = sum(len(turn["content"].encode()) for turn in document.messages if turn["role"] == "assistant")
+        else:
+            text, spans = document.text, [Span(len(document.prompt), len(document.text))]
+            size = len(document.completion.encode())
+        if not size:
+            raise BadInput(
+                "there is no answer to learn",
+                fix="give answers (data.completion_column, or an assistant's message), or let the teacher write them: "
+                "[generate]",
+            )
+    except BadInput as error:
+        error.message = f"{document.path}: {error.message}"
+        raise
+    ids, learnt = _tokens(text, spans, tokenizer)
+    last = int(np.flatnonzero(learnt)[-1]) + 1
+    ids, learnt = ids[:last], learnt[:last]
+    special = set(tokenizer.all_special_ids)
+    if ids[-1] not in special:
+        ids, learnt = np.append(ids, np.int32(end)), np.append(learnt, True)
+    begun = ids[0] == start or (tokenizer.bos_token_id is None and ids[0] in special)
+    if not document.messages and not begun:
+        ids, learnt = np.insert(ids, 0, start), np.insert(learnt, 0, False)
+    return Piece(ids, learnt, size)
+
+
+def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text (n,) int32, and which of them lie in `spans` (n,) bool.
+
+    Where a token would reach across the edge of an answer, or a tokenizer does not tell where its tokens lie, the
+    text is cut there before: a model that answers has been given the tokens of the prompt alone.
+    """
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    starts = np.array([span.start for span in spans])
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+        begins, ends = np.array(found["offset_mapping"]).reshape(-1, 2).T
+        # Blanks that a token begins with are left out of its place by some tokenizers.
+        begins = np.minimum(begins, np.maximum.accumulate(np.insert(ends, 0, 0)[:-1]))
+        if (np.searchsorted(edges, ends, side="left") <= np.searchsorted(edges, begins, side="right")).all():
+            span = np.searchsorted(starts, begins, side="right") - 1
+            learnt = (span >= 0) & (begins < np.array([each.end for each in spans])[span])
+            return np.array(found["input_ids"], dtype=np.int32), learnt
+    pieces, learnt_pieces = [], []
+    for begin, stop in pairwise(edges):
+        ids = tokenizer(text[begin:stop], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        pieces.append(np.array(ids, dtype=np.int32))
+        learnt_pieces.append(np.full(len(ids), any(span.start <= begin < span.end for span in spans)))
+    return np.concatenate(pieces), np.concatenate(learnt_pieces)
+
+
+def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """A conversation as the chat template lays it out, and what of it the assistant writes."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise BadInput(
+            "a conversation needs a chat template and the tokenizer has none",
+            fix="take a teacher or student with one, or lay the rows out yourself: data.prompt_column",
+        ) from None
+
+    known: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def render(turns: Sequence[dict[str, str]], marked: bool = False, **options: Any) -> tuple[str, list[Span]]:
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(turns)],
+                chat_template=template,
+                return_assistant_tokens_mask=marked,
+                **known,
+                **options,
+            )
+        except Exception as error:  # templates raise what they like, jinja adds its own
+            raise BadInput(f"the chat template refuses the messages: {error}") from error
+        texts, marks = rendered
+        return texts[0], [Span(*mark) for mark in marks[0]] if marked else []
+
+    marked = bool(MARKED.search(template))
+    text, spans = render(messages, marked)
+    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not marked:
+        begins = [_begin(text, render(messages[:n], add_generation_prompt=True)[0], n) for n in answers]
+        spans = []
+        for place, (number, begin) in enumerate(zip(answers, begins, strict=True)):
+            limit = begins[place + 1] if place + 1 < len(begins) else len(text)
+            spans.append(Span(begin, _end(text, _after(text, messages, number, begin, limit), limit, tokenizer)))
+    elif len(spans) != len(answers):
+        raise BadInput(f"the chat template marks {len(spans)} answers of {len(answers)}", fix=ITS_OWN)
+    for span, number in zip(spans, answers, strict=True):
+        _after(text, messages, number, *span)
+    return text, spans
+
+
+ITS_OWN = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
+
+
+def _begin(text: str, before: str, number: int) -> int:
+    """Where an answer begins: the whole has to begin with all that comes before it, as it is when it is asked for."""
+    if not text.startswith(before):
+        raise BadInput(
+            f"the chat template lays out what comes before message {number + 1} otherwise once it is answered: where "
+            f"the answer begins cannot be told",
+            fix=ITS_OWN,
+        )
+    return len(before)
+
+
+def _after(text: str, messages: Sequence[dict[str, str]], number: int, begin: int, limit: int) -> int:
+    """Where the content of a message ends. Raises BadInput where the template left some of it out."""
+    content = messages[number]["content"].strip()
+    at = text.find(content, begin, limit)
+    if at < 0:
+        raise BadInput(
+            f"the chat template leaves out some of message {number + 1}: {content[:60]!r}",
+            fix=f"such as the reasoning in an answer; {ITS_OWN}",
+        )
+    return at + len(content)
+
+
+def _end(text: str, after: int, limit: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where an answer ends: behind the special token that follows its content, where one does."""
+    added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    rest = text[after:limit]
+    blank = len(rest) - len(rest.lstrip())
+    return after + next((blank + len(token) for token in added if token and rest.startswith(token, blank)), 0)
