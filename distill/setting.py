@@ -6,7 +6,7 @@ import functools
 import math
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from distill import card, corpus, endpoint, generate, models
 from distill.blocks import Blocks, make_blocks, no_blocks, train_tokenizer
 from distill.generate import Generated
+from distill.packing import keeps_apart
 from distill.recipe import Recipe, Source, Teacher
 from registry import licences
 from registry.errors import BadInput, LimbeckError
@@ -108,11 +109,36 @@ def _laid_out(setting: Setting) -> Setting:
         f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
         f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
     )
+    mixing = _mixing(setting)
+    if mixing:
+        say(f"  {', '.join(mixing)}: would see the documents beside one in a block, so each has a block of its own")
+    alone = bool(mixing)
     with at(setting.source, "data"):
-        train = make_blocks(list(corpus.read(text.train)), tokenizer, data.max_length, data.max_tokens)
+        train = make_blocks(corpus.read(text.train), tokenizer, data.max_length, data.max_tokens, alone=alone)
     with at(setting.source, "data", "heldout"):
-        heldout = make_blocks(list(corpus.read(text.heldout)), tokenizer, data.max_length)
+        heldout = make_blocks(corpus.read(text.heldout), tokenizer, data.max_length, alone=alone)
+    if left_out := train.left_out + heldout.left_out:
+        say(f"  text: {left_out} documents are longer than {data.max_length} tokens and are left out")
     return setting._replace(train=train, heldout=heldout)
+
+
+def _mixing(setting: Setting) -> list[str]:
+    """The models that do not keep the documents of a block apart; each kind is probed once."""
+    from transformers import AutoConfig
+
+    recipe, configs = setting.recipe, {}
+    for name, student in recipe.students.items():
+        if name in setting.starts:
+            configs[name] = models.load_config(setting.starts[name].path)
+        elif student.config:
+            with suppress(ValueError, TypeError, KeyError):  # told when the student is made
+                configs[name] = AutoConfig.for_model(**student.config)
+    if setting.teacher and recipe.teacher and not recipe.teacher.is_endpoint:
+        configs["teacher"] = models.load_config(setting.teacher.path, recipe.teacher.trust_remote_code)
+    kinds = {type(config): config for config in configs.values()}
+    trusted = bool(recipe.teacher and recipe.teacher.trust_remote_code)
+    apart = {kind: keeps_apart(config, trusted) for kind, config in kinds.items()}
+    return [name for name, config in configs.items() if not apart[type(config)]]
 
 
 @contextmanager
@@ -128,11 +154,13 @@ def at(source: Source, *key: str) -> Iterator[None]:
 def _tokenizer(
     recipe: Recipe, source: Source, text: corpus.Corpus, teacher: Model | None, starts: dict[str, Model]
 ) -> PreTrainedTokenizerBase:
-    """The students' tokenizer: the teacher's; where its text alone is learnt from, that of a pretrained student."""
+    """The students' tokenizer: the teacher's; where it need not be, a pretrained student's, or one of the text."""
     own = models.load_tokenizer(next(iter(starts.values())).path) if starts else None
     learns_words = any(objective.uses_teacher for objective in recipe.objectives.values())
-    if recipe.generate and own is not None and not learns_words:
+    if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not learns_words)):
         return own
+    if recipe.crosses_tokenizers and recipe.tokenizer is not None:
+        return train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
     if teacher is not None and teacher.has_tokenizer:
         assert recipe.teacher is not None
         return models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
