@@ -140,8 +140,10 @@ def add_lora(model: PreTrainedModel, spec: Lora, seed: int) -> PreTrainedModel:
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     settings = spec.model_dump()
+    settings["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
     if not isinstance(spec.target_modules, str):
         settings["target_modules"] = list(spec.target_modules)
     torch.manual_seed(seed)
