@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import card, controls, models, spent
+from distill import card, controls, models, processes, spent
 from distill import recipe as recipes
 from distill import students as starting
 from distill.cache import TeacherCache
@@ -28,7 +28,7 @@ from registry.terminal import progress, say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.train import Teacher
+    from distill.train import Teacher, Trained
 
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -198,29 +198,14 @@ def _train_and_save(
     setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: Teacher, work: Path, run: Run
 ) -> dict[str, Any]:
     """Train below `work`, save the student in `work/final`; returns its figures."""
+    from distill.train import Trained
 
-    from distill.train import Job, Trained, train
-
-    recipe = setting.recipe
-    model = starting.make(setting, plan)
     if plan.control == "untrained":
-        trained = Trained(tokens=0, seconds=0.0)
+        model, trained = starting.make(setting, plan), Trained(tokens=0, seconds=0.0)
     else:
-        with _bar(plan.label) as on_progress:
-            job = Job(
-                student=model,
-                train=setting.train,
-                heldout=setting.heldout,
-                objective=plan.objective,
-                training=schedule[0],
-                teacher=teacher,
-                folder=work,
-                seed=plan.seed,
-                vocab_size=setting.vocab_size,
-                budget=schedule[1],
-                on_policy=recipe.on_policy,
-            )
-            trained = train(job, on_progress, run.metrics)
+        training, budget = (part.model_dump() for part in schedule)
+        processes.tell({"label": plan.label, "training": training, "budget": budget, "folder": str(work)})
+        model, trained = train_one(setting, plan, schedule, teacher, work, run.metrics)
     model = starting.finish(model)
     facts: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
@@ -239,6 +224,35 @@ def _train_and_save(
         )
     _save(setting, plan, model, facts, work / "final")
     return facts
+
+
+def train_one(
+    setting: Setting,
+    plan: Plan,
+    schedule: tuple[Training, Budget],
+    teacher: Teacher,
+    work: Path,
+    on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
+) -> tuple[PreTrainedModel, Trained]:
+    """A student, trained below `work`, by every process of the run at once."""
+    from distill.train import Job, train
+
+    model = starting.make(setting, plan)
+    job = Job(
+        student=model,
+        train=setting.train,
+        heldout=setting.heldout,
+        objective=plan.objective,
+        training=schedule[0],
+        teacher=teacher,
+        folder=work,
+        seed=plan.seed,
+        vocab_size=setting.vocab_size,
+        budget=schedule[1],
+        on_policy=setting.recipe.on_policy,
+    )
+    with processes.together(), _bar(plan.label) as on_progress:
+        return model, train(job, on_progress, on_log)
 
 
 def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str, Any], folder: Path) -> None:

@@ -69,28 +69,26 @@ def agree(numbers: list[float]) -> list[float]:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Within, this process tells others what to do; at the end it lets them go.
+    """Within, the first process tells the others what to do; at the end it lets them go.
 
     After an error amid a training they cannot be reached: the launcher ends them when this process ends.
     """
     try:
         yield
-    except BaseException:
-        if not _busy:
+    finally:
+        if not _amid:
             tell(None)
-        raise
-    tell(None)
 
 
-_busy: list[str] = []
+_amid: list[bool] = []
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Within, all processes are at the same work."""
-    _busy.append(what)
+    _amid.append(True)
     yield
-    _busy.pop()  # after an error it stays
+    _amid.pop()  # after an error it stays
 
 
 def _pass_on(value: Any) -> Any:

@@ -1,0 +1,34 @@
+"""What the other processes of a run do, where `torchrun` or `accelerate launch` started several: train as told.
+
+The first process reads the recipe, has the teacher speak and registers; it tells which student is trained next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from distill import one_student, processes
+from distill import recipe as recipes
+from distill.recipe import Budget, Source, Training
+from distill.setting import prepare, written
+from distill.teacher import teachers_for
+from registry.store import Store
+
+
+def follow(path: Path, overrides: list[str]) -> None:
+    """Take part in the training of every student that the first process makes, until it lets this one go."""
+    missing = processes.told()  # when the text is written and all that is stored of the teacher is there
+    if missing is None:
+        return
+    # What there is to say the first process says.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        recipe = recipes.load(path, overrides)
+        plans = {plan.label: plan for plan in recipes.plans(recipe)}
+        setting = written(prepare(recipe, Source(path, tuple(overrides)), Store()))
+        teachers = teachers_for(setting, [plans[label] for label in missing])
+        while order := processes.told():
+            plan = plans[order["label"]]
+            schedule = Training.model_validate(order["training"]), Budget.model_validate(order["budget"])
+            one_student.train_one(setting, plan, schedule, teachers.get(plan.label), Path(order["folder"]))
