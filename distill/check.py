@@ -133,7 +133,10 @@ def _text(setting: Setting) -> Finding:
 
 def _sized(plans: list[Plan]) -> dict[str, Plan]:
     """A plan of each size."""
-    return {plan.student: plan for plan in reversed(plans)}
+    sized: dict[str, Plan] = {}
+    for plan in plans:
+        sized.setdefault(plan.student, plan)
+    return sized
 
 
 def _students(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:

@@ -30,6 +30,8 @@ set_option = click.option(
     metavar="[ADDRESS]",
     help="Make the students on a Ray cluster: at this address, auto for one that runs here; alone, begin one here.",
 )
+@click.option("--check", "check_only", is_flag=True, help="Say what does not fit and what it will take; make nothing.")
+@click.option("--yes", is_flag=True, help="Go on where a warning has to be confirmed.")
 @format_option
 def distill(
     recipe: Path,
@@ -38,6 +40,8 @@ def distill(
     resume: bool,
     restart: bool,
     ray: str | None,
+    check_only: bool,
+    yes: bool,
     output: str,
 ) -> None:
     """Distil the teacher of RECIPE into its students: every size, objective, temperature and seed, and controls.
@@ -51,16 +55,42 @@ def distill(
     from registry.terminal import quiet_libraries
 
     quiet_libraries()
+    from distill import processes
+    from distill.follow import follow
     from distill.run import SomeFailed
     from distill.run import distill as run
     from registry.store import Store
 
+    processes.set_threads()
+    if not processes.is_main():
+        follow(recipe, list(overrides))
+        return
+    if check_only:
+        _check(recipe, list(overrides), output)
+        return
     begin: Begin = "resume" if resume else "restart" if restart else "go on"
     try:
-        _print_students(run(recipe, list(overrides), Store(), to, begin=begin, ray=ray), output)
+        with processes.leading():
+            students = run(recipe, list(overrides), Store(), to, begin=begin, ray=ray, yes=yes)
     except SomeFailed as error:
         _print_students(error.made, output)
         raise
+    _print_students(students, output)
+
+
+def _check(recipe: Path, overrides: list[str], output: str) -> None:
+    """Print the findings; exit code 2 where one is an error."""
+    from distill.check import check
+    from registry.store import Store
+
+    findings = check(recipe, overrides, Store())
+    if output == "json":
+        print_json(findings)
+    else:
+        rows = [(f.check, f.level, f.said + (f"\n{f.fix}" if f.fix and f.level != "ok" else "")) for f in findings]
+        print_table(f"{recipe}, before it is run", ["check", "", "what was found"], rows)
+    if any(finding.level == "error" for finding in findings):
+        raise click.exceptions.Exit(2)
 
 
 def _print_students(students: list[Student], output: str) -> None:

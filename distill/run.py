@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from distill import one_student, ray_workers
+from distill import one_student, processes, ray_workers
 from distill import recipe as recipes
-from distill import students as starting
+from distill.check import preflight, settle
 from distill.one_student import student_key, told
 from distill.ray_workers import Share
 from distill.recipe import Plan, Source
@@ -57,6 +57,7 @@ def distill(
     *,
     begin: Begin = "go on",
     ray: str | None = None,
+    yes: bool = False,
 ) -> list[Student]:
     """Carry out the recipe at `path`; students already made from the same ingredients are skipped.
 
@@ -66,6 +67,7 @@ def distill(
         to: also copy the student's files there (a recipe with one student); a model that is there is replaced.
         begin: "go on" from what is there; "resume": the same, and there has to be something; "restart": anew.
         ray: the address of a Ray cluster that makes the students, or "local" to begin one here.
+        yes: go on where what is odd has to be confirmed.
 
     Raises:
         BadInput: anything wrong with the recipe, its text, its teacher or its students; before any training.
@@ -79,20 +81,20 @@ def distill(
         raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
     setting = prepare(recipe, Source(path, tuple(overrides)), store)
     if recipe.generate:  # before the teacher writes
-        for plan in plans:
-            starting.check(setting, plan)
+        settle(preflight(setting, plans), yes)
     setting = written(setting)
     keys = {plan.label: student_key(setting, plan) for plan in plans}
     students = {} if begin == "restart" else _made_before(setting, plans, keys, store)
     missing = [plan for plan in plans if plan.label not in students]
     _begin(begin, [keys[plan.label] for plan in missing], bool(students), path)
-    for plan in missing:
-        starting.check(setting, plan)
+    if not recipe.generate:
+        settle(preflight(setting, missing), yes)
     with ExitStack() as stack:
         nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
         setting = with_teacher(setting, store)
         parent = stack.enter_context(_parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)))
         teachers = teachers_for(setting, missing) if missing else {}
+        processes.tell([plan.label for plan in missing])
         parent_run = parent.id if parent else None
 
         def make(plan: Plan) -> Version:
@@ -164,7 +166,7 @@ def _make_all(
         try:
             on_made(plan, make(plan))
         except Exception as error:
-            if alone:
+            if alone or processes.count() > 1:  # of several processes the others are amid its training
                 raise
             failed[plan.label] = told(plan, error)
             say(f"  {plan.label}: failed: {failed[plan.label]}")
