@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill import head, objectives
 from distill.distiller import Distiller
@@ -188,6 +189,59 @@ def test_a_step_is_that_of_the_models_own_logits(
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     if model_type != "gemma2":
         assert widest.rows == 7
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("gemma2", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 1.0 + 1e-6}), ("llama", {})],
+)
+def test_what_is_done_to_logits_after_the_head_is_found_out(model_type: str, settings: dict[str, float]) -> None:
+    """Even where it hardly shows: a cap of 30 on the small logits of a fresh model."""
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = AutoConfig.for_model(model_type, num_key_value_heads=2, head_dim=8, **sizes, **settings)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert (Body.of(model).head is None) == bool(settings)
+    assert model.training
+
+
+def test_stored_rows_are_those_of_the_targets(batch: dict[str, torch.Tensor], tiny_llama: Path) -> None:
+    """What is stored at a position without a target has no say; agreement is counted where it is asked for."""
+    student = load(tiny_llama).eval()
+    distiller = Distiller(student, Objective(divergence="reverse_kl"), None, 300)
+    values, ids = (torch.randn(3, 24, 300, generator=torch.Generator().manual_seed(4)) * 3).log_softmax(-1).topk(K)
+    values[0, 4:8] = torch.nan
+    losses = distiller({**batch, "teacher": {"ids": ids, "logprobs": values}}, 10)
+    logits = student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    wanted = torch.zeros(())
+    for row, place in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+        said = TopK(ids[row, place][None], values[row, place][None])
+        one = logits[row, place][None]
+        wanted = wanted + objectives.loss(one, ids.new_zeros(1), distiller.objective, said) / 10
+    torch.testing.assert_close(losses.loss, wanted, rtol=1e-4, atol=1e-5)
+    assert int(losses.agreed) == 0
+    ids[..., 0] = logits.argmax(-1)
+    ids[0, :4, 0] += 1
+    distiller.measure = True
+    losses = distiller({**batch, "teacher": {"ids": ids % 300, "logprobs": values}}, 10)
+    assert int(losses.agreed) == int(losses.targets) - 4
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_padding_of_either_vocabulary(
+    padded: str, batch: dict[str, torch.Tensor], tiny_llama: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """As of Qwen2.5, whose sizes have 151,936 or 152,064 entries for the same tokens."""
+    wide = load(make_model(tmp_path / "wide", tokenizer_folder, "qwen2")).eval()
+    wide.resize_token_embeddings(320)
+    student, teacher = (wide, load(tiny_llama).eval()) if padded == "student" else (load(tiny_llama).eval(), wide)
+    objective = Objective(divergence="forward_kl")
+    got = Distiller(student, objective, teacher, 300)(batch, 10).loss
+    rows = batch["labels"][:, 1:] != -100
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    log_q, said = (model(**inputs).logits[:, :-1][rows] for model in (student, teacher))
+    p = Categorical(logits=said[:, :300])
+    wanted = -(p.probs * log_q.log_softmax(-1)[:, :300]).sum() - p.entropy().sum()
+    torch.testing.assert_close(got, wanted / 10, rtol=1e-3, atol=1e-4)
 
 
 def test_accumulated_and_checkpointed(batch: dict[str, torch.Tensor], tiny_llama: Path, tiny_qwen2: Path) -> None:
