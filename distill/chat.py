@@ -69,6 +69,8 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, e
         error.message = f"{document.path}: {error.message}"
         raise
     ids, learnt = _tokens(text, spans, tokenizer)
+    if not learnt.any():
+        raise BadInput(f"{document.path}: its answer is no token", fix="leave it out")
     last = int(np.flatnonzero(learnt)[-1]) + 1
     ids, learnt = ids[:last], learnt[:last]
     special = set(tokenizer.all_special_ids)
@@ -86,23 +88,32 @@ def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
     Where a token would reach across the edge of an answer, or a tokenizer does not tell where its tokens lie, the
     text is cut there before: a model that answers has been given the tokens of the prompt alone.
     """
-    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    starts = np.array([span.start for span in spans])
+    starts, stops = np.array(spans).T
+    edges = sorted({edge for span in spans for edge in span} - {0, len(text)})
     if tokenizer.is_fast:
         found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
         begins, ends = np.array(found["offset_mapping"]).reshape(-1, 2).T
-        # Blanks that a token begins with are left out of its place by some tokenizers.
-        begins = np.minimum(begins, np.maximum.accumulate(np.insert(ends, 0, 0)[:-1]))
-        if (np.searchsorted(edges, ends, side="left") <= np.searchsorted(edges, begins, side="right")).all():
+        if not _torn(begins, ends, np.array(edges), len(text)):
             span = np.searchsorted(starts, begins, side="right") - 1
-            learnt = (span >= 0) & (begins < np.array([each.end for each in spans])[span])
-            return np.array(found["input_ids"], dtype=np.int32), learnt
-    pieces, learnt_pieces = [], []
-    for begin, stop in pairwise(edges):
+            return np.array(found["input_ids"], dtype=np.int32), (span >= 0) & (begins < stops[span])
+    pieces, learnt = [], []
+    for begin, stop in pairwise([0, *edges, len(text)]):
         ids = tokenizer(text[begin:stop], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         pieces.append(np.array(ids, dtype=np.int32))
-        learnt_pieces.append(np.full(len(ids), any(span.start <= begin < span.end for span in spans)))
-    return np.concatenate(pieces), np.concatenate(learnt_pieces)
+        learnt.append(np.full(len(ids), ((starts <= begin) & (begin < stops)).any()))
+    return np.concatenate(pieces), np.concatenate(learnt)
+
+
+def _torn(begins: np.ndarray, ends: np.ndarray, edges: np.ndarray, length: int) -> bool:
+    """Whether one of `edges` may lie within a token, whose places these are.
+
+    Some tokenizers leave the blanks around a token out of its place: an edge among those belongs to either side.
+    """
+    inside = np.searchsorted(edges, ends, side="left") > np.searchsorted(edges, begins, side="right")
+    before = np.maximum.accumulate(np.insert(ends, 0, 0))
+    after = np.append(begins, length)
+    blank = np.searchsorted(edges, after, side="right") > np.searchsorted(edges, before, side="left")
+    return bool(inside.any() or (blank & (after > before)).any())
 
 
 def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
