@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from distill import corpus, models
 from distill import recipe as recipes
+from distill.blocks import make_blocks, train_tokenizer
+from distill.corpus import Document
+from distill.recipe import Objective, Training
+from distill.train import Job, train
 from registry.store import Store
 from tests.conftest import make_model
 
@@ -67,3 +73,89 @@ def test_shakespeare(store: Store, limbeck: Callable[..., Any], text_file: Path)
     assert done.code == 0, done.err
     assert [student["recipe"] for student in json.loads(done.out)] == ["small-distilled", "small-labels"]
     assert store.get("shakespeare/1").parent == "shakespeare-teacher/1"
+
+
+# As DeepSeek's: the template opens the reasoning, and leaves it out of answers that were given before.
+REASONING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n"
+    "{% else %}A: {{ m['content'].split('</think>')[-1] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: <think>\n{% endif %}"
+)
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_template(folder: Path, template: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], wrong: list[str]) -> Path:
+    """A teacher that was taught by heart to reason about the questions of `rows`, to a false end about some."""
+    make_model(folder, tokenizer_folder, "qwen2", max_position_embeddings=160)
+    tokenizer = with_template(folder, REASONING)
+    documents = []
+    for row in rows:
+        result = "9" if row["question"] in wrong else row["answer"].rpartition(" ")[2]
+        prompt = f"Q: {row['question']}\nA: "
+        answer = f"<think>\nso {result}\n</think>\n\\boxed{{{result}}}"
+        documents.append(Document(row["question"], prompt + answer, prompt=prompt))
+    blocks = make_blocks(documents, tokenizer, 64)
+    model = models.load_model(folder)
+    training = Training(
+        max_steps=240, per_device_train_batch_size=8, optim="muon", learning_rate=1e-2, bf16=False, eval_steps=1000
+    )
+    train(Job(model, blocks, blocks, Objective(labels=1.0), training, None, folder / "run", 0, len(tokenizer)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_deepseek_r1(
+    store: Store, limbeck: Callable[..., Any], tmp_path: Path, limbeck_home: Path, tokenizer_folder: Path
+) -> None:
+    """Traces with the right result teach a student of the teacher's tokens, then one with tokens of its own."""
+    rows = [{"question": f"{a}+{b}=", "answer": f"{a} and {b}.\n#### {a + b}"} for a in range(3) for b in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = ["1+1=", "2+0="]
+    teacher = reasoner(tmp_path / "teacher", tokenizer_folder, rows, wrong)
+    make_model(tmp_path / "qwen", tokenizer_folder, "qwen2")
+    with_template(tmp_path / "qwen", CHAT)
+    tokens = train_tokenizer([Document("", "Q: 1+2=\nA: <think>\nso 3\n</think>\n" * 9)], 275, 128)
+    tokens.save_pretrained(tmp_path / "tokens")
+    make_model(tmp_path / "llama", tmp_path / "tokens", "llama")
+    tiny = ["data.max_length=64", "data.heldout=0.2", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
+    tiny += ["data.path=rows.jsonl", f"teacher.model={teacher}", "generate.max_new_tokens=40", "generate.samples=2"]
+    path = ROOT / "distill/recipes/deepseek-r1-distill.toml"
+    asked = []
+    for number, family in enumerate(("qwen", "llama")):
+        done = limbeck(
+            "distill", path, *sets(*tiny, f"students.student.model={tmp_path / family}"), "--yes", "--format", "json"
+        )
+        assert done.code == 0, done.err
+        made = json.loads(done.out)
+        assert [student["recipe"] for student in made] == ["student-traces", "student-untrained"]
+        trained, before = (store.get(f"r1-distill/{2 + 2 * number + i}") for i in range(2))
+        assert (trained.parent, before.parent) == ("r1-distill/1", None)
+        folder = store.folder(trained)
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / family).get_vocab()
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
+        assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
+        assert trained.digest != before.digest
+        asked.append(store.client.get_run(trained.run_id).data.metrics["generate.asked"])
+        parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
+        learnt = [document for part in parts for document in corpus.read(part)]
+        assert 7 <= len(learnt) <= 14  # of seven questions, two answers each
+        for document in learnt:
+            question = document.messages[0]["content"] if document.messages else document.prompt.strip()
+            answer = document.messages[-1]["content"] if document.messages else document.completion
+            assert re.fullmatch(r"<think>\n.+\n?</think>\n.*\S.*", answer, re.DOTALL), answer
+            assert answer.endswith(f"\\boxed{{{int(question[0]) + int(question[2])}}}")
+            assert question not in wrong
+        assert bool(learnt[0].messages) == (family == "qwen")  # through its own template, where it has one
+    assert asked == [18, 0]  # the second student's answers were there
