@@ -9,7 +9,7 @@ teacher but its log-probability of each token of the text. Equal tokenizers make
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,6 +56,7 @@ class Read(NamedTuple):
 
 
 Reader = Callable[[Sequence[Piece]], list[Read]]
+Echo = tuple[list[str], list[float]]  # the tokens of a text, and their log-probabilities
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -147,26 +148,52 @@ def local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool
             whole = np.array(([] if start is None else [start]) + own + ([end] if closed else []), dtype=np.int64)
             tokens.append(whole[:most])
             ends.append(_ends(own, texts, piece, start is not None, closed)[:most])
-        reads = [Read(ends, np.zeros(0)) for ends in ends]
-        order = sorted((number for number, own in enumerate(tokens) if len(own) > 1), key=lambda n: len(tokens[n]))
+        reads = [Read(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
+        wanted = [number for number, own in enumerate(tokens) if len(own) > 1 and len(ends[number])]
+        order = sorted(wanted, key=lambda number: len(tokens[number]))
         for few in _batches(order, [len(own) * vocab_size for own in tokens]):
             for number, said in zip(few, logprobs([tokens[number] for number in few]), strict=True):
                 reads[number] = Read(ends[number], said)
-        return [read if len(read.logprobs) else Read(read.ends[:0], read.logprobs) for read in reads]
+        return reads
+
+    return read
+
+
+def at_endpoint(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, Echo]]]) -> Reader:
+    """A teacher behind an endpoint that echoes a text with its tokens and their log-probabilities.
+
+    Where a document begins and ends it is not told: the first token has no log-probability, and the end none.
+
+    Args:
+        token_logprobs: (number, (tokens, log-probabilities)) of each text, in any order.
+    """
+
+    def read(asked: Sequence[Piece]) -> list[Read]:
+        reads = [Read(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
+        wanted = [number for number, piece in enumerate(asked) if piece.text]
+        for place, (tokens, logprobs) in token_logprobs([asked[number].text for number in wanted]):
+            ends = np.cumsum([len(token.encode()) for token in tokens])
+            ends[ends == 0] = -4  # the first part of a character: nothing is told of it, so no chunk begins with it
+            reads[wanted[place]] = Read(ends, np.array(logprobs, dtype=float))
+        return reads
 
     return read
 
 
 def _ends(own: Sequence[int], texts: Sequence[bytes], piece: Piece, opened: bool, closed: bool) -> np.ndarray:
-    """Where tokens end in the bytes of a piece; -1 for all where they do not stand for its text."""
+    """Where tokens end in the bytes of a piece; empty where they do not stand for its text.
+
+    Args:
+        opened, closed: whether a token that starts it, and one that ends it, are put around.
+    """
     ends = np.cumsum([0, *(len(texts[token]) for token in own)])
     written, text = b"".join(texts[token] for token in own), piece.text.encode()
     if written == b" " + text:  # SentencePiece puts a space before
         ends = np.maximum(ends - 1, 0)
     elif written != text:  # a normalizer changed it
-        ends = np.full(len(ends), -1)
-    ends = ends if opened else ends[1:]
-    return np.append(ends, ends[-1] + 1 if len(ends) and ends[-1] >= 0 else -1) if closed else ends
+        return np.zeros(0, dtype=np.int64)
+    ends = np.append(ends, ends[-1] + 1) if closed else ends
+    return ends if opened else ends[1:]
 
 
 def _batches(order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -169,9 +169,9 @@ class Echo:
         The tokens together are the text; one that is no whole character alone is empty, and what follows it has the
         character. The first log-probability is NaN where nothing comes before it.
         """
-        self.tokenizer = None
-        self.check(1)
-        for number, (echoed,) in self.teacher.each([self.request([text], 1) for text in texts], self._read):
+        plain = Echo(self.teacher)
+        plain.check(1)
+        for number, (echoed,) in self.teacher.each([plain.request([text], 1) for text in texts], self._read):
             yield number, _pieces(echoed, texts[number])
 
     def over(self, blocks: Blocks) -> Pass:
@@ -224,11 +224,15 @@ class Echo:
 
 def pass_over(setting: Setting) -> Pass:
     """A function of block numbers and caches that has a recipe's endpoint say what is to be stored of the blocks."""
+    return of(setting, setting.tokenizer).over(setting.train)
+
+
+def of(setting: Setting, tokenizer: PreTrainedTokenizerBase | None = None) -> Echo:
+    """A recipe's endpoint; its own tokenizer reads the texts where none is given."""
     recipe = setting.recipe
     assert setting.teacher is not None
     assert recipe.teacher is not None
-    teacher = EndpointTeacher(setting.teacher, recipe.teacher, Completions())
-    return Echo(teacher, setting.tokenizer).over(setting.train)
+    return Echo(EndpointTeacher(setting.teacher, recipe.teacher, Completions()), tokenizer)
 
 
 def segments(numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from registry.records import Record
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "chunks"]
+CHUNKS_TEMPERATURE = 100.0  # Minixhofer et al., arXiv 2503.20083
 Control = Literal["untrained", "labels", "labels_equal_cost"]
 
 
@@ -110,7 +111,7 @@ class OnPolicy(Record):
 
 
 class Tokenizer(Record):
-    """`[tokenizer]`: trained on the training text; only for a recipe without a teacher."""
+    """`[tokenizer]`: trained on the training text; where there is no teacher, or it has other tokens (chunks)."""
 
     vocab_size: int = Field(2048, ge=257)
 
@@ -160,10 +161,17 @@ class Objective(Record):
 
     divergence: Divergence | None = None  # chunks: for a teacher with another tokenizer
     labels: float = Field(0.0, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)  # of chunks 100, where it is not given
     beta: float = Field(0.5, gt=0, lt=1)  # jsd: weight of the teacher in the mixture
     alpha: float = Field(0.1, gt=0, lt=1)  # skew_kl: share of the other distribution mixed in
     layers: Layers | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_own_temperature(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("divergence") == "chunks":
+            return {"temperature": CHUNKS_TEMPERATURE} | given
+        return given
 
     @model_validator(mode="after")
     def _has_a_signal(self) -> Objective:
@@ -307,8 +315,13 @@ class Recipe(Record):
                     raise ValueError(f"objectives.{name}: {why}")
         if self.generate and self.teacher is None:
             raise ValueError("[generate] has the teacher write the answers and the recipe has no [teacher]")
-        if self.tokenizer and self.teacher:
-            raise ValueError("[tokenizer] is trained only where there is no [teacher]; students take the teacher's")
+        if self.tokenizer and self.teacher and not self.crosses_tokenizers:
+            raise ValueError(
+                "[tokenizer] with a [teacher] needs a divergence that compares across tokenizers: leave [tokenizer] "
+                'out and the students take the teacher\'s, or set divergence = "chunks"'
+            )
+        if self.crosses_tokenizers:
+            self._check_chunks(needing)
         carved = [name for name, student in self.students.items() if student.carve]
         if carved and (self.teacher is None or self.teacher.is_endpoint):
             raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
@@ -316,6 +329,26 @@ class Recipe(Record):
             self._check_on_policy()
         self._check_sweep()
         return self
+
+    @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether the students may have other tokens than the teacher."""
+        return any(objective.divergence == "chunks" for objective in self.objectives.values())
+
+    def _check_chunks(self, needing: list[str]) -> None:
+        for name in needing:
+            if self.objectives[name].divergence != "chunks" or self.objectives[name].layers:
+                raise ValueError(
+                    f"objectives.{name} compares token by token and another objective compares chunks, for a teacher "
+                    f"with other tokens: put it in a recipe of its own"
+                )
+        if self.tokenizer and self.generate:
+            raise ValueError(
+                "[tokenizer] is trained on text that is there, and [generate] has it written: leave one out"
+            )
+        carved = [name for name, student in self.students.items() if student.carve]
+        if carved and (self.tokenizer or any(student.model for student in self.students.values())):
+            raise ValueError(f"students.{carved[0]}.carve has the teacher's tokens, and the others have their own")
 
     def _check_on_policy(self) -> None:
         if not any(objective.uses_teacher for objective in self.objectives.values()):

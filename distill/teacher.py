@@ -21,6 +21,8 @@ from registry.terminal import progress, say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from distill.chunks import Reader
+
 # What each of several caches stores of the blocks at some numbers: one pass of the teacher for all of them.
 Pass = Callable[[np.ndarray, list[TeacherCache]], list[dict[str, np.ndarray]]]
 
@@ -28,12 +30,21 @@ Pass = Callable[[np.ndarray, list[TeacherCache]], list[dict[str, np.ndarray]]]
 def teachers_for(setting: Setting, plans: list[Plan]) -> dict[str, TeacherCache | PreTrainedModel]:
     """By label, what each plan that needs the teacher learns from; filled caches cost no further pass of it."""
     assert setting.recipe.teacher is not None or not any(plan.objective.uses_teacher for plan in plans)
-    forms = {plan.label: form_of(setting, plan) for plan in plans if plan.objective.uses_teacher}
+    chunked = [plan.label for plan in plans if plan.objective.divergence == "chunks"]
+    forms = {
+        plan.label: form_of(setting, plan)
+        for plan in plans
+        if plan.objective.uses_teacher and plan.label not in chunked
+    }
     caches = caches_for(setting, forms.values())
     if caches:
         _fill(setting, list(caches.values()))
     online = _load(setting) if None in forms.values() else None
     made: dict[str, Any] = {label: caches[form] if form else online for label, form in forms.items()}
+    if chunked:
+        cache = chunks_cache(setting)
+        _fill_chunks(setting, cache)
+        made |= dict.fromkeys(chunked, cache)
     return made
 
 
@@ -48,10 +59,22 @@ def form_of(setting: Setting, plan: Plan) -> Form | None:
 
 def caches_for(setting: Setting, forms: Iterable[Form | None]) -> dict[Form, TeacherCache]:
     """The cache of each form over the training blocks, as far as it is filled."""
-    recipe, teacher = setting.recipe, setting.teacher
     wanted = [form for form in dict.fromkeys(forms) if form is not None]
     if not wanted:
         return {}
+    settings, about = _described(setting)
+    return {form: TeacherCache(settings, setting.train.ids.shape, form, about) for form in wanted}
+
+
+def chunks_cache(setting: Setting) -> TeacherCache:
+    """The cache of what a teacher with other tokens said of the training text, as far as it is filled."""
+    settings, about = _described(setting)
+    return TeacherCache(settings | {"kind": "chunks"}, setting.train.ids.shape, None, about)
+
+
+def _described(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
+    """What identifies the content of a cache beside its form, and what is told of it."""
+    recipe, teacher = setting.recipe, setting.teacher
     assert recipe.teacher is not None
     assert teacher is not None
     settings = {
@@ -60,8 +83,7 @@ def caches_for(setting: Setting, forms: Iterable[Form | None]) -> dict[Form, Tea
         "blocks": setting.train.digest,
         "precision": "bf16" if _bf16(setting) else "fp32",
     }
-    about = {"teacher": recipe.teacher.model, "recipe": str(setting.source.path)}
-    return {form: TeacherCache(settings, setting.train.ids.shape, form, about) for form in wanted}
+    return settings, {"teacher": recipe.teacher.model, "recipe": str(setting.source.path)}
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -80,15 +102,43 @@ def _fill(setting: Setting, caches: list[TeacherCache]) -> None:
     with progress() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
         captured = fill(caches, lambda *asked: teacher()(*asked), lambda count: bar.advance(task, count))
-    tokens = setting.train.ids.size
     for cache in caches:
         assert cache.form is not None
         at = f" at temperature {cache.form.temperature:g}" if cache.form.temperature != 1.0 else ""
-        say(
-            f"  teacher cache: {cache.form.kind}{at}, {tokens:,} tokens, "
-            f"{captured * setting.recipe.data.max_length:,} of them captured now, "
-            f"{cache.disk_bytes() / tokens:.0f} bytes a token, {cache.folder.name}"
-        )
+        _tell(cache, f"{cache.form.kind}{at}", captured)
+
+
+def _fill_chunks(setting: Setting, cache: TeacherCache) -> None:
+    from distill import chunks
+
+    @functools.cache
+    def teacher() -> Capture:
+        return chunks.capture(setting.train, setting.tokenizer, _reader(setting))
+
+    with progress() as bar:
+        task = bar.add_task("teacher cache", total=cache.blocks, rate="")
+        captured = cache.fill(lambda blocks: teacher()(blocks), lambda count: bar.advance(task, count))
+    _tell(cache, "chunks", captured)
+
+
+def _reader(setting: Setting) -> Reader:
+    """The teacher as one that reads text by its own tokenizer."""
+    from distill import chunks
+
+    assert setting.recipe.teacher is not None
+    assert setting.teacher is not None
+    if setting.teacher.endpoint:
+        return chunks.at_endpoint(echo.of(setting).token_logprobs)
+    tokenizer = models.load_tokenizer(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
+    return chunks.local(_load(setting), tokenizer, _bf16(setting))
+
+
+def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
+    tokens = cache.blocks * cache.length
+    say(
+        f"  teacher cache: {kind}, {tokens:,} tokens, {captured * cache.length:,} of them captured now, "
+        f"{cache.disk_bytes() / tokens:.0f} bytes a token, {cache.folder.name}"
+    )
 
 
 def _load(setting: Setting) -> PreTrainedModel:
