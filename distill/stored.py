@@ -135,19 +135,12 @@ def block_arrays(form: Form, logits: torch.Tensor, wanted: np.ndarray, seed: Seq
         wanted: (T,) bool: the positions whose next token is to be predicted; `sampled` spends nothing on others.
         seed: of the draws.
     """
-    logprobs = (logits.float() / form.temperature).log_softmax(-1)
+    logits = logits.float() if form.temperature == 1.0 else logits.float() / form.temperature
     if form.kind == "topk":
-        values, ids = logprobs.topk(form.size, dim=-1)
+        values, ids = logits.topk(form.size, dim=-1)
+        values = values - logits.logsumexp(-1, keepdim=True)
         return topk_arrays(form, ids.cpu().numpy(), values.cpu().numpy())
-    probs = logprobs.exp()
-    entropy = -(probs * logprobs).sum(-1)
-    entries, sizes, threshold = sample(form, probs, wanted, np.random.default_rng(seed))
-    return {
-        "entries": entries,
-        "sizes": sizes,
-        "threshold": np.asarray(threshold, np.float32),
-        "entropy": entropy.cpu().numpy().astype(np.float16),
-    }
+    return _sampled_arrays(form, logits, wanted, np.random.default_rng(seed))
 
 
 def shard_arrays(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -179,47 +172,81 @@ def batch(form: Form | None, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict
 # --- the sampled form
 
 
-def sample(
-    form: Form, probs: torch.Tensor, wanted: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Draw `form.size` tokens a wanted position, on average over the block, from probs (T, vocab_size).
-
-    Returns:
-        The packed tokens (E, entry_bytes) uint8 in the order of positions, how many each position has (T,), and
-        the threshold.
-    """
+def _sampled_arrays(
+    form: Form, logits: torch.Tensor, wanted: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     import torch
 
-    probs = probs * torch.from_numpy(wanted).to(probs.device).unsqueeze(-1)
-    t = _threshold(form, probs, int(wanted.sum()) * form.size)
-    certain = probs >= t
-    # Equally spaced points on a line where each of the other tokens is a stretch as long as its chance.
-    ends = (torch.where(certain, 0, probs).double() / t).flatten().cumsum(0).add_(rng.random()).floor_()
-    hit = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
-    places = (hit.view_as(certain) | certain).nonzero()
-    kept = probs[places[:, 0], places[:, 1]].double().cpu().numpy()
-    positions, ids = places.cpu().numpy().T
-    codes = _codes(kept, t, form.levels, rng)
-    words = (ids.astype(np.uint32) | codes << np.uint32(form.id_bits)).astype("<u4")
-    sizes = np.bincount(positions, minlength=len(wanted)).astype(_size_type(form))
-    return words.view(np.uint8).reshape(-1, 4)[:, : form.entry_bytes], sizes, t
+    places = np.flatnonzero(wanted)
+    entropy, sizes = np.zeros(len(wanted), np.float16), np.zeros(len(wanted), _size_type(form))
+    entries, threshold = np.zeros((0, form.entry_bytes), np.uint8), 1.0
+    if len(places):
+        logprobs = logits[torch.from_numpy(places).to(logits.device)].log_softmax(-1)
+        probs = logprobs.exp()
+        entropy[places] = -torch.einsum("tv,tv->t", probs, logprobs).cpu().numpy()
+        positions, ids, kept, threshold = _draw(form, probs, rng)
+        sizes[places] = np.bincount(positions, minlength=len(places))
+        words = ids.astype(np.uint32) | _codes(kept, threshold, form.levels, rng) << np.uint32(form.id_bits)
+        entries = words.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : form.entry_bytes]
+    return {"entries": entries, "sizes": sizes, "threshold": np.asarray(threshold, np.float32), "entropy": entropy}
 
 
 def _size_type(form: Form) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if MOST * form.size + 1 < 2**8 else np.uint32
 
 
-def _threshold(form: Form, probs: torch.Tensor, budget: int) -> float:
-    """The t at which sum(min(1, p / t)) is `budget`; no less than what keeps the most tokens at one position."""
+def _draw(
+    form: Form, probs: torch.Tensor, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Draw `form.size` tokens a position on average from probs (T, vocab_size), which are changed.
+
+    Returns:
+        The tokens in the order of positions: the position of each (E,), its id and its probability, or the
+        threshold where that is more; and the threshold.
+    """
+    import torch
+
     floor = 1 / (MOST * form.size)
-    if budget == 0:
-        return floor
-    greatest = probs[probs >= floor].double().sort(descending=True).values.cpu().numpy()
+    likely = (probs >= floor).nonzero()
+    values = probs[likely[:, 0], likely[:, 1]]
+    t = max(
+        floor, _threshold(values.double().cpu().numpy(), float(probs.sum(-1).double().sum()), len(probs) * form.size)
+    )
+    certain = values >= t
+    likely, values = likely[certain], values[certain]
+    probs[likely[:, 0], likely[:, 1]] = 0.0
+    # Equally spaced points on a line on which each of the other tokens is a stretch as long as its chance p / t.
+    within = probs.cumsum(-1)
+    ends = within[:, -1].double().cpu().numpy().cumsum() / t
+    points = np.arange(1, int(ends[-1] + (start := rng.random())) + 1) - start
+    rows = np.minimum(np.searchsorted(ends, points), len(ends) - 1)
+    counts = np.bincount(rows, minlength=len(ends))
+    # Below what any token has: the first that has something is meant by it.
+    wanted = np.full((len(ends), max(1, int(counts.max()))), np.finfo(np.float32).tiny, np.float32)
+    filled = np.arange(wanted.shape[1]) < counts[:, None]
+    wanted[filled] = np.maximum((points - np.append(0.0, ends)[rows]) * t, np.finfo(np.float32).tiny)
+    asked = torch.minimum(torch.from_numpy(wanted).to(probs.device), within[:, -1:])
+    drawn = torch.searchsorted(within, asked).cpu().numpy()[filled]
+    positions = np.concatenate([likely[:, 0].cpu().numpy(), rows])
+    order = np.argsort(positions, kind="stable")
+    ids = np.concatenate([likely[:, 1].cpu().numpy(), drawn])
+    kept = np.concatenate([values.double().cpu().numpy(), np.full(len(rows), t)])
+    return positions[order], ids[order], kept[order], t
+
+
+def _threshold(likely: np.ndarray, total: float, budget: int) -> float:
+    """The t at which sum(min(1, p / t)) is `budget`; 0 where it is less than the least of `likely`.
+
+    Args:
+        likely: the greatest of the probabilities, in any order.
+        total: the sum of all.
+    """
+    greatest = np.sort(likely)[::-1]
     whole = np.arange(min(len(greatest), budget - 1) + 1)  # so many are kept for certain
-    rest = float(probs.double().sum()) - np.concatenate([[0.0], np.cumsum(greatest)])[whole]
+    rest = total - np.append(0.0, np.cumsum(greatest))[whole]
     thresholds = rest / (budget - whole)
     fits = np.append(greatest, 0.0)[whole] < thresholds
-    return max(floor, float(thresholds[np.argmax(fits)])) if fits.any() else floor
+    return float(thresholds[np.argmax(fits)]) if fits.any() else 0.0
 
 
 def _codes(probs: np.ndarray, t: float, levels: int, rng: np.random.Generator) -> np.ndarray:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from distill.blocks import Blocks
     from distill.cache import Capture
+    from distill.stored import Kind
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SEEDS, BINS, HELDOUT_BLOCKS, DRAWS = 300, 8, (0, 1), 15, 256, 50
-FORMS = [("topk", 32), ("topk", 9), ("sampled", 12), ("sampled", 6)]
+FORMS: list[tuple[Kind, int]] = [("topk", 32), ("topk", 9), ("sampled", 12), ("sampled", 6)]
 
 
 class Quality(NamedTuple):
@@ -45,10 +46,10 @@ def main() -> None:
     quiet_libraries()
     from distill import corpus, models, recipe, students
     from distill.blocks import make_blocks
-    from distill.cache import TeacherCache
+    from distill.cache import TeacherCache, fill
     from distill.recipe import Objective
     from distill.stored import Form
-    from distill.teacher import capture
+    from distill.teacher import one_pass
     from distill.train import Job, train
 
     asked = recipe.load(ROOT / "quickstart" / "recipe.toml")
@@ -67,9 +68,10 @@ def main() -> None:
             "every logit, teacher online": (kl, teacher, None),
             "labels alone": (labels, None, None),
         }
-        for kind, size in FORMS:
-            cache = TeacherCache({"teacher": "bench"}, blocks.ids.shape, Form(kind, size, vocabulary))  # type: ignore[arg-type]
-            cache.fill(capture(teacher, blocks, cache, bf16=False))
+        forms = [Form(kind, size, vocabulary) for kind, size in FORMS]
+        caches = [TeacherCache({"teacher": "bench"}, blocks.ids.shape, form) for form in forms]
+        fill(caches, one_pass(teacher, blocks, vocabulary, bf16=False))
+        for cache, (kind, size) in zip(caches, FORMS, strict=True):
             ways[f"{kind}, {size} a token"] = (kl, cache, cache.disk_bytes() / blocks.ids.size)
         drawn = TeacherCache({"teacher": "drawn"}, blocks.ids.shape)
         drawn.fill(with_replacement(teacher, blocks, vocabulary))
