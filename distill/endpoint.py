@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 T = TypeVar("T")
+REFUSALS = 8  # of a server that has answered nothing yet: then it is no single request that is wrong
 Request = dict[str, Any]
 
 
@@ -40,6 +41,8 @@ class EndpointTeacher:
         self.settings, self.kept, self.max_usd = settings, kept, max_usd
         self.client = Client(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
         self.paid = [0, 0]  # tokens in and out, by this object
+        self.refused: list[str] = []  # what was said of requests that were refused and passed over
+        self.answered = 0  # requests, by this object
         self._lock = threading.Lock()
         self._length = "max_tokens"  # what this server calls the most new tokens
 
@@ -56,8 +59,13 @@ class EndpointTeacher:
         """All that an answer depends on."""
         return {"url": self.endpoint.url, "path": path, "payload": {"model": self.endpoint.name, **payload}}
 
-    def each(self, requests: Sequence[Request], read: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
+    def each(
+        self, requests: Sequence[Request], read: Callable[[Any], T], *, passing_over: bool = False
+    ) -> Iterator[tuple[int, T]]:
         """(number, what `read` makes of the answer) of each request, as they come; ends early after `max_usd`.
+
+        Args:
+            passing_over: go on after a request that is refused, as for its length or what it says.
 
         Raises:
             BadInput: the server refuses a request. Unreachable: it does not answer; or what `read` raises.
@@ -70,7 +78,12 @@ class EndpointTeacher:
                     return None
                 with self.kept.asking(digest):
                     if (answer := self.kept.get(digest)) is None:  # another process may have been quicker
-                        answer = self._post(request)
+                        try:
+                            answer = self._post(request)
+                        except BadInput as error:
+                            if not passing_over or self._gives_up(error):
+                                raise
+                            return None
                         read(answer)  # what cannot be read is not kept
                         self.kept.add({digest: answer})
                         self._pay(answer)
@@ -79,6 +92,11 @@ class EndpointTeacher:
         for number, answer in self.client.concurrently(ask, requests):
             if answer is not None:
                 yield number, answer[0]
+
+    def _gives_up(self, error: BadInput) -> bool:
+        with self._lock:
+            self.refused.append(error.message)
+            return self.answered == 0 and len(self.refused) >= REFUSALS
 
     def _post(self, request: Request) -> Any:
         payload = dict(request["payload"])
@@ -95,6 +113,7 @@ class EndpointTeacher:
     def _pay(self, answer: Any) -> None:
         usage = answer.get("usage") or {}
         with self._lock:
+            self.answered += 1
             for place, name in enumerate(("prompt_tokens", "completion_tokens")):
                 self.paid[place] += int(usage.get(name) or 0)
 

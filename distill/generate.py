@@ -60,9 +60,8 @@ class _Asked(NamedTuple):
     """The prompts of a recipe and the requests for their answers, by digest."""
 
     prompts: list[Prompt]
-    requests: dict[str, Request]
     of_prompt: list[tuple[Prompt, list[str]]]  # those short enough, and the digests of their requests
-    missing: dict[str, Request]
+    missing: dict[str, Request]  # those that were not answered before
     teacher: Writes
     kept: Completions
     by_chat: bool
@@ -77,7 +76,8 @@ def outlook(setting: Setting) -> Outlook:
     sizes = [len(r["ids"]) if "ids" in r else len(str(r["payload"])) // 4 for r in asked.missing.values()]
     new = len(asked.missing) * generate.max_new_tokens
     usd = teacher.usd(sum(sizes), new)
-    return Outlook(len(asked.prompts), len(asked.requests), len(asked.missing), sum(sizes), new, usd)
+    answers = sum(len(digests) for _, digests in asked.of_prompt)
+    return Outlook(len(asked.prompts), answers, len(asked.missing), sum(sizes), new, usd)
 
 
 def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
@@ -114,8 +114,10 @@ def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
         asked=made,
     )
     left_out = f", {facts.too_long} of them too long and left out" if facts.too_long else ""
-    unasked = len(asked.missing) - made
+    refused = asked.teacher.refused
+    unasked = len(asked.missing) - made - len(refused)
     ended = f"; budget.max_usd is spent, {unasked} answers were not asked for" if unasked else ""
+    ended += f"; {len(refused)} requests were refused, such as: {refused[0]}" if refused else ""
     paid = f", ${facts.usd:.2f} in all" if facts.usd else ""
     say(f"  teacher's text: {facts.prompts} prompts{left_out}; {sieve.told()}; {made} written now{paid}{ended}")
     if not documents:
@@ -140,7 +142,7 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
         sieve.check(prompt.row, prompt.path)
     kept = Completions()
     teacher, by_chat = _writer(setting, asked, kept)
-    requests: dict[str, Request] = {}
+    missing: dict[str, Request] = {}
     of_prompt = []
     for prompt in asked:
         digests = []
@@ -148,7 +150,8 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
             seed = int(json_digest([recipe.seed, prompt.text, sample])[:8], 16) >> 1
             if (request := teacher.request(prompt, seed)) is not None:
                 digests.append(json_digest(request))
-                requests[digests[-1]] = request
+                if kept.get(digests[-1]) is None:
+                    missing[digests[-1]] = request
         if digests:
             of_prompt.append((prompt, digests))
     if not of_prompt:
@@ -156,13 +159,12 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
             f"none of {len(asked)} prompts leaves room for {generate.max_new_tokens} new tokens in the context",
             fix="give shorter prompts or a smaller generate.max_new_tokens",
         )
-    missing = {digest: request for digest, request in requests.items() if kept.get(digest) is None}
-    return _Asked(asked, requests, of_prompt, missing, teacher, kept, by_chat)
+    return _Asked(asked, of_prompt, missing, teacher, kept, by_chat)
 
 
 def _answers(asked: _Asked) -> tuple[list[tuple[Prompt, Answer]], int]:
     """Every prompt with each of its answers, and how many were made now."""
-    total = len(asked.requests)
+    total = len({digest for _, digests in asked.of_prompt for digest in digests})
     made = 0
     with progress() as bar:
         task = bar.add_task("teacher writes", total=total, completed=total - len(asked.missing), rate="")
@@ -191,7 +193,7 @@ def _writer(setting: Setting, asked: Sequence[Prompt], kept: Completions) -> tup
     by_chat = _by_chat(setting, asked, can=tokenizer is None or bool(tokenizer.chat_template))
     if model.endpoint:
         teacher = EndpointTeacher(model, recipe.teacher, kept, recipe.budget.max_usd)
-        return EndpointWriter(teacher, recipe.generate, by_chat), by_chat
+        return EndpointWriter(teacher, tokenizer, recipe.generate, by_chat), by_chat
     assert tokenizer is not None
     trust = recipe.teacher.trust_remote_code
     return LocalWriter(model, tokenizer, recipe.generate, by_chat, kept, trust), by_chat

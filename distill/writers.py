@@ -15,14 +15,21 @@ from registry.errors import BadInput, Unreachable
 from registry.resolve import Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Request = dict[str, Any]
 SAMPLING = {"max_new_tokens", "temperature", "top_p", "stop"}
 
 
 class Writes(Protocol):
-    """A teacher that answers prompts."""
+    """A teacher that answers prompts.
+
+    Attributes:
+        refused: what was said of requests that were passed over.
+    """
+
+    @property
+    def refused(self) -> list[str]: ...
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
         """All that an answer depends on; None where the prompt is too long to be answered."""
@@ -59,6 +66,7 @@ class LocalWriter:
             teacher, tokenizer, generate, by_chat, kept,
         )  # fmt: skip
         self.trust_remote_code = trust_remote_code
+        self.refused: list[str] = []
         config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -90,9 +98,8 @@ class LocalWriter:
 
         if not requests:
             return
-        model = models.load_model(self.teacher.path, self.trust_remote_code)
         writer = Writer(
-            model.to(models.device()),  # type: ignore[arg-type]
+            self._loaded(),
             self.tokenizer,
             vocab_size=models.vocabulary(self.tokenizer),
             **self.generate.model_dump(include=SAMPLING),
@@ -110,6 +117,16 @@ class LocalWriter:
             self.kept.add(made)
             yield len(batch)
 
+    def _loaded(self) -> PreTrainedModel:
+        """The teacher where it runs, on a GPU in bfloat16 where that has it."""
+        import torch
+
+        model = models.load_model(self.teacher.path, self.trust_remote_code)
+        torch.nn.Module.to(model, models.device())
+        if models.device() == "cuda" and torch.cuda.is_bf16_supported():
+            torch.nn.Module.to(model, torch.bfloat16)
+        return model
+
     def answer(self, kept: Any) -> Answer:
         """See `Writes.answer`."""
         return Answer(**kept)
@@ -119,16 +136,29 @@ class EndpointWriter:
     """A teacher behind an endpoint; see `Writes`. Each answer is a request of its own, so that none is paid twice.
 
     Args:
+        tokenizer: of the model that is served, where it is known: to leave out what is too long for it.
         by_chat: by /chat/completions, else by /completions.
     """
 
-    def __init__(self, teacher: EndpointTeacher, generate: Generate, by_chat: bool) -> None:
-        self.teacher, self.generate, self.by_chat = teacher, generate, by_chat
+    def __init__(
+        self,
+        teacher: EndpointTeacher,
+        tokenizer: PreTrainedTokenizerBase | None,
+        generate: Generate,
+        by_chat: bool,
+    ) -> None:
+        self.teacher, self.tokenizer, self.generate, self.by_chat = teacher, tokenizer, generate, by_chat
         self.path = "/chat/completions" if by_chat else "/completions"
         self.needs_logprobs = generate.filter.min_logprob is not None
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
         """See `Writes.request`."""
+        context = self.teacher.endpoint.context
+        if context is not None and self.tokenizer is not None:
+            messages = [turn["content"] for turn in turns(prompt, self.generate.system_prompt)]
+            text = "".join(messages) if self.by_chat else prompt.text
+            if len(self.tokenizer.encode(text)) + self.generate.max_new_tokens > context:
+                return None
         return self.teacher.request(self.path, self._payload(prompt, seed))
 
     def _payload(self, prompt: Prompt, seed: int) -> dict[str, Any]:
@@ -156,8 +186,15 @@ class EndpointWriter:
             return
         if self.needs_logprobs:
             self._probe(next(iter(requests.values())))
-        for _ in self.teacher.each(list(requests.values()), self.answer):
+        for _ in self.teacher.each(list(requests.values()), self.answer, passing_over=True):
             yield 1
+        if self.teacher.refused and not self.teacher.answered:
+            raise BadInput(f"every request was refused, such as: {self.teacher.refused[0]}")
+
+    @property
+    def refused(self) -> list[str]:
+        """See `Writes.refused`."""
+        return self.teacher.refused
 
     def _probe(self, request: Request) -> None:
         short = {"path": self.path, "payload": {**request["payload"], "max_tokens": 1}}

@@ -436,3 +436,27 @@ def test_a_block_that_does_not_fit_the_servers_context(store: Store, front: Fron
     with pytest.raises(BadInput, match="a context of 64 tokens and a block takes 65"):
         Echo(EndpointTeacher(narrow, Teacher(model=front.url), Completions()), tokenizer).over(blocks)
     assert stored.refusal("topk", recipes.Objective(divergence="forward_kl"), endpoint=True) is None
+
+
+def test_a_request_that_is_refused_is_passed_over(
+    store: Store, write_recipe: WriteRecipe, front: Front, tiny_llama: Path, questions: Path
+) -> None:
+    recipe = write_recipe(front.url, extra=GENERATE)
+    more = [*ASK, f"teacher.tokenizer={tiny_llama}", "teacher.num_concurrent=1"]
+    before = prepared(recipe, store, *more)
+    front.script = ["400", "400", "ok", "400"]
+    _, facts = generate.written(before)
+    assert (facts.answers, facts.asked, len(front.posts)) == (9, 9, 9)
+    _, facts = generate.written(before)  # they are asked again
+    assert (facts.answers, facts.asked, len(front.posts)) == (12, 3, 12)
+    # A server that refuses everything is not asked for long.
+    front.script = ["400"] * 100
+    with pytest.raises(BadInput, match="refuses the request: 400 not now"):
+        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=5"))
+    assert len(front.script) == 100 - endpoint.REFUSALS
+    front.script = ["400"] * 100
+    with pytest.raises(BadInput, match="every request was refused, such as"):
+        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=4", "generate.max_prompts=3"))
+    front.script = ["401"]
+    with pytest.raises(BadInput, match="refuses the API key"):
+        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=3", "generate.max_prompts=1"))
