@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import click
+
 from distill import controls, forecast, models, spent, students
 from distill import recipe as recipes
 from distill.one_student import student_key
@@ -88,19 +90,13 @@ def settle(findings: Sequence[Finding], yes: bool) -> None:
     for finding in findings:
         if finding.level == "error":
             raise BadInput(finding.said, fix=finding.fix)
+        asks = finding.confirm and not yes
+        if asks and not sys.stdin.isatty():
+            raise BadInput(finding.said, fix=f"{finding.fix}; or add --yes to go on all the same")
         if finding.level == "warning":
             say(f"  warning: {finding.said}")
-        if finding.confirm and not yes:
-            _ask(finding)
-
-
-def _ask(finding: Finding) -> None:
-    import click
-
-    if not sys.stdin.isatty():
-        raise BadInput(finding.said, fix=f"{finding.fix}; or add --yes to go on all the same")
-    if not click.confirm("go on all the same?", err=True):
-        raise BadInput(finding.said, fix=finding.fix)
+        if asks and not click.confirm("go on all the same?", err=True):
+            raise BadInput(finding.said, fix=finding.fix)
 
 
 def _collected(name: str, run: Callable[[], Iterator[Finding]]) -> list[Finding]:

@@ -186,7 +186,7 @@ def test_a_run_that_diverges_registers_nothing(store: Store, limbeck: Limbeck, w
     student = STUDENTS["llama"] + "\ninitializer_range = 1e30"
     done = limbeck("distill", write_recipe(student=student))
     assert done.code == 1
-    assert "small: training diverged" in done.err
+    assert "training diverged at step 1" in done.err
     assert store.versions() == []
     [run] = store.client.search_runs([store._experiment("limbeck")])
     assert run.info.status == "FAILED"

@@ -16,8 +16,8 @@ from distill import objectives, run
 from distill import recipe as recipes
 from distill.blocks import make_blocks
 from distill.corpus import read
-from distill.recipe import Source
 from distill.one_student import student_key
+from distill.recipe import Source
 from distill.setting import prepare
 from registry.machine import hardware
 from registry.store import Store
@@ -84,7 +84,8 @@ def test_a_recipe_makes_students_and_twins(
 def test_what_making_a_student_took_is_kept_with_it(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path
 ) -> None:
-    recipe = write_recipe(tiny_llama, objectives=TWINS + '\n[objectives.mixed]\ndivergence = "jsd"\n')
+    third = '\n[objectives.mixed]\ndivergence = "jsd"\n'
+    recipe = write_recipe(tiny_llama, objectives=TWINS + third, extra="[cache]\nform = 'topk'\n")
     students(limbeck("distill", recipe, "--format", "json"))
     distilled, mixed, twin = (store.making(store.get(f"tiny/{number}")) for number in (2, 3, 4))
     assert distilled
@@ -144,7 +145,7 @@ def test_students_of_another_architecture(
     name = {"qwen2": "tiny_gpt2", "gpt2": "tiny_neox", "gpt_neox": "tiny_qwen2"}[student]
     recipe = write_recipe(request.getfixturevalue(name), student, DISTILLED)
     args = ("--set", "cache.form=online", "--set", "objectives.distilled.temperature=2.0") if online else ()
-    [made] = students(limbeck("distill", recipe, *args, "--format", "json"))
+    [made] = students(limbeck("distill", recipe, *args, "--yes", "--format", "json"))
     model = AutoModelForCausalLM.from_pretrained(store.folder(store.get("tiny/2")))
     assert model.config.model_type == student
     assert made["recipe"] == "small"
