@@ -389,6 +389,12 @@ class Recipe(Record):
             raise ValueError(
                 'sweep.controls "labels_equal_cost" takes its speed from "labels": put both into sweep.controls'
             )
+        asked, hour = self.teacher, self.budget.usd_per_hour
+        if "labels_equal_cost" in grid.controls and asked and asked.usd(10**6, 10**6) and not hour:
+            raise ValueError(
+                'sweep.controls "labels_equal_cost" spends the dollars of the endpoint on training, and needs what an '
+                "hour of this machine costs: set budget.usd_per_hour"
+            )
         for control in grid.controls:
             if control in self.objectives and self.objectives[control].uses_teacher:
                 raise ValueError(f"objectives.{control} has the name of a control: give it another")
