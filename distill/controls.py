@@ -64,11 +64,8 @@ def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Maki
 
 def cost(making: Making, recipe: Recipe) -> Cost:
     """What a student cost in all, as seconds of this machine."""
-    dollars, teacher = 0.0, recipe.teacher
-    if teacher is not None:
-        dollars += making.api_input_tokens * teacher.usd_per_million_input_tokens / 1e6
-        dollars += making.api_output_tokens * teacher.usd_per_million_output_tokens / 1e6
-    bought = dollars / recipe.budget.usd_per_hour * 3600 if dollars and recipe.budget.usd_per_hour else 0.0
+    dollars, hour = making.api_usd or 0.0, recipe.budget.usd_per_hour
+    bought = dollars / hour * 3600 if hour else 0.0  # a recipe with both has a price for an hour
     return Cost(making.training_seconds, making.teacher_seconds + bought)
 
 

@@ -83,12 +83,11 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n',
                         extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
-    sets = ("teacher.usd_per_million_input_tokens=2", "teacher.usd_per_million_output_tokens=10")
-    recipe = recipes.load(path, list(sets))
-    paid = making(60, 1000, teacher_seconds=20, api_input_tokens=1_000_000, api_output_tokens=300_000, api_model="x")
+    recipe = recipes.load(path)
+    paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
     assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
-    setting = prepare(recipe, Source(path, sets), store)
+    setting = prepare(recipe, Source(path), store)
     plans = {plan.label: plan for plan in recipes.plans(recipe)}
     plan = plans["small-labels-equal-cost"]
     others = [
