@@ -33,6 +33,9 @@ class EndpointTeacher:
         model: the endpoint, as `find` gives it.
         settings: how it is asked, and its prices.
         max_usd: no more is asked after so much was paid; None: no limit.
+
+    Attributes:
+        paid: tokens in and out; those of answers that were kept before are added by whoever counts them.
     """
 
     def __init__(self, model: Model, settings: Teacher, kept: Completions, max_usd: float | None = None) -> None:
@@ -40,7 +43,7 @@ class EndpointTeacher:
         self.endpoint: Endpoint = model.endpoint
         self.settings, self.kept, self.max_usd = settings, kept, max_usd
         self.client = Client(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
-        self.paid = [0, 0]  # tokens in and out, by this object
+        self.paid = [0, 0]
         self.refused: list[str] = []  # what was said of requests that were refused and passed over
         self.answered = 0  # requests, by this object
         self._lock = threading.Lock()
@@ -52,7 +55,7 @@ class EndpointTeacher:
 
     @property
     def usd(self) -> float:
-        """Dollars that this object has spent."""
+        """Dollars for what was paid."""
         return self.settings.usd(*self.paid)
 
     def request(self, path: str, payload: dict[str, Any]) -> Request:

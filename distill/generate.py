@@ -23,6 +23,8 @@ from registry.terminal import progress, say
 if TYPE_CHECKING:
     from distill.setting import Setting
 
+TEXT_SHARE = 0.8  # of budget.max_usd, at most: the rest is left to train on the text
+
 
 class Generated(NamedTuple):
     """What came of it. Seconds, tokens and dollars are those of all answers, whichever run had them made."""
@@ -62,6 +64,7 @@ class _Asked(NamedTuple):
     prompts: list[Prompt]
     of_prompt: list[tuple[Prompt, list[str]]]  # those short enough, and the digests of their requests
     missing: dict[str, Request]  # those that were not answered before
+    before: tuple[int, int]  # an endpoint's tokens in and out, of those that were
     teacher: Writes
     kept: Completions
     by_chat: bool
@@ -116,7 +119,7 @@ def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
     left_out = f", {facts.too_long} of them too long and left out" if facts.too_long else ""
     refused = asked.teacher.refused
     unasked = len(asked.missing) - made - len(refused)
-    ended = f"; budget.max_usd is spent, {unasked} answers were not asked for" if unasked else ""
+    ended = f"; {TEXT_SHARE:.0%} of budget.max_usd is spent, {unasked} answers were not asked for" if unasked else ""
     ended += f"; {len(refused)} requests were refused, such as: {refused[0]}" if refused else ""
     paid = f", ${facts.usd:.2f} in all" if facts.usd else ""
     say(f"  teacher's text: {facts.prompts} prompts{left_out}; {sieve.told()}; {made} written now{paid}{ended}")
@@ -143,6 +146,7 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
     kept = Completions()
     teacher, by_chat = _writer(setting, asked, kept)
     missing: dict[str, Request] = {}
+    before = (0, 0)
     of_prompt = []
     for prompt in asked:
         digests = []
@@ -150,8 +154,11 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
             seed = int(json_digest([recipe.seed, prompt.text, sample])[:8], 16) >> 1
             if (request := teacher.request(prompt, seed)) is not None:
                 digests.append(json_digest(request))
-                if kept.get(digests[-1]) is None:
+                if (there := kept.get(digests[-1])) is None:
                     missing[digests[-1]] = request
+                else:
+                    answer = teacher.answer(there)
+                    before = before[0] + answer.input_tokens, before[1] + answer.output_tokens
         if digests:
             of_prompt.append((prompt, digests))
     if not of_prompt:
@@ -159,7 +166,7 @@ def _asked(setting: Setting, sieve: Sieve) -> _Asked:
             f"none of {len(asked)} prompts leaves room for {generate.max_new_tokens} new tokens in the context",
             fix="give shorter prompts or a smaller generate.max_new_tokens",
         )
-    return _Asked(asked, of_prompt, missing, teacher, kept, by_chat)
+    return _Asked(asked, of_prompt, missing, before, teacher, kept, by_chat)
 
 
 def _answers(asked: _Asked) -> tuple[list[tuple[Prompt, Answer]], int]:
@@ -168,7 +175,7 @@ def _answers(asked: _Asked) -> tuple[list[tuple[Prompt, Answer]], int]:
     made = 0
     with progress() as bar:
         task = bar.add_task("teacher writes", total=total, completed=total - len(asked.missing), rate="")
-        for count in asked.teacher.ask(asked.missing):
+        for count in asked.teacher.ask(asked.missing, asked.before):
             made += count
             speed = bar.tasks[task].speed
             bar.update(task, advance=count, rate=f"{speed:,.1f} answers/s" if speed else "")
@@ -192,7 +199,8 @@ def _writer(setting: Setting, asked: Sequence[Prompt], kept: Completions) -> tup
         tokenizer = models.load_tokenizer(model.path, recipe.teacher.trust_remote_code)
     by_chat = _by_chat(setting, asked, can=tokenizer is None or bool(tokenizer.chat_template))
     if model.endpoint:
-        teacher = EndpointTeacher(model, recipe.teacher, kept, recipe.budget.max_usd)
+        limit = recipe.budget.max_usd
+        teacher = EndpointTeacher(model, recipe.teacher, kept, TEXT_SHARE * limit if limit else None)
         return EndpointWriter(teacher, tokenizer, recipe.generate, by_chat), by_chat
     assert tokenizer is not None
     trust = recipe.teacher.trust_remote_code

@@ -34,10 +34,13 @@ class Writes(Protocol):
     def request(self, prompt: Prompt, seed: int) -> Request | None:
         """All that an answer depends on; None where the prompt is too long to be answered."""
 
-    def ask(self, requests: Mapping[str, Request]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
         """Have requests answered, by their digest, and keep the answers; yields how many more are done.
 
-        It may end before all are, where money is to be spent and `budget.max_usd` is.
+        It may end before all are, where a limit is set to what is paid.
+
+        Args:
+            before: tokens in and out of the answers that are there.
         """
 
     def answer(self, kept: Any) -> Answer:
@@ -92,7 +95,7 @@ class LocalWriter:
             **self.generate.model_dump(include=SAMPLING),
         }
 
-    def ask(self, requests: Mapping[str, Request]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
         """See `Writes.ask`. Batches are of prompts that are alike in length."""
         from distill.sampling import Writer
 
@@ -180,10 +183,11 @@ class EndpointWriter:
             payload["logprobs"] = True if self.by_chat else 1
         return payload
 
-    def ask(self, requests: Mapping[str, Request]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
         """See `Writes.ask`. Raises BadInput, before all but one token is paid, for missing log-probabilities."""
         if not requests:
             return
+        self.teacher.paid = list(before)
         if self.needs_logprobs:
             self._probe(next(iter(requests.values())))
         for _ in self.teacher.each(list(requests.values()), self.answer, passing_over=True):

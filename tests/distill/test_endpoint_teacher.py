@@ -227,13 +227,18 @@ def test_dollars_are_counted_and_end_the_asking(
     ahead = generate.outlook(prepared(recipe, store, *more))
     assert (ahead.prompts, ahead.missing, ahead.output_tokens) == (12, 12, 72)
     assert front.posts == []
-    done = limbeck("distill", recipe, *sets(*more, "budget.max_usd=4", "budget.usd_per_hour=1"))
+    done = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
     assert done.code == 0, done.err
-    # Each answer costs six tokens at ten cents and its question at a tenth of one.
+    # Each answer costs six tokens at ten cents and its question at a tenth of one; four dollars are for the text.
     asked = len(front.posts)
     assert 6 <= asked <= 8
     assert f"{asked} written now, $4." in done.err
-    assert f"budget.max_usd is spent, {12 - asked} answers were not asked for" in done.err
+    assert f"80% of budget.max_usd is spent, {12 - asked} answers were not asked for" in done.err
+    assert "tiny/2" in done.out
+    # It is spent for good: the same command asks for no more, and learns from the same text.
+    again = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
+    assert "already made, tiny/2" in again.err
+    assert len(front.posts) == asked
     making = store.making(store.get("tiny/2"))
     assert making
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
