@@ -163,6 +163,43 @@ def test_more_text_than_the_teacher_has_positions(
     assert "set data.max_length = 128 or less" in done.err
 
 
+def test_more_text_than_a_student_has_positions(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    short = STUDENTS["llama"] + "\nmax_position_embeddings = 16"
+    done = limbeck("distill", write_recipe(tiny_llama, short, DISTILLED))
+    assert done.code == 2
+    assert "recipe.toml:" in done.err
+    assert "small has 16 positions" in done.err
+    assert "set data.max_length = 16 or less" in done.err
+    student = make_model(tmp_path / "short", tokenizer_folder, "gpt2", n_positions=24)
+    recipe = write_recipe(tiny_llama, "HERE", DISTILLED)
+    old, new = "[students.small.config]\nHERE", f'[students.small]\nmodel = "{student}"'
+    recipe.write_text(recipe.read_text().replace(old, new))
+    done = limbeck("distill", recipe)
+    assert done.code == 2
+    line = line_of(recipe, f'model = "{student}')
+    assert f"recipe.toml:{line}: students.small.model" in done.err
+    assert "has 24 positions and data.max_length is 32" in done.err
+    assert store.versions() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "it has 0 in all"), (" \n\n \n", "it has 0 in all"), ("two words\n", "leaves no train document")],
+)
+def test_empty_and_tiny_text(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, text_file: Path, tiny_llama: Path, text: str, said: str
+) -> None:
+    recipe = write_recipe(tiny_llama, objectives=DISTILLED)
+    text_file.write_text(text)
+    done = limbeck("distill", recipe)
+    assert done.code == 2
+    assert said in done.err
+    assert f"recipe.toml:{line_of(recipe, 'path = ')}: data.path" in done.err
+    assert store.versions() == []
+
+
 def test_a_student_with_another_tokenizer(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:

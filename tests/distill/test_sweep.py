@@ -63,6 +63,10 @@ def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_lla
         (["sweep.temperatures=[0]"], "sweep.temperatures.0"),
         (["sweep.controls=['label']"], "did you mean 'labels'"),
         (["sweep.controls=['labels_equal_cost']"], 'takes its speed from "labels"'),
+        (
+            ["sweep.controls=['labels', 'labels_equal_cost']", "teacher.usd_per_million_output_tokens=9"],
+            "set budget.usd_per_hour",
+        ),
         (["sweep.controls=['labels']", "objectives.labels.divergence=jsd"], "objectives.labels has the name of a con"),
     ],
 )
