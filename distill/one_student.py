@@ -16,6 +16,7 @@ from distill import students as starting
 from distill.cache import TeacherCache
 from distill.recipe import Budget, Plan, Training
 from distill.setting import Setting, code_version
+from distill.teacher import likeliest
 from registry.digest import json_digest
 from registry.errors import LimbeckError, Refused
 from registry.home import home, written_whole
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.train import Teacher, Trained
+    from distill.watch import Progress
 
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -211,6 +213,7 @@ def _train_and_save(
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": trained.tokens,
         "seconds": trained.seconds,
+        "eval_seconds": trained.eval_seconds,
         "heldout_bits_per_byte": models.bits_per_byte(model, setting.heldout),
     }
     if trained.stopped:
@@ -250,6 +253,8 @@ def train_one(
         vocab_size=setting.vocab_size,
         budget=schedule[1],
         on_policy=setting.recipe.on_policy,
+        paid=spent.of(setting, plan).usd or 0.0,
+        likeliest=likeliest(setting),
     )
     with processes.together(), _bar(plan.label) as on_progress:
         return model, train(job, on_progress, on_log)
@@ -267,13 +272,18 @@ def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str,
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Any]:
+def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
     with progress() as bar:
         task = bar.add_task(label, total=None, rate="")
 
-        def on_progress(now: Any) -> None:
-            loss = f"loss {now.loss:.3f}, " if now.loss is not None else ""
-            rate = f"{loss}{now.tokens_per_s:,.0f} tok/s"
+        def on_progress(now: Progress) -> None:
+            known = {
+                "loss {:.3f}": now.loss,
+                "{:.0%} as the teacher": now.agreement,
+                "held-out {:.3f} bits/byte": now.heldout_bits_per_byte,
+                "{:,.0f} tok/s": now.tokens_per_s,
+            }
+            rate = ", ".join(form.format(value) for form, value in known.items() if value is not None)
             bar.update(task, completed=now.step, total=now.steps, rate=rate)
 
         yield on_progress

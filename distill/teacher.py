@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from distill.recipe import Plan
 from distill.setting import Setting
 from distill.stored import Form
 from registry.digest import json_digest
+from registry.home import home, written_whole
 from registry.terminal import progress, say
 
 if TYPE_CHECKING:
@@ -36,14 +38,17 @@ def teachers_for(setting: Setting, plans: list[Plan]) -> dict[str, TeacherCache 
         for plan in plans
         if plan.objective.uses_teacher and plan.label not in chunked
     }
+    load = functools.cache(lambda: _load(setting))
     caches = caches_for(setting, forms.values())
     if caches:
-        _fill(setting, list(caches.values()))
-    online = _load(setting) if None in forms.values() else None
+        _fill(setting, list(caches.values()), load)
+    online = load() if None in forms.values() else None
+    if forms:
+        likeliest(setting, load)
     made: dict[str, Any] = {label: caches[form] if form else online for label, form in forms.items()}
     if chunked:
         cache = chunks_cache(setting)
-        _fill_chunks(setting, cache)
+        _fill_chunks(setting, cache, load)
         made |= dict.fromkeys(chunked, cache)
     return made
 
@@ -91,13 +96,37 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return json_digest(tokenizer.get_vocab())
 
 
-def _fill(setting: Setting, caches: list[TeacherCache]) -> None:
+def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = None) -> np.ndarray | None:
+    """The teacher's likeliest next tokens on the held-out sample that students are scored on, stored once.
+
+    None where they are not there and cannot be asked for: without `load`, of an endpoint, of other tokens.
+    """
+    from distill import heldout
+
+    if setting.teacher is None or setting.teacher.endpoint or setting.recipe.crosses_tokenizers:
+        return None
+    sample = heldout.sample(setting.heldout)
+    key = json_digest(_described(setting)[0] | {"blocks": sample.digest})
+    path = home() / "heldout" / f"{key[:16]}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        there: np.ndarray = np.load(path, allow_pickle=False)
+        if there.shape == sample.ids.shape:
+            return there
+    if load is None:
+        return None
+    said = heldout.likeliest(load().to(models.device()), sample, setting.vocab_size)  # type: ignore[arg-type]
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, said)
+    return said
+
+
+def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTrainedModel]) -> None:
     @functools.cache
     def teacher() -> Pass:  # caches that are whole need no teacher
         assert setting.teacher is not None
         if setting.teacher.endpoint:
             return echo.pass_over(setting)
-        return one_pass(_load(setting), setting.train, setting.vocab_size, _bf16(setting))
+        return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
     with progress() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
@@ -108,12 +137,12 @@ def _fill(setting: Setting, caches: list[TeacherCache]) -> None:
         _tell(cache, f"{cache.form.kind}{at}", captured)
 
 
-def _fill_chunks(setting: Setting, cache: TeacherCache) -> None:
+def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTrainedModel]) -> None:
     from distill import chunks
 
     @functools.cache
     def teacher() -> Capture:
-        return chunks.capture(setting.train, setting.tokenizer, _reader(setting))
+        return chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
 
     with progress() as bar:
         task = bar.add_task("teacher cache", total=cache.blocks, rate="")
@@ -121,7 +150,7 @@ def _fill_chunks(setting: Setting, cache: TeacherCache) -> None:
     _tell(cache, "chunks", captured)
 
 
-def _reader(setting: Setting) -> Reader:
+def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
     """The teacher as one that reads text by its own tokenizer."""
     from distill import chunks
 
@@ -130,7 +159,7 @@ def _reader(setting: Setting) -> Reader:
     if setting.teacher.endpoint:
         return chunks.at_endpoint(echo.of(setting).token_logprobs)
     tokenizer = models.load_tokenizer(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-    return chunks.local(_load(setting), tokenizer, _bf16(setting))
+    return chunks.local(load(), tokenizer, _bf16(setting))
 
 
 def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
