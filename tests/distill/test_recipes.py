@@ -98,7 +98,7 @@ def with_template(folder: Path, template: str) -> PreTrainedTokenizerBase:
 
 def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], wrong: list[str]) -> Path:
     """A teacher that was taught by heart to reason about the questions of `rows`, to a false end about some."""
-    make_model(folder, tokenizer_folder, "qwen2", max_position_embeddings=160)
+    make_model(folder, tokenizer_folder, "qwen2", num_hidden_layers=1)
     tokenizer = with_template(folder, REASONING)
     documents = []
     for row in rows:
@@ -109,7 +109,7 @@ def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], w
     blocks = make_blocks(documents, tokenizer, 64)
     model = models.load_model(folder)
     training = Training(
-        max_steps=240, per_device_train_batch_size=8, optim="muon", learning_rate=1e-2, bf16=False, eval_steps=1000
+        max_steps=160, per_device_train_batch_size=8, optim="muon", learning_rate=2e-2, bf16=False, eval_steps=1000
     )
     train(Job(model, blocks, blocks, Objective(labels=1.0), training, None, folder / "run", 0, len(tokenizer)))
     model.save_pretrained(folder)
@@ -131,6 +131,7 @@ def test_deepseek_r1(
     make_model(tmp_path / "llama", tmp_path / "tokens", "llama")
     tiny = ["data.max_length=64", "data.heldout=0.2", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
     tiny += ["data.path=rows.jsonl", f"teacher.model={teacher}", "generate.max_new_tokens=40", "generate.samples=2"]
+    tiny += ["generate.temperature=0.3"]
     path = ROOT / "distill/recipes/deepseek-r1-distill.toml"
     asked = []
     for number, family in enumerate(("qwen", "llama")):
