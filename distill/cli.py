@@ -109,12 +109,24 @@ def _print_students(students: list[Student], output: str) -> None:
 @set_option
 @format_option
 def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
-    """Write the train and held-out documents of RECIPE as JSON lines below .limbeck/data/NAME."""
+    """Write the train and held-out documents of RECIPE as JSON lines below .limbeck/data/NAME.
+
+    Where RECIPE has [generate], the teacher writes them.
+    """
+    from registry.terminal import quiet_libraries
+
+    quiet_libraries()
     from distill import corpus
-    from distill.recipe import load
+    from distill.recipe import Source, load
 
     loaded = load(recipe, list(overrides))
-    text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
+    if loaded.generate:
+        from distill.setting import prepare, written
+        from registry.store import Store
+
+        text = written(prepare(loaded, Source(recipe, overrides), Store())).corpus
+    else:
+        text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
     if output == "json":
         print_json(text._asdict())
         return

@@ -355,7 +355,17 @@ def test_a_student_with_another_tokenizer_learns_the_text(
     recipe = write_recipe(tiny_llama, extra=GENERATE)
     recipe.write_text(recipe.read_text().replace("[students.small.config]", "[students.small]\nmodel = 'student'\n[x]"))
     recipe.write_text(recipe.read_text().split("[x]")[0] + "[objectives" + recipe.read_text().split("[objectives")[1])
-    done = limbeck("distill", recipe, *sets(*ASK), "--format", "json")
+    done = limbeck("distill", recipe, *sets(*ASK), "--yes")
     assert done.code == 0, done.err
     folder = store.folder(store.get("tiny/2"))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(student).get_vocab()
+
+
+def test_the_text_can_be_written_alone(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path, questions: Path
+) -> None:
+    done = limbeck("data", write_recipe(tiny_llama, extra=GENERATE), *sets(*ASK), "--format", "json")
+    assert done.code == 0, done.err
+    text = json.loads(done.out)
+    assert text["train_documents"] + text["heldout_documents"] == 12
+    assert all(document.prompt for document in corpus.read(Path(text["train"])))
