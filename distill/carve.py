@@ -118,6 +118,10 @@ def shape_of(config: PretrainedConfig) -> Shape:
             f"the teacher is a {config.model_type}, which cannot be cut",
             fix=f"teachers that can: {', '.join(FAMILIES)}; or give the student a config of its own",
         )
+    if getattr(config, "quantization_config", None):
+        raise BadInput(
+            "the teacher's weights are quantized, and those cannot be cut", fix="take the model it came from"
+        )
     heads = config.num_attention_heads
     return Shape(
         layers=tuple(range(config.num_hidden_layers)),
@@ -133,6 +137,11 @@ def shape_after(config: PretrainedConfig, spec: Carve) -> Shape:
     """The student's shape. Raises BadInput where the teacher cannot be cut so."""
     teacher = shape_of(config)
     layers = _layers_after(len(teacher.layers), spec)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and layers != teacher.layers[: len(layers)]:
+        raise BadInput(
+            "the teacher's attention depends on the number of its layer (scale_attn_by_inverse_layer_idx)",
+            fix=f"keep the first ones: layers = {list(teacher.layers[: len(layers)])}",
+        )
     asked = {
         "hidden_size": (spec.hidden_size, teacher.hidden),
         "intermediate_size": (spec.intermediate_size, teacher.neurons),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,13 +301,18 @@ def test_a_carved_student_starts_better(
         ("gpt2", {"hidden_size": 24}, "give hidden_size = 32 with num_attention_heads = 4"),
         ("gpt_neox", {"num_attention_heads": 3}, "give hidden_size = 24 with num_attention_heads = 3"),
         ("bloom", {"num_hidden_layers": 1}, "teachers that can: llama, mistral, qwen2"),
+        ("gpt2", {"layers": (1,)}, "keep the first ones: layers = [0]"),
+        ("llama", {}, "quantized"),
     ],
 )
 def test_what_cannot_be_cut(
     tmp_path: Path, tokenizer_folder: Path, model_type: str, cut: dict[str, Any], said: str
 ) -> None:
     config = models.load_config(make_model(tmp_path, tokenizer_folder, model_type))
-    with pytest.raises(BadInput, match=said):
+    config.scale_attn_by_inverse_layer_idx = model_type == "gpt2"
+    if not cut:
+        config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(BadInput, match=re.escape(said)):
         shape_after(config, Carve(**cut))
 
 
