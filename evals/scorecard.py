@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from evals.contamination import contamination
 from evals.cost import PROTOCOL, groups, machine, measure, priced, ratio
 from evals.harness import score
 from evals.prices import Prices
@@ -20,7 +21,7 @@ from evals.task_set import TaskSet
 from registry.digest import verify, write_manifest
 from registry.errors import DamagedArtifact
 from registry.home import home, written_whole
-from registry.records import Cost, Estimate, Relative, Scorecard
+from registry.records import Contamination, Cost, Estimate, Relative, Scorecard
 from registry.resolve import Model
 from registry.terminal import progress, say
 
@@ -73,7 +74,10 @@ def evaluate(
     def finish(model: Model, own: Cost | None, teachers: Cost | None) -> None:
         a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
         found = scored[model.label]
-        card = found.card.model_copy(update={"model": model.label, "created": datetime.now(UTC), "cost": a})
+        update = {"model": model.label, "created": datetime.now(UTC), "cost": a}
+        if overlap[model.label]:
+            update["contamination"] = overlap[model.label]
+        card = found.card.model_copy(update=update)
         if against:
             relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
             card = card.model_copy(update={"relative": relative})
@@ -83,6 +87,7 @@ def evaluate(
         cards[model.label] = _keep(found._replace(card=card), model, store, [*kept[model.label], found])
         say(f"  {_told(cards[model.label].card)}")
 
+    overlap = _overlaps(every, tasks)
     unknown = []
     for model in every:
         scored[model.label] = _find(kept[model.label], tasks) or _score(model, tasks, force, trust_remote_code)
@@ -99,6 +104,28 @@ def evaluate(
             if model.label in measured and model.label not in cards:
                 finish(model, measured[model.label], measured[timed.label] if timed else None)
     return [cards[model.label].card for model in every]
+
+
+def _overlaps(models: Sequence[Model], tasks: TaskSet) -> dict[str, Contamination | None]:
+    """How much of the tasks each model's training text holds, where that is at hand; told once for each text."""
+    texts: dict[str, list[str]] = {}
+    for model in models:
+        if model.version and model.version.data_digest:
+            texts.setdefault(model.version.data_digest, []).append(model.label)
+    found: dict[str, Contamination | None] = {model.label: None for model in models}
+    for digest, labels in texts.items():
+        with _bar("reading the training text", "documents") as on_progress:
+            overlap = contamination(tasks, digest, on_progress)
+        found |= dict.fromkeys(labels, overlap)
+        say(f"  training text of {', '.join(labels)}: {_overlap_told(overlap)}")
+    return found
+
+
+def _overlap_told(overlap: Contamination | None) -> str:
+    if overlap is None:
+        return "not at hand, so its overlap with the tasks is not known"
+    words = [f"{each.contaminated} of {each.documents} of {task}" for task, each in overlap.tasks.items()]
+    return f"documents that occur in it: {', '.join(words)}"
 
 
 class Kept(NamedTuple):
@@ -208,12 +235,12 @@ def _known_costs(model: Model, kept: Sequence[Kept], teacher: Model | None, teac
 
 
 @contextmanager
-def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int], None]]:
+def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | None], None]]:
     with progress() as bar:
         row = bar.add_task(label, total=None, rate="")
         began = time.monotonic()
 
-        def on_progress(done: int, total: int) -> None:
+        def on_progress(done: int, total: int | None) -> None:
             rate = done / max(time.monotonic() - began, 1e-9)
             bar.update(row, completed=done, total=total, rate=f"{rate:,.1f} {unit}/s")
 

@@ -113,9 +113,11 @@ def _print_card(card: Scorecard) -> None:
         kept = relative.task_retention.get(task) if relative else None
         value = f"{result.value:.4f}" + (f" ± {result.stderr:.4f}" if result.stderr is not None else "")
         interval = f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else None
-        rows.append((task, result.metric, value, f"{result.documents:,}", interval))
+        overlap = card.contamination.tasks.get(task) if card.contamination else None
+        held = f"{overlap.contaminated:,}" if overlap else None
+        rows.append((task, result.metric, value, f"{result.documents:,}", held, interval))
     against = f", against {relative.teacher}" if relative else ""
-    columns = ["task", "metric", "value", "documents", "retention"]
+    columns = ["task", "metric", "value", "documents", "in training text", "retention"]
     print_table(f"scored {card.created:%Y-%m-%d %H:%M} with {card.harness}{against}", columns, rows)
     if card.cost:
         figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}

@@ -168,4 +168,6 @@ def _metrics(card: Scorecard) -> dict[str, float]:
         if relative.retention:
             values |= {f"retention.{k}": v for k, v in relative.retention.model_dump().items() if k != "confidence"}
         values |= {"cost_ratio": relative.cost_ratio, "speedup": relative.speedup}
+    if card.contamination:
+        values |= {f"contamination.{task}": overlap.share for task, overlap in card.contamination.tasks.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
