@@ -84,8 +84,7 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if own != shared:
         raise BadInput(
             f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
-            f"the {len(shared)} of the recipe's tokenizer, which is the teacher's where there is one",
-            fix="the text is laid out once and a divergence compares logits token by token: choose a student with "
-            'the teacher\'s tokenizer; or divergence = "chunks", which compares across tokenizers; or [generate] with '
-            "labels = 1.0, which learns from the teacher's text alone",
+            f"the {len(shared)} of the recipe's tokenizer",
+            fix="the students of a run share one: give this one a run of its own. To learn from a teacher with other "
+            'tokens, set divergence = "chunks"; or learn from its text alone: [generate] and labels = 1.0',
         )
