@@ -120,7 +120,6 @@ def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     return head if same and torch.allclose(given, hidden, rtol=1e-3, atol=1e-3 * float(hidden.abs().max())) else None
 
 
-@torch.compiler.disable
 def loss(
     student: Logits,
     labels: torch.Tensor,
@@ -156,6 +155,7 @@ def loss(
     return summed(student, of_chunk), agreed
 
 
+@torch.compiler.disable
 def summed(student: Logits, of_chunk: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
     """The sum over chunks of a function of a chunk's logits (n, V) and of which rows they are."""
     if not torch.is_grad_enabled():
