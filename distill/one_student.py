@@ -14,7 +14,7 @@ from distill import card, controls, models, processes, spent
 from distill import recipe as recipes
 from distill import students as starting
 from distill.cache import TeacherCache
-from distill.recipe import Budget, Plan, Training
+from distill.recipe import Budget, Plan, Recipe, Training
 from distill.setting import Setting, code_version
 from distill.teacher import likeliest
 from registry.digest import json_digest
@@ -66,7 +66,7 @@ def student_key(setting: Setting, plan: Plan) -> str:
         {
             "family": family_key(setting, plan),
             "objective": plan.objective.model_dump(),
-            "budget": recipe.budget.model_dump(),
+            "budget": _budget(recipe, plan),
             "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
             "cache": recipe.cache.model_dump() if uses_teacher else None,
             "on_policy": recipe.on_policy.model_dump() if recipe.on_policy and uses_teacher else None,
@@ -75,6 +75,12 @@ def student_key(setting: Setting, plan: Plan) -> str:
             "matches": [student_key(setting, other) for other in matched],
         }
     )
+
+
+def _budget(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What of the budget decides how a student comes out; a price alone does not."""
+    priced = recipe.budget.max_usd or recipe.budget.stop_when or plan.control == "labels_equal_cost"
+    return recipe.budget.model_dump(exclude=None if priced else {"usd_per_hour"})
 
 
 def folder_of(key: str) -> Path:

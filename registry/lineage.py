@@ -19,13 +19,14 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
-        """The tree from here as `{version, kind, precision, recipe, digest, aliases, missing, children}`."""
+        """The tree from here as `{version, kind, precision, recipe, control, digest, aliases, missing, children}`."""
         known = self.version
         return {
             "version": self.ref,
             "kind": known.kind if known else None,
             "precision": known.precision if known else None,
             "recipe": known.recipe if known else None,
+            "control": known.control if known else None,
             "digest": known.digest if known else None,
             "aliases": list(known.aliases) if known else [],
             "missing": known is None,

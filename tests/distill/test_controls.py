@@ -128,6 +128,9 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
     # What the distilled student is decides what it costs, and so how long its control learns.
     assert changed("objectives.distilled.divergence=jsd") == {"small-distilled", "small-labels-equal-cost"}
     assert changed("seed=1") == set(base)
+    # A price alone makes no other student, but a control that spends the same.
+    assert changed("budget.usd_per_hour=3.0") == {"small-labels-equal-cost"}
+    assert changed("budget.usd_per_hour=3.0", "budget.max_usd=1.0") == set(base)
     assert changed("training.learning_rate=0.1") == set(base)
 
 
