@@ -213,6 +213,7 @@ def with_teacher(setting: Setting, store: Store) -> Setting:
             parent=version.ref if version else None,
             recipe="teacher",
             engine=teacher.engine,
+            precision="untold" if teacher.endpoint else "fp32",
             params=None if teacher.endpoint else parameters(teacher.path),
             code_version=code_version(),
         )

@@ -82,6 +82,10 @@ def show(ref: str, output: str) -> None:
     fields = version.model_dump(exclude={"name", "version", "aliases"}, exclude_none=True)
     fields["created"] = f"{version.created:%Y-%m-%d %H:%M:%S}"
     fields["aliases"] = " ".join(version.aliases) or None
+    if version.engine == "endpoint":
+        from registry.resolve import registered
+
+        fields["endpoint"] = registered(version, store).endpoint.label  # type: ignore[union-attr]
     print_table(version.ref, ["field", "value"], fields.items())
     if files:
         print_table("files", ["file", "bytes"], [(file, f"{size:,}") for file, size in files.items()])
@@ -134,10 +138,8 @@ def _use(version: Version) -> list[str]:
             f"limbeck deploy {ref} --to DIR",
             f"limbeck promote {ref} --to production",
         ]
-    return [
-        f"limbeck export {ref} --precision fp32,int8",
-        f"limbeck eval {ref} --tasks TASK,... --against {version.teacher or 'TEACHER'}",
-    ]
+    score = f"limbeck eval {ref} --tasks TASK,... --against {version.teacher or 'TEACHER'}"
+    return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]
 
 
 @models.command()

@@ -389,6 +389,9 @@ def test_students_learn_from_its_likeliest_tokens(
     found = resolve("tiny/1", store)
     assert found.endpoint
     assert (found.endpoint.url, found.has_tokenizer) == (front.url, True)
+    shown = limbeck("models", "show", "tiny/1")
+    assert found.endpoint.label in shown.out
+    assert "limbeck export" not in shown.out
     assert (
         AutoTokenizer.from_pretrained(found.path).get_vocab() == AutoTokenizer.from_pretrained(tiny_llama).get_vocab()
     )
