@@ -154,7 +154,7 @@ def _vocabularies(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
             continue
         said = f"{name}: {compared.told()}"
         if not compared.same:  # what cannot work with that was refused before
-            yield _ok("vocabulary", f"{said}; text or chunks of it are compared, not tokens")
+            yield _ok("vocabulary", f"{said}; text is compared, its chunks, or what is retold")
         elif compared.special:
             fix = "documents begin and end with the recipe's own BOS and EOS; make sure that the student is served so"
             yield Finding(check="vocabulary", level="warning", said=said, fix=fix)

@@ -8,8 +8,7 @@ teacher but its log-probability of each token of the text. Equal tokenizers make
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,28 +19,11 @@ from distill import head, models
 from distill.blocks import Blocks
 from distill.cache import Capture
 from distill.head import Logits
+from distill.pieces import Piece, encode, pieces, run, token_bytes
 from distill.recipe import Objective
-from registry.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MOST_LOGITS = 2**26  # of a batch of the teacher
-
-
-class Piece(NamedTuple):
-    """A stretch of text that a block holds of one document.
-
-    Attributes:
-        text: without the bytes of a character that the block's edge cuts.
-        skipped: bytes of the block's tokens before `text`.
-        begins, ends: whether the document begins and ends here.
-    """
-
-    text: str
-    skipped: int
-    begins: bool
-    ends: bool
 
 
 class Read(NamedTuple):
@@ -59,64 +41,6 @@ Reader = Callable[[Sequence[Piece]], list[Read]]
 Echo = tuple[list[str], list[float]]  # the tokens of a text, and their log-probabilities
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes of text that each token id stands for; special tokens stand for none.
-
-    Raises BadInput for a tokenizer whose tokens are no bytes of the text (WordPiece, say).
-    """
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {}
-    written = json.dumps([state.get("decoder"), state.get("pre_tokenizer")])
-    special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
-    texts = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    found: list[bytes] = [b""] * (texts[-1][1] + 1)
-    of_letter = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    for token, number in texts:
-        if token in special:
-            added = tokenizer.added_tokens_decoder.get(number)
-            found[number] = b"" if added is None or added.special else token.encode()
-        elif '"ByteLevel"' in written:
-            found[number] = bytes(of_letter[letter] for letter in token)
-        elif "\u2581" in json.dumps(state.get("decoder"), ensure_ascii=False):
-            is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-            found[number] = bytes([int(token[3:5], 16)]) if is_byte else token.replace("\u2581", " ").encode()
-        else:
-            raise BadInput(
-                "a tokenizer's tokens are no bytes of the text: it is neither byte-level nor of SentencePiece's kind",
-                fix='let the teacher write text instead ([generate]), which divergence = "chunks" is not needed for',
-            )
-    return found
-
-
-def pieces(
-    blocks: Blocks, number: int, tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]
-) -> list[tuple[slice, np.ndarray, Piece]]:
-    """Of each document in a block: its places, where its tokens end in bytes from 0, and its text.
-
-    Args:
-        tokenizer: of the blocks; it says which tokens begin and end a document.
-        texts: the bytes of each of its tokens.
-    """
-    ids, segments = blocks.ids[number], blocks.segments[number]
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    edges = np.flatnonzero(np.diff(segments)) + 1
-    found = []
-    for first, last in zip([0, *edges], [*edges, len(ids)], strict=True):
-        if segments[first] == 0:  # padding
-            continue
-        own = ids[first:last]
-        begins, ends = own[0] == start, len(own) > 1 and own[-1] == tokenizer.eos_token_id
-        sizes = np.array([len(texts[token]) for token in own])
-        sizes[-1] += ends
-        raw = b"".join(texts[token] for token in own)
-        skipped = next((place for place, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
-        text = raw[skipped:].decode("utf-8", "ignore")
-        found.append((slice(first, last), np.cumsum(sizes), Piece(text, skipped, bool(begins), bool(ends))))
-    return found
-
-
 def local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> Reader:
     """A teacher that runs here reads pieces by its own tokenizer; what exceeds its context is not read.
 
@@ -125,35 +49,14 @@ def local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool
     """
     torch.nn.Module.to(model, models.device()).eval()
     texts, vocab_size = token_bytes(tokenizer), models.vocabulary(tokenizer)
-    end = tokenizer.eos_token_id
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-    @torch.inference_mode()
-    def logprobs(tokens: list[np.ndarray]) -> Iterator[np.ndarray]:
-        ids = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
-        for row, own in zip(ids, tokens, strict=True):
-            row[: len(own)] = own  # what follows it does not see
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = models.logits_of(model, {"input_ids": torch.from_numpy(ids)})[:, :-1, :vocab_size]
-        said = logits.gather(-1, torch.from_numpy(ids[:, 1:, None]).to(logits.device))[..., 0] - logits.logsumexp(-1)
-        for row, own in zip(said.cpu().numpy(), tokens, strict=True):
-            yield np.concatenate([[np.nan], row[: len(own) - 1]])
 
     def read(asked: Sequence[Piece]) -> list[Read]:
-        encoded = tokenizer([piece.text for piece in asked], add_special_tokens=False)["input_ids"]
-        tokens, ends = [], []
-        for piece, own in zip(asked, encoded, strict=True):
-            closed = piece.ends and end is not None
-            whole = np.array(([] if start is None else [start]) + own + ([end] if closed else []), dtype=np.int64)
-            tokens.append(whole[:most])
-            ends.append(_ends(own, texts, piece, start is not None, closed)[:most])
         reads = [Read(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
-        wanted = [number for number, own in enumerate(tokens) if len(own) > 1 and len(ends[number])]
-        order = sorted(wanted, key=lambda number: len(tokens[number]))
-        for few in _batches(order, [len(own) * vocab_size for own in tokens]):
-            for number, said in zip(few, logprobs([tokens[number] for number in few]), strict=True):
-                reads[number] = Read(ends[number], said)
+        encoded = encode(asked, tokenizer, texts)
+        for number, logits in run(model, encoded, vocab_size, bf16):
+            ids = torch.from_numpy(encoded[number].ids[1 : len(logits), None]).to(logits.device)
+            said = logits[:-1].gather(-1, ids)[:, 0] - logits[:-1].logsumexp(-1)
+            reads[number] = Read(encoded[number].ends[: len(logits)], np.append(np.nan, said.cpu().numpy()))
         return reads
 
     return read
@@ -178,34 +81,6 @@ def at_endpoint(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, Ec
         return reads
 
     return read
-
-
-def _ends(own: Sequence[int], texts: Sequence[bytes], piece: Piece, opened: bool, closed: bool) -> np.ndarray:
-    """Where tokens end in the bytes of a piece; empty where they do not stand for its text.
-
-    Args:
-        opened, closed: whether a token that starts it, and one that ends it, are put around.
-    """
-    ends = np.cumsum([0, *(len(texts[token]) for token in own)])
-    written, text = b"".join(texts[token] for token in own), piece.text.encode()
-    if written == b" " + text:  # SentencePiece puts a space before
-        ends = np.maximum(ends - 1, 0)
-    elif written != text:  # a normalizer changed it
-        return np.zeros(0, dtype=np.int64)
-    ends = np.append(ends, ends[-1] + 1) if closed else ends
-    return ends if opened else ends[1:]
-
-
-def _batches(order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers in batches of which the greatest size, times how many there are, stays below `MOST_LOGITS`."""
-    few: list[int] = []
-    for number in order:  # of rising size
-        if few and sizes[number] * (len(few) + 1) > MOST_LOGITS:
-            yield few
-            few = []
-        few.append(number)
-    if few:
-        yield few
 
 
 def align(own: np.ndarray, read: Read) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +114,7 @@ def capture(blocks: Blocks, tokenizer: PreTrainedTokenizerBase, reader: Reader) 
     """
     texts = token_bytes(tokenizer)
 
-    def run(indices: np.ndarray) -> dict[str, np.ndarray]:
+    def stored(indices: np.ndarray) -> dict[str, np.ndarray]:
         found = [pieces(blocks, int(number), tokenizer, texts) for number in indices]
         reads = iter(reader([piece for of_block in found for _, _, piece in of_block]))
         shape = (len(indices), blocks.ids.shape[1])
@@ -260,7 +135,7 @@ def capture(blocks: Blocks, tokenizer: PreTrainedTokenizerBase, reader: Reader) 
                     logprobs[row, of_chunk[-1]] = max(said[chunk - 1], -60000)
         return {"chunks": chunks, "logprobs": logprobs}
 
-    return run
+    return stored
 
 
 # --- the loss

@@ -111,7 +111,7 @@ class OnPolicy(Record):
 
 
 class Tokenizer(Record):
-    """`[tokenizer]`: trained on the training text; where there is no teacher, or it has other tokens (chunks)."""
+    """`[tokenizer]`: trained on the training text; without a teacher, or beside one that has other tokens."""
 
     vocab_size: int = Field(2048, ge=257)
 
@@ -124,6 +124,7 @@ class Teacher(Record):
     licence: str | None = None
     licence_allows_distillation: bool | None = None  # None: as is known of the licence
     trust_remote_code: bool = False
+    retell: bool = False  # what it says of the next token is told in the students' own tokens
     num_concurrent: int = Field(4, ge=1)  # endpoint: requests at a time
     requests_per_minute: float | None = Field(None, gt=0)
     usd_per_million_input_tokens: float = Field(0.0, ge=0)
@@ -143,7 +144,7 @@ class Cache(Record):
     """`[cache]`: what is stored of the teacher's distribution at each position."""
 
     # online: nothing is stored, the teacher runs each time; None: for each objective the smallest that serves it
-    form: Literal["sampled", "topk", "online"] | None = "topk"
+    form: Literal["sampled", "topk", "online"] | None = None
     samples: int = Field(12, ge=2)  # sampled: tokens stored a position, on average; an unbiased estimate
     top_k: int = Field(32, ge=1)  # topk: the most likely tokens stored, and the mass of the rest
 
@@ -159,7 +160,7 @@ class Layers(Record):
 class Objective(Record):
     """`[objectives.NAME]`: labels * cross-entropy + (1 - labels) * divergence from the teacher (+ layers)."""
 
-    divergence: Divergence | None = None  # chunks: for a teacher with another tokenizer
+    divergence: Divergence | None = None  # chunks: of a teacher with other tokens, by its text
     labels: float = Field(0.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)  # of chunks 100, where it is not given
     beta: float = Field(0.5, gt=0, lt=1)  # jsd: weight of the teacher in the mixture
@@ -317,11 +318,11 @@ class Recipe(Record):
             raise ValueError("[generate] has the teacher write the answers and the recipe has no [teacher]")
         if self.tokenizer and self.teacher and not self.crosses_tokenizers:
             raise ValueError(
-                "[tokenizer] with a [teacher] needs a divergence that compares across tokenizers: leave [tokenizer] "
-                'out and the students take the teacher\'s, or set divergence = "chunks"'
+                "[tokenizer] with a [teacher] needs what compares across tokenizers: leave [tokenizer] out and the "
+                "students take the teacher's, or set teacher.retell = true"
             )
         if self.crosses_tokenizers:
-            self._check_chunks(needing)
+            self._check_crossing(needing)
         carved = [name for name, student in self.students.items() if student.carve]
         if carved and (self.teacher is None or self.teacher.is_endpoint):
             raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
@@ -333,15 +334,27 @@ class Recipe(Record):
     @property
     def crosses_tokenizers(self) -> bool:
         """Whether the students may have other tokens than the teacher."""
-        return any(objective.divergence == "chunks" for objective in self.objectives.values())
+        retold = self.teacher is not None and self.teacher.retell
+        return retold or any(objective.divergence == "chunks" for objective in self.objectives.values())
 
-    def _check_chunks(self, needing: list[str]) -> None:
+    def _check_crossing(self, needing: list[str]) -> None:
+        assert self.teacher is not None
         for name in needing:
-            if self.objectives[name].divergence != "chunks" or self.objectives[name].layers:
+            by_token = self.objectives[name].divergence != "chunks" and not self.teacher.retell
+            if by_token or self.objectives[name].layers:
                 raise ValueError(
-                    f"objectives.{name} compares token by token and another objective compares chunks, for a teacher "
-                    f"with other tokens: put it in a recipe of its own"
+                    f"objectives.{name} compares token by token, and the students may have other tokens than the "
+                    f"teacher: put it in a recipe of its own, or leave its layers out and set teacher.retell = true"
                 )
+        if self.teacher.retell and self.teacher.is_endpoint:
+            raise ValueError(
+                "teacher.retell needs all that a teacher says of the next token, and an endpoint tells its likeliest "
+                'alone: set divergence = "chunks", which needs its log-probabilities of the text'
+            )
+        if self.teacher.retell and (self.on_policy or self.cache.form == "online"):
+            raise ValueError(
+                'teacher.retell tells it ahead of the training: leave [on_policy] and cache.form = "online" out'
+            )
         if self.tokenizer and self.generate:
             raise ValueError(
                 "[tokenizer] is trained on text that is there, and [generate] has it written: leave one out"

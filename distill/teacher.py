@@ -88,6 +88,8 @@ def _described(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
         "blocks": setting.train.digest,
         "precision": "bf16" if _bf16(setting) else "fp32",
     }
+    if recipe.teacher.retell:
+        settings["told"] = "in the student's tokens"
     return settings, {"teacher": recipe.teacher.model, "recipe": str(setting.source.path)}
 
 
@@ -126,6 +128,11 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
         assert setting.teacher is not None
         if setting.teacher.endpoint:
             return echo.pass_over(setting)
+        if setting.recipe.teacher and setting.recipe.teacher.retell:
+            from distill.retelling import retold_pass
+
+            theirs = models.load_tokenizer(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
+            return retold_pass(load(), theirs, setting.train, setting.tokenizer, _bf16(setting))
         return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
     with progress() as bar:

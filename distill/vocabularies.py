@@ -86,5 +86,6 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
             f"the {len(shared)} of the recipe's tokenizer",
             fix="the students of a run share one: give this one a run of its own. To learn from a teacher with other "
-            'tokens, set divergence = "chunks"; or learn from its text alone: [generate] and labels = 1.0',
+            'tokens, set teacher.retell = true, or divergence = "chunks"; or learn from its text alone: [generate] '
+            "and labels = 1.0",
         )

@@ -18,11 +18,12 @@ from tokenizers import models as kinds
 from torch.distributions import Bernoulli, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill import chunks
+from distill import chunks, pieces
 from distill.blocks import make_blocks, train_tokenizer
-from distill.chunks import Piece, Read
+from distill.chunks import Read
 from distill.corpus import Document
 from distill.head import Logits
+from distill.pieces import Piece
 from distill.recipe import Objective
 from registry.errors import BadInput
 from registry.store import Store
@@ -79,7 +80,7 @@ def tokenizers(tokenizer_folder: Path) -> dict[str, PreTrainedTokenizerBase]:
 @pytest.mark.parametrize("name", ["small", "other merges", "bytes", "sentencepiece"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_are_bytes_of_the_text(tokenizers: dict[str, Any], name: str, text: str) -> None:
-    texts = chunks.token_bytes(tokenizers[name])
+    texts = pieces.token_bytes(tokenizers[name])
     ids = tokenizers[name](text, add_special_tokens=False)["input_ids"]
     before = b" " if name == "sentencepiece" else b""
     assert b"".join(texts[token] for token in ids) == before + text.encode()
@@ -90,7 +91,7 @@ def test_wordpiece_is_bad_input() -> None:
     backend = Tokenizer(kinds.WordPiece({"[UNK]": 0, "word": 1, "##s": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
     with pytest.raises(BadInput, match="no bytes of the text"):
-        chunks.token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+        pieces.token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 
 def shared(one: list[bytes], other: list[bytes]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -107,7 +108,7 @@ def shared(one: list[bytes], other: list[bytes]) -> list[tuple[tuple[int, int], 
 def test_chunks_are_what_brute_force_finds(tokenizers: dict[str, Any], own: str, other: str, text: str) -> None:
     pair = []
     for name in (own, other):
-        texts = chunks.token_bytes(tokenizers[name])
+        texts = pieces.token_bytes(tokenizers[name])
         pair.append([texts[token] for token in tokenizers[name](text)["input_ids"]])
     mine, theirs = pair
     wanted = shared(mine, theirs)
@@ -151,13 +152,13 @@ def test_what_is_stored_is_what_the_teacher_says_of_the_text(
     teacher = AutoModelForCausalLM.from_pretrained(folder)
     blocks = blocks_of(tokenizer)
     stored = chunks.capture(blocks, tokenizer, chunks.local(teacher, theirs, bf16=False))(np.arange(len(blocks.ids)))
-    texts = chunks.token_bytes(theirs)
+    texts = pieces.token_bytes(theirs)
     start = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
     checked = 0
     for row in range(len(blocks.ids)):
         for segment in range(1, blocks.segments[row].max() + 1):
             places = np.flatnonzero(blocks.segments[row] == segment)
-            own_bytes = [chunks.token_bytes(tokenizer)[token] for token in blocks.ids[row, places]]
+            own_bytes = [pieces.token_bytes(tokenizer)[token] for token in blocks.ids[row, places]]
             raw = b"".join(own_bytes)
             text = raw.decode("utf-8", "ignore")
             missing = raw.index(text.encode()) if text else 0
