@@ -75,10 +75,7 @@ def distill(
     """
     recipe = recipes.load(path, overrides)
     plans = recipes.plans(recipe)
-    if to is not None and len(plans) != 1:
-        raise BadInput(f"--to takes one student and {path} makes {len(plans)}", fix="leave --to out")
-    if to is not None and to.exists() and not (to / "config.json").exists():
-        raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
+    _check_to(to, plans, path)
     setting = prepare(recipe, Source(path, tuple(overrides)), store)
     if recipe.generate:  # before the teacher writes
         settle(preflight(setting, plans), yes)
@@ -86,35 +83,22 @@ def distill(
     keys = {plan.label: student_key(setting, plan) for plan in plans}
     students = {} if begin == "restart" else _made_before(setting, plans, keys, store)
     missing = [plan for plan in plans if plan.label not in students]
-    _begin(begin, [keys[plan.label] for plan in missing], bool(students), path)
+    _begin(begin, setting, [keys[plan.label] for plan in missing], bool(students))
     if not recipe.generate:
         settle(preflight(setting, missing), yes)
-    with ExitStack() as stack:
-        nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
-        setting = with_teacher(setting, store)
-        parent = stack.enter_context(_parent(setting, keys, store, needed=len(plans) > 1 and bool(missing)))
-        teachers = teachers_for(setting, missing) if missing else {}
-        processes.tell([plan.label for plan in missing])
-        parent_run = parent.id if parent else None
-
-        def make(plan: Plan) -> Version:
-            return one_student.make(setting, plan, keys[plan.label], teachers.get(plan.label), store, parent_run)
-
-        def on_made(plan: Plan, version: Version) -> None:
-            students[plan.label] = Student(plan, version, trained=True)
-
-        if nodes:
-            teachers.clear()  # a teacher that runs online runs on the workers
-            failed = ray_workers.make_all(Share(setting, missing, keys, parent_run), nodes, on_made)
-        else:
-            failed = _make_all(missing, make, on_made, alone=len(plans) == 1)
-        made = [students[plan.label] for plan in plans if plan.label in students]
-        if failed:
-            raise SomeFailed(failed, made)
+    _carry_out(setting, missing, keys, store, students, ray)
+    made = [students[plan.label] for plan in plans]
     if to is not None:
         with written_whole(to) as temporary:
             shutil.copytree(store.folder(made[0].version), temporary)
     return made
+
+
+def _check_to(to: Path | None, plans: list[Plan], path: Path) -> None:
+    if to is not None and len(plans) != 1:
+        raise BadInput(f"--to takes one student and {path} makes {len(plans)}", fix="leave --to out")
+    if to is not None and to.exists() and not (to / "config.json").exists():
+        raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
 
 
 def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], store: Store) -> dict[str, Student]:
@@ -126,28 +110,61 @@ def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], stor
     return students
 
 
-def _begin(begin: Begin, missing: list[str], some_made: bool, path: Path) -> None:
+def _begin(begin: Begin, setting: Setting, missing: list[str], some_made: bool) -> None:
     """Say what goes on, or drop it. Raises BadInput where there is nothing to resume."""
     folders = [one_student.folder_of(key) for key in missing]
     begun = [folder for folder in folders if folder.is_dir()]
     if begin == "restart":
         for folder in begun:
             shutil.rmtree(folder)
-    elif begin == "resume" and not begun and not some_made:
+        return
+    if begin == "resume" and not (begun or some_made or setting.generated):
         raise BadInput(
-            f"--resume: no student of {path} has been begun, as the recipe is now, in {home()}",
+            f"--resume: no student of {setting.source.path} has been begun, as the recipe is now, in {home()}",
             fix="leave --resume out to begin; a changed recipe, text or --set makes other students",
         )
-    elif begun:
-        say(f"  begun before and going on: {len(begun)} of {len(missing)} students")
+    if going_on := [folder for folder in begun if any(folder.glob("checkpoint-*"))]:
+        say(f"  going on from checkpoints: {len(going_on)} of {len(missing)} students")
+
+
+def _carry_out(
+    setting: Setting,
+    missing: list[Plan],
+    keys: dict[str, str],
+    store: Store,
+    students: dict[str, Student],
+    ray: str | None,
+) -> None:
+    """The teacher's part once, then each student that is missing, put into `students`. Raises SomeFailed."""
+    sweep = len(keys) > 1
+
+    def on_made(plan: Plan, version: Version) -> None:
+        students[plan.label] = Student(plan, version, trained=True)
+
+    with ExitStack() as stack:
+        nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
+        setting = with_teacher(setting, store)
+        for plan in missing:  # a mark that --resume finds, whatever is cut short from here on
+            one_student.folder_of(keys[plan.label]).mkdir(parents=True, exist_ok=True)
+        parent_run = stack.enter_context(_parent(setting, keys, store)).id if sweep and missing else None
+        teachers = teachers_for(setting, missing) if missing else {}
+        processes.tell([plan.label for plan in missing])
+        if nodes:
+            teachers.clear()  # a teacher that runs online runs on the workers
+            failed = ray_workers.make_all(Share(setting, missing, keys, parent_run), nodes, on_made)
+        else:
+
+            def make(plan: Plan) -> Version:
+                return one_student.make(setting, plan, keys[plan.label], teachers.get(plan.label), store, parent_run)
+
+            failed = _make_all(missing, make, on_made, alone=not sweep)
+        if failed:
+            raise SomeFailed(failed, [students[label] for label in keys if label in students])
 
 
 @contextmanager
-def _parent(setting: Setting, keys: dict[str, str], store: Store, needed: bool) -> Iterator[Run | None]:
-    """The MLflow run above those of a sweep's students; None for a single one."""
-    if not needed:
-        yield None
-        return
+def _parent(setting: Setting, keys: dict[str, str], store: Store) -> Iterator[Run]:
+    """The MLflow run above those of a sweep's students."""
     with store.parent_run(f"{setting.recipe.name} sweep", json_digest(sorted(keys.values()))) as run:
         run.artifact(setting.source.path, "recipe")
         yield run

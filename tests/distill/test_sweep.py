@@ -180,8 +180,18 @@ def test_resume_says_what_goes_on_and_restart_drops_it(
     mark.touch()
     resumed = limbeck("distill", path, "--resume", "--format", "json")
     assert resumed.code == 0
-    assert "going on: 1 of 1" in resumed.err
+    assert "going on from checkpoints: 1 of 1 students" in resumed.err
     assert not folder.exists()  # it is registered
+
+    # Stopped while the teacher speaks, before any checkpoint.
+    from distill import run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "teachers_for", stopped)
+        assert limbeck("distill", path, "--set", "seed=5").code == 130
+    later = limbeck("distill", path, "--set", "seed=5", "--resume")
+    assert later.code == 0
+    assert "checkpoints" not in later.err
 
     folder.mkdir()
     mark.touch()
