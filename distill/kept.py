@@ -40,9 +40,9 @@ class Kept(NamedTuple):
 
     @property
     def form(self) -> str:
-        """In words: `sampled 12`, `topk 32 at temperature 2`."""
-        if "kind" not in self.settings:
-            return str(self.settings.get("form", "unknown"))
+        """In words: `sampled 12`, `topk 32 at temperature 2`, `chunks`."""
+        if "size" not in self.settings:
+            return str(self.settings.get("kind", "unknown"))
         temperature = self.settings["temperature"]
         at = f" at temperature {temperature:g}" if temperature != 1.0 else ""
         return f"{self.settings['kind']} {self.settings['size']}{at}"

@@ -165,7 +165,7 @@ def test_other_settings_are_another_cache(limbeck_home: Path) -> None:
 
 
 def test_arrays_of_ones_own_come_back(limbeck_home: Path) -> None:
-    cache = TeacherCache(SETTINGS | {"form": "own"}, IDS.shape)
+    cache = TeacherCache(SETTINGS | {"kind": "own"}, IDS.shape)
     cache.fill(lambda blocks: {"a": IDS[blocks].astype(np.uint16), "b": blocks.astype(np.float16)})
     rows = cache.rows(np.array([9, 0]))
     assert torch.equal(rows["a"], torch.from_numpy(IDS[[9, 0]]).long())

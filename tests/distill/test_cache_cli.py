@@ -49,6 +49,8 @@ def test_list_tells_what_is_stored(limbeck, limbeck_home: Path) -> None:  # type
     first = fill("a", days_ago=2)
     second = fill("b", form=Form("topk", 4, 300, temperature=2.0))
     (first.folder / "00001.json").unlink()
+    own = TeacherCache({"teacher": "c", "kind": "chunks"}, (1, 12))
+    own.fill(lambda blocks: {"a": blocks})
     (limbeck_home / "teacher-cache" / "0123").mkdir()  # whatever this is, it can be seen
     done = limbeck("cache", "list", "--format", "json")
     assert done.code == 0
@@ -62,7 +64,7 @@ def test_list_tells_what_is_stored(limbeck, limbeck_home: Path) -> None:  # type
     assert told["disk_bytes"] == on_disk
     assert told["bytes_per_token"] == pytest.approx(on_disk / 120)
     assert found[first.folder.name]["captured"] == 2
-    assert found["0123"]["form"] == "unknown"
+    assert (found["0123"]["form"], found[own.folder.name]["form"]) == ("unknown", "chunks")
     table = limbeck("cache", "list").out
     assert "topk 4 at temperature 2" in table
     assert "2 of 3" in table
