@@ -128,7 +128,10 @@ class Retelling:
 
 
 def _spellings(theirs: Sequence[bytes], own: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> list[tuple[int, ...]]:
-    """How the student spells each string; empty where it is no text, or is not spelt by itself."""
+    """How the student spells each string; empty where it spells none so.
+
+    What is no text alone, as half of a character, is spelt as a token of the same bytes, or byte by byte.
+    """
     found: list[tuple[int, ...]] = [()] * len(theirs)
     for before in ("", "\n"):  # SentencePiece puts a space before a text, and what follows a line keeps its own
         wanted = [number for number, raw in enumerate(theirs) if raw and not found[number] and _is_text(raw)]
@@ -139,6 +142,11 @@ def _spellings(theirs: Sequence[bytes], own: PreTrainedTokenizerBase, texts: Seq
             skipped = next((k for k in range(len(ids)) if _joined(ids[k:], texts) == theirs[number]), None)
             if skipped is not None and _joined(ids[:skipped], texts) in (before.encode(), b" " + before.encode()):
                 found[number] = tuple(ids[skipped:])
+    of_bytes = {raw: token for token, raw in reversed(list(enumerate(texts))) if raw}
+    for number, raw in enumerate(theirs):
+        if raw and not found[number] and not _is_text(raw):
+            parts = [raw] if raw in of_bytes else [raw[k : k + 1] for k in range(len(raw))]
+            found[number] = tuple(of_bytes[part] for part in parts) if all(p in of_bytes for p in parts) else ()
     return found
 
 
