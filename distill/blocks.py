@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -133,13 +133,25 @@ def make_blocks(
 
 
 def _texts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> Iterator[Piece]:
-    documents = iter(documents)
-    while some := list(islice(documents, 256)):
-        texts = [document.text for document in some]
+    for texts in _some(document.text for document in documents):
         tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for text, piece in zip(texts, tokens, strict=True):
             ids = np.asarray([start, *piece, end], dtype=np.int32)
             yield Piece(ids, np.arange(len(ids)) > 0, len(text.encode()))
+
+
+def _some(texts: Iterable[str], characters: int = 2**19) -> Iterator[list[str]]:
+    """Texts in lists of about so many characters: what a tokenizer makes of them takes a hundred times as much."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= characters:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _cut(piece: Piece, max_length: int) -> Iterator[Piece]:
@@ -169,8 +181,10 @@ def _end_to_end(pieces: Iterator[Piece], max_length: int, max_tokens: int | None
         )
     lengths = np.array([len(ids) for ids in ids_of])
     ids = np.concatenate(ids_of)[:used].reshape(-1, max_length)
-    numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:used].reshape(-1, max_length)
-    segments = (numbers - numbers[:, :1] + 1).astype(np.uint16)
+    ids_of.clear()
+    numbers = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[:used].reshape(-1, max_length)
+    numbers -= numbers[:, :1] - 1
+    segments = numbers.astype(np.uint16)
     targets = np.zeros(ids.shape, dtype=bool)  # the first of a segment follows nothing
     targets[:, 1:] = segments[:, 1:] == segments[:, :-1]
     begun = int((np.cumsum(lengths) - lengths < used).sum())

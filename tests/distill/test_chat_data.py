@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,16 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill import corpus
+from distill import recipe as recipes
 from distill.chat import encode
 from distill.corpus import Document, conversation
-from distill.recipe import Data
+from distill.recipe import Data, Source
+from distill.setting import prepare
+from registry import corpusfile
 from registry.errors import BadInput
+from registry.store import Store
+from tests.conftest import Result
+from tests.distill.conftest import TWINS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -217,3 +225,46 @@ def test_rows_that_cannot_be_used_are_told_by_their_number(
     table(good | ({"chat": "x"} if mixed else {}), good | row)
     with pytest.raises(BadInput, match=message if not mixed else message.replace("row 2", "row 1")):
         corpus.prepare(Data(path="qa.jsonl", **columns), tmp_path, "qa")  # type: ignore[arg-type]
+
+
+def test_a_recipe_over_conversations(
+    table: Callable[..., Path],
+    store: Store,
+    limbeck: Callable[..., Result],
+    write_recipe: Callable[..., Path],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    """From rows to registered students; what the teacher's licence says of them goes along."""
+    chance = random.Random(0)
+    turns = [[*TALK[:2], {"role": "assistant", "content": f"return {chance.randint(0, 9)}"}] for _ in range(60)]
+    table(*({"chat": turn} for turn in turns), {"chat": [TALK[1], {"role": "assistant", "content": "long " * 90}]})
+    teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(teacher)
+    settings = [
+        "data.path=qa.jsonl", "data.messages_column=chat", "data.max_length=64", "teacher.licence=llama2",
+    ]  # fmt: skip
+    options = [word for setting in settings for word in ("--set", setting)]
+    done = limbeck("distill", write_recipe("teacher", objectives=TWINS), *options, "--yes", "--format", "json")
+    assert done.code == 0, done.err
+    assert "1 documents are longer than 64 tokens and are left out" in done.err
+    distilled, twin = (store.get(f"tiny/{number}") for number in (2, 3))
+    assert (distilled.licence_allows_distillation, twin.licence_allows_distillation) == (False, True)
+    train = corpusfile.training_text(str(distilled.data_digest))
+    assert train is not None
+    assert next(corpus.read(train)).messages[2]["content"].startswith("return")
+    saved = AutoTokenizer.from_pretrained(store.folder(distilled))
+    assert saved.apply_chat_template(TALK[:2], tokenize=False) == "system: be brief\nuser: add 1 and 2\n"
+
+
+def test_students_that_would_see_their_neighbours_get_one_document_a_block(
+    store: Store, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for student, most in (("llama", 2), ("bloom", 1)):
+        path = write_recipe(student=student)
+        setting = prepare(recipes.load(path, ["data.max_length=256"]), Source(path), store)
+        assert setting.train.segments.max() >= most
+        assert (setting.train.segments.max() == 1) == (most == 1)
+    assert "small: would see the documents beside one in a block" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from distill import corpus
 from distill.blocks import make_blocks, train_tokenizer
 from distill.corpus import Document
 from distill.recipe import Data
+from registry import corpusfile
 from registry.errors import BadInput
 from tests.distill.conftest import lines_of_text
 
@@ -125,3 +127,41 @@ def test_text_that_cannot_be_used(limbeck_home: Path, tmp_path: Path, content: b
     with pytest.raises(BadInput, match=message):
         corpus.prepare(Data(path="a.txt"), tmp_path, "a")
     assert not (limbeck_home / "data" / "a").exists()
+
+
+def test_other_text_of_the_same_name_is_kept_for_the_versions_made_from_it(limbeck_home: Path, tmp_path: Path) -> None:
+    def prepared(seed: int) -> corpus.Corpus:
+        (tmp_path / "a.txt").write_text(lines_of_text(2000, seed))
+        return corpus.prepare(Data(path="a.txt"), tmp_path, "a")
+
+    first, second = prepared(0), prepared(1)
+    assert corpusfile.training_text(second.digest) == second.train == first.train
+    kept = corpusfile.training_text(first.digest)
+    assert kept is not None
+    assert kept != first.train
+    assert next(corpus.read(kept)).text in lines_of_text(2000, 0)
+    assert prepared(0).digest == first.digest  # and back, and forth
+    assert prepared(1).digest == second.digest
+    assert corpusfile.training_text(first.digest) == kept
+    assert corpusfile.training_text("0" * 64) is None
+
+
+def test_documents_of_one_path_stay_together_and_in_order(limbeck_home: Path) -> None:
+    documents = [Document(f"file{n % 7}", f"text {n}") for n in range(70)]
+    made = corpus.write(iter(documents), "parts", 0.3, "the text")
+    train, held = (list(corpus.read(path)) for path in (made.train, made.heldout))
+    assert not {d.path for d in train} & {d.path for d in held}
+    for part in (train, held):
+        for path in {d.path for d in part}:
+            assert [d.text for d in part if d.path == path] == [d.text for d in documents if d.path == path]
+    assert sorted(train + held) == sorted(documents)
+
+
+def test_a_large_corpus_is_not_held_in_memory(limbeck_home: Path) -> None:
+    text = lines_of_text(2000)
+    tracemalloc.start()
+    made = corpus.write((Document(str(n), f"{n} {text}") for n in range(100)), "large", 0.1, "the text")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made.train_bytes > 4e6
+    assert most < made.train_bytes / 5
