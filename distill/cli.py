@@ -61,9 +61,10 @@ def distill(
     from distill.run import distill as run
     from registry.store import Store
 
-    processes.set_threads()
+    processes.set_up()
     if not processes.is_main():
-        follow(recipe, list(overrides))
+        if not check_only:
+            follow(recipe, list(overrides))
         return
     if check_only:
         _check(recipe, list(overrides), output)

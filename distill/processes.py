@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from registry.machine import physical_cores
+from registry.machine import keep_memory, physical_cores
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,10 +35,12 @@ def is_main() -> bool:
     return index() == 0
 
 
-def set_threads() -> None:
-    """One torch thread for each physical core that is this process's share; OMP_NUM_THREADS says otherwise."""
+def set_up() -> None:
+    """One torch thread for each physical core that is this process's share, where OMP_NUM_THREADS does not say
+    otherwise; and memory that is kept."""
     import torch
 
+    keep_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
         torch.set_num_threads(max(1, physical_cores() // here))

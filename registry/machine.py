@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -53,6 +54,20 @@ def available_memory() -> int:
     free = int(found[1]) * 1024 if found else 2**63
     limit, used = (proc(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
+
+
+def keep_memory() -> None:
+    """Let freed memory be used again at once: glibc would give large pieces back and have each page zeroed anew.
+
+    Of a loss over 32,000 tokens and 2,040 positions on one core that is a third to a half of the time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def _processor() -> str:
