@@ -22,9 +22,10 @@ from distill.completions import Completions
 from distill.corpus import Document
 from distill.echo import Echo
 from distill.endpoint import EndpointTeacher
+from distill.pieces import pieces, token_bytes
 from distill.recipe import Source, Teacher
 from distill.stored import Form
-from distill.teacher import capture
+from distill.teacher import capture, chunks_cache
 from registry.errors import BadInput, Unreachable
 from registry.resolve import Model, resolve
 from registry.store import Store
@@ -398,6 +399,43 @@ def test_students_learn_from_its_likeliest_tokens(
     too_many = limbeck("distill", recipe, *sets(f"teacher.tokenizer={tiny_llama}", "cache.top_k=32"))
     assert too_many.code == 2
     assert "lower cache.top_k" in too_many.err
+
+
+def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, front: Front, tiny_llama: Path, home: Path
+) -> None:
+    chunks = '[objectives.across]\ndivergence = "chunks"\n'
+    recipe = write_recipe(front.url, objectives=chunks, extra="[tokenizer]\nvocab_size = 270\n")
+    done = limbeck("distill", recipe, *sets("data.max_tokens=640"))
+    assert done.code == 0, done.err
+    student = store.get("tiny/2")
+    assert len(AutoTokenizer.from_pretrained(store.folder(student))) == 270
+    asked = len(front.posts)
+    assert asked > 0
+    assert all(isinstance(prompt, str) for body in front.posts for prompt in body["prompt"])
+    # What is stored is the sum over the server's tokens of a chunk, told from the text's second token on.
+    found = prepared(recipe, store, "data.max_tokens=640")
+    rows = chunks_cache(found).rows(np.arange(len(found.train.ids)))
+    assert (rows["chunks"] > 0).float().mean() > 0.8
+    texts, checked = token_bytes(found.tokenizer), 0
+    model, theirs = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    for places, ends, piece in pieces(found.train, 0, found.tokenizer, texts):
+        ids = theirs(piece.text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            said = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        last = {}  # text up to a chunk's end -> the teacher's log-probability of all after its first token
+        for count in range(1, ids.shape[1] + 1):
+            last[len(theirs.decode(ids[0, :count]).encode())] = float(said[: count - 1].sum())
+        before = None
+        for place, end in zip(range(places.start, places.stop), ends - piece.skipped, strict=True):
+            stored_here = float(rows["logprobs"][0, place - 1]) if place else 0.0
+            if stored_here and before is not None:
+                assert stored_here == pytest.approx(last[int(end)] - last[before], abs=0.02)
+                checked += 1
+            before = int(end) if int(end) in last else before
+    assert checked > 10
+    again = limbeck("distill", recipe, *sets("data.max_tokens=640", "seed=1"))
+    assert (again.code, len(front.posts)) == (0, asked)
 
 
 # --- bad input
