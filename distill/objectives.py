@@ -112,14 +112,14 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teach
     # t * t keeps the gradient's size independent of the temperature (Hinton et al.).
     weight = (1 - objective.labels) * t * t
     if isinstance(teacher, torch.Tensor):
-        log_q = F.log_softmax(logits / t if t != 1 else logits, dim=-1)
+        log_q, log_p = (F.log_softmax(_at(each, t), dim=-1) for each in (logits, _raised(teacher)))
         said = log_q.gather(-1, labels.unsqueeze(-1)) if objective.labels and t == 1 else None
-        distance = _from_logits(log_q, _raised(teacher) / t, objective)
+        distance = _from_all(log_p, log_q, objective)
     else:
         # Only some entries are needed of log q; the labels' are found with them.
         joined = bool(objective.labels) and t == 1
         wanted = torch.cat([teacher.ids, labels.unsqueeze(-1)], dim=-1) if joined else teacher.ids
-        log_q = log_softmax_at(logits / t if t != 1 else logits, wanted)
+        log_q = log_softmax_at(_at(logits, t), wanted)
         said = log_q[..., -1] if joined else None
         distance = _from_stored(log_q[..., : teacher.ids.shape[-1]], teacher, objective)
     if not objective.labels:
@@ -129,10 +129,13 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teach
     return weight * distance - objective.labels * said.sum()
 
 
-def _from_logits(log_q: torch.Tensor, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """The divergence, summed over tokens, of all entries: the student's log q (N, V), the teacher's logits (N, U)."""
+def _at(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits / temperature
+
+
+def _from_all(log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """The divergence, summed over tokens, of all entries: the teacher's log p (N, U), the student's log q (N, V)."""
     assert objective.divergence is not None
-    log_p = F.log_softmax(logits, dim=-1)
     if log_q.shape[-1] > log_p.shape[-1]:
         # The student's padding is one outcome more: what is lost to it costs something under every divergence.
         log_p, log_q = with_tail(log_p), with_tail(log_q[..., : log_p.shape[-1]])
