@@ -1,107 +1,299 @@
-"""Training speed from stored teacher logits, beside plain cross-entropy and beside a teacher that runs online.
+"""Training speed: from stored teacher outputs, beside plain cross-entropy, a teacher that runs online, and TRL.
 
-The three run in turns within one process, on the same blocks, so that the ratios hold where the figures do not.
-Capturing the cache is told apart: it is paid once for a whole sweep of students.
+All ways run in turns, each in a process of its own so that what Limbeck sets up is its own, on the same blocks of real
+text with the same student, batch, precision and threads: the ratios hold where the figures do not. A way's time is
+that of its training steps alone; the capture is told apart: it is paid once for a whole sweep of students. Asked for:
+from the cache at least 0.95 of plain cross-entropy with transformers' Trainer and 3.5 times TRL's GKDTrainer; online at
+least 1.3 times TRL's. A small vocabulary, the quickstart's, and one of a usual size: the loss is what tells them apart.
 """
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from registry.terminal import print_table, quiet_libraries, say
 
-VOCABULARY, LENGTH, BATCH, STEPS, ROUNDS = 2048, 256, 8, 10, 3
-TEACHER = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)
-STUDENT = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distill.blocks import Blocks
+    from distill.cache import TeacherCache
+
+LENGTH, BATCH, STEPS, ROUNDS = 256, 8, 10, 3
+
+
+class Size(NamedTuple):
+    """A vocabulary, and a teacher of some 34M and a student of some 5M parameters with it."""
+
+    vocabulary: int
+    teacher: dict[str, int]
+    student: dict[str, int]
+
+
+SIZES = [
+    Size(
+        2048,
+        dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8),
+        dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4),
+    ),
+    Size(
+        32_000,
+        dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=5, num_attention_heads=8),
+        dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4),
+    ),
+]
+TOKENIZER = Path(__file__).parents[2] / "quickstart" / "teacher"
+PLAIN, TRL = "cross-entropy, transformers' Trainer", "forward KL, TRL's GKDTrainer, off-policy"
+Way = Callable[[], float]  # trains a student; seconds of its steps, or of what else it does
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure and print a table for each size."""
     quiet_libraries()
-    import torch
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+    import trl.experimental.gkd  # noqa: F401 (before the processes part)
 
-    from distill.cache import TeacherCache
-    from distill.models import capture_topk, device, has_bf16
-    from distill.recipe import Objective, Training
-    from distill.train import Teacher, train
+    import distill.train  # noqa: F401
 
-    blocks = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH * STEPS, LENGTH), dtype=np.int32)
-    training = Training(max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS)
-    teacher = make_llama(TEACHER)
+    for size in SIZES:
+        with TemporaryDirectory() as temporary:
+            os.environ["LIMBECK_HOME"] = temporary
+            measure(size, text(), temporary)
 
-    def by_transformers(student: PreTrainedModel) -> None:
-        arguments = TrainingArguments(
-            output_dir=temporary,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            bf16=has_bf16(),
-            use_cpu=device() == "cpu",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=STEPS,
-        )
-        rows = [{"input_ids": row, "labels": row} for row in torch.from_numpy(blocks).long()]
-        trainer = Trainer(model=student, args=arguments, train_dataset=rows)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
 
-    def by_limbeck(objective: Objective, said_by: Teacher) -> Callable[[PreTrainedModel], None]:
-        return lambda student: (
-            train(student, blocks, objective, training, said_by, Path(temporary) / "run", 0, VOCABULARY) and None
-        )
+def measure(size: Size, blocks: Blocks, temporary: str) -> None:
+    """All ways of one size, in turns."""
+    from distill.recipe import Objective, OnPolicy
 
-    with TemporaryDirectory() as temporary:
-        os.environ["LIMBECK_HOME"] = temporary
-        cache = TeacherCache({"teacher": "bench", "blocks": "bench", "top_k": 32}, blocks, VOCABULARY)
-        began = time.perf_counter()
-        cache.fill(capture_topk(teacher, VOCABULARY, 32, has_bf16()))
-        captured = blocks.size / (time.perf_counter() - began)
-        size = cache.disk_bytes() / blocks.size
-        say(f"teacher cache: {captured:,.0f} tokens/s to capture, {size:.0f} bytes a token")
-        kl = Objective(divergence="forward_kl")
-        ways = {
-            "cross-entropy, transformers' Trainer": by_transformers,
-            "cross-entropy, Limbeck": by_limbeck(Objective(labels=1.0), None),
-            "forward KL from the cache": by_limbeck(kl, cache),
-            "forward KL, teacher online": by_limbeck(kl, teacher),
-        }
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(ROUNDS):
-            for way, run in ways.items():
-                student = make_llama(STUDENT)
-                began = time.perf_counter()
-                run(student)
-                rates[way].append(blocks.size / (time.perf_counter() - began))
+    kl, forms = Objective(divergence="forward_kl"), ("sampled", "topk")
+
+    def limbeck(objective: Objective, said_by: str | None, on_policy: OnPolicy | None = None) -> Way:
+        return lambda: by_limbeck(size, blocks, objective, said_by, on_policy, Path(temporary) / "run")
+
+    for form in forms:
+        rate = blocks.ids.size / apart(lambda form=form: filled(size, blocks, form))  # type: ignore[misc]
+        bytes_a_token = cache_of(size, blocks, form).disk_bytes() / blocks.ids.size
+        say(f"teacher cache, {form}: {rate:,.0f} tokens/s to capture, once; {bytes_a_token:.1f} bytes a token")
+    ways: dict[str, Way] = {
+        PLAIN: lambda: by_transformers(size, blocks, temporary),
+        "cross-entropy, Limbeck": limbeck(Objective(labels=1.0), None),
+        **{f"forward KL from the cache, {form}": limbeck(kl, form) for form in forms},
+        "forward KL, teacher online": limbeck(kl, "online"),
+        TRL: lambda: by_trl(size, blocks, temporary, lmbda=0.0),
+        "on-policy, 64 new tokens, Limbeck": limbeck(kl, "online", OnPolicy(lmbda=1.0, max_new_tokens=64)),
+        "on-policy, 64 new tokens, TRL": lambda: by_trl(size, blocks, temporary, lmbda=1.0),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, run in ways.items():
+            rates[way].append(STEPS * BATCH * LENGTH / apart(run))
     medians = {way: statistics.median(rate) for way, rate in rates.items()}
-    first = next(iter(medians.values()))
     print_table(
-        f"training a student of {parameters(make_llama(STUDENT)):.1f}M, teacher of {parameters(teacher):.1f}M, "
-        f"{BATCH} x {LENGTH}, {torch.get_num_threads()} threads",
-        ["way", "tokens/s", "of plain cross-entropy"],
-        [(way, f"{rate:,.0f}", f"{rate / first:.2f}") for way, rate in medians.items()],
+        f"training a student of {parameters(size, size.student):.1f}M, teacher of "
+        f"{parameters(size, size.teacher):.1f}M, vocabulary {size.vocabulary:,}, batches of {BATCH} x {LENGTH}",
+        ["way", "tokens/s", "of plain cross-entropy", "of TRL's off-policy"],
+        [
+            (way, f"{rate:,.0f}", f"{rate / medians[PLAIN]:.2f}", f"{rate / medians[TRL]:.2f}")
+            for way, rate in medians.items()
+        ],
     )
 
 
-def make_llama(config: dict[str, int]):  # type: ignore[no-untyped-def]
-    """A random Llama."""
+def apart(way: Way) -> float:
+    """What `way` gives, carried out in a process of its own. Nothing in this one has started torch's threads."""
+    context = multiprocessing.get_context("fork")
+    result = context.Value("d", -1.0)
+
+    def run() -> None:
+        result.value = way()
+
+    process = context.Process(target=run)
+    process.start()
+    process.join()
+    assert result.value >= 0, "a way of training failed: see above"
+    return result.value
+
+
+def text() -> Blocks:
+    """Blocks of the standard library's source, one document to each, as peers know no other."""
+    from distill.blocks import layout_digest, make_blocks
+    from distill.corpus import stdlib_documents
+    from distill.models import load_tokenizer
+
+    made = make_blocks(list(itertools.islice(stdlib_documents(), 40)), load_tokenizer(TOKENIZER), LENGTH)
+    whole = np.flatnonzero((made.segments == made.segments[:, :1]).all(1))[: STEPS * BATCH]
+    ids, segments, targets = made.ids[whole], made.segments[whole], made.targets[whole]
+    assert len(ids) == STEPS * BATCH
+    return made._replace(ids=ids, segments=segments, targets=targets, digest=layout_digest(ids, segments, targets))
+
+
+def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
+    """The cache of one form, as far as it is filled."""
+    from distill.cache import TeacherCache
+    from distill.recipe import Cache
+    from distill.stored import Form
+
+    wanted = Cache()
+    form = Form(kind, wanted.samples if kind == "sampled" else wanted.top_k, size.vocabulary)  # type: ignore[arg-type]
+    return TeacherCache({"teacher": "bench"}, blocks.ids.shape, form)  # type: ignore[arg-type]
+
+
+def filled(size: Size, blocks: Blocks, kind: str) -> float:
+    """Fill a cache; the seconds it took."""
+    from distill import processes
+    from distill.precision import uses_bf16
+    from distill.teacher import capture
+
+    processes.set_up()
+    teacher, cache = make_llama(size, size.teacher), cache_of(size, blocks, kind)
+    began = time.monotonic()
+    cache.fill(capture(teacher, blocks, cache, uses_bf16(None, teacher.config)))
+    return time.monotonic() - began
+
+
+def by_limbeck(size: Size, blocks: Blocks, objective: Any, said_by: str | None, on_policy: Any, folder: Path) -> float:
+    from distill import processes
+    from distill.recipe import Training
+    from distill.train import Job, train
+
+    processes.set_up()
+    training = Training(
+        max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS, eval_steps=STEPS + 1, warmup_ratio=0.0
+    )
+    teacher: Any = None
+    if said_by is not None:
+        teacher = make_llama(size, size.teacher) if said_by == "online" else cache_of(size, blocks, said_by)
+    student = make_llama(size, size.student)
+    job = Job(student, blocks, blocks, objective, training, teacher, folder, 0, size.vocabulary, on_policy=on_policy)
+    seconds = train(job).seconds
+    shutil.rmtree(folder, ignore_errors=True)
+    return seconds
+
+
+def by_transformers(size: Size, blocks: Blocks, folder: str) -> float:
+    from transformers import Trainer, TrainingArguments
+
+    student = make_llama(size, size.student)
+
+    rows = [{"input_ids": row, "labels": row} for row in blocks.batch(np.arange(len(blocks.ids)))["input_ids"]]
+    trainer = Trainer(
+        model=student, args=TrainingArguments(**arguments(student, folder)), train_dataset=rows, callbacks=[clock()]
+    )
+    return timed(trainer)
+
+
+def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
+    import torch
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from distill.models import load_tokenizer
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        prompts = ids[:, : LENGTH // 2]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": ids,
+            "prompts": prompts,
+            "prompt_attention_mask": torch.ones_like(prompts),
+        }
+
+    student = make_llama(size, size.student)
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=make_llama(size, size.teacher),
+        args=GKDConfig(
+            **arguments(student, folder),
+            lmbda=lmbda,
+            beta=0.0,
+            temperature=1.0,
+            max_new_tokens=64,
+            gradient_checkpointing=False,
+            max_length=LENGTH,
+        ),
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"input_ids": blocks.ids}),
+        processing_class=load_tokenizer(TOKENIZER),
+        callbacks=[clock()],
+    )
+    return timed(trainer)
+
+
+def arguments(student: PreTrainedModel, folder: str) -> dict[str, Any]:
+    """What peers are asked for: as Limbeck's, and nothing that would slow them down."""
+    from distill.models import device
+    from distill.precision import uses_bf16
+
+    return dict(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        bf16=uses_bf16(None, student.config),
+        use_cpu=device() == "cpu",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=STEPS,
+        log_level="error",
+    )
+
+
+def clock() -> Any:
+    """A callback that takes the time of a trainer's steps."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = time.monotonic() - self.began
+
+    return Clock()
+
+
+def timed(trainer: Any) -> float:
+    """Train; the seconds that the trainer's clock took."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return next(c.seconds for c in trainer.callback_handler.callbacks if hasattr(c, "seconds") and hasattr(c, "began"))
+
+
+def make_llama(size: Size, config: dict[str, int]) -> PreTrainedModel:
+    """A random Llama; a teacher's matrices are scaled so that its distributions are not all alike."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=True)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **config, num_key_value_heads=config["num_attention_heads"]))
+    sizes = dict(vocab_size=size.vocabulary, max_position_embeddings=LENGTH, tie_word_embeddings=True)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **config, num_key_value_heads=config["num_attention_heads"]))
+    if config is size.teacher:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(3.0)
+    return model
 
 
-def parameters(model) -> float:  # type: ignore[no-untyped-def]
+def parameters(size: Size, config: dict[str, int]) -> float:
     """Millions of parameters."""
-    return sum(p.numel() for p in model.parameters()) / 1e6
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_llama(size, config).parameters()) / 1e6
