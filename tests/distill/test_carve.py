@@ -25,7 +25,7 @@ from distill.train import Job, train
 from registry.errors import BadInput
 from registry.store import Store
 from tests.conftest import make_model
-from tests.distill.conftest import DISTILLED, TWINS, lines_of_text
+from tests.distill.conftest import DISTILLED, lines_of_text
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 Limbeck = Callable[..., Any]
@@ -323,23 +323,32 @@ def carving_recipe(recipe: Path, cut: str) -> Path:
     return recipe
 
 
-def test_a_carved_student_from_a_recipe(
+def test_carved_students_from_a_recipe(
     store: Store, limbeck: Limbeck, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
 ) -> None:
+    """One as it is cut; one with an adapter that is merged, saved in half the bytes and exported."""
     teacher = make_model(tmp_path / "teacher", tokenizer_folder, "qwen2")
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "top_k": 7}))
-    recipe = carving_recipe(write_recipe(teacher, objectives=TWINS), "num_hidden_layers = 1\nhidden_size = 24")
-    done = limbeck("distill", recipe, "--format", "json")
+    cut = "num_hidden_layers = 1\nhidden_size = 24\n"
+    adapted = f'[students.adapted]\ndtype = "bfloat16"\nlora = {{ r = 4 }}\n[students.adapted.carve]\n{cut}'
+    done = limbeck("distill", carving_recipe(write_recipe(teacher), cut + adapted), "--format", "json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]  # a carved twin is from the teacher too
-    folder = store.folder(store.get("tiny/2"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = model.config
-    assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (24, 1, 8)
-    assert (config.num_attention_heads, config.intermediate_size, config.vocab_size) == (4, 64, 300)
-    assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([5, 0], 7)
-    assert sum(p.numel() for p in model.parameters()) == made[0]["params"]
+    assert [student["recipe"] for student in made] == ["small", "adapted"]
+    # From labels alone, and yet made from the teacher.
+    assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]
+    for student, dtype in zip(made, (torch.float32, torch.bfloat16), strict=True):
+        folder = store.folder(store.get(f"tiny/{student['version']}"))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        config = model.config
+        assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (24, 1, 8)
+        assert (config.num_attention_heads, config.intermediate_size, config.vocab_size) == (4, 64, 300)
+        assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([5, 0], 7)
+        assert sum(p.numel() for p in model.parameters()) == student["params"]
+        assert model.dtype == dtype
+        assert not list(folder.glob("adapter*"))
+    done = limbeck("export", "tiny/3", "--precision", "fp32", "--format", "json")
+    assert done.code == 0, done.err
 
 
 def test_a_mistake_in_a_cut_is_told_before_the_teacher_runs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -123,24 +122,6 @@ def adapting(recipe: Path, start: str, lora: str) -> Path:
     begin, end = text.index("[students.small.config]"), text.index("[objectives")
     recipe.write_text(f"{text[:begin]}{start}\n[students.small.lora]\n{lora}\n{text[end:]}")
     return recipe
-
-
-def test_an_adapted_student_is_a_plain_model(
-    store: Store, limbeck: Limbeck, write_recipe: Callable[..., Path], tiny_qwen2: Path
-) -> None:
-    """Carved, adapted, learnt from stored words, saved in half the bytes, exported."""
-    start = '[students.small]\ndtype = "bfloat16"\n[students.small.carve]\nnum_hidden_layers = 1\nhidden_size = 24'
-    recipe = adapting(write_recipe(tiny_qwen2, objectives=DISTILLED), start, "r = 4")
-    done = limbeck("distill", recipe, "--format", "json")
-    assert done.code == 0, done.err
-    [made] = json.loads(done.out)
-    folder = store.folder(store.get("tiny/2"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    assert model.dtype == torch.bfloat16
-    assert sum(p.numel() for p in model.parameters()) == made["params"]
-    assert not list(folder.glob("adapter*"))
-    done = limbeck("export", "tiny/2", "--precision", "fp32", "--format", "json")
-    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(
