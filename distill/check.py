@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
@@ -15,7 +15,7 @@ from distill import recipe as recipes
 from distill.one_student import student_key
 from distill.recipe import Plan, Source
 from distill.setting import Setting, parameters, prepare
-from distill.teacher import caches_for, form_of
+from distill.teacher import caches_for, chunks_cache, form_of
 from registry.errors import BadInput, LimbeckError
 from registry.home import home
 from registry.machine import available_memory
@@ -23,6 +23,7 @@ from registry.records import Record
 from registry.terminal import say
 
 if TYPE_CHECKING:
+    from distill.cache import TeacherCache
     from registry.store import Store
 
 Level = Literal["ok", "warning", "error"]
@@ -223,20 +224,50 @@ def _licence(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     )
 
 
-def _cache(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    forms = [form_of(setting, plan) for plan in plans if plan.objective.uses_teacher]
-    if not forms or setting.recipe.generate:
-        return
-    if None in forms:
-        yield _ok("cache", f"the teacher runs online for {forms.count(None)} students")
+class _Words(NamedTuple):
+    """What is stored of the teacher's words for some students, and what there is yet to capture."""
+
+    what: str
+    cache: TeacherCache
+
+    def missing_tokens(self) -> int:
+        return self.cache.missing() * self.cache.length
+
+    def missing_bytes(self) -> int:
+        return self.missing_tokens() * forecast.stored_bytes(self.cache.form)
+
+
+def _words(setting: Setting, plans: list[Plan]) -> list[_Words]:
+    """The caches that plans learn from; of a text that is not written yet there are none."""
+    if setting.recipe.generate and setting.generated is None:
+        return []
+    learning = [plan for plan in plans if plan.objective.uses_teacher]
+    chunks = [plan for plan in learning if plan.objective.divergence == "chunks"]
+    found = [_Words("chunks of text", chunks_cache(setting))] if chunks else []
+    forms = [form_of(setting, plan) for plan in learning if plan not in chunks]
     for form, cache in caches_for(setting, forms).items():
-        tokens = cache.missing() * setting.recipe.data.max_length
-        what = f"{form.kind}{f' at temperature {form.temperature:g}' if form.temperature != 1 else ''}"
-        if tokens:
-            size = tokens * forecast.stored_bytes(form)
-            yield _ok("cache", f"{what}: miss, {tokens:,} tokens to capture, about {_bytes(size)}")
+        heated = f" at temperature {form.temperature:g}" if form.temperature != 1 else ""
+        found.append(_Words(f"{form.kind}{heated}", cache))
+    return found
+
+
+def _online(setting: Setting, plan: Plan) -> bool:
+    """Whether the teacher runs beside a student."""
+    objective = plan.objective
+    return objective.uses_teacher and objective.divergence != "chunks" and form_of(setting, plan) is None
+
+
+def _cache(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
+    online = sum(_online(setting, plan) for plan in plans)
+    if online:
+        yield _ok("cache", f"the teacher runs online for {online} students")
+    for words in _words(setting, plans):
+        if tokens := words.missing_tokens():
+            size = _bytes(words.missing_bytes())
+            yield _ok("cache", f"{words.what}: miss, {tokens:,} tokens to capture, about {size}")
         else:
-            yield _ok("cache", f"{what}: hit, {cache.folder.name}, {_bytes(cache.disk_bytes())}")
+            name, size = words.cache.folder.name, _bytes(words.cache.disk_bytes())
+            yield _ok("cache", f"{words.what}: hit, {name}, {size}")
 
 
 def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
@@ -250,7 +281,7 @@ def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         teacher = parameters(setting.teacher.path)
         yield from _room("the teacher", forecast.FLOAT * teacher, 2**30, there, where)
     for name, plan in _sized(plans).items():
-        online = plan.objective.uses_teacher and form_of(setting, plan) is None
+        online = _online(setting, plan)
         needed = forecast.memory(setting, plan, teacher if online else 0)
         yield from _room(f"{name}{' with the teacher beside it' * online}", *needed, there, where)
 
@@ -265,11 +296,7 @@ def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterat
 
 
 def _disk(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    forms = [form_of(setting, plan) for plan in plans if plan.objective.uses_teacher]
-    caches = {} if setting.recipe.generate else caches_for(setting, forms)
-    length = setting.recipe.data.max_length
-    needed = forecast.disk(setting, plans)
-    needed += sum(cache.missing() * length * forecast.stored_bytes(form) for form, cache in caches.items())
+    needed = forecast.disk(setting, plans) + sum(words.missing_bytes() for words in _words(setting, plans))
     free = shutil.disk_usage(home()).free
     said = f"about {_bytes(needed)} of the {_bytes(free)} that are free in {home()}"
     if needed > free:
@@ -281,18 +308,16 @@ def _time(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     recipe = setting.recipe
     speed = {name: forecast.training_seconds(setting, plan) for name, plan in _sized(plans).items()}
     pace, teacher = None, 0.0
-    learning = [plan for plan in plans if plan.objective.uses_teacher]
-    forms = [form_of(setting, plan) for plan in learning]
-    if setting.teacher is not None and not setting.teacher.endpoint and learning and not recipe.generate:
-        caches = list(caches_for(setting, forms).values())
-        lacking = max((cache.missing() for cache in caches), default=0)
-        if lacking or None in forms:
-            pace = forecast.teacher_seconds(setting, caches, parameters(setting.teacher.path))
-            teacher = pace.each * lacking * recipe.data.max_length
+    words, online = _words(setting, plans), any(_online(setting, plan) for plan in plans)
+    lacking = max((each.missing_tokens() for each in words), default=0)
+    if setting.teacher is not None and not setting.teacher.endpoint and (lacking or online):
+        caches = [each.cache for each in words if each.cache.form]
+        pace = forecast.teacher_seconds(setting, caches, parameters(setting.teacher.path))
+        teacher = pace.each * lacking
     took: dict[str, float] = {}
     for plan in plans:
         each = speed[plan.student].each
-        if pace and plan.objective.uses_teacher and form_of(setting, plan) is None:
+        if pace and _online(setting, plan):
             each += pace.each
         took[plan.label] = each * forecast.tokens(setting, plan) if plan.control != "untrained" else 0.0
         if recipe.budget.max_minutes:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT = 4  # bytes of a float32
+CHUNKS_BYTES = 4  # a token, of what is stored for distill.chunks
 MOMENT = 2.0  # seconds that a step may take to be measured
 MOST_LOADED = 10**9  # parameters of a teacher that is loaded to be measured
 STEPS = 4  # that are measured; the first one is not counted
@@ -93,8 +94,10 @@ def disk(setting: Setting, plans: list[Plan]) -> int:
     return 2 * checkpoint + kept
 
 
-def stored_bytes(form: Form) -> int:
-    """Bytes a token that a form takes, about."""
+def stored_bytes(form: Form | None) -> int:
+    """Bytes a token that a form takes, about; None is that of chunks of text."""
+    if form is None:
+        return CHUNKS_BYTES
     if form.kind == "topk":
         return form.size * ((2 if form.vocab_size <= 2**16 else 4) + 2)
     return form.size * form.entry_bytes + 3

@@ -160,6 +160,28 @@ def test_a_full_disk(
     assert (finding.level, "no room on the disk" in finding.said) == ("error", True)
 
 
+def test_other_ways_to_learn(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path) -> None:
+    """Across tokenizers, from a teacher that runs online, from text that it is yet to write."""
+    chunks = '[objectives.chunks]\ndivergence = "chunks"\n'
+    found = checked(write_recipe(tiny_llama, objectives=chunks, extra="[tokenizer]\nvocab_size = 270\n"))
+    assert "unequal: 300 and 270 tokens" in found["vocabulary"][0]["said"]
+    assert found["vocabulary"][0]["level"] == "ok"
+    assert "chunks of text: miss" in found["cache"][0]["said"]
+
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    found = checked(path, "cache.form=online", "budget.usd_per_hour=2.0", "budget.max_usd=1e-9")
+    assert "runs online for 1 students" in found["cache"][0]["said"]
+    assert "with the teacher beside it" in found["memory"][1]["said"]
+    assert "of 1e-09 in budget.max_usd" in found["time"][0]["said"]
+    assert found["time"][0]["level"] == "warning"
+
+    found = checked(write_recipe(tiny_llama, extra="[generate]\nmax_new_tokens = 8\n"), "name=unwritten")
+    assert "written by the teacher" in found["text"][0]["said"]
+    assert "the teacher's writing not counted" in found["time"][0]["said"]
+    assert "cache" not in found
+    assert not (limbeck_home / "data" / "unwritten").exists()
+
+
 def test_what_is_wrong_with_a_recipe_is_a_finding(checked: Any, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     path = write_recipe()
     path.write_text(path.read_text().replace("max_steps = 4", "max_step = 4"))
