@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -120,6 +120,9 @@ def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizer
     """A conversation as the chat template lays it out, and what of it the assistant writes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not answers:
+        return "", []
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
@@ -144,51 +147,93 @@ def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizer
         texts, marks = rendered
         return texts[0], [Span(*mark) for mark in marks[0]] if marked else []
 
-    marked = bool(MARKED.search(template))
-    text, spans = render(messages, marked)
-    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-    if not marked:
-        begins = [_begin(text, render(messages[:n], add_generation_prompt=True)[0], n) for n in answers]
-        spans = []
-        for place, (number, begin) in enumerate(zip(answers, begins, strict=True)):
-            limit = begins[place + 1] if place + 1 < len(begins) else len(text)
-            spans.append(Span(begin, _end(text, _after(text, messages, number, begin, limit), limit, tokenizer)))
-    elif len(spans) != len(answers):
-        raise BadInput(f"the chat template marks {len(spans)} answers of {len(answers)}", fix=ITS_OWN)
-    for span, number in zip(spans, answers, strict=True):
-        _after(text, messages, number, *span)
+    if MARKED.search(template):
+        text, marks = render(messages, marked=True)
+        spans = _joined(text, marks, tokenizer)
+        for number in answers:
+            if not any(_place(text, messages[number]["content"], span) for span in spans):
+                raise _left_out(messages, number)
+        return text, spans
+    text, _ = render(messages)
+    befores, askeds = ([_before(messages[:n], render, asked=asked) for n in answers] for asked in (False, True))
+    befores = [
+        _begun(text, each, number) for number, each in zip(answers, zip(befores, askeds, strict=True), strict=True)
+    ]
+    spans = []
+    for number, before, asked, after in zip(answers, befores, askeds, [*befores[1:], text], strict=True):
+        found = _place(text, messages[number]["content"], Span(len(before), len(after)))
+        if found is None:
+            raise _left_out(messages, number)
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, asked, strict=False)))
+        begin = alike if alike == len(asked) else min(alike, found.start)
+        upto = render(messages[: number + 1])[0].rstrip()
+        spans.append(Span(begin, _end(text, found.end, upto, tokenizer)))
     return text, spans
 
 
 ITS_OWN = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
 
 
-def _begin(text: str, before: str, number: int) -> int:
-    """Where an answer begins: the whole has to begin with all that comes before it, as it is when it is asked for."""
-    if not text.startswith(before):
-        raise BadInput(
-            f"the chat template lays out what comes before message {number + 1} otherwise once it is answered: where "
-            f"the answer begins cannot be told",
-            fix=ITS_OWN,
-        )
-    return len(before)
+def _before(turns: Sequence[dict[str, str]], render: Callable[..., tuple[str, list[Span]]], asked: bool) -> str:
+    """What comes before an answer: the turns, and where it is `asked` for, what the template opens it with."""
+    return render(turns, add_generation_prompt=asked)[0] if turns else ""
 
 
-def _after(text: str, messages: Sequence[dict[str, str]], number: int, begin: int, limit: int) -> int:
-    """Where the content of a message ends. Raises BadInput where the template left some of it out."""
-    content = messages[number]["content"].strip()
-    at = text.find(content, begin, limit)
-    if at < 0:
-        raise BadInput(
-            f"the chat template leaves out some of message {number + 1}: {content[:60]!r}",
-            fix=f"such as the reasoning in an answer; {ITS_OWN}",
-        )
-    return at + len(content)
+def _begun(text: str, befores: tuple[str, str], number: int) -> str:
+    """Of what may come before message `number`, that with which the whole begins. Raises BadInput for none."""
+    for before in befores:
+        if text.startswith(before):
+            return before
+    raise BadInput(
+        f"the chat template lays out what comes before message {number + 1} otherwise once it is answered: where the "
+        f"answer begins cannot be told",
+        fix=ITS_OWN,
+    )
 
 
-def _end(text: str, after: int, limit: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where an answer ends: behind the special token that follows its content, where one does."""
-    added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    rest = text[after:limit]
+def _left_out(messages: Sequence[dict[str, str]], number: int) -> BadInput:
+    return BadInput(
+        f"the chat template leaves out some of message {number + 1}: {messages[number]['content'].strip()[:60]!r}",
+        fix=f"such as the reasoning in an answer; {ITS_OWN}",
+    )
+
+
+def _place(text: str, content: str, within: Span) -> Span | None:
+    """Where a message's content lies; templates set blanks as they like. None where it is not all there."""
+    at = text.find(content.strip(), *within)
+    if at >= 0:
+        return Span(at, at + len(content.strip()))
+    places = [place for place in range(*within) if not text[place].isspace()]
+    wanted = "".join(content.split())
+    at = "".join(text[place] for place in places).find(wanted)
+    return Span(places[at], places[at + len(wanted) - 1] + 1) if at >= 0 else None
+
+
+def _end(text: str, after: int, upto: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where an answer ends: where the text ended with it, else behind the special token that follows its content."""
+    if len(upto) > after and text.startswith(upto):
+        return len(upto)
+    rest = text[after:]
     blank = len(rest) - len(rest.lstrip())
-    return after + next((blank + len(token) for token in added if token and rest.startswith(token, blank)), 0)
+    return after + next((blank + len(token) for token in _added(tokenizer) if rest.startswith(token, blank)), 0)
+
+
+def _joined(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """What a template marks, without the blanks behind a special token; marks that touch are one."""
+    spans: list[Span] = []
+    for start, end in marks:
+        if spans and spans[-1].end == start:
+            spans[-1] = Span(spans[-1].start, end)
+        elif start < end:
+            spans.append(Span(start, end))
+    ends = [len(text[: span.end].rstrip()) for span in spans]
+    tokens = tuple(_added(tokenizer))
+    return [
+        Span(span.start, end) if text.endswith(tokens, span.start, end) else span
+        for span, end in zip(spans, ends, strict=True)
+    ]
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that are written out whole, the longest first."""
+    return sorted(filter(None, map(str, tokenizer.added_tokens_decoder.values())), key=len, reverse=True)

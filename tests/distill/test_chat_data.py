@@ -102,6 +102,45 @@ def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokeniz
         laid_out(conversation("q:7", [*thought, *TALK[3:5]]), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("template", "content", "learnt"),
+    [
+        # As DeepSeek-R1's: what opens an answer that is asked for is not there once it is given.
+        (CHATML.replace("{% endif %}", "<think>\n{% endif %}"), "3", "3<|im_end|>"),
+        # What is given of an answer where it is asked for is not learnt.
+        (CHATML.replace("{% endif %}", "<think>\n{% endif %}"), "<think>\n1+2</think>3", "1+2</think>3<|im_end|>"),
+        # As Qwen3.5's: the end of a thought that was not had.
+        (
+            CHATML.replace("{% endif %}", "<think>\n{% endif %}").replace(
+                "{{ m.content }}", "<think>\n\n</think>{{ m.content }}"
+            ),
+            "3",
+            "\n</think>3<|im_end|>",
+        ),
+        # As GLM's: blanks are set anew.
+        (
+            CHATML.replace("m.content", "m.content.replace('\n', '')"),
+            "<think>\n1 + 2\n</think>\n\n3",
+            "<think>1 + 2</think>3<|im_end|>",
+        ),
+        # As Cohere's: two tokens end a turn; as Phi-3's: EOS stands where no answer is asked for.
+        (CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>"), "3", "3<|im_end|><|endoftext|>"),
+        (CHATML.replace("{% endif %}", "{% else %}<|endoftext|>{% endif %}"), "3", "3<|im_end|>\n<|endoftext|>"),
+    ],
+)
+def test_templates_of_many_kinds(tokenizer: PreTrainedTokenizerBase, template: str, content: str, learnt: str) -> None:
+    tokenizer.chat_template = template
+    talk = [TALK[1], {"role": "assistant", "content": content}]
+    assert laid_out(conversation("a", talk), tokenizer)[1] == [learnt]
+
+
+def test_marks_that_touch_are_one_and_end_with_their_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n{% endgeneration %}"
+    tokenizer.chat_template = MARKED.replace("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", marked)
+    _, learnt = laid_out(conversation("a", TALK), tokenizer)
+    assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
+
+
 def test_an_answer_without_a_token_that_ends_it_gets_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
     _, learnt = laid_out(conversation("a", TALK[:3]), tokenizer)
@@ -116,7 +155,7 @@ def test_an_answer_without_a_token_that_ends_it_gets_eos(tokenizer: PreTrainedTo
         (CHATML + "{{ raise_exception('no system') }}", TALK, "q:7: the chat template refuses the messages: no system"),
         (CHATML.replace("{{ m.content }}", "{{ m.content[:4] }}"), TALK, "q:7: .* leaves out some of message 3"),
         ("{{ messages | length }} turns\n" + CHATML, TALK, "q:7: .* what comes before message 3 otherwise"),
-        (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK[:5], "q:7: .* marks 1 answers of 2"),
+        (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK[:5], "q:7: .* leaves out some of message 3"),
     ],
 )
 def test_conversations_that_cannot_be_used(
