@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -506,3 +507,20 @@ def test_a_request_that_is_refused_is_passed_over(
     front.script = ["401"]
     with pytest.raises(BadInput, match="refuses the API key"):
         generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=3", "generate.max_prompts=1"))
+
+
+def test_two_that_want_the_same_pay_once(store: Store, front: Front) -> None:
+    """Each with a connection to the file and file locks of its own, as two processes have."""
+    front.hold = 0.05
+    payloads = [{"prompt": f"def f{n}(", "max_tokens": 2, "temperature": 0} for n in range(6)]
+
+    def ask(order: int) -> list[Any]:
+        teacher = teacher_of(front, store, None, num_concurrent=3)
+        requests = [teacher.request("/completions", payload) for payload in payloads]
+        found = dict(teacher.each(requests[::order], lambda answer: answer["choices"][0]["text"]))
+        return [found[number] for number in range(6)][::order]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ask, (1, -1))
+    assert first == second
+    assert len(front.posts) == 6

@@ -141,6 +141,21 @@ def test_echoed_logprobs_score_the_prompt(client: openai.OpenAI, runtime: Runtim
         assert all(choice.text[start:].startswith(token) for start, token in offsets)
 
 
+def test_tokens_are_named_by_id_where_asked(client: openai.OpenAI, runtime: Runtime) -> None:
+    ids = runtime.encode("caf\u00e9 \u2014 x")  # some of them are no whole characters
+    settings: dict[str, Any] = dict(max_tokens=3, echo=True, logprobs=2)
+    plain = complete(client, ids, **settings).choices[0]
+    named = complete(client, ids, **settings, extra_body={"return_tokens_as_token_ids": True}).choices[0]
+    assert named.text == plain.text
+    assert [int(token.removeprefix("token_id:")) for token in named.logprobs.tokens[: len(ids)]] == ids
+    assert named.logprobs.token_logprobs == plain.logprobs.token_logprobs
+    for token, value, top in zip(
+        named.logprobs.tokens[1:], named.logprobs.token_logprobs[1:], named.logprobs.top_logprobs[1:], strict=True
+    ):
+        assert top[token] == value
+        assert all(name.startswith("token_id:") for name in top)
+
+
 def test_logprobs_hold_the_chosen_token_and_the_likeliest(client: openai.OpenAI) -> None:
     scores = complete(client, max_tokens=10, temperature=1.5, seed=1, logprobs=3).choices[0].logprobs
     for token, logprob, top in zip(scores.tokens, scores.token_logprobs, scores.top_logprobs, strict=True):
