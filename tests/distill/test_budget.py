@@ -128,11 +128,11 @@ def test_a_resumed_run_counts_what_was_spent_before(run: Callable[..., Any]) -> 
 
 
 def test_a_run_stops_when_it_is_not_worth_its_money(run: Callable[..., Any]) -> None:
-    often = TRAINING.model_copy(update={"eval_steps": 5})
+    often = TRAINING.model_copy(update={"eval_steps": 5, "max_steps": 20})
     trained, rates, _ = run(Budget(usd_per_hour=60, stop_when=100.0), often)  # a dollar a step
     assert "bits per byte a dollar gained at step 15, and 100 asked for" in trained.stopped
     assert trained.tokens == 16 * STEP  # a tenth of the way again to cool down
-    assert rates[14] > 1e-3  # the schedule itself was far from its end
+    assert rates[14] > 2e-4  # the schedule itself was not at its end
     going_on, _, _ = run(Budget(usd_per_hour=60, stop_when=1e-9), often, folder="worth it")
     assert going_on.stopped is None
 

@@ -20,7 +20,7 @@ from distill.retelling import SPREAD, TOLD, Retelling
 from distill.stored import Form
 from registry.store import Store
 from tests.conftest import TEXT, make_model
-from tests.distill.conftest import DISTILLED, TWINS, lines_of_text
+from tests.distill.conftest import DISTILLED, lines_of_text
 
 UNICODE = "na\u00efve \u65e5\u672c\u8a9e caf\u00e9 \U0001f9ea\n"
 
@@ -175,10 +175,10 @@ def test_where_nothing_is_told_the_label_is(
 # --- recipes
 
 
-def test_a_recipe_of_twins_with_a_tokenizer_of_their_own(
+def test_a_student_with_a_tokenizer_of_its_own(
     store: Store, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
-    recipe = write_recipe(tiny_llama, objectives=TWINS, extra="[tokenizer]\nvocab_size = 270\n")
+    recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra="[tokenizer]\nvocab_size = 270\n")
     result = limbeck("distill", recipe, "--set", "teacher.retell=true")
     assert result.code == 0, result.err
     distilled = store.get("tiny/2")
@@ -186,7 +186,7 @@ def test_a_recipe_of_twins_with_a_tokenizer_of_their_own(
     assert distilled.parent == "tiny/1"
     agreement = store.client.get_metric_history(distilled.run_id, "agreement")
     assert [metric.step for metric in agreement] == [2, 4]
-    again = limbeck("distill", recipe, "--set", "teacher.retell=true", "--set", "training.learning_rate=1e-3")
+    again = limbeck("distill", recipe, "--set", "teacher.retell=true", "--set", "training.max_steps=1")
     assert again.code == 0, again.err
     assert " 0 of them captured now" in again.err
 
