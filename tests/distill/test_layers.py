@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill.distiller import Distiller
 from distill.layers import layer_map
 from distill.recipe import Layers, Objective
+from distill.run import distill
 from registry.errors import BadInput
+from registry.store import Store
 from tests.conftest import make_model
 
 
@@ -143,3 +147,18 @@ def test_layers_that_are_not_there(chosen: dict[int, int], whose: str) -> None:
 def test_a_cache_stores_no_hidden_states(narrow: Path) -> None:
     with pytest.raises(BadInput, match="a cache stores none"):
         Distiller(load(narrow), Objective(labels=1.0, layers=Layers()), None, 300)
+
+
+def test_a_recipe_with_layers(deep: Path, write_recipe: Callable[..., Path], store: Store, tmp_path: Path) -> None:
+    """Through the Trainer, under gradient checkpointing; the student that is kept has no projections."""
+    student = 'model_type = "llama"\nhidden_size = 16\nintermediate_size = 32\nnum_hidden_layers = 2\n'
+    recipe = write_recipe(
+        deep,
+        student + "num_attention_heads = 2",
+        '[objectives.both]\ndivergence = "forward_kl"\n[objectives.both.layers]\nloss = "mse"\nmap = {1 = 3, 2 = 6}\n',
+        'gradient_checkpointing = true\n[cache]\nform = "online"\n',
+    )
+    [made] = distill(recipe, [], store, to=tmp_path / "student")
+    assert made.trained
+    with safe_open(tmp_path / "student" / "model.safetensors", framework="numpy") as file:
+        assert not [name for name in file.keys() if not name.startswith(("model.", "lm_head."))]  # noqa: SIM118 (no dict)
