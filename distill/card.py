@@ -92,7 +92,8 @@ def licence_of(folder: Path) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     except (OSError, ValueError):
         return None
-    return str(licence) if licence else None
+    licence = data.get("license_name") if data.license == "other" else data.license
+    return str(licence or data.license) if data.license else None

@@ -164,8 +164,7 @@ def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizer
         found = _place(text, messages[number]["content"], Span(len(before), len(after)))
         if found is None:
             raise _left_out(messages, number)
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, asked, strict=False)))
-        begin = alike if alike == len(asked) else min(alike, found.start)
+        begin = len(asked) if text.startswith(asked) else min(_alike(text, asked), found.start)
         upto = render(messages[: number + 1])[0].rstrip()
         spans.append(Span(begin, _end(text, found.end, upto, tokenizer)))
     return text, spans
@@ -189,6 +188,11 @@ def _begun(text: str, befores: tuple[str, str], number: int) -> str:
         f"answer begins cannot be told",
         fix=ITS_OWN,
     )
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _left_out(messages: Sequence[dict[str, str]], number: int) -> BadInput:
