@@ -185,13 +185,13 @@ def test_answers_become_the_text_that_students_learn(
     assert making.teacher_students == 2
 
     # Two more prompts are asked for; other filters ask for nothing.
-    more = limbeck("distill", recipe, *args, *sets("generate.max_prompts=12"))
-    assert "36 of 36 answers kept; 6 written now" in more.err
+    more = [*ASK, "generate.samples=3", "generate.max_prompts=12"]
+    _, facts = generate.written(prepared(recipe, store, *more))
+    assert (facts.kept, facts.asked) == (36, 6)
     worth = [json.loads(zlib.decompress(row[0]))["logprob"] for row in rows_of(limbeck_home)]
-    bound = f"generate.filter.min_logprob={np.median(worth)}"
-    strict = limbeck("distill", recipe, *args, *sets("generate.max_prompts=12", bound))
-    assert "18 of 36 answers kept; dropped: 18 by min_logprob; 0 written now" in strict.err
-    assert strict.code == 0
+    strict = [*more, f"generate.filter.min_logprob={np.median(worth)}"]
+    _, facts = generate.written(prepared(recipe, store, *strict))
+    assert (facts.kept, facts.dropped, facts.asked) == (18, {"min_logprob": 18}, 0)
 
 
 def test_a_kill_loses_nothing_that_was_kept_and_changes_nothing(
