@@ -157,18 +157,15 @@ class DistillTrainer(Trainer):
         return str(Path(str(self.args.output_dir)) / UNFINISHED) if self._saving else str(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # The Trainer's own way stops at weights that are tied. FSDP and DeepSpeed keep shards of their own.
+        # The Trainer's own way stops at weights that are tied. DeepSpeed keeps a checkpoint of its own.
         if state_dict is None:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.accelerator.unwrap_model(self.model), str(folder / SAFE_WEIGHTS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            whole = self.accelerator.unwrap_model(model or self.model)
-            load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        whole = self.accelerator.unwrap_model(model or self.model)
+        load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
 
 def train(
@@ -214,6 +211,13 @@ def train(
         data_collator=collate,
     )
     trainer.remove_callback(PrinterCallback)
+    stage3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or stage3:
+        raise BadInput(
+            "the launcher shards the student over its processes (FSDP, or DeepSpeed's stage 3), and a sharded student "
+            "cannot be scored and saved",
+            fix="let each process hold it: torchrun, accelerate launch --multi_gpu, or DeepSpeed's stage 1 or 2",
+        )
     with watch.stops_gently():
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
     if watch.interrupted.is_set():

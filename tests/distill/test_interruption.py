@@ -95,10 +95,10 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
 
 
 def _whole(path: Path) -> bool:
-    """Whether a JSON file is written to its end."""
+    """Whether a JSON file is there, written to its end; another may have taken its place since it was listed."""
     try:
         return bool(json.loads(path.read_bytes()))
-    except ValueError:
+    except (OSError, ValueError):
         return False
 
 
