@@ -171,6 +171,8 @@ def fill(
             cache.folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(_filling(cache.folder))
             cache.hold()
+            for part in cache.folder.glob(".*.part"):  # of a run that was killed
+                part.unlink()
             _describe(cache)
         for shard in range(caches[0].shards):
             blocks = caches[0].blocks_of(shard)

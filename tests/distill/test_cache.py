@@ -225,7 +225,10 @@ def test_a_killed_process_leaves_what_it_wrote_and_no_lock(limbeck_home: Path) -
     assert [process.stdout.readline() for _ in range(2)] == ["at 0\n", "at 4\n"]  # the first shard is written
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    [folder] = (limbeck_home / "teacher-cache").iterdir()
+    (folder / ".00001.safetensors.0.part").write_bytes(b"half")  # as a kill amid the writing leaves it
     assert filler(0).communicate(timeout=120)[0].splitlines() == ["at 4", "at 8", "captured 6"]
+    assert not [*folder.glob(".*.part")]
 
 
 def test_a_shard_that_is_gone_is_told(capturing) -> None:  # type: ignore[no-untyped-def]

@@ -55,8 +55,14 @@ def test_samples_are_right_on_average(vocab_size: int, temperature: float) -> No
     made = torch.stack([estimate(samples, 300) for samples in draws(form, logits, wanted, count)])
     error = made.mean(0) - probs
     # A token that is kept with a chance of p / t and weighs t then: its variance is p (t - p).
-    spread = (probs * made[made > 0].min()).sqrt() / count**0.5 + 1e-4
+    t = float(made[made > 0].min())
+    spread = (probs * t).sqrt() / count**0.5 + 1e-4
     assert float((error / spread).abs().max()) < 5
+    # One that is kept for certain is rounded up or down to a level beside it.
+    certain, gap = probs >= t, t ** (-1 / (form.levels - 1)) - 1
+    assert certain.any()
+    assert float((error / probs)[certain].abs().max()) < 5 * gap / 2 / count**0.5 + 1e-6
+    assert float((made.std(0) / probs)[certain].max()) < 0.6 * gap + 1e-6
     assert float(error.pow(2).mean().sqrt()) < 1.5 * float(spread.mean())
     kept = (made > 0).sum((1, 2)).double()
     assert kept.mean() == pytest.approx(8 * rows, rel=0.01)
