@@ -151,18 +151,6 @@ class Echo:
         found = self._ids.get(token, -1)
         return None if found < 0 else found
 
-    def logprobs(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray]]:
-        """(number, log-probabilities (n,) float64 of its tokens) of each prompt of token ids, as they come.
-
-        The first of each is NaN: nothing comes before it.
-        """
-        self.check(1)
-        groups = [prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS)]
-        requests = [self.request([list(prompt) for prompt in group], 1) for group in groups]
-        for number, echoes in self.teacher.each(requests, self._read):
-            for place, (prompt, echoed) in enumerate(zip(groups[number], echoes, strict=True)):
-                yield number * PROMPTS + place, echoed.logprobs[: len(prompt)]
-
     def token_logprobs(self, texts: Sequence[str]) -> Iterator[tuple[int, tuple[list[str], list[float]]]]:
         """(number, (tokens, log-probabilities)) of each text, as they come, by the server's own tokenizer.
 
