@@ -109,7 +109,7 @@ def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], w
     blocks = make_blocks(documents, tokenizer, 64)
     model = models.load_model(folder)
     training = Training(
-        max_steps=160, per_device_train_batch_size=8, optim="muon", learning_rate=2e-2, bf16=False, eval_steps=1000
+        max_steps=200, per_device_train_batch_size=8, optim="muon", learning_rate=2e-2, bf16=False, eval_steps=1000
     )
     train(Job(model, blocks, blocks, Objective(labels=1.0), training, None, folder / "run", 0, len(tokenizer)))
     model.save_pretrained(folder)
@@ -129,7 +129,7 @@ def test_deepseek_r1(
     tokens = train_tokenizer([Document("", "Q: 1+2=\nA: <think>\nso 3\n</think>\n" * 9)], 275, 128)
     tokens.save_pretrained(tmp_path / "tokens")
     make_model(tmp_path / "llama", tmp_path / "tokens", "llama")
-    tiny = ["data.max_length=64", "data.heldout=0.2", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
+    tiny = ["data.max_length=96", "data.heldout=0.2", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
     tiny += ["data.path=rows.jsonl", f"teacher.model={teacher}", "generate.max_new_tokens=40", "generate.samples=2"]
     tiny += ["generate.temperature=0.3"]
     path = ROOT / "distill/recipes/deepseek-r1-distill.toml"
@@ -148,15 +148,16 @@ def test_deepseek_r1(
         assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
         assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
         assert trained.digest != before.digest
-        asked.append(store.client.get_run(trained.run_id).data.metrics["generate.asked"])
+        facts = store.client.get_run(trained.run_id).data.metrics
+        asked.append(facts["generate.asked"])
         parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
         learnt = [document for part in parts for document in corpus.read(part)]
-        assert 7 <= len(learnt) <= 14  # of seven questions, two answers each
+        assert len(learnt) == facts["generate.kept"] == 18 - facts["generate.dropped.verifier"]
+        assert facts["generate.dropped.verifier"] >= 2  # what the teacher was taught wrong
         for document in learnt:
             question = document.messages[0]["content"] if document.messages else document.prompt.strip()
             answer = document.messages[-1]["content"] if document.messages else document.completion
             assert re.fullmatch(r"<think>\n.+\n?</think>\n.*\S.*", answer, re.DOTALL), answer
             assert answer.endswith(f"\\boxed{{{int(question[0]) + int(question[2])}}}")
-            assert question not in wrong
         assert bool(learnt[0].messages) == (family == "qwen")  # through its own template, where it has one
     assert asked == [18, 0]  # the second student's answers were there
