@@ -107,6 +107,23 @@ def test_equal_tokenizers_are_told_as_they_are(tokenizers: dict[str, Any]) -> No
     torch.testing.assert_close(got, logits[:-1].softmax(-1))
 
 
+@pytest.mark.parametrize(("stops", "is_told"), [(0.9, False), (0.1, True)])
+def test_amid_a_token_that_may_have_ended_little_is_told(
+    tokenizers: dict[str, Any], stops: float, is_told: bool
+) -> None:
+    told = Retelling(tokenizers["many"], tokenizers["bytes"])
+    begun = next(spelling for spelling in told.goes_on if len(told.ends[spelling]) == 1)
+    [[longer, *_], _] = told.goes_on[begun].tolist()
+    probs = torch.zeros(len(told.spelt))
+    probs[told.ends[begun]], probs[longer] = stops, 1 - stops
+    row = told.amid(probs, begun)
+    assert (row is not None) == is_told
+    if row is not None:
+        assert row.argmax() == told.spelt[longer][len(begun)]
+        assert row.sum() == 1
+    assert told.amid(probs, (-1,)) is None
+
+
 def layout(tokenizer: PreTrainedTokenizerBase) -> Blocks:
     documents = [Document(str(seed), lines_of_text(6, seed) + UNICODE) for seed in range(3)]
     return make_blocks(documents, tokenizer, 40)
