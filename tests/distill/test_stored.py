@@ -135,7 +135,11 @@ def test_samples_are_nearer_than_as_many_draws_with_replacement() -> None:
 def test_only_positions_that_are_wanted_take_room() -> None:
     wanted = np.arange(16) >= 12
     form = Form("sampled", 8, 300)
-    arrays = stored.block_arrays(form, zipf(16, 300), wanted, (0,))
+    logits = zipf(16, 300)
+    arrays = stored.block_arrays(form, logits, wanted, (0,))
+    rows = stored.batch(form, [arrays])
+    best = rows["ids"][0].gather(-1, rows["weights"][0].argmax(-1, keepdim=True))[wanted, 0]
+    assert torch.equal(best, logits.argmax(-1)[wanted])  # each is of its own position
     assert arrays["sizes"][~wanted].sum() == 0
     assert arrays["sizes"][wanted].sum() == pytest.approx(4 * 8, abs=1)
     none = stored.block_arrays(form, zipf(16, 300), np.zeros(16, dtype=bool), (0,))
@@ -143,6 +147,15 @@ def test_only_positions_that_are_wanted_take_room() -> None:
     rows = stored.batch(form, [none, arrays])
     assert rows["ids"].shape[:2] == (2, 16)
     assert not rows["weights"][0].any()
+
+
+def test_one_position_may_need_more_than_a_byte_counts() -> None:
+    logits = torch.zeros(8, 2000)
+    logits[1:, 7] = 50.0  # all but one are sure
+    form = Form("sampled", 60, 2000)
+    arrays = stored.block_arrays(form, logits, np.ones(8, dtype=bool), (0,))
+    assert arrays["sizes"][0] > 255
+    assert arrays["sizes"].sum() == len(arrays["entries"])
 
 
 @pytest.mark.parametrize("peak", [1.0, 50.0, 1000.0])
