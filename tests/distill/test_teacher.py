@@ -46,6 +46,11 @@ def forwards_of(teacher: Path) -> Iterator[list[int]]:
         hook.remove()
 
 
+def shorten(recipe: Path) -> None:
+    """Little text, so that a pass over it takes a moment."""
+    recipe.write_text(recipe.read_text().replace("[data]", "[data]\nmax_tokens = 2048", 1))
+
+
 def setting_of(path: Path, store: Store, *sets: str) -> Setting:
     return prepare(recipes.load(path, [*sets]), Source(path, sets), store)
 
@@ -54,6 +59,7 @@ def test_after_one_capture_students_cost_no_forward_pass_of_the_teacher(
     store: Store, limbeck: Callable[..., Result], write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES)
+    shorten(recipe)
     with forwards_of(tiny_llama) as seen:
         first = limbeck("distill", recipe, "--set", "training.max_steps=1")
         assert first.code == 0, first.err
@@ -73,6 +79,7 @@ def test_the_grids_temperatures_are_captured_in_one_pass(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES)
+    shorten(recipe)
 
     def passes(temperatures: str) -> tuple[int, set[object]]:
         setting = setting_of(recipe, store, f"sweep.temperatures={temperatures}")
