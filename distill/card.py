@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.recipe import Plan
+    from distill.grid import Plan
     from distill.setting import Setting
 
 

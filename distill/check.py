@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
-from distill import controls, forecast, models, spent, students
+from distill import controls, forecast, grid, models, spent, students
 from distill import recipe as recipes
+from distill.grid import Plan
 from distill.one_student import student_key
-from distill.recipe import Plan, Source
-from distill.setting import Setting, parameters, prepare
+from distill.recipe import Source
+from distill.setting import Setting, at, parameters, prepare
 from distill.teacher import caches_for, chunks_cache, form_of
 from registry.errors import BadInput, LimbeckError
 from registry.home import home
@@ -47,7 +48,7 @@ def check(path: Path, overrides: list[str], store: Store) -> list[Finding]:
         setting = prepare(recipe, Source(path, tuple(overrides)), store)
     except LimbeckError as error:  # what is wrong is told with its place; without it there is no more to be said
         return [_error("recipe", error)]
-    plans = recipes.plans(recipe)
+    plans = grid.plans(recipe)
     found = [_text(setting)]
     missing = plans
     if not recipe.generate:
@@ -139,8 +140,22 @@ def _sized(plans: list[Plan]) -> dict[str, Plan]:
 def _students(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     for plan in _sized(plans).values():
         students.check(setting, plan)
+    for plan in plans:
+        if plan.objective.layers and setting.teacher:
+            with at(setting.source, "objectives", plan.objective_name, "layers"):
+                _layers(setting, plan)
     return
     yield
+
+
+def _layers(setting: Setting, plan: Plan) -> None:
+    from distill.layers import depth, layer_map
+
+    assert plan.objective.layers is not None
+    assert setting.teacher is not None
+    assert setting.recipe.teacher is not None
+    theirs = models.load_config(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
+    layer_map(plan.objective.layers, depth(students.outline(setting, plan.student).config), depth(theirs))
 
 
 def _learning(setting: Setting, plans: list[Plan]) -> list[Plan]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill import processes
-from distill import recipe as recipes
-from distill.recipe import Budget, Plan, Recipe, Training
+from distill import grid, processes
+from distill.grid import Plan
+from distill.recipe import Budget, Recipe, Training
 from registry.errors import Refused
 from registry.records import Making
 from registry.terminal import say
@@ -36,7 +36,7 @@ def matched(recipe: Recipe, plan: Plan) -> list[Plan]:
     Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the
     distilled students where time or money ends their training, which only the run tells. Of others: none.
     """
-    family = [p for p in recipes.plans(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
+    family = [p for p in grid.plans(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
     budget = recipe.budget
     if plan.control == "labels_equal_cost":
         return [p for p in family if p.control in (None, "labels")]

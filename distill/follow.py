@@ -9,7 +9,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from distill import one_student, processes
+from distill import grid, one_student, processes
 from distill import recipe as recipes
 from distill.recipe import Budget, Source, Training
 from distill.setting import prepare, written
@@ -25,7 +25,7 @@ def follow(path: Path, overrides: list[str]) -> None:
     # What there is to say the first process says.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         recipe = recipes.load(path, overrides)
-        plans = {plan.label: plan for plan in recipes.plans(recipe)}
+        plans = {plan.label: plan for plan in grid.plans(recipe)}
         setting = written(prepare(recipe, Source(path, tuple(overrides)), Store()))
         teachers = teachers_for(setting, [plans[label] for label in missing])
         while order := processes.told():

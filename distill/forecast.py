@@ -16,9 +16,10 @@ import numpy as np
 
 from distill import budget, models, processes, students
 from distill.cache import TeacherCache
+from distill.grid import Plan
 from distill.head import CHUNK_BYTES
 from distill.precision import uses_bf16
-from distill.recipe import Budget, Objective, Plan
+from distill.recipe import Budget, Objective
 from distill.setting import Setting
 from distill.stored import Form
 from registry.home import home

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.recipe import Layers
 from registry.errors import BadInput
@@ -23,7 +23,7 @@ class LayerMatching(torch.nn.Module):
     def __init__(self, wanted: Layers, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__()
         self.wanted = wanted
-        self.map = layer_map(wanted, _depth(student), _depth(teacher))
+        self.map = layer_map(wanted, depth(student.config), depth(teacher.config))
         widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
         self.projections: torch.nn.ModuleDict | None = None
         if widths[0] != widths[1]:
@@ -76,8 +76,9 @@ def layer_map(wanted: Layers, student: int, teacher: int) -> dict[int, int]:
     return dict(sorted(wanted.map.items()))
 
 
-def _depth(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
+def depth(config: PretrainedConfig) -> int:
+    """How many layers a model of this config has."""
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def _projection(width: int, to: int, layer: int) -> torch.nn.Linear:

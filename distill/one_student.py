@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import card, controls, models, processes, spent
-from distill import recipe as recipes
+from distill import card, controls, grid, models, processes, spent
 from distill import students as starting
 from distill.cache import TeacherCache
-from distill.recipe import Budget, Plan, Recipe, Training
+from distill.grid import Plan
+from distill.recipe import Budget, Recipe, Training
 from distill.setting import Setting, code_version
 from distill.teacher import likeliest
 from registry.digest import json_digest
@@ -183,11 +183,11 @@ def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any
     import torch
 
     recipe = setting.recipe
-    learns = [each.label for each in recipes.plans(recipe) if each.objective.uses_teacher]
+    learns = [each.label for each in grid.plans(recipe) if each.objective.uses_teacher]
     cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
     device = models.device()
     words = spent.of(setting, plan)
-    shared = recipes.plans(recipe) if setting.generated else learns if cache else []
+    shared = grid.plans(recipe) if setting.generated else learns if cache else []
     return Making(
         training_seconds=facts["seconds"],
         teacher_seconds=(cache.seconds() if cache else 0.0) + words.seconds,

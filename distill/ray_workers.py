@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from distill import controls, one_student
-from distill.recipe import Plan
+from distill.grid import Plan
 from distill.setting import Setting, code_version
 from distill.teacher import teachers_for
 from registry.errors import BadInput

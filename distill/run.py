@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from distill import one_student, processes, ray_workers
+from distill import grid, one_student, processes, ray_workers
 from distill import recipe as recipes
 from distill.check import preflight, settle
+from distill.grid import Plan
 from distill.one_student import student_key, told
 from distill.ray_workers import Share
-from distill.recipe import Plan, Source
+from distill.recipe import Source
 from distill.setting import Setting, prepare, with_teacher, written
 from distill.teacher import teachers_for
 from registry.digest import json_digest
@@ -74,7 +75,7 @@ def distill(
         SomeFailed: a sweep of which some students could not be made, after all others were.
     """
     recipe = recipes.load(path, overrides)
-    plans = recipes.plans(recipe)
+    plans = grid.plans(recipe)
     _check_to(to, plans, path)
     setting = prepare(recipe, Source(path, tuple(overrides)), store)
     if recipe.generate:  # before the teacher writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from distill import echo, generate
-from distill.recipe import Plan
+from distill.grid import Plan
 from distill.setting import Setting
 from distill.teacher import caches_for, form_of
 

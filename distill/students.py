@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distill import models, vocabularies
-from distill.recipe import Lora, Plan
+from distill.grid import Plan
+from distill.recipe import Lora
 from distill.setting import Setting, at
 from registry.errors import BadInput
 

@@ -12,8 +12,8 @@ import numpy as np
 from distill import echo, models, stored
 from distill.blocks import Blocks
 from distill.cache import Capture, TeacherCache, fill
+from distill.grid import Plan
 from distill.precision import uses_bf16
-from distill.recipe import Plan
 from distill.setting import Setting
 from distill.stored import Form
 from registry.digest import json_digest

@@ -88,6 +88,10 @@ def test_recipes_that_do_not_fit_together(
     assert "objectives.labels: an objective without a divergence learns from labels alone" in done.err
     layered = write_recipe(tiny_llama, objectives=DISTILLED + "layers = {}\n", extra="[cache]\nform = 'topk'\n")
     assert 'set cache.form = "online"' in limbeck("distill", layered).err
+    deep = write_recipe(tiny_llama, objectives=DISTILLED + "layers = { map = { 1 = 99 } }\n")
+    done = limbeck("distill", deep)
+    assert done.code == 2
+    assert "objectives.distilled.layers: layers.map takes the student's layer 1 to the teacher's 99" in done.err
     two = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.other]\nlabels = 1.0\n")
     assert "makes 2" in limbeck("distill", two, "--to", tmp_path / "copy").err
     (tmp_path / "mine").mkdir()

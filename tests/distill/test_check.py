@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill import check, forecast
+from distill import check, forecast, grid
 from distill import recipe as recipes
 from distill.recipe import Source
 from distill.setting import prepare
@@ -156,7 +156,7 @@ def test_a_full_disk(
     setting = prepare(recipe, Source(path), store)
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(check.shutil, "disk_usage", lambda where: usage._replace(free=1000))
-    [finding] = [f for f in check.preflight(setting, recipes.plans(recipe)) if f.check == "disk"]
+    [finding] = [f for f in check.preflight(setting, grid.plans(recipe)) if f.check == "disk"]
     assert (finding.level, "no room on the disk" in finding.said) == ("error", True)
 
 
@@ -195,7 +195,7 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
 
     def certain(*sets: str, teacher: int = 0) -> int:
         recipe = recipes.load(path, list(sets))
-        return forecast.memory(prepare(recipe, Source(path), store), recipes.plans(recipe)[0], teacher).certain
+        return forecast.memory(prepare(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
 
     config = AutoConfig.from_pretrained(tiny_llama)
     parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -208,7 +208,7 @@ def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tin
     """A student that is too slow to be measured is reckoned; one that is not is measured."""
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     recipe = recipes.load(path)
-    setting, [plan] = prepare(recipe, Source(path), store), recipes.plans(recipe)
+    setting, [plan] = prepare(recipe, Source(path), store), grid.plans(recipe)
     assert forecast.tokens(setting, plan) == 4 * 4 * 32
     measured = forecast.training_seconds(setting, plan)
     assert measured.measured

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from distill import controls, students
+from distill import controls, grid, students
 from distill import recipe as recipes
 from distill.controls import Cost, cost, schedule
 from distill.one_student import student_key
@@ -71,7 +71,7 @@ def test_a_sweep_carries_its_controls(
 
     # The untrained one is where the others begin.
     setting = prepare(recipes.load(path), Source(path), store)
-    start = students.make(setting, recipes.plans(setting.recipe)[0]).state_dict()
+    start = students.make(setting, grid.plans(setting.recipe)[0]).state_dict()
     saved = load_file(store.folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
     again = json.loads(limbeck("distill", path, "--format", "json").out)
@@ -88,7 +88,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
     assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
     setting = prepare(recipe, Source(path), store)
-    plans = {plan.label: plan for plan in recipes.plans(recipe)}
+    plans = {plan.label: plan for plan in grid.plans(recipe)}
     plan = plans["small-labels-equal-cost"]
     others = [
         (plans["small-distilled"], making(50, 2048, teacher_seconds=30)),
@@ -107,7 +107,7 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
     path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
     recipe = recipes.load(path)
     setting = prepare(recipe, Source(path), store)
-    plans = {plan.label: plan for plan in recipes.plans(recipe)}
+    plans = {plan.label: plan for plan in grid.plans(recipe)}
     labels = plans["small-labels"]
     assert [plan.label for plan in controls.matched(recipe, labels)] == ["small-distilled"]
     training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
@@ -119,7 +119,7 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
         path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
         recipe = recipes.load(path, list(sets))
         setting = prepare(recipe, Source(path, sets), store)
-        return {plan.label: student_key(setting, plan) for plan in recipes.plans(recipe)}
+        return {plan.label: student_key(setting, plan) for plan in grid.plans(recipe)}
 
     def changed(*sets: str) -> set[str]:
         return {label for label, key in keys(*sets).items() if base[label] != key}

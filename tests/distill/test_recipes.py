@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from distill import corpus, models
+from distill import corpus, grid, models
 from distill import recipe as recipes
 from distill.blocks import make_blocks, train_tokenizer
 from distill.corpus import Document
@@ -31,7 +31,7 @@ def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert f"limbeck distill {path.relative_to(ROOT)}" in first
     recipe = recipes.load(path)
-    plans = recipes.plans(recipe)
+    plans = grid.plans(recipe)
     assert plans
     if recipe.teacher is not None:  # each student has its control
         assert {plan.control is None for plan in plans} == {True, False}

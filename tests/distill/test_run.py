@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill import objectives, run
+from distill import grid, objectives, run
 from distill import recipe as recipes
 from distill.blocks import make_blocks
 from distill.corpus import read
@@ -215,7 +215,7 @@ def test_keys_tell_students_apart(store: Store, write_recipe: WriteRecipe, tiny_
         path = write_recipe(tiny_llama, objectives=TWINS)
         recipe = recipes.load(path, list(overrides))
         setting = prepare(recipe, Source(path, overrides), store)
-        return [student_key(setting, plan) for plan in recipes.plans(recipe)]
+        return [student_key(setting, plan) for plan in grid.plans(recipe)]
 
     base = keys()
     assert keys("training.logging_steps=1", "licence=MIT") == base

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill import grid, students, vocabularies
 from distill import recipe as recipes
-from distill import students, vocabularies
 from distill.blocks import train_tokenizer
 from distill.corpus import Document
 from distill.recipe import Source
@@ -50,7 +50,7 @@ def prepared(
 @pytest.mark.parametrize("start", STARTS)
 def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], start: str, tmp_path: Path) -> None:
     setting = prepared(STARTS[start])
-    [plan] = recipes.plans(setting.recipe)
+    [plan] = grid.plans(setting.recipe)
     students.check(setting, plan)
     expected = students.parameters(setting, "small")
     model = students.make(setting, plan)
@@ -65,7 +65,7 @@ def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], s
 
 def test_one_seed_makes_one_fresh_student(prepared: Callable[[str], Setting]) -> None:
     setting = prepared(STARTS["fresh"])
-    [plan] = recipes.plans(setting.recipe)
+    [plan] = grid.plans(setting.recipe)
     first, again, other = (students.make(setting, plan.model_copy(update={"seed": seed})) for seed in (1, 1, 2))
     table = [model.transformer.wte.weight for model in (first, again, other)]
     assert (table[0] == table[1]).all()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill import models, recipe
+from distill import grid, models, recipe
 from registry.store import Store
 from tests.distill.conftest import DISTILLED, STUDENTS
 
@@ -18,7 +18,7 @@ Limbeck = Callable[..., Any]
 
 
 def labels(path: Path, *overrides: str) -> list[str]:
-    return [plan.label for plan in recipe.plans(recipe.load(path, list(overrides)))]
+    return [plan.label for plan in grid.plans(recipe.load(path, list(overrides)))]
 
 
 def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
@@ -26,7 +26,7 @@ def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: 
     both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n[objectives.text]\nlabels = 1.0\n'
     path = write_recipe(tiny_llama, objectives=both, extra=other)
     sets = ("cache.form=online", "sweep.temperatures=[1, 2.5]", "sweep.seeds=[3, 4]", "sweep.controls=['untrained']")
-    plans = recipe.plans(recipe.load(path, list(sets)))
+    plans = grid.plans(recipe.load(path, list(sets)))
     assert len(plans) == 2 * 2 * (2 * 2 + 1 + 1)
     assert len({plan.label for plan in plans}) == len(plans)
     assert [plan.label for plan in plans[:6]] == [
