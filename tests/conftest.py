@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +147,14 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         Store()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_lands_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """State of a test that asks for no home of its own does not land in the current folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture
