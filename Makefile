@@ -32,6 +32,7 @@ lint: install  ## ruff, mypy, the import rules between the rooms
 	$(BIN)/lint-imports
 
 bench: install  ## the benchmarks: ratios measured side by side
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m tests.bench
 
 teacher: install  ## train the quickstart's teacher again (about half an hour)
