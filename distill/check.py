@@ -152,10 +152,8 @@ def _layers(setting: Setting, plan: Plan) -> None:
     from distill.layers import depth, layer_map
 
     assert plan.objective.layers is not None
-    assert setting.teacher is not None
-    assert setting.recipe.teacher is not None
-    theirs = models.load_config(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-    layer_map(plan.objective.layers, depth(students.outline(setting, plan.student).config), depth(theirs))
+    own = students.outline(setting, plan.student).config
+    layer_map(plan.objective.layers, depth(own), depth(setting.teacher_config()))
 
 
 def _learning(setting: Setting, plans: list[Plan]) -> list[Plan]:
@@ -181,9 +179,8 @@ def _vocabularies(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 def _context(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     """Sequences longer than a model's context were refused before: here the room is told."""
     room = {}
-    if setting.teacher is not None and not setting.teacher.endpoint and setting.recipe.teacher is not None:
-        config = models.load_config(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-        room["teacher"] = config.get_text_config()
+    if setting.teacher is not None and not setting.teacher.endpoint:
+        room["teacher"] = setting.teacher_config().get_text_config()
     for name in _sized(plans):
         room[name] = students.outline(setting, name).config.get_text_config()
     length = setting.recipe.data.max_length

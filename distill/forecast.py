@@ -156,10 +156,7 @@ def teacher_seconds(setting: Setting, caches: list[TeacherCache], parameters: in
     size = count * setting.recipe.data.max_length
     if count == 0 or reckoned * size > MOMENT or parameters > MOST_LOADED:
         return Seconds(reckoned, measured=False)
-    assert setting.teacher is not None
-    assert setting.recipe.teacher is not None
-    trust = setting.recipe.teacher.trust_remote_code
-    model = models.load_model(setting.teacher.path, trust)
+    model = setting.teacher_model()
     run = one_pass(model, setting.train, setting.vocab_size, uses_bf16(setting.recipe.training.bf16, model.config))
     run(np.arange(count), caches)
     began = time.monotonic()

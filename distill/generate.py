@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill import corpus, models
+from distill import corpus
 from distill.completions import Completions
 from distill.endpoint import EndpointTeacher
 from distill.filters import Answer, Sieve
@@ -196,7 +196,7 @@ def _writer(setting: Setting, asked: Sequence[Prompt], kept: Completions) -> tup
     assert recipe.generate is not None
     tokenizer = None
     if model.has_tokenizer:
-        tokenizer = models.load_tokenizer(model.path, recipe.teacher.trust_remote_code)
+        tokenizer = setting.teacher_tokenizer()
     by_chat = _by_chat(setting, asked, can=tokenizer is None or bool(tokenizer.chat_template))
     if model.endpoint:
         limit = recipe.budget.max_usd

@@ -24,7 +24,7 @@ from registry.store import Store
 from registry.terminal import say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NO_TEXT = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # not written yet
 
@@ -63,6 +63,23 @@ class Setting(NamedTuple):
     def vocab_size(self) -> int:
         return models.vocabulary(self.tokenizer)
 
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of a recipe's teacher. Raises BadInput where there is none."""
+        return models.load_tokenizer(*self._teacher_files())
+
+    def teacher_config(self) -> PretrainedConfig:
+        """Of a recipe's local teacher."""
+        return models.load_config(*self._teacher_files())
+
+    def teacher_model(self) -> PreTrainedModel:
+        """A recipe's local teacher, in float32."""
+        return models.load_model(*self._teacher_files())
+
+    def _teacher_files(self) -> tuple[Path, bool]:
+        assert self.teacher is not None
+        assert self.recipe.teacher is not None
+        return self.teacher.path, self.recipe.teacher.trust_remote_code
+
 
 def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
     """Text on disk, teacher found, tokenizer, blocks; nothing is registered. Raises BadInput with the recipe's line.
@@ -79,15 +96,15 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
         if student.model:
             with at(source, "students", name, "model"):
                 starts[name] = _torch_model(student.model, beside, store)
-    teacher = None
+    teacher = theirs = None
     if recipe.teacher is not None:
         with at(source, "teacher", "model"):
             teacher = _teacher(recipe.teacher, beside, store)
             if not teacher.endpoint:
                 trust = recipe.teacher.trust_remote_code
-                tokenizer = models.load_tokenizer(teacher.path, trust)
-                models.check_fits(teacher.path, tokenizer, recipe.data.max_length, trust)
-    tokenizer = _tokenizer(recipe, source, text, teacher, starts)
+                theirs = models.load_tokenizer(teacher.path, trust)
+                models.check_fits(teacher.path, theirs, recipe.data.max_length, trust)
+    tokenizer = _tokenizer(recipe, source, text, teacher, theirs, starts)
     nothing = no_blocks(recipe.data.max_length)
     setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts)
     return setting if recipe.generate else _laid_out(setting)
@@ -134,7 +151,7 @@ def _mixing(setting: Setting) -> list[str]:
             with suppress(ValueError, TypeError, KeyError):  # told when the student is made
                 configs[name] = AutoConfig.for_model(**student.config)
     if setting.teacher and recipe.teacher and not recipe.teacher.is_endpoint:
-        configs["teacher"] = models.load_config(setting.teacher.path, recipe.teacher.trust_remote_code)
+        configs["teacher"] = setting.teacher_config()
     kinds = {type(config): config for config in configs.values()}
     trusted = bool(recipe.teacher and recipe.teacher.trust_remote_code)
     apart = {kind: keeps_apart(config, trusted) for kind, config in kinds.items()}
@@ -152,15 +169,26 @@ def at(source: Source, *key: str) -> Iterator[None]:
 
 
 def _tokenizer(
-    recipe: Recipe, source: Source, text: corpus.Corpus, teacher: Model | None, starts: dict[str, Model]
+    recipe: Recipe,
+    source: Source,
+    text: corpus.Corpus,
+    teacher: Model | None,
+    theirs: PreTrainedTokenizerBase | None,
+    starts: dict[str, Model],
 ) -> PreTrainedTokenizerBase:
-    """The students' tokenizer: the teacher's; where it need not be, a pretrained student's, or one of the text."""
+    """The students' tokenizer: the teacher's; where it need not be, a pretrained student's, or one of the text.
+
+    Args:
+        theirs: a local teacher's tokenizer.
+    """
     own = models.load_tokenizer(next(iter(starts.values())).path) if starts else None
     learns_words = any(objective.uses_teacher for objective in recipe.objectives.values())
     if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not learns_words)):
         return own
     if recipe.crosses_tokenizers and recipe.tokenizer is not None:
         return train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
+    if theirs is not None:
+        return theirs
     if teacher is not None and teacher.has_tokenizer:
         assert recipe.teacher is not None
         return models.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)

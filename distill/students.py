@@ -52,7 +52,7 @@ def make(setting: Setting, plan: Plan) -> PreTrainedModel:
     elif spec.carve:
         from distill.carve import carve
 
-        model = carve(_teacher(setting), spec.carve, setting.train)
+        model = carve(setting.teacher_model(), spec.carve, setting.train)
     else:
         model = fresh(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
     _mend_generation(model, setting.tokenizer.eos_token_id)
@@ -79,13 +79,12 @@ def parameters(setting: Setting, name: str) -> int:
 
 def compared(setting: Setting, name: str) -> vocabularies.Vocabularies | None:
     """The teacher's vocabulary and that of the student `name`; None where no tokenizer of the teacher is known."""
-    teacher, asked = setting.teacher, setting.recipe.teacher
-    if teacher is None or asked is None or not teacher.has_tokenizer:
+    if setting.teacher is None or not setting.teacher.has_tokenizer:
         return None
-    theirs = models.load_tokenizer(teacher.path, asked.trust_remote_code)
+    theirs = setting.teacher_tokenizer()
     rows = models.vocabulary(theirs)
-    if not teacher.endpoint:
-        rows = models.load_config(teacher.path, asked.trust_remote_code).get_text_config().vocab_size
+    if not setting.teacher.endpoint:
+        rows = setting.teacher_config().get_text_config().vocab_size
     own = models.load_tokenizer(setting.starts[name].path) if name in setting.starts else setting.tokenizer
     return vocabularies.compare(theirs, rows, own, _config(setting, name).get_text_config().vocab_size)
 
@@ -106,17 +105,9 @@ def _config(setting: Setting, name: str) -> PretrainedConfig:
     if spec.carve:
         from distill.carve import shape_after, student_config
 
-        assert setting.teacher is not None
-        assert setting.recipe.teacher is not None
-        config = models.load_config(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
+        config = setting.teacher_config()
         return student_config(config, shape_after(config, spec.carve))
     return fresh_config(spec.config, setting.tokenizer, setting.recipe.data.max_length)
-
-
-def _teacher(setting: Setting) -> PreTrainedModel:
-    assert setting.teacher is not None
-    assert setting.recipe.teacher is not None
-    return models.load_model(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
 
 
 def _mend_generation(model: PreTrainedModel, end: int) -> None:

@@ -38,7 +38,7 @@ def teachers_for(setting: Setting, plans: list[Plan]) -> dict[str, TeacherCache 
         for plan in plans
         if plan.objective.uses_teacher and plan.label not in chunked
     }
-    load = functools.cache(lambda: _load(setting))
+    load = functools.cache(setting.teacher_model)
     caches = caches_for(setting, forms.values())
     if caches:
         _fill(setting, list(caches.values()), load)
@@ -131,8 +131,7 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
         if setting.recipe.teacher and setting.recipe.teacher.retell:
             from distill.retelling import retold_pass
 
-            theirs = models.load_tokenizer(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-            return retold_pass(load(), theirs, setting.train, setting.tokenizer, _bf16(setting))
+            return retold_pass(load(), setting.teacher_tokenizer(), setting.train, setting.tokenizer, _bf16(setting))
         return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
     with progress() as bar:
@@ -161,12 +160,10 @@ def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
     """The teacher as one that reads text by its own tokenizer."""
     from distill import chunks
 
-    assert setting.recipe.teacher is not None
     assert setting.teacher is not None
     if setting.teacher.endpoint:
         return chunks.at_endpoint(echo.of(setting).token_logprobs)
-    tokenizer = models.load_tokenizer(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-    return chunks.local(load(), tokenizer, _bf16(setting))
+    return chunks.local(load(), setting.teacher_tokenizer(), _bf16(setting))
 
 
 def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
@@ -177,23 +174,10 @@ def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
     )
 
 
-def _load(setting: Setting) -> PreTrainedModel:
-    assert setting.recipe.teacher is not None
-    assert setting.teacher is not None
-    return models.load_model(setting.teacher.path, setting.recipe.teacher.trust_remote_code)
-
-
 def _bf16(setting: Setting) -> bool:
     """Whether the teacher runs in bfloat16 here."""
-    from transformers import AutoConfig
-
-    assert setting.recipe.teacher is not None
     assert setting.teacher is not None
-    if setting.teacher.endpoint:
-        return False
-    trusted = setting.recipe.teacher.trust_remote_code
-    config = AutoConfig.from_pretrained(setting.teacher.path, trust_remote_code=trusted)
-    return uses_bf16(setting.recipe.training.bf16, config)
+    return not setting.teacher.endpoint and uses_bf16(setting.recipe.training.bf16, setting.teacher_config())
 
 
 def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool) -> Pass:

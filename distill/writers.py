@@ -63,14 +63,12 @@ class LocalWriter:
         kept: Completions,
         trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoConfig
-
         self.teacher, self.tokenizer, self.generate, self.by_chat, self.kept = (
             teacher, tokenizer, generate, by_chat, kept,
         )  # fmt: skip
         self.trust_remote_code = trust_remote_code
         self.refused: list[str] = []
-        config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
+        config = models.load_config(teacher.path, trust_remote_code)
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
