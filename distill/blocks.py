@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -67,6 +67,18 @@ def positions(segments: np.ndarray) -> np.ndarray:
     return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
 
 
+def spans(segments: np.ndarray) -> list[slice]:
+    """Where each document of a block lies, from the numbers (T,) of its segments; padding left out."""
+    edges = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+    return [slice(start, end) for start, end in pairwise(edges) if segments[start] != 0]
+
+
+def start_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token before a text: BOS, or EOS where there is none, as lm-eval gives it to a model."""
+    start: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return start
+
+
 def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of `vocab_size` tokens with one special token that ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -114,10 +126,9 @@ def make_blocks(
     Raises:
         BadInput: a tokenizer without EOS, too little text, no document that fits, or one without an answer.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
+    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    if start is None or end is None:
         raise BadInput("the tokenizer has no EOS token", fix="give it one: documents are told apart by it")
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     documents = iter(documents)
     first = next(documents, None)
     if first is None:

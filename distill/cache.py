@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,9 +27,13 @@ from registry.terminal import say
 if TYPE_CHECKING:
     import torch
 
+    from distill.blocks import Blocks
+
 SHARD_TOKENS = 2**14
 CACHES = "teacher-cache"  # the folder below home()
 
+# The numbers of blocks (n,), and the caches that lack them -> what each stores of them, from one pass of the teacher.
+Pass = Callable[[np.ndarray, "list[TeacherCache]"], list[dict[str, np.ndarray]]]
 # The numbers of blocks (n,) -> what is stored of them, by name: (n, T, ...), or as `stored.shard_arrays` gives it.
 Capture = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -149,6 +153,23 @@ class _Shard:
             else:
                 arrays[name] = piece[place]
         return arrays
+
+
+def to_be_stored(
+    blocks: Blocks, indices: np.ndarray, logits: Iterable[torch.Tensor], caches: Sequence[TeacherCache]
+) -> list[dict[str, np.ndarray]]:
+    """What each of several caches, which have a form, stores of the blocks at `indices` (n,).
+
+    Args:
+        logits: (T, vocab_size) of each of the blocks; a position tells of the next token.
+    """
+    said: list[list[dict[str, np.ndarray]]] = [[] for _ in caches]
+    for number, of_block in zip(indices, logits, strict=True):
+        wanted = np.append(blocks.targets[number, 1:], False)
+        for cache, arrays in zip(caches, said, strict=True):
+            assert cache.form is not None
+            arrays.append(stored.block_arrays(cache.form, of_block, wanted, (cache.seed, int(number))))
+    return [stored.shard_arrays(arrays) for arrays in said]
 
 
 def fill(

@@ -7,15 +7,14 @@ most commercial servers do not, which is found out by one short request before a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from distill import stored
-from distill.blocks import Blocks
-from distill.cache import TeacherCache
+from distill.blocks import Blocks, spans
+from distill.cache import Pass, TeacherCache
 from distill.completions import Completions
 from distill.endpoint import EndpointTeacher, Request
 from registry.errors import BadInput
@@ -29,10 +28,6 @@ PROMPTS = 8  # of one request, at most: what is lost where it fails
 PROBE = "The quick brown fox jumps over the lazy dog."
 BY_ID = "token_id:"  # how vLLM names a token with return_tokens_as_token_ids
 UNTOLD = -20.0  # log-probability where nothing is to be predicted
-
-
-# What each of several caches stores of the blocks at some numbers; as `teacher.Pass`.
-Pass = Callable[[np.ndarray, list[TeacherCache]], list[dict[str, np.ndarray]]]
 
 
 class Echoed(NamedTuple):
@@ -193,10 +188,9 @@ class Echo:
         length = blocks.ids.shape[1]
         arrays = [(np.tile(np.arange(size), (length, 1)), np.full((length, size), UNTOLD)) for _ in indices]
         pieces = [
-            (place, start, blocks.ids[index][start:end].tolist())
+            (place, places.start, blocks.ids[index][places].tolist())
             for place, index in enumerate(indices)
-            for start, end in segments(blocks.segments[index])
-            if blocks.targets[index][start + 1 : end].any()
+            for places in _sent(blocks.segments[index], blocks.targets[index])
         ]
         groups = [pieces[start : start + PROMPTS] for start in range(0, len(pieces), PROMPTS)]
         requests = [self.request([ids for _, _, ids in group], size) for group in groups]
@@ -223,20 +217,17 @@ def of(setting: Setting, tokenizer: PreTrainedTokenizerBase | None = None) -> Ec
     return Echo(EndpointTeacher(setting.teacher, recipe.teacher, Completions()), tokenizer)
 
 
-def segments(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of each document of a block, from the numbers (T,) of its segments; padding left out."""
-    edges = np.flatnonzero(np.diff(numbers)) + 1
-    ends = [0, *edges.tolist(), len(numbers)]
-    return [(start, end) for start, end in pairwise(ends) if numbers[start] != 0]
+def _sent(segments: np.ndarray, targets: np.ndarray) -> list[slice]:
+    """The documents of a block of which something is to be predicted, from its segments and targets (T,)."""
+    return [places for places in spans(segments) if targets[places][1:].any()]
 
 
 def tokens_sent(blocks: Blocks) -> tuple[int, int]:
     """Tokens that an endpoint is sent and gives when every block is echoed."""
     rows = [
-        end - start
-        for numbers, targets in zip(blocks.segments, blocks.targets, strict=True)
-        for start, end in segments(numbers)
-        if targets[start + 1 : end].any()
+        places.stop - places.start
+        for segments, targets in zip(blocks.segments, blocks.targets, strict=True)
+        for places in _sent(segments, targets)
     ]
     return sum(rows), len(rows)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from distill import models
-from distill.blocks import Blocks
+from distill.blocks import Blocks, spans, start_of
 from registry.errors import BadInput
 
 if TYPE_CHECKING:
@@ -90,19 +90,16 @@ def pieces(
     """
     ids, segments = blocks.ids[number], blocks.segments[number]
     start = start_of(tokenizer)
-    edges = np.flatnonzero(np.diff(segments)) + 1
     found = []
-    for first, last in zip([0, *edges], [*edges, len(ids)], strict=True):
-        if segments[first] == 0:  # padding
-            continue
-        own = ids[first:last]
+    for places in spans(segments):
+        own = ids[places]
         begins, ends = own[0] == start, len(own) > 1 and own[-1] == tokenizer.eos_token_id
         sizes = np.array([len(texts[token]) for token in own])
         sizes[-1] += ends
         raw = b"".join(texts[token] for token in own)
         skipped = next((place for place, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
         text = raw[skipped:].decode("utf-8", "ignore")
-        found.append((slice(first, last), np.cumsum(sizes), Piece(text, skipped, bool(begins), bool(ends))))
+        found.append((places, np.cumsum(sizes), Piece(text, skipped, bool(begins), bool(ends))))
     return found
 
 
@@ -122,12 +119,6 @@ def encode(asked: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, texts: Se
         ends = ends if start is not None else ends[1:]
         found.append(Encoded(np.array(ids, dtype=np.int64), ends if spaced or written == text else ends[:0], spaced))
     return found
-
-
-def start_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token before a text: BOS, else EOS."""
-    start: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return start
 
 
 @torch.inference_mode()

@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distill import models, stored
+from distill import models
 from distill.blocks import Blocks
-from distill.cache import TeacherCache
+from distill.cache import Pass, TeacherCache, to_be_stored
 from distill.pieces import Encoded, encode, pieces, run, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from distill.teacher import Pass
 
 TOLD = 0.5  # share of the teacher's chances that has to be told
 SPREAD = 1e-4  # of what is told, over all tokens: of some the teacher can say nothing
@@ -199,12 +197,6 @@ def retold_pass(
 
     @torch.inference_mode()
     def told(indices: np.ndarray, caches: list[TeacherCache]) -> list[dict[str, np.ndarray]]:
-        kept: list[list[dict[str, np.ndarray]]] = [[] for _ in caches]
-        for number, logits in zip(indices, of_blocks(indices), strict=True):
-            wanted = np.append(blocks.targets[number, 1:], False)
-            for cache, arrays in zip(caches, kept, strict=True):
-                assert cache.form is not None
-                arrays.append(stored.block_arrays(cache.form, logits, wanted, (cache.seed, int(number))))
-        return [stored.shard_arrays(arrays) for arrays in kept]
+        return to_be_stored(blocks, indices, of_blocks(indices), caches)
 
     return told

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill import echo, models, stored
 from distill.blocks import Blocks
-from distill.cache import Capture, TeacherCache, fill
+from distill.cache import Capture, Pass, TeacherCache, fill, to_be_stored
 from distill.grid import Plan
 from distill.precision import uses_bf16
 from distill.setting import Setting
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from distill.chunks import Reader
-
-# What each of several caches stores of the blocks at some numbers: one pass of the teacher for all of them.
-Pass = Callable[[np.ndarray, list[TeacherCache]], list[dict[str, np.ndarray]]]
 
 
 def teachers_for(setting: Setting, plans: list[Plan]) -> dict[str, TeacherCache | PreTrainedModel]:
@@ -193,17 +190,13 @@ def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool
 
     @torch.inference_mode()
     def run(indices: np.ndarray, caches: list[TeacherCache]) -> list[dict[str, np.ndarray]]:
-        said: list[list[dict[str, np.ndarray]]] = [[] for _ in caches]
-        rest = iter(indices)
-        for batch in models.batches(blocks, vocab_size, indices):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                logits = models.logits_of(model, batch)[..., :vocab_size]
-            for block, of_block in zip(logits, rest, strict=False):
-                wanted = np.append(blocks.targets[of_block, 1:], False)  # a position tells of the next token
-                for cache, arrays in zip(caches, said, strict=True):
-                    assert cache.form is not None
-                    arrays.append(stored.block_arrays(cache.form, block, wanted, (cache.seed, int(of_block))))
-        return [stored.shard_arrays(arrays) for arrays in said]
+        def logits() -> Iterator[torch.Tensor]:
+            for batch in models.batches(blocks, vocab_size, indices):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                    of_batch = models.logits_of(model, batch)[..., :vocab_size]
+                yield from of_batch
+
+        return to_be_stored(blocks, indices, logits(), caches)
 
     return run
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distill import models
+from distill.blocks import start_of
 from distill.completions import Completions
 from distill.endpoint import EndpointTeacher
 from distill.filters import Answer
@@ -80,9 +81,7 @@ class LocalWriter:
             if text.rstrip().endswith(THINKING):  # the template opens the reasoning, which is part of the answer
                 opening = THINKING + text.rpartition(THINKING)[2]
         else:
-            start = self.tokenizer.bos_token_id
-            start = self.tokenizer.eos_token_id if start is None else start
-            ids = [start, *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
+            ids = [start_of(self.tokenizer), *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
         if self.context and len(ids) + self.generate.max_new_tokens > self.context:
             return None
         return {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import registry.endpoint
 from distill import echo, endpoint, generate, models, setting, stored
 from distill import recipe as recipes
-from distill.blocks import make_blocks
+from distill.blocks import make_blocks, spans
 from distill.cache import TeacherCache
 from distill.completions import Completions
 from distill.corpus import Document
@@ -287,7 +287,7 @@ def test_what_is_captured_is_what_the_model_says_here(
     tied = np.ptp(here["logprobs"][positions], axis=1) == 0  # the token that starts a text is zeros in this model
     assert same[~tied].mean() > 0.995  # but for ties in half precision
     probes = 1
-    pieces = sum(len(echo.segments(numbers)) for numbers in blocks.segments)
+    pieces = sum(len(spans(numbers)) for numbers in blocks.segments)
     assert len(front.posts) == probes + -(-pieces // echo.PROMPTS)
     assert echo.tokens_sent(blocks)[0] == sum(len(p) for body in front.posts[probes:] for p in body["prompt"])
     # Asked again it is read from what was kept, whatever becomes of the cache.
