@@ -90,20 +90,3 @@ def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.T
     """Logits (n, T, V) float32 of a batch of blocks."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
     return model(**inputs, use_cache=False).logits.float()
-
-
-def bits_per_byte(model: PreTrainedModel, blocks: Blocks, limit: int = 128) -> float:
-    """Bits per byte of text over at most `limit` evenly spread blocks, every target predicted."""
-    import torch
-    import torch.nn.functional as F
-
-    chosen = np.unique(np.linspace(0, len(blocks.ids) - 1, limit).astype(int))
-    nats = targets = 0.0
-    model.eval()
-    with torch.inference_mode():
-        for batch in batches(blocks, model.config.get_text_config().vocab_size, chosen):
-            labels = batch["labels"][:, 1:].to(model.device)
-            logits = logits_of(model, batch)[:, :-1]
-            nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-            targets += int((labels != -100).sum())
-    return nats / targets / float(np.log(2)) * blocks.text_tokens / blocks.text_bytes

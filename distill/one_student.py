@@ -206,6 +206,7 @@ def _train_and_save(
     setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: Teacher, work: Path, run: Run
 ) -> dict[str, Any]:
     """Train below `work`, save the student in `work/final`; returns its figures."""
+    from distill import heldout
     from distill.train import Trained
 
     if plan.control == "untrained":
@@ -220,7 +221,7 @@ def _train_and_save(
         "tokens": trained.tokens,
         "seconds": trained.seconds,
         "eval_seconds": trained.eval_seconds,
-        "heldout_bits_per_byte": models.bits_per_byte(model, setting.heldout),
+        "heldout_bits_per_byte": heldout.bits_per_byte(model, setting.heldout),
     }
     if trained.stopped:
         facts["stopped"] = trained.stopped

@@ -13,11 +13,12 @@ import pytest
 import torch
 from scipy import stats
 
-from distill import budget, models
+from distill import budget
 from distill import watch as watching
 from distill.blocks import Blocks, make_blocks, train_tokenizer
 from distill.budget import Evaluation
 from distill.corpus import Document
+from distill.heldout import bits_per_byte
 from distill.recipe import Budget, Objective, Training
 from distill.students import fresh
 from distill.train import Job, Trained, train
@@ -68,7 +69,7 @@ def run(tmp_path: Path, text: tuple[Any, Blocks, Blocks], clock: SimpleNamespace
 
         job = Job(student, blocks, held, Objective(labels=1.0), training, None, tmp_path / folder, 0, 300, limits)
         trained = train(job._replace(paid=paid), on_progress, on_log)
-        assert math.isfinite(models.bits_per_byte(student, held))
+        assert math.isfinite(bits_per_byte(student, held))
         return trained, list(rates.values()), student.state_dict()
 
     return go

@@ -19,6 +19,7 @@ from distill import models
 from distill.blocks import Blocks, make_blocks
 from distill.carve import carve, importance, shape_after
 from distill.corpus import Document
+from distill.heldout import bits_per_byte
 from distill.recipe import Carve, Objective, Training
 from distill.students import fresh
 from distill.train import Job, train
@@ -265,7 +266,7 @@ def learn(model: PreTrainedModel, blocks: Blocks, heldout: Blocks, folder: Path,
     )
     objective = Objective(labels=1.0)
     train(Job(model, blocks, heldout, objective, training, None, folder, seed=0, vocab_size=300))
-    return models.bits_per_byte(model, heldout)
+    return bits_per_byte(model, heldout)
 
 
 @pytest.mark.parametrize(
