@@ -43,11 +43,16 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Path]:
-    """Write a recipe for a tiny run: `teacher` a folder or None, `student` a model type or a TOML table."""
+    """Write a recipe for a tiny run: `teacher` a folder or None; `student` a model type, a TOML
+    table, or the folder of a pretrained model."""
 
-    def write(teacher: object = None, student: str = "llama", objectives: str = "", extra: str = "") -> Path:
+    def write(teacher: object = None, student: str | Path = "llama", objectives: str = "", extra: str = "") -> Path:
         path = tmp_path / "recipe.toml"
         asked = f'[teacher]\nmodel = "{teacher}"\n' if teacher else "[tokenizer]\nvocab_size = 300\n"
+        if isinstance(student, Path):
+            begins = f'[students.small]\nmodel = "{student}"'
+        else:
+            begins = f"[students.small.config]\n{STUDENTS.get(student, student)}"
         path.write_text(
             f"""
 name = "tiny"
@@ -59,8 +64,7 @@ heldout = 0.2
 max_length = 32
 
 {asked}
-[students.small.config]
-{STUDENTS.get(student, student)}
+{begins}
 
 {objectives or "[objectives.labels]" + chr(10) + "labels = 1.0"}
 

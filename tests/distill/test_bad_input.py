@@ -177,9 +177,7 @@ def test_more_text_than_a_student_has_positions(
     assert "small has 16 positions" in done.err
     assert "set data.max_length = 16 or less" in done.err
     student = make_model(tmp_path / "short", tokenizer_folder, "gpt2", n_positions=24)
-    recipe = write_recipe(tiny_llama, "HERE", DISTILLED)
-    old, new = "[students.small.config]\nHERE", f'[students.small]\nmodel = "{student}"'
-    recipe.write_text(recipe.read_text().replace(old, new))
+    recipe = write_recipe(tiny_llama, student, DISTILLED)
     done = limbeck("distill", recipe)
     assert done.code == 2
     line = line_of(recipe, f'model = "{student}')
@@ -212,9 +210,7 @@ def test_a_student_with_another_tokenizer(
 
     train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128).save_pretrained(tmp_path / "tokens")
     student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")
-    recipe = write_recipe(tiny_llama, "HERE", DISTILLED)
-    old, new = "[students.small.config]\nHERE", f'[students.small]\nmodel = "{student}"'
-    recipe.write_text(recipe.read_text().replace(old, new))
+    recipe = write_recipe(tiny_llama, student, DISTILLED)
     done = limbeck("distill", recipe)
     assert done.code == 2
     line = line_of(recipe, f'model = "{student}')

@@ -84,10 +84,7 @@ def test_padded_vocabularies_are_told_from_unequal_ones(
 
     train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128).save_pretrained(tmp_path / "tokens")
     student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")
-    recipe = write_recipe(teacher, "HERE", DISTILLED)
-    old, new = "[students.small.config]\nHERE", f'[students.small]\nmodel = "{student}"'
-    recipe.write_text(recipe.read_text().replace(old, new))
-    found = checked(recipe, code=2)
+    found = checked(write_recipe(teacher, student, DISTILLED), code=2)
     [error] = [finding for several in found.values() for finding in several if finding["level"] == "error"]
     assert "students.small.model" in error["said"]
     assert "chunks" in error["fix"]
