@@ -21,7 +21,7 @@ from registry.errors import BadInput, LimbeckError
 from registry.home import home
 from registry.machine import available_memory
 from registry.records import Record
-from registry.terminal import say
+from registry.terminal import bytes_said, say
 
 if TYPE_CHECKING:
     from distill.cache import TeacherCache
@@ -275,10 +275,10 @@ def _cache(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         yield _ok("cache", f"the teacher runs online for {online} students")
     for words in _words(setting, plans):
         if tokens := words.missing_tokens():
-            size = _bytes(words.missing_bytes())
+            size = bytes_said(words.missing_bytes())
             yield _ok("cache", f"{words.what}: miss, {tokens:,} tokens to capture, about {size}")
         else:
-            name, size = words.cache.folder.name, _bytes(words.cache.disk_bytes())
+            name, size = words.cache.folder.name, bytes_said(words.cache.disk_bytes())
             yield _ok("cache", f"{words.what}: hit, {name}, {size}")
 
 
@@ -299,10 +299,12 @@ def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
 
 def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterator[Finding]:
-    said = f"{what}: about {_bytes(certain + about)} of the {_bytes(there)} of {where} that are free"
+    said = f"{what}: about {bytes_said(certain + about)} of the {bytes_said(there)} of {where} that are free"
     fix = "set training.per_device_train_batch_size or data.max_length lower, or gradient_checkpointing = true"
     if certain > there:
-        raise BadInput(f"{said}, and {_bytes(certain)} of it for weights and optimizer", fix="take a larger machine")
+        raise BadInput(
+            f"{said}, and {bytes_said(certain)} of it for weights and optimizer", fix="take a larger machine"
+        )
     level: Level = "warning" if certain + about > EDGE * there else "ok"
     yield Finding(check="memory", level=level, said=said, fix=fix if level == "warning" else None)
 
@@ -310,7 +312,7 @@ def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterat
 def _disk(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     needed = forecast.disk(setting, plans) + sum(words.missing_bytes() for words in _words(setting, plans))
     free = shutil.disk_usage(home()).free
-    said = f"about {_bytes(needed)} of the {_bytes(free)} that are free in {home()}"
+    said = f"about {bytes_said(needed)} of the {bytes_said(free)} that are free in {home()}"
     if needed > free:
         raise BadInput(f"no room on the disk: {said}", fix="make room, or move the state with LIMBECK_HOME")
     yield _ok("disk", said)
@@ -361,14 +363,6 @@ def _time(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         said=", ".join(parts) + (f", of {recipe.budget.max_usd:g} in budget.max_usd" if over else ""),
         fix="a student whose budget ends is stopped and kept" if over else None,
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
 
 
 def _duration(seconds: float) -> str:

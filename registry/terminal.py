@@ -49,6 +49,15 @@ def write_report(text: str, file: Path | None) -> None:
     print(os.path.relpath(file))
 
 
+def bytes_said(count: float) -> str:
+    """Bytes in words: `38.9 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
