@@ -90,6 +90,7 @@ def _described(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
     return settings, {"teacher": recipe.teacher.model, "recipe": str(setting.source.path)}
 
 
+@functools.lru_cache(maxsize=4)  # it is asked for with every cache and student, over a whole vocabulary
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What identifies the tokens that ids stand for."""
     return json_digest(tokenizer.get_vocab())
