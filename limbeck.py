@@ -30,8 +30,8 @@ COMMANDS = {
     "models": ("registry.cli:models", "Browse the registry: list, show, lineage, history."),
     "promote": ("registry.cli:promote", "Move an alias to a version that passes the policy."),
     "rollback": ("registry.cli:rollback", "Put an alias back on the version before."),
-    "deploy": ("export.cli:deploy", "Copy a verified, self-contained bundle."),
-    "serve": ("export.cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
+    "deploy": ("export.serve_cli:deploy", "Copy a verified, self-contained bundle."),
+    "serve": ("export.serve_cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("export.cli:generate", "Complete a prompt and tell the speed."),
     "doctor": ("registry.cli:doctor", "What is installed, reachable, and what is wrong."),
 }

@@ -1,10 +1,9 @@
-"""`limbeck export`, `deploy`, `serve` and `generate`."""
+"""`limbeck export` and `generate`."""
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from registry.errors import BadInput
 from registry.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
 
 if TYPE_CHECKING:
+    from export.find import Found
     from export.sampling import Sampling
     from export.variants import Variant
     from registry.resolve import Model
@@ -98,53 +98,6 @@ def _variant_row(variant: Variant) -> tuple[Any, ...]:
 
 @click.command()
 @click.argument("model")
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
-@format_option
-def deploy(model: str, to: Path, output: str) -> None:
-    """Copy the ONNX artifact MODEL, verified, to a folder that needs no registry.
-
-    `limbeck serve DIR` serves it on a host without torch, transformers or MLflow.
-    """
-    from export.bundle import deploy as copy
-
-    found = _onnx(model)
-    digest = copy(found.path, to, digest=found.digest, about={"model": found.name})
-    if output == "json":
-        print_json({"bundle": str(to), "model": found.name, "digest": digest})
-        return
-    print(f"{to}: {found.name}, digest {digest[:12]}, verified")
-    say(f"serve it: limbeck serve {to}")
-
-
-@click.command()
-@click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@threads_option
-def serve(model: str, host: str, port: int, threads: int | None) -> None:
-    """Serve the ONNX model MODEL over OpenAI-compatible HTTP: /v1/completions, /v1/models, /health.
-
-    MODEL is a bundle or ONNX folder, NAME/VERSION or NAME@ALIAS. Where LIMBECK_API_KEY is set, clients have to
-    send it as their API key. SIGTERM lets running requests end first.
-    """
-    from export.runtime import Runtime
-    from export.server import listen
-    from export.server import serve as run
-
-    found = _onnx(model)
-    runtime = Runtime.load(found.path, threads=threads, expected=found.digest)
-    listener = listen(host, port)
-    api_key = os.environ.get("LIMBECK_API_KEY") or None
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
-    name = model if "@" in model else found.name  # a name that stays when the alias moves
-    say(f"{name}, digest {runtime.digest[:12]}, at {address}")
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        say("no API key is asked for: set LIMBECK_API_KEY to ask for one")
-    run(runtime, name, listener, api_key)
-
-
-@click.command()
-@click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="The most to add.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
@@ -168,12 +121,13 @@ def generate(
     checked first.
     """
     quiet_libraries()
+    from export.find import find
     from export.sampling import Sampling
 
     request = Sampling(**sampling)
     if prompt is None:
         prompt = sys.stdin.read()
-    results = [_complete(_find(name), prompt, request, threads) for name in (model, beside) if name]
+    results = [_complete(find(name), prompt, request, threads) for name in (model, beside) if name]
     if output == "json":
         print_json(results)
         return
@@ -203,47 +157,4 @@ def _speed_row(done: dict[str, Any]) -> tuple[Any, ...]:
         f"{done['load_s']:.2f} s",
         f"{done['prefill_tokens_per_s']:,.0f} tok/s",
         decode and f"{decode:,.0f} tok/s",
-    )
-
-
-@dataclass(frozen=True)
-class Found:
-    """The artifact that a MODEL means."""
-
-    path: Path
-    name: str
-    engine: str
-    digest: str | None  # None: its manifest decides, when it is loaded
-
-
-def _find(text: str) -> Found:
-    """As `registry.resolve.resolve`; an ONNX folder without it, as a serving host needs."""
-    from export.bundle import is_bundle
-    from registry.digest import read_manifest
-
-    folder = Path(text).expanduser()
-    if is_bundle(folder) or (folder / "model.onnx").is_file():
-        name = read_manifest(folder).get("model") or folder.resolve().name
-        return Found(folder, str(name), "onnxruntime", None)
-    from registry.resolve import resolve
-
-    model = resolve(text)
-    return Found(model.path, model.label, model.engine, model.digest)
-
-
-def _onnx(text: str) -> Found:
-    """As `_find`. Raises BadInput, naming the ONNX variants there are, where it is a torch model."""
-    found = _find(text)
-    if found.engine == "onnxruntime":
-        return found
-    name, _, version = found.name.rpartition("/")
-    variants = []
-    if name and version.isdecimal() and not Path(text).is_dir():
-        from registry.store import Store
-
-        variants = [v for v in Store().versions(name) if v.kind == "onnx" and v.parent == found.name]
-    there = ", ".join(f"{variant.ref} ({variant.precision})" for variant in variants)
-    raise BadInput(
-        f"{text} is a torch model; what is deployed and served is ONNX",
-        fix=f"its ONNX variants: {there}" if there else f"export it first: limbeck export {text}",
     )

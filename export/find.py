@@ -1,0 +1,50 @@
+"""Which artifact a MODEL of the export room's commands means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.bundle import is_bundle
+from registry.digest import read_manifest
+from registry.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Found:
+    """The artifact that a MODEL means."""
+
+    path: Path
+    name: str
+    engine: str
+    digest: str | None  # None: its manifest decides, when it is loaded
+
+
+def find(text: str) -> Found:
+    """As `registry.resolve.resolve`; an ONNX folder without it, as a serving host needs."""
+    folder = Path(text).expanduser()
+    if is_bundle(folder) or (folder / "model.onnx").is_file():
+        name = read_manifest(folder).get("model") or folder.resolve().name
+        return Found(folder, str(name), "onnxruntime", None)
+    from registry.resolve import resolve
+
+    model = resolve(text)
+    return Found(model.path, model.label, model.engine, model.digest)
+
+
+def find_onnx(text: str) -> Found:
+    """As `find`. Raises BadInput, naming the ONNX variants there are, where it is a torch model."""
+    found = find(text)
+    if found.engine == "onnxruntime":
+        return found
+    name, _, version = found.name.rpartition("/")
+    variants = []
+    if name and version.isdecimal() and not Path(text).is_dir():
+        from registry.store import Store
+
+        variants = [v for v in Store().versions(name) if v.kind == "onnx" and v.parent == found.name]
+    there = ", ".join(f"{variant.ref} ({variant.precision})" for variant in variants)
+    raise BadInput(
+        f"{text} is a torch model; what is deployed and served is ONNX",
+        fix=f"its ONNX variants: {there}" if there else f"export it first: limbeck export {text}",
+    )
