@@ -6,16 +6,17 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
 from export.detokenize import BROKEN, Detokenizer
 from export.runtime import Runtime
-from export.sampling import Sampling, likeliest, log_softmax
+from export.sampling import Sampling
+from export.scheduler import Scheduler, Scored
 from registry.errors import BadInput
 
 MAX_CHOICES = 128  # prompts times n
@@ -141,43 +142,43 @@ class Delta:
         }
 
 
-def deltas(runtime: Runtime, body: CompletionRequest, prompts: list[list[int]]) -> Iterator[Delta]:
+async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]) -> AsyncGenerator[Delta]:
     """All choices, bit by bit, in the order they are made. The streamed answer and the whole one are both this."""
+    runtime = scheduler.runtime
     n = body.n or 1
     rows = [prompt for prompt in prompts for _ in range(n)]
     lengths = [0] * len(rows)  # of the text so far
     if body.echo:
         for place, (prompt, given) in enumerate(zip(prompts, body.prompts(), strict=True)):
             text = given if isinstance(given, str) else runtime.decode(prompt)
-            logprobs = _of_prompt(runtime, prompt, body) if body.logprobs is not None else None
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = _of_prompt(runtime, prompt, await scheduler.score(prompt, body.logprobs), body)
             for index in range(place * n, place * n + n):
                 lengths[index] = len(text)
                 yield Delta(index, text, None if body.length() else "length", logprobs)
     if body.length() == 0:
         return
-    for event in runtime.events(rows, body.sampling()):
-        logprobs = None
-        if event.logprob is not None:
-            top = event.top_logprobs or None
-            logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
-        lengths[event.index] += len(event.piece)
-        yield Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1)
+    async with aclosing(scheduler.generate(rows, body.sampling())) as events:
+        async for event in events:
+            logprobs = None
+            if event.logprob is not None:
+                top = event.top_logprobs or None
+                logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
+            lengths[event.index] += len(event.piece)
+            yield Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1)
 
 
-def _of_prompt(runtime: Runtime, prompt: list[int], body: CompletionRequest) -> dict[str, list[Any]]:
-    """Each prompt token's log-probability given those before it, and the likeliest at its place."""
-    values: list[float | None] = [None]
-    tops: list[dict[int, float] | None] = [None]
-    steps = (step for piece in runtime.prompt_logits(prompt) for step in piece)
-    for token, step in zip(prompt[1:], steps, strict=False):  # what the last step predicts is not in the prompt
-        logprobs = log_softmax(step.astype(np.float64))
-        values.append(float(logprobs[token]))
-        tops.append(likeliest(logprobs, body.logprobs or 0) or None)
+def _of_prompt(
+    runtime: Runtime, prompt: list[int], scores: Sequence[Scored], body: CompletionRequest
+) -> dict[str, list[Any]]:
+    """What the model says of a prompt, in OpenAI's form."""
     text = Detokenizer(runtime.decode, [])
     offsets = []
     for token in prompt:
         offsets.append(len(text.text))
         text.add(token)
+    values, tops = [scored.logprob for scored in scores], [scored.top_logprobs or None for scored in scores]
     return _logprobs(runtime, body, prompt, values, tops, offsets)
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from export.detokenize import Detokenizer
-from export.sampling import Sampling, choose, likeliest, log_softmax
+from export.batch import Batch, Slot
+from export.generation import Completion, Event, Generation
+from export.sampling import Sampling
 from registry.digest import MANIFEST
 from registry.digest import verify as verify_digest
 from registry.errors import BadInput, DamagedArtifact
@@ -36,32 +35,6 @@ NUMPY_TYPES = {
 # The names that model families give to the number of positions they were made for.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 PREFILL_LOGITS = 2**25  # computed at once while a prompt is read (128 MB); longer prompts go in pieces
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt."""
-
-    text: str
-    token_ids: list[int]  # with the end-of-text token where the model gave one
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    prefill_s: float  # from the call to the batch's first token
-    decode_s: float  # from there to the batch's last token
-    logprobs: list[float] | None = None  # of each token, natural log, before temperature, top-k and top-p
-    top_logprobs: list[dict[int, float]] | None = None  # the likeliest tokens at each step
-
-
-@dataclass(frozen=True)
-class Event:
-    """One new token of one prompt of a batch."""
-
-    index: int  # of the prompt
-    token_id: int
-    piece: str  # the text that is now certain; often ""
-    finish_reason: Literal["stop", "length"] | None  # None while more follows
-    logprob: float | None = None
-    top_logprobs: dict[int, float] | None = None
 
 
 class Runtime:
@@ -202,8 +175,8 @@ class Runtime:
         Returns:
             (B, T, V) float32; what stands at padded positions has no meaning.
         """
-        cache = self._empty_cache(len(input_ids))
-        logits, _ = self._forward(input_ids, attention_mask, positions(attention_mask), cache, grow=False)
+        cache = self.empty_cache(len(input_ids))
+        logits, _ = self.forward(input_ids, attention_mask, positions(attention_mask), cache, grow=False)
         return logits.astype(np.float32, copy=False)
 
     def prompt_logits(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
@@ -255,48 +228,48 @@ class Runtime:
                 yield event.piece
 
     def events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Event]:
-        """The tokens of a batch as they come. Every row ends with an event that has a finish_reason.
+        """The tokens of a request as they come. Every prompt ends with an event that has a finish_reason.
 
         Args:
-            prompts: token ids, none empty; padded on the left to one length here.
+            prompts: token ids, none empty.
         """
-        rows = [_Row(self, index, prompt, sampling) for index, prompt in enumerate(prompts)]
-        if not rows:
-            return
-        width = max(len(row.prompt) for row in rows)
-        pad = self.pad_token_id if self.pad_token_id is not None else 0
-        tokens = np.full((len(rows), width), pad, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        for row in rows:
-            tokens[row.index, width - len(row.prompt) :] = row.prompt
-            mask[row.index, width - len(row.prompt) :] = 1
-        output, cache = deque(self._pieces(tokens, mask), maxlen=1).pop()
-        logits = output[:, -1]
-        place = mask.sum(axis=1, keepdims=True)
-        while True:
-            for row in rows:
-                if row.finish_reason is None:
-                    yield row.take(logits[row.index])
-            if all(row.finish_reason for row in rows):
-                return
-            # Rows that have ended go on with padding; what they give is not read.
-            step = np.array([[pad if row.finish_reason else row.last] for row in rows], np.int64)
-            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
-            output, cache = self._forward(step, mask, np.minimum(place, self.max_length - 1), cache)
-            logits = output[:, -1]
-            place = place + 1
+        batch = Batch(self)
+        going = [(self.generation(index, prompt, sampling), prompt) for index, prompt in enumerate(prompts)]
+        rows = [(row, batch.begin(prompt, row.most)) for row, prompt in going]
+        logits = [self._read(batch, slot) for _, slot in rows]
+        while rows:
+            for (row, _), values in zip(rows, logits, strict=True):
+                yield row.take(values)
+            for row, slot in rows:
+                if row.finish_reason:
+                    batch.end(slot)
+            rows = [(row, slot) for row, slot in rows if not row.finish_reason]
+            if rows:
+                logits = list(batch.step([slot for _, slot in rows], [row.last for row, _ in rows]))
+
+    def _read(self, batch: Batch, slot: Slot) -> np.ndarray:
+        """(V,) logits after the prompt, read in pieces whose logits fit in memory."""
+        logits = None
+        while logits is None:
+            [logits] = batch.read([slot], max(1, PREFILL_LOGITS // self.vocab_size))
+        return logits
+
+    def generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> Generation:
+        """The state of one prompt of a request while it is completed."""
+        room = self.max_length - len(prompt)
+        return Generation(index, prompt, sampling, room=room, eos_token_ids=self.eos_token_ids, decode=self.decode)
 
     def _pieces(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
         """Read (B, T) tokens in pieces of t tokens: the (B, t, V) logits of each, and the cache after it."""
         batch, width = tokens.shape
-        cache, place = self._empty_cache(batch), positions(mask)
+        cache, place = self.empty_cache(batch), positions(mask)
         piece = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
         for start in range(0, width, piece):
             end = min(start + piece, width)
-            logits, cache = self._forward(tokens[:, start:end], mask[:, :end], place[:, start:end], cache)
+            logits, cache = self.forward(tokens[:, start:end], mask[:, :end], place[:, start:end], cache)
             yield logits, cache
 
-    def _forward(
+    def forward(
         self,
         tokens: np.ndarray,
         mask: np.ndarray,
@@ -322,7 +295,7 @@ class Runtime:
         logits, *present = binding.get_outputs()
         return logits.numpy(), present
 
-    def _empty_cache(self, batch: int) -> list[ort.OrtValue]:
+    def empty_cache(self, batch: int) -> list[ort.OrtValue]:
         """A cache of length 0 for each layer, in the layout the graph declares."""
         empty = []
         for item in self._past.values():
@@ -334,48 +307,6 @@ class Runtime:
     def _token_id(self, name: str) -> int | None:
         value = self.generation_config.get(name, self.config.get(name))
         return value[0] if isinstance(value, list) else value
-
-
-@dataclass
-class _Row:
-    """One prompt of a batch while it is completed."""
-
-    runtime: Runtime
-    index: int
-    prompt: Sequence[int]
-    sampling: Sampling
-    taken: int = 0
-    last: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
-    random: np.random.Generator = field(init=False)
-    text: Detokenizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        # A row's draws depend on the seed and its place in the batch, not on what else is in the batch.
-        seed = None if self.sampling.seed is None else [self.sampling.seed, self.index]
-        self.random = np.random.default_rng(seed)
-        self.text = Detokenizer(self.runtime.decode, self.prompt, self.sampling.stop)
-
-    def take(self, logits: np.ndarray) -> Event:
-        """Choose the next token from (V,) logits."""
-        self.last = token = choose(logits, self.sampling, self.random)
-        self.taken += 1
-        ended = token in self.runtime.eos_token_ids and not self.sampling.ignore_eos
-        piece = "" if ended else self.text.add(token)
-        room = min(self.sampling.max_new_tokens, self.runtime.max_length - len(self.prompt))
-        if ended or self.text.stopped:
-            self.finish_reason = "stop"
-        elif self.taken >= room:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            piece += self.text.finish()
-            # The rest may hold a stop string that was not certain before.
-            self.finish_reason = "stop" if self.text.stopped else self.finish_reason
-        if self.sampling.logprobs is None:
-            return Event(self.index, token, piece, self.finish_reason)
-        logprobs = log_softmax(logits.astype(np.float64))
-        top = likeliest(logprobs, self.sampling.logprobs)
-        return Event(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)
 
 
 def positions(attention_mask: np.ndarray) -> np.ndarray:

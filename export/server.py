@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from export.completions import APIError, CompletionRequest, Delta, Usage, deltas, token_ids
 from export.runtime import Runtime
-from export.worker import Worker
+from export.scheduler import Scheduler
 from registry.errors import BadInput
 
 MAX_BODY = 2**22  # bytes of one request
@@ -62,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 def application(runtime: Runtime, model: str, api_key: str | None = None) -> ASGIApp:
     """The server as an ASGI application that serves `runtime` under the name `model`."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    worker = Worker()
+    scheduler = Scheduler(runtime)
     created = int(time.time())
 
     @api.get("/health")
@@ -80,7 +79,7 @@ def application(runtime: Runtime, model: str, api_key: str | None = None) -> ASG
             message = f"the model {body.model!r} is not served here; {model!r} is"
             raise APIError(404, message, "model", "model_not_found")
         prompts = await asyncio.to_thread(token_ids, runtime, body)
-        results = worker.results(partial(deltas, runtime, body, prompts))
+        results = deltas(scheduler, body, prompts)
         usage = Usage(sum(map(len, prompts)))
         head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
         if body.stream:
