@@ -5,24 +5,20 @@ Requests run one after the other; the prompts and choices of one request run as 
 
 from __future__ import annotations
 
-import asyncio
-import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
 from typing import Any
-from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from export.completions import APIError, CompletionRequest, Delta, Usage, deltas, token_ids
+from export.api import add_completions
+from export.completions import APIError
 from export.runtime import Runtime
 from export.scheduler import Scheduler
 from registry.errors import BadInput
@@ -73,20 +69,7 @@ def application(runtime: Runtime, model: str, api_key: str | None = None) -> ASG
         entry = {"id": model, "object": "model", "created": created, "owned_by": "limbeck"}
         return {"object": "list", "data": [entry]}
 
-    @api.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        if body.model not in (None, model):
-            message = f"the model {body.model!r} is not served here; {model!r} is"
-            raise APIError(404, message, "model", "model_not_found")
-        prompts = await asyncio.to_thread(token_ids, runtime, body)
-        results = deltas(scheduler, body, prompts)
-        usage = Usage(sum(map(len, prompts)))
-        head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
-        if body.stream:
-            with_usage = bool((body.stream_options or {}).get("include_usage"))
-            return StreamingResponse(_sse(head, results, usage, with_usage), media_type="text/event-stream")
-        choices = await _while_connected(request, _whole(results, usage))
-        return JSONResponse({**head, "choices": choices, "usage": usage.row()})
+    add_completions(api, scheduler, model)
 
     @api.exception_handler(APIError)
     async def refused(request: Request, error: APIError) -> Response:
@@ -150,60 +133,3 @@ def _invalid(error: RequestValidationError) -> APIError:
     words = dict.fromkeys(item["msg"] for item in found if item["loc"][1:2] == where)
     message = " or ".join(words)
     return APIError(400, f"{field}: {message}" if field else message, field)
-
-
-async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[dict[str, Any]]:
-    """The choices of an answer that is not streamed, by index."""
-    choices: dict[int, dict[str, Any]] = {}
-    async with aclosing(results):
-        async for delta in results:
-            usage.completion += delta.new_tokens
-            choice = choices.setdefault(delta.index, Delta(delta.index, "").row())
-            choice["text"] += delta.text
-            choice["finish_reason"] = delta.finish_reason
-            if delta.logprobs is not None:
-                # A new dictionary: the choices of one prompt were given the same one.
-                before = choice["logprobs"] or {}
-                choice["logprobs"] = {k: before.get(k, []) + v for k, v in delta.logprobs.items()}
-    return [choices[index] for index in sorted(choices)]
-
-
-async def _sse(
-    head: dict[str, Any], results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
-) -> AsyncIterator[str]:
-    """The answer as server-sent events, one for each token."""
-    extra = {"usage": None} if with_usage else {}
-    async with aclosing(results):
-        try:
-            async for delta in results:
-                usage.completion += delta.new_tokens
-                yield _event({**head, "choices": [delta.row()], **extra})
-        except Exception as error:  # the status is sent: all that is left is to tell it
-            message = error.message if isinstance(error, BadInput) else "the server failed on this request"
-            yield _event(APIError(500, message).body())
-            return
-    if with_usage:
-        yield _event({**head, "choices": [], "usage": usage.row()})
-    yield "data: [DONE]\n\n"
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, which is cancelled when the client leaves."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise APIError(499, "the client left")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
