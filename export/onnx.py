@@ -1,4 +1,8 @@
-"""A transformers checkpoint as an ONNX artifact: optimum's graph with key-value cache, ready to run."""
+"""A transformers checkpoint as an ONNX artifact: a graph with key-value cache, ready to run.
+
+The families of export.decoder_families get a graph with fused operators, others the graph that optimum exports. The
+manifest says which: `graph` is "fused" or "optimum".
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ def export(
     precision: str = "fp32",
     *,
     fp32: Path | None = None,
+    fused: bool = True,
     trust_remote_code: bool = False,
 ) -> str:
     """Write the ONNX artifact of the causal language model in `model` to `out`. Returns its digest.
@@ -48,11 +53,12 @@ def export(
         model: folder with config.json, safetensors and tokenizer files.
         precision: "fp32", or "int8" (int8 weights, activations quantised as the graph runs).
         fp32: the fp32 artifact of the same model where there is one; a quantised one is made from it.
+        fused: False takes optimum's graph even where the fused one can be written, to compare the two.
         trust_remote_code: run the Python code in the folder, as in transformers.
 
     Raises:
         BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
-            or is of an architecture that optimum cannot export. DamagedArtifact: truncated weights.
+            or is of an architecture that can be exported in neither way. DamagedArtifact: truncated weights.
     """
     check_precisions([precision])
     model, out = Path(model), Path(out)
@@ -66,10 +72,10 @@ def export(
                 raise BadInput(f"{fp32} is no export of {model}", fix="leave it away: it will be made again")
             for name in FILES & {path.name for path in fp32.iterdir()}:
                 shutil.copyfile(fp32 / name, folder / name)
-            graph = fp32 / GRAPH
+            graph, kind = fp32 / GRAPH, str(read_manifest(fp32).get("graph", "optimum"))
         else:
             with _quiet():
-                _export_fp32(model, folder, trust_remote_code)
+                kind = _export_fp32(model, folder, fused, trust_remote_code)
             graph = folder / GRAPH
         if precision == "int8":
             from export.quantize import quantize_int8
@@ -81,6 +87,7 @@ def export(
             kind="onnx",
             engine="onnxruntime",
             precision=precision,
+            graph=kind,
             parent=parent,
             made_with=_versions(),
         )
@@ -96,17 +103,36 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
 
 
 def supported_model_types() -> list[str]:
-    """The `model_type`s that optimum can export with a key-value cache."""
+    """The `model_type`s that can be exported with a key-value cache, by optimum or as a fused graph."""
+    from export.decoder_families import FAMILIES
+
+    return sorted({*FAMILIES, *_optimum_model_types()})
+
+
+def _optimum_model_types() -> list[str]:
     import optimum.exporters.onnx.model_configs  # noqa: F401  (fills the table)
     from optimum.exporters.tasks import TasksManager
 
-    return sorted(TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
+    return list(TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
 
 
-def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
-    """optimum's export of `model` into `folder`, less the files that nothing reads."""
+def _export_fp32(model: Path, folder: Path, fused: bool, trust_remote_code: bool) -> str:
+    """Write the graph, the configuration and the tokenizer of `model` to `folder`. Returns which graph it is."""
+    torch_model, tokenizer = _load(model, trust_remote_code)
+    torch_model.config.use_cache = True
+    kind = "fused" if fused and _write_fused(torch_model, folder) else "optimum"
+    if kind == "optimum":
+        _write_optimum(model, torch_model, folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        if path.name not in FILES and not path.name.startswith(GRAPH):
+            path.unlink()
+    return kind
+
+
+def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The float32 model in `model`, ready to evaluate, and its tokenizer."""
     import torch
-    from optimum.exporters.onnx.convert import onnx_export_from_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -119,10 +145,7 @@ def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
             fix="the folder needs config.json and the tokenizer's files, as save_pretrained writes them",
         ) from error
     if config.model_type not in supported_model_types():
-        raise BadInput(
-            f"{model}: optimum cannot export the architecture {config.model_type!r}",
-            fix=f"supported: {', '.join(supported_model_types())}",
-        )
+        raise _unsupported(model, config.model_type)
     if not tokenizer.is_fast:
         raise BadInput(f"{model}: its tokenizer has no tokenizer.json and none can be made from it")
     try:
@@ -131,14 +154,38 @@ def _export_fp32(model: Path, folder: Path, trust_remote_code: bool) -> None:
         )
     except Exception as error:  # safetensors raises a type of its own, not one of a family
         raise BadInput(f"{model} cannot be loaded: {_first_line(error)}") from error
-    torch_model.eval()
-    torch_model.config.use_cache = True
-    # Without optimum's own validation: export.parity compares more, on real text.
+    return torch_model.eval(), tokenizer
+
+
+def _write_fused(torch_model: Any, folder: Path) -> bool:
+    """Write the fused graph and what else optimum would write; False where the model has no such graph."""
+    from export.decoder import write
+    from export.decoder_families import Unwritable, describe
+
+    try:
+        decoder = describe(torch_model)
+    except Unwritable:
+        return False
+    write(decoder, folder / GRAPH)
+    torch_model.config.save_pretrained(folder)
+    torch_model.generation_config.save_pretrained(folder)
+    return True
+
+
+def _write_optimum(model: Path, torch_model: Any, folder: Path) -> None:
+    """Write optimum's export. Without optimum's own validation: export.parity compares more, on real text."""
+    from optimum.exporters.onnx.convert import onnx_export_from_model
+
+    if torch_model.config.model_type not in _optimum_model_types():
+        raise _unsupported(model, torch_model.config.model_type)
     onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
-    tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        if path.name not in FILES and not path.name.startswith(GRAPH):
-            path.unlink()
+
+
+def _unsupported(model: Path, model_type: str) -> BadInput:
+    return BadInput(
+        f"{model}: the architecture {model_type!r} cannot be exported",
+        fix=f"supported: {', '.join(supported_model_types())}",
+    )
 
 
 def _first_line(error: Exception) -> str:

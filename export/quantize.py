@@ -21,6 +21,7 @@ def quantize_int8(graph: Path, folder: Path) -> None:
     tied, by the language-model head: a row of the lookup is an output channel of the head.
     """
     import onnx
+    from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # A weight file of 2 GB or more lies beside the graph; the quantised one is a quarter of it.
@@ -33,6 +34,7 @@ def quantize_int8(graph: Path, folder: Path) -> None:
         per_channel=True,
         weight_type=QuantType.QInt8,
         use_external_data_format=size > PROTOBUF_LIMIT,
+        extra_options={"DefaultTensorType": TensorProto.FLOAT},  # no shape inference through fused operators
     )
     model = onnx.load(temporary)
     for path in folder.glob("quantized.onnx*"):

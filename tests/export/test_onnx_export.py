@@ -141,7 +141,7 @@ def refused(model: Path, error: type[Exception], match: str) -> None:
 def test_an_architecture_without_an_exporter_is_named_with_those_that_have_one(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}))
-    refused(copy, BadInput, r"cannot export the architecture 'rwkv'\n  supported: .*llama")
+    refused(copy, BadInput, r"the architecture 'rwkv' cannot be exported\n  supported: .*llama")
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:
