@@ -14,27 +14,44 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from export.completions import APIError, CompletionRequest, Delta, Usage, deltas, token_ids
-from export.scheduler import Scheduler
+from export.queued import Unavailable
+from export.served import Served
 from registry.errors import BadInput
 
 
-def add_completions(api: FastAPI, scheduler: Scheduler, model: str) -> None:
-    """Answer POST /v1/completions with the model of `scheduler`, under the name `model`."""
+def add_completions(api: FastAPI, served: Served) -> None:
+    """Answer POST /v1/completions with the model that is served when a request comes."""
+    model = served.name
 
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         if body.model not in (None, model):
             message = f"the model {body.model!r} is not served here; {model!r} is"
             raise APIError(404, message, "model", "model_not_found")
+        scheduler = served.current().scheduler
         prompts = await asyncio.to_thread(token_ids, scheduler.runtime, body)
         results = deltas(scheduler, body, prompts)
         usage = Usage(sum(map(len, prompts)))
         head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
         if body.stream:
+            results = await _while_connected(request, _begun(results))
             with_usage = bool((body.stream_options or {}).get("include_usage"))
             return StreamingResponse(_sse(head, results, usage, with_usage), media_type="text/event-stream")
         choices = await _while_connected(request, _whole(results, usage))
         return JSONResponse({**head, "choices": choices, "usage": usage.row()})
+
+
+async def _begun(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
+    """The same results, the first of them at hand: what is wrong with a request is told by the status."""
+    first = await anext(results)
+
+    async def all_of_them() -> AsyncGenerator[Delta]:
+        async with aclosing(results):
+            yield first
+            async for delta in results:
+                yield delta
+
+    return all_of_them()
 
 
 async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[dict[str, Any]]:
@@ -65,7 +82,10 @@ async def _sse(
                 yield _event({**head, "choices": [delta.row()], **extra})
         except Exception as error:  # the status is sent: all that is left is to tell it
             message = error.message if isinstance(error, BadInput) else "the server failed on this request"
-            yield _event(APIError(500, message).body())
+            told = APIError(500, message)
+            if isinstance(error, Unavailable):
+                told = APIError(error.status, str(error), code=error.code)
+            yield _event(told.body())
             return
     if with_usage:
         yield _event({**head, "choices": [], "usage": usage.row()})

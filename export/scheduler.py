@@ -1,16 +1,24 @@
-"""Requests that arrive together, and the one thread that runs the model for them."""
+"""Where requests come in: what is refused at once, what waits, and how results reach the event loop."""
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from export.continuous import Engine
 from export.generation import Event
+from export.metrics import Metrics
+from export.queued import Limits, Request, Row, Unavailable
 from export.runtime import Runtime
 from export.sampling import Sampling, likeliest, log_softmax
-from export.worker import Worker
+from registry.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -22,28 +30,86 @@ class Scored:
 
 
 class Scheduler:
-    """Takes turns on one loaded artifact. Its methods are called from the event loop."""
+    """The requests of one loaded artifact. Its methods are called from the event loop.
 
-    def __init__(self, runtime: Runtime) -> None:
+    Its thread and its model go when nobody holds the scheduler any more, running requests included.
+    """
+
+    def __init__(self, runtime: Runtime, limits: Limits | None = None, metrics: Metrics | None = None) -> None:
         self.runtime = runtime
-        self._worker = Worker()
+        self.limits = limits or Limits()
+        self._engine = Engine(runtime, self.limits, metrics or Metrics())
+        weakref.finalize(self, self._engine.stop)
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> AsyncGenerator[Event]:
         """The tokens of a request as they come, `prompts` token ids, one row each; as `Runtime.events`.
 
         Closing the generator ends the request.
+
+        Raises:
+            BadInput: more than this server's limits allow. Unavailable: no room or no time.
         """
-        async for event in self._worker.results(lambda: self.runtime.events(prompts, sampling)):
+        self._check(prompts)
+        most = self.limits.new_tokens
+        if most is not None and sampling.max_new_tokens > most:
+            raise BadInput(f"{sampling.max_new_tokens} new tokens are asked for; this server gives at most {most}")
+        request = self._request()
+        for index, prompt in enumerate(prompts):
+            generation = self.runtime.generation(index, prompt, sampling)
+            request.waiting.append(Row(request, generation, list(prompt)))
+        request.left = len(request.waiting)
+        async for event in self._results(request):
             yield event
 
     async def score(self, prompt: Sequence[int], top: int) -> list[Scored]:
-        """Each prompt token's log-probability given those before it, and the `top` likeliest at its place."""
-        return [scored async for scored in self._worker.results(lambda: _scores(self.runtime, prompt, top))]
+        """Each prompt token's log-probability given those before it, and the `top` likeliest at its place.
+
+        Raises as `generate`.
+        """
+        self._check([prompt])
+        request = self._request()
+        request.scores = _scores(self.runtime, prompt, top)
+        return [scored async for scored in self._results(request)]
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest, most = max(map(len, prompts)), self.limits.prompt_tokens
+        if most is not None and longest > most:
+            raise BadInput(f"the prompt has {longest} tokens; this server takes at most {most}")
+
+    def _request(self) -> Request:
+        return Request(asyncio.get_running_loop(), time.monotonic() + self.limits.timeout_s)
+
+    async def _results(self, request: Request) -> AsyncGenerator[Any]:
+        queued, rate = self._engine.queued, self._engine.requests_per_s()
+        if queued >= self.limits.queue:
+            seconds = min(60, max(1, math.ceil(queued / rate))) if rate else 1
+            message = f"{queued} requests wait already; try again in {seconds} s"
+            raise Unavailable(429, message, "rate_limit_exceeded", seconds)
+        self._engine.submit(request)
+        try:
+            while (results := await request.results.get()) is not None:
+                if isinstance(results, Exception):
+                    raise results
+                for result in results:
+                    request.taken += 1
+                    yield result
+                if self._engine.sleeping:
+                    self._engine.wake()
+        finally:
+            request.cancelled = True
+            self._engine.wake()
 
 
-def _scores(runtime: Runtime, prompt: Sequence[int], top: int) -> Iterator[Scored]:
-    yield Scored(None, {})
-    steps = (step for piece in runtime.prompt_logits(prompt) for step in piece)
-    for token, step in zip(prompt[1:], steps, strict=False):  # what the last step predicts is not in the prompt
-        logprobs = log_softmax(step.astype(np.float64))
-        yield Scored(float(logprobs[token]), likeliest(logprobs, top))
+def _scores(runtime: Runtime, prompt: Sequence[int], top: int) -> Iterator[list[Scored]]:
+    """What `Scheduler.score` gives, piece by piece."""
+    yield [Scored(None, {})]
+    done = 1
+    for logits in runtime.prompt_logits(prompt):
+        # What the last position predicts is not in the prompt.
+        yield [_scored(step, token, top) for step, token in zip(logits, prompt[done:], strict=False)]
+        done += len(logits)
+
+
+def _scored(logits: np.ndarray, token: int, top: int) -> Scored:
+    logprobs = log_softmax(logits.astype(np.float64))
+    return Scored(float(logprobs[token]), likeliest(logprobs, top))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from export.cli import threads_option
 from registry.terminal import format_option, print_json, say
+
+if TYPE_CHECKING:
+    from export.runtime import Runtime
+
+AT_LEAST_1 = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -37,24 +44,67 @@ def deploy(model: str, to: Path, output: str) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @threads_option
-def serve(model: str, host: str, port: int, threads: int | None) -> None:
-    """Serve the ONNX model MODEL over OpenAI-compatible HTTP: /v1/completions, /v1/models, /health.
+@click.option("--max-num-seqs", default=64, show_default=True, type=AT_LEAST_1, help="Rows decoded together.")
+@click.option("--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that may wait.")
+@click.option("--timeout", default=600.0, show_default=True, type=SECONDS, help="Seconds that a request may take.")
+@click.option("--max-prompt-tokens", type=AT_LEAST_1, help="Of one prompt. [default: the context]")
+@click.option("--max-new-tokens", type=AT_LEAST_1, help="Of one choice. [default: the context]")
+@click.option("--cache-mb", type=AT_LEAST_1, help="Of all rows' keys and values. [default: half of the free memory]")
+@click.option("--max-body-mb", default=4, show_default=True, type=AT_LEAST_1, help="Of one request.")
+@click.option("--drain-seconds", default=30.0, show_default=True, type=SECONDS, help="For the last requests.")
+@click.option("--follow-seconds", default=5.0, show_default=True, type=SECONDS, help="Between two looks at MODEL.")
+def serve(model: str, host: str, port: int, threads: int | None, **options: Any) -> None:
+    """Serve the ONNX model MODEL over OpenAI-compatible HTTP under /v1, with /health, /ready and /metrics.
 
     MODEL is a bundle or ONNX folder, NAME/VERSION or NAME@ALIAS. Where LIMBECK_API_KEY is set, clients have to
-    send it as their API key. SIGTERM lets running requests end first.
+    send it as their API key.
+
+    Requests that arrive together are decoded together. More than --max-queue of them wait for no place: they are
+    answered 429 with Retry-After. SIGTERM lets those that run and wait end first; new ones are answered 503.
+
+    An alias is followed: when it moves, new requests go to the new artifact, and those that run end on the old
+    one; until then both are in memory, so have room for twice the model. A damaged artifact is refused and the old
+    one stays. A folder whose limbeck.json changes is loaded again in the same way, at once on SIGHUP.
     """
     from export.find import find_onnx
+    from export.following import Alias, Artifact, Folder
+    from export.queued import Limits
     from export.runtime import Runtime
+    from export.served import Served
     from export.server import listen
     from export.server import serve as run
 
-    found = find_onnx(model)
-    runtime = Runtime.load(found.path, threads=threads, expected=found.digest)
-    listener = listen(host, port)
-    api_key = os.environ.get("LIMBECK_API_KEY") or None
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
-    name = model if "@" in model else found.name  # a name that stays when the alias moves
-    say(f"{name}, digest {runtime.digest[:12]}, at {address}")
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        say("no API key is asked for: set LIMBECK_API_KEY to ask for one")
-    run(runtime, name, listener, api_key)
+    def load(path: Path, digest: str | None) -> Runtime:
+        return Runtime.load(path, threads=threads, expected=digest)
+
+    limits = Limits(
+        rows=options["max_num_seqs"],
+        queue=options["max_queue"],
+        timeout_s=options["timeout"],
+        prompt_tokens=options["max_prompt_tokens"],
+        new_tokens=options["max_new_tokens"],
+        cache_bytes=options["cache_mb"] and options["cache_mb"] * 2**20,
+    )
+    follow: Alias | Folder = Alias(model, options["follow_seconds"])
+    if Path(model).expanduser().is_dir():
+        here = find_onnx(model)
+        follow = Folder(Artifact(here.path, here.name, here.digest), options["follow_seconds"])
+    try:
+        found = follow.first()
+        served = Served(model if "@" in model else found.name, found, load, limits)  # a name that stays
+        listener = listen(host, port)
+        api_key = os.environ.get("LIMBECK_API_KEY") or None
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        say(f"{served.name}, digest {served.current().digest[:12]}, at {address}")
+        if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            say("no API key is asked for: set LIMBECK_API_KEY to ask for one")
+        run(
+            served,
+            listener,
+            artifacts=follow.artifacts(),
+            api_key=api_key,
+            max_body=options["max_body_mb"] * 2**20,
+            drain_s=options["drain_seconds"],
+        )
+    finally:
+        follow.close()

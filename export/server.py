@@ -1,13 +1,17 @@
-"""An OpenAI-compatible server over the torch-free runtime: /v1/completions, /v1/models, /health.
+"""An OpenAI-compatible server over the torch-free runtime: /v1, /health, /ready and /metrics.
 
-Requests run one after the other; the prompts and choices of one request run as one batch.
+Requests that arrive together are decoded together (export.scheduler); the model may be replaced while they run
+(export.served).
 """
 
 from __future__ import annotations
 
-import secrets
+import asyncio
+import logging
+import resource
 import socket
-import time
+from collections.abc import AsyncIterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -15,114 +19,166 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from export.api import add_completions
 from export.completions import APIError
-from export.runtime import Runtime
-from export.scheduler import Scheduler
+from export.following import Artifact, Problem
+from export.gate import Gate, response
+from export.metrics import CONTENT_TYPE
+from export.queued import Unavailable
+from export.served import Served
 from registry.errors import BadInput
 
 MAX_BODY = 2**22  # bytes of one request
-DRAIN_S = 30  # how long running requests may take to end after SIGTERM
+DRAIN_S = 30.0  # how long running requests may take to end after SIGTERM
+# After this long the kernel closes a connection whose client takes nothing, and with it the request ends.
+STALLED_S = 60
+MOST_FILES = 65536
 
 
-def serve(runtime: Runtime, model: str, listener: socket.socket, api_key: str | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests that run then are answered first.
+def serve(
+    served: Served,
+    listener: socket.socket,
+    *,
+    artifacts: AsyncIterator[Artifact | Problem] | None = None,
+    api_key: str | None = None,
+    max_body: int = MAX_BODY,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that run or wait then are answered first.
 
     Args:
-        model: the name that clients ask for.
         listener: a bound socket, from `listen`.
+        artifacts: what is to be served next, as it comes to be.
         api_key: what clients must send as a bearer token; None lets everyone in.
+        max_body: bytes of one request.
+        drain_s: how long the last requests may take; a second signal ends them at once.
     """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    _allow_many_files()
     config = uvicorn.Config(
-        application(runtime, model, api_key),
+        application(served, api_key, max_body),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=1,
+        backlog=2048,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    asyncio.run(_Server(config, drain_s).run_with(served, listener, artifacts))
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to `host` and `port` (0: a free one). Raises BadInput where it cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"cannot listen on {host} port {port}: {why}", fix="choose another with --port") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # what is accepted inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)
+    return listener
 
 
-def application(runtime: Runtime, model: str, api_key: str | None = None) -> ASGIApp:
-    """The server as an ASGI application that serves `runtime` under the name `model`."""
+def application(served: Served, api_key: str | None = None, max_body: int = MAX_BODY) -> Gate:
+    """The server as an ASGI application."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    scheduler = Scheduler(runtime)
-    created = int(time.time())
+    gate = Gate(api, served.metrics, api_key, max_body)
+    _add_state(api, served, gate)
+    add_completions(api, served)
+
+    @api.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
+        return response(error)
+
+    @api.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> Response:
+        return response(APIError(error.status, str(error), code=error.code), error.retry_after)
+
+    @api.exception_handler(BadInput)
+    async def bad_input(request: Request, error: BadInput) -> Response:
+        return response(APIError(400, error.message))
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return response(_invalid(error))
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return response(APIError(error.status_code, str(error.detail)))
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return response(APIError(500, "the server failed on this request"))
+
+    return gate
+
+
+def _add_state(api: FastAPI, served: Served, gate: Gate) -> None:
+    """What those who run the server ask."""
 
     @api.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @api.get("/ready")
+    async def ready() -> Response:
+        if gate.draining:
+            return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ready", "version": served.current().version})
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
+
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": model, "object": "model", "created": created, "owned_by": "limbeck"}
+        entry = {"id": served.name, "object": "model", "created": served.current().created, "owned_by": "limbeck"}
         return {"object": "list", "data": [entry]}
 
-    add_completions(api, scheduler, model)
 
-    @api.exception_handler(APIError)
-    async def refused(request: Request, error: APIError) -> Response:
-        return _response(error)
+class _Server(uvicorn.Server):
+    """uvicorn, which at the first signal would close its door; this one lets requests in, to be told 503."""
 
-    @api.exception_handler(BadInput)
-    async def bad_input(request: Request, error: BadInput) -> Response:
-        return _response(APIError(400, error.message))
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _response(_invalid(error))
+    async def run_with(
+        self, served: Served, listener: socket.socket, artifacts: AsyncIterator[Artifact | Problem] | None
+    ) -> None:
+        """Serve, and follow `artifacts` meanwhile."""
+        self._loop = asyncio.get_running_loop()
+        following = artifacts and asyncio.ensure_future(served.follow(artifacts))
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            if following:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
 
-    @api.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return _response(APIError(error.status_code, str(error.detail)))
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        gate = self.config.app
+        assert isinstance(gate, Gate)
+        if gate.draining or self._loop is None:
+            super().handle_exit(sig, frame)
+        else:
+            gate.draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(gate)))
 
-    @api.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return _response(APIError(500, "the server failed on this request"))
-
-    return _Gate(api, api_key)
-
-
-class _Gate:
-    """What is checked before a request is read: the API key, then the size of the body as it comes in."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self.app = app
-        self.key = f"Bearer {api_key}".encode() if api_key else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.key and scope["path"].startswith("/v1/"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self.key):
-                wrong = APIError(401, "no API key, or a wrong one", code="invalid_api_key")
-                await _response(wrong)(scope, receive, send)
-                return
-        size = 0
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-            return message
-
-        await self.app(scope, limited, send)
+    async def _drain(self, gate: Gate) -> None:
+        end = asyncio.get_running_loop().time() + self._drain_s
+        while gate.running and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
 
 
-def _response(error: APIError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None)
+def _allow_many_files() -> None:
+    """Each connection is an open file; the usual limit is 1,024 where up to the hard one may be asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _invalid(error: RequestValidationError) -> APIError:
