@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 21, 10
 MASKED = -30000.0  # added to scores of masked positions: exp() of it is 0, float16 holds it, a row of it is no NaN
-PROTOBUF_LIMIT = 2**31 - 2**20  # one protobuf message ends at 2 GB; leave room for the graph itself
+SINGLE_FILE = 2**26  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def write(decoder: Decoder, path: Path) -> None:
-    """Write the graph to `path`; from 2 GB on its weights lie beside it, in a file with `_data` at its end.
+    """Write the graph to `path`; from 64 MB on its weights lie beside it, in a file with `_data` at its end.
 
     The same decoder gives the same bytes.
     """
@@ -146,7 +146,7 @@ def write(decoder: Decoder, path: Path) -> None:
     onnx.save_model(
         model,
         path,
-        save_as_external_data=size > PROTOBUF_LIMIT,
+        save_as_external_data=size > SINGLE_FILE,
         location=f"{path.name}_data",
     )
 
@@ -344,8 +344,12 @@ class _Writer:
         if decoder.head:
             y = self.linear(x, decoder.head)
         else:
-            table = self.node("Transpose", [f"{decoder.embedding_name}.weight"], "lm_head.table", perm=[1, 0])
-            y = self.node("MatMul", [x, table], "lm_head.out")
+            # A constant table would be packed for this product, a second copy beside the one that is looked up. After a
+            # Reshape whose shape is known only as the graph runs it is no constant; the Reshape itself copies nothing.
+            width = self.node("Shape", [x], "lm_head.width", start=-1)
+            shape = self.node("Concat", [self.ints(len(decoder.embedding)), width], "lm_head.shape", axis=0)
+            table = self.node("Reshape", [f"{decoder.embedding_name}.weight", shape], "lm_head.table")
+            y = self.node("FusedMatMul", [x, table], "lm_head.out", domain="com.microsoft", transB=1)
             if decoder.head_bias is not None:
                 y = self.node("Add", [y, self.constant("lm_head.bias", decoder.head_bias)], "lm_head.biased")
         if decoder.logit_scale != 1:

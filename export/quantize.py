@@ -71,7 +71,8 @@ def _quantize_embedding(graph: Any) -> None:
     def node(op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
         return helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", **attributes)
 
-    transposed = {n.output[0] for n in graph.node if n.op_type == "Transpose" and name in n.input}
+    # optimum's head reads the table transposed, the fused graph's after a Reshape to the shape that it has.
+    transposed = {n.output[0] for n in graph.node if n.op_type in ("Transpose", "Reshape") and name in n.input}
     nodes = []
     for item in graph.node:
         out = item.output[0]
@@ -86,7 +87,7 @@ def _quantize_embedding(graph: Any) -> None:
             ]
         elif out in transposed:
             nodes.append(node("Transpose", [names["table"]], [out], perm=[1, 0]))
-        elif item.op_type == "MatMul" and item.input[1] in transposed:
+        elif item.op_type in ("MatMul", "FusedMatMul") and item.input[1] in transposed:
             quantized = [f"{out}/uint8", f"{out}/scale", f"{out}/zero"]
             nodes += [
                 node("DynamicQuantizeLinear", [item.input[0]], quantized),
@@ -113,10 +114,10 @@ def _token_embedding(graph: Any) -> str | None:
             name = item.input[0]
             break
     readers = [item for item in graph.node if name in item.input]
-    transposed = [item.output[0] for item in readers if item.op_type == "Transpose"]
+    transposed = [item.output[0] for item in readers if item.op_type in ("Transpose", "Reshape")]
     heads = [item for item in graph.node for value in transposed if value in item.input]
-    plain = all(item.op_type in ("Gather", "Transpose") for item in readers)
-    return name if plain and all(item.op_type == "MatMul" for item in heads) else None
+    plain = all(item.op_type in ("Gather", "Transpose", "Reshape") for item in readers)
+    return name if plain and all(item.op_type in ("MatMul", "FusedMatMul") for item in heads) else None
 
 
 def _rows_to_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
