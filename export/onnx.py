@@ -46,8 +46,8 @@ def export(
 ) -> str:
     """Write the ONNX artifact of the causal language model in `model` to `out`. Returns its digest.
 
-    The folder holds `model.onnx` (with `model.onnx_data` where the weights are large), the configuration, the tokenizer and
-    `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
+    The folder holds `model.onnx` (with `model.onnx_data` where the weights are large), the configuration, the
+    tokenizer and `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
 
     Args:
         model: folder with config.json, safetensors and tokenizer files.
