@@ -25,7 +25,7 @@ READ_S = 0.05  # how long rows that are decoded wait, about, while a piece of a 
 READ_ALONE_S = 0.25  # where no row is decoded; those that come meanwhile wait
 LEAST_PIECE = 16  # tokens of a prompt that are read at once, however slow the model is
 BEHIND = 256  # results for each row that a reader may leave before its rows pause
-GROWTH = 64  # tokens that must be free in the cache for each row before another one joins
+GROWTH = 32  # tokens that must be free in the cache for each row before another one joins
 FINISHED = 64  # requests over which their rate is taken
 
 

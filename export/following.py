@@ -50,9 +50,8 @@ class Alias:
         said = self._next()
         if said is None or "error" in said:
             self.close()
-            raise BadInput(
-                said["error"] if said else f"{self.ref}: the registry was not asked", fix=said and said["fix"]
-            )
+            why: dict[str, Any] = said or {"error": f"{self.ref}: the registry was not asked", "fix": None}
+            raise BadInput(why["error"], fix=why["fix"])
         return _found(said)
 
     async def artifacts(self) -> AsyncIterator[Artifact | Problem]:
