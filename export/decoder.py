@@ -277,8 +277,9 @@ class _Writer:
 
     def _attention(self, attention: Attention, name: str, index: int, x: str) -> str:
         qkv, rotary = [self.linear(x, attention.qkv), "", ""], attention.rotary
-        # The kernel rotates heads of 16, 32, ... only, and does not norm; both are done before it where they must be.
-        outside = rotary is not None and attention.size % 16 != 0
+        # The kernel rotates multiples of 16 numbers in heads of such sizes, and does not norm: what it does not do is
+        # done before it.
+        outside = rotary is not None and (attention.size % 16 != 0 or rotary.cos.shape[1] % 8 != 0)
         if outside or attention.q_norm:
             qkv = self._split(attention, name, qkv[0])
         if rotary and outside:

@@ -120,7 +120,7 @@ def _activation(name: str) -> str:
 
 
 def _llama(reader: _Reader, model: Any) -> Decoder:
-    """Llama and what has its shape: Qwen2 and 3, Mistral, Gemma 1 to 3, Phi-3, SmolLM3, Granite, OLMo 2."""
+    """Llama and its kin: Qwen2 and 3, Mistral, Gemma 1 to 3, Phi-3, SmolLM3, Granite, OLMo 2, StableLM."""
     config, body = model.config, model.model
     gemma = config.model_type.startswith("gemma")
     plus = 1.0 if gemma else 0.0
@@ -144,16 +144,18 @@ def _llama(reader: _Reader, model: Any) -> Decoder:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             size=attn.head_dim,
-            scale=float(attn.scaling),
+            scale=float(getattr(attn, "scaling", attn.head_dim**-0.5)),
             rotary=(windowed if window > 0 else everywhere) if rotates else None,
             window=window,
             softcap=float(getattr(attn, "attn_logit_softcapping", None) or 0.0),
             q_norm=qk_norms[0],
             k_norm=qk_norms[1],
         )
-        layers.append(
-            Layer(name, attention, _gated(reader, mlp, config, residual), **_norms(reader, layer, plus), parallel=False)
-        )
+        norms = _norms(reader, layer, plus)
+        parallel = getattr(config, "use_parallel_residual", False)  # StableLM: both parts read the same norm
+        if parallel:
+            norms["before_mlp"] = norms["before_attention"]
+        layers.append(Layer(name, attention, _gated(reader, mlp, config, residual), **norms, parallel=parallel))
     embedding = body.embed_tokens
     head, head_bias = reader.head(model, embedding)
     return Decoder(
@@ -197,7 +199,8 @@ def _norms(reader: _Reader, layer: Any, plus: float) -> dict[str, Norm | None]:
     """A layer's norms by their place. Gemma 2 and OLMo 2 have one after each part, and OLMo 2 none before."""
 
     def norm(name: str) -> Norm | None:
-        return reader.norm(getattr(layer, name), plus) if hasattr(layer, name) else None
+        module = getattr(layer, name, None)
+        return None if module is None else reader.norm(module, plus)
 
     if hasattr(layer, "post_feedforward_layernorm"):
         return {
@@ -209,17 +212,123 @@ def _norms(reader: _Reader, layer: Any, plus: float) -> dict[str, Norm | None]:
     return {"before_attention": norm("input_layernorm"), "before_mlp": norm("post_attention_layernorm")}
 
 
+def _gpt2(reader: _Reader, model: Any) -> Decoder:
+    config, body = model.config, model.transformer
+    size = config.n_embd // config.n_head
+    layers = []
+    for index, layer in enumerate(body.h):
+        scale = size**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        attn, mlp = layer.attn, layer.mlp
+        heads = config.n_head
+        attention = Attention(reader.linear(attn.c_attn), reader.linear(attn.c_proj), heads, heads, size, scale)
+        activation = _activation(config.activation_function)
+        plain = MLP(reader.linear(mlp.c_fc), reader.linear(mlp.c_proj), activation)
+        layers.append(
+            Layer(reader.name(layer), attention, plain, reader.layer_norm(layer.ln_1), reader.layer_norm(layer.ln_2))
+        )
+    return _with_head(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
+
+
+def _opt(reader: _Reader, model: Any) -> Decoder:
+    config, body = model.config, model.model.decoder
+    if not config.do_layer_norm_before or body.final_layer_norm is None:
+        raise Unwritable("norms after each part only")
+    layers = []
+    for layer in body.layers:
+        name, attn = reader.name(layer), layer.self_attn
+        qkv = reader.side_by_side(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
+        heads = attn.num_heads
+        attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, float(attn.scaling))
+        activation = _activation(config.activation_function)
+        plain = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), activation)
+        norms = (reader.layer_norm(layer.self_attn_layer_norm), reader.layer_norm(layer.final_layer_norm))
+        layers.append(Layer(name, attention, plain, *norms))
+    places = body.embed_positions
+    positions = reader.array(places.weight)
+    return _with_head(
+        reader, model, body.embed_tokens, layers, body.final_layer_norm,
+        positions=positions, first_position=places.offset,
+    )  # fmt: skip
+
+
+def _gpt_neox(reader: _Reader, model: Any) -> Decoder:
+    config, body = model.config, model.gpt_neox
+    heads = config.num_attention_heads
+    rotary = reader.rotary(body.rotary_emb, config.max_position_embeddings)
+    layers = []
+    for layer in body.layers:
+        attn, mlp = layer.attention, layer.mlp
+        size = attn.head_size
+        attention = Attention(
+            _heads_apart(reader.linear(attn.query_key_value), heads, size),
+            reader.linear(attn.dense),
+            heads,
+            heads,
+            size,
+            float(attn.scaling),
+            rotary,
+        )
+        activation = _activation(config.hidden_act)
+        plain = MLP(reader.linear(mlp.dense_h_to_4h), reader.linear(mlp.dense_4h_to_h), activation)
+        norms = (reader.layer_norm(layer.input_layernorm), reader.layer_norm(layer.post_attention_layernorm))
+        layers.append(Layer(reader.name(layer), attention, plain, *norms, parallel=config.use_parallel_residual))
+    return _with_head(reader, model, body.embed_in, layers, body.final_layer_norm)
+
+
+def _heads_apart(linear: Linear, heads: int, size: int) -> Linear:
+    """GPT-NeoX's columns are query, key and value of one head after another; here all queries come first."""
+    order = np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2).ravel()
+    return Linear(linear.name, linear.weight[:, order], None if linear.bias is None else linear.bias[order])
+
+
+def _phi(reader: _Reader, model: Any) -> Decoder:
+    config, body = model.config, model.model
+    rotary = reader.rotary(body.rotary_emb, config.max_position_embeddings)
+    layers = []
+    for layer in body.layers:
+        name, attn, mlp = reader.name(layer), layer.self_attn, layer.mlp
+        attention = Attention(
+            reader.side_by_side(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
+            reader.linear(attn.dense),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attn.head_dim,
+            float(attn.scaling),
+            rotary,
+        )
+        plain = MLP(reader.linear(mlp.fc1), reader.linear(mlp.fc2), _activation(config.hidden_act))
+        norm = reader.layer_norm(layer.input_layernorm)
+        layers.append(Layer(name, attention, plain, norm, norm, parallel=True))
+    return _with_head(reader, model, body.embed_tokens, layers, body.final_layernorm)
+
+
+def _with_head(
+    reader: _Reader, model: Any, embedding: Any, layers: list[Layer], norm: Any, **positions: Any
+) -> Decoder:
+    """The whole decoder, from its layers and what is before and after them."""
+    head, head_bias = reader.head(model, embedding)
+    table = reader.array(embedding.weight)
+    return Decoder(reader.name(embedding), table, layers, reader.norm(norm), head, head_bias=head_bias, **positions)
+
+
 # model_type -> what describes it.
 FAMILIES: dict[str, Callable[[_Reader, Any], Decoder]] = {
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
-    "smollm3": _llama,
     "gemma": _llama,
     "gemma2": _llama,
     "gemma3_text": _llama,
-    "phi3": _llama,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
     "granite": _llama,
+    "llama": _llama,
+    "mistral": _llama,
     "olmo2": _llama,
+    "opt": _opt,
+    "phi": _phi,
+    "phi3": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+    "smollm3": _llama,
+    "stablelm": _llama,
 }
