@@ -46,6 +46,7 @@ class Distiller(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        self._no_split_modules = student._no_split_modules  # by the name that accelerate looks for: FSDP's units
         self.objective = objective
         self.vocab_size = vocab_size
         self.measure = False
@@ -69,10 +70,6 @@ class Distiller(torch.nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The student's, by the name that the Trainer calls."""
         self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-
-    def get_output_embeddings(self) -> torch.nn.Module | None:
-        """The student's head, by the name that an optimizer asks for."""
-        return self.student.get_output_embeddings()
 
     def forward(self, batch: Mapping[str, Any], num_items: float | torch.Tensor) -> Losses:
         """The loss of a batch.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distill import objectives
@@ -82,8 +83,8 @@ class Body(NamedTuple):
     def run(self, inputs: Mapping[str, Any], rows: torch.Tensor, states: bool = False) -> Ran:
         """Run over `inputs`; logits at the places of `rows` (B, T - 1) bool, N of them; the last token gives none."""
         given = {**inputs, "use_cache": False, **({"output_hidden_states": True} if states else {})}
-        # Sharded by DeepSpeed, a weight is whole only while its own layer runs.
-        if self.head is None or self.head.weight.ndim != 2:
+        # Sharded, a weight is whole only while its own unit runs; of FSDP's units the outermost runs now.
+        if self.head is None or isinstance(self.head.weight, DTensor) or self.head.weight.ndim != 2:
             out = self.model(**given)
             return Ran(Logits(out.logits[:, :-1][rows]), out.hidden_states if states else None)
         out = _below(self.model)(**given)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from distill.distiller import Distiller
 
@@ -19,7 +20,8 @@ def finite(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not gradients:  # DeepSpeed keeps them elsewhere
         return loss.isfinite()
-    return loss.isfinite() & torch.nn.utils.get_total_norm(gradients).isfinite()
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return loss.isfinite() & (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
 
 
 def risen(losses: Sequence[float], logging_steps: int) -> str | None:

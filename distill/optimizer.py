@@ -18,9 +18,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
     ) -> None:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is not None:
-            tables.add(id(head.weight))
+        heads = (getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules())
+        tables |= {id(head.weight) for head in heads if head is not None}
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim == 2 and id(p) not in tables]
         chosen = {id(p) for p in matrices}
@@ -30,21 +29,19 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0),
         ]
         super().__init__([*matrices, *rest], {"lr": lr})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        # The scheduler writes the learning rate into these very dictionaries.
+        # One state, and groups in which the scheduler writes the learning rate: those of the parts.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
+        super().load_state_dict(state_dict)
+        self._share()

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from registry.errors import BadInput
 from registry.machine import keep_memory, physical_cores
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+SHARDING = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
 
 
 def count() -> int:
@@ -35,12 +38,28 @@ def is_main() -> bool:
     return index() == 0
 
 
+def shards() -> bool:
+    """Whether the launcher asks that the student be sharded over the processes (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and "LOCAL_RANK" in os.environ
+
+
+def check() -> None:
+    """Raises BadInput where the launcher asks for FSDP in its first version."""
+    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput(
+            "the launcher asks for FSDP 1, from which the student cannot be gathered to be scored and saved",
+            fix=f"use FSDP 2: {SHARDING}",
+        )
+
+
 def set_up() -> None:
     """One torch thread for each physical core that is this process's share, where OMP_NUM_THREADS does not say
     otherwise; and memory that is kept."""
     import torch
 
     keep_memory()
+    # Of FSDP: models are whole in every process, a teacher too; and so are checkpoints, for any number of processes.
+    os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
         torch.set_num_threads(max(1, physical_cores() // here))

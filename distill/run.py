@@ -76,6 +76,7 @@ def distill(
     """
     recipe = recipes.load(path, overrides)
     plans = grid.plans(recipe)
+    processes.check()
     _check_to(to, plans, path)
     setting = prepare(recipe, Source(path, tuple(overrides)), store)
     if recipe.generate:  # before the teacher writes

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from distill import budget, heldout, processes
+from distill import budget, heldout, processes, sharded
 from distill.blocks import Blocks
 from distill.cache import TeacherCache
 from distill.distiller import Distiller
@@ -26,6 +27,7 @@ from distill.on_policy import Writer
 from distill.optimizer import MuonAdamW
 from distill.precision import uses_bf16
 from distill.recipe import Budget, Objective, OnPolicy, Training
+from distill.sharded import Whole
 from distill.watch import Progress, Watch
 from registry.errors import BadInput
 
@@ -81,17 +83,27 @@ class DistillTrainer(Trainer):
 
     Args:
         watch: told of every batch and its losses.
+        whole: the student that can write.
         writer: gives back a batch, or one that the student wrote in its place.
     """
 
-    def __init__(self, *, training: Training, watch: Watch, writer: Writer | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, training: Training, watch: Watch, whole: Whole, writer: Writer | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(callbacks=[watch], **kwargs)
         self.training: Training = training
+        self.whole = whole
         self.watch = watch
         self.writer = writer
         # The loss is a sum over targets, divided by those of a whole step, over all processes.
         self.model_accepts_loss_kwargs = True
         self._saving = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if processes.shards():
+            sharded.turn_on(self.accelerator, self.args.bf16)
+            self.is_fsdp_enabled = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -100,7 +112,7 @@ class DistillTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.writer is not None:
             others, mine, step = self.args.world_size, self.args.process_index, self.state.global_step
-            with self.accelerator.autocast():
+            with self.whole.filled(), self.accelerator.autocast():
                 for place, batch in enumerate(batches):
                     moved: Any = self._prepare_input(batch)
                     batches[place] = self.writer(moved, step, place * others + mine)
@@ -110,7 +122,8 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        losses = model(inputs, num_items_in_batch)
+        with self.accelerator.autocast():  # accelerate has a sharded student run without
+            losses = model(inputs, num_items_in_batch)
         self.watch.saw(inputs, losses)
         return losses.loss * self.args.world_size  # processes average their gradients, and the loss is a share
 
@@ -157,15 +170,18 @@ class DistillTrainer(Trainer):
         return str(Path(str(self.args.output_dir)) / UNFINISHED) if self._saving else str(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # The Trainer's own way stops at weights that are tied. DeepSpeed keeps a checkpoint of its own.
+        # The Trainer's own way stops at weights that are tied. FSDP and DeepSpeed keep checkpoints of their own.
         if state_dict is None:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.accelerator.unwrap_model(self.model), str(folder / SAFE_WEIGHTS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        whole = self.accelerator.unwrap_model(model or self.model)
-        load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            whole = self.accelerator.unwrap_model(model or self.model)
+            load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
 
 def train(
@@ -200,28 +216,29 @@ def train(
     sample, likeliest = heldout.sample(job.heldout), job.likeliest
     if teacher is not None and likeliest is None and job.objective.divergence != "chunks":
         likeliest = heldout.likeliest(teacher, sample, job.vocab_size)
-    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, job.paid, sample, likeliest)
+    whole = Whole(job.student)
+    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, whole, job.paid, sample, likeliest)
     trainer = DistillTrainer(
         training=training,
         watch=watch,
-        model=Distiller(job.student, job.objective, teacher, job.vocab_size),
+        whole=whole,
+        model=Distiller(whole.trained, job.objective, teacher, job.vocab_size),
         args=arguments,
         writer=Writer(job.student, on_policy, job.seed) if on_policy else None,
         train_dataset=range(len(job.train.ids)),
         data_collator=collate,
     )
     trainer.remove_callback(PrinterCallback)
-    stage3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if trainer.is_fsdp_enabled or stage3:
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise BadInput(
-            "the launcher shards the student over its processes (FSDP, or DeepSpeed's stage 3), and a sharded student "
-            "cannot be scored and saved",
-            fix="let each process hold it: torchrun, accelerate launch --multi_gpu, or DeepSpeed's stage 1 or 2",
+            "DeepSpeed's stage 3 shards the student over the processes, and such a student cannot be scored and saved",
+            fix=f"take DeepSpeed's stage 1 or 2, or shard by FSDP: {processes.SHARDING}",
         )
     with watch.stops_gently():
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
     if watch.interrupted.is_set():
         raise KeyboardInterrupt
+    whole.fill()
     job.student.eval()
     seconds = watch.seconds() - watch.eval_seconds
     tokens = trainer.state.global_step * tokens_per_step
@@ -256,4 +273,10 @@ def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint, where there is one; what a kill left of another that was being written is removed."""
     if processes.is_main():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last and (Path(last) / f"{FSDP_MODEL_NAME}.bin").exists() != processes.shards():
+        raise BadInput(
+            f"{last} was written by processes that {'do not shard' if processes.shards() else 'shard'} the student",
+            fix="go on with the launcher that it was begun with, or begin anew: --restart",
+        )
+    return last

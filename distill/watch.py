@@ -21,6 +21,7 @@ from distill.blocks import Blocks
 from distill.budget import Evaluation
 from distill.distiller import Distiller, Losses
 from distill.recipe import Budget, Training
+from distill.sharded import Whole
 from registry.errors import Refused
 
 EVALUATED = ("heldout_sample_bits_per_byte", "heldout_sample_agreement")
@@ -62,6 +63,7 @@ class Watch(TrainerCallback):
     What has to outlive a kill is put in the Trainer's own history, so that each checkpoint carries it.
 
     Args:
+        whole: the student that can be scored.
         paid: dollars already paid to an endpoint for this student.
         sample: held-out blocks to score the student on every `training.eval_steps`; None: it is not scored.
         likeliest: the teacher's likeliest next token at each position of `sample`.
@@ -79,6 +81,7 @@ class Watch(TrainerCallback):
         on_progress: Callable[[Progress], None],
         on_log: Callable[[dict[str, float], int], None],
         budget: Budget,
+        whole: Whole,
         paid: float = 0.0,
         sample: Blocks | None = None,
         likeliest: np.ndarray | None = None,
@@ -90,6 +93,7 @@ class Watch(TrainerCallback):
         self.sample = sample
         self.likeliest = likeliest
         self.budget = budget
+        self.whole = whole
         self.paid = paid
         self.interrupted = threading.Event()
         self.stopped: str | None = None
@@ -116,7 +120,6 @@ class Watch(TrainerCallback):
         self.device, self.bf16, self.folder = args.device, args.bf16, args.output_dir
         model = kwargs["model"]
         self.distiller: Distiller = next(module for module in model.modules() if isinstance(module, Distiller))
-        self.is_whole = model is self.distiller  # what FSDP has sharded cannot be run by itself
         self.bad = torch.zeros((), dtype=torch.int32, device=self.device)
         self.before = 0.0
         for entry in state.log_history:  # a resumed run tells its whole curve again
@@ -145,7 +148,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
-        if self.sample is not None and self.is_whole and self._evaluation_is_due(state):
+        if self.sample is not None and self._evaluation_is_due(state):
             self._evaluate(state)
         self._stop_or_save(state, control)
         if self.device.type != "cpu" and (step % args.logging_steps == 0 or control.should_save):
@@ -174,7 +177,9 @@ class Watch(TrainerCallback):
         if processes.count() > 1:
             torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MAX)
         if self.bad:
-            cause = health.cause(self.distiller, self._batches, self.bf16)
+            cause = "a loss or a gradient is not finite"
+            if not processes.shards():  # where it began each process finds by itself
+                cause = health.cause(self.distiller, self._batches, self.bf16)
             raise diverged(step, cause, self.training, self.folder)
 
     def _stop_or_save(self, state: Any, control: Any) -> None:
@@ -208,7 +213,8 @@ class Watch(TrainerCallback):
         """Score the student on the sample, and see whether going on is worth its money."""
         assert self.sample is not None
         began, step = time.monotonic(), state.global_step
-        score = heldout.score(self.distiller.student, self.sample, self.likeliest, self.bf16)
+        with self.whole.filled() as student:
+            score = heldout.score(student, self.sample, self.likeliest, self.bf16)
         self.eval_seconds += time.monotonic() - began
         entry = {"step": step, "heldout_sample_bits_per_byte": score.bits_per_byte}
         if score.agreement is not None:
