@@ -77,6 +77,11 @@ class Engine:
         """Requests that wait for their first row."""
         return self._submitted - self._begun
 
+    @property
+    def free(self) -> int:
+        """Places that no row has."""
+        return self._limits.rows - len(self._reading) - len(self._decoding)
+
     def requests_per_s(self) -> float | None:
         """How many requests ended in a second of late; None before the second has."""
         ends = list(self._finished)
@@ -135,10 +140,9 @@ class Engine:
         self._look = False
         for request in list(self._requests):
             while request.waiting:
-                free = self._limits.rows - len(self._reading) - len(self._decoding)
-                if free <= 0 or not self._fits(request.waiting[0]):
+                if self.free <= 0 or not self._fits(request.waiting[0]):
                     return
-                if request.running >= max(1, (free + request.running) // 2):
+                if request.running >= max(1, (self.free + request.running) // 2):
                     break
                 row = request.waiting.popleft()
                 with self._blamed([request]):

@@ -81,7 +81,7 @@ class Scheduler:
 
     async def _results(self, request: Request) -> AsyncGenerator[Any]:
         queued, rate = self._engine.queued, self._engine.requests_per_s()
-        if queued >= self.limits.queue:
+        if queued >= self.limits.queue + max(0, self._engine.free):
             seconds = min(60, max(1, math.ceil(queued / rate))) if rate else 1
             message = f"{queued} requests wait already; try again in {seconds} s"
             raise Unavailable(429, message, "rate_limit_exceeded", seconds)

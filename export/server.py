@@ -34,6 +34,7 @@ DRAIN_S = 30.0  # how long running requests may take to end after SIGTERM
 # After this long the kernel closes a connection whose client takes nothing, and with it the request ends.
 STALLED_S = 60
 MOST_FILES = 65536
+SEND_BUFFER = 2**17  # bytes that the kernel holds for a slow reader; left to itself it would take megabytes
 
 
 def serve(
@@ -74,7 +75,9 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"cannot listen on {host} port {port}: {why}", fix="choose another with --port") from None
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # what is accepted inherits it
+    # What is accepted inherits these.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)
     return listener
 

@@ -72,10 +72,10 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serving(folder: Path, api_key: str = "") -> Iterator[Served]:
-    """`limbeck serve folder` in a process of its own, on a host without torch, on a free port."""
+def serving(model: Path | str, api_key: str = "", *options: object) -> Iterator[Served]:
+    """`limbeck serve MODEL` in a process of its own, on a host without torch, on a free port."""
     environment = os.environ | {"LIMBECK_API_KEY": api_key}
-    command = limbeck_without_torch("serve", folder, "--port", 0, "--threads", 1)
+    command = limbeck_without_torch("serve", model, "--port", 0, "--threads", 1, *options)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
