@@ -1,8 +1,8 @@
 """A decoder-only transformer written as an ONNX graph that onnxruntime runs with its fused operators.
 
-Attention is com.microsoft's GroupQueryAttention: rotary embedding, cache and product in one operator, which
-writes the new keys and values in place where past and present are the same buffer. Queries, keys and values come
-from one product, and a residual sum and the norm after it are one operator. Tensor names and shapes are those of
+Attention is com.microsoft's GroupQueryAttention: cache and products in one operator, which writes the new keys and
+values in place where past and present are the same buffer. Queries, keys and values come from one product, and a
+residual sum and the norm after it are one operator. Tensor names and shapes are those of
 optimum's graph, so that what reads the one reads the other.
 """
 
@@ -277,20 +277,18 @@ class _Writer:
 
     def _attention(self, attention: Attention, name: str, index: int, x: str) -> str:
         qkv, rotary = [self.linear(x, attention.qkv), "", ""], attention.rotary
-        # The kernel rotates multiples of 16 numbers in heads of such sizes, and does not norm: what it does not do is
-        # done before it.
-        outside = rotary is not None and (attention.size % 16 != 0 or rotary.cos.shape[1] % 8 != 0)
-        if outside or attention.q_norm:
+        if rotary or attention.q_norm:
             qkv = self._split(attention, name, qkv[0])
-        if rotary and outside:
+        if rotary:
+            # The kernel could rotate too, but it takes a first prompt's positions from the first of each row, so a row
+            # padded on the left would be rotated otherwise than the steps that follow it.
             for part, heads in enumerate((attention.heads, attention.kv_heads)):
                 qkv[part] = self._rotate(qkv[part], rotary, heads)
-        tables = self._tables(rotary) if rotary and not outside else ["", ""]
         cache = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
         lengths = ["seqlens_k", "total_sequence_length"]
         out = self.node(
             "GroupQueryAttention",
-            [*qkv, *cache, *lengths, *tables, "position_ids", "attention_bias"],
+            [*qkv, *cache, *lengths, "", "", "", "attention_bias"],
             f"{name}.attention",
             f"present.{index}.key",
             f"present.{index}.value",
@@ -298,15 +296,11 @@ class _Writer:
             num_heads=attention.heads,
             kv_num_heads=attention.kv_heads,
             scale=attention.scale,
-            do_rotary=int(tables[0] != ""),
-            rotary_interleaved=0,
+            do_rotary=0,
             local_window_size=attention.window,
             softcap=attention.softcap,
         )
         return self.linear(out, attention.out)
-
-    def _tables(self, rotary: Rotary) -> list[str]:
-        return [self.constant(f"{rotary.name}.cos", rotary.cos), self.constant(f"{rotary.name}.sin", rotary.sin)]
 
     def _split(self, attention: Attention, name: str, qkv: str) -> list[str]:
         """Queries, keys and values by themselves, the first two normed where the family does that."""
@@ -323,9 +317,10 @@ class _Writer:
         return parts
 
     def _rotate(self, x: str, rotary: Rotary, heads: int) -> str:
+        tables = [self.constant(f"{rotary.name}.cos", rotary.cos), self.constant(f"{rotary.name}.sin", rotary.sin)]
         return self.node(
             "RotaryEmbedding",
-            [x, "position_ids", *self._tables(rotary)],
+            [x, "position_ids", *tables],
             f"{x}.rotated",
             domain="com.microsoft",
             num_heads=heads,

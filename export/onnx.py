@@ -178,7 +178,13 @@ def _write_optimum(model: Path, torch_model: Any, folder: Path) -> None:
 
     if torch_model.config.model_type not in _optimum_model_types():
         raise _unsupported(model, torch_model.config.model_type)
-    onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
+    try:
+        onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
+    except Exception as error:  # whatever the model's own code raises while it is traced
+        raise BadInput(
+            f"{model}: optimum cannot export this {torch_model.config.model_type} model: {_first_line(error)}",
+            fix="other members of the family may be exported; `pip install -U optimum-onnx` may know this one",
+        ) from error
 
 
 def _unsupported(model: Path, model_type: str) -> BadInput:

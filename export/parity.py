@@ -52,8 +52,9 @@ def compare(
 
     trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(torch_folder, **trust)
+    # Eager attention: torch's own leaves out what it has no place for, such as Gemma 2's soft cap of the scores.
     model = AutoModelForCausalLM.from_pretrained(
-        torch_folder, dtype=torch.float32, use_safetensors=True, **trust
+        torch_folder, dtype=torch.float32, use_safetensors=True, attn_implementation="eager", **trust
     ).eval()
     # Greedy means greedy, whatever penalties the checkpoint's own generation settings hold.
     model.generation_config = GenerationConfig(

@@ -1,0 +1,122 @@
+"""The families that `limbeck export` takes, each tried on a tiny model. `python -m tests.families` prints the table.
+
+The README has the table between the two comments of `MARKS`; tests/export/test_families.py holds it to what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+MARKS = ("<!-- families: made by `python -m tests.families` -->", "<!-- end of families -->")
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             max_position_embeddings=128)  # fmt: skip
+WINDOW = dict(sliding_window=16)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)  # fmt: skip
+
+
+class Family(NamedTuple):
+    """What the table says of a family, and the tiny model that it is tried on."""
+
+    name: str
+    model_type: str
+    config: dict[str, Any]
+    note: str = ""
+
+
+FAMILIES = [
+    Family("Llama 2, SmolLM, SmolLM2", "llama", SIZES | dict(tie_word_embeddings=True)),
+    Family("Llama 3", "llama", SIZES | dict(rope_scaling=LLAMA3), "its rotary scaling, and linear and yarn"),
+    Family("Mistral", "mistral", SIZES | WINDOW, "sliding window"),
+    Family("Qwen2, Qwen2.5", "qwen2", SIZES),
+    Family("Qwen3", "qwen3", SIZES | dict(head_dim=16)),
+    Family("SmolLM3", "smollm3", SIZES | dict(no_rope_layer_interval=2), "layers without rotary embedding"),
+    Family("Gemma", "gemma", SIZES | dict(head_dim=16)),
+    Family(
+        "Gemma 2", "gemma2", SIZES | WINDOW | dict(head_dim=16, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+        "soft caps, every other layer windowed",
+    ),
+    Family(
+        "Gemma 3 (text)", "gemma3_text",
+        SIZES | WINDOW | dict(head_dim=16, layer_types=["sliding_attention", "full_attention"]), "two rotary tables",
+    ),
+    Family("Phi-1, Phi-2", "phi", SIZES | dict(partial_rotary_factor=0.5)),
+    Family("Phi-3", "phi3", SIZES | WINDOW, "128k models (longrope): optimum's graph"),
+    Family("Granite", "granite", SIZES | dict(embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0)),
+    Family("OLMo 2", "olmo2", SIZES),
+    Family("StableLM", "stablelm", SIZES, "with norms of queries and keys: optimum's graph"),
+    Family("GPT-2", "gpt2", GPT2),
+    Family("GPT-NeoX, Pythia", "gpt_neox", SIZES | dict(rotary_pct=0.5)),
+    Family("OPT", "opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32), "350m (norms after): optimum's graph"),
+    Family("Falcon", "falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
+    Family("BLOOM", "bloom", dict(hidden_size=32, n_layer=2, n_head=2)),
+]  # fmt: skip
+
+
+def checkpoint(family: Family, tokenizer_folder: Path, to: Path) -> Path:
+    """A randomly initialised model of the family, saved in `to`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    config = AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), **ids, **family.config)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms and biases that are all alike would hide what is done with them.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.08 if parameter.ndim == 2 else parameter + 0.1 * noise)
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def try_family(family: Family, tokenizer_folder: Path, folder: Path) -> tuple[str, Any]:
+    """Export the family's model within `folder`: which graph it got, and how that compares with PyTorch."""
+    from export.onnx import export
+    from export.parity import compare
+    from registry.digest import read_manifest
+
+    model = checkpoint(family, tokenizer_folder, folder / "torch")
+    export(model, folder / "onnx")
+    parity = compare(model, folder / "onnx", documents=4, tokens=48, new_tokens=8)
+    return str(read_manifest(folder / "onnx")["graph"]), parity
+
+
+def row(family: Family, graph: str) -> str:
+    """The family's line of the table."""
+    return f"| {family.name} | `{family.model_type}` | {graph} | {family.note} |"
+
+
+def table(rows: Iterable[str]) -> str:
+    """The table as Markdown, between its marks."""
+    head = ["| Family | `model_type` | Graph | |", "|---|---|---|---|"]
+    return "\n".join([MARKS[0], *head, *rows, MARKS[1]])
+
+
+def main() -> None:
+    """Try every family and print the table."""
+    from registry.terminal import quiet_libraries
+
+    quiet_libraries()
+    rows = []
+    # The quickstart's tokenizer: any will do.
+    tokenizer = Path(__file__).parent.parent / "quickstart" / "teacher"
+    for family in FAMILIES:
+        with TemporaryDirectory() as temporary:
+            graph, parity = try_family(family, tokenizer, Path(temporary))
+        if not parity.passed:
+            raise SystemExit(f"{family.name}: the graph does not give what PyTorch gives: {parity}")
+        rows.append(row(family, graph))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
