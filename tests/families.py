@@ -49,7 +49,7 @@ FAMILIES = [
     Family("Phi-3", "phi3", SIZES | WINDOW, "128k models (longrope): optimum's graph"),
     Family("Granite", "granite", SIZES | dict(embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0)),
     Family("OLMo 2", "olmo2", SIZES),
-    Family("StableLM", "stablelm", SIZES, "with norms of queries and keys: optimum's graph"),
+    Family("StableLM", "stablelm", SIZES),
     Family("GPT-2", "gpt2", GPT2),
     Family("GPT-NeoX, Pythia", "gpt_neox", SIZES | dict(rotary_pct=0.5)),
     Family("OPT", "opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32), "350m (norms after): optimum's graph"),

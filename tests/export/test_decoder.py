@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-
-from export.onnx import export
-from registry.digest import read_manifest
-from registry.errors import BadInput
-from tests.conftest import make_model
-from tests.families import FAMILIES, Family, checkpoint
 
 LENGTH, ROOM = 24, 40
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
