@@ -1,0 +1,211 @@
+"""`limbeck serve` under load: 1, 4, 16 and 64 clients of a process of its own, on loopback.
+
+Each client streams one greedy answer after another over one connection. Every answer is held against the one that
+the runtime gives offline: none is lost, doubled or mixed with another. Then 10,000 short requests to a small model:
+the server's memory after the first fifth and after all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from registry.terminal import print_table, quiet_libraries, say
+
+REPO = Path(__file__).parents[2]
+LOADS = {1: 3, 4: 12, 16: 32, 64: 96}  # clients: requests of all of them together
+PROMPT, NEW = 32, 64
+SHORT = 10_000
+# 49 million parameters: more than a cache holds.
+LARGE = dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10)
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+
+
+class Answer(NamedTuple):
+    """One streamed answer."""
+
+    text: str
+    tokens: int
+    first_s: float
+    whole_s: float
+
+
+def main(*precisions: str) -> None:
+    """Measure and print two tables."""
+    quiet_libraries()
+    from export.onnx import PRECISIONS, export
+
+    wanted = precisions or tuple(name for name in ("fp32", "int8-weight", "int4") if name in PRECISIONS)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        params = make_llama(folder / "torch", LARGE)
+        say(f"a random Llama of {params / 1e6:.0f}M parameters; server and clients share {os.cpu_count()} processors")
+        rows = []
+        export(folder / "torch", folder / "fp32")
+        for precision in wanted:
+            if precision != "fp32":
+                export(folder / "torch", folder / precision, precision, fp32=folder / "fp32")
+            rows += loads(folder / precision, precision)
+        columns = ["precision", "clients", "tokens/s", "x 1 client", "first p50", "first p99", "p50", "p99", "wrong"]
+        print_table(f"{PROMPT} prompt tokens, {NEW} new, streamed; milliseconds", columns, rows)
+        make_llama(folder / "small", SMALL)
+        export(folder / "small", folder / "short")
+        print_table(f"{SHORT} short requests, 8 clients", ["after", "resident MB"], short_requests(folder / "short"))
+
+
+def loads(artifact: Path, precision: str) -> list[list[str]]:
+    """A row for each number of clients."""
+    from export.runtime import Runtime
+
+    every = prompts(sum(LOADS.values()), PROMPT)
+    runtime = Runtime.load(artifact)
+    expected = [done.text for done in runtime.generate(every, max_new_tokens=NEW)]
+    del runtime
+    rows, base, start = [], 0.0, 0
+    with serving(artifact) as (port, _):
+        asyncio.run(load(port, every[:2], 2))  # warm
+        for clients, count in LOADS.items():
+            began = time.perf_counter()
+            answers = asyncio.run(load(port, every[start : start + count], clients))
+            seconds = time.perf_counter() - began
+            wrong = sum(a.text != text for a, text in zip(answers, expected[start : start + count], strict=True))
+            rate = sum(answer.tokens for answer in answers) / seconds
+            base = base or rate
+            start += count
+            first, whole = ([getattr(answer, name) * 1e3 for answer in answers] for name in ("first_s", "whole_s"))
+            times = [f"{np.percentile(values, q):.0f}" for values in (first, whole) for q in (50, 99)]
+            rows.append([precision, str(clients), f"{rate:.0f}", f"{rate / base:.2f}", *times, f"{wrong}/{count}"])
+    return rows
+
+
+async def load(port: int, wanted: list[list[int]], clients: int) -> list[Answer]:
+    """The answers to the prompts, asked for by `clients` at a time."""
+    answers: dict[int, Answer] = {}
+    left = iter(enumerate(wanted))
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for place, prompt in left:
+            assert place not in answers
+            answers[place] = await stream(reader, writer, prompt)
+        writer.close()
+
+    await asyncio.gather(*[client() for _ in range(clients)])
+    return [answers[place] for place in range(len(wanted))]
+
+
+async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt: list[int]) -> Answer:
+    """One request over an open connection."""
+    start, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    send(writer, {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True})
+    while (line := await reader.readline()) != b"0\r\n":  # the last chunk
+        if line.startswith(b"HTTP/1.1 "):
+            assert line.split()[1] == b"200", line
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            assert "error" not in event, event
+            text += event["choices"][0]["text"]
+            tokens += 1
+            first = first or time.perf_counter()
+    await reader.readline()
+    return Answer(text, tokens, first - start, time.perf_counter() - start)
+
+
+def short_requests(artifact: Path) -> list[list[str]]:
+    """The server's memory while it answers many short requests."""
+    rows, done = [], 0
+    with serving(artifact) as (port, process):
+        for part in (SHORT // 5, SHORT - SHORT // 5):
+            asyncio.run(_ask(port, part, 8))
+            done += part
+            status = Path(f"/proc/{process}/status").read_text()
+            found = re.search(r"VmRSS:\s+(\d+)", status)
+            assert found
+            rows.append([str(done), f"{int(found[1]) / 1024:.1f}"])
+    return rows
+
+
+async def _ask(port: int, count: int, clients: int) -> None:
+    left = iter(range(count))
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for number in left:
+            send(writer, {"prompt": f"{number}", "max_tokens": 3, "temperature": 0})
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200"), head
+            length = re.search(rb"content-length: (\d+)", head)
+            assert length
+            await reader.readexactly(int(length[1]))
+        writer.close()
+
+    await asyncio.gather(*[client() for _ in range(clients)])
+
+
+def send(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+    """A POST to /v1/completions."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    writer.write(head.encode() + b"\r\n\r\n" + content)
+
+
+@contextmanager
+def serving(artifact: Path) -> Iterator[tuple[int, int]]:
+    """`limbeck serve` in a process of its own: its port, its process id."""
+    command = [f"{sysconfig.get_path('scripts')}/limbeck", "serve", str(artifact), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r":(\d+)/v1", line)
+        assert found, line
+        yield int(found[1]), process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    """Token ids of Python source, no two alike."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(REPO / "quickstart/teacher/tokenizer.json"))
+    source = Path(sysconfig.get_path("stdlib"), "argparse.py").read_text()
+    ids = tokenizer.encode(source).ids
+    step = (len(ids) - length) // count
+    return [ids[start : start + length] for start in range(0, count * step, step)]
+
+
+def make_llama(folder: Path, sizes: dict[str, int]) -> int:
+    """A random Llama with the quickstart's tokenizer; gives the number of its parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REPO / "quickstart/teacher")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    more = {"max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), **ids, **more, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
