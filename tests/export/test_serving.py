@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -16,9 +17,13 @@ from typing import Any
 import httpx
 import pytest
 from export_helpers import Served, serving
+from fastapi import FastAPI, Request
 
+from export.gate import Gate
+from export.metrics import Metrics
 from export.onnx import export
 from export.runtime import Runtime
+from export.server import listen
 from tests.conftest import TEXT, make_model
 
 
@@ -98,8 +103,8 @@ def test_the_metrics_are_prometheus_text(served: Served) -> None:
 def test_a_full_queue_is_429_with_retry_after(served: Served) -> None:
     url = f"{served.url}/completions"
     with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as client:
-        hold = [pool.submit(_until_first, url, body(new=100_000, stream=True), leave := threading.Event())] * 1
-        hold += [pool.submit(_until_first, url, body(new=100_000, stream=True), leave) for _ in range(11)]
+        leave = threading.Event()
+        hold = [pool.submit(_until_told, url, body(new=100_000, stream=True), leave) for _ in range(12)]
         try:
             until(lambda: metric(served, "num_requests_waiting") == 4)
             for stream in (False, True):
@@ -114,7 +119,7 @@ def test_a_full_queue_is_429_with_retry_after(served: Served) -> None:
     assert complete(served).status_code == 200
 
 
-def _until_first(url: str, request: dict[str, Any], leave: threading.Event) -> int:
+def _until_told(url: str, request: dict[str, Any], leave: threading.Event) -> int:
     """Read a stream until told to leave. A request that waits is left when its time is up."""
     try:
         with httpx.stream("POST", url, json=request, timeout=httpx.Timeout(60, read=2)) as answer:
@@ -176,7 +181,6 @@ def test_a_request_that_takes_too_long_is_504(boundless: Path) -> None:
 
 
 def test_sigterm_lets_what_runs_and_waits_end_and_tells_others(boundless: Path) -> None:
-    """And a bundle whose files change is served anew on SIGHUP: the same server, one after the other."""
     with serving(boundless, "", "--max-num-seqs", 1) as running, ThreadPoolExecutor(3) as pool:
         waits = [pool.submit(complete, running, new=1500) for _ in range(3)]
         until(lambda: metric(running, "num_requests_waiting") == 2)
@@ -188,3 +192,38 @@ def test_sigterm_lets_what_runs_and_waits_end_and_tells_others(boundless: Path) 
         assert late.json()["error"]["type"] == "server_error"
         assert [done.result().json()["usage"]["completion_tokens"] for done in waits] == [1500] * 3
         assert running.process.wait(timeout=20) == 0
+
+
+def test_small_pieces_are_sent_at_once_and_a_slow_reader_fills_no_megabytes() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2**20
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_a_body_that_does_not_come_whole_is_408(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of a body that stalls is not waited for."""
+    monkeypatch.setattr("export.gate.BODY_S", 0.1)
+    api = FastAPI()
+
+    @api.post("/v1/completions")
+    async def taken(request: Request) -> int:
+        return len(await request.body())
+
+    sent: list[Any] = []
+    left = [{"type": "http.request", "body": b"{", "more_body": True}] * pieces
+
+    async def receive() -> Any:
+        return left.pop() if left else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = Gate(api, Metrics(), None, 100)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    asyncio.run(gate(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert gate.running == 0
