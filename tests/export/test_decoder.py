@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "partial rotary of 8": ("gpt_neox", SIZES | dict(rotary_pct=0.5, use_parallel_residual=False)),
     "one norm for both": ("stablelm", SIZES | dict(use_parallel_residual=True, use_qkv_bias=True)),
     "a bias on the head": ("phi", SIZES | dict(partial_rotary_factor=0.5)),
+    "a bias on a tied head": ("phi", SIZES | dict(tie_word_embeddings=True)),
     "learned positions": ("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
     "positions from 2": ("opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32, activation_function="gelu")),
 }  # fmt: skip
