@@ -33,7 +33,7 @@ ENDLESS = Sampling(max_new_tokens=10**6, ignore_eos=True)
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    return asyncio.run(asyncio.wait_for(work(), 60))
+    return asyncio.run(asyncio.wait_for(work(), 20))
 
 
 async def tokens(results: AsyncGenerator[Event], rows: int = 1) -> list[list[int]]:
