@@ -107,15 +107,18 @@ class Folder:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asked.wait(), self.seconds)
-            stamp = self._stamp()
-            if stamp and (asked.is_set() or stamp != self._seen):
-                self._seen = stamp
-                try:
-                    manifest = read_manifest(self._found.path)
-                    yield self._found._replace(digest=manifest.get("digest"))
-                except DamagedArtifact as error:
-                    yield Problem(error.message, self._found.name)
+            stamp, again = self._stamp(), asked.is_set()
             asked.clear()
+            if stamp and (again or stamp != self._seen):
+                self._seen = stamp
+                yield self._look()
+
+    def _look(self) -> Artifact | Problem:
+        try:
+            manifest = read_manifest(self._found.path)
+        except DamagedArtifact as error:
+            return Problem(error.message, self._found.name)
+        return Artifact(self._found.path, str(manifest.get("model") or self._found.name), manifest.get("digest"))
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
