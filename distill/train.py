@@ -246,6 +246,8 @@ def train(
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:
+    # transformers leaves bf16 here for whatever is trained later in this process.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if training.bf16 else "no"
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),

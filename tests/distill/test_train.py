@@ -160,6 +160,18 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path, limbeck_home: P
         torch.testing.assert_close(other, made[0], atol=2e-5, rtol=1e-3)
 
 
+def test_a_student_in_bfloat16_leaves_the_next_one_in_float32(
+    tmp_path: Path, limbeck_home: Path, tiny_llama: Path
+) -> None:
+    made = []
+    for name, bf16 in [("first", False), ("between", True), ("again", False)]:
+        job = job_of(tmp_path / name, tiny_llama, tiny_llama, KL, writes=False, max_steps=2, bf16=bf16)
+        train(job)
+        made.append(weights(job.student))
+    assert torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], made[1])
+
+
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, True), (1.0, 0.95, False), (1.0, 2.0, False)])
 def test_bfloat16_is_used_where_it_was_measured_to_be_faster(
     limbeck_home: Path, fp32: float, bf16: float, chosen: bool
