@@ -21,7 +21,7 @@ from export.queued import Limits, Request, Row, Unavailable
 from export.runtime import NUMPY_TYPES, PREFILL_LOGITS, Runtime
 from registry.machine import available_memory
 
-READ_S = 0.05  # how long rows that are decoded wait, about, while a piece of a prompt is read
+READ_S = 0.05  # how long rows that are decoded wait, about, while prompts are read; or as long as a step takes
 READ_ALONE_S = 0.25  # where no row is decoded; those that come meanwhile wait
 LEAST_PIECE = 16  # tokens of a prompt that are read at once, however slow the model is
 BEHIND = 256  # results for each row that a reader may leave before its rows pause
@@ -51,6 +51,7 @@ class Engine:
         self._submitted = self._begun = 0  # written by the event loop, by the thread
         self._finished: deque[float] = deque(maxlen=FINISHED)
         self._read_rate = 2000.0  # prompt tokens a second; measured as they are read
+        self._step_s = 0.0  # how long a step took of late
         self._look = False  # a place has become free
         self._stopped = False
         self.sleeping = False
@@ -167,7 +168,7 @@ class Engine:
         """Read a piece of what the first rows have to read; they go to the end of the line, so none waits long."""
         if not self._reading:
             return
-        wanted = self._read_rate * (READ_S if self._decoding else READ_ALONE_S)
+        wanted = self._read_rate * (max(READ_S, self._step_s) if self._decoding else READ_ALONE_S)
         most = max(LEAST_PIECE, min(int(wanted), PREFILL_LOGITS // self._runtime.vocab_size))
         rows: list[Row] = []
         tokens = 0
@@ -199,7 +200,9 @@ class Engine:
         if not rows:
             return
         with self._blamed([row.request for row in rows]):
+            start = time.monotonic()
             logits = self._batch.step([_slot(row) for row in rows], [row.generation.last for row in rows])
+            self._step_s += (time.monotonic() - start - self._step_s) / 4
             for row, values in zip(rows, logits, strict=True):
                 self._take(row, values)
 
