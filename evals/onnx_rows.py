@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from export.runtime import NUMPY_TYPES, Runtime
 class OnnxRows:
     """A `rows.Forward`: a graph with key-value cache, with what it needs to share prefixes.
 
-    With int8 activations every number depends a little on what else is in the batch. Whether prefixes may be
-    shared is then asked of the same weights with activations that are not quantised.
+    With int8 activations every number depends a little on what else is in the batch, or on the last bit of what is
+    quantised. Whether prefixes may be shared is then asked of the same weights with activations that are not.
     """
 
     def __init__(self, folder: Path, max_length: int, float_products: bool = False) -> None:
@@ -33,6 +34,8 @@ class OnnxRows:
         self._inputs = {item.name: item for item in self.session.get_inputs()}
         self._past = [item for name, item in self._inputs.items() if name.startswith("past_key_values.")]
         self._present = [item.name.replace("past_key_values.", "present.", 1) for item in self._past]
+        # The kernel of a fused graph takes several tokens behind a past for one row at a time.
+        self._alone = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         self._probe = Probe(lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self)
 
@@ -46,6 +49,15 @@ class OnnxRows:
         """See `rows.Forward.run`. A trunk is the graph's past, (1, heads, tokens, width) each."""
         import torch
 
+        parts = [batch] if trunk is None or not self._alone else _each(batch)
+        run = [self._logits(part, trunk, keep) for part in parts]
+        logits = np.concatenate([logits for logits, _ in run]) if len(run) > 1 else run[0][0]
+        node, token = torch.from_numpy(batch.node), torch.from_numpy(batch.token)
+        logprobs, likeliest = choose(torch.from_numpy(logits), node, token)
+        return logprobs.numpy(), likeliest.numpy(), run[0][1] if keep else None
+
+    def _logits(self, batch: Batch, trunk: Any, keep: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(M, V) logits after the tokens at `flat`, and the trunk that is kept."""
         count, width = batch.tokens.shape
         real = np.arange(batch.start + width) < batch.start + batch.lengths[:, None]
         depth = batch.depth
@@ -72,11 +84,27 @@ class OnnxRows:
         logits, *kept = (value.numpy() for value in binding.get_outputs())
         if FLAT not in self._inputs:
             logits = logits.reshape(count * width, -1)[batch.flat]
-        node, token = torch.from_numpy(batch.node), torch.from_numpy(batch.token)
-        logprobs, likeliest = choose(torch.from_numpy(logits).flatten(0, -2), node, token)
-        return logprobs.numpy(), likeliest.numpy(), kept if keep else None
+        return logits.reshape(len(batch.flat), -1), kept
 
     @staticmethod
     def _empty(item: Any) -> list[int]:
         """The shape of one text's past without tokens."""
         return [size if isinstance(size, int) else 1 if "batch" in size else 0 for size in item.shape]
+
+
+def _each(batch: Batch) -> Iterator[Batch]:
+    """The rows of a batch in which something is predicted, each a batch of its own without padding."""
+    width = batch.tokens.shape[1]
+    for row, length in enumerate(batch.lengths.tolist()):
+        flat = batch.flat[batch.flat // width == row] - row * width
+        if len(flat):
+            yield Batch(
+                tokens=batch.tokens[row : row + 1, :length],
+                lengths=batch.lengths[row : row + 1],
+                start=batch.start,
+                depth=None if batch.depth is None else batch.depth[row : row + 1, :length],
+                mask=None if batch.mask is None else batch.mask[row : row + 1, :length, :length],
+                flat=flat,
+                node=np.empty(0, np.int64),
+                token=np.empty(0, np.int64),
+            )

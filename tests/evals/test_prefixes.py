@@ -234,7 +234,7 @@ def test_random_trees_are_scored_as_plain_texts(
         ("bloom", "onnxruntime", False),
         ("mamba", "torch", False),
         ("gemma2", "torch", True),  # does more after its head
-        ("gemma2", "onnxruntime", False),  # the export takes no positions
+        ("gemma2", "onnxruntime", True),
     ],
 )
 def test_only_a_model_that_gives_the_same_numbers_shares(
