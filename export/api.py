@@ -1,4 +1,4 @@
-"""POST /v1/completions: from a request's body to the answer, whole or streamed."""
+"""POST /v1/completions and /v1/chat/completions: from a request's body to the answer, whole or streamed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,56 @@ from uuid import uuid4
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from export.completions import APIError, CompletionRequest, Delta, Usage, deltas, token_ids
+from export import chat, completions
+from export.chat import ChatForm, ChatRequest
+from export.completions import APIError, CompletionRequest, Delta, Settings, TextForm, Usage
 from export.queued import Unavailable
 from export.served import Served
 from registry.errors import BadInput
 
+Form = TextForm | ChatForm
+
 
 def add_completions(api: FastAPI, served: Served) -> None:
-    """Answer POST /v1/completions with the model that is served when a request comes."""
-    model = served.name
+    """Answer with the model that is served when a request comes."""
 
     @api.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        if body.model not in (None, model):
-            message = f"the model {body.model!r} is not served here; {model!r} is"
-            raise APIError(404, message, "model", "model_not_found")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        check_model(served, body.model)
         scheduler = served.current().scheduler
-        prompts = await asyncio.to_thread(token_ids, scheduler.runtime, body)
-        results = deltas(scheduler, body, prompts)
-        usage = Usage(sum(map(len, prompts)))
-        head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
-        if body.stream:
-            results = await _while_connected(request, _begun(results))
-            with_usage = bool((body.stream_options or {}).get("include_usage"))
-            return StreamingResponse(_sse(head, results, usage, with_usage), media_type="text/event-stream")
-        choices = await _while_connected(request, _whole(results, usage))
-        return JSONResponse({**head, "choices": choices, "usage": usage.row()})
+        prompts = await asyncio.to_thread(completions.token_ids, scheduler.runtime, body)
+        results = completions.deltas(scheduler, body, prompts)
+        return await _answer(request, served.name, body, TextForm(), results, Usage(sum(map(len, prompts))))
+
+    @api.post("/v1/chat/completions")
+    async def converse(body: ChatRequest, request: Request) -> Response:
+        check_model(served, body.model)
+        loaded = served.current()
+        prompt = await asyncio.to_thread(body.prompt, loaded.scheduler.runtime, loaded.template)
+        results = chat.deltas(loaded.scheduler, body, prompt)
+        return await _answer(request, served.name, body, ChatForm(), results, Usage(len(prompt)))
+
+
+def check_model(served: Served, name: str | None) -> None:
+    """Raises APIError where a request names another model."""
+    if name not in (None, served.name):
+        message = f"the model {name!r} is not served here; {served.name!r} is"
+        raise APIError(404, message, "model", "model_not_found")
+
+
+async def _answer(
+    request: Request, model: str, body: Settings, form: Form, results: AsyncGenerator[Delta], usage: Usage
+) -> Response:
+    """The answer, whole or streamed."""
+    head: dict[str, Any] = {"id": f"{form.prefix}-{uuid4().hex}", "object": form.whole_object}
+    head |= {"created": int(time.time()), "model": model}
+    if body.stream:
+        head["object"] = form.part_object
+        results = await _while_connected(request, _begun(results))
+        events = _sse(head, form, results, usage, body.usage_is_streamed())
+        return StreamingResponse(events, media_type="text/event-stream")
+    choices = await _while_connected(request, _whole(results, usage))
+    return JSONResponse({**head, "choices": [form.whole(choice) for choice in choices], "usage": usage.row()})
 
 
 async def _begun(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
@@ -54,32 +78,37 @@ async def _begun(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
     return all_of_them()
 
 
-async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[dict[str, Any]]:
+async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
     """The choices of an answer that is not streamed, by index."""
-    choices: dict[int, dict[str, Any]] = {}
+    parts: dict[int, list[Delta]] = {}
     async with aclosing(results):
         async for delta in results:
             usage.completion += delta.new_tokens
-            choice = choices.setdefault(delta.index, Delta(delta.index, "").row())
-            choice["text"] += delta.text
-            choice["finish_reason"] = delta.finish_reason
-            if delta.logprobs is not None:
-                # A new dictionary: the choices of one prompt were given the same one.
-                before = choice["logprobs"] or {}
-                choice["logprobs"] = {k: before.get(k, []) + v for k, v in delta.logprobs.items()}
-    return [choices[index] for index in sorted(choices)]
+            parts.setdefault(delta.index, []).append(delta)
+    return [_joined(parts[index]) for index in sorted(parts)]
+
+
+def _joined(parts: list[Delta]) -> Delta:
+    """A choice of its pieces."""
+    told = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = {key: [item for part in told for item in part[key]] for key in told[0]} if told else None
+    return Delta(parts[0].index, "".join(part.text for part in parts), parts[-1].finish_reason, logprobs)
 
 
 async def _sse(
-    head: dict[str, Any], results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
+    head: dict[str, Any], form: Form, results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
 ) -> AsyncIterator[str]:
     """The answer as server-sent events, one for each token."""
     extra = {"usage": None} if with_usage else {}
+    begun: set[int] = set()
     async with aclosing(results):
         try:
             async for delta in results:
                 usage.completion += delta.new_tokens
-                yield _event({**head, "choices": [delta.row()], **extra})
+                opening = None if delta.index in begun else form.opening(delta.index)
+                begun.add(delta.index)
+                for choice in filter(None, (opening, form.part(delta))):
+                    yield _event({**head, "choices": [choice], **extra})
         except Exception as error:  # the status is sent: all that is left is to tell it
             message = error.message if isinstance(error, BadInput) else "the server failed on this request"
             told = APIError(500, message)

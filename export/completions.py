@@ -22,35 +22,69 @@ from registry.errors import BadInput
 MAX_CHOICES = 128  # prompts times n
 
 TokenIds = Annotated[list[int], MinLen(1)]
-Zero = Annotated[float, Ge(0), Le(0)]  # accepted where it changes nothing
+Zero = Annotated[float, Ge(0), Le(0)]
+One = Annotated[float, Ge(1), Le(1)]
 
 
-@dataclass
-class CompletionRequest:
-    """The body of POST /v1/completions. A field that is null has its default."""
+@dataclass(kw_only=True)
+class Settings:
+    """What requests of every kind may ask of generation. A field that is null has its default."""
+
+    model: str | None = None
+    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 1
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    top_k: Annotated[int, Ge(-1)] | None = None  # as in vLLM: 0 and -1 are all tokens
+    n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # 1
+    stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
+    seed: Annotated[int, Ge(0)] | None = None
+    ignore_eos: bool | None = None  # as in vLLM
+    return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
+    stream: bool | None = None
+    stream_options: dict[str, bool] | None = None
+    # Accepted where they change nothing.
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    min_p: Zero | None = None
+    repetition_penalty: One | None = None
+    logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
+    # What clients send for servers that keep accounts and records: taken and not used.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
+        """What is asked of generation; for 0 new tokens it is asked of nobody."""
+        return Sampling(
+            max_new_tokens=max(1, max_new_tokens),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=None if self.top_k in (0, -1) else self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=[self.stop] if isinstance(self.stop, str) and self.stop else self.stop or [],
+            logprobs=logprobs,
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+    def usage_is_streamed(self) -> bool:
+        """Whether a stream ends with the tokens that were counted."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+@dataclass(kw_only=True)
+class CompletionRequest(Settings):
+    """The body of POST /v1/completions."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
-    model: str | None = None
     max_tokens: Annotated[int, Ge(0)] | None = None  # 16
-    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 1
-    top_p: Annotated[float, Gt(0), Le(1)] | None = None
-    top_k: Annotated[int, Ge(1)] | None = None  # as in vLLM
-    n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # 1
-    stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
-    seed: Annotated[int, Ge(0)] | None = None
     logprobs: Annotated[int, Ge(0), Le(20)] | None = None
-    return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
     echo: bool | None = None
-    stream: bool | None = None
-    stream_options: dict[str, bool] | None = None
-    user: str | None = None  # taken and not used
     best_of: int | None = None
     suffix: None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, one or more."""
@@ -63,18 +97,6 @@ class CompletionRequest:
     def length(self) -> int:
         """The most new tokens of a choice."""
         return 16 if self.max_tokens is None else self.max_tokens
-
-    def sampling(self) -> Sampling:
-        """What is asked of generation; for `length()` 0 it is asked of nobody."""
-        return Sampling(
-            max_new_tokens=max(1, self.length()),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=[self.stop] if isinstance(self.stop, str) and self.stop else self.stop or [],
-            logprobs=self.logprobs,
-        )
 
 
 class APIError(Exception):
@@ -100,10 +122,19 @@ def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
         raise APIError(400, message, "prompt")
     if body.length() == 0 and not body.echo:
         raise APIError(400, "max_tokens is 0, and there is no echo: nothing is asked for", "max_tokens")
+    return [checked_ids(runtime, prompt, min(1, body.length()), "prompt") for prompt in prompts]
+
+
+def checked_ids(runtime: Runtime, prompt: str | Sequence[int], room: int, param: str) -> list[int]:
+    """Token ids of a prompt that the context has room for, and for `room` more tokens. Raises APIError."""
     try:
-        return [runtime.prompt_ids(prompt, room=min(1, body.length())) for prompt in prompts]
+        ids = runtime.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(ids) + room > runtime.max_length:
+            message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
+            raise APIError(400, f"{message} and wants room for {room} more", param, "context_length_exceeded")
+        return runtime.prompt_ids(ids, room=room)
     except BadInput as error:
-        raise APIError(400, error.message, "prompt") from None
+        raise APIError(400, error.message, param) from None
 
 
 @dataclass
@@ -132,13 +163,27 @@ class Delta:
     logprobs: dict[str, list[Any]] | None = None  # in OpenAI's form, lists with an entry for each token
     new_tokens: int = 0
 
-    def row(self) -> dict[str, Any]:
-        """In OpenAI's form."""
+
+class TextForm:
+    """How an answer of /v1/completions is written."""
+
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a streamed choice begins with."""
+        return None
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """A piece of a streamed choice."""
+        return self.whole(delta)
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        """A choice that is not streamed."""
         return {
-            "index": self.index,
-            "text": self.text,
-            "logprobs": self.logprobs,
-            "finish_reason": self.finish_reason,
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": delta.logprobs,
+            "finish_reason": delta.finish_reason,
         }
 
 
@@ -159,7 +204,7 @@ async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[li
                 yield Delta(index, text, None if body.length() else "length", logprobs)
     if body.length() == 0:
         return
-    async with aclosing(scheduler.generate(rows, body.sampling())) as events:
+    async with aclosing(scheduler.generate(rows, body.sampling(body.length(), body.logprobs))) as events:
         async for event in events:
             logprobs = None
             if event.logprob is not None:
@@ -195,16 +240,16 @@ def _logprobs(
     for token, value, top in zip(ids, values, tops, strict=True):
         # OpenAI's list holds the chosen token too, where it is not among the likeliest.
         shown = {**top, token: value} if top and value is not None else {}
-        named.append({_name(runtime, body, other): p for other, p in shown.items()} or None)
+        named.append({token_name(runtime, body, other): p for other, p in shown.items()} or None)
     return {
-        "tokens": [_name(runtime, body, token) for token in ids],
+        "tokens": [token_name(runtime, body, token) for token in ids],
         "token_logprobs": list(values),
         "top_logprobs": named,
         "text_offset": list(offsets),
     }
 
 
-def _name(runtime: Runtime, body: CompletionRequest, token: int) -> str:
+def token_name(runtime: Runtime, body: Settings, token: int) -> str:
     """A token alone: its text, or its name in the vocabulary where it is no whole character; or its id."""
     if body.return_tokens_as_token_ids:
         return f"token_id:{token}"

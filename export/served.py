@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.chat_template import ChatTemplate
 from export.following import Artifact, Problem
 from export.metrics import Metrics
 from export.queued import Limits
@@ -28,6 +29,7 @@ class Loaded:
     version: str  # NAME/VERSION, or a folder's name
     digest: str
     created: int  # when it was loaded, seconds since 1970
+    template: ChatTemplate | None = None  # None where the model has none
 
 
 class Served:
@@ -53,7 +55,7 @@ class Served:
         self.limits = limits or Limits()
         self.metrics = metrics or Metrics()
         self._load = load
-        self._current = self._take(first, load(first.path, first.digest))
+        self._current = self._take(first, load(first.path, first.digest), ChatTemplate.read(first.path))
 
     def current(self) -> Loaded:
         """What a new request takes."""
@@ -70,15 +72,17 @@ class Served:
     async def swap(self, found: Artifact) -> None:
         """Serve `found` from now on; where it is damaged or cannot be loaded, go on as before and say so."""
         if found.digest == self._current.digest:
-            self._current = self._show(found.name, self._current.scheduler, self._current.digest)
+            old = self._current
+            self._current = self._show(found.name, old.scheduler, old.digest, old.template)
             return
         try:
             runtime = await asyncio.to_thread(self._load, found.path, found.digest)
+            template = ChatTemplate.read(found.path)
         except Exception as error:  # whatever is wrong with it, what is served goes on
             self._refuse(found.name, str(error))
             return
         log.warning("%s, digest %s, takes the place of %s", found.name, runtime.digest[:12], self._current.version)
-        self._current = self._take(found, runtime)
+        self._current = self._take(found, runtime, template)
         self.metrics.swaps.inc()
         gc.collect()  # what the old one leaves in cycles is large
 
@@ -87,13 +91,13 @@ class Served:
             self.metrics.refused.inc()
         log.error("%s: %s stays: %s", name or "no news", self._current.version, why)
 
-    def _take(self, found: Artifact, runtime: Runtime) -> Loaded:
+    def _take(self, found: Artifact, runtime: Runtime, template: ChatTemplate | None) -> Loaded:
         scheduler = Scheduler(runtime, self.limits, self.metrics)
         self.metrics.loaded.inc()
         weakref.finalize(runtime, self.metrics.loaded.dec)
-        return self._show(found.name, scheduler, runtime.digest)
+        return self._show(found.name, scheduler, runtime.digest, template)
 
-    def _show(self, version: str, scheduler: Scheduler, digest: str) -> Loaded:
+    def _show(self, version: str, scheduler: Scheduler, digest: str, template: ChatTemplate | None) -> Loaded:
         self.metrics.model.clear()
         self.metrics.model.labels(self.name, version, digest).set(1)
-        return Loaded(scheduler, version, digest, int(time.time()))
+        return Loaded(scheduler, version, digest, int(time.time()), template)
