@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from export_helpers import Exported
 
+from export.onnx import export
 from export.runtime import Runtime
 from export.variants import export_folder
+from tests.conftest import make_model
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +19,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Expor
     """Export a torch folder as fp32 and int8; each folder once."""
     made: dict[Path, Exported] = {}
 
-    def export(model: Path) -> Exported:
+    def variants(model: Path) -> Exported:
         if model not in made:
             to = tmp_path_factory.mktemp("onnx")
             made[model] = Exported(model, to / "fp32", to / "int8", export_folder(model, to, ["int8", "fp32"]))
         return made[model]
 
-    return export
+    return variants
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,12 @@ def family(request: pytest.FixtureRequest, exported: Callable[[Path], Exported])
 @pytest.fixture(scope="session")
 def runtime(llama: Exported) -> Runtime:
     return Runtime.load(llama.fp32, threads=1)
+
+
+@pytest.fixture(scope="session")
+def boundless(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """An artifact whose texts may grow for as long as a test runs."""
+    folder = tmp_path_factory.mktemp("boundless")
+    model = make_model(folder / "torch", tokenizer_folder, "llama", max_position_embeddings=200_000)
+    export(model, folder / "fp32")
+    return folder / "fp32"

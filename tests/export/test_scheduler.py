@@ -20,13 +20,11 @@ from export.batch import Batch, Slot
 from export.continuous import BEHIND
 from export.generation import Event
 from export.metrics import Metrics
-from export.onnx import export
 from export.queued import Limits, Unavailable
 from export.runtime import Runtime
 from export.sampling import Sampling, log_softmax
 from export.scheduler import Scheduler
 from registry.errors import BadInput
-from tests.conftest import make_model
 
 TEXTS = ["def add(", "class A:\n    def f(self):\n        return", "x", "import os\nimport sys", "for i in range(1"]
 ENDLESS = Sampling(max_new_tokens=10**6, ignore_eos=True)
@@ -52,12 +50,8 @@ def alone(runtime: Runtime, prompts: Sequence[Sequence[int]], sampling: Sampling
 
 
 @pytest.fixture(scope="module")
-def boundless(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Runtime:
-    """A model whose texts may grow for as long as a test runs."""
-    folder = tmp_path_factory.mktemp("boundless")
-    make_model(folder / "torch", tokenizer_folder, "llama", max_position_embeddings=200_000)
-    export(folder / "torch", folder / "fp32")
-    return Runtime.load(folder / "fp32", threads=1)
+def endless(boundless: Path) -> Runtime:
+    return Runtime.load(boundless, threads=1)
 
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(rows=3), Limits(rows=4, cache_bytes=1)], ids=str)
@@ -99,14 +93,14 @@ def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(llama: Expor
     assert metrics.registry.get_sample_value("limbeck:num_preemptions_total") > 0
 
 
-def test_requests_share_their_steps(boundless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_share_their_steps(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda self, slots, ids: (sizes.append(len(slots)), step(self, slots, ids))[1])
     sampling = Sampling(max_new_tokens=40, ignore_eos=True)
 
     async def together() -> None:
-        scheduler = Scheduler(boundless)
+        scheduler = Scheduler(endless)
         await asyncio.gather(*[tokens(scheduler.generate([[1, 2, 3]], sampling)) for _ in range(8)])
 
     run(together)
@@ -114,9 +108,9 @@ def test_requests_share_their_steps(boundless: Runtime, monkeypatch: pytest.Monk
     assert len(sizes) < 3 * 40  # one after the other it would be 8 * 39
 
 
-def test_a_request_of_many_rows_locks_nobody_out(boundless: Runtime) -> None:
+def test_a_request_of_many_rows_locks_nobody_out(endless: Runtime) -> None:
     async def small_beside_large() -> None:
-        scheduler = Scheduler(boundless, Limits(rows=8))
+        scheduler = Scheduler(endless, Limits(rows=8))
         async with aclosing(scheduler.generate([[1, 2]] * 128, ENDLESS)) as first:
             await anext(first)
             async with aclosing(scheduler.generate([[3, 4]] * 128, ENDLESS)) as second:
@@ -126,7 +120,7 @@ def test_a_request_of_many_rows_locks_nobody_out(boundless: Runtime) -> None:
     run(small_beside_large)
 
 
-def test_a_long_prompt_holds_up_no_other(boundless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_holds_up_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a long prompt is read, piece by piece, others are read and decoded."""
     read = Batch.read
 
@@ -142,7 +136,7 @@ def test_a_long_prompt_holds_up_no_other(boundless: Runtime, monkeypatch: pytest
         done.append(name)
 
     async def both() -> None:
-        scheduler = Scheduler(boundless)
+        scheduler = Scheduler(endless)
         long = asyncio.ensure_future(one(scheduler, "long", [7] * 6000, 1))
         await asyncio.sleep(0.1)
         await one(scheduler, "short", [7] * 5, 8)
@@ -152,9 +146,9 @@ def test_a_long_prompt_holds_up_no_other(boundless: Runtime, monkeypatch: pytest
     assert done == ["short", "long"]
 
 
-def test_a_full_queue_says_when_to_come_again(boundless: Runtime) -> None:
+def test_a_full_queue_says_when_to_come_again(endless: Runtime) -> None:
     async def overfill() -> None:
-        scheduler = Scheduler(boundless, Limits(rows=1, queue=2))
+        scheduler = Scheduler(endless, Limits(rows=1, queue=2))
         running = scheduler.generate([[1]], ENDLESS)
         await anext(running)
         waiting = [asyncio.ensure_future(tokens(scheduler.generate([[i]], Sampling(max_new_tokens=3)))) for i in (2, 3)]
@@ -170,11 +164,11 @@ def test_a_full_queue_says_when_to_come_again(boundless: Runtime) -> None:
     run(overfill)
 
 
-def test_a_request_ends_when_its_time_is_up(boundless: Runtime) -> None:
+def test_a_request_ends_when_its_time_is_up(endless: Runtime) -> None:
     metrics = Metrics()
 
     async def too_long() -> None:
-        scheduler = Scheduler(boundless, Limits(rows=1, timeout_s=0.3), metrics)
+        scheduler = Scheduler(endless, Limits(rows=1, timeout_s=0.3), metrics)
         waits = asyncio.ensure_future(tokens(scheduler.generate([[1]], ENDLESS)))
         await asyncio.sleep(0)
         for work in (tokens(scheduler.generate([[2]], ENDLESS)), waits):
@@ -187,11 +181,11 @@ def test_a_request_ends_when_its_time_is_up(boundless: Runtime) -> None:
     assert metrics.registry.get_sample_value("limbeck:request_failure_total", {"reason": "timeout"}) == 2
 
 
-def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(boundless: Runtime) -> None:
+def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(endless: Runtime) -> None:
     metrics = Metrics()
 
     async def slow() -> None:
-        scheduler = Scheduler(boundless, Limits(rows=2), metrics)
+        scheduler = Scheduler(endless, Limits(rows=2), metrics)
         async with aclosing(scheduler.generate([[1]], ENDLESS)) as unread:
             await anext(unread)
             for _ in range(3):
@@ -204,13 +198,13 @@ def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(boundless: Runtim
     run(slow)
 
 
-def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(boundless: Runtime) -> None:
-    prompt = boundless.encode("".join(TEXTS))[:60]
-    logits = boundless.logits(np.array([prompt]), np.ones((1, len(prompt)), np.int64))[0]
+def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(endless: Runtime) -> None:
+    prompt = endless.encode("".join(TEXTS))[:60]
+    logits = endless.logits(np.array([prompt]), np.ones((1, len(prompt)), np.int64))[0]
     expected = log_softmax(logits.astype(np.float64))
 
     async def score() -> Any:
-        scheduler = Scheduler(boundless)
+        scheduler = Scheduler(endless)
         async with aclosing(scheduler.generate([[1]], ENDLESS)) as other:
             await anext(other)
             return await scheduler.score(prompt, 2)
@@ -223,10 +217,8 @@ def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(bo
     assert [next(iter(scored.top_logprobs)) for scored in rest] == expected[:-1].argmax(axis=1).tolist()
 
 
-def test_a_model_that_raises_ends_its_requests_and_no_other(
-    boundless: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = alone(boundless, [[5, 6, 7]], Sampling(max_new_tokens=80))
+def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone(endless, [[5, 6, 7]], Sampling(max_new_tokens=80))
     read, step = Batch.read, Batch.step
 
     def fail_on_9(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
@@ -237,7 +229,7 @@ def test_a_model_that_raises_ends_its_requests_and_no_other(
     monkeypatch.setattr(Batch, "read", fail_on_9)
 
     async def both() -> None:
-        scheduler = Scheduler(boundless)
+        scheduler = Scheduler(endless)
         results = scheduler.generate([[5, 6, 7]], Sampling(max_new_tokens=80))
         got = [(await anext(results)).token_id]
         with pytest.raises(RuntimeError, match="the model failed: no room"):
@@ -253,9 +245,9 @@ def test_a_model_that_raises_ends_its_requests_and_no_other(
     run(both)
 
 
-def test_what_a_server_does_not_give_is_bad_input(boundless: Runtime) -> None:
+def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
     async def ask() -> None:
-        scheduler = Scheduler(boundless, Limits(prompt_tokens=3, new_tokens=5))
+        scheduler = Scheduler(endless, Limits(prompt_tokens=3, new_tokens=5))
         with pytest.raises(BadInput, match="prompt has 4 tokens; this server takes at most 3"):
             await anext(scheduler.generate([[1], [1] * 4], Sampling(max_new_tokens=1)))
         with pytest.raises(BadInput, match="at most 3"):

@@ -21,19 +21,9 @@ from fastapi import FastAPI, Request
 
 from export.gate import Gate
 from export.metrics import Metrics
-from export.onnx import export
 from export.runtime import Runtime
 from export.server import listen
-from tests.conftest import TEXT, make_model
-
-
-@pytest.fixture(scope="module")
-def boundless(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """An artifact whose texts may grow for as long as a test runs."""
-    folder = tmp_path_factory.mktemp("boundless")
-    make_model(folder / "torch", tokenizer_folder, "llama", max_position_embeddings=200_000)
-    export(folder / "torch", folder / "fp32")
-    return folder / "fp32"
+from tests.conftest import TEXT
 
 
 @pytest.fixture(scope="module")
