@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from export.chat_template import ChatTemplate
-from export.completions import APIError, Delta, Settings, checked_ids, token_name
+from export.completions import APIError, Delta, Settings, checked_ids, encode, token_name
 from export.detokenize import BROKEN
 from export.generation import Event
 from export.runtime import Runtime
@@ -62,15 +62,6 @@ class Conversation:
         except BadInput as error:
             raise APIError(400, error.message, "messages") from None
 
-    def token_ids(self, runtime: Runtime, template: ChatTemplate | None, room: int) -> list[int]:
-        """The prompt's. The template writes the special tokens, so none is added. Raises APIError."""
-        text = self.text(template)
-        try:
-            ids = runtime.tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:  # half of a surrogate pair
-            raise APIError(400, "the text is not valid Unicode", "messages") from None
-        return checked_ids(runtime, ids, room, "messages")
-
 
 @dataclass(kw_only=True)
 class ResponseFormat:
@@ -101,7 +92,9 @@ class ChatRequest(Conversation, Settings):
             raise APIError(400, "top_logprobs is given without logprobs", "top_logprobs")
         if self.tool_choice == "none":
             self.tools = None
-        return self.token_ids(runtime, template, room=1)
+        # The template writes the special tokens: none is added.
+        ids = encode(runtime, self.text(template), False, "messages")
+        return checked_ids(runtime, ids, 1, "messages")
 
     def length(self, scheduler: Scheduler, prompt: list[int]) -> int:
         """The most new tokens of a choice."""

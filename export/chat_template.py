@@ -42,6 +42,11 @@ class ChatTemplate:
         self._templates, self._special_tokens = templates, special_tokens
         self._compiled: dict[str, Template] = {}
 
+    @property
+    def source(self) -> str:
+        """The template itself, where no tools are used."""
+        return self._templates["default"]
+
     @classmethod
     def read(cls, folder: Path) -> ChatTemplate | None:
         """The template in an artifact's folder; None where its tokenizer has none."""

@@ -125,13 +125,21 @@ def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
     return [checked_ids(runtime, prompt, min(1, body.length()), "prompt") for prompt in prompts]
 
 
+def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    """Token ids of a text. Raises APIError."""
+    try:
+        return runtime.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except TypeError:  # half of a surrogate pair has no UTF-8
+        raise APIError(400, "the text is not valid Unicode", param) from None
+
+
 def checked_ids(runtime: Runtime, prompt: str | Sequence[int], room: int, param: str) -> list[int]:
     """Token ids of a prompt that the context has room for, and for `room` more tokens. Raises APIError."""
+    ids = encode(runtime, prompt, True, param) if isinstance(prompt, str) else prompt
+    if len(ids) + room > runtime.max_length:
+        message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
+        raise APIError(400, f"{message} and wants room for {room} more", param, "context_length_exceeded")
     try:
-        ids = runtime.encode(prompt) if isinstance(prompt, str) else prompt
-        if len(ids) + room > runtime.max_length:
-            message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
-            raise APIError(400, f"{message} and wants room for {room} more", param, "context_length_exceeded")
         return runtime.prompt_ids(ids, room=room)
     except BadInput as error:
         raise APIError(400, error.message, param) from None

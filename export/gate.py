@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from export.completions import APIError
 from export.metrics import Metrics
 
+MODEL = ("/v1/", "/tokenize", "/detokenize")  # how the addresses begin where the model is used: they ask for the key
 BODY_S = 30.0  # how long a client may take to send a request
 
 
@@ -41,7 +42,7 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        is_api = scope["path"].startswith("/v1/")
+        is_api = scope["path"].startswith(MODEL)
         self.running += is_api
         try:
             refusal = self._refusal(scope) if is_api else None

@@ -12,7 +12,6 @@ import resource
 import socket
 from collections.abc import AsyncIterator
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -25,6 +24,7 @@ from export.completions import APIError
 from export.following import Artifact, Problem
 from export.gate import Gate, response
 from export.metrics import CONTENT_TYPE
+from export.model_api import add_model
 from export.queued import Unavailable
 from export.served import Served
 from registry.errors import BadInput
@@ -89,6 +89,7 @@ def application(served: Served, api_key: str | None = None, max_body: int = MAX_
     gate = Gate(api, served.metrics, api_key, max_body)
     _add_state(api, served, gate)
     add_completions(api, served)
+    add_model(api, served)
 
     @api.exception_handler(APIError)
     async def refused(request: Request, error: APIError) -> Response:
@@ -133,11 +134,6 @@ def _add_state(api: FastAPI, served: Served, gate: Gate) -> None:
     @api.get("/metrics")
     async def metrics() -> Response:
         return Response(served.metrics.text(), media_type=CONTENT_TYPE)
-
-    @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entry = {"id": served.name, "object": "model", "created": served.current().created, "owned_by": "limbeck"}
-        return {"object": "list", "data": [entry]}
 
 
 class _Server(uvicorn.Server):
