@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from export.options import threads_option
 from registry.errors import BadInput
 from registry.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from export.sampling import Sampling
     from export.variants import Variant
     from registry.resolve import Model
-
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="For one operator. [default: the physical cores]"
-)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from export.cli import threads_option
+from export.options import threads_option
 from registry.terminal import format_option, print_json, say
 
 if TYPE_CHECKING:

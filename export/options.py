@@ -1,0 +1,9 @@
+"""Options that several commands of this room take."""
+
+from __future__ import annotations
+
+import click
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="For one operator. [default: the physical cores]"
+)
