@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from export.onnx import PRECISIONS, export
-from export.parity import MAX_LOGPROB_DIFF, compare
+from export.parity import compare, faults
 from registry.corpusfile import rows
 from registry.digest import file_digests, folder_digest, read_manifest, verify, write_manifest
 from registry.errors import BadInput, Refused
@@ -192,9 +192,7 @@ def check(parity: Parity, label: str) -> None:
     if not parity.passed:
         raise Refused(
             f"{label} {parity.precision}: the ONNX graph does not give what PyTorch gives: over "
-            f"{parity.tokens} tokens, largest difference in log-probability {parity.max_logprob_diff:.3g} "
-            f"(at most {MAX_LOGPROB_DIFF:g}), greedy text "
-            f"{'the same' if parity.greedy_identical else 'differs'}",
+            f"{parity.tokens} tokens, {'; '.join(faults(parity))}",
             fix="nothing was kept; this architecture is not exported faithfully",
         )
 

@@ -315,7 +315,16 @@ class Parity(Record):
     bits_per_byte_reference: float
     bits_per_byte: float
     greedy_identical: bool
-    passed: bool  # fp32: max_logprob_diff <= 1e-3 and greedy_identical; others are reported, not limited
+    passed: bool  # fp32: all differences <= 1e-3 and greedy_identical; others: nothing is broken outright
+    p99_kl: float | None = later(None)  # 99th percentile over tokens
+    max_kl: float | None = later(None)
+    # A text alone beside the same text ...: largest difference in log-probability, and mean KL in nats per token
+    batch_diff: float | None = later(None)  # in a batch with others
+    batch_kl: float | None = later(None)
+    left_padding_diff: float | None = later(None)  # in a batch padded on the left, its end token by token
+    left_padding_kl: float | None = later(None)
+    cache_diff: float | None = later(None)  # token by token with the runtime's cache
+    cache_kl: float | None = later(None)
 
 
 class RuleResult(Record):
