@@ -99,6 +99,7 @@ TEMPLATES = {
         "{% generation %}{{ m.content }}{% endgeneration %}{{ '-' * 3 }}{% endfor %}{{ messages[0] | tojson }}"
     ),
 }
+BOS = "<|endoftext|>"
 TURNS = [
     {"role": "user", "content": " What is <b>that</b> & \u00e9? "},
     {"role": "assistant", "content": "<think>\nhm\n</think>A vessel."},
@@ -110,17 +111,23 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
 
 @pytest.fixture(scope="module")
 def with_template(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function to a copy of the fp32 artifact with a template: in a file of its own, or within the configuration."""
+    """A function to a copy of the fp32 artifact with a template: in a file of its own, or within the configuration.
+
+    Its tokenizer puts a BOS token before each text, which the template does too.
+    """
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
     def make(template: Any, in_config: bool = False) -> Path:
         folder = tmp_path_factory.mktemp("chat") / "fp32"
         shutil.copytree(llama.fp32, folder)
         tokenizer = AutoTokenizer.from_pretrained(llama.torch)
-        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        tokenizer.bos_token = BOS
+        begin = (BOS, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder / "t", save_jinja_files=not in_config)
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             if (folder / "t" / name).exists():
                 shutil.copy(folder / "t" / name, folder)
         shutil.rmtree(folder / "t")
@@ -221,7 +228,7 @@ def ask(client: openai.OpenAI, messages: Any = ASKED, **settings: Any) -> Any:
 
 
 def test_an_answer_is_the_runtimes_after_the_template(client: openai.OpenAI, runtime: Runtime) -> None:
-    ids = runtime.tokenizer.encode("<s>" + PROMPT, add_special_tokens=False).ids
+    ids = runtime.tokenizer.encode(BOS + PROMPT, add_special_tokens=False).ids
     (expected,) = runtime.generate([ids], max_new_tokens=12)
     for length in (dict(max_tokens=12), dict(max_completion_tokens=12), dict(max_completion_tokens=12, max_tokens=3)):
         answer = ask(client, **length)
@@ -263,7 +270,7 @@ def test_the_streamed_answer_is_the_whole_one(client: openai.OpenAI) -> None:
 def test_logprobs_are_those_of_completions(client: openai.OpenAI) -> None:
     chat = ask(client, max_tokens=8, temperature=1.0, seed=5, logprobs=True, top_logprobs=3).choices[0].logprobs
     settings: dict[str, Any] = dict(model="fp32", max_tokens=8, temperature=1.0, seed=5)
-    told = client.completions.create(prompt="<s>" + PROMPT, logprobs=3, **settings).choices[0].logprobs
+    told = client.completions.create(prompt=PROMPT, logprobs=3, **settings).choices[0].logprobs
     assert [entry.token for entry in chat.content] == told.tokens
     assert [entry.logprob for entry in chat.content] == pytest.approx(told.token_logprobs, abs=1e-6)
     for entry, top in zip(chat.content, told.top_logprobs, strict=True):
@@ -276,7 +283,7 @@ def test_logprobs_are_those_of_completions(client: openai.OpenAI) -> None:
 
 def test_a_last_message_is_continued(client: openai.OpenAI, runtime: Runtime) -> None:
     turns = [*ASKED, {"role": "assistant", "content": "class A"}]
-    ids = runtime.tokenizer.encode("<s>" + PROMPT + "class A", add_special_tokens=False).ids
+    ids = runtime.tokenizer.encode(BOS + PROMPT + "class A", add_special_tokens=False).ids
     (expected,) = runtime.generate([ids], max_new_tokens=6)
     answer = ask(client, turns, max_tokens=6, extra_body={"continue_final_message": True})
     assert answer.choices[0].message.content == expected.text
