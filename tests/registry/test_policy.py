@@ -125,12 +125,15 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
     assert found(None, required=False) == {}
     assert found(make_parity(reference="another")) == {"parity.required": "inconclusive"}
     assert found(make_parity(passed=False)) == {"parity.required": "fail"}
-    assert found(make_parity(passed=False), "int8") == {"parity.required": "pass"}  # reported, not limited
-    limits = dict(max_mean_kl=0.01, min_top1_agreement=0.9)
-    names = ["parity.required", "parity.max_mean_kl", "parity.min_top1_agreement"]
-    assert found(make_parity(), **limits) == dict.fromkeys(names, "pass")
-    worse = make_parity(mean_kl=0.011, top1_agreement=0.89)
+    assert found(make_parity(passed=False), "int8") == {"parity.required": "fail"}  # broken outright
+    limits = dict(max_mean_kl=0.01, min_top1_agreement=0.9, max_p99_kl=0.1, max_bits_per_byte_increase=0.05)
+    names = ["parity.required", *(f"parity.{name}" for name in limits)]
+    assert found(make_parity(p99_kl=0.1), **limits) == dict.fromkeys(names, "pass")
+    worse = make_parity(mean_kl=0.011, top1_agreement=0.89, p99_kl=0.11, bits_per_byte=2.06)
     assert found(worse, **limits) == dict.fromkeys(names, "fail") | {"parity.required": "pass"}
+    # A record from before it was measured.
+    assert found(make_parity(), max_p99_kl=0.1)["parity.max_p99_kl"] == "inconclusive"
+    assert found(make_parity(), required=False, max_mean_kl=0.01) == {"parity.max_mean_kl": "pass"}
     assert outcomes({}, make_card(TORCH.digest), TORCH) == {"quality.min_retention": "pass"}  # torch: not asked
 
 
@@ -166,6 +169,7 @@ def test_policy_files(tmp_path: Path) -> None:
         ("[quality]\nmin_retention = 'most'\n", r"policy\.toml:2: "),
         ("[quality]\nmin_retention = 95\n", r"policy\.toml:2: "),
         ("[quality]\nmin_retention = nan\n", r"policy\.toml:2: "),
+        ("[quality]\nmin_retention = 0.9\n[parity]\nmax_p99_kl = -1\n", r"policy\.toml:4: "),
         ("[cost]\nmax_cost_ratio = 0.5\n", "quality is missing"),
     ):
         file.write_text(text)
