@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.interop import describe
 from registry.digest import folder_digest, read_manifest, write_manifest
 from registry.errors import BadInput
 from registry.home import written_whole
@@ -90,6 +91,7 @@ def export(
             graph=kind,
             parent=parent,
             made_with=_versions(),
+            **describe(folder, kind),
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from registry.errors import DamagedArtifact
 
 MANIFEST = "limbeck.json"
-# Written from the records after the artifact is made, so they are no part of what it is.
-NOT_CONTENT = {MANIFEST, "README.md"}
+# Written after the artifact is made, the first two from the records, the last by MLflow where it loads a registered
+# version: they are no part of what it is.
+NOT_CONTENT = {MANIFEST, "README.md", "registered_model_meta"}
 
 
 def text_digest(text: str | bytes) -> str:
