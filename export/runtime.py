@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -26,7 +26,7 @@ from registry.errors import BadInput, DamagedArtifact
 from registry.machine import physical_cores
 
 GRAPH = "model.onnx"
-NUMPY_TYPES = {
+NUMPY_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
@@ -34,7 +34,8 @@ NUMPY_TYPES = {
 }
 # The names that model families give to the number of positions they were made for.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-PREFILL_LOGITS = 2**25  # computed at once while a prompt is read (128 MB); longer prompts go in pieces
+PREFILL_LOGITS = 2**23  # computed at once while a prompt is read (32 MB); longer prompts go in pieces
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
 class Runtime:
@@ -46,6 +47,10 @@ class Runtime:
         digest: of the artifact's files.
         max_length: the context: prompt and new tokens together.
         vocab_size: width of the logits.
+        device: where the cache lies: "cpu" or "cuda".
+        fused: the graph's attention writes its cache in place; else each run gives a longer cache than it took.
+        past, present: the cache's inputs by name, and its outputs in their order. takes: the other inputs.
+        logits_type: numpy's type of the logits.
         eos_token_ids: tokens that end a text. bos_token_id, pad_token_id: None where the model names none.
     """
 
@@ -56,9 +61,11 @@ class Runtime:
         config: dict[str, Any],
         generation_config: dict[str, Any],
         digest: str,
+        device: str = "cpu",
     ) -> None:
         self.session = session
-        self._binding = session.io_binding()
+        self.device = device
+        self.fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config
@@ -72,13 +79,15 @@ class Runtime:
         self.eos_token_ids: set[int] = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         inputs = {item.name: item for item in session.get_inputs()}
         outputs = [item.name for item in session.get_outputs()]
-        self.vocab_size = int(session.get_outputs()[0].shape[-1])
-        self._past = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
-        self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
-        self._takes = inputs.keys() - self._past.keys()
-        unknown = sorted(self._takes - {"input_ids", "attention_mask", "position_ids"})
-        missing = [name for name in ("logits", *self._present) if name not in outputs]
-        if unknown or missing or not self._past:
+        logits = session.get_outputs()[0]
+        self.vocab_size = int(logits.shape[-1])
+        self.logits_type = NUMPY_TYPES.get(logits.type, np.float32)
+        self.past = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
+        self.present = [name.replace("past_key_values.", "present.", 1) for name in self.past]
+        self.takes = inputs.keys() - self.past.keys()
+        unknown = sorted(self.takes - {"input_ids", "attention_mask", "position_ids"})
+        missing = [name for name in ("logits", *self.present) if name not in outputs]
+        if unknown or missing or not self.past:
             raise BadInput(
                 f"{GRAPH} is no causal language model with a key-value cache: "
                 f"inputs {sorted(inputs)}, outputs {outputs}",
@@ -93,7 +102,7 @@ class Runtime:
         threads: int | None = None,
         verify: bool = True,
         expected: str | None = None,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> Runtime:
         """Load the artifact in `folder`.
 
@@ -101,12 +110,14 @@ class Runtime:
             threads: for one operator; the default is one for each physical core this process may use.
             verify: check the files against limbeck.json (and `expected`, a digest, where given) before they
                 are used.
-            providers: onnxruntime's, the preferred one first. The cache stays in main memory whatever they are.
+            device: what runs the graph and holds the cache; "cuda" wants onnxruntime-gpu (extra `gpu`).
 
         Raises:
-            BadInput: a folder that is no artifact. DamagedArtifact: its files are not those of its digest.
+            BadInput: a folder that is no artifact, or CUDA where there is none. DamagedArtifact: its files are not
+                those of its digest.
         """
         folder = Path(folder)
+        _check_device(device)
         missing = [name for name in (GRAPH, "config.json", "tokenizer.json") if not (folder / name).is_file()]
         if missing and not (verify and (folder / MANIFEST).is_file()):  # a manifest tells more
             raise BadInput(
@@ -120,10 +131,12 @@ class Runtime:
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # each step has a shape of its own; a plan for each would pile up
         try:
-            session = ort.InferenceSession(str(folder / GRAPH), options, providers=list(providers))
+            session = ort.InferenceSession(str(folder / GRAPH), options, providers=PROVIDERS[device])
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # both libraries raise bare exceptions
             raise DamagedArtifact(folder, [str(error).strip().splitlines()[0]]) from error
+        if device == "cuda" and session.get_providers()[0] != PROVIDERS["cuda"][0]:
+            raise BadInput("onnxruntime found no CUDA device that works", fix="see `nvidia-smi`, or use --device cpu")
         generation_config = folder / "generation_config.json"
         return cls(
             session,
@@ -131,6 +144,7 @@ class Runtime:
             _read_json(folder / "config.json"),
             _read_json(generation_config) if generation_config.exists() else {},
             digest,
+            device,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -233,10 +247,10 @@ class Runtime:
         Args:
             prompts: token ids, none empty.
         """
-        batch = Batch(self)
+        batch = Batch(self, kept_tokens=0)
         going = [(self.generation(index, prompt, sampling), prompt) for index, prompt in enumerate(prompts)]
         rows = [(row, batch.begin(prompt, row.most)) for row, prompt in going]
-        logits = [self._read(batch, slot) for _, slot in rows]
+        logits = self._read(batch, [slot for _, slot in rows])
         while rows:
             for (row, _), values in zip(rows, logits, strict=True):
                 yield row.take(values)
@@ -247,12 +261,18 @@ class Runtime:
             if rows:
                 logits = list(batch.step([slot for _, slot in rows], [row.last for row, _ in rows]))
 
-    def _read(self, batch: Batch, slot: Slot) -> np.ndarray:
-        """(V,) logits after the prompt, read in pieces whose logits fit in memory."""
-        logits = None
-        while logits is None:
-            [logits] = batch.read([slot], max(1, PREFILL_LOGITS // self.vocab_size))
-        return logits
+    def _read(self, batch: Batch, slots: list[Slot]) -> list[np.ndarray]:
+        """(V,) logits after each prompt, read in pieces whose logits fit in memory."""
+        found: dict[Slot, np.ndarray] = {}
+        while unread := [slot for slot in slots if slot not in found]:
+            values = batch.read(unread, self.prefill_tokens)
+            found |= {slot: logits for slot, logits in zip(unread, values, strict=True) if logits is not None}
+        return [found[slot] for slot in slots]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """How many tokens of prompts are read at once, for their logits to fit in memory."""
+        return max(1, PREFILL_LOGITS // self.vocab_size)
 
     def generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> Generation:
         """The state of one prompt of a request while it is completed."""
@@ -281,16 +301,14 @@ class Runtime:
 
         The cache goes from output to input as it is: it never passes through numpy.
         """
-        binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
+        binding = self.session.io_binding()
         arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": place}
-        for name in self._takes:
+        for name in self.takes:
             binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name], np.int64))
-        for name, value in zip(self._past, cache, strict=True):
+        for name, value in zip(self.past, cache, strict=True):
             binding.bind_ortvalue_input(name, value)
-        for name in ["logits", *self._present] if grow else ["logits"]:
-            binding.bind_output(name, "cpu")
+        for name in ["logits", *self.present] if grow else ["logits"]:
+            binding.bind_output(name, "cpu" if name == "logits" else self.device)
         self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), present
@@ -298,15 +316,28 @@ class Runtime:
     def empty_cache(self, batch: int) -> list[ort.OrtValue]:
         """A cache of length 0 for each layer, in the layout the graph declares."""
         empty = []
-        for item in self._past.values():
+        for item in self.past.values():
             # Sizes the graph leaves open are the batch and the length of the past.
             sizes = [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
-            empty.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, NUMPY_TYPES[item.type])))
+            empty.append(ort.OrtValue.ortvalue_from_shape_and_type(sizes, self.type_of(item), self.device, 0))
         return empty
+
+    @staticmethod
+    def type_of(item: ort.NodeArg) -> Any:
+        """numpy's type of a graph's input."""
+        return NUMPY_TYPES[item.type]
 
     def _token_id(self, name: str) -> int | None:
         value = self.generation_config.get(name, self.config.get(name))
         return value[0] if isinstance(value, list) else value
+
+
+def _check_device(device: str) -> None:
+    if PROVIDERS[device][0] not in ort.get_available_providers():
+        raise BadInput(
+            f"onnxruntime {ort.__version__} here has no {PROVIDERS[device][0]}",
+            fix="install Limbeck's extra `gpu` in place of onnxruntime (README), or use --device cpu",
+        )
 
 
 def positions(attention_mask: np.ndarray) -> np.ndarray:
