@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from export.detokenize import Detokenizer
-from export.sampling import Sampling, choose, likeliest, log_softmax
+from export.sampling import Sampler, Sampling, likeliest, log_softmax
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ class Event:
 class Generation:
     """One prompt of a request while it is completed.
 
-    Its draws depend on the seed and on its place in the request, not on what else is decoded along with it.
-
     Args:
         index: the prompt's place in the request.
         prompt: token ids, not empty.
@@ -67,12 +65,12 @@ class Generation:
         self.most = min(sampling.max_new_tokens, room)
         self.taken = 0
         self._ends = set() if sampling.ignore_eos else eos_token_ids
-        self._random = np.random.default_rng(None if sampling.seed is None else [sampling.seed, index])
+        self._sampler = Sampler(sampling, prompt, index)
         self._text = Detokenizer(decode, prompt, sampling.stop)
 
     def take(self, logits: np.ndarray) -> Event:
         """Choose the next token from (V,) logits."""
-        self.last = token = choose(logits, self.sampling, self._random)
+        self.last = token = self._sampler.choose(logits)
         self.taken += 1
         ended = token in self._ends
         piece = "" if ended else self._text.add(token)

@@ -275,7 +275,9 @@ class Runtime:
         return max(1, PREFILL_LOGITS // self.vocab_size)
 
     def generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> Generation:
-        """The state of one prompt of a request while it is completed."""
+        """The state of one prompt of a request while it is completed. Raises BadInput."""
+        if (highest := max(sampling.logit_bias, default=0)) >= self.vocab_size:
+            raise BadInput(f"logit_bias names token {highest}; the model's are 0 to {self.vocab_size - 1}")
         room = self.max_length - len(prompt)
         return Generation(index, prompt, sampling, room=room, eos_token_ids=self.eos_token_ids, decode=self.decode)
 
