@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.interop import describe
 from registry.digest import folder_digest, read_manifest, write_manifest
@@ -22,7 +22,10 @@ from registry.errors import BadInput
 from registry.home import written_whole
 from registry.resolve import check_folder
 
-PRECISIONS = ("fp32", "int8")
+if TYPE_CHECKING:
+    from export.quantize import Settings
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "int8-weight", "int4")
 TASK = "text-generation-with-past"
 GRAPH = "model.onnx"
 # All a runtime reads. What else the exporter saves (vocab.json, merges.txt, ...) says the same a second time.
@@ -42,6 +45,7 @@ def export(
     precision: str = "fp32",
     *,
     fp32: Path | None = None,
+    settings: Settings | None = None,
     fused: bool = True,
     trust_remote_code: bool = False,
 ) -> str:
@@ -52,8 +56,9 @@ def export(
 
     Args:
         model: folder with config.json, safetensors and tokenizer files.
-        precision: "fp32", or "int8" (int8 weights, activations quantised as the graph runs).
+        precision: one of PRECISIONS.
         fp32: the fp32 artifact of the same model where there is one; a quantised one is made from it.
+        settings: of the quantization.
         fused: False takes optimum's graph even where the fused one can be written, to compare the two.
         trust_remote_code: run the Python code in the folder, as in transformers.
 
@@ -78,11 +83,12 @@ def export(
             with _quiet():
                 kind = _export_fp32(model, folder, fused, trust_remote_code)
             graph = folder / GRAPH
-        if precision == "int8":
-            from export.quantize import quantize_int8
+        made = {}
+        if precision != "fp32":
+            from export.quantize import quantize
 
             with _quiet():
-                quantize_int8(graph, folder)
+                made = {"quantization": quantize(graph.parent, folder, precision, settings)}
         return write_manifest(
             folder,
             kind="onnx",
@@ -91,6 +97,7 @@ def export(
             graph=kind,
             parent=parent,
             made_with=_versions(),
+            **made,
             **describe(folder, kind),
         )
 

@@ -1,127 +1,123 @@
-"""Smaller weights for an exported graph."""
+"""A float32 graph in another precision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 
-from export.onnx import GRAPH
+from export.passages import PASSAGES
+from export.runtime import GRAPH, NUMPY_TYPES, Runtime
+from export.trial import Trial, save
+from registry.errors import BadInput
 
-PROTOBUF_LIMIT = 2**31 - 2**20  # one protobuf message ends at 2 GB; leave room for the graph itself
+CALIBRATED = 16  # texts whose activations are looked at
+ON_CUDA = ("fp32", "fp16", "int4", "int8-weight")
 
 
-def quantize_int8(graph: Path, folder: Path) -> None:
-    """Write `folder/model.onnx`: the fp32 `graph` with int8 weights and activations quantised as it runs.
+@dataclass(frozen=True)
+class Settings:
+    """What quantization goes by.
 
-    Every product with a weight becomes MatMulInteger: symmetric int8 weights with one scale per output
-    channel, activations uint8 with one scale per tensor (onnxruntime's dynamic quantisation). The token
-    embedding becomes one int8 table with one scale per token, read by the lookup and, where the embedding is
-    tied, by the language-model head: a row of the lookup is an output channel of the head.
+    Attributes:
+        texts: to calibrate with and to choose by; not the ones that parity is measured on, where there are others.
+        source: where they are from, as the manifest says it.
+        max_change: most that the bits per byte may grow by, as a share; parts of an int4 model are given 8 bits until
+            it holds. None: as fast as can be.
+        device: where the artifact will run.
+        tell: takes a line on what is done.
     """
-    import onnx
-    from onnx import TensorProto
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # A weight file of 2 GB or more lies beside the graph; the quantised one is a quarter of it.
-    size = sum(path.stat().st_size for path in graph.parent.glob(f"{GRAPH}*"))
-    temporary = folder / "quantized.onnx"
-    quantize_dynamic(
-        graph,
-        temporary,
-        op_types_to_quantize=["MatMul"],  # Gemm is turned into MatMul and Add first
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=size > PROTOBUF_LIMIT,
-        extra_options={"DefaultTensorType": TensorProto.FLOAT},  # no shape inference through fused operators
-    )
-    model = onnx.load(temporary)
-    for path in folder.glob("quantized.onnx*"):
-        path.unlink()
+    texts: Sequence[str] = PASSAGES
+    source: str = "passages that come with Limbeck"
+    max_change: float | None = 0.01
+    device: Literal["cpu", "cuda"] = "cpu"
+    tell: Callable[[str], None] = lambda text: None
+
+
+def quantize(artifact: Path, folder: Path, precision: str, settings: Settings | None = None) -> dict[str, Any]:
+    """Write `folder/model.onnx`, the float32 artifact's graph in `precision`. Returns what the manifest says of it.
+
+    Args:
+        artifact: folder with a float32 graph, its configuration and its tokenizer; may be `folder` itself.
+
+    Raises:
+        BadInput: a precision that the device or the graph cannot have.
+    """
+    settings = settings or Settings()
+    if settings.device == "cuda" and precision not in ON_CUDA:
+        raise BadInput(f"{precision} is for the CPU", fix=f"on CUDA use one of: {', '.join(ON_CUDA)}")
+    asked = {"device": settings.device}
+    if precision == "fp16":
+        from export.half import to_float16
+
+        _replace(folder, to_float16(artifact / GRAPH))
+        return {"method": "float16", "asked": asked}
+    if precision == "int8":
+        from export.int8 import quantize_int8
+
+        quantize_int8(artifact / GRAPH, folder)
+        return {"method": "dynamic int8", "asked": asked}
+    if precision == "int8-static":
+        from export.int8 import quantize_static_int8
+
+        runtime = Runtime.load(artifact, verify=False)
+        quantize_static_int8(artifact / GRAPH, folder, _inputs(runtime, settings.texts))
+        return {"method": "static int8", "calibration": settings.source, "asked": asked}
+    return _weight_only(artifact, folder, 4 if precision == "int4" else 8, settings)
+
+
+def _weight_only(artifact: Path, folder: Path, bits: int, settings: Settings) -> dict[str, Any]:
+    from export.choose import choose
+    from export.weight_only import Weights
+
+    weights = Weights.read(artifact / GRAPH)
+    if not weights.products:
+        raise BadInput(
+            f"{artifact.name}: its graph has no product with a constant weight to store in {bits} bits",
+            fix="use fp32 or fp16",
+        )
+    with TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
+        trial = Trial(artifact, Path(scratch), settings.texts)
+        choice = choose(
+            weights, trial, bits, most=settings.max_change, on_cpu=settings.device == "cpu", tell=settings.tell
+        )
+    model = weights.quantized(choice.plan)
+    if settings.device == "cuda":
+        from export.half import convert
+
+        model = convert(model)
+    _replace(folder, model)
+    return {
+        "method": "weight-only",
+        "chosen_on": settings.source,
+        "chosen_on_tokens": trial.tokens,
+        "asked": {"device": settings.device, "max_change": settings.max_change},
+        **choice.record,
+    }
+
+
+def _replace(folder: Path, model: Any) -> None:
     for path in folder.glob(f"{GRAPH}*"):
         path.unlink()
-    del model.graph.value_info[:]  # inferred again when the graph is loaded; some of it changes below
-    _quantize_embedding(model.graph)
-    onnx.save_model(
-        model,
-        folder / GRAPH,
-        save_as_external_data=model.ByteSize() > PROTOBUF_LIMIT,
-        location=f"{GRAPH}_data",
-    )
+    save(model, folder / GRAPH)
 
 
-def _quantize_embedding(graph: Any) -> None:
-    """Replace the token embedding (and a head tied to it) by one int8 table, in place."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    name = _token_embedding(graph)
-    if name is None:
-        return
-    initializer = next(item for item in graph.initializer if item.name == name)
-    table, scale = _rows_to_int8(numpy_helper.to_array(initializer))
-    graph.initializer.remove(initializer)
-    names = {"table": f"{name}_int8", "scale": f"{name}_scale", "last": f"{name}_last_axis"}
-    graph.initializer.extend([
-        numpy_helper.from_array(table, names["table"]),
-        numpy_helper.from_array(scale, names["scale"]),
-        numpy_helper.from_array(np.array([-1], np.int64), names["last"]),
-    ])  # fmt: skip
-
-    def node(op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
-        return helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", **attributes)
-
-    # optimum's head reads the table transposed, the fused graph's after a Reshape to the shape that it has.
-    transposed = {n.output[0] for n in graph.node if n.op_type in ("Transpose", "Reshape") and name in n.input}
-    nodes = []
-    for item in graph.node:
-        out = item.output[0]
-        if item.op_type == "Gather" and item.input[0] == name:
-            ids = item.input[1]
-            nodes += [
-                node("Gather", [names["table"], ids], [f"{out}/int8"]),
-                node("Cast", [f"{out}/int8"], [f"{out}/float"], to=TensorProto.FLOAT),
-                node("Gather", [names["scale"], ids], [f"{out}/scales"]),
-                node("Unsqueeze", [f"{out}/scales", names["last"]], [f"{out}/scale"]),
-                node("Mul", [f"{out}/float", f"{out}/scale"], [out]),
-            ]
-        elif out in transposed:
-            nodes.append(node("Transpose", [names["table"]], [out], perm=[1, 0]))
-        elif item.op_type in ("MatMul", "FusedMatMul") and item.input[1] in transposed:
-            quantized = [f"{out}/uint8", f"{out}/scale", f"{out}/zero"]
-            nodes += [
-                node("DynamicQuantizeLinear", [item.input[0]], quantized),
-                node("MatMulInteger", [quantized[0], item.input[1], quantized[2]], [f"{out}/int32"]),
-                node("Cast", [f"{out}/int32"], [f"{out}/float"], to=TensorProto.FLOAT),
-                node("Mul", [quantized[1], names["scale"]], [f"{out}/scales"]),
-                node("Mul", [f"{out}/float", f"{out}/scales"], [out]),
-            ]
-        else:
-            nodes.append(item)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _token_embedding(graph: Any) -> str | None:
-    """The float table that `input_ids` looks up, if nothing but the lookup and a tied head reads it."""
-    floats = {item.name for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
-    from_ids = {"input_ids"}  # the ids pass through a Reshape in some graphs
-    name = None
-    for item in graph.node:  # in topological order
-        if item.op_type in ("Reshape", "Cast", "Identity") and item.input[0] in from_ids:
-            from_ids.update(item.output)
-        if item.op_type == "Gather" and item.input[0] in floats and item.input[1] in from_ids:
-            name = item.input[0]
-            break
-    readers = [item for item in graph.node if name in item.input]
-    transposed = [item.output[0] for item in readers if item.op_type in ("Transpose", "Reshape")]
-    heads = [item for item in graph.node for value in transposed if value in item.input]
-    plain = all(item.op_type in ("Gather", "Transpose", "Reshape") for item in readers)
-    return name if plain and all(item.op_type in ("MatMul", "FusedMatMul") for item in heads) else None
-
-
-def _rows_to_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(V, H) float32 -> (V, H) int8 and (V,) float32 scales, symmetric per row: table ~ int8 * scale."""
-    scale = np.abs(table).max(axis=1) / 127
-    scale = np.where(scale == 0, 1, scale).astype(np.float32)
-    return np.rint(table / scale[:, None]).astype(np.int8), scale
+def _inputs(runtime: Runtime, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The graph's inputs for the beginnings of some texts, with an empty cache."""
+    most = min(128, runtime.max_length)
+    for text in texts[:CALIBRATED]:
+        row = runtime.encode(text[: 16 * most])[:most]
+        if not row:
+            continue
+        ids = np.array([row], np.int64)
+        known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
+        feeds = {}
+        for item in runtime.session.get_inputs():
+            sizes = [n if isinstance(n, int) else 1 if "batch" in n else 0 for n in item.shape]
+            feeds[item.name] = known[item.name] if item.name in known else np.zeros(sizes, NUMPY_TYPES[item.type])
+        yield feeds

@@ -292,7 +292,7 @@ def test_exported_graphs_have_the_form_that_sharing_needs(
     request: pytest.FixtureRequest, tmp_path: Path, onnx: Any, name: str, precision: str
 ) -> None:
     from evals.onnx_graph import open_session
-    from export.quantize import quantize_int8
+    from export.int8 import quantize_int8
 
     graph = onnx(request.getfixturevalue(name))
     if precision == "int8":

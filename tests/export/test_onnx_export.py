@@ -167,7 +167,7 @@ def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> N
 
 
 def test_an_unknown_precision_is_refused(llama: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="use one of: fp32, int8"):
+    with pytest.raises(BadInput, match="use one of: fp32, fp16, int8"):
         export(llama.torch, tmp_path / "out", "int3")
 
 
