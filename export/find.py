@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import is_bundle
+from export.bundle import bundled_artifact, is_bundle
 from registry.digest import read_manifest
 from registry.errors import BadInput
 
@@ -23,11 +23,16 @@ class Found:
 def find(text: str) -> Found:
     """As `registry.resolve.resolve`; an ONNX folder without it, as a serving host needs."""
     folder = Path(text).expanduser()
-    if is_bundle(folder) or (folder / "model.onnx").is_file():
+    bundled = is_bundle(folder)
+    if bundled:
+        folder = bundled_artifact(folder)
+    if bundled or (folder / "model.onnx").is_file():
         name = read_manifest(folder).get("model") or folder.resolve().name
         return Found(folder, str(name), "onnxruntime", None)
-    from registry.resolve import resolve
-
+    try:
+        from registry.resolve import resolve
+    except ModuleNotFoundError:
+        raise BadInput(f"{text} is no bundle, and on this host there is no registry") from None
     model = resolve(text)
     return Found(model.path, model.label, model.engine, model.digest)
 

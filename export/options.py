@@ -7,3 +7,10 @@ import click
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="For one operator. [default: the physical cores]"
 )
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda wants the extra `gpu`.",
+)

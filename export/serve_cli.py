@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from export.options import threads_option
+from export.options import device_option, threads_option
 from registry.terminal import format_option, print_json, say
 
 if TYPE_CHECKING:
@@ -23,20 +23,21 @@ SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
 @format_option
 def deploy(model: str, to: Path, output: str) -> None:
-    """Copy the ONNX artifact MODEL, verified, to a folder that needs no registry.
+    """Write the ONNX artifact MODEL, verified, to a folder with all that serves it.
 
-    `limbeck serve DIR` serves it on a host without torch, transformers or MLflow.
+    A host needs Python and the folder's requirements.txt: no torch, transformers, MLflow or registry, nor Limbeck.
+    The folder's README.md tells how to start it, by hand, by systemd or in a container.
     """
-    from export.bundle import deploy as copy
+    from export.deploy import deploy as write
     from export.find import find_onnx
 
     found = find_onnx(model)
-    digest = copy(found.path, to, digest=found.digest, about={"model": found.name})
+    digest = write(found.path, to, digest=found.digest, about={"model": found.name})
     if output == "json":
         print_json({"bundle": str(to), "model": found.name, "digest": digest})
         return
     print(f"{to}: {found.name}, digest {digest[:12]}, verified")
-    say(f"serve it: limbeck serve {to}")
+    say(f"serve it: {to}/start (see {to}/README.md)")
 
 
 @click.command()
@@ -44,6 +45,7 @@ def deploy(model: str, to: Path, output: str) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @threads_option
+@device_option
 @click.option("--max-num-seqs", default=64, show_default=True, type=AT_LEAST_1, help="Rows decoded together.")
 @click.option("--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that may wait.")
 @click.option("--timeout", default=600.0, show_default=True, type=SECONDS, help="Seconds that a request may take.")
@@ -53,7 +55,9 @@ def deploy(model: str, to: Path, output: str) -> None:
 @click.option("--max-body-mb", default=4, show_default=True, type=AT_LEAST_1, help="Of one request.")
 @click.option("--drain-seconds", default=30.0, show_default=True, type=SECONDS, help="For the last requests.")
 @click.option("--follow-seconds", default=5.0, show_default=True, type=SECONDS, help="Between two looks at MODEL.")
-def serve(model: str, host: str, port: int, threads: int | None, **options: Any) -> None:
+def serve(
+    model: str, host: str, port: int, threads: int | None, device: Literal["cpu", "cuda"], **options: Any
+) -> None:
     """Serve the ONNX model MODEL over OpenAI-compatible HTTP under /v1, with /health, /ready and /metrics.
 
     MODEL is a bundle or ONNX folder, NAME/VERSION or NAME@ALIAS. Where LIMBECK_API_KEY is set, clients have to
@@ -75,7 +79,7 @@ def serve(model: str, host: str, port: int, threads: int | None, **options: Any)
     from export.server import serve as run
 
     def load(path: Path, digest: str | None) -> Runtime:
-        return Runtime.load(path, threads=threads, expected=digest)
+        return Runtime.load(path, threads=threads, device=device, expected=digest)
 
     limits = Limits(
         rows=options["max_num_seqs"],

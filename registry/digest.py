@@ -57,14 +57,7 @@ def verify(folder: Path, expected: str | None = None) -> str:
     actual = file_digests(folder)
     manifest_file = folder / MANIFEST
     manifest = read_manifest(folder) if manifest_file.exists() else {}
-    recorded: dict[str, str] = manifest.get("files", actual)
-    problems = [f"{name} is missing" for name in sorted(recorded.keys() - actual.keys())]
-    problems += [f"{name} was added" for name in sorted(actual.keys() - recorded.keys())]
-    problems += [
-        f"{name} has sha256 {actual[name][:12]}, recorded {recorded[name][:12]}"
-        for name in sorted(actual.keys() & recorded.keys())
-        if actual[name] != recorded[name]
-    ]
+    problems = differences(actual, manifest.get("files", actual))
     digest = digest_of(actual)
     if not problems and expected is not None and digest != expected:
         problems = [f"digest is {digest[:12]}, expected {expected[:12]}"]
@@ -73,13 +66,28 @@ def verify(folder: Path, expected: str | None = None) -> str:
     return digest
 
 
+def differences(actual: dict[str, str], recorded: dict[str, str]) -> list[str]:
+    """What is wrong with files, given their digests and those that they should have."""
+    problems = [f"{name} is missing" for name in sorted(recorded.keys() - actual.keys())]
+    problems += [f"{name} was added" for name in sorted(actual.keys() - recorded.keys())]
+    return problems + [
+        f"{name} has sha256 {actual[name][:12]}, recorded {recorded[name][:12]}"
+        for name in sorted(actual.keys() & recorded.keys())
+        if actual[name] != recorded[name]
+    ]
+
+
 def write_manifest(folder: Path, **fields: Any) -> str:
     """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`; gives the digest."""
     files = file_digests(folder)
     digest = digest_of(files)
-    manifest = {"format": 1, "digest": digest, "files": files, **fields}
-    (Path(folder) / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    write_json(Path(folder) / MANIFEST, {"format": 1, "digest": digest, "files": files, **fields})
     return digest
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """A manifest as a file."""
+    file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its name only if the block ends well.
 
     Works for files and for folders; nothing half-written is ever seen under `target`.
-    An existing folder is replaced.
+    An existing folder is replaced: it is moved aside first, so that it is never seen half deleted.
     """
     import shutil
 
@@ -34,9 +34,11 @@ def written_whole(target: Path) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.part"
     try:
         yield temporary
+        old = temporary.with_suffix(".old")
         if temporary.is_dir() and target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
