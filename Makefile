@@ -25,6 +25,12 @@ test: install  ## the whole test suite
 test-slow: install  ## the tests that take too long for every run
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: install  ## the tests that need a CUDA device, with onnxruntime-gpu in onnxruntime's place
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps onnxruntime-gpu
+	$(BIN)/python -m pytest -n 0 -m gpu
+
 lint: install  ## ruff, mypy, the import rules between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +47,4 @@ teacher: install  ## train the quickstart's teacher again (about half an hour)
 clean:  ## remove .venv and .limbeck
 	rm -rf .venv .limbeck
 
-.PHONY: help install quickstart test test-slow lint bench teacher clean
+.PHONY: help install quickstart test test-slow test-gpu lint bench teacher clean

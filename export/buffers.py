@@ -47,7 +47,9 @@ class Buffer:
 
 
 def array_of(value: ort.OrtValue) -> np.ndarray:
-    """The numbers of a value in main memory, not copied; good for as long as the value is held."""
+    """The numbers of a value, good for as long as it is held; copied only where they lie on a GPU."""
+    if value.device_name() != "cpu":
+        return value.numpy()
     dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.data_type()]
     size = math.prod(value.shape()) * np.dtype(dtype).itemsize
     if not size:

@@ -44,7 +44,7 @@ class Grown:
     def extend(self, slot: Slot, parts: Sequence[np.ndarray], length: int) -> None:
         """Let a slot hold `length` tokens, those of `parts`, as `copy` gives them."""
         values = [part[None, ..., :length, :].copy() for part in parts]
-        self._alone[slot] = [ort.OrtValue.ortvalue_from_numpy(value) for value in values]
+        self._alone[slot] = [ort.OrtValue.ortvalue_from_numpy(value, self._runtime.device, 0) for value in values]
 
     def share(self, slot: Slot, other: Slot, length: int) -> None:
         """Let a slot hold the first `length` tokens of another."""
@@ -90,7 +90,7 @@ class Grown:
             whole = np.zeros((len(slots), *first.shape[:-2], width, first.shape[-1]), first.dtype)
             for row, slot in enumerate(slots):
                 whole[row, ..., width - slot.length :, :] = parts[slot][layer]
-            cache.append(ort.OrtValue.ortvalue_from_numpy(whole))
+            cache.append(ort.OrtValue.ortvalue_from_numpy(whole, self._runtime.device, 0))
         for slot in slots:
             self._alone.pop(slot, None)
         self._together, self._cache, self._width = slots, cache, width

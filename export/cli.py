@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from export.options import threads_option
+from export.options import device_option, threads_option
 from registry.errors import BadInput
 from registry.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
 
@@ -98,17 +98,22 @@ def _variant_row(variant: Variant) -> tuple[Any, ...]:
 @click.argument("prompt", required=False)
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="The most to add.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that hold this probability together.")
+@click.option("--min-p", type=float, help="Draw from tokens with this share of the likeliest's probability.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 shuns tokens that were there.")
 @click.option("--seed", type=int, help="The same draws each time.")
 @click.option("--stop", multiple=True, help="End before this text; can be given again.")
 @click.option("--beside", metavar="TEACHER", help="Another model to complete the same prompt, for its speed.")
 @threads_option
+@device_option
 @format_option
 def generate(
     model: str,
     prompt: str | None,
     beside: str | None,
     threads: int | None,
+    device: Literal["cpu", "cuda"],
     output: str,
     **sampling: Any,
 ) -> None:
@@ -124,7 +129,7 @@ def generate(
     request = Sampling(**sampling)
     if prompt is None:
         prompt = sys.stdin.read()
-    results = [_complete(find(name), prompt, request, threads) for name in (model, beside) if name]
+    results = [_complete(find(name), prompt, request, threads, device) for name in (model, beside) if name]
     if output == "json":
         print_json(results)
         return
@@ -133,13 +138,13 @@ def generate(
     print_table("", columns, map(_speed_row, results))
 
 
-def _complete(found: Found, prompt: str, sampling: Sampling, threads: int | None) -> dict[str, Any]:
+def _complete(
+    found: Found, prompt: str, sampling: Sampling, threads: int | None, device: Literal["cpu", "cuda"]
+) -> dict[str, Any]:
     from export.complete import complete_onnx, complete_torch
 
-    if found.engine == "onnxruntime":
-        done = complete_onnx(found.path, prompt, sampling, threads=threads, digest=found.digest)
-    else:
-        done = complete_torch(found.path, prompt, sampling, threads=threads, digest=found.digest)
+    complete = complete_onnx if found.engine == "onnxruntime" else complete_torch
+    done = complete(found.path, prompt, sampling, threads=threads, device=device, digest=found.digest)
     speeds = {"prefill_tokens_per_s": done.prefill_tokens_per_s, "decode_tokens_per_s": done.decode_tokens_per_s}
     return {"model": found.name, "engine": found.engine, **asdict(done), **speeds}
 

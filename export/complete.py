@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from export.runtime import Runtime, physical_cores
 from export.sampling import Sampling
@@ -38,14 +38,20 @@ class Completed:
 
 
 def complete_onnx(
-    folder: Path, prompt: str, sampling: Sampling, *, threads: int | None = None, digest: str | None = None
+    folder: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    digest: str | None = None,
 ) -> Completed:
     """Complete `prompt` with an ONNX artifact, its files checked (against `digest` too, where given).
 
     Raises BadInput: no artifact, or a prompt that fills the context. DamagedArtifact: other files.
     """
     start = time.perf_counter()
-    runtime = Runtime.load(folder, threads=threads, expected=digest)
+    runtime = Runtime.load(folder, threads=threads, device=device, expected=digest)
     loaded = time.perf_counter()
     ids = runtime.prompt_ids(prompt)
     runtime.generate([ids[:1]], max_new_tokens=2, ignore_eos=True)
@@ -63,7 +69,13 @@ def complete_onnx(
 
 
 def complete_torch(
-    folder: Path, prompt: str, sampling: Sampling, *, threads: int | None = None, digest: str | None = None
+    folder: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    digest: str | None = None,
 ) -> Completed:
     """Complete `prompt` with a transformers checkpoint; `digest` is that of its files where they were checked.
 
@@ -71,9 +83,12 @@ def complete_torch(
     """
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("torch found no CUDA device", fix="use --device cpu")
     torch.set_num_threads(threads or physical_cores())  # as the runtime, so that their speeds compare
     start = time.perf_counter()
     tokenizer, model = _load(folder)
+    model.to(device)
     loaded = time.perf_counter()
     eos = model.generation_config.eos_token_id
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
@@ -84,7 +99,7 @@ def complete_torch(
         message = f"the prompt has {ids.shape[1]} tokens and wants room for 1 more; the context is {length}"
         raise BadInput(message, fix="shorten the prompt")
     _set_sampling(model, sampling)
-    clock = _Clock()
+    clock, ids = _Clock(), ids.to(device)
     with torch.inference_mode():
         one = torch.ones_like(ids)
         model.generate(ids[:, :1], attention_mask=one[:, :1], max_new_tokens=2, min_new_tokens=2)
@@ -136,6 +151,8 @@ def _set_sampling(model: Any, sampling: Sampling) -> None:
     wanted: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        wanted["min_p"] = sampling.min_p
+    wanted["repetition_penalty"] = sampling.repetition_penalty
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     eos = model.generation_config.eos_token_id
