@@ -27,7 +27,7 @@ def choose(
     trial: Trial,
     bits: int,
     *,
-    most: float | None,
+    most: float,
     on_cpu: bool = True,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Choice:
@@ -37,14 +37,14 @@ def choose(
     size, until the loss is at most `most`.
 
     Args:
-        most: of `Score.loss`; None takes the fastest and keeps nothing.
+        most: of `Score.loss`.
         on_cpu: False where it will run elsewhere: products are then computed in float, and the smallest are taken for
             the fastest.
     """
     blocks, tries = _blocks(weights, trial, bits, most, on_cpu, tell)
     plan = dict.fromkeys(weights.groups, blocks)
     record: dict[str, Any] = {"chosen": blocks.fields(), "tried": tries}
-    if bits < 8 and most is not None:
+    if bits < 8:
         plan, kept = _keep(weights, trial, plan, most, on_cpu, tell)
         if kept:
             record["kept_in_8_bits"] = kept
@@ -52,7 +52,7 @@ def choose(
 
 
 def _blocks(
-    weights: Weights, trial: Trial, bits: int, most: float | None, on_cpu: bool, tell: Callable[[str], None]
+    weights: Weights, trial: Trial, bits: int, most: float, on_cpu: bool, tell: Callable[[str], None]
 ) -> tuple[Blocks, list[dict[str, Any]]]:
     tried: list[tuple[Blocks, Score, float]] = []  # with the time of a token in ms, or the bytes where it is not known
 
@@ -76,9 +76,9 @@ def _blocks(
     return _best(tried, most), fields
 
 
-def _best(tried: list[tuple[Blocks, Score, float]], most: float | None) -> Blocks:
+def _best(tried: list[tuple[Blocks, Score, float]], most: float) -> Blocks:
     fast = [one for one in tried if one[2] <= SLOW * min(ms for _, _, ms in tried)]
-    fit = [one for one in fast if most is None or one[1].loss <= most]
+    fit = [one for one in fast if one[1].loss <= most]
     if not fit:
         return min(fast, key=lambda one: one[1].kl)[0]
     least = min(ms for _, _, ms in fit)

@@ -15,6 +15,7 @@ from registry.terminal import format_option, print_json, print_table, progress, 
 
 if TYPE_CHECKING:
     from export.find import Found
+    from export.quantize import Settings
     from export.sampling import Sampling
     from export.variants import Variant
     from registry.resolve import Model
@@ -22,36 +23,72 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--precision", default="fp32,int8", show_default=True, help="Comma-separated: fp32, int8.")
+@click.option("--precision", help="Comma-separated. [default: fp32,int8; on cuda fp16,int4]")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What is to run the variants.",
+)
 @click.option("--to", type=click.Path(path_type=Path), help="A folder for DIR/fp32, DIR/int8; nothing is registered.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Held-out text to compare on: JSON lines with a text.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text to quantize by, likewise. [default: the text that a version was trained on, else --texts]",
+)
+@click.option(
+    "--max-change",
+    type=click.FloatRange(min=0),
+    default=0.01,
+    show_default=True,
+    help="Share by which the bits per byte of int4 may grow: parts of the model get 8 bits until they do not.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @format_option
 def export(
-    models: tuple[str, ...], precision: str, to: Path | None, texts: Path | None, trust_remote_code: bool, output: str
+    models: tuple[str, ...],
+    precision: str | None,
+    device: Literal["cpu", "cuda"],
+    to: Path | None,
+    texts: Path | None,
+    calibration: Path | None,
+    max_change: float,
+    trust_remote_code: bool,
+    output: str,
 ) -> None:
     """Export each MODEL to ONNX, and hold every variant against PyTorch on held-out text.
+
+    The precisions are fp32, fp16, int8 (activations quantized as it runs), int8-static (calibrated beforehand),
+    int8-weight and int4 (weights alone, in blocks chosen by measurement).
 
     The variants of a registered version are registered as versions of the same name; those of a folder or hub
     id go to FOLDER-onnx/. An fp32 graph that does not give what PyTorch gives is refused (exit code 1).
     """
     quiet_libraries()
     from export.onnx import check_precisions
-    from export.variants import read_texts
+    from export.quantize import check_device
+    from export.variants import read_texts, settings_for
     from registry.resolve import resolve_all
 
-    precisions = check_precisions(precision.split(","))
+    precisions = check_precisions((precision or ("fp32,int8" if device == "cpu" else "fp16,int4")).split(","))
+    check_device(precisions, device)
     documents = read_texts(texts) if texts else None
     found = [model for model in resolve_all(models) if model.engine == "torch"]
     if not found:
         raise BadInput(f"{', '.join(models)}: an ONNX artifact already", fix="export the PyTorch model it came from")
     if to and len(found) > 1:
         raise BadInput(f"--to takes one model, not {len(found)}", fix="export them one by one")
+    settings = [
+        settings_for(model.version, calibration=calibration, texts=texts, device=device, max_change=max_change)
+        for model in found
+    ]
     variants = []
     with progress() as bar:
         task = bar.add_task("export", total=len(found), rate="")
-        for model in found:
-            variants += _export(model, precisions, documents, to, trust_remote_code)
+        for model, how in zip(found, settings, strict=True):
+            variants += _export(model, precisions, documents, how, to, trust_remote_code)
             bar.advance(task)
     if output == "json":
         print_json([variant.row() for variant in variants])
@@ -61,19 +98,26 @@ def export(
 
 
 def _export(
-    model: Model, precisions: list[str], texts: list[str] | None, to: Path | None, trust_remote_code: bool
+    model: Model,
+    precisions: list[str],
+    texts: list[str] | None,
+    settings: Settings,
+    to: Path | None,
+    trust_remote_code: bool,
 ) -> list[Variant]:
     from export.variants import export_folder, export_version
 
     if model.version and to is None:
         from registry.store import Store
 
-        return export_version(Store(), model.version, precisions, texts, tell=say, trust_remote_code=trust_remote_code)
+        return export_version(
+            Store(), model.version, precisions, texts, settings, tell=say, trust_remote_code=trust_remote_code
+        )
     if to is None:
         folder = Path(model.label)
         local = folder.is_dir()
         to = model.path.with_name(model.path.name + "-onnx") if local else Path(folder.name + "-onnx")
-    return export_folder(model.path, to, precisions, texts, tell=say, trust_remote_code=trust_remote_code)
+    return export_folder(model.path, to, precisions, texts, settings, tell=say, trust_remote_code=trust_remote_code)
 
 
 def _variant_row(variant: Variant) -> tuple[Any, ...]:

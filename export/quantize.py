@@ -27,16 +27,22 @@ class Settings:
         texts: to calibrate with and to choose by; not the ones that parity is measured on, where there are others.
         source: where they are from, as the manifest says it.
         max_change: most that the bits per byte may grow by, as a share; parts of an int4 model are given 8 bits until
-            it holds. None: as fast as can be.
+            it holds.
         device: where the artifact will run.
         tell: takes a line on what is done.
     """
 
     texts: Sequence[str] = PASSAGES
     source: str = "passages that come with Limbeck"
-    max_change: float | None = 0.01
+    max_change: float = 0.01
     device: Literal["cpu", "cuda"] = "cpu"
     tell: Callable[[str], None] = lambda text: None
+
+    def asked(self, precision: str) -> dict[str, Any]:
+        """What a variant made before must have been asked to be, to be this one."""
+        if precision == "int4":
+            return {"device": self.device, "max_change": self.max_change}
+        return {"device": self.device}
 
 
 def quantize(artifact: Path, folder: Path, precision: str, settings: Settings | None = None) -> dict[str, Any]:
@@ -49,25 +55,35 @@ def quantize(artifact: Path, folder: Path, precision: str, settings: Settings | 
         BadInput: a precision that the device or the graph cannot have.
     """
     settings = settings or Settings()
-    if settings.device == "cuda" and precision not in ON_CUDA:
-        raise BadInput(f"{precision} is for the CPU", fix=f"on CUDA use one of: {', '.join(ON_CUDA)}")
-    asked = {"device": settings.device}
+    check_device([precision], settings.device)
+    record = _quantize(artifact, folder, precision, settings)
+    return {**record, "asked": settings.asked(precision)}
+
+
+def check_device(precisions: Sequence[str], device: str) -> None:
+    """Raise BadInput where one of the precisions is not for the device."""
+    for precision in precisions:
+        if device == "cuda" and precision not in ON_CUDA:
+            raise BadInput(f"{precision} is for the CPU", fix=f"on CUDA use one of: {', '.join(ON_CUDA)}")
+
+
+def _quantize(artifact: Path, folder: Path, precision: str, settings: Settings) -> dict[str, Any]:
     if precision == "fp16":
         from export.half import to_float16
 
         _replace(folder, to_float16(artifact / GRAPH))
-        return {"method": "float16", "asked": asked}
+        return {"method": "float16"}
     if precision == "int8":
         from export.int8 import quantize_int8
 
         quantize_int8(artifact / GRAPH, folder)
-        return {"method": "dynamic int8", "asked": asked}
+        return {"method": "dynamic int8"}
     if precision == "int8-static":
         from export.int8 import quantize_static_int8
 
         runtime = Runtime.load(artifact, verify=False)
         quantize_static_int8(artifact / GRAPH, folder, _inputs(runtime, settings.texts))
-        return {"method": "static int8", "calibration": settings.source, "asked": asked}
+        return {"method": "static int8", "calibration": settings.source}
     return _weight_only(artifact, folder, 4 if precision == "int4" else 8, settings)
 
 
@@ -96,7 +112,6 @@ def _weight_only(artifact: Path, folder: Path, bits: int, settings: Settings) ->
         "method": "weight-only",
         "chosen_on": settings.source,
         "chosen_on_tokens": trial.tokens,
-        "asked": {"device": settings.device, "max_change": settings.max_change},
         **choice.record,
     }
 

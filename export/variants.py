@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.onnx import PRECISIONS, export
 from export.parity import compare, faults
-from registry.corpusfile import rows
+from export.quantize import Settings
+from registry.corpusfile import rows, training_text
 from registry.digest import file_digests, folder_digest, read_manifest, verify, write_manifest
-from registry.errors import BadInput, Refused
+from registry.errors import BadInput, DamagedArtifact, Refused
 from registry.home import home, written_whole
 from registry.records import Parity, Version
 
 if TYPE_CHECKING:
     from registry.store import Store
+
+NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Variant:
     bytes: int
     parity: Parity | None
     new: bool  # False: it was there already
+    quantization: dict[str, Any] | None = None  # what was chosen, and what was tried on the way
 
     def row(self) -> dict[str, Any]:
         """The variant as JSON-able fields."""
@@ -42,6 +48,7 @@ def export_version(
     parent: Version,
     precisions: Sequence[str],
     texts: Sequence[str] | None = None,
+    settings: Settings | None = None,
     *,
     tell: Callable[[str], None] = lambda text: None,
     trust_remote_code: bool = False,
@@ -53,8 +60,11 @@ def export_version(
     """
     variants = {}
     missing = []
+    settings = replace(settings or Settings(), tell=tell)
     for precision in _in_order(precisions):
         version = store.find(parent.name, kind="onnx", parent=parent.ref, precision=precision)
+        if version and not _as_asked(read_manifest(store.folder(version)), precision, settings):
+            version = None
         parity = store.parity(version) if version else None
         if version and parity:
             tell(f"{parent.ref} {precision}: already exported as {version.ref}")
@@ -68,7 +78,7 @@ def export_version(
         }
         source = store.folder(parent)
         with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
-            made = _make(source, Path(temporary), missing, texts, lineage, parent.ref, tell, trust_remote_code)
+            made = _make(source, Path(temporary), missing, texts, settings, lineage, parent.ref, trust_remote_code)
             for precision, parity in made.items():
                 version = store.register(
                     parent.name,
@@ -100,11 +110,12 @@ def export_folder(
     to: Path,
     precisions: Sequence[str],
     texts: Sequence[str] | None = None,
+    settings: Settings | None = None,
     *,
     tell: Callable[[str], None] = lambda text: None,
     trust_remote_code: bool = False,
 ) -> list[Variant]:
-    """Write the ONNX variants of the checkpoint in `model` to `to/fp32`, `to/int8`.
+    """Write the ONNX variants of the checkpoint in `model` to `to/fp32`, `to/int8` and so on.
 
     Those that are there are skipped. Raises Refused where the fp32 graph does not give what PyTorch gives,
     BadInput where something else is in the way.
@@ -112,10 +123,11 @@ def export_folder(
     parent = folder_digest(model)
     variants = {}
     missing = []
+    settings = replace(settings or Settings(), tell=tell)
     for precision in _in_order(precisions):
         folder = to / precision
         manifest = read_manifest(folder)
-        if manifest.get("parent") == parent and "parity" in manifest:
+        if manifest.get("parent") == parent and "parity" in manifest and _as_asked(manifest, precision, settings):
             tell(f"{model} {precision}: already exported to {folder}")
             verify(folder)
             variants[precision] = _in_folder(folder, model, new=False)
@@ -123,9 +135,26 @@ def export_folder(
             raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
         else:
             missing.append(precision)
-    for precision in _make(model, to, missing, texts, {}, str(model), tell, trust_remote_code):
+    for precision in _make(model, to, missing, texts, settings, {}, str(model), trust_remote_code):
         variants[precision] = _in_folder(to / precision, model, new=True)
     return [variants[precision] for precision in _in_order(precisions)]
+
+
+def settings_for(
+    version: Version | None,
+    *,
+    calibration: Path | None = None,
+    texts: Path | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    max_change: float = Settings.max_change,
+) -> Settings:
+    """Quantization by the text in `calibration`, else by what the version was trained on where it is at hand, else by
+    the held-out `texts`, else by short passages."""
+    trained = training_text(version.data_digest) if version and version.data_digest else None
+    for corpus, source in ((calibration, "--calibration"), (trained, "the recipe's training text"), (texts, "--texts")):
+        if corpus:
+            return Settings(read_texts(corpus), source, max_change, device)
+    return Settings(max_change=max_change, device=device)
 
 
 def read_texts(corpus: Path, limit: int = 64) -> list[str]:
@@ -149,9 +178,9 @@ def _make(
     to: Path,
     precisions: Sequence[str],
     texts: Sequence[str] | None,
+    settings: Settings,
     lineage: dict[str, Any],
     label: str,
-    tell: Callable[[str], None],
     trust_remote_code: bool,
 ) -> dict[str, Parity]:
     """Write the variants `to/<precision>`, each with its parity in its manifest. The fp32 graph that the
@@ -164,13 +193,14 @@ def _make(
         fp32 = Path(temporary) / "fp32"
         for precision in _in_order(["fp32", *precisions]):
             target = to / precision if precision in precisions else fp32
-            tell(f"{label} {precision}: exporting")
-            with written_whole(target) as part:
+            settings.tell(f"{label} {precision}: exporting")
+            with written_whole(target) as part, _kernels(label, precision):
                 export(
                     model,
                     part,
                     precision,
                     fp32=None if precision == "fp32" else fp32,
+                    settings=settings,
                     trust_remote_code=trust_remote_code,
                 )
                 parity = compare(model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code)
@@ -185,6 +215,27 @@ def _make(
             if precision in precisions:
                 made[precision] = parity
     return made
+
+
+@contextmanager
+def _kernels(label: str, precision: str) -> Iterator[None]:
+    """Raise BadInput where onnxruntime has no kernel for an operator of the graph just written."""
+    try:
+        yield
+    except DamagedArtifact as error:
+        found = NO_KERNEL.search(str(error))
+        if found is None:
+            raise
+        raise BadInput(
+            f"{label} {precision}: onnxruntime has no kernel for the operator {found[1]} of this graph on this machine",
+            fix="use another --precision" + ("" if precision == "fp32" else ", such as fp32"),
+        ) from error
+
+
+def _as_asked(manifest: dict[str, Any], precision: str, settings: Settings) -> bool:
+    """Whether a variant made before is what would be made now."""
+    asked = manifest.get("quantization", {}).get("asked", {"device": "cpu"})
+    return precision == "fp32" or asked == settings.asked(precision)
 
 
 def check(parity: Parity, label: str) -> None:
@@ -202,11 +253,23 @@ def _size(folder: Path) -> int:
 
 
 def _registered(store: Store, version: Version, parity: Parity, new: bool) -> Variant:
-    size = _size(store.folder(version))
-    return Variant(version.ref, str(version.parent), version.precision, version.digest, size, parity, new)
+    folder = store.folder(version)
+    quantization = read_manifest(folder).get("quantization")
+    return Variant(
+        version.ref, str(version.parent), version.precision, version.digest, _size(folder), parity, new, quantization
+    )
 
 
 def _in_folder(folder: Path, model: Path, new: bool) -> Variant:
     manifest = read_manifest(folder)
     parity = Parity.model_validate(manifest["parity"])
-    return Variant(str(folder), str(model), manifest["precision"], manifest["digest"], _size(folder), parity, new)
+    return Variant(
+        str(folder),
+        str(model),
+        manifest["precision"],
+        manifest["digest"],
+        _size(folder),
+        parity,
+        new,
+        manifest.get("quantization"),
+    )
