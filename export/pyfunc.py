@@ -11,13 +11,18 @@ from typing import Any
 import pandas as pd
 
 from export.runtime import Runtime
+from registry.errors import BadInput
 
-# What a caller may set: MLflow's type and the default. An array's default is a list.
+# What a caller may set, as in `Sampling`: MLflow's type and the default. An array's default is a list.
 PARAMS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("long", 64),
     "temperature": ("double", 0.0),
     "top_k": ("long", None),
     "top_p": ("double", None),
+    "min_p": ("double", None),
+    "repetition_penalty": ("double", 1.0),
+    "presence_penalty": ("double", 0.0),
+    "frequency_penalty": ("double", 0.0),
     "seed": ("long", None),
     "stop": ("string", []),
 }
@@ -39,14 +44,19 @@ class Completions:
         """The prompts' completions, as a column `text` beside the same index.
 
         Args:
-            table: a column `prompt`.
+            table: a column `prompt` of texts; a list of texts in it, which MLflow makes of {"prompt": [...]}, is as
+                many rows.
             params: as in `PARAMS`. With a `seed`, a row's draws depend on its place.
 
-        Raises BadInput: a prompt that leaves no room in the context, or a setting out of range.
+        Raises BadInput: a prompt that is no text or leaves no room in the context, or a setting out of range.
         """
         settings = {name: default for name, (_, default) in PARAMS.items()} | (params or {})
         seed = settings.pop("seed")
-        prompts = [str(prompt) for prompt in table["prompt"]]
+        table = table.explode("prompt")
+        prompts = list(table["prompt"])
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise BadInput(f"row {row} of the column prompt is no text but {prompt!r}")
         texts: list[str] = []
         for start in range(0, len(prompts), TOGETHER):
             own = None if seed is None else int(seed) + start  # else each group would draw alike
