@@ -127,9 +127,8 @@ def export_folder(
     for precision in _in_order(precisions):
         folder = to / precision
         manifest = read_manifest(folder)
-        if manifest.get("parent") == parent and "parity" in manifest and _as_asked(manifest, precision, settings):
+        if _is_export(folder, parent) and _as_asked(manifest, precision, settings):
             tell(f"{model} {precision}: already exported to {folder}")
-            verify(folder)
             variants[precision] = _in_folder(folder, model, new=False)
         elif folder.exists() and not manifest and any(folder.iterdir()):
             raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
@@ -184,14 +183,17 @@ def _make(
     trust_remote_code: bool,
 ) -> dict[str, Parity]:
     """Write the variants `to/<precision>`, each with its parity in its manifest. The fp32 graph that the
-    others are made from is made, and checked, even where it is not asked for."""
+    others are made from is made, and checked, even where it is not asked for, unless it is there."""
     if not precisions:
         return {}
     made = {}
     to.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=to, prefix=".export-") as temporary:
-        fp32 = Path(temporary) / "fp32"
-        for precision in _in_order(["fp32", *precisions]):
+        fp32 = to / "fp32"
+        made_before = "fp32" not in precisions and _is_export(fp32, folder_digest(model))
+        if not made_before:
+            fp32 = Path(temporary) / "fp32"
+        for precision in _in_order(precisions if made_before else ["fp32", *precisions]):
             target = to / precision if precision in precisions else fp32
             settings.tell(f"{label} {precision}: exporting")
             with written_whole(target) as part, _kernels(label, precision):
@@ -230,6 +232,15 @@ def _kernels(label: str, precision: str) -> Iterator[None]:
             f"{label} {precision}: onnxruntime has no kernel for the operator {found[1]} of this graph on this machine",
             fix="use another --precision" + ("" if precision == "fp32" else ", such as fp32"),
         ) from error
+
+
+def _is_export(folder: Path, parent: str) -> bool:
+    """Whether `folder` holds a variant of the model with the digest `parent` that was held against it."""
+    manifest = read_manifest(folder)
+    if manifest.get("parent") != parent or "parity" not in manifest:
+        return False
+    verify(folder)
+    return True
 
 
 def _as_asked(manifest: dict[str, Any], precision: str, settings: Settings) -> bool:
