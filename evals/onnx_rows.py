@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from evals.onnx_graph import FLAT, TREE_MASK, open_session
-from evals.probe import Probe
+from evals.probe import IN_HALF, TOLERANCE, Probe
 from evals.rows import Batch, Work
 from evals.torch_rows import additive, choose
 from export.runtime import NUMPY_TYPES, Runtime
@@ -37,7 +37,11 @@ class OnnxRows:
         # The kernel of a fused graph takes several tokens behind a past for one row at a time.
         self._alone = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
-        self._probe = Probe(lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self)
+        in_half = any(NUMPY_TYPES[item.type] == np.float16 for item in self._past)
+        self._probe = Probe(
+            lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self,
+            IN_HALF if in_half else TOLERANCE,
+        )
 
     def reach(self, tokens: int) -> int:
         """See `rows.Forward.reach`."""

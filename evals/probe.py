@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from evals.rows import Forward, Pair
 
 TOLERANCE = 1e-4  # nats, of the log-probability of each text's last tokens
+IN_HALF = 0.02  # the same where the model itself rounds to 16 bits: what it is off by without sharing
 PREDICTED = 3  # of these
 SMALLEST = 32  # tokens of a row: a model that fails there shares nothing
 NEVER = 2**62
@@ -30,10 +31,11 @@ class Probe:
 
     Args:
         model: gives the model; called again for each length, so that one made for this alone can go.
+        tolerance: in nats, how far apart the two may be.
     """
 
-    def __init__(self, model: Callable[[], Forward]) -> None:
-        self.model = model
+    def __init__(self, model: Callable[[], Forward], tolerance: float = TOLERANCE) -> None:
+        self.model, self.tolerance = model, tolerance
         self._passed, self._failed = 0, NEVER
 
     def reach(self, tokens: int) -> int:
@@ -58,7 +60,7 @@ class Probe:
             expected = dict(rows.run(forward, requests, inputs.chains(), size))
             for below, shortest in ((NEVER, NEVER), (size // 4, 2)):
                 found = dict(rows.run(forward, requests, inputs.forest(most, NEVER, below, shortest), size))
-                if any(abs(found[pair][0] - score) > TOLERANCE for pair, (score, _) in expected.items()):
+                if any(abs(found[pair][0] - score) > self.tolerance for pair, (score, _) in expected.items()):
                     return False
         except Exception:  # no masks, positions or cache from the caller: each model says so in its own way
             return False
