@@ -83,7 +83,7 @@ async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
     parts: dict[int, list[Delta]] = {}
     async with aclosing(results):
         async for delta in results:
-            usage.completion += delta.new_tokens
+            usage.count(delta)
             parts.setdefault(delta.index, []).append(delta)
     return [_joined(parts[index]) for index in sorted(parts)]
 
@@ -104,7 +104,7 @@ async def _sse(
     async with aclosing(results):
         try:
             async for delta in results:
-                usage.completion += delta.new_tokens
+                usage.count(delta)
                 opening = None if delta.index in begun else form.opening(delta.index)
                 begun.add(delta.index)
                 for choice in filter(None, (opening, form.part(delta))):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from export.chat_template import ChatTemplate
-from export.completions import APIError, Delta, Settings, checked_ids, encode, token_name
+from export.completions import APIError, Delta, Settings, checked_ids, encode, of_event, token_name
 from export.detokenize import BROKEN
 from export.generation import Event
 from export.runtime import Runtime
@@ -143,7 +143,7 @@ async def deltas(scheduler: Scheduler, body: ChatRequest, prompt: list[int]) -> 
     async with aclosing(scheduler.generate([prompt] * (body.n or 1), sampling)) as events:
         async for event in events:
             logprobs = {"content": [_logprob(scheduler.runtime, body, event)]} if body.logprobs else None
-            yield Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1)
+            yield of_event(event, body.n or 1, logprobs)
 
 
 def _logprob(runtime: Runtime, body: ChatRequest, event: Event) -> Object:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
 from export.detokenize import BROKEN, Detokenizer
+from export.generation import Event
 from export.runtime import Runtime
 from export.sampling import Sampling
 from export.scheduler import Scheduler, Scored
@@ -22,8 +23,8 @@ from registry.errors import BadInput
 MAX_CHOICES = 128  # prompts times n
 
 TokenIds = Annotated[list[int], MinLen(1)]
-Zero = Annotated[float, Ge(0), Le(0)]
-One = Annotated[float, Ge(1), Le(1)]
+Penalty = Annotated[float, Ge(-2), Le(2)]
+Bias = Annotated[float, Ge(-100), Le(100)]
 
 
 @dataclass(kw_only=True)
@@ -41,12 +42,11 @@ class Settings:
     return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
-    # Accepted where they change nothing.
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    min_p: Zero | None = None
-    repetition_penalty: One | None = None
-    logit_bias: Annotated[dict[str, float], MaxLen(0)] | None = None
+    frequency_penalty: Penalty | None = None  # 0
+    presence_penalty: Penalty | None = None  # 0
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None  # 0; as in vLLM
+    repetition_penalty: Annotated[float, Gt(0), Le(2)] | None = None  # 1; as in vLLM
+    logit_bias: Annotated[dict[Annotated[int, Ge(0)], Bias], MaxLen(1024)] | None = None  # of token ids
     # What clients send for servers that keep accounts and records: taken and not used.
     user: str | None = None
     store: bool | None = None
@@ -62,6 +62,11 @@ class Settings:
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=None if self.top_k in (0, -1) else self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
             seed=self.seed,
             stop=[self.stop] if isinstance(self.stop, str) and self.stop else self.stop or [],
             logprobs=logprobs,
@@ -151,13 +156,20 @@ class Usage:
 
     prompt: int
     completion: int = 0
+    cached: int = 0  # of the prompt, not read again since an earlier one began alike
 
-    def row(self) -> dict[str, int]:
+    def count(self, delta: Delta) -> None:
+        """Add what a choice grew by."""
+        self.completion += delta.new_tokens
+        self.cached += delta.cached_tokens
+
+    def row(self) -> dict[str, Any]:
         """In OpenAI's form."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
 
@@ -170,6 +182,13 @@ class Delta:
     finish_reason: str | None = None
     logprobs: dict[str, list[Any]] | None = None  # in OpenAI's form, lists with an entry for each token
     new_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt; told once for each prompt
+
+
+def of_event(event: Event, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
+    """A new token of a request with `n` choices for each prompt."""
+    cached = 0 if event.index % n else event.cached_tokens
+    return Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
 
 
 class TextForm:
@@ -219,7 +238,7 @@ async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[li
                 top = event.top_logprobs or None
                 logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
             lengths[event.index] += len(event.piece)
-            yield Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1)
+            yield of_event(event, n, logprobs)
 
 
 def _of_prompt(

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ class Engine:
                     continue
                 if not row.generation.taken:
                     self._metrics.prompt_tokens.inc(len(row.tokens))
-                    self._metrics.cached_tokens.inc(getattr(row.slot, "cached", 0))
+                    self._metrics.cached_tokens.inc(_slot(row).cached)
                 self._decoding.append(row)
                 self._take(row, values)
 
@@ -210,6 +211,8 @@ class Engine:
         """Let a row choose its next token."""
         request, now = row.request, time.monotonic()
         event = row.generation.take(logits)
+        if row.generation.taken == 1:
+            event = replace(event, cached_tokens=_slot(row).cached)
         row.tokens.append(event.token_id)
         if request.first_s is None:
             request.first_s = now

@@ -36,6 +36,7 @@ class Event:
     finish_reason: Literal["stop", "length"] | None  # None while more follows
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
+    cached_tokens: int = 0  # of the prompt, that were not read again; told with its first token
 
 
 class Generation:

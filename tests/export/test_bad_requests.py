@@ -98,8 +98,10 @@ BOUNDED = ["temperature", "top_p", "n", "max_tokens", "logprobs", "presence_pena
 def test_numbers_out_of_range(http: httpx.Client, path: str, field: str) -> None:
     start = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
     for number in NUMBERS:
-        if field in ("temperature", "top_p", "min_p") and number == "1.5":
+        if number == "1.5" and field not in ("n", "max_tokens", "logprobs"):
             number = "2.5"
+        if field == "presence_penalty":
+            number = {"-1": "-2.5"}.get(number, number)
         body = json.dumps(start)[:-1] + f', "{field}": {number}}}'
         answer = http.post(path, content=body)
         if answer.status_code == 200:  # more tokens than there is room for are as many as there is room for

@@ -321,7 +321,7 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
         (dict(extra_body={"chat_template": "x"}), "chat_template"),
         (dict(extra_body={"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs"),
         (dict(extra_body={"continue_final_message": True, "add_generation_prompt": True}), "continue_final_message"),
-        (dict(extra_body={"repetition_penalty": 1.1}), "repetition_penalty"),
+        (dict(extra_body={"repetition_penalty": -1}), "repetition_penalty"),
         (dict(reasoning_effort="high"), "reasoning_effort"),
     ],
 )

@@ -187,8 +187,10 @@ def test_logprobs_hold_the_chosen_token_and_the_likeliest(client: openai.OpenAI)
         (dict(logprobs=1000), "logprobs"),
         (dict(seed=-1), "seed"),
         (dict(suffix="x"), "suffix"),
-        (dict(presence_penalty=0.5), "presence_penalty"),
-        (dict(logit_bias={"5": 10}), "logit_bias"),
+        (dict(presence_penalty=2.5), "presence_penalty"),
+        (dict(logit_bias={"5": 101}), "logit_bias"),
+        (dict(logit_bias={"the": 1}), "logit_bias"),
+        (dict(logit_bias={"-1": 1}), "logit_bias"),
         (dict(best_of=5), "best_of"),
         (dict(extra_body={"tempurature": 0}), "tempurature"),
     ],
@@ -206,6 +208,28 @@ def test_parameters_that_change_nothing_are_taken(client: openai.OpenAI) -> None
         presence_penalty=0, frequency_penalty=0.0, logit_bias={}, best_of=1, user="me", suffix=None, stop=None
     )
     assert complete(client, **neutral, max_tokens=3).choices[0].text == complete(client, max_tokens=3).choices[0].text
+
+
+def test_biases_and_penalties_are_the_runtimes(client: openai.OpenAI, runtime: Runtime) -> None:
+    asked: dict[str, Any] = dict(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={"40": 3.5, "41": -100})
+    extra: dict[str, Any] = dict(min_p=0.02, repetition_penalty=1.4)
+    settings = dict(temperature=1.2, seed=5, max_tokens=12)
+    answer = complete(client, **settings, **asked, extra_body=extra).choices[0].text
+    bias = {int(token): value for token, value in asked.pop("logit_bias").items()}
+    (expected,) = runtime.generate(
+        ["def add("], temperature=1.2, seed=5, max_new_tokens=12, **asked, **extra, logit_bias=bias
+    )
+    assert answer == expected.text
+    assert answer != complete(client, **settings).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="logit_bias names token 70000"):
+        complete(client, logit_bias={"70000": 1})
+
+
+def test_prompt_tokens_that_were_not_read_again_are_told(client: openai.OpenAI) -> None:
+    prompt = list(range(40, 80))
+    cached = [complete(client, prompt, n=3, max_tokens=1).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert cached[0] == 0
+    assert 32 <= cached[1] < 40  # the last one is always read: what follows it is asked for
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
