@@ -46,8 +46,7 @@ def choose(
     record: dict[str, Any] = {"chosen": blocks.fields(), "tried": tries}
     if bits < 8:
         plan, kept = _keep(weights, trial, plan, most, on_cpu, tell)
-        if kept:
-            record["kept_in_8_bits"] = kept
+        record |= kept
     return Choice(plan, record)
 
 
@@ -58,6 +57,7 @@ def _blocks(
 
     def attempt(blocks: Blocks) -> None:
         model = weights.quantized(dict.fromkeys(weights.groups, blocks))
+        weights.forget()
         score = trial.score(model)
         tried.append((blocks, score, trial.decode_ms(model) if on_cpu else score.bytes))
         tell(
@@ -68,9 +68,7 @@ def _blocks(
     for symmetric in (False, True):
         for block in TRIED:
             attempt(Blocks(bits, block, symmetric, 4 if on_cpu else 0))
-    if (
-        bits == 4 and on_cpu
-    ):  # 8 bits computed in float32 are unpacked at each token: many times slower than float32 weights
+    if bits == 4 and on_cpu:  # 8 bits in float32 are unpacked at each token: many times slower than float32 weights
         attempt(Blocks(bits, _best(tried, most).block, _best(tried, most).symmetric, accuracy_level=0))
     fields = [{**b.fields(), **score.fields(), **({"decode_ms": ms} if on_cpu else {})} for b, score, ms in tried]
     return _best(tried, most), fields
@@ -92,14 +90,16 @@ def _keep(
     most: float,
     on_cpu: bool,
     tell: Callable[[str], None],
-) -> tuple[dict[str, Blocks], list[dict[str, Any]]]:
-    """Give parts 8 bits, greedily, until the loss is at most `most`. Returns the plan and what each part cost."""
+) -> tuple[dict[str, Blocks], dict[str, Any]]:
+    """Give parts 8 bits, greedily, until the loss is at most `most`. Returns the plan, and what the manifest says: what
+    each part would bring alone, and what they brought one after the other."""
     now = trial.score(weights.quantized(plan))
     if now.loss <= most:
-        return dict(plan), []
-    gains = {}
+        return dict(plan), {}
+    alone, gains = {}, {}
     for part, blocks in plan.items():
         score = trial.score(weights.quantized({**plan, part: _more(blocks, on_cpu)}))
+        alone[part] = score.fields()
         gains[part] = (now.kl - score.kl) / max(1, score.bytes - now.bytes)
         tell(f"  {part} in 8 bits: KL {now.kl:.4f} -> {score.kl:.4f}")
     curve = [{"part": None, **now.fields()}]
@@ -110,7 +110,7 @@ def _keep(
         curve.append({"part": part, **score.fields()})
         if score.loss <= most:
             break
-    return chosen, curve
+    return chosen, {"alone_in_8_bits": alone, "kept_in_8_bits": curve}
 
 
 def _more(blocks: Blocks, on_cpu: bool) -> Blocks:

@@ -169,6 +169,9 @@ def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, tr
     assert {point["part"] for point in curve[1:]} == set(weights.groups)
     assert [point["bytes"] for point in curve] == sorted(point["bytes"] for point in curve)
     assert curve[-1]["kl"] < curve[0]["kl"] / 10
+    alone = all_kept.record["alone_in_8_bits"]
+    gain = {part: (curve[0]["kl"] - one["kl"]) / (one["bytes"] - curve[0]["bytes"]) for part, one in alone.items()}
+    assert [point["part"] for point in curve[1:]] == sorted(gain, key=lambda part: -gain[part])
     limit = min(max(one["expected_change"], one["bits_per_byte_change"]) for one in free.record["tried"]) / 2
     some = choose(weights, trial, 4, most=limit)
     *before, last = [
