@@ -17,9 +17,7 @@ def signature(graph: Path) -> Tensors:
     that is open.
     """
     model = onnx.load(graph, load_external_data=False).graph
-    weights = {item.name for item in model.initializer}
-    inputs = [item for item in model.input if item.name not in weights]
-    return {"inputs": [_tensor(item) for item in inputs], "outputs": [_tensor(item) for item in model.output]}
+    return {"inputs": [_tensor(item) for item in model.input], "outputs": [_tensor(item) for item in model.output]}
 
 
 def _tensor(item: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,15 +21,16 @@ PROMPTS = ["def add(a, b):\n    return", "x", "for i in range(10):"]
 NEW = 12
 
 
-@pytest.fixture(scope="module", params=["fused", "optimum"])
+@pytest.fixture(scope="module", params=["fused", "int4", "optimum"])
 def artifact(
     request: pytest.FixtureRequest, llama: Exported, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """An artifact with each kind of graph; nobody writes to it."""
-    folder = llama.fp32
+    """An artifact with each kind of graph, and one with weights in 4 bits; nobody writes to it."""
+    folder = llama.fp32 if request.param == "fused" else tmp_path_factory.mktemp("other") / "onnx"
     if request.param == "optimum":
-        folder = tmp_path_factory.mktemp("optimum") / "fp32"
         export(llama.torch, folder, fused=False)
+    elif request.param == "int4":
+        export(llama.torch, folder, "int4", fp32=llama.fp32)
     before = folder_digest(folder)
     yield folder
     assert folder_digest(folder) == before
@@ -97,6 +99,17 @@ def test_onnxruntime_genai_runs_it(family: Family, tokenizer_folder: Path, tmp_p
     og = pytest.importorskip("onnxruntime_genai")
     artifact = tmp_path / "onnx"
     digest = export(checkpoint(family, tokenizer_folder, tmp_path / "torch"), artifact)
+    _compare_with_genai(og, artifact)
+    assert folder_digest(artifact) == digest
+
+
+@pytest.mark.parametrize("artifact", ["int4"], indirect=True)
+def test_onnxruntime_genai_runs_weights_in_4_bits(artifact: Path) -> None:
+    _compare_with_genai(pytest.importorskip("onnxruntime_genai"), artifact)
+
+
+def _compare_with_genai(og: Any, artifact: Path) -> None:
+    """Its greedy tokens are those of Limbeck's runtime."""
     runtime = Runtime.load(artifact, threads=1)
     model = og.Model(str(artifact))
     for prompt in PROMPTS[:2]:
@@ -113,7 +126,6 @@ def test_onnxruntime_genai_runs_it(family: Family, tokenizer_folder: Path, tmp_p
         ends = runtime.eos_token_ids  # which onnxruntime-genai leaves out
         assert new
         assert new == [token for token in wanted if token not in ends]
-    assert folder_digest(artifact) == digest
 
 
 def test_what_onnxruntime_genai_cannot_read_tells_it_nothing(
