@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 21, 10
 MASKED = -30000.0  # added to scores of masked positions: exp() of it is 0, float16 holds it, a row of it is no NaN
-SINGLE_FILE = 2**26  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
+SINGLE_FILE = 2**24  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def write(decoder: Decoder, path: Path) -> None:
-    """Write the graph to `path`; from 64 MB on its weights lie beside it, in a file with `_data` at its end.
+    """Write the graph to `path`; from 16 MB on its weights lie beside it, in a file with `_data` at its end.
 
     The same decoder gives the same bytes.
     """

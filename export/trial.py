@@ -97,7 +97,7 @@ class Trial:
 
 
 def save(model: Any, path: Path) -> int:
-    """Write a graph, from 64 MB of weights on with these beside it. Returns the bytes of its weights."""
+    """Write a graph, from 16 MB of weights on with these beside it. Returns the bytes of its weights."""
     import onnx
 
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)

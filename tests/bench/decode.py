@@ -1,14 +1,17 @@
-"""Decode speed of one Llama: the torch-free runtime beside torch and optimum on the same weights.
+"""Decode speed of one Llama: the torch-free runtime beside torch, optimum and onnxruntime-genai on the same weights.
 
-All four run in turns within one process, on the same threads, so that the ratios hold where the figures do not.
-The limit is reading the weights once per token: the memory bandwidth, as numpy reads here, over the bytes of the
-graph's weights.
+All run in turns within one process, on the same threads, so that the ratios hold where the figures do not. The limit
+is reading the weights once per token: the memory bandwidth, as numpy reads here, over the bytes of the weights that
+one token needs. Loading and memory are taken in a process of their own for each artifact.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,73 +21,192 @@ from typing import Any
 
 import numpy as np
 
+from registry.machine import physical_cores
 from registry.terminal import print_table, quiet_libraries, say
 
-VOCABULARY = 8192
-PROMPT, NEW, ROUNDS = 64, 64, 5
-# 37 million parameters: more than a cache holds, few enough for a minute on two cores.
-CONFIG = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8,
-              num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True)  # fmt: skip
+VOCABULARY = 32_000
+PROMPT, NEW, ROUNDS = 64, 64, 4
+# 81 million parameters: far more than a cache holds.
+CONFIG = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=9, num_attention_heads=12,
+              num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)  # fmt: skip
+LOOKUPS = {"Gather", "GatherBlockQuantized"}  # read one row of their table
+
+Run = Callable[[int], Any]
 
 
 def main(threads: int | None = None) -> None:
-    """Measure and print a table."""
+    """Measure with one thread and with one for each core, and print tables."""
     quiet_libraries()
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        params = make_llama(folder / "torch")
+        say(f"a random Llama of {params / 1e6:.0f}M parameters")
+        artifacts = make_artifacts(folder)
+        for count in [threads] if threads else sorted({1, physical_cores()}):
+            decode(folder / "torch", artifacts, count)
+        loading(artifacts)
+
+
+def make_artifacts(folder: Path) -> dict[str, Path]:
+    """The model in each precision, by its name."""
+    from export.onnx import export
+    from export.trial import save
+    from export.weight_only import Blocks, Weights
+
+    made = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
+    export(folder / "torch", made["fp32"])
+    export(folder / "torch", made["int8"], "int8", fp32=made["fp32"])
+    weights = Weights.read(made["fp32"] / "model.onnx")
+    for name, bits in (("int8-weight", 8), ("int4", 4)):  # no search: it looks for quality, and here is none
+        shutil.copytree(made["fp32"], made[name], ignore=shutil.ignore_patterns("model.onnx*", "limbeck.json"))
+        save(weights.quantized(dict.fromkeys(weights.groups, Blocks(bits, 32, False, 4))), made[name] / "model.onnx")
+    return made
+
+
+def decode(model: Path, artifacts: dict[str, Path], threads: int) -> None:
+    """Tokens a second of each, in turns."""
+    runs, size_of = contestants(model, artifacts, threads)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(ROUNDS + 1):
+        for name, run in runs.items():
+            if round_:
+                rates[name].append(decode_rate(run))
+            else:
+                run(4)  # warm
+    bandwidth = read_bandwidth(threads)
+    rows = []
+    for name, values in rates.items():
+        rate, precision = statistics.median(values), name.rpartition(", ")[2]
+        peers = {"x torch": "torch eager, fp32", "x optimum": f"optimum, {precision}",
+                 "x genai": f"onnxruntime-genai, {precision}"}  # fmt: skip
+        # Of what was measured in the same round: the machine changes more between rounds than within one.
+        ratios = [
+            f"{statistics.median(a / b for a, b in zip(values, rates[peer], strict=True)):.2f}"
+            if peer in rates and peer != name
+            else None
+            for peer in peers.values()
+        ]
+        share = f"{rate * size_of[precision] / bandwidth:.0%}"
+        rows.append([name, f"{rate:.0f}", f"{min(values):.0f} to {max(values):.0f}", *ratios, share])
+    title = (
+        f"decode, batch 1, prompt {PROMPT}, {NEW} new tokens, {threads} threads, load {os.getloadavg()[0]:.1f}; "
+        f"memory read at {bandwidth / 1e9:.1f} GB/s"
+    )
+    columns = ["", "tokens/s", f"of {ROUNDS} rounds", "x torch", "x optimum", "x genai", "of the memory limit"]
+    print_table(title, columns, rows)
+
+
+def contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[dict[str, Run], dict[str, int]]:
+    """What runs, by its name that ends with a precision; and the bytes a token reads, by precision."""
     import onnxruntime as ort
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    from export.onnx import export
-    from export.runtime import Runtime, physical_cores
+    from export.runtime import Runtime
 
-    threads = threads or physical_cores()
     torch.set_num_threads(threads)
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        params = make_llama(folder / "torch")
-        say(f"a random Llama of {params / 1e6:.0f}M parameters, {threads} threads")
-        export(folder / "torch", folder / "fp32")
-        export(folder / "torch", folder / "int8", "int8", fp32=folder / "fp32")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        eager = AutoModelForCausalLM.from_pretrained(folder / "torch").eval()
-        optimum = ORTModelForCausalLM.from_pretrained(folder / "fp32", session_options=options)
-        runtimes = {name: Runtime.load(folder / name, threads=threads) for name in ("fp32", "int8")}
-        prompt = np.random.default_rng(0).integers(1, VOCABULARY, PROMPT).tolist()
-        runs: dict[str, Callable[[int], Any]] = {
-            "torch eager generate": lambda new: transformers_generate(eager, prompt, new),
-            "optimum generate, fp32": lambda new: transformers_generate(optimum, prompt, new),
-            "Limbeck runtime, fp32": lambda new: runtimes["fp32"].generate(
-                [prompt], max_new_tokens=new, ignore_eos=True
-            ),
-            "Limbeck runtime, int8": lambda new: runtimes["int8"].generate(
-                [prompt], max_new_tokens=new, ignore_eos=True
-            ),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        for round_ in range(ROUNDS + 1):
-            for name, run in runs.items():
-                if round_:
-                    rates[name].append(decode_rate(run))
-                else:
-                    run(4)  # warm
-        weights = {name: (folder / name / "model.onnx").stat().st_size for name in runtimes}
-    bandwidth = read_bandwidth(threads)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    base, peer = medians["torch eager generate"], medians["optimum generate, fp32"]
-    rows = []
-    for name, rate in medians.items():
-        size = weights["int8" if name.endswith("int8") else "fp32"]
-        share = rate * size / bandwidth
-        spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
-        rows.append([name, f"{rate:.0f}", spread, f"{rate / base:.2f}", f"{rate / peer:.2f}", f"{share:.0%}"])
-    title = (
-        f"decode, batch 1, prompt {PROMPT}, {NEW} new tokens, {threads} threads, load {os.getloadavg()[0]:.1f}; "
-        f"memory read at {bandwidth / 1e9:.1f} GB/s"
+    prompt = np.random.default_rng(0).integers(1, VOCABULARY, PROMPT).tolist()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    runs: dict[str, Run] = {}
+    eager = AutoModelForCausalLM.from_pretrained(model).eval()
+    runs["torch eager, fp32"] = lambda new: transformers_generate(eager, prompt, new)
+    for name in ("fp32", "int4"):
+        peer = ORTModelForCausalLM.from_pretrained(artifacts[name], session_options=options)
+        runs[f"optimum, {name}"] = lambda new, peer=peer: transformers_generate(peer, prompt, new)
+        if genai := genai_generate(artifacts[name], prompt, threads):
+            runs[f"onnxruntime-genai, {name}"] = genai
+    for name, artifact in artifacts.items():
+        own = Runtime.load(artifact, threads=threads, verify=False)
+        runs[f"Limbeck, {name}"] = lambda new, own=own: own.generate([prompt], max_new_tokens=new, ignore_eos=True)
+    return runs, {name: bytes_per_token(artifact / "model.onnx") for name, artifact in artifacts.items()}
+
+
+def genai_generate(artifact: Path, prompt: list[int], threads: int) -> Run | None:
+    """Greedy tokens by onnxruntime-genai from an artifact; None where it is not installed."""
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        say("onnxruntime-genai is not installed: it is left out")
+        return None
+    config = genai.Config(str(artifact))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = genai.Model(config)
+
+    def run(new: int) -> None:
+        parameters = genai.GeneratorParams(model)
+        length = len(prompt) + new
+        parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(np.array([prompt], np.int32))
+        for _ in range(new):
+            generator.generate_next_token()
+
+    return run
+
+
+def bytes_per_token(graph: Path) -> int:
+    """Of the weights that one token reads: all but the tables that it looks one row up in."""
+    import onnx
+
+    model = onnx.load(graph).graph
+    uses: dict[str, set[str]] = {}
+    for node in model.node:
+        for name in node.input:
+            uses.setdefault(name, set()).add(node.op_type)
+    return sum(
+        onnx.numpy_helper.to_array(item).nbytes for item in model.initializer if uses.get(item.name, set()) - LOOKUPS
     )
-    columns = ["", "tokens/s", "of 5 rounds", "x torch", "x optimum", "of the memory limit"]
-    print_table(title, columns, rows)
+
+
+def loading(artifacts: dict[str, Path]) -> None:
+    """Seconds from a folder to the first token, and memory at its peak, each in a new process."""
+    from registry.digest import write_manifest
+
+    rows = []
+    for name, artifact in artifacts.items():
+        write_manifest(artifact)
+        weights = sum(path.stat().st_size for path in artifact.glob("model.onnx*"))
+        tries = []
+        for _ in range(3):
+            done = subprocess.run([sys.executable, "-c", LOAD, artifact], capture_output=True, text=True, check=True)
+            tries.append(json.loads(done.stdout))
+        best = min(tries, key=lambda one: one["first_s"])
+        whole = weights + best["cache"]
+        rows.append(
+            [
+                name, f"{weights / 1e6:.0f}", f"{best['load_s']:.2f}", f"{best['first_s']:.2f}",
+                f"{best['peak'] / 1e6:.0f}", f"{(best['peak'] - best['before']) / whole:.2f}",
+                f"{best['peak'] / whole:.2f}",
+            ]
+        )  # fmt: skip
+    columns = [
+        "",
+        "weights, MB",
+        "load, s",
+        "first token, s",
+        "peak, MB",
+        "less Python's / (weights + cache)",
+        "peak /",
+    ]
+    print_table("a new process: files verified, loaded, first token; the best of 3", columns, rows)
+
+
+LOAD = f"""
+import json, sys, time
+from export.runtime import Runtime
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+before, start = memory("VmRSS"), time.perf_counter()
+runtime = Runtime.load(sys.argv[1])
+loaded = time.perf_counter() - start
+runtime.generate([[5] * {PROMPT}], max_new_tokens=1)
+first = time.perf_counter() - start
+runtime.generate([[5] * {PROMPT}], max_new_tokens={NEW}, ignore_eos=True)
+cache = sum(item.shape[1] * item.shape[3] * 4 * {PROMPT + NEW} for item in runtime.past.values())
+print(json.dumps(dict(load_s=loaded, first_s=first, cache=cache, peak=memory("VmHWM"), before=before)))
+"""
 
 
 def make_llama(folder: Path) -> int:
@@ -116,7 +238,7 @@ def transformers_generate(model: Any, prompt: list[int], new: int) -> None:
         )
 
 
-def decode_rate(run: Callable[[int], Any]) -> float:
+def decode_rate(run: Run) -> float:
     """Tokens a second after the first: a long run less a run of one token."""
     start = time.perf_counter()
     run(1)
