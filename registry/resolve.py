@@ -75,7 +75,7 @@ def resolve(
     """
     if URL.match(text):
         return _endpoint(text, store, tokenizer, num_concurrent)
-    folder = Path(text).expanduser()
+    folder = _folder(text)
     looks_local = text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
     if looks_local or (folder / "config.json").exists() or (folder.is_dir() and "/" in text):
         if not folder.is_dir():
@@ -180,6 +180,13 @@ def _check_weights(folder: Path, weights: list[Path]) -> None:
         raise DamagedArtifact(folder, problems)
 
 
+def _folder(text: str) -> Path:
+    """The folder that `text` names; the artifact's where that is a bundle (export.bundle)."""
+    folder = Path(text).expanduser()
+    inner = folder / "model"
+    return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder
+
+
 def _local(folder: Path, label: str) -> Model:
     engine = check_folder(folder)
     return Model(folder.resolve(), verify(folder), label, None, engine)
@@ -191,7 +198,7 @@ def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurr
             f"{endpoint.shown(text)} is an endpoint, which has no files",
             fix="to score it, give its tokenizer: --tokenizer MODEL",
         )
-    folder = Path(tokenizer).expanduser()
+    folder = _folder(tokenizer)
     if not folder.is_dir():
         hub_id = not REGISTERED.fullmatch(tokenizer) and "/" in tokenizer and HUB_ID.fullmatch(tokenizer)
         folder = _snapshot(tokenizer, None, TEXT_FILES) if hub_id else resolve(tokenizer, store).path

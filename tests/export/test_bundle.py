@@ -17,6 +17,7 @@ from export.runtime import Runtime
 from export.vendor import requirements, sources
 from registry.digest import read_manifest
 from registry.errors import BadInput, DamagedArtifact
+from registry.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def test_its_artifact_is_the_one_that_was_deployed(llama: Exported, made: Path, 
     assert not is_bundle(llama.fp32)
     found = find(str(made))
     assert (found.name, found.engine, found.path) == ("coder/3", "onnxruntime", made / "model")
+    assert resolve(str(made)).digest == llama.variants[0].digest  # what is scored, or whose tokenizer is asked for
     bundled = Runtime.load(found.path, expected=llama.variants[0].digest)
     ours, theirs = (r.generate(["def "], max_new_tokens=8)[0].token_ids for r in (bundled, runtime))
     assert ours == theirs
