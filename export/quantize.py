@@ -82,6 +82,8 @@ def _quantize(artifact: Path, folder: Path, precision: str, settings: Settings) 
         from export.int8 import quantize_static_int8
 
         runtime = Runtime.load(artifact, verify=False)
+        if not any(runtime.encode(text) for text in settings.texts[:CALIBRATED]):
+            raise BadInput("no text to calibrate with: every document is empty")
         quantize_static_int8(artifact / GRAPH, folder, _inputs(runtime, settings.texts))
         return {"method": "static int8", "calibration": settings.source}
     return _weight_only(artifact, folder, 4 if precision == "int4" else 8, settings)

@@ -13,6 +13,7 @@ import numpy as np
 from export.decoder import SINGLE_FILE
 from export.runtime import GRAPH, Runtime
 from export.sampling import log_softmax
+from registry.errors import BadInput
 
 PROMPT, STEPS, TURNS = 32, 32, 2  # tokens read and decoded to time a step, and how often
 
@@ -48,6 +49,9 @@ class Trial:
         artifact: folder with the float32 graph, its configuration and tokenizer.
         scratch: an empty folder for the candidates.
         texts: the beginnings of the first ones are taken, `tokens` from all of them together.
+
+    Raises:
+        BadInput: no text has two tokens.
     """
 
     def __init__(self, artifact: Path, scratch: Path, texts: Sequence[str], *, tokens: int = 512) -> None:
@@ -117,4 +121,6 @@ def _rows(runtime: Runtime, texts: Sequence[str], tokens: int) -> list[list[int]
         row = runtime.encode(text[: 16 * most])[: min(most, tokens - sum(map(len, rows)))]
         if len(row) >= 2:
             rows.append(row)
+    if not rows:
+        raise BadInput("no text to quantize by: every document has fewer than two tokens")
     return rows

@@ -268,6 +268,13 @@ def test_a_graph_without_constant_weights_is_refused(llama: Exported, tmp_path: 
         export(llama.torch, tmp_path / "out", "int4", fp32=artifact)
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8-static"])
+def test_text_without_tokens_is_no_text_to_quantize_by(llama: Exported, precision: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no text to"):
+        export(llama.torch, tmp_path / "out", precision, fp32=llama.fp32, settings=Settings(["", ""]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_int4_is_made_again_where_it_may_lose_more(llama: Exported, tmp_path: Path) -> None:
     told: list[str] = []
     shutil.copytree(llama.fp32, tmp_path / "fp32")
