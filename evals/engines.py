@@ -21,6 +21,8 @@ from registry.terminal import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # what the runtime has of transformers' settings
+
 
 class Engine(Protocol):
     """A loaded model.
@@ -135,10 +137,10 @@ class OnnxEngine:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
     ) -> list[list[int]]:
         """See `Engine.generate`. Raises BadInput for a setting that the runtime does not have."""
-        settings = {key: value for key, value in sampling.items() if key in ("top_k", "top_p") and value is not None}
+        settings = {key: value for key, value in sampling.items() if key in SAMPLING and value is not None}
         if sampling.pop("do_sample", False):
             settings["temperature"] = sampling.get("temperature") or 1.0
-        if unknown := sorted(sampling.keys() - {"temperature", "top_k", "top_p"}):
+        if unknown := sorted(sampling.keys() - {"temperature", *SAMPLING}):
             raise BadInput(
                 f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model cannot do",
                 fix="leave it out of the task, or score the PyTorch model",
