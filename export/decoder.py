@@ -342,8 +342,11 @@ class _Writer:
         else:
             # A constant table would be packed for this product, a second copy beside the one that is looked up. After a
             # Reshape whose shape is known only as the graph runs it is no constant; the Reshape itself copies nothing.
-            width = self.node("Shape", [x], "lm_head.width", start=-1)
-            shape = self.node("Concat", [self.ints(len(decoder.embedding)), width], "lm_head.shape", axis=0)
+            # A 0 is the size that was there, and onnxruntime does not see that the product of the sizes of the ids
+            # with 0 is always that: a shape that it sees through is worked out at once, with a copy.
+            shape = self.node(
+                "Mul", [self.node("Shape", ["input_ids"], "lm_head.sizes"), self.ints(0)], "lm_head.shape"
+            )
             table = self.node("Reshape", [f"{decoder.embedding_name}.weight", shape], "lm_head.table")
             y = self.node("FusedMatMul", [x, table], "lm_head.out", domain="com.microsoft", transB=1)
             if decoder.head_bias is not None:
