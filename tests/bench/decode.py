@@ -2,7 +2,8 @@
 
 All run in turns within one process, on the same threads, so that the ratios hold where the figures do not. The limit
 is reading the weights once per token: the memory bandwidth, as numpy reads here, over the bytes of the weights that
-one token needs. Weights that a processor's cache holds may pass it. Loading and memory are taken in a process of their own for each artifact.
+one token needs. Weights that a processor's cache holds may pass it. Loading and memory are taken in a process of their
+own for each artifact.
 """
 
 from __future__ import annotations
