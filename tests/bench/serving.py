@@ -49,7 +49,7 @@ def main(*precisions: str) -> None:
     quiet_libraries()
     from export.onnx import PRECISIONS, export
 
-    wanted = precisions or tuple(name for name in ("fp32", "int8-weight", "int4") if name in PRECISIONS)
+    wanted = precisions or tuple(name for name in ("fp32", "int4") if name in PRECISIONS)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         params = make_llama(folder / "torch", LARGE)
@@ -72,7 +72,7 @@ def main(*precisions: str) -> None:
             "wrong",
             "ties",
         ]
-        print_table(f"{PROMPT} prompt tokens, {NEW} new, streamed; milliseconds", [*columns, "wrong", "ties"], rows)
+        print_table(f"{PROMPT} prompt tokens, {NEW} new, streamed; milliseconds", columns, rows)
         make_llama(folder / "small", SMALL)
         export(folder / "small", folder / "short")
         print_table(f"{SHORT} short requests, 8 clients", ["after", "resident MB"], short_requests(folder / "short"))
