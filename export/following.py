@@ -80,7 +80,7 @@ class Alias:
     def _next(self) -> dict[str, Any] | None:
         """What the child says next; None where it has ended."""
         if self._child is None:
-            command = [sys.executable, "-m", "export.follower", self.ref, str(self.seconds)]
+            command = [sys.executable, "-P", "-m", "export.follower", self.ref, str(self.seconds)]
             pipe = subprocess.PIPE
             self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         assert self._child.stdout is not None

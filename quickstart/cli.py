@@ -106,7 +106,7 @@ def run(words: Words) -> None:
     args = [_short(word) for word in words]
     say(f"$ limbeck {shlex.join(args)}")
     if args[0] == "generate":
-        code = subprocess.run([sys.executable, "-m", "limbeck", *args]).returncode
+        code = subprocess.run([sys.executable, "-P", "-m", "limbeck", *args]).returncode
     else:
         from limbeck import cli
 
