@@ -27,7 +27,7 @@ import numpy as np
 from registry.terminal import print_table, quiet_libraries, say
 
 REPO = Path(__file__).parents[2]
-LOADS = {1: 3, 4: 12, 16: 32, 64: 96}  # clients: requests of all of them together
+LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients: requests of all of them together
 PROMPT, NEW = 32, 64
 SHORT = 10_000
 # 49 million parameters: more than a cache holds.
