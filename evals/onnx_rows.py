@@ -13,7 +13,7 @@ from evals.onnx_graph import FLAT, TREE_MASK, open_session
 from evals.probe import IN_HALF, TOLERANCE, Probe
 from evals.rows import Batch, Work
 from evals.torch_rows import additive, choose
-from export.runtime import NUMPY_TYPES, Runtime
+from export.runtime import NUMPY_TYPES, Runtime, empty_past
 
 
 class OnnxRows:
@@ -79,7 +79,7 @@ class OnnxRows:
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for place, item in enumerate(self._past):
-            past = np.zeros(self._empty(item), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
+            past = np.zeros(empty_past(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
             whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
             binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
         for name in ["logits", *self._present] if keep else ["logits"]:
@@ -89,11 +89,6 @@ class OnnxRows:
         if FLAT not in self._inputs:
             logits = logits.reshape(count * width, -1)[batch.flat]
         return logits.reshape(len(batch.flat), -1), kept
-
-    @staticmethod
-    def _empty(item: Any) -> list[int]:
-        """The shape of one text's past without tokens."""
-        return [size if isinstance(size, int) else 1 if "batch" in size else 0 for size in item.shape]
 
 
 def _each(batch: Batch) -> Iterator[Batch]:

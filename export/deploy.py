@@ -10,7 +10,7 @@ from typing import Any
 
 from export.bundle import MODEL, bundled_artifact, is_bundle, own_files
 from export.vendor import requirements, sources
-from registry.digest import MANIFEST, digest_of, file_digests, read_manifest, verify, write_json, write_manifest
+from registry.digest import MANIFEST, digest_of, read_manifest, told_fields, verify, write_json, write_manifest
 from registry.errors import BadInput
 from registry.home import written_whole
 
@@ -41,9 +41,9 @@ def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[s
     digest = verify(artifact, digest)
     about = {"model": to.name} | (about or {})
     with written_whole(to) as part:
-        for name in file_digests(artifact):
+        for name in manifest["files"]:
             _copy(artifact / name, part / MODEL / name)
-        given = {key: value for key, value in manifest.items() if key not in ("format", "digest", "files")}
+        given = told_fields(manifest)
         write_manifest(part / MODEL, **given | about)
         for name, source in sources().items():
             _copy(source, part / "lib" / name)

@@ -14,7 +14,7 @@ import numpy as np
 
 from export.batch import Batch
 from export.passages import PASSAGES
-from export.runtime import NUMPY_TYPES, Runtime, positions
+from export.runtime import NUMPY_TYPES, Runtime, empty_past, positions
 from export.sampling import log_softmax
 from registry.digest import folder_digest, read_manifest
 from registry.errors import BadInput, Refused
@@ -251,8 +251,7 @@ def _padded_left(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int,
     width = tokens.shape[1]
     takes = session.get_inputs()
     cache = [item for item in takes if item.name.startswith("past_key_values.")]
-    shapes = [[n if isinstance(n, int) else len(rows) if "batch" in n else 0 for n in item.shape] for item in cache]
-    past = [np.zeros(shape, NUMPY_TYPES[item.type]) for item, shape in zip(cache, shapes, strict=True)]
+    past = [np.zeros(empty_past(item, len(rows)), NUMPY_TYPES[item.type]) for item in cache]
     outputs = ["logits", *(item.name.replace("past_key_values.", "present.", 1) for item in cache)]
     first = width - min(STEPS, min(map(len, rows)) - 1)
     for start, end in pairwise([0, *range(first, width + 1)]):

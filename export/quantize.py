@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.passages import PASSAGES
-from export.runtime import GRAPH, NUMPY_TYPES, Runtime
+from export.runtime import GRAPH, NUMPY_TYPES, Runtime, empty_past
 from export.trial import Trial, save
 from registry.errors import BadInput
 
@@ -133,8 +133,5 @@ def _inputs(runtime: Runtime, texts: Sequence[str]) -> Iterator[dict[str, np.nda
             continue
         ids = np.array([row], np.int64)
         known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
-        feeds = {}
-        for item in runtime.session.get_inputs():
-            sizes = [n if isinstance(n, int) else 1 if "batch" in n else 0 for n in item.shape]
-            feeds[item.name] = known[item.name] if item.name in known else np.zeros(sizes, NUMPY_TYPES[item.type])
-        yield feeds
+        cache = {name: np.zeros(empty_past(item, 1), NUMPY_TYPES[item.type]) for name, item in runtime.past.items()}
+        yield {name: known[name] for name in runtime.takes} | cache

@@ -317,12 +317,8 @@ class Runtime:
 
     def empty_cache(self, batch: int) -> list[ort.OrtValue]:
         """A cache of length 0 for each layer, in the layout the graph declares."""
-        empty = []
-        for item in self.past.values():
-            # Sizes the graph leaves open are the batch and the length of the past.
-            sizes = [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
-            empty.append(ort.OrtValue.ortvalue_from_shape_and_type(sizes, self.type_of(item), self.device, 0))
-        return empty
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        return [make(empty_past(item, batch), self.type_of(item), self.device, 0) for item in self.past.values()]
 
     @staticmethod
     def type_of(item: ort.NodeArg) -> Any:
@@ -340,6 +336,11 @@ def _check_device(device: str) -> None:
             f"onnxruntime {ort.__version__} here has no {PROVIDERS[device][0]}",
             fix="install Limbeck's extra `gpu` in place of onnxruntime (README), or use --device cpu",
         )
+
+
+def empty_past(item: ort.NodeArg, batch: int) -> list[int]:
+    """The shape of a past input of length 0: the sizes the graph leaves open are the batch and the past's length."""
+    return [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
 
 
 def positions(attention_mask: np.ndarray) -> np.ndarray:

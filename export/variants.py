@@ -14,7 +14,7 @@ from export.onnx import PRECISIONS, export
 from export.parity import compare, faults
 from export.quantize import Settings
 from registry.corpusfile import rows, training_text
-from registry.digest import file_digests, folder_digest, read_manifest, verify, write_manifest
+from registry.digest import folder_digest, read_manifest, told_fields, verify, write_manifest
 from registry.errors import BadInput, DamagedArtifact, Refused
 from registry.home import home, written_whole
 from registry.records import Parity, Version
@@ -207,9 +207,7 @@ def _make(
                 )
                 parity = compare(model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code)
                 check(parity, label)
-                fields = read_manifest(part)
-                for given in ("format", "digest", "files"):
-                    fields.pop(given)
+                fields = told_fields(read_manifest(part))
                 extra = {"lineage": lineage} if lineage else {}
                 write_manifest(part, **fields, **extra, parity=parity.model_dump(mode="json"))
             if precision == "fp32":
@@ -260,7 +258,7 @@ def check(parity: Parity, label: str) -> None:
 
 
 def _size(folder: Path) -> int:
-    return sum((folder / name).stat().st_size for name in file_digests(folder))
+    return sum((folder / name).stat().st_size for name in read_manifest(folder)["files"])
 
 
 def _registered(store: Store, version: Version, parity: Parity, new: bool) -> Variant:

@@ -90,6 +90,11 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
+def told_fields(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says besides what `write_manifest` finds in the files."""
+    return {key: value for key, value in manifest.items() if key not in ("format", "digest", "files")}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact folder, or {} where it has none. Raises DamagedArtifact if unreadable."""
     path = Path(folder) / MANIFEST

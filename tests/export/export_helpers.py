@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from export.variants import Variant
-from registry.digest import read_manifest, write_manifest
+from registry.digest import read_manifest, told_fields, write_manifest
 
 
 class Exported(NamedTuple):
@@ -25,10 +25,7 @@ class Exported(NamedTuple):
 
 def rewrite_manifest(folder: Path) -> None:
     """Make the manifest say what the files are now."""
-    fields = read_manifest(folder)
-    for given in ("format", "digest", "files"):
-        fields.pop(given, None)
-    write_manifest(folder, **fields)
+    write_manifest(folder, **told_fields(read_manifest(folder)))
 
 
 def corrupt_one_weight(folder: Path) -> None:
