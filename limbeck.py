@@ -15,8 +15,17 @@ from registry.errors import LimbeckError
 # cores, idle and with one core busy: 35,000 and 10,000 by default, 33,000 and 16,000 so, 28,000 and 19,000 unspun.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# command -> (module:object, the line that `limbeck --help` shows)
-COMMANDS = {
+Table = dict[str, tuple["str | Table", str]]
+
+# command -> (module:object, the line that `--help` shows)
+MODELS: Table = {
+    "list": ("registry.models_cli:list_", "The versions of NAME, or of all models."),
+    "show": ("registry.models_cli:show", "All that is known of a version."),
+    "lineage": ("registry.models_cli:lineage", "The tree from teacher to served artifact."),
+    "history": ("registry.history_cli:history", "The alias moves of NAME, from its ledger."),
+}
+# or (the table of a group, its line)
+COMMANDS: Table = {
     "quickstart": ("quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
     "data": ("distill.cli:data", "Write a recipe's train and held-out text."),
     "distill": ("distill.cli:distill", "Distil a teacher into the students of a recipe."),
@@ -27,33 +36,41 @@ COMMANDS = {
     "compare": ("evals.compare_cli:compare", "Hold one scored version against another, document by document."),
     "leaderboard": ("evals.leaderboard_cli:leaderboard", "Rank the versions of a model by cost and quality."),
     "verdict": ("evals.verdict_cli:verdict", "Is the giant a waste here? One page, and what was not measured."),
-    "models": ("registry.cli:models", "Browse the registry: list, show, lineage, history."),
-    "promote": ("registry.cli:promote", "Move an alias to a version that passes the policy."),
-    "rollback": ("registry.cli:rollback", "Put an alias back on the version before."),
+    "models": (MODELS, "Browse the registry."),
+    "promote": ("registry.gate_cli:promote", "Move an alias to a version that passes the policy."),
+    "rollback": ("registry.gate_cli:rollback", "Put an alias back on the version before."),
     "deploy": ("export.serve_cli:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("export.serve_cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("export.cli:generate", "Complete a prompt and tell the speed."),
-    "doctor": ("registry.cli:doctor", "What is installed, reachable, and what is wrong."),
+    "ui": ("web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
+    "doctor": ("registry.doctor_cli:doctor", "What is installed, reachable, and what is wrong."),
 }
 
 
 class Rooms(click.Group):
     """A group whose commands live in the rooms and are imported one at a time."""
 
+    table: Table = COMMANDS
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module, name = COMMANDS[cmd_name][0].split(":")
+        where, line = self.table[cmd_name]
+        if not isinstance(where, str):
+            group = Rooms(cmd_name, help=line)
+            group.table = where
+            return group
+        module, name = where.split(":")
         command: click.Command = getattr(import_module(module), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # From the table alone: help must not import a room.
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -63,7 +80,7 @@ class Rooms(click.Group):
         except click.UsageError as error:
             from difflib import get_close_matches
 
-            near = get_close_matches(args[0], COMMANDS, n=1)
+            near = get_close_matches(args[0], self.table, n=1)
             if not near:
                 raise
             raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from registry.connection import NotThere
 from registry.digest import json_digest
 from registry.errors import BadInput, DamagedArtifact, LimbeckError
-from registry.records import LedgerEntry
+from registry.records import LedgerEntry, said_by
 from registry.store import Store
 
 ENTRY = "limbeck.ledger."
@@ -256,7 +256,8 @@ def _digest(store: Store, name: str, number: int | None) -> str | None:
 
 
 def _hash(entry: LedgerEntry) -> str:
-    return json_digest(entry.model_dump(mode="json", exclude={"hash"}))
+    said = said_by(entry)
+    return json_digest({name: value for name, value in said.items() if name != "hash"})
 
 
 def _key(entry: LedgerEntry) -> str:

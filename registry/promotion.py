@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from dataclasses import dataclass
 
-from registry import ledger
+from registry import ledger, people
 from registry.errors import BadInput, Refused
-from registry.policy import Policy, best_card, judge
+from registry.evidence import gather
+from registry.policy import Policy
 from registry.records import LedgerEntry, RuleResult, Scorecard, Verdict, Version
+from registry.rules import judge
 from registry.store import Store
 
 NEAREST = 5  # how many of the refused candidates an error tells of
@@ -83,7 +83,7 @@ def promote(
             that pass.
         alias: such as `production`.
         policy: the rules.
-        who: kept in the ledger; `user()` where None.
+        who: kept in the ledger; `registry.people.user` where None.
         reason: kept in the ledger.
         dry_run: judge, and write nothing.
         adopt: where the alias was moved through MLflow itself, or the ledger was tampered with: go on,
@@ -98,9 +98,10 @@ def promote(
     ledger.check_alias(alias)
     versions = _candidates(store, model)
     name = versions[0].name
+    who = who or people.user(store.tracking_uri)
     with store.lock(f"promote-{name}"):
-        _check_ledger(store, name, alias, who or user(), adopt=adopt, dry_run=dry_run)
-        candidates = [_judged(store, version, policy, keep=not dry_run) for version in versions]
+        _check_ledger(store, name, alias, who, adopt=adopt, dry_run=dry_run)
+        candidates = [_judged(store, version, policy, alias, keep=not dry_run) for version in versions]
         candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))
         best = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
         if best is None:
@@ -112,7 +113,7 @@ def promote(
             entry = ledger.append(
                 store,
                 name,
-                who=who or user(),
+                who=who,
                 alias=alias,
                 action="promote",
                 from_version=before,
@@ -138,9 +139,10 @@ def rollback(
         DamagedArtifact: the version before is damaged; the alias stays.
     """
     ledger.check_alias(alias)
+    who = who or people.user(store.tracking_uri)
     ledger.read(store, name)  # no lock for a name that is not there
     with store.lock(f"promote-{name}"):
-        _check_ledger(store, name, alias, who or user(), adopt=adopt)
+        _check_ledger(store, name, alias, who, adopt=adopt)
         book = ledger.read(store, name)
         history = book.history(alias)
         if not history:
@@ -157,7 +159,7 @@ def rollback(
         entry = ledger.append(
             store,
             name,
-            who=who or user(),
+            who=who,
             alias=alias,
             action="rollback",
             from_version=history[-1],
@@ -168,14 +170,6 @@ def rollback(
         )
         ledger.apply(store, entry)
         return entry
-
-
-def user() -> str:
-    """Who the ledger says it was: `$LIMBECK_USER`, or the name of the user of this machine."""
-    try:
-        return os.environ.get("LIMBECK_USER") or getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return f"uid {os.getuid()}"
 
 
 def _check_ledger(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> None:
@@ -207,19 +201,7 @@ def _candidates(store: Store, model: str) -> list[Version]:
     return variants
 
 
-def _judged(store: Store, version: Version, policy: Policy, keep: bool) -> Candidate:
-    teacher_digest = _digest(store, version.teacher)
-    card = best_card(policy, version, store.scorecards(version), teacher_digest)
-    verdict = judge(
-        policy,
-        version,
-        card,
-        store.parity(version),
-        teacher_digest=teacher_digest,
-        parent_digest=_digest(store, version.parent) if version.kind == "onnx" else None,
-    )
-    return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, card)
-
-
-def _digest(store: Store, ref: str | None) -> str | None:
-    return store.get(ref).digest if ref else None
+def _judged(store: Store, version: Version, policy: Policy, alias: str, keep: bool) -> Candidate:
+    evidence = gather(store, version, policy, alias)
+    verdict = judge(policy, evidence)
+    return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, evidence.card)

@@ -27,7 +27,7 @@ class Record(Frozen):
 
     def digest(self) -> str:
         """Hex SHA-256 of the record's JSON; fields that are `later` and say nothing are left out."""
-        return json_digest(_said(self))
+        return json_digest(said_by(self))
 
 
 def later(default: Any) -> Any:
@@ -35,16 +35,16 @@ def later(default: Any) -> Any:
     return Field(default=default, json_schema_extra={"later": True})
 
 
-def _said(value: Any) -> Any:
+def said_by(value: Any) -> Any:
     """A value as its digest takes it: JSON, without what `later` fields do not say."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         silent = {n for n, f in fields.items() if f.json_schema_extra and getattr(value, n) == f.default}
-        return {name: _said(inner) for name, inner in value if name not in silent}
+        return {name: said_by(inner) for name, inner in value if name not in silent}
     if isinstance(value, dict):
-        return {key: _said(inner) for key, inner in value.items()}
+        return {key: said_by(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_said(inner) for inner in value]
+        return [said_by(inner) for inner in value]
     return to_jsonable_python(value)
 
 
@@ -70,6 +70,11 @@ class Version(Frozen):
     licence: str | None = None
     # Of a student: whether the licence of what it learnt from lets a model learn from it; text alone always does.
     licence_allows_distillation: bool | None = None
+    # What it came from, as far as it was told; an ONNX variant's are its student's.
+    teacher_licence: str | None = None
+    data_licence: str | None = None  # of the training text
+    code_licence: str | None = None  # of the code that made it
+    author: str | None = None  # who registered it, see registry.people
     params: int | None = None
     run_id: str | None = None
     aliases: tuple[str, ...] = ()
@@ -349,6 +354,32 @@ class Verdict(Record):
     created: datetime
 
 
+class Request(Record):
+    """Somebody asks that an alias may point at a version."""
+
+    name: str
+    alias: str
+    version: int
+    artifact: str  # digest of the version's files
+    who: str
+    when: datetime
+    reason: str
+
+
+class Approval(Record):
+    """An answer to a request."""
+
+    request: str  # digest of the request
+    artifact: str  # digest of the version's files, as the approver saw them
+    verdict: str | None  # digest of the verdict that the approver saw
+    answer: Literal["approve", "reject"]
+    who: str
+    when: datetime
+    reason: str
+    key: str | None = later(None)  # public ed25519 key of the approver, base64; None: not signed
+    signature: str | None = later(None)  # over the digest of all other fields, base64
+
+
 class LedgerEntry(Record):
     """An alias moved; each entry carries the hash of the one before."""
 
@@ -357,7 +388,8 @@ class LedgerEntry(Record):
     who: str
     name: str
     alias: str
-    action: Literal["promote", "rollback", "adopt"]  # adopt: moved through MLflow itself, and taken over
+    # adopt: moved through MLflow itself, and taken over; protect: the alias stays, its policy changes
+    action: Literal["promote", "rollback", "adopt", "protect"]
     from_version: int | None
     to_version: int | None  # None: the alias was taken away (a rollback of the first promotion)
     artifact: str | None  # digest of the artifact it now points at
@@ -365,6 +397,11 @@ class LedgerEntry(Record):
     reason: str
     previous: str  # hash of the entry before; "" for the first
     hash: str  # over all the other fields
+    override: bool = later(False)  # the verdict did not pass: somebody with the permission moved it all the same
+    broken: tuple[str, ...] = later(())  # the rules that an override went over, with their numbers
+    policy: str | None = later(None)  # digest of the policy
+    approvals: tuple[str, ...] = later(())  # digests of the approvals
+    sbom: str | None = later(None)  # digest of the bill of materials of the artifact
 
 
 class HeldTask(Record):

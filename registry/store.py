@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from registry import connection
+from registry import connection, people
 from registry.connection import AlreadyThere
 from registry.digest import verify
 from registry.errors import BadInput, DamagedArtifact
@@ -146,6 +146,10 @@ class Store(Findings):
         code_version: str | None = None,
         licence: str | None = None,
         licence_allows_distillation: bool | None = None,
+        teacher_licence: str | None = None,
+        data_licence: str | None = None,
+        code_licence: str | None = None,
+        author: str | None = None,
         params: int | None = None,
         run_id: str | None = None,
         extra_tags: Mapping[str, Any] | None = None,
@@ -191,6 +195,10 @@ class Store(Findings):
             code_version=code_version,
             licence=licence,
             licence_allows_distillation=licence_allows_distillation,
+            teacher_licence=teacher_licence,
+            data_licence=data_licence,
+            code_licence=code_licence,
+            author=author or people.user(self.tracking_uri),
             params=params,
             run_id=run_id,
         )

@@ -129,3 +129,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("torch", "optimum", "lm_eval", "lm-eval", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def indented(lines: Iterable[str]) -> list[str]:
+    """Lines that belong to the one above."""
+    return [f"  {line}" for line in lines]

@@ -11,9 +11,10 @@ import pytest
 
 from registry.digest import json_digest
 from registry.errors import BadInput, DamagedArtifact
+from registry.evidence import Evidence
 from registry.home import home
-from registry.policy import judge
 from registry.records import Cost, Parity, Relative, Scorecard
+from registry.rules import judge
 from tests.registry.conftest import POLICY, Still
 
 
@@ -90,11 +91,11 @@ def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., 
     store.add_parity(version, newer)
     assert store.parity(version) == newer
     assert store.parity(still.student) is None
-    first = judge(POLICY, version, None, newer)
+    first = judge(POLICY, Evidence(version, None, newer))
     assert store.add_verdict(version, first) == first
-    again = judge(POLICY, version, None, newer)
+    again = judge(POLICY, Evidence(version, None, newer))
     assert store.add_verdict(version, again) == first  # says the same
-    other = judge(POLICY, version, still.score(version), newer)
+    other = judge(POLICY, Evidence(version, still.score(version), newer))
     store.add_verdict(version, other)
     assert store.verdicts(version) == [first, other]
     assert (first.outcome, other.outcome) == ("inconclusive", "pass")

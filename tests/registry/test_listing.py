@@ -10,8 +10,9 @@ from contextlib import closing
 from pathlib import Path
 
 from registry import listing
+from registry.evidence import Evidence
 from registry.listing import listed
-from registry.policy import judge
+from registry.rules import judge
 from registry.store import Store
 from tests.registry.conftest import POLICY, Still
 
@@ -52,7 +53,7 @@ def test_another_schema_is_left_to_mlflow(scored: Still, limbeck_home: Path) -> 
 
 def test_all_that_was_found(scored: Still) -> None:
     store, int8 = scored.store, scored.variants["int8"]
-    verdict = store.add_verdict(int8, judge(POLICY, int8, None, store.parity(int8)))
+    verdict = store.add_verdict(int8, judge(POLICY, Evidence(int8, None, store.parity(int8))))
     found = {each.version.ref: each for each in store.found("still")}
     assert [each.version for each in found.values()] == store.versions("still")
     assert found[int8.ref].verdicts == [verdict]

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from registry.errors import BadInput
-from registry.policy import Policy, best_card, judge, load
+from registry.evidence import Evidence, best_card
+from registry.policy import Policy, load
 from registry.records import Contamination, Overlap, Parity, Scorecard, Version
+from registry.rules import judge
 
 ONNX = Version(
     name="still",
@@ -33,7 +35,7 @@ def policy(**rules: Any) -> Policy:
 
 
 def outcomes(rules: dict[str, Any], card: Scorecard | None, version: Version = TORCH) -> dict[str, str]:
-    verdict = judge(policy(**rules), version, card, None, teacher_digest=TEACHER)
+    verdict = judge(policy(**rules), Evidence(version, card, teacher_digest=TEACHER))
     assert all(rule.message for rule in verdict.rules)
     return {rule.rule: rule.outcome for rule in verdict.rules}
 
@@ -52,7 +54,8 @@ def outcomes(rules: dict[str, Any], card: Scorecard | None, version: Version = T
 def test_the_whole_interval_has_to_reach_the_limit(
     make_card: Callable[..., Scorecard], retention: tuple[float, float, float], outcome: str
 ) -> None:
-    verdict = judge(policy(), TORCH, make_card(TORCH.digest, retention=retention), None, teacher_digest=TEACHER)
+    evidence = Evidence(TORCH, make_card(TORCH.digest, retention=retention), teacher_digest=TEACHER)
+    verdict = judge(policy(), evidence)
     assert verdict.outcome == outcome
     assert verdict.rules[0].message.startswith(
         f"retention {retention[0]:.4f} [{retention[1]:.4f}, {retention[2]:.4f}], at least 0.8000 is asked"
@@ -61,7 +64,7 @@ def test_the_whole_interval_has_to_reach_the_limit(
 
 def test_a_verdict_is_bound_to_what_was_judged(make_card: Callable[..., Scorecard]) -> None:
     card, rules = make_card(TORCH.digest), policy()
-    verdict = judge(rules, TORCH, card, None, teacher_digest=TEACHER)
+    verdict = judge(rules, Evidence(TORCH, card, teacher_digest=TEACHER))
     assert (verdict.model, verdict.artifact, verdict.scorecard) == ("still/4", TORCH.digest, card.digest())
     assert (verdict.tasks_digest, verdict.prompts_digest, verdict.policy) == ("tasks", "prompts", rules.digest())
 
@@ -74,7 +77,7 @@ def test_what_was_not_scored_is_inconclusive(make_card: Callable[..., Scorecard]
         (make_card(TORCH.digest, teacher_digest="1" * 64), "which is not its teacher still/1"),
         (make_card(TORCH.digest, teacher_digest=TORCH.digest), "scored against itself"),
     ):
-        verdict = judge(policy(), TORCH, card, None, teacher_digest=TEACHER)
+        verdict = judge(policy(), Evidence(TORCH, card, teacher_digest=TEACHER))
         assert verdict.outcome == "inconclusive"
         assert words in " ".join(rule.message for rule in verdict.rules if rule.outcome == "inconclusive")
 
@@ -117,7 +120,9 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
 
     def found(parity: Parity | None, precision: str = "fp32", **limits: Any) -> dict[str, str]:
         version = ONNX.model_copy(update={"precision": precision})
-        verdict = judge(policy(parity=limits), version, card, parity, teacher_digest=TEACHER, parent_digest="r")
+        verdict = judge(
+            policy(parity=limits), Evidence(version, card, parity, teacher_digest=TEACHER, parent_digest="r")
+        )
         return {rule.rule: rule.outcome for rule in verdict.rules if rule.rule.startswith("parity")}
 
     assert found(make_parity()) == {"parity.required": "pass"}
@@ -139,7 +144,7 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
 
 def test_one_failing_rule_fails(make_card: Callable[..., Scorecard]) -> None:
     card = make_card(TORCH.digest, retention=(0.8, 0.7, 0.9))  # inconclusive
-    verdict = judge(policy(cost={"max_p95_ms": 1}), TORCH, card, None, teacher_digest=TEACHER)
+    verdict = judge(policy(cost={"max_p95_ms": 1}), Evidence(TORCH, card, teacher_digest=TEACHER))
     assert verdict.outcome == "fail"
 
 
@@ -197,7 +202,7 @@ def test_the_licence_of_the_teacher() -> None:
     rule = "lineage.require_distillation_licence"
 
     def found(**changes: Any) -> tuple[str, str]:
-        verdict = judge(asked, TORCH.model_copy(update=changes), None, None)
+        verdict = judge(asked, Evidence(TORCH.model_copy(update=changes), None, None))
         return next((each.outcome, each.message) for each in verdict.rules if each.rule == rule)
 
     assert found(licence_allows_distillation=True)[0] == "pass"
@@ -207,7 +212,7 @@ def test_the_licence_of_the_teacher() -> None:
     assert "still/1" in words
     assert "teacher.licence_allows_distillation" in words
     assert found(kind="teacher", teacher=None)[0] == "pass"
-    assert all(each.rule != rule for each in judge(policy(), TORCH, None, None).rules)
+    assert all(each.rule != rule for each in judge(policy(), Evidence(TORCH, None)).rules)
 
 
 def test_a_policy_without_rules_of_lineage_is_the_one_it_was() -> None:

@@ -14,7 +14,8 @@ import pytest
 from registry import ledger
 from registry.errors import BadInput, DamagedArtifact, Refused
 from registry.home import home
-from registry.promotion import Vetoed, promote, rollback, user
+from registry.people import user
+from registry.promotion import Vetoed, promote, rollback
 from registry.records import Version
 from tests.registry.conftest import POLICY, Still
 
@@ -199,10 +200,10 @@ def test_nothing_to_choose_from(still: Still) -> None:
 
 def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_USER", "ada")
-    assert user() == "ada"
+    assert user("sqlite:///x.db") == "ada"
     monkeypatch.delenv("LIMBECK_USER")
     monkeypatch.setenv("LOGNAME", "grace")
-    assert user() == "grace"
+    assert user("sqlite:///x.db") == "grace"
 
 
 # --- other processes

@@ -1,0 +1,166 @@
+"""`limbeck models list`, `show` and `lineage`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.errors import BadInput
+from registry.terminal import format_option, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from registry.lineage import Node
+    from registry.records import Scorecard, Version
+    from registry.store import Store
+
+
+@click.command("list")
+@click.argument("name", required=False)
+@click.option("--filter", "query", default="", help="MLflow's language, as in \"tags.`limbeck.precision` = 'int8'\".")
+@format_option
+def list_(name: str | None, query: str, output: str) -> None:
+    """The versions of NAME, or of all models."""
+    store = _store()
+    try:
+        versions = store.versions(name, query)
+    except BadInput as error:
+        raise BadInput(f"--filter {query!r}: {error.message}", fix="write \"tags.`limbeck.kind` = 'onnx'\"") from None
+    if name and not versions and not query:
+        raise store.unknown(name)
+    if output == "json":
+        print_json(versions)
+        return
+    columns = ["version", "kind", "recipe", "precision", "parameters", "made from", "aliases", "created", "digest"]
+    print_table("versions", columns, [_row(version) for version in versions])
+
+
+def _row(version: Version) -> tuple[Any, ...]:
+    from registry.lineage import ancestor
+
+    return (
+        version.ref,
+        version.kind,
+        version.recipe,
+        version.precision,
+        f"{version.params:,}" if version.params is not None else None,
+        ancestor(version),
+        " ".join(version.aliases),
+        f"{version.created:%Y-%m-%d %H:%M}",
+        version.digest[:12],
+    )
+
+
+@click.command()
+@click.argument("ref")
+@format_option
+def show(ref: str, output: str) -> None:
+    """All that is known of the version REF: NAME/VERSION or NAME@ALIAS."""
+    store = _store()
+    version = store.get(ref)
+    cards = store.scorecards(version)
+    parity = store.parity(version)
+    verdicts = store.verdicts(version)
+    files = _files(store, version)
+    if output == "json":
+        about = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files, "use": _use(version)}
+        print_json(version.model_dump(mode="json") | about)
+        return
+    fields = version.model_dump(exclude={"name", "version", "aliases"}, exclude_none=True)
+    fields["created"] = f"{version.created:%Y-%m-%d %H:%M:%S}"
+    fields["aliases"] = " ".join(version.aliases) or None
+    if version.engine == "endpoint":
+        from registry.resolve import registered
+
+        fields["endpoint"] = registered(version, store).endpoint.label  # type: ignore[union-attr]
+    print_table(version.ref, ["field", "value"], fields.items())
+    if files:
+        print_table("files", ["file", "bytes"], [(file, f"{size:,}") for file, size in files.items()])
+    if cards:
+        _print_card(cards[-1])
+        if len(cards) > 1:
+            say(f"  and {len(cards) - 1} older scorecards; --format json has them all")
+    if parity:
+        rows = parity.model_dump(exclude={"reference", "precision"}).items()
+        print_table("against PyTorch, on held-out text", ["field", "value"], rows)
+    if verdicts:
+        rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
+        print_table(f"newest verdict: {verdicts[-1].outcome}", ["rule", "outcome", "numbers"], rules)
+    print_table("use it", ["command"], [(line,) for line in _use(version)])
+
+
+def _files(store: Store, version: Version) -> dict[str, int] | None:
+    """Path -> bytes, of a version whose files are on this machine; None of others, which are not fetched for it."""
+    folder = store.at_hand(version)
+    if folder is None:
+        return None
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _print_card(card: Scorecard) -> None:
+    relative = card.relative
+    rows = []
+    for task, result in card.tasks.items():
+        kept = relative.task_retention.get(task) if relative else None
+        value = f"{result.value:.4f}" + (f" ± {result.stderr:.4f}" if result.stderr is not None else "")
+        interval = f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else None
+        overlap = card.contamination.tasks.get(task) if card.contamination else None
+        held = f"{overlap.contaminated:,}" if overlap else None
+        rows.append((task, result.metric, value, f"{result.documents:,}", held, interval))
+    against = f", against {relative.teacher}" if relative else ""
+    columns = ["task", "metric", "value", "documents", "in training text", "retention"]
+    print_table(f"scored {card.created:%Y-%m-%d %H:%M} with {card.harness}{against}", columns, rows)
+    if card.cost:
+        figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}
+        print_table("cost", ["figure", "value"], figures.items())
+
+
+def _use(version: Version) -> list[str]:
+    """The commands that make something of a version."""
+    ref = version.ref
+    if version.kind == "onnx":
+        return [
+            f"limbeck generate {ref} PROMPT",
+            f"limbeck serve {ref}",
+            f"limbeck deploy {ref} --to DIR",
+            f"limbeck promote {ref} --to production",
+        ]
+    score = f"limbeck eval {ref} --tasks TASK,... --against {version.teacher or 'TEACHER'}"
+    return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]
+
+
+@click.command()
+@click.argument("model")
+@format_option
+def lineage(model: str, output: str) -> None:
+    """The tree that MODEL is in: teacher, student, ONNX variant.
+
+    NAME/VERSION or NAME@ALIAS: the way up to its teacher, and all that was made of it. NAME: every tree.
+    """
+    from registry.lineage import lineage as trees
+
+    found = trees(_store(), model)
+    if output == "json":
+        print_json([tree.json() for tree in found])
+        return
+    for tree in found:
+        print_table("", ["version", "kind", "recipe", "precision", "aliases", "digest"], _tree_rows(tree))
+
+
+def _tree_rows(node: Node, before: str = "", branch: str = "", below: str = "") -> Iterator[tuple[Any, ...]]:
+    known = node.version
+    label = before + branch + node.ref
+    if known is None:
+        yield (label, "not there any more", None, None, None, None)
+    else:
+        yield (label, known.kind, known.recipe, known.precision, " ".join(known.aliases), known.digest[:12])
+    for child in node.children:
+        last = child is node.children[-1]
+        yield from _tree_rows(child, before + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+
+
+def _store() -> Store:
+    from registry.store import Store
+
+    return Store()
