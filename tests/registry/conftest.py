@@ -100,6 +100,14 @@ def scored(still: Still) -> Still:
     return still
 
 
+@pytest.fixture
+def policy(limbeck_home: Path) -> Path:
+    """`policy.toml` in the current folder."""
+    file = Path("policy.toml")
+    file.write_text("[quality]\nmin_retention = 0.8\n[cost]\nmax_cost_ratio = 0.5\n")
+    return file
+
+
 def _card(artifact: str, **changes: Any) -> Scorecard:
     retention = changes.pop("retention", (0.97, 0.95, 0.99))
     usd = changes.pop("usd", 1.0)
