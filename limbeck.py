@@ -22,7 +22,12 @@ MODELS: Table = {
     "list": ("registry.models_cli:list_", "The versions of NAME, or of all models."),
     "show": ("registry.models_cli:show", "All that is known of a version."),
     "lineage": ("registry.models_cli:lineage", "The tree from teacher to served artifact."),
+    "diff": ("evals.diff_cli:diff", "Two versions side by side: recipe, scores, cost."),
     "history": ("registry.history_cli:history", "The alias moves of NAME, from its ledger."),
+}
+KEYS: Table = {
+    "new": ("registry.keys_cli:new", "Make a private key in a file."),
+    "show": ("registry.keys_cli:show", "Print a public key, as a line for a file of trusted keys."),
 }
 # or (the table of a group, its line)
 COMMANDS: Table = {
@@ -39,6 +44,7 @@ COMMANDS: Table = {
     "models": (MODELS, "Browse the registry."),
     "promote": ("registry.gate_cli:promote", "Move an alias to a version that passes the policy."),
     "rollback": ("registry.gate_cli:rollback", "Put an alias back on the version before."),
+    "keys": (KEYS, "The key that bills of materials and approvals are signed with."),
     "deploy": ("export.serve_cli:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("export.serve_cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("export.cli:generate", "Complete a prompt and tell the speed."),

@@ -94,7 +94,7 @@ def differences(cards: Collection[Scorecard], others: Collection[Scorecard], tas
     if ours.teacher != theirs.teacher:
         found.append(_teacher(card.relative, other.relative))
     if ours.cost != theirs.cost:
-        found.append(_cost(card.cost, other.cost))
+        found.append(cost_difference(card.cost, other.cost))
     return found
 
 
@@ -120,7 +120,8 @@ def _teacher(ours: Relative | None, theirs: Relative | None) -> str:
     return f"against {'other files of ' if same_name else ''}{ours.teacher} as the teacher"
 
 
-def _cost(ours: Cost | None, theirs: Cost | None) -> str:
+def cost_difference(ours: Cost | None, theirs: Cost | None) -> str:
+    """In words, how a cost was measured otherwise than another; both are not of one setting."""
     if ours is None or theirs is None:
         return "without a cost" if ours is None else "with a cost"
     pairs = [pair for pair in zip(_measured(ours), _measured(theirs), strict=True) if len(set(pair)) > 1]

@@ -68,6 +68,16 @@ def ancestor(version: Version) -> str | None:
     return version.parent or version.teacher
 
 
+def recipe(store: Store, version: Version) -> dict[str, str]:
+    """The parameters of the run that made a version, as text; of an ONNX variant, of its student. {} without a run.
+
+    Raises NotThere where the run is gone.
+    """
+    if version.run_id is None:
+        return {}
+    return dict(store.client.get_run(version.run_id).data.params)
+
+
 def _up(ref: str, every: dict[str, Version]) -> list[str]:
     """The ancestors, nearest first."""
     found: list[str] = []
