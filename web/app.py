@@ -2,24 +2,87 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from registry.errors import BadInput, LimbeckError, Refused, Unreachable
+from registry.policy import Policy
 from registry.store import Store
-from web.render import render
+from web import reading
+from web.render import page
+from web.site import Site, public_address
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+STATUS: dict[type[Exception], int] = {reading.NotHere: 404, Unreachable: 503, Refused: 409, BadInput: 400}
+TITLES = {
+    400: "This cannot be shown",
+    404: "Not here",
+    409: "Refused",
+    503: "The tracking server does not answer",
+}
 
 
-def create_app(store: Store) -> FastAPI:
+def create_app(
+    store: Store, *, policy: Policy | None = None, token: str | None = None, mlflow_ui: str | None = None
+) -> FastAPI:
     """The pages over a store.
 
     Args:
         store: where the versions are; its tracking server may come and go.
+        policy: judges for aliases that no policy protects.
+        token: what changing anything needs; without one nothing can be changed.
+        mlflow_ui: where MLflow's own pages are; the tracking server's address where that is http(s).
     """
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, openapi_url=None)
+    ui = public_address(mlflow_ui or os.environ.get("MLFLOW_UI_URI") or store.tracking_uri)
+    app.state.site = Site(store, policy, token, ui)
+    app.include_router(reading.router)
+    app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
 
-    @app.get("/", response_class=HTMLResponse)
-    def index() -> str:
-        """All registered models."""
-        return render("index.html", names=store.names())
+    @app.middleware("http")
+    async def headers(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await go_on(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
 
+    app.add_exception_handler(LimbeckError, _told)
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _told)
     return app
+
+
+def _told(request: Request, error: Exception) -> Response:
+    """What went wrong as a page in plain words, or as JSON where that was asked for."""
+    if isinstance(error, HTTPException):
+        status, message, fix = error.status_code, str(error.detail), None
+        if status == 404 and message == "Not Found":
+            message = f"there is no page at {request.url.path}"
+    elif isinstance(error, RequestValidationError):
+        wrong = error.errors()[0]
+        field, why = wrong["loc"][-1], wrong["msg"]
+        status, message, fix = 404 if wrong["loc"][0] == "path" else 400, f"{field}: {why}", None
+    else:
+        assert isinstance(error, LimbeckError)
+        status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+        message, fix = error.message, error.fix
+    if reading.wants_json(request):
+        return JSONResponse({"error": message, "fix": fix}, status)
+    title = TITLES.get(status, "This did not work")
+    return page(request, "error.html", status=status, title=title, message=message, fix=fix)

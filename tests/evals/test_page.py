@@ -55,7 +55,8 @@ def test_the_page_stands_alone_and_escapes(store: Store, add: Callable[..., Vers
     assert page.count["script"] == 2  # the data and the code
     assert "<script>alert" not in text
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in text
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
+    assert "light-dark(" in text
     assert "@import" not in text
     assert "url(" not in text
     Page(render("m", []))

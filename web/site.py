@@ -1,0 +1,42 @@
+"""What the pages stand on: the store, the policy, the token, the address of MLflow's own pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from fastapi import Request
+
+from registry.policy import Policy
+from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Site:
+    """Made once by `web.app.create_app`, the same for all requests."""
+
+    store: Store
+    policy: Policy | None = None  # of aliases that no policy protects
+    token: str | None = None  # that changes need; None: nothing can be changed
+    mlflow_ui: str | None = None  # where MLflow's own pages are, without credentials
+
+    def run_link(self, run_id: str) -> str | None:
+        """The address of a run in MLflow's own pages; None where they are not known."""
+        if self.mlflow_ui is None:
+            return None
+        experiment = self.store.client.get_run(run_id).info.experiment_id
+        return f"{self.mlflow_ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
+
+
+def site_of(request: Request) -> Site:
+    """The site that a request is for; a FastAPI dependency."""
+    site: Site = request.app.state.site
+    return site
+
+
+def public_address(address: str | None) -> str | None:
+    """An http(s) address without its name, password, query and fragment; None for any other."""
+    parts = urlsplit(address or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
