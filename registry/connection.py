@@ -88,6 +88,25 @@ def probe(tracking_uri: str) -> float:
     return time.monotonic() - start
 
 
+def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
+    """Ask an MLflow server what MLflow's client has no method for.
+
+    Args:
+        path: below the server's address, such as `/api/2.0/mlflow/users/current`.
+
+    Returns:
+        The HTTP status and the JSON of the answer; {} where it is no JSON object.
+    """
+    with _in_words(tracking_uri):
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        answer = http_request(get_default_host_creds(tracking_uri), path, "GET", params=params)
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        found = answer.json() if is_json else None
+        return answer.status_code, found if isinstance(found, dict) else {}
+
+
 class Client:
     """MLflow's client: same methods, but what goes wrong comes as a LimbeckError.
 

@@ -83,6 +83,19 @@ class LineageRules(Frozen):
     require_distillation_licence: bool = False
 
 
+class ApprovalRules(Frozen):
+    """Whose yes it needs."""
+
+    needed: int = Field(default=0, ge=0)
+    people: tuple[str, ...] = ()
+
+
+class Override(Frozen):
+    """Who may promote what does not pass."""
+
+    people: tuple[str, ...] = ()
+
+
 class Policy(Record):
     """The rules of one gate."""
 
@@ -90,6 +103,8 @@ class Policy(Record):
     cost: CostLimits = CostLimits()
     parity: ParityLimits = ParityLimits()
     lineage: LineageRules = later(LineageRules())
+    approvals: ApprovalRules = later(ApprovalRules())
+    override: Override = later(Override())
 
 
 def load(path: Path | str) -> Policy:
