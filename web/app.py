@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -15,23 +14,21 @@ from starlette.exceptions import HTTPException
 from registry.errors import BadInput, LimbeckError, Refused, Unreachable
 from registry.policy import Policy
 from registry.store import Store
-from web import reading
+from web import login, reading
 from web.render import page
+from web.security import Guard, Guarded, NotLoggedIn
 from web.site import Site, public_address
 
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",
+STATUS: dict[type[Exception], int] = {
+    reading.NotHere: 404,
+    NotLoggedIn: 403,
+    Unreachable: 503,
+    Refused: 409,
+    BadInput: 400,
 }
-STATUS: dict[type[Exception], int] = {reading.NotHere: 404, Unreachable: 503, Refused: 409, BadInput: 400}
 TITLES = {
     400: "This cannot be shown",
+    403: "Not logged in",
     404: "Not here",
     409: "Refused",
     503: "The tracking server does not answer",
@@ -39,7 +36,13 @@ TITLES = {
 
 
 def create_app(
-    store: Store, *, policy: Policy | None = None, token: str | None = None, mlflow_ui: str | None = None
+    store: Store,
+    *,
+    policy: Policy | None = None,
+    token: str | None = None,
+    mlflow_ui: str | None = None,
+    hosts: Iterable[str] = (),
+    private: bool = False,
 ) -> FastAPI:
     """The pages over a store.
 
@@ -48,20 +51,18 @@ def create_app(
         policy: judges for aliases that no policy protects.
         token: what changing anything needs; without one nothing can be changed.
         mlflow_ui: where MLflow's own pages are; the tracking server's address where that is http(s).
+        hosts: names that the pages are reached by, see `web.security.Guard`.
+        private: reading needs the token too.
     """
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, openapi_url=None)
-    ui = public_address(mlflow_ui or os.environ.get("MLFLOW_UI_URI") or store.tracking_uri)
-    app.state.site = Site(store, policy, token, ui)
-    app.include_router(reading.router)
+    ui = public_address(mlflow_ui or store.tracking_uri)
+    guard = Guard(token, hosts=hosts, private=private)
+    app.state.site = Site(store, guard, policy, ui)
+    for room in (reading, login):
+        app.include_router(room.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
 
-    @app.middleware("http")
-    async def headers(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await go_on(request)
-        for name, value in HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
-
+    app.add_middleware(Guarded, guard=guard)
     app.add_exception_handler(LimbeckError, _told)
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _told)

@@ -41,6 +41,7 @@ def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HT
     shared: dict[str, Any] = {
         "here": request.url.path,
         "theme": theme if theme in THEMES else None,
+        "session": request.state.session,
         "crumbs": [],
         "flash": None,
         "flash_kind": "done",

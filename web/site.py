@@ -1,4 +1,4 @@
-"""What the pages stand on: the store, the policy, the token, the address of MLflow's own pages."""
+"""What the pages stand on: the store, the policy, the guard, the address of MLflow's own pages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi import Request
 
 from registry.policy import Policy
 from registry.store import Store
+from web.security import Guard
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Site:
     """Made once by `web.app.create_app`, the same for all requests."""
 
     store: Store
+    guard: Guard  # who may change anything
     policy: Policy | None = None  # of aliases that no policy protects
-    token: str | None = None  # that changes need; None: nothing can be changed
     mlflow_ui: str | None = None  # where MLflow's own pages are, without credentials
 
     def run_link(self, run_id: str) -> str | None:
