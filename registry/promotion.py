@@ -65,12 +65,14 @@ def promote(
     store: Store,
     model: str,
     alias: str,
-    policy: Policy,
+    policy: Policy | None,
     *,
     who: str | None = None,
     reason: str = "",
     dry_run: bool = False,
     adopt: bool = False,
+    override: bool = False,
+    expected: str | None = None,
 ) -> Promotion:
     """Point an alias at a version that passes a policy.
 
@@ -82,30 +84,40 @@ def promote(
         model: `NAME/VERSION` or `NAME@ALIAS` for that one; a bare NAME for the cheapest of its ONNX variants
             that pass.
         alias: such as `production`.
-        policy: the rules.
+        policy: the rules; None for those that the alias is protected by.
         who: kept in the ledger; `registry.people.user` where None.
         reason: kept in the ledger.
         dry_run: judge, and write nothing.
         adopt: where the alias was moved through MLflow itself, or the ledger was tampered with: go on,
             and write the alias as it is found into the ledger first.
+        override: move to a named version that does not pass, too, if the policy lets `who` do that.
+        expected: `Verdict.judgement` of the verdict that a person was shown.
 
     Raises:
         Vetoed: no candidate passes; with each failing rule and its numbers.
-        Refused: the alias is not where the ledger says.
-        BadInput: no such version, no ONNX variant, an alias that cannot be used.
+        Refused: the alias is not where the ledger says, the verdict is not the `expected` one, no permission.
+        BadInput: no such version, no ONNX variant, an alias that cannot be used, no policy.
         DamagedArtifact: the files of the chosen version are not those that were scored.
     """
     ledger.check_alias(alias)
+    if override and not (_named(model) and reason.strip()):
+        raise BadInput("an override is for one named version, and says why", fix="NAME/VERSION --override --reason ...")
     versions = _candidates(store, model)
     name = versions[0].name
     who = who or people.user(store.tracking_uri)
     with store.lock(f"promote-{name}"):
         _check_ledger(store, name, alias, who, adopt=adopt, dry_run=dry_run)
-        candidates = [_judged(store, version, policy, alias, keep=not dry_run) for version in versions]
+        governing = _governing(policy)
+        candidates = [_judged(store, version, governing, alias, keep=not dry_run) for version in versions]
         candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))
+        if expected is not None:
+            _still_said(candidates, expected)
         best = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
+        overridden = best is None and override
         if best is None:
-            raise Vetoed(candidates, alias)
+            if not overridden:
+                raise Vetoed(candidates, alias)
+            best = candidates[0]
         store.folder(best.version)  # the very files, again
         before = store.aliases(name).get(alias)
         entry = None
@@ -121,6 +133,9 @@ def promote(
                 artifact=best.version.digest,
                 verdict=best.verdict.digest(),
                 reason=reason,
+                override=overridden,
+                broken=tuple(f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in best.failing),
+                policy=governing.digest(),
             )
             ledger.apply(store, entry)
         return Promotion(name, alias, candidates, best.version, before, entry)
@@ -186,8 +201,26 @@ def _check_ledger(store: Store, name: str, alias: str, who: str, *, adopt: bool,
         ledger.adopt(store, name, alias, who=who, reason="; ".join(problems)[: ledger.LONGEST_REASON])
 
 
+def _governing(policy: Policy | None) -> Policy:
+    """The policy that an alias is judged by."""
+    if policy is None:
+        raise BadInput("no policy to judge by", fix="give one: --policy FILE")
+    return policy
+
+
+def _still_said(candidates: list[Candidate], expected: str) -> None:
+    """Raises Refused unless a verdict says what a person was shown."""
+    if all(candidate.verdict.judgement != expected for candidate in candidates):
+        lines = [f"the verdict on {c.version.ref} is now another than the one shown" for c in candidates]
+        raise Refused("\n".join(lines), fix="look at the verdict again")
+
+
+def _named(model: str) -> bool:
+    return "/" in model or "@" in model
+
+
 def _candidates(store: Store, model: str) -> list[Version]:
-    if "/" in model or "@" in model:
+    if _named(model):
         return [store.get(model)]
     versions = store.versions(model)
     if not versions:

@@ -353,6 +353,11 @@ class Verdict(Record):
     policy: str  # digest of the policy
     created: datetime
 
+    @property
+    def judgement(self) -> str:
+        """The digest of all but the time: the same for two verdicts that say the same."""
+        return json_digest({name: value for name, value in said_by(self).items() if name != "created"})
+
 
 class Request(Record):
     """Somebody asks that an alias may point at a version."""
