@@ -1,14 +1,23 @@
-"""What well-known licences and terms say about training a model on another's outputs.
+"""Licences: what well-known ones say about training a model on another's outputs, and which a version is under.
 
 A reading in short, no legal advice: terms change, so each entry names where to look. What is not listed is
 unknown, and a recipe can say what its owner knows (`teacher.licence_allows_distillation`).
+
+Several licences are one expression in the manner of SPDX: all of `MIT AND CC-BY-4.0` hold, either of `MIT OR GPL-3.0`.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
+
+from registry.errors import BadInput
+
+if TYPE_CHECKING:
+    from registry.records import Version
+    from registry.store import Store
 
 
 class Terms(NamedTuple):
@@ -108,9 +117,102 @@ def terms(licence: str | None) -> Terms | None:
 
 
 def allows(licence: str | None) -> bool | None:
-    """Whether a licence allows training on the outputs of a model that is under it; None where that is not known."""
-    known = terms(licence)
+    """Whether a licence allows training on the outputs of a model that is under it; None where that is not known.
+
+    Of an expression all of AND have to, and one of OR.
+    """
+    if not licence:
+        return None
+    if len(either := _split(licence, "OR")) > 1:
+        answers = [allows(each) for each in either]
+        return True if True in answers else every(answers)
+    if len(each := names(licence)) > 1:
+        return every(allows(name) for name in each)
+    known = terms(_bare(licence))
     return known.allows if known else None
+
+
+def every(answers: Iterable[bool | None]) -> bool | None:
+    """Whether all allow: False where one forbids, else None where one is not known."""
+    given = list(answers)
+    return False if False in given else None if None in given else True
+
+
+def names(licence: str | None) -> list[str]:
+    """The licences that hold all at once: what AND joins in an expression; none of None."""
+    if not licence or len(_split(licence, "OR")) > 1:
+        return [licence] if licence else []
+    return [_bare(part) for part in _split(licence, "AND")]
+
+
+def joined(licences: Iterable[str | None]) -> str | None:
+    """All of the licences as one expression, each once; None where there is none."""
+    each = {_plain(name): name for licence in licences for name in names(licence)}
+    if len(each) < 2:
+        return next(iter(each.values()), None)
+    return " AND ".join(f"({name})" if len(_split(name, "OR")) > 1 else name for name in each.values())
+
+
+class Term(NamedTuple):
+    """A licence that a version is under because of what went into it, or into what it learnt from."""
+
+    role: Literal["teacher", "data", "base model"]
+    version: str  # NAME/VERSION that was made from it
+    of: str  # NAME/VERSION of the teacher, the digest of the data, or the pretrained model that the version began as
+    licence: str | None  # None: not stated
+    allows: bool | None  # whether a model may learn from it; None: not known
+
+
+def chain(store: Store, version: Version) -> list[Term]:
+    """The licence of every teacher and of all data along a version's lineage, the first ancestor's first.
+
+    A version that was distilled from a student is under the terms of that student's teacher too. What an ancestor
+    that is not there any more came from is not known: it is a teacher without a licence.
+    """
+    lines: list[list[Term]] = []
+    while True:
+        parent = _there(store, version.parent)
+        if version.kind != "onnx" or parent is None:  # a variant is under what its student is
+            lines.append(list(_terms(version, parent)))
+        if parent is None or parent.ref == version.ref or len(lines) > LONGEST:
+            return [term for line in reversed(lines) for term in line]
+        version = parent
+
+
+LONGEST = 1000  # ancestors
+
+
+def _terms(version: Version, parent: Version | None) -> Iterator[Term]:
+    """What a version itself adds."""
+    if version.parent and version.kind != "teacher":  # a teacher's parent is the version that it is a copy of
+        stated = version.teacher_licence or (parent.licence if parent else None)
+        allowed = version.licence_allows_distillation
+        yield Term("teacher", version.ref, version.parent, stated, allows(stated) if allowed is None else allowed)
+    if version.parent and parent is None:
+        yield Term("teacher", version.ref, f"{version.parent}, which is gone", None, None)
+    if version.base_model:
+        stated = version.base_model_licence
+        yield Term("base model", version.ref, version.base_model, stated, allows(stated))
+    if version.data_digest:
+        yield Term("data", version.ref, version.data_digest, version.data_licence, allows(version.data_licence))
+
+
+def _there(store: Store, ref: str | None) -> Version | None:
+    try:
+        return store.get(ref) if ref else None
+    except BadInput:
+        return None
+
+
+def _split(expression: str, operator: str) -> list[str]:
+    """An expression at an operator that stands in no brackets; brackets within brackets are not told apart."""
+    return re.split(rf"\s+{operator}\s+(?![^()]*\))", _bare(expression))
+
+
+def _bare(expression: str) -> str:
+    """Without brackets around the whole."""
+    inner = re.fullmatch(r"\s*\(([^()]*)\)\s*", expression)
+    return (inner[1] if inner else expression).strip()
 
 
 def _plain(licence: str) -> str:

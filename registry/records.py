@@ -74,6 +74,9 @@ class Version(Frozen):
     teacher_licence: str | None = None
     data_licence: str | None = None  # of the training text
     code_licence: str | None = None  # of the code that made it
+    base_model: str | None = None  # of a student that began pretrained: NAME/VERSION, hub id or folder of that model
+    base_model_digest: str | None = None
+    base_model_licence: str | None = None
     author: str | None = None  # who registered it, see registry.people
     params: int | None = None
     run_id: str | None = None
