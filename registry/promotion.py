@@ -142,14 +142,24 @@ def promote(
 
 
 def rollback(
-    store: Store, name: str, alias: str, *, who: str | None = None, reason: str = "", adopt: bool = False
+    store: Store,
+    name: str,
+    alias: str,
+    *,
+    who: str | None = None,
+    reason: str = "",
+    adopt: bool = False,
+    seen: str | None = None,
 ) -> LedgerEntry:
     """Point an alias at the version before, as the ledger knows it; its files are verified first.
 
     Rolling back the first promotion takes the alias away (`to_version` is None in the entry).
 
+    Args:
+        seen: hash of the last entry about the alias that a person was shown.
+
     Raises:
-        Refused: nothing to go back to, or the alias is not where the ledger says.
+        Refused: nothing to go back to, the alias is not where the ledger says, or there is an entry after `seen`.
         BadInput: no such model, or the version before was deleted.
         DamagedArtifact: the version before is damaged; the alias stays.
     """
@@ -159,6 +169,9 @@ def rollback(
     with store.lock(f"promote-{name}"):
         _check_ledger(store, name, alias, who, adopt=adopt)
         book = ledger.read(store, name)
+        last = book.last(alias)
+        if seen is not None and last is not None and last.hash != seen:
+            raise Refused(f"{name}@{alias} was moved by {last.who} meanwhile", fix="look again, then roll back")
         history = book.history(alias)
         if not history:
             raise Refused(f"{name} has no promotion to {alias} to roll back")
