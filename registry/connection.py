@@ -9,17 +9,22 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from registry.errors import BadInput, LimbeckError, Unreachable
 from registry.home import home, written_whole
+from registry.terminal import say
+
+Found = TypeVar("Found")
 
 QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -27,11 +32,13 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
-    # A server that was there a moment ago: a few seconds of retries, not minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # MLflow tries again in silence: `Client` does, and tells
 }
 PROBE_SECONDS = 4.0
+PATIENCE = 30.0  # seconds for a server that was there a moment ago; `mlflow server` takes some ten to start again
+# What MLflow says where it keeps the error itself to itself, as for a folder that could not be fetched.
+UNANSWERED = re.compile(r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out")
+NO_STORAGE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
 LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
 
 
@@ -73,11 +80,13 @@ def probe(tracking_uri: str) -> float:
     start = time.monotonic()
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
     certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    ours = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     try:
         answer = requests.get(
             tracking_uri.rstrip("/") + "/health",
             timeout=(PROBE_SECONDS / 2, PROBE_SECONDS),
             verify=certificate,
+            cert=ours,
         )
     except requests.exceptions.Timeout:
         raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
@@ -97,7 +106,8 @@ def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, A
     Returns:
         The HTTP status and the JSON of the answer; {} where it is no JSON object.
     """
-    with _in_words(tracking_uri):
+
+    def ask() -> tuple[int, dict[str, Any]]:
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
@@ -106,12 +116,38 @@ def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, A
         found = answer.json() if is_json else None
         return answer.status_code, found if isinstance(found, dict) else {}
 
+    return patiently(tracking_uri, ask)
+
+
+def patiently(tracking_uri: str, what: Callable[[], Found]) -> Found:
+    """What a call gives; what goes wrong in it comes as a LimbeckError.
+
+    A server that does not answer, or answers that it cannot, is asked again for `PATIENCE` seconds, at growing
+    intervals, and that is told; so is a SQLite file that another process has locked. Each call is one transaction.
+    """
+    until, pause, locked = 0.0, 0.5, 0
+    while True:
+        try:
+            with _in_words(tracking_uri):
+                return what()
+        except Locked:
+            locked += 1
+            if locked == LOCKED_TRIES:
+                raise
+            time.sleep(0.2 * locked)
+        except Unreachable as error:
+            now = time.monotonic()
+            if not until:
+                until = now + PATIENCE
+                say(f"{error.message}; trying again for {PATIENCE:.0f} s")
+            if now >= until:
+                raise
+            time.sleep(min(pause * random.uniform(0.8, 1.2), max(until - now, 0.1)))  # not all clients at once
+            pause = min(2 * pause, 5.0)
+
 
 class Client:
-    """MLflow's client: same methods, but what goes wrong comes as a LimbeckError.
-
-    A SQLite file that another process has locked is tried again: each method is one transaction.
-    """
+    """MLflow's client: same methods, each called `patiently`."""
 
     def __init__(self, tracking_uri: str) -> None:
         self._tracking_uri = tracking_uri
@@ -125,25 +161,20 @@ class Client:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            for attempt in range(LOCKED_TRIES):
-                try:
-                    with _in_words(self._tracking_uri):
-                        return getattr(self._client, name)(*args, **named)
-                except _Locked:
-                    if attempt == LOCKED_TRIES - 1:
-                        raise
-                    time.sleep(0.2 * (attempt + 1))
-            raise AssertionError("unreachable")
+            return patiently(self._tracking_uri, lambda: getattr(self._client, name)(*args, **named))
 
         return call
 
     def download(self, uri: str, to: Path) -> Path:
         """Fetch the file or folder at an artifact URI into the folder `to`. Returns where it lies."""
-        with _in_words(self._tracking_uri):
+
+        def fetch() -> Path:
             from mlflow.artifacts import download_artifacts
 
             to.mkdir(parents=True, exist_ok=True)
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri))
+
+        return patiently(self._tracking_uri, fetch)
 
 
 class NotThere(BadInput):
@@ -154,7 +185,11 @@ class AlreadyThere(BadInput):
     """MLflow has one of this name."""
 
 
-class _Locked(LimbeckError):
+class Forbidden(LimbeckError):
+    """A server that does not let this user do it."""
+
+
+class Locked(LimbeckError):
     """SQLite's database is locked."""
 
 
@@ -183,7 +218,7 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
             fix=f"free some space on the disk of {home()}, then run the same command again",
         )
     if "database is locked" in text:
-        return _Locked(
+        return Locked(
             f"{tracking_uri} is locked by another process",
             fix="wait for the other limbeck or mlflow process to finish, then try again",
         )
@@ -193,18 +228,15 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
             f"{tracking_uri}: the tracking database cannot be used ({detail})",
             fix="check the file and its permissions, or move it away to begin with a new one",
         )
-    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain):
+    if said := _refusal(chain, tracking_uri) or _storage(chain):
+        return said
+    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain) or UNANSWERED.search(text):
         return _unreachable(tracking_uri, reason(error))
     code = getattr(error, "error_code", "")
     if code == "RESOURCE_DOES_NOT_EXIST":
         return NotThere(text)
     if code == "RESOURCE_ALREADY_EXISTS":
         return AlreadyThere(text)
-    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return LimbeckError(
-            f"{tracking_uri} refused: {text}",
-            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
-        )
     if code == "INVALID_PARAMETER_VALUE":
         return BadInput(text)
     if "out-of-date database schema" in text:
@@ -217,7 +249,47 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
     return error
 
 
+def _refusal(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
+    """What to say where a server, or the storage behind it, answered that this user may not; else None."""
+    text = str(chain[0])
+    answers = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
+    codes = {getattr(e, "error_code", "") for e in chain}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if 401 in answers or "UNAUTHENTICATED" in codes or "401 Client Error" in text:
+        return Forbidden(
+            f"{tracking_uri} does not know {user} by this password" if user else f"{tracking_uri} asks who you are",
+            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        )
+    if 403 in answers or "PERMISSION_DENIED" in codes or "403 Client Error" in text:
+        asked = re.search(r"/api/\d\.\d/(?:mlflow/)?([\w-]+(?:/[a-z-]+)?)", text)
+        return Forbidden(
+            f"{tracking_uri} does not let {user or 'you'} do this" + (f" ({asked[1]})" if asked else ""),
+            fix="ask its administrator for EDIT on the model and on the experiment: docs/team.md",
+        )
+    if refused := [a for a in answers if a and 400 <= a < 500 and a not in (408, 429)]:
+        return (NotThere if 404 in refused else LimbeckError)(f"{tracking_uri}: {text[:500]}")
+    return None
+
+
+def _storage(chain: list[BaseException]) -> LimbeckError | None:
+    """What to say of S3, where a server leaves it to its clients to keep artifacts there; else None."""
+    if not any(type(e).__module__.startswith(("boto", "s3transfer")) for e in chain):
+        return None
+    text = str(chain[0])
+    if any(type(e).__name__ in NO_STORAGE for e in chain) or re.search(r"\((InternalError|SlowDown|5\d\d)\)", text):
+        return Unreachable(f"the artifact store does not answer: {text[:200]}", fix="is AWS_ENDPOINT_URL right?")
+    return LimbeckError(
+        f"the artifact store refused: {text[:500]}",
+        fix="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or let the server pass files on",
+    )
+
+
 def _unreachable(tracking_uri: str, why: str) -> Unreachable:
+    if why == "certificate":
+        return Unreachable(
+            f"the certificate of the tracking server {tracking_uri} is not one that is trusted here",
+            fix="name its authority's: MLFLOW_TRACKING_SERVER_CERT_PATH=ca.pem",
+        )
     return Unreachable(
         f"the tracking server {tracking_uri} does not answer: {why}",
         fix="start it, correct MLFLOW_TRACKING_URI, or unset that to use the local store",
@@ -230,6 +302,8 @@ def reason(error: Exception) -> str:
     for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):
         if words.lower() in text.lower():
             return words.lower()
+    if answered := re.search(r"too many (\d{3}) error responses|(\d{3}) Server Error", text):
+        return f"it answers {answered[1] or answered[2]}"
     return text.split("\n")[0][:200]
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+SECRET = re.compile(r"(?<=://)[^/\s]*(?=@)|(?<=[?&]password=)[^&\s]+")  # of an address
+
+
+def redacted(text: str) -> str:
+    """A text whose addresses say neither user nor password: `http://***@host/`."""
+    return SECRET.sub("***", text)
 
 
 class LimbeckError(Exception):
     """A problem to be told to the user without a traceback.
 
     Args:
-        message: what was wrong and where.
+        message: what was wrong and where. Passwords in addresses are taken out of it, and of `fix`.
         fix: what to do about it; printed on a line of its own.
     """
 
     exit_code = 2
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = redacted(message)
+        self.fix = redacted(fix) if fix else fix
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n  {self.fix}"
