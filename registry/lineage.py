@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from registry.errors import BadInput
 from registry.records import Version
 from registry.store import Store
 
@@ -66,6 +67,17 @@ def lineage(store: Store, model: str) -> list[Node]:
 def ancestor(version: Version) -> str | None:
     """NAME/VERSION that a version was made from: its parent, else its teacher."""
     return version.parent or version.teacher
+
+
+def path(store: Store, version: Version) -> list[Node]:
+    """The way from a version's first ancestor down to it, without what else was made of these."""
+    found = [Node(version.ref, version)]
+    while (above := found[-1].version) and (ref := ancestor(above)) and ref not in {node.ref for node in found}:
+        try:
+            found.append(Node(ref, store.get(ref)))
+        except BadInput:  # deleted
+            found.append(Node(ref, None))
+    return found[::-1]
 
 
 def recipe(store: Store, version: Version) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.errors import BadInput
-from registry.terminal import format_option, print_json, print_table, say
+from registry.terminal import format_option, print_json, print_table, say, write_report
 
 if TYPE_CHECKING:
     from registry.lineage import Node
@@ -146,6 +147,17 @@ def lineage(model: str, output: str) -> None:
         return
     for tree in found:
         print_table("", ["version", "kind", "recipe", "precision", "aliases", "digest"], _tree_rows(tree))
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--output", "file", type=click.Path(path_type=Path), help="A file instead of stdout, such as README.md.")
+def card(ref: str, file: Path | None) -> None:
+    """The model card of REF, NAME/VERSION or NAME@ALIAS: Hugging Face's Markdown, written from the records."""
+    from registry.card import card as write
+
+    store = _store()
+    write_report(write(store, store.get(ref)), file)
 
 
 def _tree_rows(node: Node, before: str = "", branch: str = "", below: str = "") -> Iterator[tuple[Any, ...]]:
