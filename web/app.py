@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from registry.errors import BadInput, LimbeckError, Refused, Unreachable
 from registry.policy import Policy
 from registry.store import Store
-from web import login, reading
+from web import actions, history, login, reading
 from web.render import page
 from web.security import Guard, Guarded, NotLoggedIn
 from web.site import Site, public_address
@@ -58,8 +58,8 @@ def create_app(
     ui = public_address(mlflow_ui or store.tracking_uri)
     guard = Guard(token, hosts=hosts, private=private)
     app.state.site = Site(store, guard, policy, ui)
-    for room in (reading, login):
-        app.include_router(room.router)
+    for pages in (login, history, actions, reading):
+        app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
 
     app.add_middleware(Guarded, guard=guard)
