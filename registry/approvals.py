@@ -54,7 +54,7 @@ class OpenRequest:
 
     asked: Asked
     request: Request
-    needed: int | None  # approvals that the policy which protects the alias asks for; None: none protects it
+    needed: int | None  # approvals that the policy which protects the alias asks for; None: it asks for none
     waiting: tuple[str, ...] = ()  # who may still answer, by that policy
 
     @property
@@ -93,6 +93,7 @@ def answer(
     who: str | None = None,
     reason: str,
     verdict: Verdict | None = None,
+    expected: str | None = None,
 ) -> Approval:
     """Say yes or no to the newest request that `alias` may point at a version.
 
@@ -101,9 +102,10 @@ def answer(
 
     Args:
         verdict: that the person was shown.
+        expected: digest of the request that the person was shown.
 
     Raises:
-        Refused: the answer of this person would not count.
+        Refused: the answer of this person would not count; or there is a newer request than the one shown.
         BadInput: nobody asks for it; no such version, no reason or too long a one.
     """
     ledger.check_alias(alias)
@@ -114,16 +116,12 @@ def answer(
     version = store.get(ref)
     who = who or people.user(store.tracking_uri)
     asked = about(store, version, alias)
-    if asked.request is None:
-        raise BadInput(
-            "\n".join([f"nobody asks that {alias} may point at {version.ref}", *(f"  {p}" for p in asked.problems)]),
-            fix=f"ask first: limbeck request {version.ref} --to {alias} --reason ...",
-        )
+    asked_for = check(store, asked, alias, who)
+    if expected not in (None, asked_for.digest()):
+        raise Refused(f"{asked_for.who} asks for {version.ref} anew", fix="look at the request again")
     policy = protection.policy_of(store, version.name, alias)
-    if why := no_say(version, asked.request, policy, who):
-        raise Refused(f"an answer of {who} on {version.ref} counts for nothing: {why}")
     draft = Approval(
-        request=asked.request.digest(),
+        request=asked_for.digest(),
         artifact=version.digest,
         verdict=verdict.judgement if verdict else None,
         answer=said,
@@ -133,6 +131,11 @@ def answer(
     )
     if signature := signing.sign(signed(draft)):
         draft = draft.model_copy(update=signature._asdict())
+    if why := _other_key(policy, draft):
+        raise Refused(
+            f"an answer of {who} on {version.ref} would not count: {why}",
+            fix=f"name the file of that key: {signing.KEY_FILE}=FILE",
+        )
     _write(store, version, APPROVAL + draft.digest()[:16], draft.model_dump_json())
     return draft
 
@@ -142,15 +145,41 @@ def signed(approval: Approval) -> bytes:
     return signing.APPROVAL + approval.model_copy(update={"key": None, "signature": None}).digest().encode()
 
 
+def check(store: Store, asked: Asked, alias: str, who: str | None = None) -> Request:
+    """The request that somebody may answer. Raises BadInput where there is none, Refused where they may not."""
+    version, who = asked.version, who or people.user(store.tracking_uri)
+    if asked.request is None:
+        raise BadInput(
+            "\n".join([f"nobody asks that {alias} may point at {version.ref}", *(f"  {p}" for p in asked.problems)]),
+            fix=f"ask first: limbeck request {version.ref} --to {alias} --reason ...",
+        )
+    policy = protection.policy_of(store, version.name, alias)
+    if why := no_say(version, asked.request, policy, who):
+        raise Refused(f"an answer of {who} on {version.ref} would not count: {why}")
+    return asked.request
+
+
 def no_say(version: Version, asked: Request, policy: Policy | None, who: str) -> str | None:
     """Why the answer of somebody does not count; None where it does, as far as the policy is known."""
     if who == version.author:
         return f"{who} made {version.ref}, and the author does not approve"
     if who == asked.who:
         return f"{who} asked for it, and who asks does not approve"
-    if policy and policy.approvals.people and who not in policy.approvals.people:
-        return f"the policy of {asked.alias} asks {', '.join(policy.approvals.people)}"
+    rules = policy.approvals if policy else None
+    if rules and rules.people and who not in rules.people:
+        return f"the policy of {asked.alias} asks {', '.join(rules.people)}"
+    if rules and rules.keys and who not in rules.keys:
+        return f"the policy of {asked.alias} asks for signed approvals, and has no key of {who}"
     return None
+
+
+def _other_key(policy: Policy | None, given: Approval) -> str | None:
+    """How an approval is not signed as a policy asks; None where it is."""
+    key = policy.approvals.keys.get(given.who) if policy and policy.approvals else None
+    if key is None or given.key == key:
+        return None
+    by = f"it is signed by {given.key}" if given.key else "it is not signed"
+    return f"the policy asks for a signature by {key}, and {by}"
 
 
 def find(store: Store, version: Version, alias: str) -> tuple[Request | None, tuple[Approval, ...]]:
@@ -220,14 +249,11 @@ def _open(store: Store, asked: Asked, request: Request) -> OpenRequest:
         policy = protection.policy_of(store, request.name, request.alias)
     except Refused:  # it was tampered with: `limbeck models history --verify` tells
         policy = None
-    if policy is None:
+    rules = policy.approvals if policy else None
+    if rules is None:
         return OpenRequest(asked, request, None)
-    waiting = [
-        who
-        for who in policy.approvals.people
-        if who not in asked.by_person and not no_say(asked.version, request, policy, who)
-    ]
-    return OpenRequest(asked, request, policy.approvals.needed, tuple(waiting))
+    may = [who for who in rules.people if not no_say(asked.version, request, policy, who)]
+    return OpenRequest(asked, request, rules.needed, tuple(who for who in may if who not in asked.by_person))
 
 
 def _parsed(tags: Mapping[str, str], prefix: str, record: type[Kept], problems: list[str]) -> list[Kept]:

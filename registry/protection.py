@@ -49,9 +49,14 @@ def governing(store: Store, name: str, alias: str, policy: Policy | None) -> Pol
 
 def differences(holds: Policy, given: Policy) -> list[str]:
     """What a given policy asks otherwise than the one that holds, a line for each."""
-    was, now = (dict(_flat(policy.model_dump(mode="json"))) for policy in (holds, given))
+    was, now = (dict(asked(policy)) for policy in (holds, given))
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     return [f"  {key}: it says {_said(was.get(key))}, the given one {_said(now.get(key))}" for key in keys]
+
+
+def asked(policy: Policy) -> Iterator[tuple[str, Any]]:
+    """(`section.key`, value) of all that a policy asks."""
+    return ((key, value) for key, value in _flat(policy.model_dump(mode="json")) if value not in (None, []))
 
 
 def barred(policy: Policy, who: str, store: Store, name: str) -> str | None:
