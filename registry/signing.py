@@ -57,7 +57,13 @@ def sign(data: bytes) -> Signature | None:
 
 def verify(data: bytes, signature: Signature, key: str) -> bool:
     """Whether `signature` is one over `data` by the public key `key` (base64)."""
-    from cryptography.exceptions import InvalidSignature
+    try:
+        from cryptography.exceptions import InvalidSignature
+    except ModuleNotFoundError:
+        raise BadInput(
+            f"{TRUSTED} is set, and cryptography, which checks signatures, is not installed",
+            fix="pip install cryptography",
+        ) from None
 
     if signature.key != key:
         return False
