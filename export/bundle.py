@@ -8,6 +8,7 @@ from registry.digest import MANIFEST, differences, file_digest, read_manifest
 from registry.errors import DamagedArtifact
 
 MODEL = "model"  # the folder of the artifact; its own manifest tells its files
+CARD = f"{MODEL}/README.md"  # the model card, where a registered version is deployed
 
 
 def is_bundle(folder: Path) -> bool:
@@ -28,12 +29,12 @@ def bundled_artifact(folder: Path) -> Path:
 def own_files(folder: Path) -> dict[str, str]:
     """Relative POSIX path -> hex SHA-256 of a bundle's files: all but its manifest and the artifact's content.
 
-    The artifact's manifest is among them. What Python compiles is not.
+    The artifact's manifest and its model card are among them. What Python compiles is not.
     """
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        content = name.startswith(f"{MODEL}/") and name != f"{MODEL}/{MANIFEST}"
+        content = name.startswith(f"{MODEL}/") and name not in (f"{MODEL}/{MANIFEST}", CARD)
         if path.is_file() and not content and name != MANIFEST and "__pycache__" not in path.parts:
             digests[name] = file_digest(path)
     return digests

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from export.bundle import MODEL, bundled_artifact, is_bundle, own_files
+from export.bundle import CARD, MODEL, bundled_artifact, is_bundle, own_files
 from export.vendor import requirements, sources
 from registry.digest import MANIFEST, digest_of, read_manifest, told_fields, verify, write_json, write_manifest
 from registry.errors import BadInput
@@ -18,7 +18,14 @@ HOST = Path(__file__).parent / "host"  # what starts and watches a server, as st
 PROGRAMS = ("start", "health")
 
 
-def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[str, Any] | None = None) -> str:
+def deploy(
+    artifact: Path,
+    to: Path,
+    *,
+    digest: str | None = None,
+    about: dict[str, Any] | None = None,
+    card: str | None = None,
+) -> str:
     """Write the ONNX artifact in `artifact` to the folder `to` with all that serves it. Returns its digest.
 
     The files are verified before and after they are copied, and take their place only then. An older bundle
@@ -27,6 +34,7 @@ def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[s
     Args:
         digest: what the artifact's digest must be; the manifest decides where it is None.
         about: what the bundle's manifests say besides, such as its registered name and version.
+        card: the model card, see registry.card.
 
     Raises:
         BadInput: `artifact` is no ONNX artifact, or `to` holds something that is no bundle.
@@ -45,6 +53,8 @@ def deploy(artifact: Path, to: Path, *, digest: str | None = None, about: dict[s
             _copy(artifact / name, part / MODEL / name)
         given = told_fields(manifest)
         write_manifest(part / MODEL, **given | about)
+        if card is not None:
+            (part / CARD).write_text(card, encoding="utf-8")
         for name, source in sources().items():
             _copy(source, part / "lib" / name)
         python = ".".join(map(str, sys.version_info[:2]))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.bundle import bundled_artifact, is_bundle
 from registry.digest import read_manifest
 from registry.errors import BadInput
+
+if TYPE_CHECKING:
+    from registry.records import Version
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Found:
     name: str
     engine: str
     digest: str | None  # None: its manifest decides, when it is loaded
+    version: Version | None = None  # that is registered
 
 
 def find(text: str) -> Found:
@@ -34,7 +39,7 @@ def find(text: str) -> Found:
     except ModuleNotFoundError:
         raise BadInput(f"{text} is no bundle, and on this host there is no registry") from None
     model = resolve(text)
-    return Found(model.path, model.label, model.engine, model.digest)
+    return Found(model.path, model.label, model.engine, model.digest, model.version)
 
 
 def find_onnx(text: str) -> Found:

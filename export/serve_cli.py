@@ -26,13 +26,20 @@ def deploy(model: str, to: Path, output: str) -> None:
     """Write the ONNX artifact MODEL, verified, to a folder with all that serves it.
 
     A host needs Python and the folder's requirements.txt: no torch, transformers, MLflow or registry, nor Limbeck.
-    The folder's README.md tells how to start it, by hand, by systemd or in a container.
+    The folder's README.md tells how to start it, by hand, by systemd or in a container; model/README.md is the model
+    card of a registered MODEL.
     """
     from export.deploy import deploy as write
     from export.find import find_onnx
 
     found = find_onnx(model)
-    digest = write(found.path, to, digest=found.digest, about={"model": found.name})
+    told = None
+    if found.version:
+        from registry.card import card
+        from registry.store import Store
+
+        told = card(Store(), found.version)
+    digest = write(found.path, to, digest=found.digest, about={"model": found.name}, card=told)
     if output == "json":
         print_json({"bundle": str(to), "model": found.name, "digest": digest})
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from registry import usage
 from registry.card_head import head
 from registry.connection import NotThere
+from registry.errors import LimbeckError
 from registry.licences import Term, chain, names, terms
 from registry.lineage import Node, path, recipe
 from registry.markdown import block, inline, table
@@ -27,6 +28,7 @@ class _Known:
 
     version: Version
     card: Scorecard | None  # the newest
+    no_card: str  # what to say where it has none
     older: int  # scorecards before it
     parity: Parity | None
     verdict: Verdict | None  # the newest
@@ -41,9 +43,6 @@ def card(store: Store, version: Version) -> str:
 
     What comes from outside (names, licences, parameters, messages) is written as text, on one line; of what is too
     long the beginning is.
-
-    Raises:
-        DamagedArtifact: its scorecard is not what was recorded.
     """
     known = _gather(store, version)
     sections = {
@@ -63,7 +62,12 @@ def card(store: Store, version: Version) -> str:
 
 
 def _gather(store: Store, version: Version) -> _Known:
-    cards, verdicts = store.scorecards(version), store.verdicts(version)
+    verdicts = store.verdicts(version)
+    no_card = None
+    try:
+        cards = store.scorecards(version)
+    except LimbeckError as error:  # a model is deployed without its scores, too
+        cards, no_card = [], f"Its scorecards cannot be read: {inline(error.message)}."
     try:
         parameters, making = recipe(store, version), store.making(version)
     except NotThere:  # its run was deleted
@@ -71,6 +75,7 @@ def _gather(store: Store, version: Version) -> _Known:
     return _Known(
         version,
         cards[-1] if cards else None,
+        no_card or "It has not been scored.",
         max(0, len(cards) - 1),
         store.parity(version),
         verdicts[-1] if verdicts else None,
@@ -140,7 +145,7 @@ def _method(known: _Known) -> str:
 def _scores(known: _Known) -> str:
     scored = known.card
     if scored is None:
-        return "It has not been scored.\n"
+        return f"{known.no_card}\n"
     relative = scored.relative
     rows = []
     for task, result in scored.tasks.items():
@@ -238,7 +243,7 @@ def _limit_lines(known: _Known) -> Iterator[str]:
     scored = known.card
     yield "A model of its size completes text like its training text; what it writes has to be checked."
     if scored is None:
-        yield "Nothing is known of its quality: it has not been scored."
+        yield f"Nothing is known of its quality. {known.no_card}"
     else:
         fewest = min((result.documents for result in scored.tasks.values()), default=0)
         yield f"Its scores tell of {len(scored.tasks)} tasks of {fewest:,} documents or more, and of nothing else."

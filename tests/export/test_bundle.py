@@ -54,6 +54,16 @@ def test_a_newer_bundle_takes_the_place_of_an_older_one(llama: Exported, bundle:
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
+def test_the_model_card_is_checked_as_the_rest(llama: Exported, bundle: Path) -> None:
+    digest = deploy(llama.fp32, bundle, card="---\nlicense: mit\n---\n\n# à\n")
+    assert Runtime.load(bundled_artifact(bundle)).digest == digest == llama.variants[0].digest
+    card = bundle / "model" / "README.md"
+    assert card.read_text(encoding="utf-8").endswith("# à\n")
+    card.write_text("# another\n")
+    with pytest.raises(DamagedArtifact, match=r"model/README\.md has sha256"):
+        bundled_artifact(bundle)
+
+
 def test_an_older_bundle_stays_where_the_newer_cannot_be_made(llama: Exported, bundle: Path) -> None:
     before = (bundle / "limbeck.json").read_bytes()
     artifact = shutil.copytree(llama.int8, bundle.parent / "artifact")
