@@ -32,10 +32,12 @@ def rows(
     sort: str = "retention",
     cost: str = USD,
     only: Mapping[str, Collection[str]] | None = None,
+    quiet: bool = False,
 ) -> list[LeaderboardRow]:
     """The versions of `name`: those that were measured alike together, best first; unscored ones last.
 
-    Each version is in the largest setting that it has a scorecard for. What is ranked apart is said on stderr.
+    Each version is in the largest setting that it has a scorecard for. What is ranked apart is said on stderr, unless
+    `quiet`.
 
     Args:
         task: rank by the retention of this task alone.
@@ -62,8 +64,9 @@ def rows(
     keys = sort_keys(listed)
     _check(sort, keys, "sort")
     shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (only or {}).items())]
-    _say_hidden(cards, groups, task)
-    _say_apart(shown)
+    if not quiet:
+        _say_hidden(cards, groups, task)
+        _say_apart(shown)
     return ranked(_with_controls(store, found, shown, task), sort, cost, keys)
 
 

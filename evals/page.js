@@ -1,5 +1,6 @@
 "use strict";
 // The leaderboard's page: draws each board's plot, sorts and filters its table. No library; nothing is fetched.
+// What is chosen goes into the address, so that a link shows the same.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const MARKS = {  // of each kind, around (0, 0); shapes too, for those who tell no colours
@@ -20,7 +21,8 @@ const said = (cost, value) => short(value * DATA.costs[cost].factor);
 
 // --- what is shown
 
-const shown = board => board.rows.filter(row => FILTERS.every(f => !chosen(f) || row[f] === chosen(f)));
+const shown = board =>
+  DATA.paged ? board.rows : board.rows.filter(row => FILTERS.every(f => !chosen(f) || row[f] === chosen(f)));
 const kept = row => chosen("task") ? row.tasks[chosen("task")] : row.kept;  // [value, low, high]
 const price = row => row.cost[chosen("cost")];
 
@@ -39,7 +41,7 @@ function frontier(rows) {
 
 // --- the plot: cost (log) against quality kept
 
-function frameOf(rows, width) {
+function frameOf(rows, width, zoom) {
   const height = width > 600 ? 430 : 400;
   const prices = rows.flatMap(row => [price(row), ...(row.spread[chosen("cost")] || [])]);
   const values = rows.map(row => kept(row)[0]);
@@ -50,12 +52,15 @@ function frameOf(rows, width) {
   const low = Math.max(Math.min(...rows.map(row => kept(row)[1])), Math.min(...values) - around);
   const high = Math.min(Math.max(...rows.map(row => kept(row)[2]), 1), Math.max(...values, 1) + around);
   const frame = {width, height, left: 52, right: 18, top: 26, bottom: 50, x0: least / margin, x1: most * margin,
-    y0: low - 0.06 * (high - low), y1: high + 0.08 * (high - low)};
+    y0: low - 0.06 * (high - low), y1: high + 0.08 * (high - low), ...zoom};
   const inner = [width - frame.left - frame.right, height - frame.top - frame.bottom];
   const across = value => Math.log(value / frame.x0) / Math.log(frame.x1 / frame.x0);
-  frame.x = value => frame.left + Math.min(Math.max(across(value), 0), 1) * inner[0];
-  const up = value => (Math.min(Math.max(value, frame.y0), frame.y1) - frame.y0) / (frame.y1 - frame.y0);
-  frame.y = value => height - frame.bottom - up(value) * inner[1];
+  frame.x = value => frame.left + across(value) * inner[0];
+  frame.y = value => height - frame.bottom - (value - frame.y0) / (frame.y1 - frame.y0) * inner[1];
+  frame.price = x => frame.x0 * Math.pow(frame.x1 / frame.x0, (x - frame.left) / inner[0]);
+  frame.kept = y => frame.y0 + (height - frame.bottom - y) / inner[1] * (frame.y1 - frame.y0);
+  const lies = (value, from, to) => value >= from && value <= to;
+  frame.has = row => lies(price(row), frame.x0, frame.x1) && lies(kept(row)[0], frame.y0, frame.y1);
   return frame;
 }
 
@@ -75,7 +80,7 @@ function logTicks(low, high, most) {
       ticks.push(...factors.map(factor => factor * Math.pow(10, decade)).filter(tick => tick >= low && tick <= high));
     if (ticks.length <= most) break;
   }
-  return ticks;
+  return ticks.length > 1 ? ticks : linearTicks(low, high);
 }
 
 function axes(frame) {
@@ -85,16 +90,23 @@ function axes(frame) {
   const words = (kind, x, y, anchor, text) => `<text class="${kind}" x="${x}" y="${y}" text-anchor="${anchor}">${text}</text>`;
   const parts = linearTicks(frame.y0, frame.y1).map(tick => {
     const y = frame.y(tick).toFixed(1);
-    return line("grid", left, right, y, y) + words("tick", left - 8, +y + 4, "end", `${Math.round(100 * tick)}%`);
+    return line("grid", left, right, y, y) + words("tick", left - 8, +y + 4, "end", `${+(100 * tick).toFixed(2)}%`);
   });
   for (const tick of logTicks(frame.x0 * factor, frame.x1 * factor, frame.width > 600 ? 9 : 5)) {
     const x = frame.x(tick / factor).toFixed(1);
     parts.push(line("grid", x, x, frame.top, bottom), words("tick", x, bottom + 18, "middle", short(tick)));
   }
-  const whole = frame.y(1).toFixed(1);
-  return parts.join("") + line("whole", left, right, whole, whole) +
-    words("axis", (left + right) / 2, frame.height - 10, "middle", escaped(title)) +
+  return parts.join("") + words("axis", (left + right) / 2, frame.height - 10, "middle", escaped(title)) +
     words("axis", left, 13, "start", `quality kept${chosen("task") ? ` on ${escaped(chosen("task"))}` : ""}`);
+}
+
+// What is drawn of the parts that lie within the frame.
+function clipped(frame, parts, id) {
+  const [width, height] = [frame.width - frame.left - frame.right, frame.height - frame.top - frame.bottom];
+  const whole = frame.y(1).toFixed(1);
+  return `<clipPath id="${id}"><rect x="${frame.left}" y="${frame.top}" width="${width}" height="${height}"/></clipPath>` +
+    `<g clip-path="url(#${id})"><line class="whole" x1="${frame.left}" x2="${frame.left + width}" y1="${whole}" ` +
+    `y2="${whole}"/>${parts}</g>`;
 }
 
 // The most quality that each price buys: a staircase, on to the dearer side.
@@ -103,7 +115,7 @@ function staircase(frame, best) {
   const at = row => [frame.x(price(row)).toFixed(1), frame.y(kept(row)[0]).toFixed(1)];
   const [x, y] = at(best[0]);
   const steps = best.slice(1).map(row => `H${at(row)[0]}V${at(row)[1]}`).join("");
-  const end = DATA.costs[chosen("cost")].higher ? frame.left : frame.width - frame.right;
+  const end = DATA.costs[chosen("cost")].higher ? frame.left : frame.width - frame.right;  // of the whole plot
   return `<path class="frontier" d="M${x} ${y}${steps}H${end}"/>`;
 }
 
@@ -159,19 +171,23 @@ function draw(board) {
   const holder = board.section.querySelector(".plot");
   const rows = shown(board).filter(row => kept(row) && price(row) > 0);
   const best = frontier(rows);
+  board.frame = null;
   const [svg, tip] = [holder.querySelector("svg"), holder.querySelector(".tip")];
   tip.hidden = true;
   svg.style.display = holder.querySelector(".legend").style.display = rows.length ? "" : "none";
   holder.querySelector(".empty").hidden = rows.length > 0;
   if (rows.length) {
-    const frame = frameOf(rows, Math.max(svg.clientWidth, 280));
+    const frame = board.frame = frameOf(rows, Math.max(svg.clientWidth, 280), board.zoom);
     svg.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
     // The frontier last: what matters lies on top.
     const order = row => best.includes(row) + 2 * (row.kind === "teacher");
-    const points = rows.slice().sort((a, b) => order(a) - order(b));
-    svg.innerHTML = axes(frame) + staircase(frame, best) +
-      points.map(row => point(frame, row, best.includes(row))).join("") + names(frame, rows, best);
-    const first = svg.querySelector("g.best");
+    const inside = rows.filter(frame.has);
+    const points = inside.slice().sort((a, b) => order(a) - order(b));
+    const parts = staircase(frame, best) + points.map(row => point(frame, row, best.includes(row))).join("");
+    svg.innerHTML = axes(frame) + clipped(frame, parts, `frame-${boards.indexOf(board)}`) +
+      names(frame, inside, best.filter(frame.has));
+    svg.classList.toggle("zoomed", !!board.zoom);
+    const first = svg.querySelector("g.best") || svg.querySelector("g[data-row]");
     if (first) first.tabIndex = 0;
   }
   mark(board, new Set(best));
@@ -225,12 +241,148 @@ function sort(board, header, descending) {
   header.setAttribute("aria-sort", descending ? "descending" : "ascending");
 }
 
+// --- zoom
+
+// Show a part of the plot: {x0, x1, y0, y1} in the units of its axes; null for all of it.
+function zoomTo(board, zoom) {
+  const focus = document.activeElement?.dataset?.row;
+  const whole = board.frame && frameOf(shown(board).filter(row => kept(row) && price(row) > 0), board.frame.width);
+  // Further out than the whole is nothing to see.
+  const out = zoom && whole && zoom.x0 <= whole.x0 && zoom.x1 >= whole.x1 && zoom.y0 <= whole.y0 && zoom.y1 >= whole.y1;
+  if (zoom && (zoom.x1 / zoom.x0 < 1.001 || zoom.y1 - zoom.y0 < 1e-4)) return;
+  board.zoom = out ? null : zoom;
+  draw(board);
+  if (focus != null) board.svg.querySelector(`g[data-row="${focus}"]`)?.focus();
+  remember();
+}
+
+// What lies between two corners, in pixels.
+function part(frame, left, top, right, bottom) {
+  return {x0: frame.price(left), x1: frame.price(right), y0: frame.kept(bottom), y1: frame.kept(top)};
+}
+
+// Larger by `factor` around a place, in pixels; the middle where none is given.
+function zoomBy(board, factor, x, y) {
+  const {left, right, top, bottom, width, height} = board.frame;
+  x ??= (left + width - right) / 2;
+  y ??= (top + height - bottom) / 2;
+  const to = (end, at) => at + (end - at) / factor;
+  zoomTo(board, part(board.frame, to(left, x), to(top, y), to(width - right, x), to(height - bottom, y)));
+}
+
+function moveBy(board, x, y) {
+  const {left, right, top, bottom, width, height} = board.frame;
+  zoomTo(board, part(board.frame, left - x, top - y, width - right - x, height - bottom - y));
+}
+
+// The wheel, and a drag: over a part to see it large; with Shift, or by touch once it is large, to move it.
+function listenToPointer(board) {
+  const svg = board.svg;
+  const at = event => {
+    const box = svg.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  let from = null;
+  let box = null;
+  let active = false;  // a page that is scrolled past a plot does not stop there
+  svg.addEventListener("wheel", event => {
+    if (!board.frame || !(event.ctrlKey || event.metaKey || active)) return;
+    event.preventDefault();
+    zoomBy(board, Math.pow(1.0015, -event.deltaY), ...at(event));
+  }, {passive: false});
+  svg.addEventListener("pointerdown", event => {
+    active = true;
+    if (event.button || !board.frame || (event.pointerType === "touch" && !board.zoom)) return;
+    from = at(event);
+  });
+  svg.addEventListener("pointermove", event => {
+    if (!from) return;
+    const [x, y] = at(event);
+    if (!box && Math.hypot(x - from[0], y - from[1]) < 5) return;
+    svg.setPointerCapture(event.pointerId);
+    board.dragged = true;
+    if (event.shiftKey || event.pointerType === "touch") {
+      moveBy(board, x - from[0], y - from[1]);
+      from = [x, y];
+      return;
+    }
+    box ??= svg.appendChild(document.createElementNS(svg.namespaceURI, "rect"));
+    [x, y].forEach((to, axis) => {
+      box.setAttribute("xy"[axis], Math.min(to, from[axis]));
+      box.setAttribute(["width", "height"][axis], Math.abs(to - from[axis]));
+    });
+    box.setAttribute("class", "box");
+  });
+  const end = event => {
+    if (box) {
+      const [left, top, width, height] = ["x", "y", "width", "height"].map(name => +box.getAttribute(name));
+      box.remove();
+      if (event.type === "pointerup" && width > 8 && height > 8)
+        zoomTo(board, part(board.frame, left, top, left + width, top + height));
+    }
+    from = box = null;
+    setTimeout(() => { board.dragged = false; });  // after the click that ends a drag
+  };
+  svg.addEventListener("pointerup", end);
+  svg.addEventListener("pointercancel", end);
+  svg.addEventListener("pointerleave", () => { active = false; });
+  svg.addEventListener("dblclick", () => zoomTo(board, null));
+}
+
+// Keys for the whole plot. Returns whether it was one of them.
+function zoomByKey(board, event) {
+  const arrows = {ArrowRight: [-60, 0], ArrowLeft: [60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]};
+  if (event.ctrlKey || event.metaKey || event.altKey || !board.frame) return false;
+  if (event.key === "+" || event.key === "=") zoomBy(board, 1.5);
+  else if (event.key === "-") zoomBy(board, 1 / 1.5);
+  else if (event.key === "0") zoomTo(board, null);
+  else if (event.shiftKey && arrows[event.key]) moveBy(board, ...arrows[event.key]);
+  else return false;
+  return true;
+}
+
+// --- the address
+
+const CHOICES = ["task", "cost", ...FILTERS];
+const started = new URLSearchParams(location.search);
+
+function remember() {
+  const said = new URLSearchParams(location.search);
+  const put = (name, value) => value ? said.set(name, value) : said.delete(name);
+  for (const name of CHOICES) put(name, chosen(name) === DATA.told[0] ? "" : chosen(name));
+  const sorted = document.querySelector(".board th[aria-sort]");
+  put("sort", sorted?.dataset.key);
+  put("reverse", sorted && sorted.getAttribute("aria-sort") !== sorted.dataset.first ? "1" : "");
+  const place = boards.findIndex(board => board.zoom);
+  const zoom = boards[place]?.zoom;
+  put("zoom", zoom && [place, ...["x0", "x1", "y0", "y1"].map(end => Number(zoom[end].toPrecision(4)))].join(","));
+  const query = said.toString().replaceAll("%2C", ",");
+  try {
+    history.replaceState(null, "", query ? `?${query}` : location.pathname);
+  } catch {}  // a page in a frame or a file has none to change
+}
+
+function recall() {
+  for (const name of CHOICES) {
+    const [select, value] = [controls.elements[name], started.get(name)];
+    if ([...select.options].some(option => option.value === value)) select.value = value;
+  }
+  const key = started.get("sort");
+  for (const board of DATA.paged ? [] : boards) {
+    const header = [...board.section.querySelectorAll("thead th")].find(each => each.dataset.key === key);
+    if (header) sort(board, header, (header.dataset.first === "descending") !== started.has("reverse"));
+  }
+  const [place, x0, x1, y0, y1] = (started.get("zoom") || "").split(",").map(Number);
+  if (boards[place] && x0 > 0 && x1 > x0 && y1 > y0) boards[place].zoom = {x0, x1, y0, y1};
+}
+
 // --- start
 
 const boards = DATA.boards.map((rows, place) => {
   const section = document.querySelectorAll(".board")[place];
   rows.forEach((row, id) => { row.id = id; });
-  return {rows, section, lines: [...section.querySelectorAll("tbody tr")]};
+  const [svg, lines] = [section.querySelector(".plot > svg"), [...section.querySelectorAll("tbody tr")]];
+  return {rows, section, svg, lines, zoom: null, frame: null, dragged: false};
 });
 
 function update() {
@@ -240,15 +392,25 @@ function update() {
 }
 
 for (const board of boards) {
-  const svg = board.section.querySelector(".plot > svg");
+  const svg = board.svg;
   const group = event => event.target.closest("g[data-row]");
   svg.addEventListener("pointerover", event => group(event) ? tell(board, group(event)) : hush(board));
   svg.addEventListener("pointerleave", () => hush(board));
   svg.addEventListener("focusin", event => tell(board, group(event)));
   svg.addEventListener("focusout", () => hush(board));
+  const visit = event => {
+    const link = group(event) && !board.dragged && board.rows[group(event).dataset.row].link;
+    if (link) location.assign(link);
+  };
+  svg.addEventListener("click", visit);
   svg.addEventListener("keydown", event => {  // the arrows go from point to point, cheapest first
+    if (zoomByKey(board, event)) {
+      event.preventDefault();
+      return;
+    }
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
     if (event.key === "Escape") hush(board);
+    if (event.key === "Enter") visit(event);
     if (!step) return;
     const points = [...svg.querySelectorAll("g[data-row]")];
     points.sort((a, b) => price(board.rows[a.dataset.row]) - price(board.rows[b.dataset.row]));
@@ -258,24 +420,52 @@ for (const board of boards) {
     next.focus();
     event.preventDefault();
   });
+  listenToPointer(board);
+  const zoom = board.section.querySelector(".zoom");
+  zoom.hidden = false;
+  zoom.addEventListener("click", event => {
+    const what = event.target.dataset.zoom;
+    if (what === "whole") zoomTo(board, null);
+    else if (what && board.frame) zoomBy(board, what === "in" ? 1.5 : 1 / 1.5);
+  });
   for (const line of board.lines) {
     const its = () => svg.querySelector(`g[data-row="${line.dataset.row}"]`);
     line.addEventListener("pointerenter", () => its()?.classList.add("on"));
     line.addEventListener("pointerleave", () => its()?.classList.remove("on"));
   }
   for (const header of board.section.querySelectorAll("thead th")) {
+    if (DATA.paged) break;  // the server sorts
     const button = document.createElement("button");
-    button.append(...header.childNodes);
-    header.append(button);
+    button.type = "button";
+    button.append(...(header.querySelector("a") || header).childNodes);
+    header.replaceChildren(button);
     button.addEventListener("click", () => {
       const now = header.getAttribute("aria-sort");
       sort(board, header, now ? now === "ascending" : header.dataset.first === "descending");
+      remember();
     });
   }
 }
 
-controls.addEventListener("change", update);
-controls.addEventListener("reset", () => setTimeout(update));
+// A zoom is of one cost and task: another choice shows the whole again.
+function choose(event) {
+  if (DATA.paged) {
+    controls.requestSubmit();
+    return;
+  }
+  if (!event || ["task", "cost"].includes(event.target.name)) boards.forEach(board => { board.zoom = null; });
+  update();
+  remember();
+}
+
+controls.addEventListener("change", choose);
+controls.addEventListener("reset", event => {  // to all, whatever the page began with
+  event.preventDefault();
+  for (const name of ["task", ...FILTERS]) controls.elements[name].value = "";
+  choose();
+});
+controls.querySelectorAll("[type=reset]").forEach(button => { button.hidden = false; });
 controls.hidden = false;
 addEventListener("resize", () => boards.forEach(draw));
+recall();
 update();

@@ -1,6 +1,7 @@
-"""The leaderboard as one HTML file: plots and tables to sort and filter, offline; page.css and page.js go into it.
+"""The leaderboard's page: plots to zoom, tables to sort and filter. `limbeck ui` shows its parts too.
 
-Without JavaScript the tables are there all the same, as the command ranked them.
+As one HTML file it works offline; page.css and page.js go into it. Without JavaScript the tables are there all the
+same, as they were ranked.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals.cells import COSTS, title
 from evals.controls import told
@@ -36,12 +38,12 @@ PAGE = """<!doctype html>
 <h1>{name}</h1>
 <p>{subtitle}</p>
 </header>
-<section class="tiles">{tiles}</section>
-<form class="controls" hidden>{controls}</form>
-{boards}
-<footer>{notes}</footer>
+<section class="tiles">{parts.tiles}</section>
+<form class="controls" hidden>{parts.controls}</form>
+{parts.boards}
+<footer>{parts.notes}</footer>
 </main>
-<script type="application/json" id="data">{data}</script>
+<script type="application/json" id="data">{parts.data}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -49,13 +51,18 @@ PAGE = """<!doctype html>
 BOARD = """<section class="board">
 {heading}
 <div class="card plot">
-<svg role="group" aria-label="Quality kept against cost; the arrow keys go from point to point"></svg>
+<div class="zoom" role="group" aria-label="Zoom" hidden>
+<button type="button" data-zoom="in" title="Zoom in: +" aria-label="Zoom in">+</button>
+<button type="button" data-zoom="out" title="Zoom out: -" aria-label="Zoom out">&minus;</button>
+<button type="button" data-zoom="whole" title="Show all: 0">all</button>
+</div>
+<svg role="group" aria-label="{label}"></svg>
 <p class="empty" hidden>Nothing that is shown has both a cost and a retention: limbeck eval ... --against</p>
 <div class="tip" role="status" hidden></div>
 <noscript><p class="empty">The plot needs JavaScript; the table does not.</p></noscript>
 <p class="legend">{legend}</p>
 </div>
-<div class="card table">
+<div class="card table" tabindex="0" role="region" aria-label="The table">
 <table>
 <thead><tr>{headers}</tr></thead>
 <tbody>
@@ -67,6 +74,10 @@ BOARD = """<section class="board">
 """
 
 NONE = "&ndash;"
+LABEL = (
+    "Quality kept against cost. The arrow keys go from point to point, with Shift they move the plot; plus and minus "
+    "zoom, 0 shows all. Drag over a part to see it large; the wheel zooms with Ctrl held, or once the plot was clicked."
+)
 LEGEND = (
     ("teacher", '<path class="mark" d="M0-8 8 0 0 8-8 0z"/>', "teacher"),
     ("student best", '<rect class="mark" x="-5.5" y="-5.5" width="11" height="11" rx="1.5"/>', "student, PyTorch"),
@@ -82,41 +93,110 @@ NOTES = (
 )
 
 
+@dataclass(frozen=True)
+class View:
+    """What of a leaderboard is shown first, and how its rows are linked."""
+
+    task: str = ""  # whose quality the plot shows; "": the mean over all
+    cost: str = USD  # the column of COSTS that the plot shows
+    kind: str = ""  # the rows shown; "": all
+    recipe: str = ""
+    precision: str = ""
+    sort: str = ""  # the key of `evals.ranking.sort_keys` that the rows are sorted by; "": as they come
+    reverse: bool = False  # whether the worst, or last, comes first
+    link: Callable[[str], str] | None = None  # from NAME/VERSION to its page; None: there is none
+    sorting: Callable[[str, bool], str] | None = None  # from a key, and whether reversed, to this page sorted so
+    choosing: str = ""  # the id of a form that takes two versions; "": there is none
+    paged: bool = False  # more rows than are given: any choice asks the server anew
+
+    def shows(self, row: LeaderboardRow) -> bool:
+        """Whether a row passes the filters."""
+        return all(not wanted or getattr(row, field) == wanted for field, wanted in self.filters.items())
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """Field of a row -> the value that it has to have, or ""."""
+        return {"recipe": self.recipe, "precision": self.precision, "kind": self.kind}
+
+
+class Parts(NamedTuple):
+    """The page in pieces of HTML; `data` is what page.js reads."""
+
+    tiles: str
+    controls: str
+    boards: str
+    notes: str
+    data: str
+
+
 def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, cost: str = USD) -> str:
-    """The page of a model's leaderboard.
+    """The page of a model's leaderboard, as one file.
 
     Args:
         rows: of `evals.leaderboard.rows`.
         task: the one that the rows are ranked by, if they are.
         cost: the column of COSTS that the plot shows first.
     """
-    boards = by_setting(rows) or [[]]
     here = Path(__file__)
     script = here.with_name("page.js").read_text(encoding="utf-8")
-    data = {
-        "boards": [[_point(row) for row in board] for board in boards],
-        "costs": {
-            key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
-            for key, column in COSTS.items()
-        },
-        "told": [USD, "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes"],
-    }
     subtitle = f"Cost against quality kept of the teacher's{f', on {task}' if task else ''}"
     return PAGE.format(
         name=escape(name),
         hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         style=here.with_name("page.css").read_text(encoding="utf-8"),
         subtitle=escape(f"{subtitle} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
-        tiles="".join(_tiles(boards[0])),
-        controls="".join(_controls(rows, task, cost)),
-        boards="".join(map(_board, boards)) + _against_controls(rows),
-        notes="".join(f"<p>{note}</p>" for note in NOTES),
-        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        parts=parts(rows, View(cost=cost), all_tasks=task or "all tasks", tasks=() if task else None),
         script=script,
     )
 
 
-def _point(row: LeaderboardRow) -> dict[str, Any]:
+def parts(
+    rows: Sequence[LeaderboardRow],
+    view: View,
+    *,
+    all_tasks: str = "all tasks",
+    tasks: Iterable[str] | None = None,
+    every: Sequence[LeaderboardRow] | None = None,
+    dots: Sequence[LeaderboardRow] = (),
+) -> Parts:
+    """The page in pieces.
+
+    Args:
+        rows: that the tables have.
+        view: what is shown of them first.
+        all_tasks: what the mean over tasks is called.
+        tasks: that can be chosen for the plot; None: all of the rows.
+        every: the rows that the choices and the tiles are made of, where those of the tables are some of them.
+        dots: further rows that the plot shows and the table does not.
+    """
+    every = rows if every is None else every
+    boards = by_setting(rows) or [[]]
+    data = {
+        "boards": [[_point(row, view) for row in (*board, *_beside(board, dots))] for board in boards],
+        "costs": {
+            key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
+            for key, column in COSTS.items()
+        },
+        "told": [USD, "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes"],
+        "paged": view.paged,
+    }
+    names = dict.fromkeys(name for row in every for name in row.task_retention) if tasks is None else tasks
+    return Parts(
+        tiles="".join(_tiles((by_setting(every) or [[]])[0])),
+        controls="".join(_controls(every, view, {"": all_tasks} | {name: name for name in names})),
+        boards="".join(_board(board, view) for board in boards) + _against_controls(rows),
+        notes="".join(f"<p>{note}</p>" for note in NOTES),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    )
+
+
+def _beside(board: Sequence[LeaderboardRow], dots: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Those of `dots` that are of a board's setting and not in it."""
+    there = {row.version for row in board}
+    return [row for row in dots if board and row.setting == board[0].setting and row.version not in there]
+
+
+def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
     """A row as page.js takes it; six digits are enough for a plot."""
     spread = {key: [_six(ends["low"]), _six(ends["high"])] for key, ends in row.intervals.items()}
     return {
@@ -132,6 +212,7 @@ def _point(row: LeaderboardRow) -> dict[str, Any]:
         "ratio": row.cost_ratio,
         "verdict": row.verdict,
         "aliases": row.aliases,
+        "link": view.link(row.version) if view.link else None,
     }
 
 
@@ -143,15 +224,14 @@ def _six(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _controls(rows: Sequence[LeaderboardRow], task: str | None, cost: str) -> Iterator[str]:
-    tasks = dict.fromkeys(name for row in rows for name in row.task_retention if not task)
-    measured = [key for key in COSTS if key == cost or any(row.cost and row.cost[key] is not None for row in rows)]
-    yield _select("task", "quality kept on", {"": task or "all tasks"} | {name: name for name in tasks})
-    yield _select("cost", "cost", {key: COSTS[key].title for key in measured}, cost)
-    for field in ("recipe", "precision", "kind"):
+def _controls(rows: Sequence[LeaderboardRow], view: View, tasks: dict[str, str]) -> Iterator[str]:
+    measured = [key for key in COSTS if key == view.cost or any(row.cost and row.cost[key] is not None for row in rows)]
+    yield _select("task", "quality kept on", tasks, view.task)
+    yield _select("cost", "cost", {key: COSTS[key].title for key in measured}, view.cost)
+    for field, wanted in view.filters.items():
         values = sorted({getattr(row, field) for row in rows} - {None})
-        yield _select(field, field, {"": "all"} | {value: value for value in values}, hidden=len(values) < 2)
-    yield '<button type="reset">Show all</button><output name="count"></output>'
+        yield _select(field, field, {"": "all"} | {value: value for value in values}, wanted, hidden=len(values) < 2)
+    yield '<button type="reset" hidden>Show all</button><output name="count"></output>'
 
 
 def _select(name: str, label: str, options: dict[str, str], chosen: str = "", hidden: bool = False) -> str:
@@ -193,15 +273,16 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
-def _board(rows: Sequence[LeaderboardRow]) -> str:
+def _board(rows: Sequence[LeaderboardRow], view: View) -> str:
     """The plot and the table of one setting."""
     differs = rows[0].differs if rows else None
     metrics = {task: result for row in rows for task, result in row.quality.items()}
     return BOARD.format(
         heading=f"<h2>Ranked apart<small>{escape(differs)}</small></h2>" if differs else "",
         legend="".join(_legend(rows)),
-        headers="".join(_headers(metrics)),
-        lines="\n".join(_line(place, row, list(metrics)) for place, row in enumerate(rows)),
+        label=LABEL,
+        headers="".join(_headers(metrics, view)),
+        lines="\n".join(_line(place, row, list(metrics), view) for place, row in enumerate(rows)),
     )
 
 
@@ -225,30 +306,45 @@ def _legend(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
             yield f'<span><svg viewBox="-10 -10 20 20"><g class="{classes}">{mark}</g></svg>{words}</span>'
 
 
-def _headers(metrics: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _headers(metrics: dict[str, dict[str, Any]], view: View) -> Iterator[str]:
     """Column titles; `data-first` is how a click sorts at first."""
-    costs = [(column.title, column.higher_is_better) for column in COSTS.values()]
-    first = [("version", False), ("quality kept", True), costs[0], ("cost ratio", False), ("speed-up", True)]
-    for words, descending in (*first, ("verdict", False)):
-        yield _header(escape(words), descending)
+    first, *costs = COSTS
+    yield _header("version", "version", False, view)
+    yield _header("retention", "quality kept", True, view)
+    yield _header(first, COSTS[first].title, COSTS[first].higher_is_better, view)
+    for key, words, descending in (("cost_ratio", "cost ratio", False), ("speedup", "speed-up", True)):
+        yield _header(key, words, descending, view)
+    yield _header("verdict", "verdict", False, view)
     for task, result in metrics.items():
         metric = str(result["metric"])
-        words = escape(task) + ("" if task.endswith(metric) else f"<br>{escape(metric)}")
-        yield _header(words, bool(result["higher_is_better"]))
-    for words, descending in costs[1:]:
-        yield _header(escape(words), descending)
+        words = task if task.endswith(metric) else f"{task}\n{metric}"
+        yield _header(task, words, bool(result["higher_is_better"]), view)
+    for key in costs:
+        yield _header(key, COSTS[key].title, COSTS[key].higher_is_better, view)
 
 
-def _header(words: str, descending: bool) -> str:
-    return f'<th scope="col" data-first="{"descending" if descending else "ascending"}">{words}</th>'
+def _header(key: str, words: str, descending: bool, view: View) -> str:
+    now = key == view.sort
+    shown = escape(words).replace("\n", "<br>")
+    if view.sorting:
+        shown = f'<a href="{escape(view.sorting(key, now and not view.reverse))}">{shown}</a>'
+    sorted_ = f' aria-sort="{"descending" if descending != view.reverse else "ascending"}"' if now else ""
+    first = "descending" if descending else "ascending"
+    return f'<th scope="col" data-key="{escape(key)}" data-first="{first}"{sorted_}>{shown}</th>'
 
 
-def _line(place: int, row: LeaderboardRow, tasks: Sequence[str]) -> str:
+def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], view: View) -> str:
     cost: dict[str, Any] = row.cost or {}
     kept = row.retention
     tags = [f'<span class="{row.verdict}">{row.verdict}</span>'] if row.verdict else []
     tags += [f'<span class="tag">{escape(alias)}</span>' for alias in row.aliases]
-    name = f'{escape(row.version)} <span class="best {row.kind}">&#9670;</span><small>{escape(title(row))}</small>'
+    name = escape(row.version)
+    if view.link:
+        name = f'<a href="{escape(view.link(row.version))}">{name}</a>'
+    if view.choosing:
+        words = f'form="{view.choosing}" name="v" value="{escape(row.version)}"'
+        name = f'<input type="checkbox" {words} aria-label="compare {escape(row.version)}"> {name}'
+    name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(title(row))}</small>'
     whole = f"{kept['value']:.1%}<small>{kept['low']:.1%} to {kept['high']:.1%}</small>" if kept else None
     prices = {key: _cell(cost.get(key), column.cell(cost.get(key))) for key, column in COSTS.items()}
     cells = [
@@ -265,7 +361,8 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str]) -> str:
         error = f"<small>&plusmn;{stderr:.3f}</small>" if isinstance(stderr, float) else ""
         cells.append(_cell(score, isinstance(score, float) and f"{score:.3f}{error}"))
     cells += prices.values()
-    return f'<tr class="{row.kind}{" best" if row.pareto else ""}" data-row="{place}">{"".join(cells)}</tr>'
+    classes = f"{row.kind}{' best' if row.pareto else ''}"
+    return f'<tr class="{classes}" data-row="{place}"{"" if view.shows(row) else " hidden"}>{"".join(cells)}</tr>'
 
 
 def _cell(value: object, shown: str | bool | None, more: str = "") -> str:

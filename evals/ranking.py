@@ -10,7 +10,7 @@ from evals.cells import COSTS
 from registry.records import LeaderboardRow
 
 USD = "usd_per_million_tokens"
-ABOUT = ("version", "kind", "recipe", "precision", "retention")
+ABOUT = ("version", "kind", "recipe", "precision", "verdict", "retention")
 RATIOS = {"cost_ratio": False, "speedup": True}  # -> whether more is better
 
 

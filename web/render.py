@@ -25,16 +25,17 @@ def _environment() -> Environment:
     return made
 
 
-def render(page: str, **values: Any) -> str:
+def render(page: str, /, **values: Any) -> str:
     """The template `web/pages/PAGE` with `values`."""
     return _environment().get_template(page).render(**values)
 
 
-def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+def page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
     """The answer to a request: a template that extends base.html.
 
     Args:
-        values: of the template. `crumbs`, pairs of words and link, lead here; `flash` is said on top, in the manner
+        template: that extends base.html.
+        values: of it. `crumbs`, pairs of words and link, lead here; `flash` is said on top, in the manner
             of `flash_kind`: "done" or "problem".
     """
     theme = request.cookies.get("theme", "")
@@ -46,7 +47,7 @@ def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HT
         "flash": None,
         "flash_kind": "done",
     }
-    return HTMLResponse(render(name, **shared | values), status)
+    return HTMLResponse(render(template, **shared | values), status)
 
 
 def model_link(name: str, *rest: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from fastapi import Request
 
 from registry.policy import Policy
 from registry.store import Store
+from web.boards import Boards
 from web.security import Guard
 
 
@@ -20,6 +22,11 @@ class Site:
     guard: Guard  # who may change anything
     policy: Policy | None = None  # of aliases that no policy protects
     mlflow_ui: str | None = None  # where MLflow's own pages are, without credentials
+
+    @cached_property
+    def boards(self) -> Boards:
+        """The leaderboards of all models."""
+        return Boards(self.store)
 
     def run_link(self, run_id: str) -> str | None:
         """The address of a run in MLflow's own pages; None where they are not known."""
