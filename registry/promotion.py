@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from registry import ledger, people
+from registry import ledger, people, provenance
 from registry.errors import BadInput, Refused
 from registry.evidence import gather
 from registry.policy import Policy
@@ -136,6 +136,7 @@ def promote(
                 override=overridden,
                 broken=tuple(f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in best.failing),
                 policy=governing.digest(),
+                sbom=provenance.attest(store, best.version),
             )
             ledger.apply(store, entry)
         return Promotion(name, alias, candidates, best.version, before, entry)
