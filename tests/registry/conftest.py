@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ POLICY = Policy(quality=Quality(min_retention=0.8), cost=CostLimits(max_cost_rat
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """An artifact folder that looks like a model; other `content`, other digest."""
+    return partial(make_artifact, tmp_path / "made")
 
-    def make(content: str, onnx: bool = False) -> Path:
-        folder = tmp_path / "made" / content
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text('{"model_type": "llama"}')
-        (folder / ("model.onnx" if onnx else "model.safetensors")).write_text(content * 100)
-        return folder
 
-    return make
+def make_artifact(root: Path, content: str, onnx: bool = False) -> Path:
+    """As the fixture `make_folder` makes, below `root`."""
+    folder = root / content
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / ("model.onnx" if onnx else "model.safetensors")).write_text(content * 100)
+    return folder
 
 
 @pytest.fixture
@@ -49,7 +51,11 @@ def make_parity() -> Callable[..., Parity]:
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
     """A parquet of two documents."""
-    file = tmp_path / "documents.parquet"
+    return write_documents(tmp_path / "documents.parquet")
+
+
+def write_documents(file: Path) -> Path:
+    """As the fixture `documents`, in any file."""
     pq.write_table(pa.table({"doc_id": [0, 1], "value": [1.0, 0.0]}), file)
     return file
 
@@ -74,6 +80,11 @@ class Still:
 @pytest.fixture
 def still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
     """Nothing is scored yet; every variant has its parity."""
+    return make_still(store, make_folder, documents)
+
+
+def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
+    """As the fixture `still`, in any store."""
     teacher = store.register("still", make_folder("teacher"), kind="teacher")
     made = dict(parent=teacher.ref, teacher=teacher.ref, recipe="small")
     student = store.register("still", make_folder("student"), kind="student", **made)
@@ -94,6 +105,11 @@ def still(store: Store, make_folder: Callable[..., Path], documents: Path) -> St
 @pytest.fixture
 def scored(still: Still) -> Still:
     """fp32 (2 dollars) and int8 (1 dollar) pass POLICY; int4 is cheapest and fails."""
+    return score_all(still)
+
+
+def score_all(still: Still) -> Still:
+    """As the fixture `scored`."""
     still.score(still.variants["fp32"], usd=2.0)
     still.score(still.variants["int8"], usd=1.0)
     still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))

@@ -1,0 +1,112 @@
+"""Pages over a real registry, asked over HTTP and clicked on in a real browser. One registry and browser a module."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import uvicorn
+
+from registry.store import Store
+from tests.registry.conftest import POLICY, Still, make_artifact, make_still, score_all, write_documents
+from web.app import create_app
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+TOKEN = "a token that only tests know"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@dataclass
+class Site:
+    """Pages that are served on loopback, and the registry behind them."""
+
+    still: Still
+    address: str  # http://127.0.0.1:PORT
+
+    @property
+    def store(self) -> Store:
+        return self.still.store
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Still]:
+    """The registered model `still` of tests/registry/conftest.py: fp32 and int8 pass POLICY, int4 fails."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "home").mkdir()
+    shutil.copy(empty_database, folder / "home" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(folder / "home"))
+        patch.setenv("LIMBECK_USER", "ada")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        documents = write_documents(folder / "documents.parquet")
+        yield score_all(make_still(Store(), partial(make_artifact, folder / "made"), documents))
+
+
+@pytest.fixture(scope="module")
+def site(registry: Still) -> Iterator[Site]:
+    """The pages, served by a thread; POLICY judges for aliases that no policy protects."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    app = create_app(registry.store, policy=POLICY, token=TOKEN)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield Site(registry, address)
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; skipped where none is installed."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: Browser, site: Site) -> Iterator[Page]:
+    """A page of a new profile, 1280 wide and light, not logged in; a script or style that is refused fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, base_url=site.address, color_scheme="light")
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    yield page
+    context.close()
+    assert [each for each in problems if "status of 4" not in each] == []
+
+
+def log_in(tab: Page) -> None:
+    """Through the form."""
+    tab.goto("/login")
+    tab.get_by_label("Token").fill(TOKEN)
+    tab.get_by_role("button", name="Log in").click()
+    tab.get_by_role("button", name="Log out").wait_for()
