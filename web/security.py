@@ -290,7 +290,9 @@ class Once:
         if first:
             try:
                 answer.set_result(act())
-            except BaseException as error:
+            except BaseException as error:  # nothing was done: it may be tried again
+                with self._lock:
+                    self._answers.pop(form, None)
                 answer.set_exception(error)
         result: str = answer.result()
         return result

@@ -1,0 +1,205 @@
+"""Who may look and who may change: sessions, forms, other sites, other names of this machine, guessed tokens."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.testclient import TestClient
+
+from registry.errors import BadInput, Refused
+from web.security import SESSION_S, TRY_S, Guard, Guarded, Once, Session, here, is_loopback, token_asked
+
+TOKEN = "a token that only tests know"
+OWN = {"Origin": "http://127.0.0.1:8600"}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def guarded(guard: Guard, address: str = "http://127.0.0.1:8600") -> TestClient:
+    """One page that says who asks, and takes changes."""
+    app = FastAPI()
+
+    @app.api_route("/page", methods=["GET", "POST"])
+    def page(request: Request) -> bool:
+        return request.state.session is not None
+
+    @app.get("/login")
+    def login() -> str:
+        return "the form"
+
+    app.add_middleware(Guarded, guard=guard)
+    return TestClient(app, base_url=address, follow_redirects=False)
+
+
+def session(guard: Guard) -> tuple[str, Session]:
+    cookie = guard.log_in(TOKEN, "a")
+    found = guard.session(cookie)
+    assert found is not None
+    return cookie, found
+
+
+def test_a_session_is_for_the_token_ends_and_can_be_ended() -> None:
+    clock = Clock()
+    guard = Guard(TOKEN, now=clock)
+    with pytest.raises(Refused, match="not the token"):
+        guard.log_in(TOKEN + "x", "a")
+    cookie, mine = session(guard)
+    _, other = session(guard)
+    assert TOKEN not in cookie
+    assert mine.csrf != other.csrf
+    clock.time += SESSION_S - 1
+    assert guard.session(cookie) == mine
+    clock.time += 1
+    assert guard.session(cookie) is None
+    cookie, mine = session(guard)
+    guard.log_out(mine)
+    assert guard.session(cookie) is None
+
+
+def test_a_forged_cookie_is_none() -> None:
+    guard = Guard(TOKEN)
+    cookie, _ = session(guard)
+    expires, nonce, signature = cookie.split(".")
+    forged = [f"{int(expires) + 1}.{nonce}.{signature}", f"{expires}.{nonce}x.{signature}", f"{expires}.{nonce}.", ""]
+    # What another server signed, or this one for another purpose, is worth nothing here.
+    forged += [Guard(TOKEN).log_in(TOKEN, "a"), f"{expires}.{nonce}.{guard._sign('csrf', f'{expires}.{nonce}')}", "é.é"]
+    assert [guard.session(each) for each in forged] == [None] * len(forged)
+
+
+def test_without_a_token_nobody_gets_in() -> None:
+    guard = Guard(None)
+    for tried in ("", "None"):
+        with pytest.raises(Refused):
+            guard.log_in(tried, "a")
+
+
+def test_guessing_is_slow() -> None:
+    clock = Clock()
+    guard = Guard(TOKEN, now=clock)
+    for _ in range(5):
+        with pytest.raises(Refused, match="not the token"):
+            guard.log_in("wrong", "a")
+    with pytest.raises(Refused, match="wait 60 seconds"):
+        guard.log_in(TOKEN, "a")  # the right one too: else guessing would not be slow
+    assert guard.session(guard.log_in(TOKEN, "another address"))
+    clock.time += TRY_S
+    assert guard.session(guard.log_in(TOKEN, "a"))
+
+
+def test_only_these_pages_may_send_a_change() -> None:
+    client = guarded(Guard(TOKEN))
+    assert client.post("/page", headers=OWN).status_code == 200
+    assert client.post("/page", headers=OWN | {"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    for headers in (
+        {},  # a browser always says where a form comes from
+        {"Origin": "null"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "http://127.0.0.1:8601"},  # another server of this machine
+        {"Origin": "http://127.0.0.1:8600.evil.example"},
+        OWN | {"Sec-Fetch-Site": "cross-site"},
+        OWN | {"Sec-Fetch-Site": "same-site"},
+    ):
+        assert client.post("/page", headers=headers).status_code == 403, headers
+
+
+def test_other_sites_may_link_here_and_embed_nothing() -> None:
+    client = guarded(Guard(TOKEN))
+    linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert client.get("/page", headers=linked).status_code == 200
+    answer = client.get("/page", headers=linked | {"Sec-Fetch-Mode": "no-cors"})
+    assert answer.status_code == 403
+    for response in (answer, client.get("/page")):
+        headers = response.headers
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert "'unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "same-origin"
+        assert headers["Cache-Control"] == "no-store"
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8600", 200),
+        ("localhost", 200),
+        ("[::1]:8600", 200),
+        ("10.1.2.3", 200),  # an address needs no lookup
+        ("registry.example:8600", 200),
+        ("REGISTRY.example.", 200),
+        ("evil.example:8600", 421),  # a name that was turned to this machine
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+        ("[", 421),
+    ],
+)
+def test_only_known_names_are_answered(host: str, status: int) -> None:
+    client = guarded(Guard(TOKEN, hosts=["registry.example"]))
+    assert client.get("/page", headers={"Host": host}).status_code == status
+
+
+def test_private_pages_are_read_after_login_alone() -> None:
+    guard = Guard(TOKEN, private=True)
+    client = guarded(guard)
+    answer = client.get("/page?a=1&b=2")
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/login?next=%2Fpage%3Fa%3D1%26b%3D2")
+    assert client.post("/page", headers=OWN).status_code == 401
+    assert client.get("/login").status_code == 200
+    client.cookies.set(guard.cookie, session(guard)[0])
+    assert client.get("/page").json() is True
+
+
+def test_two_servers_of_one_machine_share_no_cookie() -> None:
+    assert Guard(TOKEN).cookie != Guard(TOKEN).cookie
+
+
+def test_where_login_leads() -> None:
+    assert here("/models/a/1?x=1#y") == "/models/a/1?x=1#y"
+    for elsewhere in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", None, "/a\nb"):
+        assert here(elsewhere) == "/"
+
+
+def test_tokens() -> None:
+    assert token_asked(None) != token_asked(None)
+    assert len(token_asked("")) >= 32
+    assert token_asked(f" {TOKEN}\n") == TOKEN
+    with pytest.raises(BadInput, match="has 5 characters, at least 16"):
+        token_asked("short")
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.com")))
+
+
+def test_a_form_acts_once_and_again_only_after_an_error() -> None:
+    once, acts, ready = Once(), [], Barrier(8)
+
+    def act() -> str:
+        acts.append(1)
+        return f"answer {len(acts)}"
+
+    def send(_: int) -> str:
+        ready.wait()
+        return once.run("form", act)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(send, range(8))) == {"answer 1"}
+    assert once.run("another form", act) == "answer 2"
+
+    def fail() -> str:
+        raise Refused("no")
+
+    with pytest.raises(Refused):
+        once.run("third", fail)
+    assert once.run("third", act) == "answer 3"
