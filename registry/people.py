@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import os
+from functools import lru_cache
+from typing import Any
 
 from registry import connection
 
@@ -40,8 +42,14 @@ def manages(tracking_uri: str, name: str) -> bool | None:
     return status == 200 and answer.get("permission") == "MANAGE"
 
 
-def _account(tracking_uri: str) -> dict[str, str] | None:
+def _account(tracking_uri: str) -> dict[str, Any] | None:
     """What the server knows of this user; {} where it does not let them in, None where it has no accounts."""
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    return _account_of(tracking_uri, *(os.environ.get(name) for name in names))
+
+
+@lru_cache  # a password takes a server up to half a second
+def _account_of(tracking_uri: str, *credentials: str | None) -> dict[str, Any] | None:
     status, answer = connection.asked(tracking_uri, CURRENT)
     if status == 404:
         return None
