@@ -117,6 +117,9 @@ def requests(name: str | None, output: str) -> None:
     if output == "json":
         print_json([_request_json(each) for each in found])
         return
+    if not found:
+        say("nothing waits")
+        return
     columns = ["version", "alias", "asked by", "when", "reason", "approved by", "needed", "may still answer"]
     print_table("requests", columns, [_row(each) for each in found])
     for each in found:
