@@ -24,6 +24,7 @@ MODELS: Table = {
     "lineage": ("registry.models_cli:lineage", "The tree from teacher to served artifact."),
     "card": ("registry.models_cli:card", "The model card of a version, as Markdown."),
     "diff": ("evals.diff_cli:diff", "Two versions side by side: recipe, scores, cost."),
+    "sbom": ("registry.provenance_cli:sbom", "What went into a version, with digests; signed, verified."),
     "history": ("registry.history_cli:history", "The alias moves of NAME, from its ledger."),
 }
 KEYS: Table = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from registry import bill
 from registry.digest import MANIFEST, differences, file_digest, read_manifest
 from registry.errors import DamagedArtifact
 
@@ -24,6 +25,14 @@ def bundled_artifact(folder: Path) -> Path:
     if problems := differences(own_files(folder), read_manifest(folder).get("files", {})):
         raise DamagedArtifact(folder, problems)
     return folder / MODEL
+
+
+def bill_beside(artifact: Path) -> bill.Bill | None:
+    """The bill of materials in the bundle that an artifact's folder is of; None where there is none.
+
+    Raises DamagedArtifact where it cannot be read.
+    """
+    return bill.read(artifact.parent) if is_bundle(artifact.parent) else None
 
 
 def own_files(folder: Path) -> dict[str, str]:

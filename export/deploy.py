@@ -10,6 +10,8 @@ from typing import Any
 
 from export.bundle import CARD, MODEL, bundled_artifact, is_bundle, own_files
 from export.vendor import requirements, sources
+from registry import bill as bills
+from registry.bill import Bill
 from registry.digest import MANIFEST, digest_of, read_manifest, told_fields, verify, write_json, write_manifest
 from registry.errors import BadInput
 from registry.home import written_whole
@@ -25,6 +27,7 @@ def deploy(
     digest: str | None = None,
     about: dict[str, Any] | None = None,
     card: str | None = None,
+    bill: Bill | None = None,
 ) -> str:
     """Write the ONNX artifact in `artifact` to the folder `to` with all that serves it. Returns its digest.
 
@@ -35,6 +38,7 @@ def deploy(
         digest: what the artifact's digest must be; the manifest decides where it is None.
         about: what the bundle's manifests say besides, such as its registered name and version.
         card: the model card, see registry.card.
+        bill: the bill of materials. Where it is signed, the bundle's requirements have what checks that.
 
     Raises:
         BadInput: `artifact` is no ONNX artifact, or `to` holds something that is no bundle.
@@ -57,8 +61,12 @@ def deploy(
             (part / CARD).write_text(card, encoding="utf-8")
         for name, source in sources().items():
             _copy(source, part / "lib" / name)
+        if bill is not None:
+            bills.write(part, bill)
+        signed = ["cryptography"] if bill and bill.signatures else []
         python = ".".join(map(str, sys.version_info[:2]))
-        (part / "requirements.txt").write_text(f"# Python {python}\n" + "".join(f"{pin}\n" for pin in requirements()))
+        pins = "".join(f"{pin}\n" for pin in requirements(*signed))
+        (part / "requirements.txt").write_text(f"# Python {python}\n{pins}")
         _write_host(part, about | {"digest": digest, "precision": given["precision"], "python": python})
         files = own_files(part)
         told = {"bundle": True, "artifact": digest, "python": python}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.bundle import bundled_artifact, is_bundle
+from export.bundle import bill_beside, bundled_artifact, is_bundle
+from registry.bill import Bill, check
 from registry.digest import read_manifest
 from registry.errors import BadInput
 
@@ -23,6 +24,8 @@ class Found:
     engine: str
     digest: str | None  # None: its manifest decides, when it is loaded
     version: Version | None = None  # that is registered
+    bill: Bill | None = None  # of materials; `find_onnx` looks for it, and for who signed it
+    signed_by: str | None = None  # by the file of trusted keys; None where none is configured
 
 
 def find(text: str) -> Found:
@@ -43,10 +46,15 @@ def find(text: str) -> Found:
 
 
 def find_onnx(text: str) -> Found:
-    """As `find`. Raises BadInput, naming the ONNX variants there are, where it is a torch model."""
+    """As `find`, with its bill of materials, which is held against the artifact and the keys that are trusted.
+
+    Raises:
+        BadInput: a torch model, naming the ONNX variants there are; or no trusted key signed the bill.
+        DamagedArtifact: the bill was changed, or is of another artifact.
+    """
     found = find(text)
     if found.engine == "onnxruntime":
-        return found
+        return _with_bill(found, text)
     name, _, version = found.name.rpartition("/")
     variants = []
     if name and version.isdecimal() and not Path(text).is_dir():
@@ -58,3 +66,16 @@ def find_onnx(text: str) -> Found:
         f"{text} is a torch model; what is deployed and served is ONNX",
         fix=f"its ONNX variants: {there}" if there else f"export it first: limbeck export {text}",
     )
+
+
+def _with_bill(found: Found, text: str) -> Found:
+    if found.version is None:
+        bill = bill_beside(found.path)
+    else:
+        from registry import provenance
+        from registry.store import Store
+
+        bill = provenance.named(Store(), text if "@" in text else found.version.ref)
+    digest = found.digest or str(read_manifest(found.path).get("digest"))
+    signer = check(bill, digest, found.name)
+    return replace(found, bill=bill, signed_by=signer, digest=digest if bill else found.digest)

@@ -30,7 +30,7 @@ def main(ref: str, seconds: float) -> None:
                 store = store or Store()
                 new = store.get(ref).ref
             if new is None or new != name:
-                found = find_onnx(new or ref)
+                found = find_onnx(ref)
                 said = {"path": str(found.path), "name": found.name, "digest": found.digest}
                 name = new
         except Exception as error:  # a registry that is away comes back

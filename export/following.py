@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from export.bundle import bill_beside
+from registry.bill import check
 from registry.digest import MANIFEST, read_manifest
-from registry.errors import BadInput, DamagedArtifact
+from registry.errors import BadInput, LimbeckError
 
 RESTART_S = 5.0  # before a child that died is started again
 
@@ -116,7 +118,8 @@ class Folder:
     def _look(self) -> Artifact | Problem:
         try:
             manifest = read_manifest(self._found.path)
-        except DamagedArtifact as error:
+            check(bill_beside(self._found.path), str(manifest.get("digest")), self._found.name)
+        except LimbeckError as error:
             return Problem(error.message, self._found.name)
         return Artifact(self._found.path, str(manifest.get("model") or self._found.name), manifest.get("digest"))
 

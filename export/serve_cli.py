@@ -27,7 +27,8 @@ def deploy(model: str, to: Path, output: str) -> None:
 
     A host needs Python and the folder's requirements.txt: no torch, transformers, MLflow or registry, nor Limbeck.
     The folder's README.md tells how to start it, by hand, by systemd or in a container; model/README.md is the model
-    card of a registered MODEL.
+    card of a registered MODEL, sbom.json its bill of materials. Where LIMBECK_TRUSTED_KEYS names a file of keys, one
+    of them has to have signed that.
     """
     from export.deploy import deploy as write
     from export.find import find_onnx
@@ -39,11 +40,15 @@ def deploy(model: str, to: Path, output: str) -> None:
         from registry.store import Store
 
         told = card(Store(), found.version)
-    digest = write(found.path, to, digest=found.digest, about={"model": found.name}, card=told)
+    digest = write(found.path, to, digest=found.digest, about={"model": found.name}, card=told, bill=found.bill)
     if output == "json":
-        print_json({"bundle": str(to), "model": found.name, "digest": digest})
+        sbom = found.bill and found.bill.digest
+        said = {"bundle": str(to), "model": found.name, "digest": digest, "sbom": sbom, "signed_by": found.signed_by}
+        print_json(said)
         return
-    print(f"{to}: {found.name}, digest {digest[:12]}, verified")
+    signed = f", signed by {found.signed_by}" if found.signed_by else ""
+    billed = f", bill of materials {found.bill.digest[:12]}{signed}" if found.bill else ", no bill of materials"
+    print(f"{to}: {found.name}, digest {digest[:12]}, verified{billed}")
     say(f"serve it: {to}/start (see {to}/README.md)")
 
 
@@ -68,7 +73,8 @@ def serve(
     """Serve the ONNX model MODEL over OpenAI-compatible HTTP under /v1, with /health, /ready and /metrics.
 
     MODEL is a bundle or ONNX folder, NAME/VERSION or NAME@ALIAS. Where LIMBECK_API_KEY is set, clients have to
-    send it as their API key.
+    send it as their API key. Where LIMBECK_TRUSTED_KEYS names a file of keys, nothing is served, at first or later,
+    whose bill of materials none of them signed.
 
     Requests that arrive together are decoded together. More than --max-queue of them wait for no place: they are
     answered 429 with Retry-After. SIGTERM lets those that run and wait end first; new ones are answered 503.

@@ -23,11 +23,11 @@ def sources() -> dict[str, Path]:
     return {path.relative_to(ROOT).as_posix(): path for path in found}
 
 
-def requirements() -> list[str]:
-    """What those modules import of others, and what that needs in turn: "name==version" as installed here."""
+def requirements(*more: str) -> list[str]:
+    """What those modules import of others, `more`, and what these need in turn: "name==version" as installed here."""
     distributions = importlib.metadata.packages_distributions()
     pins: dict[str, str] = {}
-    for module in _followed()[1]:
+    for module in [*_followed()[1], *more]:
         for name in distributions.get(module, [module]):
             _pin(name, set(), pins)
     return [f"{name}=={version}" for name, version in sorted(pins.items())]

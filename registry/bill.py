@@ -34,6 +34,10 @@ class Bill(NamedTuple):
         """What a signature is over."""
         return SBOM + self.text.encode()
 
+    def signatures_text(self) -> str:
+        """The signatures as a file has them."""
+        return json.dumps([signature._asdict() for signature in self.signatures], indent=1) + "\n"
+
     def artifact(self) -> str:
         """The digest of the artifact whose files are listed. Raises ValueError where it lists none."""
         try:
@@ -60,8 +64,7 @@ def write(folder: Path, bill: Bill) -> None:
     """Lay a bill and its signatures into a folder."""
     (folder / FILE).write_bytes(bill.text.encode())
     if bill.signatures:
-        kept = [signature._asdict() for signature in bill.signatures]
-        (folder / SIGNATURES).write_text(json.dumps(kept, indent=1) + "\n")
+        (folder / SIGNATURES).write_text(bill.signatures_text())
 
 
 def check(bill: Bill | None, digest: str, what: str) -> str | None:
