@@ -253,7 +253,7 @@ def _open(store: Store, asked: Asked, request: Request) -> OpenRequest:
     if rules is None:
         return OpenRequest(asked, request, None)
     may = [who for who in rules.people if not no_say(asked.version, request, policy, who)]
-    return OpenRequest(asked, request, rules.needed, tuple(who for who in may if who not in asked.by_person))
+    return OpenRequest(asked, request, rules.needed or None, tuple(who for who in may if who not in asked.by_person))
 
 
 def _parsed(tags: Mapping[str, str], prefix: str, record: type[Kept], problems: list[str]) -> list[Kept]:
