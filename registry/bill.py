@@ -84,11 +84,11 @@ def check(bill: Bill | None, digest: str, what: str) -> str | None:
     """
     trusted = signing.trusted()
     if bill is not None:
-        _is_of(bill, digest, what)
+        check_subject(bill, digest, what)
     if trusted is None:
         return None
     unsigned = f"and {signing.TRUSTED} asks for one that is signed"
-    fix = f"where the registry and the key are: set {signing.KEY_FILE}, then limbeck models sbom NAME/VERSION --attest"
+    fix = f"where the registry and the key are: set {signing.KEY_FILE}, then limbeck models sbom MODEL --attest"
     if bill is None:
         raise BadInput(f"{what} has no bill of materials, {unsigned}", fix=fix)
     if not bill.signatures:
@@ -107,7 +107,8 @@ def check(bill: Bill | None, digest: str, what: str) -> str | None:
     raise DamagedArtifact(what, [f"the signature of {names} does not fit its bill of materials: one was changed"])
 
 
-def _is_of(bill: Bill, digest: str, what: str) -> None:
+def check_subject(bill: Bill, digest: str, what: str) -> None:
+    """Raises DamagedArtifact unless a bill is of the artifact of a digest; `what` names that for the error."""
     try:
         listed = bill.artifact()
     except ValueError as error:

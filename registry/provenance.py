@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from registry import ledger, materials, signing
-from registry.bill import Bill
+from registry.bill import Bill, check_subject
 from registry.digest import text_digest
 from registry.errors import BadInput, DamagedArtifact
 from registry.findings import TAG
@@ -44,14 +44,32 @@ def attest(store: Store, version: Version) -> str:
     made = written(store, version)
     if len(made.text) > LONGEST:
         raise BadInput(f"{version.ref}: its bill of materials has {len(made.text):,} characters, at most {LONGEST:,}")
-    signature = signing.sign(made.signed)
-    kept = find(store, version, made.digest)
-    if kept is None:
+    signature = signing.sign(made.signed)  # a key that cannot be used leaves nothing behind
+    if find(store, version, made.digest) is None:
         _tag(store, version, KEPT + made.digest[:16], made.text)
-    if signature and (kept is None or signature not in kept.signatures):
+    _keep(store, version, made, signature)
+    return made.digest
+
+
+def sign(store: Store, version: Version, kept: Bill) -> Bill:
+    """A kept bill with the signature of the configured key, which is kept with it.
+
+    Raises BadInput where no key is configured, DamagedArtifact where it is not of the version's very files.
+    """
+    store.folder(version)
+    check_subject(kept, version.digest, version.ref)
+    signature = signing.sign(kept.signed)
+    if signature is None:
+        raise BadInput(f"no key is configured: {signing.KEY_FILE} is not set", fix="make one: limbeck keys new FILE")
+    _keep(store, version, kept, signature)
+    others = tuple(each for each in kept.signatures if each.key != signature.key)
+    return kept._replace(signatures=(*others, signature))
+
+
+def _keep(store: Store, version: Version, made: Bill, signature: Signature | None) -> None:
+    if signature is not None:
         key = f"{SIGNED}{made.digest[:16]}.{text_digest(signature.key)[:16]}"
         _tag(store, version, key, json.dumps(signature._asdict()))
-    return made.digest
 
 
 def find(store: Store, version: Version, digest: str | None = None) -> Bill | None:

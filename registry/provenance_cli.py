@@ -32,11 +32,11 @@ def sbom(model: str, output: Path | None, attest: bool, verify: bool) -> None:
 
     store = Store()
     version = store.get(model)
-    if attest:
-        digest = provenance.attest(store, version)
-        found = provenance.find(store, version, digest)
-    else:
-        found = provenance.named(store, model)
+    found = provenance.named(store, model)
+    if attest and "@" in model and found is not None:  # the one that the ledger names stays the alias's own
+        found = provenance.sign(store, version, found)
+    elif attest:
+        found = provenance.find(store, version, provenance.attest(store, version))
     if verify:
         _verified(store, version, found)
         return
