@@ -165,6 +165,11 @@ class Client:
 
         return call
 
+    def create_model_version(self, *args: Any, **named: Any) -> Any:
+        """As MLflow's, and not tried again: what seems lost may have arrived, and would then be there twice."""
+        with _in_words(self._tracking_uri):
+            return self._client.create_model_version(*args, **named)
+
     def download(self, uri: str, to: Path) -> Path:
         """Fetch the file or folder at an artifact URI into the folder `to`. Returns where it lies."""
 
@@ -175,6 +180,30 @@ class Client:
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri))
 
         return patiently(self._tracking_uri, fetch)
+
+    def send(self, file: Path, uri: str, folder: str | None = None) -> None:
+        """Put a file at an artifact URI, below `folder` where given."""
+        patiently(self._tracking_uri, lambda: self._artifacts(uri).log_artifact(str(file), folder))
+
+    def delete_files(self, uri: str) -> None:
+        """Take away all files below an artifact URI."""
+        patiently(self._tracking_uri, lambda: self._artifacts(uri).delete_artifacts())
+
+    def sizes(self, uri: str) -> dict[str, int]:
+        """The files below an artifact URI: POSIX path -> bytes."""
+
+        def below(folder: str | None = None) -> dict[str, int]:
+            sizes = {}
+            for found in patiently(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
+                sizes |= below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
+            return sizes
+
+        return below()
+
+    def _artifacts(self, uri: str) -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(uri, tracking_uri=self._tracking_uri)
 
 
 class NotThere(BadInput):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from registry import connection, people
-from registry.connection import AlreadyThere
+from registry import connection, people, transfer
+from registry.connection import AlreadyThere, Locked
 from registry.digest import verify
-from registry.errors import BadInput, DamagedArtifact
+from registry.errors import BadInput, DamagedArtifact, Unreachable
 from registry.findings import TAG, Findings, Found
 from registry.home import home, written_whole
 from registry.home import tracking_uri as default_uri
@@ -217,40 +217,49 @@ class Store(Findings):
     def _store(self, wanted: Version, folder: Path, extra_tags: Mapping[str, Any]) -> Version:
         values = {field: getattr(wanted, field) for field in sorted(FIELDS)}
         tags = {TAG + field: str(value) for field, value in values.items() if value is not None}
-        model = self.client.create_logged_model(
-            self._experiment(EXPERIMENT),
-            name=re.sub(r"[^\w-]", "_", wanted.name),
-            source_run_id=wanted.run_id,
-            tags=tags,
-            model_type=wanted.kind,
-        )
+        model = transfer.begin(self.client, self._experiment(EXPERIMENT), wanted, tags)
         try:
-            self.client.log_model_artifacts(model.model_id, str(folder))
-            self._files(model.artifact_location, wanted.digest)
+            self._bring(folder, model.artifact_location, wanted)
             self.client.finalize_logged_model(model.model_id, "READY")
-            with_model = {TAG + "model_id": model.model_id}
             with suppress(AlreadyThere):
                 self.client.create_registered_model(wanted.name)
-            made = self.client.create_model_version(
-                wanted.name,
-                model.artifact_location,
-                run_id=wanted.run_id,
-                tags=tags | with_model | {key(k): str(v) for k, v in extra_tags.items()},
-                # A server checks the source against it; a database would look it up in the wrong store.
-                model_id=model.model_id if self.is_server else None,
-            )
-        except BaseException:
-            self._discard(model)
+            made = self._appear(wanted, model, tags | {key(k): str(v) for k, v in extra_tags.items()})
+        except (Unreachable, KeyboardInterrupt):  # the same command goes on with it
+            raise
+        except BaseException:  # nobody sees it, so that it matters little where it stays
+            with suppress(Exception):
+                transfer.discard(self.client, model.model_id, model.artifact_location)
             raise
         return _version(made)
 
-    def _discard(self, model: Any) -> None:
-        """Take away a LoggedModel that became no version; best effort, it is invisible to Limbeck anyway."""
-        path = _local_path(model.artifact_location)
-        if path and path.parent.name == model.model_id:
-            shutil.rmtree(path.parent, ignore_errors=True)  # first, as it may be the disk that is full
-        with suppress(Exception):
-            self.client.delete_logged_model(model.model_id)
+    def _appear(self, wanted: Version, model: Any, tags: Mapping[str, str]) -> Any:
+        """The model version of a LoggedModel whose files are there, made once."""
+
+        def make() -> Any:
+            return self.client.create_model_version(
+                wanted.name,
+                model.artifact_location,
+                run_id=wanted.run_id,
+                tags={**tags, TAG + "model_id": model.model_id},
+                # A server checks the source against it; a database would look it up in the wrong store.
+                model_id=model.model_id if self.is_server else None,
+            )
+
+        try:
+            return make()
+        except (Unreachable, Locked):
+            made = (each for each in self._listed(wanted.name) if each.tags.get(TAG + "model_id") == model.model_id)
+            return next(made, None) or make()
+
+    def _bring(self, folder: Path, uri: str, wanted: Version) -> None:
+        """Send the files of a version and read them back; once more where they arrived changed."""
+        what = f"{wanted.name} {wanted.precision}"
+        transfer.send(self.client, folder, uri, what)
+        try:
+            self._files(uri, wanted.digest, what, fresh=True)
+        except DamagedArtifact:
+            transfer.send(self.client, folder, uri, what, again=True)
+            self._files(uri, wanted.digest, what, fresh=True)
 
     def get(self, ref: str) -> Version:
         """The version that `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI of these means.
@@ -310,6 +319,13 @@ class Store(Findings):
         listing = ((_version(each), each.tags) for each in self._listed(name))
         return [self._found(version, tags) for version, tags in listing]
 
+    def tags(self, versions: Sequence[Version]) -> dict[str, Mapping[str, str]]:
+        """NAME/VERSION -> the tags that MLflow has of it, for versions of one name; of several in one query."""
+        if len(versions) == 1:
+            return {versions[0].ref: self._tags(versions[0])}
+        there = {each.version: each.tags for each in self._listed(versions[0].name)} if versions else {}
+        return {version.ref: there.get(version.version) or self._tags(version) for version in versions}
+
     def names(self) -> list[str]:
         """The registered models that have versions of Limbeck's."""
         return sorted({version.name for version in self.versions()})
@@ -350,23 +366,25 @@ class Store(Findings):
         path = _local_path(version.source) or home() / "artifacts-cache" / version.digest
         return path if path.is_dir() else None
 
-    def _files(self, source: str, digest: str, what: str | None = None) -> Path:
+    def _files(self, source: str, digest: str, what: str, *, fresh: bool = False) -> Path:
+        """The verified folder of files; `fresh`: as they are in the store now, whatever was fetched before."""
         path = _local_path(source)
         if path is not None:
             if not path.is_dir():
-                raise DamagedArtifact(what or path, [f"its files are gone from {path}"])
+                raise DamagedArtifact(what, [f"its files are gone from {path}"])
             verify(path, digest)
             return path
         cached = home() / "artifacts-cache" / digest
         with self.lock(f"fetch-{digest[:16]}"):
-            if cached.exists():
+            if cached.exists() and not fresh:
                 try:
                     verify(cached, digest)
                     return cached
                 except DamagedArtifact:  # the store's own files decide
                     shutil.rmtree(cached)
             with written_whole(cached) as part:
-                got = self.client.download(source, part.with_suffix(".fetched"))
+                title = f"reading {what} back" if fresh else f"fetching {what}"
+                got = transfer.fetch(self.client, source, part.with_suffix(".fetched"), title)
                 try:
                     verify(got, digest)
                     got.rename(part)
