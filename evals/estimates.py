@@ -41,7 +41,8 @@ class Estimated:
 
     def interval(self) -> Estimate:
         half = self.quantile((1 + CONFIDENCE) / 2) * self.stderr
-        return Estimate(value=self.value, low=self.value - half, high=self.value + half, confidence=CONFIDENCE)
+        low, high = self.value - half, self.value + half
+        return Estimate(value=self.value, low=low, high=high, confidence=CONFIDENCE, freedom=self.freedom)
 
     def quantile(self, probability: float) -> float:
         return float(stdtrit(self.freedom, probability))
@@ -100,7 +101,8 @@ class Difference:
 
     def interval(self) -> Estimate:
         low, high = self.bounds((1 + CONFIDENCE) / 2)
-        return Estimate(value=self.estimate.value, low=low, high=high, confidence=CONFIDENCE)
+        freedom = self.estimate.freedom
+        return Estimate(value=self.estimate.value, low=low, high=high, confidence=CONFIDENCE, freedom=freedom)
 
     def p_better(self, than: float) -> float:
         """p-value of the one-sided test of "at most `than`"; below 0.05 just where the lower bound is above it."""

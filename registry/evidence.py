@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
-from registry.policy import CostLimits, Policy
+from registry import approvals, ledger, licences
+from registry.licences import Term
+from registry.policy import CostLimits, LicenceRules, Policy
 from registry.records import Approval, Parity, Request, Scorecard, Version
 from registry.store import Store
 
@@ -23,24 +27,46 @@ class Evidence:
     alias: str = "production"  # that is to point at it
     request: Request | None = None  # the newest that asks for this alias to point at it
     approvals: tuple[Approval, ...] = ()  # the answers to it, oldest first
+    terms: tuple[Term, ...] = ()  # the licences along its lineage, where the policy asks for them
+    documents: Callable[[], Path] | None = None  # gives the parquet of the scorecard's documents
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 def gather(store: Store, version: Version, policy: Policy, alias: str) -> Evidence:
     """What the store knows of a version, with the scorecard that answers the most of what the policy asks."""
-    teacher_digest = _digest(store, version.teacher)
-    return Evidence(
-        version,
-        best_card(policy, version, store.scorecards(version), teacher_digest),
-        store.parity(version),
-        teacher_digest=teacher_digest,
-        parent_digest=_digest(store, version.parent) if version.kind == "onnx" else None,
-        alias=alias,
-    )
+    return gather_all(store, [version], policy, alias)[0]
 
 
-def _digest(store: Store, ref: str | None) -> str | None:
-    return store.get(ref).digest if ref else None
+def gather_all(store: Store, versions: Sequence[Version], policy: Policy, alias: str) -> list[Evidence]:
+    """The same of versions of one name, each read once: their tags in one query, and what they came from."""
+    tags = store.tags(versions)
+    refs = {ref for version in versions for ref in (version.teacher, version.parent) if ref}
+    digests = {ref: store.get(ref).digest for ref in sorted(refs)}
+    entries = ledger.entries(store, versions[0].name) if policy.approvals.needed and versions else []
+
+    def evidence(version: Version) -> Evidence:
+        known = tags[version.ref]
+        teacher_digest = digests[version.teacher] if version.teacher else None
+        card = best_card(policy, version, store.scorecards(version, known), teacher_digest)
+        asked = approvals.read(version, known, entries, alias) if policy.approvals.needed else None
+        return Evidence(
+            version,
+            card,
+            store.parity(version, known),
+            teacher_digest=teacher_digest,
+            parent_digest=digests[version.parent] if version.parent and version.kind == "onnx" else None,
+            alias=alias,
+            request=asked.request if asked else None,
+            approvals=asked.answers if asked else (),
+            terms=tuple(licences.chain(store, version)) if _asks_licences(policy) else (),
+            documents=partial(store.documents, version, card) if card else None,
+        )
+
+    return [evidence(version) for version in versions]
+
+
+def _asks_licences(policy: Policy) -> bool:
+    return policy.licence != LicenceRules() or policy.lineage.require_distillation_licence
 
 
 def best_card(
@@ -53,12 +79,14 @@ def best_card(
     asked = policy.quality
 
     def answers(card: Scorecard) -> bool:
+        known = {*card.tasks, *(result.metric for result in card.tasks.values())}
         return (
             card.artifact == version.digest
             and card.relative is not None
             and card.relative.teacher_digest == (teacher_digest or card.relative.teacher_digest)
             and set(asked.tasks) <= card.tasks.keys()
             and asked.min_task_retention.keys() <= card.relative.task_retention.keys()
+            and asked.margin.keys() <= known
             and all(result.documents >= (asked.min_documents or 0) for result in card.tasks.values())
             and (card.cost is not None or policy.cost == CostLimits())
             and (card.contamination is not None or policy.lineage.max_contamination is None)

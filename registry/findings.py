@@ -64,12 +64,15 @@ class Findings:
         pointer = {"digest": digest, "run_id": run.id, "file": written, "documents": file_digest(documents)}
         self._tag(version, key, json.dumps(pointer | {"created": card.created.isoformat()}))
 
-    def scorecards(self, version: Version) -> list[Scorecard]:
+    def scorecards(self, version: Version, tags: Mapping[str, str] | None = None) -> list[Scorecard]:
         """The scorecards of a version, newest last. Each is read from MLflow once, then from `home()`.
+
+        Args:
+            tags: of the version, where they are known.
 
         Raises DamagedArtifact where one is not what was recorded.
         """
-        return self._scorecards(version, self._tags(version))
+        return self._scorecards(version, self._tags(version) if tags is None else tags)
 
     def _scorecards(self, version: Version, tags: Mapping[str, str]) -> list[Scorecard]:
         cards = []
@@ -101,9 +104,10 @@ class Findings:
         """Keep how an ONNX variant compares with its PyTorch model."""
         self._tag(version, TAG + "parity", parity.model_dump_json())
 
-    def parity(self, version: Version) -> Parity | None:
-        """The parity kept for a version, or None."""
-        return next((Parity.model_validate_json(v) for v in _tagged(self._tags(version), "parity")), None)
+    def parity(self, version: Version, tags: Mapping[str, str] | None = None) -> Parity | None:
+        """The parity kept for a version, or None. `tags`: of the version, where they are known."""
+        tags = self._tags(version) if tags is None else tags
+        return next((Parity.model_validate_json(value) for value in _tagged(tags, "parity")), None)
 
     def add_verdict(self, version: Version, verdict: Verdict) -> Verdict:
         """Keep a verdict. One that says the same as a kept one is not kept again: that one is given back."""

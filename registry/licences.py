@@ -9,7 +9,7 @@ Several licences are one expression in the manner of SPDX: all of `MIT AND CC-BY
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -130,6 +130,20 @@ def allows(licence: str | None) -> bool | None:
         return every(allows(name) for name in each)
     known = terms(_bare(licence))
     return known.allows if known else None
+
+
+def within(licence: str | None, allowed: Collection[str]) -> bool | None:
+    """Whether a licence is one of those that are allowed, however these are spelt; None where it is not stated.
+
+    Of an expression all of AND have to be, and one of OR.
+    """
+    if not licence:
+        return None
+    if len(either := _split(licence, "OR")) > 1:
+        return any(within(each, allowed) for each in either)
+    if len(each := names(licence)) > 1:
+        return all(within(name, allowed) for name in each)
+    return _plain(_bare(licence)) in {_plain(name) for name in allowed}
 
 
 def every(answers: Iterable[bool | None]) -> bool | None:

@@ -95,6 +95,7 @@ class Estimate(Record):
     low: float
     high: float
     confidence: float = 0.95
+    freedom: float | None = later(None)  # degrees of freedom of Student's t, where the interval is by it
 
 
 class TaskResult(Record):

@@ -8,16 +8,26 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from registry.errors import BadInput
 
 Model = TypeVar("Model", bound=BaseModel)
+Value = TypeVar("Value")
 Key = tuple[str | int, ...]  # ("students", 0, "hidden_size")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a document whose values are each in order."""
+
+    message: str
+    keys: tuple[Key, ...] = ()  # that it is about
+    fix: str | None = None
 
 
 def load(path: Path | str, model: type[Model], overrides: list[str] | tuple[str, ...] = ()) -> Model:
@@ -26,16 +36,20 @@ def load(path: Path | str, model: type[Model], overrides: list[str] | tuple[str,
     A KEY is dotted, with numbers for places in a list (`students.0.label`); a VALUE is a TOML value, and
     what is no TOML value is taken as a string. Raises BadInput with every problem found, each with its line.
     """
+    return loads(read(path), model, overrides, where=str(path))
+
+
+def read(path: Path | str) -> str:
+    """The text of a file. Raises BadInput where there is none."""
     path = Path(path)
     try:
-        text = path.read_bytes().decode()
+        return path.read_bytes().decode()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file", fix=_near_file(path)) from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: byte {error.start} is not UTF-8", fix="save the file as UTF-8") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
-    return loads(text, model, overrides, where=str(path))
 
 
 def loads(
@@ -61,6 +75,17 @@ def loads(
             problems.setdefault(message, fix)
         fixes = list(dict.fromkeys(fix for fix in problems.values() if fix))
         raise BadInput("\n".join(problems), fix="\n  ".join(fixes) or None) from None
+
+
+def located(problems: Sequence[Problem], text: str, where: str = "<text>") -> BadInput:
+    """The error that tells of problems, each with the lines of its keys."""
+    lines = key_lines(text)
+    told = []
+    for problem in problems:
+        places = sorted({line for key in problem.keys if (line := _nearest(lines, key)) is not None})
+        told.append(f"{where}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
+    fixes = list(dict.fromkeys(problem.fix for problem in problems if problem.fix))
+    return BadInput("\n".join(told), fix="\n  ".join(fixes) or None)
 
 
 def key_lines(text: str) -> dict[Key, int]:
@@ -106,8 +131,7 @@ def _problem(
     key = _key_of(details["loc"], data, missing=details["type"] == "missing")
     name = ".".join(map(str, key))
     place = where
-    override = next((given[key[:n]] for n in range(len(key), 0, -1) if key[:n] in given), None)
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    override, line = _nearest(given, key), _nearest(lines, key)
     if override is not None:
         place = f"--set {override}"
     elif line is not None:
@@ -120,16 +144,27 @@ def _problem(
         return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), fix
     if details["type"] == "missing":
         return f"{place}: {name} is missing", None
+    return f"{place}: {name}: {words(details)}" if name else f"{place}: {words(details, shown=False)}", None
+
+
+def words(details: Any, shown: bool = True) -> str:
+    """What one pydantic error says of a value; with the value where it is `shown`."""
     message = re.sub(r"^Value error, ", "", details["msg"])
-    if name and details["type"] != "value_error":
-        value = details.get("input")
-        shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
-        message = f"{message[:1].lower()}{message[1:]}, not {shown}"
-        if isinstance(value, str):
-            allowed = re.findall(r"'([^']+)'", details.get("ctx", {}).get("expected", ""))
-            near = difflib.get_close_matches(value, allowed, n=1)
-            message += f"; did you mean {near[0]!r}?" if near else ""
-    return f"{place}: {name}: {message}" if name else f"{place}: {message}", None
+    if not shown or details["type"] == "value_error":
+        return message
+    value = details.get("input")
+    said = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+    message = f"{message[:1].lower()}{message[1:]}, not {said}"
+    if isinstance(value, str):
+        allowed = re.findall(r"'([^']+)'", details.get("ctx", {}).get("expected", ""))
+        near = difflib.get_close_matches(value, allowed, n=1)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    return message
+
+
+def _nearest(values: Mapping[Key, Value], key: Key) -> Value | None:
+    """What is said of a key, else of the innermost table around it of which something is said."""
+    return next((values[key[:n]] for n in range(len(key), 0, -1) if key[:n] in values), None)
 
 
 def _key_of(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:

@@ -13,7 +13,7 @@ from registry.digest import json_digest
 from registry.errors import BadInput, DamagedArtifact
 from registry.evidence import Evidence
 from registry.home import home
-from registry.records import Cost, Parity, Relative, Scorecard
+from registry.records import Cost, Estimate, Parity, Relative, Scorecard
 from registry.rules import judge
 from tests.registry.conftest import POLICY, Still
 
@@ -104,7 +104,9 @@ def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., 
 def test_a_scorecard_from_before_a_field_was_added_keeps_its_digest(make_card: Callable[..., Scorecard]) -> None:
     card = make_card("a")
     old = card.model_dump(mode="json")
-    for record, kind in ((old, Scorecard), (old["cost"], Cost), (old["relative"], Relative)):
+    relative = old["relative"]
+    estimates = [(each, Estimate) for each in (relative["retention"], *relative["task_retention"].values())]
+    for record, kind in ((old, Scorecard), (old["cost"], Cost), (relative, Relative), *estimates):
         for name, field in kind.model_fields.items():
             if field.json_schema_extra:
                 del record[name]

@@ -175,7 +175,7 @@ def test_policy_files(tmp_path: Path) -> None:
         ("[quality]\nmin_retention = 95\n", r"policy\.toml:2: "),
         ("[quality]\nmin_retention = nan\n", r"policy\.toml:2: "),
         ("[quality]\nmin_retention = 0.9\n[parity]\nmax_p99_kl = -1\n", r"policy\.toml:4: "),
-        ("[cost]\nmax_cost_ratio = 0.5\n", "quality is missing"),
+        ("[parity]\nrequired = true\n", r"policy\.toml: it asks nothing: any version passes"),
     ):
         file.write_text(text)
         with pytest.raises(BadInput, match=words):
