@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry import licences
+from registry.resolve import Model
+
 if TYPE_CHECKING:
     from distill.grid import Plan
     from distill.setting import Setting
@@ -12,8 +15,11 @@ if TYPE_CHECKING:
 
 def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
     """README.md of a student: what it learnt from, how, how much, and what came of it."""
+    from distill import terms
+
     recipe = setting.recipe
     training = recipe.training_of(plan.student)
+    told = terms.of_student(setting, plan)
     licence = f"license: {recipe.licence.lower()}\n" if recipe.licence else ""
     return f"""---
 {licence}library_name: transformers
@@ -38,6 +44,8 @@ tags:
 | context | {recipe.data.max_length} tokens |
 | held-out bits per byte | {facts["heldout_bits_per_byte"]:.3f} |
 | licence | {recipe.licence or "not stated"} |
+| licence of the teacher | {told["teacher_licence"] or "not stated" if terms.learns(setting, plan) else "-"} |
+| licence of the text | {told["data_licence"] or "not stated"} |
 
 Limits: a model of this size completes text like its training text. It knows no facts to rely on, and what it
 writes has to be checked.
@@ -87,8 +95,13 @@ def _stopped(facts: dict[str, Any]) -> str:
     return f"; stopped before its last step: {facts['stopped']}" if facts.get("stopped") else ""
 
 
+def of(model: Model) -> str | None:
+    """The licence of a model, as the registry or its own card states it, or None."""
+    return model.version.licence if model.version else licence_of(model.path)
+
+
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model's own card states, or None."""
+    """The licence that the card of a model or data set states, or None."""
     from huggingface_hub import ModelCard
 
     try:
@@ -96,4 +109,6 @@ def licence_of(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     licence = data.get("license_name") if data.license == "other" else data.license
+    if isinstance(data.license, list):  # of a data set's parts
+        return licences.joined(map(str, data.license))
     return str(licence or data.license) if data.license else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
-from distill import controls, forecast, grid, models, spent, students
+from distill import controls, forecast, grid, models, spent, students, terms
 from distill import recipe as recipes
 from distill.grid import Plan
 from distill.one_student import student_key
@@ -72,6 +72,7 @@ def preflight(setting: Setting, plans: list[Plan]) -> list[Finding]:
         ("context", lambda: _context(setting, plans)),
         ("size", lambda: _sizes(setting, plans)),
         ("licence", lambda: _licence(setting, plans)),
+        ("text licence", lambda: _text_licence(setting)),
         ("cache", lambda: _cache(setting, plans)),
         ("memory", lambda: _memory(setting, plans)),
         ("disk", lambda: _disk(setting, plans)),
@@ -219,11 +220,16 @@ def _sizes(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
             yield _ok("size", f"{name}: {own:,} parameters, {own / large:.1%} of the teacher's {large:,}")
 
 
+def _text_licence(setting: Setting) -> Iterator[Finding]:
+    stated = terms.of_text(setting.recipe.data, setting.source.path.resolve().parent)
+    yield _ok("text licence", f"text: {stated}" if stated else "text: not stated; data.licence records it")
+
+
 def _licence(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     if not _learning(setting, plans):
         return
-    stated = setting.teacher_licence or "not stated"
-    allows = setting.licence_allows
+    stated = terms.of_teacher(setting) or "not stated"
+    allows = terms.allowed(setting)
     if allows:
         yield _ok("licence", f"teacher: {stated}; a student may learn from its outputs")
         return

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import card, controls, grid, models, processes, spent
+from distill import card, controls, grid, models, processes, spent, terms
 from distill import students as starting
 from distill.cache import TeacherCache
 from distill.grid import Plan
@@ -21,6 +23,7 @@ from registry.digest import json_digest
 from registry.errors import LimbeckError, Refused
 from registry.home import home, written_whole
 from registry.machine import hardware
+from registry.materials import MADE_WITH
 from registry.records import Making, Version
 from registry.run import Run
 from registry.store import MAKING, Store
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from distill.train import Teacher, Trained
     from distill.watch import Progress
 
+PACKAGES = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers")  # that made it
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -105,8 +109,6 @@ def make(
     tags |= {"limbeck.control": plan.control} if plan.control else {}
     tags |= more_tags or {}
     compared = setting.teacher_version.ref if setting.teacher_version else None
-    learnt = plan.objective.uses_teacher or (recipe.generate is not None and plan.control is None)
-    carved = recipe.students[plan.student].carve is not None
     with store.run(
         f"{recipe.name} {plan.label}", params=_params(setting, plan, training), tags=tags, parent=parent_run
     ) as run:
@@ -117,15 +119,16 @@ def make(
         run.metrics(numbers | {"teacher_seconds": making.teacher_seconds, "teacher_usd": making.api_usd or 0.0})
         if setting.generated:
             run.metrics(setting.generated.metrics())
-        run.tags({MAKING: making.model_dump_json()})
+        packages = {name: installed(name) for name in PACKAGES}
+        run.tags({MAKING: making.model_dump_json(), MADE_WITH: json.dumps(packages)})
         version = store.register(
             recipe.name,
             work / "final",
             kind="student" if setting.teacher_version else "teacher",
             licence=recipe.licence,
-            licence_allows_distillation=setting.licence_allows if learnt or carved else True,
+            **terms.of_student(setting, plan),
             # A twin trained on labels alone is compared with the teacher, and was not made from it.
-            parent=compared if learnt or carved else None,
+            parent=compared if terms.learns(setting, plan) else None,
             teacher=compared,
             recipe=plan.label,
             recipe_digest=key,

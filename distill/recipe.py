@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from distill.stored import unserved
 from registry import tomlfile
-from registry.records import Record
+from registry.records import Record, later
 
 # Suffix of a file with a text column -> its loader in Hugging Face datasets.
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -38,6 +38,7 @@ class Data(Record):
     heldout: float = Field(0.1, gt=0, lt=1)  # share of documents held out, by a hash of their path
     max_length: int = Field(256, ge=8)  # tokens a block
     max_tokens: int | None = Field(None, ge=8)  # use only this many training tokens (a fair sample)
+    licence: str | None = later(None)  # several as "MIT AND CC-BY-4.0"; None: as the card of the data set says
 
     @model_validator(mode="after")
     def _names_its_text(self) -> Data:

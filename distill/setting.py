@@ -11,7 +11,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill import card, corpus, endpoint, generate, models
+from distill import card, corpus, endpoint, generate, models, terms
 from distill.blocks import Blocks, make_blocks, no_blocks, train_tokenizer
 from distill.generate import Generated
 from distill.packing import keeps_apart
@@ -42,22 +42,24 @@ class Setting(NamedTuple):
     teacher_version: Version | None
     starts: dict[str, Model]  # of the students that begin pretrained
     generated: Generated | None = None  # of a text that the teacher wrote
+    # Label of the teacher, or of what a student begins as -> the licences of what went into that, see distill.terms
+    inherited: dict[str, tuple[licences.Term, ...]] = {}
 
     @property
     def licence_allows(self) -> bool | None:
-        """Whether the teacher's licence allows a student to learn from its outputs; None: not known, or no teacher."""
+        """Whether the teacher's own licence lets a student learn from its outputs; None: not known, or no teacher."""
         asked = self.recipe.teacher
         if asked is None or asked.licence_allows_distillation is not None:
             return asked.licence_allows_distillation if asked else None
-        return licences.allows(self.teacher_licence or licences.of_endpoint(asked.model))
+        return licences.allows(self.teacher_licence)
 
     @property
     def teacher_licence(self) -> str | None:
-        """As the recipe says, else as the registry or the teacher's own card does; None: not stated."""
+        """As the recipe says, else as the provider's terms, the registry or its card do; None: not stated."""
         asked, teacher = self.recipe.teacher, self.teacher
         if asked is None or asked.licence or teacher is None:
             return asked.licence if asked else None
-        return teacher.version.licence if teacher.version else card.licence_of(teacher.path)
+        return licences.of_endpoint(asked.model) or card.of(teacher)
 
     @property
     def vocab_size(self) -> int:
@@ -106,7 +108,8 @@ def prepare(recipe: Recipe, source: Source, store: Store) -> Setting:
                 models.check_fits(teacher.path, theirs, recipe.data.max_length, trust)
     tokenizer = _tokenizer(recipe, source, text, teacher, theirs, starts)
     nothing = no_blocks(recipe.data.max_length)
-    setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts)
+    inherited = {each.label: terms.inherited(store, each) for each in (teacher, *starts.values()) if each}
+    setting = Setting(recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts, inherited=inherited)
     return setting if recipe.generate else _laid_out(setting)
 
 
@@ -233,6 +236,7 @@ def with_teacher(setting: Setting, store: Store) -> Setting:
         return setting
     version = teacher.version
     if version is None or version.name != recipe.name:
+        version = terms.origin(store, teacher)
         version = store.register(
             recipe.name,
             teacher.path,

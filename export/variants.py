@@ -22,6 +22,11 @@ from registry.records import Parity, Version
 if TYPE_CHECKING:
     from registry.store import Store
 
+# What a variant is under as its student is.
+LICENCES = {
+    "licence", "licence_allows_distillation", "teacher_licence", "data_licence", "code_licence",
+    "base_model", "base_model_digest", "base_model_licence",
+}  # fmt: skip
 NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)")
 
 
@@ -74,7 +79,7 @@ def export_version(
     if missing:
         lineage = {
             "model": parent.ref,
-            **parent.model_dump(include={"teacher", "recipe", "recipe_digest", "data_digest", "licence"}),
+            **parent.model_dump(include={"teacher", "recipe", "recipe_digest", "data_digest", *LICENCES}),
         }
         source = store.folder(parent)
         with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
@@ -94,8 +99,7 @@ def export_version(
                     control=parent.control,
                     data_digest=parent.data_digest,
                     code_version=parent.code_version,
-                    licence=parent.licence,
-                    licence_allows_distillation=parent.licence_allows_distillation,
+                    **parent.model_dump(include=LICENCES),
                     params=parent.params,
                     run_id=parent.run_id,
                 )
