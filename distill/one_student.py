@@ -43,7 +43,7 @@ def family_key(setting: Setting, plan: Plan) -> str:
     """The digest of what a student shares with its controls: start, text and its layout, training, seed."""
     recipe = setting.recipe
     student = recipe.students[plan.student]
-    start = student.model_dump(exclude={"training"})
+    start = student.model_dump(exclude={"training", "licence"})
     if plan.student in setting.starts:
         start["model"] = setting.starts[plan.student].digest
     elif student.carve:

@@ -256,6 +256,7 @@ class Student(Record):
 
     model: str | None = None
     config: dict[str, Any] = {}
+    licence: str | None = later(None)  # of the pretrained model; None: as its card or the registry says
     carve: Carve | None = None
     lora: Lora | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the saved weights

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from distill import grid, one_student, processes, ray_workers
+from distill import grid, one_student, processes, ray_workers, terms
 from distill import recipe as recipes
 from distill.check import preflight, settle
 from distill.grid import Plan
@@ -17,6 +17,7 @@ from distill.ray_workers import Share
 from distill.recipe import Source
 from distill.setting import Setting, prepare, with_teacher, written
 from distill.teacher import teachers_for
+from registry import licences
 from registry.digest import json_digest
 from registry.errors import BadInput, Refused
 from registry.home import home, written_whole
@@ -108,7 +109,8 @@ def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], stor
     for plan in plans:
         if there := store.find(setting.recipe.name, engine="torch", recipe_digest=keys[plan.label]):
             say(f"  {plan.label}: already made, {there.ref}")
-            students[plan.label] = Student(plan, there, trained=False)
+            licences.fill(store, there, terms.of_student(setting, plan))
+            students[plan.label] = Student(plan, store.get(there.ref), trained=False)
     return students
 
 

@@ -87,7 +87,8 @@ def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:
-        fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": card.of(base)}
+        stated = setting.recipe.students[plan.student].licence or card.of(base)
+        fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": stated}
     return fields
 
 

@@ -9,7 +9,7 @@ Several licences are one expression in the manner of SPDX: all of `MIT AND CC-BY
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -191,6 +191,21 @@ def chain(store: Store, version: Version) -> list[Term]:
         if parent is None or parent.ref == version.ref or len(lines) > LONGEST:
             return [term for line in reversed(lines) for term in line]
         version = parent
+
+
+def fill(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
+    """Record with a version, and with its ONNX variants, what was not known of its licences when they were made.
+
+    What is recorded stays as it is: who knows better makes the version anew.
+    """
+    stated = {field: value for field, value in fields.items() if value is not None}
+    if all(getattr(version, field) is not None for field in stated):
+        return
+    variants = [each for each in store.versions(version.name) if each.kind == "onnx" and each.parent == version.ref]
+    for each in (version, *variants):
+        for field, value in stated.items():
+            if getattr(each, field) is None:
+                store.client.set_model_version_tag(each.name, str(each.version), f"limbeck.{field}", str(value))
 
 
 LONGEST = 1000  # ancestors
