@@ -158,6 +158,14 @@ def _row(
         setting=place,
         differs=differs,
         control=version.control,
+        licences={
+            "model": version.licence,
+            "teacher": version.teacher_licence,
+            "data": version.data_licence,
+            "code": version.code_licence,
+            "base_model": version.base_model_licence,
+        },
+        licence_allows_distillation=version.licence_allows_distillation,
     )
 
 

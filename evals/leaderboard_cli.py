@@ -14,6 +14,12 @@ from registry.terminal import print_json, print_table, write_report
 if TYPE_CHECKING:
     from registry.records import LeaderboardRow
 
+# Mark of a version -> what it says of the licences of what it learnt from.
+TERMS = {
+    "!": "a licence of what it learnt from forbids that",
+    "?": "whether the licences of what it learnt from allow that is not known: teacher.licence in the recipe says it",
+}
+
 
 @click.command()
 @click.argument("name")
@@ -98,10 +104,21 @@ def _print_rows(name: str, found: Sequence[LeaderboardRow], cost: str) -> None:
     for alike in by_setting(found) or [[]]:
         apart = f", {alike[0].differs}" if alike and alike[0].differs else ""
         print_table(f"{name}{apart}: * is on the Pareto frontier", *_table(alike, cost))
+    marks = {_terms(row) for row in found}
+    for mark, words in TERMS.items():
+        if mark in marks:
+            print(f"{mark} {words}")
     lines = [line for row in found for held in row.against_controls for line in told(held)]
     if lines:
         print("what distillation brought, paired by document, with 95% intervals")
         print("\n".join(f"  {line}" for line in lines))
+
+
+def _terms(row: LeaderboardRow) -> str:
+    """The mark of `TERMS` for what a version learnt from; none where that is allowed, or where it is a teacher."""
+    if row.kind == "teacher" or row.licence_allows_distillation:
+        return ""
+    return "!" if row.licence_allows_distillation is False else "?"
 
 
 def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
@@ -118,7 +135,7 @@ def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[
         kept = row.retention
         lines.append(
             [
-                f"{row.version.rpartition('/')[2]}{' *' if row.pareto else ''}",
+                f"{row.version.rpartition('/')[2]}{_terms(row)}{' *' if row.pareto else ''}",
                 title(row),
                 *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]" if kept else None,

@@ -405,12 +405,16 @@ class LedgerEntry(Record):
     verdict: str | None  # digest of the verdict
     reason: str
     previous: str  # hash of the entry before; "" for the first
-    hash: str  # over all the other fields
+    hash: str  # over all the other fields but key and signature
     override: bool = later(False)  # the verdict did not pass: somebody with the permission moved it all the same
     broken: tuple[str, ...] = later(())  # the rules that an override went over, with their numbers
     policy: str | None = later(None)  # digest of the policy
     approvals: tuple[str, ...] = later(())  # digests of the approvals
     sbom: str | None = later(None)  # digest of the bill of materials of the artifact
+    anchor: str | None = later(None)  # the MLflow run that holds the ledger in place
+    adopted: tuple[str, ...] = later(())  # of an adopt entry: the problems that it takes as they are, see registry.book
+    key: str | None = later(None)  # public ed25519 key of who wrote it, base64; None: not signed
+    signature: str | None = later(None)  # over the hash, base64
 
 
 class HeldTask(Record):
@@ -467,3 +471,6 @@ class LeaderboardRow(Record):
     differs: str | None = None  # how the setting differs from setting 0, in words
     control: str | None = None  # of distillation, as Version.control
     against_controls: tuple[AgainstControl, ...] = ()  # of a distilled PyTorch student
+    # {model, teacher, data, code, base_model}, each an SPDX expression as far as it is stated
+    licences: dict[str, str | None] = {}
+    licence_allows_distillation: bool | None = None  # as Version's

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +98,8 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
         "differs": None,
         "control": None,
         "against_controls": (),
+        "licences": dict.fromkeys(("model", "teacher", "data", "code", "base_model")),
+        "licence_allows_distillation": None,
     }
     assert found[2].parent == "m/1"
     assert (found[3].retention, found[3].cost, found[3].quality, found[3].verdict) == (None, None, {}, None)
@@ -282,6 +285,23 @@ def test_what_cannot_be_sorted_or_filtered_by(
     told = limbeck("leaderboard", "m", *options)
     assert (told.code, told.out) == (2, "")
     assert words in told.err
+
+
+def test_licences_are_told_and_those_that_forbid_are_marked(
+    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any]
+) -> None:
+    add((1.0, 2.0, {}), kind="teacher", licence="openai")
+    add((0.9, 1.0, {}), parent="m/1", teacher_licence="openai", data_licence="MIT", licence_allows_distillation=False)
+    add((0.8, 0.5, {}), parent="m/1", teacher_licence="mit", licence_allows_distillation=True)
+    table = limbeck("leaderboard", "m").out
+    assert re.findall(r"(?m)^│ (\d\S*) ", table) == ["1", "2!", "3"]
+    assert "! a licence of what it learnt from forbids that" in table
+    assert "? whether" not in table
+    row = json.loads(limbeck("leaderboard", "m", "--format", "json").out)[1]
+    assert (row["licences"]["teacher"], row["licences"]["data"]) == ("openai", "MIT")
+    assert row["licence_allows_distillation"] is False
+    add((0.7, 0.4, {}), parent="m/1")
+    assert "\n? whether" in limbeck("leaderboard", "m").out
 
 
 def test_intervals_of_costs(store: Store, add: Callable[..., Version]) -> None:
