@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -17,13 +17,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from registry import connection, people, transfer
+from registry.conditions import Condition, parse
 from registry.connection import AlreadyThere, Locked
 from registry.digest import verify
 from registry.errors import BadInput, DamagedArtifact, Unreachable
 from registry.findings import TAG, Findings, Found
 from registry.home import home, written_whole
 from registry.home import tracking_uri as default_uri
-from registry.listing import Listed, aliases_of, listed
+from registry.listing import Listed, aliases_of, listed, told
 from registry.records import Engine, Kind, Making, Version
 from registry.run import Run, key
 
@@ -305,19 +306,34 @@ class Store(Findings):
         Args:
             name: of this registered model alone.
             filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8'".
-        """
-        return [_version(found) for found in self._listed(name, filter_string)]
 
-    def _listed(self, name: str | None, filter_string: str = "") -> list[Listed]:
+        Those whose tags cannot be read are left out; `listing` has them too.
+        """
+        return _readable(self._listed(name, parse(filter_string)))
+
+    def listing(
+        self, name: str | None = None, conditions: Sequence[Condition] = (), metrics: Iterable[str] = ()
+    ) -> list[tuple[Listed, Version | BadInput]]:
+        """As `versions`, each with what MLflow has of it, and with the error instead where its tags cannot be read.
+
+        Args:
+            conditions: that all hold of them.
+            metrics: to give besides those that the conditions are about.
+        """
+        return [(each, _version_or_why(each)) for each in self._listed(name, conditions, metrics)]
+
+    def _listed(
+        self, name: str | None, conditions: Sequence[Condition] = (), metrics: Iterable[str] = ()
+    ) -> list[Listed]:
         if name is not None and not NAME.fullmatch(name):
             return []
-        found = listed(self.client, self.tracking_uri, name, filter_string)
+        found = listed(self.client, self.tracking_uri, name, conditions, metrics)
         return [each for each in found if TAG + "digest" in each.tags]
 
     def found(self, name: str) -> list[Found]:
         """The versions of `name`, oldest first, each with its scorecards and verdicts; all in one query."""
-        listing = ((_version(each), each.tags) for each in self._listed(name))
-        return [self._found(version, tags) for version, tags in listing]
+        listing = ((each.tags, _version_or_why(each)) for each in self._listed(name))
+        return [self._found(version, tags) for tags, version in listing if isinstance(version, Version)]
 
     def tags(self, versions: Sequence[Version]) -> dict[str, Mapping[str, str]]:
         """NAME/VERSION -> the tags that MLflow has of it, for versions of one name; of several in one query."""
@@ -411,17 +427,34 @@ def _version(found: Any) -> Version:
             f"{found.name}/{found.version} was not registered by Limbeck: it has no digest",
             fix="register its files with Limbeck first",
         )
-    return Version.model_validate(
-        fields
-        | {
-            "name": found.name,
-            "version": int(found.version),
-            "source": found.source,
-            "created": datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
-            "run_id": found.run_id or None,
-            "aliases": tuple(sorted(found.aliases or ())),
-        }
-    )
+    try:
+        return Version.model_validate(
+            fields
+            | {
+                "name": found.name,
+                "version": int(found.version),
+                "source": found.source,
+                "created": datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+                "run_id": found.run_id or None,
+                "aliases": tuple(sorted(found.aliases or ())),
+            }
+        )
+    except (ValueError, TypeError, OverflowError, OSError) as error:  # tags or a date that somebody changed
+        raise BadInput(
+            f"{found.name}/{found.version} is unreadable: {told(error)}",
+            fix="put right in MLflow what was changed there, or delete the version and register it anew",
+        ) from None
+
+
+def _version_or_why(found: Listed) -> Version | BadInput:
+    try:
+        return _version(found)
+    except BadInput as error:
+        return error
+
+
+def _readable(found: Iterable[Listed]) -> list[Version]:
+    return [version for version in map(_version_or_why, found) if isinstance(version, Version)]
 
 
 def _local_path(uri: str) -> Path | None:
