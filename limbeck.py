@@ -31,6 +31,9 @@ KEYS: Table = {
     "new": ("registry.keys_cli:new", "Make a private key in a file."),
     "show": ("registry.keys_cli:show", "Print a public key, as a line for a file of trusted keys."),
 }
+POLICY: Table = {
+    "check": ("registry.policy_cli:check", "Say in words what a policy asks; with --model, judge a version by it."),
+}
 # or (the table of a group, its line)
 COMMANDS: Table = {
     "quickstart": ("quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
@@ -46,6 +49,7 @@ COMMANDS: Table = {
     "models": (MODELS, "Browse the registry."),
     "promote": ("registry.gate_cli:promote", "Move an alias to a version that passes the policy."),
     "rollback": ("registry.gate_cli:rollback", "Put an alias back on the version before."),
+    "policy": (POLICY, "What a gate asks, in words."),
     "protect": ("registry.gate_cli:protect", "Let an alias move by one policy alone."),
     "request": ("registry.approvals_cli:request", "Ask that an alias may point at a version."),
     "approve": ("registry.approvals_cli:approve", "Say yes to a request, with the verdict before you."),

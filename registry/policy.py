@@ -40,7 +40,7 @@ refused. `limbeck policy check policy.toml` says in words what one asks.
 
     [licence]                   # the licences that are allowed, however they are spelt
     teacher = ["apache-2.0", "mit"]
-    base_model = ["apache-2.0", "mit"]  # of the pretrained model that the student began as
+    base_model = ["apache-2.0", "mit"]  # of the pretrained model that a student began as
     data = ["psf-2.0", "cc-by-4.0"]
     code = ["apache-2.0"]
 

@@ -78,7 +78,7 @@ def _allowed(name: str, what: str, stated: str | None, allowed: tuple[str, ...],
     within = licences.within(stated, allowed)
     if within is None:
         return rule(name, "inconclusive", f"the licence of {what} is not known; say it in the recipe: {key}")
-    words = f"{what.rstrip(',')} is under {stated}, allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
+    words = f"{what} is under {stated}, allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
     return rule(name, "pass" if within else "fail", words)
 
 

@@ -117,7 +117,7 @@ def _margins(asked: Quality, card: Scorecard, relative: Relative, evaluate: str)
             continue
         held = at_confidence(relative.difference[task], asked.confidence, wilson=True)
         if held and not result.higher_is_better:
-            held = held.model_copy(update={"value": -held.value, "low": -held.high, "high": -held.low})
+            held = held.model_copy(update={"value": 0 - held.value, "low": 0 - held.high, "high": 0 - held.low})
         what = f"advantage over the teacher in {result.metric} on {task}"
         yield _at_least(name, what, held, -margin, result.documents, asked, evaluate)
 
