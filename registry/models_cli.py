@@ -14,27 +14,74 @@ from registry.terminal import format_option, print_json, print_table, say, write
 if TYPE_CHECKING:
     from registry.lineage import Node
     from registry.records import Scorecard, Version
+    from registry.search import Hit
     from registry.store import Store
 
 
 @click.command("list")
 @click.argument("name", required=False)
+@click.option("--kind", help="teacher, student or onnx.")
+@click.option("--recipe", help="The recipe's label.")
+@click.option("--precision", help="fp32, int8 or int4.")
+@click.option("--parent", help="NAME/VERSION it was made from.")
+@click.option("--teacher", help="NAME/VERSION it was distilled from.")
+@click.option("--licence", help="In any case of letters.")
+@click.option("--author", help="Who registered it.")
+@click.option("--alias", help="An alias that points at it.")
+@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="A tag of MLflow.")
+@click.option("--metric", "metrics", metavar="COMPARISON", multiple=True, help="Such as 'retention >= 0.9'.")
+@click.option("--since", metavar="DATE", help="Registered then or later.")
+@click.option("--until", metavar="DATE", help="Registered before.")
 @click.option("--filter", "query", default="", help="MLflow's language, as in \"tags.`limbeck.precision` = 'int8'\".")
+@click.option("--sort", metavar="KEY", help="A column or metric; -KEY turns the order.")
+@click.option("--limit", type=click.IntRange(min=1), help="So many at most.")
 @format_option
-def list_(name: str | None, query: str, output: str) -> None:
-    """The versions of NAME, or of all models."""
+def list_(
+    name: str | None,
+    alias: str | None,
+    tags: tuple[str, ...],
+    metrics: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    query: str,
+    sort: str | None,
+    limit: int | None,
+    output: str,
+    **fields: str | None,
+) -> None:
+    """The versions of NAME, or of all models; those of which everything holds that is asked."""
+    from registry.search import Query, conditions, day, search
+
     store = _store()
     try:
-        versions = store.versions(name, query)
+        asked = conditions(fields, tags, metrics, query)
     except BadInput as error:
-        raise BadInput(f"--filter {query!r}: {error.message}", fix="write \"tags.`limbeck.kind` = 'onnx'\"") from None
-    if name and not versions and not query:
+        raise BadInput(f"--filter {query!r}: {error.message}", fix=error.fix) if query else error from None
+    earliest, latest = (day(text) if text else None for text in (since, until))
+    hits = search(store, name, Query(asked, earliest, latest, alias, sort, limit))
+    narrowed = asked or since or until or alias
+    if name and not hits and not narrowed:
         raise store.unknown(name)
     if output == "json":
-        print_json(versions)
+        print_json([_plain(hit) for hit in hits])
         return
+    shown = list(dict.fromkeys(metric for hit in hits for metric in hit.metrics))
     columns = ["version", "kind", "recipe", "precision", "parameters", "made from", "aliases", "created", "digest"]
-    print_table("versions", columns, [_row(version) for version in versions])
+    print_table("versions", columns + shown, [_cells(hit, shown) for hit in hits])
+
+
+def _plain(hit: Hit) -> dict[str, Any]:
+    if hit.version is None:
+        name, _, number = hit.ref.rpartition("/")
+        return {"name": name, "version": int(number), "unreadable": hit.unreadable}
+    return hit.version.model_dump(mode="json") | ({"metrics": hit.metrics} if hit.metrics else {})
+
+
+def _cells(hit: Hit, metrics: list[str]) -> tuple[Any, ...]:
+    values = tuple(f"{hit.metrics[metric]:.4g}" if metric in hit.metrics else None for metric in metrics)
+    if hit.version is None:
+        return (hit.ref, f"unreadable: {hit.unreadable}", *[None] * 7, *values)
+    return (*_row(hit.version), *values)
 
 
 def _row(version: Version) -> tuple[Any, ...]:

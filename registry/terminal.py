@@ -68,21 +68,40 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.table import Table
 
     cells = [["-" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
-    many = len(cells) > MANY
+    if len(cells) > MANY:
+        _print_many(title, list(columns), cells)
+        return
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=many)
-    # Each cell takes rich some 60 microseconds: of many rows it gets one cell for each column, line by line.
-    if many:
-        cells = [["\n".join(cell.replace("\n", " ") for cell in column) for column in zip(*cells, strict=True)]]
+        table.add_column(column)
     for row in cells:
         table.add_row(*row)
     console = Console()
     # A pipe has no width: print whole cells rather than cut them at 80 columns.
     width = console.width if console.is_terminal else 200
-    if many:  # lines have to stay beside each other
-        width = max(width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     Console(width=width, markup=False, emoji=False).print(table)
+
+
+def _print_many(title: str, columns: list[str], cells: list[list[str]]) -> None:
+    """The same table line by line, none of them broken: rich takes some 60 microseconds for each cell."""
+    from rich.cells import cell_len
+
+    rows = [[cell.replace("\n", " ") for cell in row] for row in [columns, *cells]]
+    widths = [max(len(c) if c.isascii() else cell_len(c) for c in column) for column in zip(*rows, strict=True)]
+
+    def line(row: list[str], left: str, between: str, right: str) -> str:
+        padded = (
+            c + " " * (width - (len(c) if c.isascii() else cell_len(c))) for c, width in zip(row, widths, strict=True)
+        )
+        return f"{left} {f' {between} '.join(padded)} {right}"
+
+    def rule(left: str, dash: str, between: str, right: str) -> str:
+        return left + between.join(dash * (width + 2) for width in widths) + right
+
+    lines = [title] if title else []
+    lines += [rule("┏", "━", "┳", "┓"), line(rows[0], "┃", "┃", "┃"), rule("┡", "━", "╇", "┩")]
+    lines += [line(row, "│", "│", "│") for row in rows[1:]]
+    print("\n".join([*lines, rule("└", "─", "┴", "┘")]))
 
 
 def _printable(text: str) -> str:
