@@ -25,6 +25,9 @@ test: install  ## the whole test suite
 test-slow: install  ## the tests that take too long for every run
 	$(BIN)/python -m pytest -m slow
 
+test-server: install  ## the tests that start PostgreSQL, an S3 server and MLflow's server with accounts
+	$(BIN)/python -m pytest -n 0 -m server
+
 test-gpu: install  ## the tests that need a CUDA device, with onnxruntime-gpu in onnxruntime's place
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
@@ -47,4 +50,4 @@ teacher: install  ## train the quickstart's teacher again (about half an hour)
 clean:  ## remove .venv and .limbeck
 	rm -rf .venv .limbeck
 
-.PHONY: help install quickstart test test-slow test-gpu lint bench teacher clean
+.PHONY: help install quickstart test test-slow test-server test-gpu lint bench teacher clean

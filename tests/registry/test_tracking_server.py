@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import requests
 
-from registry import ledger
+from registry import connection, ledger
 from registry.digest import folder_digest
 from registry.errors import DamagedArtifact, Unreachable
 from registry.home import home
@@ -23,6 +23,7 @@ from registry.promotion import promote, rollback
 from registry.store import Store
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
+from tests.registry.flaky import Flaky, flaky
 
 
 def free_port() -> int:
@@ -147,3 +148,102 @@ def test_the_whole_gate_through_a_server(
     with pytest.raises(DamagedArtifact):
         store.folder(int8)
     assert not (home() / "artifacts-cache" / int8.digest).exists()
+
+
+@pytest.fixture
+def proxy(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """A way to the server that can be cut; nobody has patience, for the tests' sake."""
+    monkeypatch.setattr(connection, "PATIENCE", 1.0)
+    with flaky(server.uri) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+        yield proxy
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """An artifact of five files."""
+    folder = tmp_path / "artifact"
+    (folder / "more").mkdir(parents=True)
+    for place in range(4):
+        (folder / f"part-{place}.safetensors").write_bytes(f"{tmp_path}{place}".encode() * 1000)
+    (folder / "more" / "config.json").write_text("{}")
+    return folder
+
+
+def test_an_upload_goes_on_where_the_server_died(
+    server: Server, proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.cut_after = 3
+    with pytest.raises(Unreachable):
+        Store().register("upload", files, kind="student")
+    assert "trying again for 1 s" in capsys.readouterr().err
+    proxy.cut_after = None
+    assert Store().versions("upload") == []  # what is not whole is not seen
+    assert len(proxy.puts) == 3
+    # One of them arrived in its size, but changed.
+    kept = next(server.files.rglob(proxy.puts[-1]))
+    kept.write_bytes(b"x" * kept.stat().st_size)
+    version = Store().register("upload", files, kind="student")
+    told = capsys.readouterr().err
+    assert "upload fp32: 3 of 5 files are there already\n" in told
+    assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
+    assert len(proxy.puts) == 5 + 5  # and once more, all of them
+    assert folder_digest(Store().folder(version)) == version.digest == folder_digest(files)
+
+
+def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
+    begin = (
+        "from pathlib import Path; from registry.store import Store; "
+        f"Store().register('killed', Path({str(files)!r}), kind='student')"
+    )
+    proxy.cut_after = 2
+    process = subprocess.Popen([sys.executable, "-c", begin], cwd=Path(__file__).parents[2])
+    assert proxy.reached.wait(60)
+    process.kill()
+    process.wait()
+    proxy.cut_after = None
+    first = list(proxy.puts)
+    assert Store().versions("killed") == []
+    version = Store().register("killed", files, kind="student")
+    assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
+    assert proxy.puts[:2] == first
+    assert folder_digest(Store().folder(version)) == version.digest
+
+
+def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
+    proxy.lost = {"/model-versions/create"}
+    version = Store().register("lost", files, kind="student")
+    assert proxy.lost == set()
+    assert [each.version for each in Store().versions("lost")] == [version.version] == [1]
+
+
+def test_a_busy_server_is_asked_again(
+    proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PATIENCE", 20.0)
+    store = Store()
+    for status in (429, 503):
+        proxy.answers = [status]
+        store.names()
+        assert f"it answers {status}; trying again for 20 s" in capsys.readouterr().err
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    proxy.answers = [503] * 20
+    with pytest.raises(Unreachable, match="it answers 503"):
+        store.names()
+
+
+def test_a_secret_in_the_address_is_never_said(
+    proxy: Flaky, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = proxy.uri.replace("://", "://ann:a-secret@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    said = []
+    for command in (["doctor", "--format", "json"], ["doctor"], ["models", "show", "nothing/1"]):
+        said.append(limbeck(*command))
+    monkeypatch.setattr(connection, "PATIENCE", 0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret.rpartition(":")[0] + f":{free_port()}")
+    said += [limbeck("models", "list"), limbeck("doctor", "--format", "json")]
+    for result in said:
+        assert "a-secret" not in result.out + result.err
+    assert said[-1].code == 2
+    assert "***@" in said[-1].err
