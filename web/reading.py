@@ -7,22 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path as File
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 
 import evals
+from evals.diff import diff
 from evals.page import View
 from evals.ranking import USD
+from registry.card import card as model_card
 from registry.errors import BadInput
-from web import boards
-from web.render import model_link, page
+from registry.lineage import lineage
+from registry.records import Version
+from web import boards, differences, version_page
+from web.model_page import ModelPage
+from web.plots import drawn
+from web.render import markdown, model_link, page
 from web.site import Site, site_of
 
 router = APIRouter()
 OfSite = Annotated[Site, Depends(site_of)]
+Number = Annotated[int, Path(ge=1, lt=10**9)]
 
 
 class NotHere(BadInput):
@@ -73,6 +80,94 @@ def leaderboard(
     return page(request, "model.html", name=name, board=found, address=boards.address, crumbs=crumbs(name))
 
 
+@router.get("/models/{name}/lineage")
+def trees(request: Request, site: OfSite, name: str) -> Response:
+    """The trees of all versions of a model."""
+    with looking():
+        found = lineage(site.store, name)
+    if wants_json(request):
+        return JSONResponse([tree.json() for tree in found])
+    return page(request, "lineage.html", name=name, trees=found, graph=drawn(found), crumbs=crumbs(name, "lineage"))
+
+
+@router.get("/models/{name}/{number}")
+def version(
+    request: Request, site: OfSite, name: str, number: Number, curve: Annotated[list[str] | None, Query()] = None
+) -> Response:
+    """All that is known of a version.
+
+    Args:
+        curve: the metrics whose curves are shown; some that matter most where none is named.
+    """
+    about = ModelPage(site.store, exact(site, name, number))
+    if wants_json(request):
+        return JSONResponse(about.json())
+    return page(request, "version.html", crumbs=crumbs(name, str(number)), **version_page.values(site, about, curve))
+
+
+@router.get("/models/{name}/{number}/card")
+def card(request: Request, site: OfSite, name: str, number: Number) -> Response:
+    """The model card; as it is with `?format=md`."""
+    found = exact(site, name, number)
+    text = model_card(site.store, found)
+    if request.query_params.get("format") == "md":
+        return PlainTextResponse(text, media_type="text/markdown; charset=utf-8")
+    if wants_json(request):
+        return JSONResponse({"version": found.ref, "card": text})
+    head, body = markdown(text)
+    return page(request, "card.html", version=found, head=head, body=body, crumbs=crumbs(name, str(number), "card"))
+
+
+@router.get("/models/{name}/{number}/flips")
+def flips(
+    request: Request,
+    site: OfSite,
+    name: str,
+    number: Number,
+    against: str = "",
+    task: str = "",
+    place: Annotated[int, Query(alias="page", ge=1)] = 1,
+) -> Response:
+    """The documents on which a version and another one differ, the largest difference first.
+
+    Args:
+        against: NAME/VERSION or NAME@ALIAS; the teacher where it is not named.
+    """
+    found = exact(site, name, number)
+    differing = differences.flips(site.store, found, against, task, place)
+    if wants_json(request):
+        return JSONResponse([flip.model_dump(mode="json") for flip in differing.flips])
+    where = crumbs(name, str(number), "where it differs")
+    return page(request, "flips.html", version=found, differing=differing, task=task, crumbs=where)
+
+
+@router.get("/compare")
+def compare(
+    request: Request, site: OfSite, a: str = "", b: str = "", v: Annotated[list[str] | None, Query()] = None
+) -> Response:
+    """Two versions side by side.
+
+    Args:
+        a, b: NAME/VERSION or NAME@ALIAS; differences are a - b.
+        v: the two, as the leaderboard's form gives them.
+    """
+    a, b = (each.strip() for each in [*(v or []), a, b, ""][:2])
+    where = [("Models", "/"), ("Compare", None)]
+    if not (a and b):
+        return page(request, "compare.html", a=a, b=b, found=None, crumbs=where)
+    with looking():
+        found = diff(site.store, a, b)
+    if wants_json(request):
+        return JSONResponse(found.model_dump(mode="json"))
+    return page(request, "compare.html", a=a, b=b, found=found, **differences.drawn(site.store, found), crumbs=where)
+
+
+def exact(site: Site, name: str, number: int) -> Version:
+    """The version NAME/NUMBER. Raises NotHere."""
+    with looking():
+        return site.store.get(f"{name}/{number}")
+
+
 def crumbs(*path: str) -> list[tuple[str, str | None]]:
     """From all models down to a page: a model's name, a version's number, and the like; the last is here."""
     steps = [("Models", "/"), *((words, model_link(*path[: place + 1])) for place, words in enumerate(path))]
@@ -82,4 +177,4 @@ def crumbs(*path: str) -> list[tuple[str, str | None]]:
 @router.get("/static/page.{kind}")
 def shared(kind: Literal["css", "js"]) -> Response:
     """The look and the plot of the leaderboard, which as one file has them too."""
-    return FileResponse(Path(evals.__file__).with_name(f"page.{kind}"))
+    return FileResponse(File(evals.__file__).with_name(f"page.{kind}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
@@ -12,6 +13,8 @@ from urllib.parse import quote, urlencode
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 THEMES = ("light", "dark")
 
@@ -65,6 +68,13 @@ def query(**values: Any) -> str:
     """`?a=1&b=2`, of what is not None or empty; "" where nothing is left."""
     said = {name: value for name, value in values.items() if value not in (None, "", ())}
     return f"?{urlencode(said, doseq=True)}" if said else ""
+
+
+def markdown(text: str) -> tuple[str, Markup]:
+    """The YAML head of a Markdown text, and the rest as HTML: HTML in it is text, and links lead to http(s) alone."""
+    head, body = re.fullmatch(r"(?:---\n(.*?)\n---\n)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    render = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render
+    return head or "", Markup(render(body))
 
 
 def _when(moment: datetime) -> str:
