@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.errors import BadInput
-from registry.terminal import format_option, print_json, print_table, say, write_report
+from registry.terminal import format_option, indented, print_json, print_table, say, write_report
 
 if TYPE_CHECKING:
     from registry.lineage import Node
@@ -105,6 +105,9 @@ def _row(version: Version) -> tuple[Any, ...]:
 @format_option
 def show(ref: str, output: str) -> None:
     """All that is known of the version REF: NAME/VERSION or NAME@ALIAS."""
+    from registry.lineage import path
+    from registry.usage import commands, python
+
     store = _store()
     version = store.get(ref)
     cards = store.scorecards(version)
@@ -112,7 +115,10 @@ def show(ref: str, output: str) -> None:
     verdicts = store.verdicts(version)
     files = _files(store, version)
     if output == "json":
-        about = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files, "use": _use(version)}
+        about: dict[str, Any] = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files}
+        about |= {"lineage": [node.ref for node in path(store, version)]}
+        about |= {"use": commands(version), "python": python(version)}
+        about |= _asked(store, version)
         print_json(version.model_dump(mode="json") | about)
         return
     fields = version.model_dump(exclude={"name", "version", "aliases"}, exclude_none=True)
@@ -130,12 +136,49 @@ def show(ref: str, output: str) -> None:
         if len(cards) > 1:
             say(f"  and {len(cards) - 1} older scorecards; --format json has them all")
     if parity:
-        rows = parity.model_dump(exclude={"reference", "precision"}).items()
+        figures = parity.model_dump(exclude={"reference", "precision"}, exclude_none=True)
+        rows = [(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in figures.items()]
         print_table("against PyTorch, on held-out text", ["field", "value"], rows)
     if verdicts:
         rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
         print_table(f"newest verdict: {verdicts[-1].outcome}", ["rule", "outcome", "numbers"], rules)
-    print_table("use it", ["command"], [(line,) for line in _use(version)])
+        if len(verdicts) > 1:
+            say(f"  and {len(verdicts) - 1} older verdicts; --format json has them all")
+    if asked := _asked(store, version):
+        print_table("asked and answered", ["what", "is"], _asked_rows(asked))
+    print_table("lineage", ["version", "kind", "digest"], map(_step, path(store, version)))
+    print_table("use it", ["command"], [(line,) for line in commands(version)])
+    for library, lines in python(version).items():
+        print(f"\nin Python, with {library}:\n" + "\n".join(indented(lines)))
+
+
+def _asked(store: Store, version: Version) -> dict[str, Any]:
+    """The requests for aliases with their answers, and the digest of the bill of materials; what there is of these."""
+    from registry import approvals, provenance
+
+    found: dict[str, Any] = {}
+    requests = [each.request for each in approvals.open_requests(store, version.name)]
+    if own := [request for request in requests if request.version == version.version]:
+        answers = {request.alias: approvals.find(store, version, request.alias)[1] for request in own}
+        found["requests"] = [{"request": each, "answers": answers[each.alias]} for each in own]
+    if bill := provenance.find(store, version):
+        found["bill_of_materials"] = bill.digest
+    return found
+
+
+def _asked_rows(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for each in asked.get("requests", ()):
+        request = each["request"]
+        yield f"{request.alias} is asked for by {request.who}", request.reason
+        for answer in each["answers"]:
+            yield f"  {answer.answer} by {answer.who}", answer.reason
+    if "bill_of_materials" in asked:
+        yield "bill of materials", asked["bill_of_materials"]
+
+
+def _step(node: Node) -> tuple[str, str, str | None]:
+    known = node.version
+    return (node.ref, known.kind, known.digest[:12]) if known else (node.ref, "not there any more", None)
 
 
 def _files(store: Store, version: Version) -> dict[str, int] | None:
@@ -162,20 +205,6 @@ def _print_card(card: Scorecard) -> None:
     if card.cost:
         figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}
         print_table("cost", ["figure", "value"], figures.items())
-
-
-def _use(version: Version) -> list[str]:
-    """The commands that make something of a version."""
-    ref = version.ref
-    if version.kind == "onnx":
-        return [
-            f"limbeck generate {ref} PROMPT",
-            f"limbeck serve {ref}",
-            f"limbeck deploy {ref} --to DIR",
-            f"limbeck promote {ref} --to production",
-        ]
-    score = f"limbeck eval {ref} --tasks TASK,... --against {version.teacher or 'TEACHER'}"
-    return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]
 
 
 @click.command()
