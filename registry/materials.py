@@ -95,7 +95,7 @@ def _components(store: Store, version: Version, manifest: Json) -> tuple[dict[st
         if now.kind != "onnx" or above is None:  # what a student is made from its variants only repeat
             parts += _ingredients(now, *_run(store, now))
         for part in parts:
-            if part["type"] != "machine-learning-model" or above is None:
+            if above is None or part["bom-ref"] != _ref(above):  # that one's turn comes
                 components.setdefault(part["bom-ref"], part)
         uses[_ref(now)] = list(dict.fromkeys(part["bom-ref"] for part in parts))
         now = above

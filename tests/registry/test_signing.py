@@ -107,6 +107,7 @@ def elliptic() -> bytes:
         (pem(Ed25519PrivateKey.generate()), 0o640, "others may read"),
         (pem(Ed25519PrivateKey.generate()), 0o604, "others may read"),
     ],
+    ids=["missing", "empty", "no key", "another kind", "encrypted", "group", "world"],
 )
 def test_a_key_that_cannot_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, mode: int, words: str
