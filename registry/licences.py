@@ -125,7 +125,7 @@ def allows(licence: str | None) -> bool | None:
         return None
     if len(either := _split(licence, "OR")) > 1:
         answers = [allows(each) for each in either]
-        return True if True in answers else every(answers)
+        return True if True in answers else None if None in answers else False
     if len(each := names(licence)) > 1:
         return every(allows(name) for name in each)
     known = terms(_bare(licence))
