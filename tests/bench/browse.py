@@ -1,0 +1,155 @@
+"""How long `limbeck models list` takes over 10,000 versions, beside a plain search through MLflow's own client.
+
+A student and its ONNX variant are registered and scored through `Store`. The others are copies of their rows in
+MLflow's database, with tags and metrics of their own, since 10,000 versions through MLflow's API would take most of an
+hour; what reads them cannot tell the difference. `python -m tests.bench.browse 1000` takes another size.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import closing
+from tempfile import TemporaryDirectory
+
+from registry.home import home
+from registry.store import Store
+from registry.terminal import print_table
+from tests.bench.leaderboard import scorecard
+
+COUNT = 10_000
+MODELS = 20
+ROUNDS = 5
+FILTER = "tags.`limbeck.precision` = 'int8' and tags.`limbeck.recipe` LIKE 'recipe-1%'"
+LISTINGS = {
+    "all, table": [],
+    "all, json": ["--format", "json"],
+    "one model": ["model-7"],
+    "by recipe and kind": ["--recipe", "recipe-11", "--kind", "onnx"],
+    "by metric": ["--metric", "retention >= 0.9"],
+    "newest 20": ["--sort", "-created", "--limit", "20"],
+    "--filter": ["--filter", FILTER],
+}
+PLAIN = """
+import sys
+from mlflow import MlflowClient
+client, asked = MlflowClient(sys.argv[1], sys.argv[1]), sys.argv[2]
+token, found = None, 0
+while True:
+    page = client.search_model_versions(asked, max_results=10_000, page_token=token)
+    found, token = found + len(page), page.token
+    if not token:
+        break
+print(found)
+"""
+
+
+def main(count: int = COUNT) -> None:
+    """Measure and print a table."""
+    with TemporaryDirectory() as temporary:
+        os.environ["LIMBECK_HOME"] = temporary
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        make(count)
+        uri = f"sqlite:///{home() / 'mlflow.db'}"
+        plain = {asked: seconds([sys.executable, "-c", PLAIN, uri, asked]) for asked in ("", FILTER)}
+        lines = []
+        for what, options in LISTINGS.items():
+            took = seconds([sys.executable, "-m", "limbeck", "models", "list", *options])
+            beside = plain.get(options[1] if what == "--filter" else "") if what in ("all, json", "--filter") else None
+            lines.append([what, f"{took:.2f} s", beside and f"{beside:.2f} s", beside and f"{took / beside:.2f}"])
+    columns = ["limbeck models list", "took", "MLflow's search alone", "ratio"]
+    print_table(f"{count:,} versions, median of {ROUNDS}, load {os.getloadavg()[0]:.1f}", columns, lines)
+
+
+def seconds(command: list[str]) -> float:
+    """The median time of a whole command."""
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def make(count: int, models: int = MODELS) -> None:
+    """`count` versions of `models` registered models, each with about 20 tags and 40 metrics, in LIMBECK_HOME."""
+    store = Store()
+    dice = random.Random(0)
+    documents = home() / "documents.parquet"
+    documents.write_bytes(b"no one reads this")
+    for kind, engine in (("student", "torch"), ("onnx", "onnxruntime")):
+        folder = home() / f"made-{kind}"
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"of": "{kind}"}}')
+        first = store.register(
+            "model-0", folder, kind=kind, engine=engine, recipe="small", params=1000, data_digest="d" * 64,
+            licence="MIT", family="f" * 64, code_version="limbeck 0.1.0", teacher="teacher/1", recipe_digest="r" * 64,
+        )  # fmt: skip
+        store.add_scorecard(first, scorecard(first.ref, first.digest, dice), documents)
+    with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
+        copy(database, count, models, dice)
+
+
+def copy(database: sqlite3.Connection, count: int, models: int, dice: random.Random) -> None:
+    """The versions beside the first two, as these in turn."""
+    first = {
+        number: (
+            row("model_versions", database, "name = 'model-0' AND version = ?", number)[0],
+            dict(database.execute("SELECT key, value FROM model_version_tags WHERE version = ?", [number])),
+        )
+        for number in (1, 2)
+    }
+    made: dict[str, list[dict]] = {name: [] for name in TABLES}
+    made["registered_models"] = [
+        row("registered_models", database, "name = ?", "model-0")[0] | {"name": f"model-{place}"}
+        for place in range(1, models)
+    ]
+    logged = {
+        number: (
+            row("logged_models", database, "model_id = ?", tags["limbeck.model_id"])[0],
+            row("logged_model_metrics", database, "model_id = ?", tags["limbeck.model_id"]),
+        )
+        for number, (_, tags) in first.items()
+    }
+    for place in range(2, count):
+        like = 1 + place % 2
+        name, number = f"model-{place % models}", place // models + 3
+        version, tags = first[like]
+        model_id = f"m-{place:032x}"
+        recipe = f"recipe-{place // models % 50}"
+        tags = tags | {"limbeck.digest": f"{place:064x}", "limbeck.model_id": model_id, "limbeck.recipe": recipe}
+        tags["limbeck.precision"] = dice.choice(["fp32", "int8", "int4"])
+        created = version["creation_time"] + 1000 * place
+        made["model_versions"].append(version | {"name": name, "version": number, "creation_time": created})
+        key = {"name": name, "version": number, "workspace": "default"}
+        made["model_version_tags"] += [key | {"key": tag, "value": value} for tag, value in tags.items()]
+        model, metrics = logged[like]
+        made["logged_models"].append(model | {"model_id": model_id})
+        factor = dice.uniform(0.8, 1.0)
+        made["logged_model_metrics"] += [
+            metric | {"model_id": model_id, "metric_value": metric["metric_value"] * factor} for metric in metrics
+        ]
+    for table, rows in made.items():
+        columns = list(rows[0])
+        marks = ", ".join(f":{column}" for column in columns)
+        names = ", ".join(f'"{column}"' for column in columns)
+        database.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)
+
+
+TABLES = ["registered_models", "model_versions", "model_version_tags", "logged_models", "logged_model_metrics"]
+
+
+def row(table: str, database: sqlite3.Connection, where: str, value: object) -> list[dict]:
+    """Rows of a table, as dictionaries."""
+    found = database.execute(f"SELECT * FROM {table} WHERE {where}", [value])
+    names = [column[0] for column in found.description]
+    return [dict(zip(names, line, strict=True)) for line in found]
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]))
