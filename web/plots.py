@@ -188,8 +188,9 @@ def _box(placed: _Placed, here: str | None) -> Markup:
     top = placed.y - 23
     name = node.ref if len(node.ref) <= 22 else "…" + node.ref[-21:]
     about = f"{known.recipe or known.kind} {known.precision}" if known else "not there any more"
-    about = about if len(about) <= 26 else about[:25] + "…"
-    aliases = ", ".join(known.aliases) if known else ""
+    aliases = ", ".join(known.aliases)[:16] if known else ""
+    room = 26 - len(aliases)
+    shown = about if len(about) <= room else about[: room - 1] + "…"
     classes = f"{known.kind if known else 'gone'}{' here' if node.ref == here else ''}"
     drawn = Markup(
         '<rect x="{0:.0f}" y="{1:.0f}" width="{2}" height="46" rx="8"/>'
@@ -202,9 +203,9 @@ def _box(placed: _Placed, here: str | None) -> Markup:
         top + 20,
         name,
         top + 36,
-        about,
+        shown,
         Markup('<text class="alias" x="{:.0f}" y="{:.0f}" text-anchor="end">{}</text>').format(
-            placed.x + BOX - 9, top + 36, aliases[:16]
+            placed.x + BOX - 9, top + 36, aliases
         )
         if aliases
         else "",

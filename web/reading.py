@@ -21,7 +21,7 @@ from registry.card import card as model_card
 from registry.errors import BadInput
 from registry.lineage import lineage
 from registry.records import Version
-from web import boards, differences, version_page
+from web import boards, differences, overview, searching, version_page
 from web.model_page import ModelPage
 from web.plots import drawn
 from web.render import markdown, model_link, page
@@ -29,6 +29,7 @@ from web.site import Site, site_of
 
 router = APIRouter()
 OfSite = Annotated[Site, Depends(site_of)]
+Place = Annotated[int, Query(alias="page", ge=1)]
 Number = Annotated[int, Path(ge=1, lt=10**9)]
 
 
@@ -53,7 +54,36 @@ def looking() -> Iterator[None]:
 @router.get("/")
 def index(request: Request, site: OfSite) -> Response:
     """All registered models."""
-    return page(request, "index.html", names=site.store.names())
+    found = overview.models(site)
+    if wants_json(request):
+        return JSONResponse([model.json() for model in found])
+    return page(request, "index.html", models=found)
+
+
+@router.get("/versions")
+def search(request: Request, site: OfSite, q: str = "", sort: str = "", place: Place = 1) -> Response:
+    """The versions of all models that a line asks for."""
+    return _versions(request, site, None, q, sort, place)
+
+
+@router.get("/models/{name}/versions")
+def versions(request: Request, site: OfSite, name: str, q: str = "", sort: str = "", place: Place = 1) -> Response:
+    """The versions of a model that a line asks for; all where there is none."""
+    return _versions(request, site, name, q, sort, place)
+
+
+def _versions(request: Request, site: Site, name: str | None, q: str, sort: str, place: int) -> Response:
+    if name:
+        with looking():
+            found = searching.versions(site.store, name, q, sort, place)
+    else:
+        found = searching.versions(site.store, None, q, sort, place)
+    if wants_json(request):
+        shown = [hit._asdict() | {"version": hit.version and hit.version.model_dump(mode="json")} for hit in found.hits]
+        return JSONResponse(shown)
+    where = crumbs(name, "versions") if name else [("Models", "/"), ("Search", None)]
+    metrics = sorted({metric for hit in found.hits for metric in hit.metrics})
+    return page(request, "versions.html", name=name, found=found, q=q, sort=sort, metrics=metrics, crumbs=where)
 
 
 @router.get("/models/{name}")
@@ -68,13 +98,13 @@ def leaderboard(
     precision: str = "",
     sort: str = "",
     reverse: bool = False,
-    number: Annotated[int, Query(alias="page", ge=1)] = 1,
+    place: Place = 1,
 ) -> Response:
     """Cost against quality of a model's versions; each choice is in the address."""
     with looking():
         every = site.boards.rows(name)
     view = View(task, cost, kind, recipe, precision, sort, reverse)
-    found = boards.board(name, every, view, number)
+    found = boards.board(name, every, view, place)
     if wants_json(request):
         return JSONResponse([row.model_dump(mode="json") for row in found.rows if view.shows(row)])
     return page(request, "model.html", name=name, board=found, address=boards.address, crumbs=crumbs(name))
@@ -126,7 +156,7 @@ def flips(
     number: Number,
     against: str = "",
     task: str = "",
-    place: Annotated[int, Query(alias="page", ge=1)] = 1,
+    place: Place = 1,
 ) -> Response:
     """The documents on which a version and another one differ, the largest difference first.
 
