@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry import signing
+from registry.approvals import signed
 from registry.errors import BadInput
 from registry.evidence import Evidence, best_card
+from registry.licences import Term
 from registry.policy import Policy, load
-from registry.records import Contamination, Overlap, Parity, Scorecard, Version
+from registry.records import Approval, Contamination, Estimate, Overlap, Parity, Request, Scorecard, Version
 from registry.rules import judge
 
 ONNX = Version(
@@ -219,3 +222,145 @@ def test_a_policy_without_rules_of_lineage_is_the_one_it_was() -> None:
     assert policy().digest() == policy(lineage={}).digest()
     assert policy().digest() != policy(lineage={"max_contamination": 0.1}).digest()
     assert policy().digest().startswith("01de81b4f40f")
+
+
+def test_an_old_policy_keeps_its_digest() -> None:
+    old = policy(quality={"min_retention": 0.8, "confidence": 0.95, "margin": {}}, licence={}, approvals={}, rules={})
+    assert old.digest() == policy().digest()
+    for more in ({"licence": {"data": ["mit"]}}, {"approvals": {"needed": 1}}, {"rules": {"a": {}}}):
+        assert policy(**more).digest() != policy().digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '[approvals]\nneeded = 3\npeople = ["a", "b"]\n',
+            r":2 and 3: .* 3 people, .* names 2, so no model",
+        ),
+        ('[approvals]\npeople = ["a"]\n', r"needed is 0"),
+        ('[approvals]\nneeded = 1\npeople = ["a", "a"]\n', r":3: approvals.people names a twice"),
+        (f'[approvals]\nneeded = 1\npeople = ["a"]\n[approvals.keys]\nb = "{"A" * 43}="\n', r":3 and 5: .* a key of b"),
+        ('[approvals]\nneeded = 1\n[approvals.keys]\nb = "no key"\n', r":4: .* no public key"),
+        (f'[approvals]\nneeded = 1\n[approvals.keys]\na = "{"A" * 43}="\nb = "{"A" * 43}="\n', r":4 and 5: .* one key"),
+        (f'[approvals]\nneeded = 2\n[approvals.keys]\na = "{"A" * 43}="\n', r":2 and 3: .* keys of 1, so no model"),
+        ("[licence]\nteacher = []\n", r":2: licence.teacher allows no licence, so no model"),
+        ('[quality]\ntasks = ["a", "a"]\n', r":2: quality.tasks names a twice"),
+        ("[quality]\nconfidence = 1\n", r":2: "),
+        ("[quality]\nconfidence = 0.9\nmargin = {acc = 0}\n", r":3: "),
+        ("[quality.min_task_retention]\na = 95\n", r":2: "),
+        ("[cost]\nmin_decode_tokens_per_s = inf\n", r":2: "),
+        ('[override]\npeople = ["a"]\n', "it asks nothing"),
+        ("[rules.absent]\nx = 1\n", r":1: no rule absent is installed"),
+    ],
+)
+def test_a_policy_that_nobody_or_anybody_passes(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(BadInput, match=words):
+        load(tmp_path / "policy.toml")
+
+
+def messages(rules: dict[str, Any], evidence: Evidence) -> dict[str, tuple[str, str]]:
+    return {each.rule: (each.outcome, each.message) for each in judge(Policy.model_validate(rules), evidence).rules}
+
+
+def test_margins(make_card: Callable[..., Scorecard]) -> None:
+    card = make_card(TORCH.digest)
+    assert card.relative is not None
+    worse = Estimate(value=-0.02, low=-0.03, high=-0.01, freedom=30)
+    for higher, difference in ((True, worse), (False, Estimate(value=0.02, low=0.01, high=0.03, freedom=30))):
+        tasks = {name: task.model_copy(update={"higher_is_better": higher}) for name, task in card.tasks.items()}
+        relative = card.relative.model_copy(update={"difference": dict.fromkeys(tasks, difference)})
+        held = Evidence(TORCH, card.model_copy(update={"tasks": tasks, "relative": relative}), teacher_digest=TEACHER)
+        for margin, outcome in ((0.03, "pass"), (0.025, "inconclusive"), (0.009, "fail")):
+            found = messages({"quality": {"margin": {"acc": margin}}}, held)
+            assert {name: each[0] for name, each in found.items()} == dict.fromkeys(
+                ("quality.margin.bits", "quality.margin.choice"), outcome
+            )
+        assert (
+            "documents in place of 500"
+            in messages({"quality": {"margin": {"acc": 0.025}}}, held)["quality.margin.bits"][1]
+        )
+        # A task's own margin counts before its metric's; what was not scored is not passed over.
+        found = messages({"quality": {"margin": {"acc": 0.009, "bits": 0.03, "absent": 1}}}, held)
+        assert [found[f"quality.margin.{name}"][0] for name in ("bits", "choice", "absent")] == [
+            "pass", "fail", "inconclusive",
+        ]  # fmt: skip
+        at = {"quality": {"margin": {"acc": 0.029}, "confidence": 0.9}}
+        assert messages(at, held)["quality.margin.bits"][0] == "pass"
+        assert messages({"quality": at["quality"] | {"confidence": 0.99}}, held)["quality.margin.bits"][0] != "pass"
+
+
+def test_the_age_of_a_score(make_card: Callable[..., Scorecard]) -> None:
+    asked = {"quality": {"max_age_days": 30}}
+    for day, outcome in ((31, "pass"), (32, "inconclusive")):
+        now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=day - 1)
+        found = messages(asked, Evidence(TORCH, make_card(TORCH.digest), now=now))
+        assert found["quality.max_age_days"][0] == outcome
+        assert "scored on 2026-01-01, at most 30 days ago" in found["quality.max_age_days"][1]
+    future = Evidence(TORCH, make_card(TORCH.digest), now=datetime(2025, 12, 1, tzinfo=UTC))
+    assert messages(asked, future)["quality.max_age_days"][0] == "inconclusive"
+    assert messages(asked, Evidence(TORCH, None))["scorecard"][0] == "inconclusive"
+
+
+def test_the_upper_end_of_a_cost(make_card: Callable[..., Scorecard]) -> None:
+    card = make_card(TORCH.digest)
+    assert card.relative is not None
+    spread = {"cost_ratio_interval": Estimate(value=0.25, low=0.2, high=0.4)}
+    held = Evidence(TORCH, card.model_copy(update={"relative": card.relative.model_copy(update=spread)}))
+    for limit, outcome in ((0.4, "pass"), (0.3, "inconclusive"), (0.19, "fail")):
+        assert messages({"cost": {"max_cost_ratio": limit}}, held)["cost.max_cost_ratio"][0] == outcome
+    assert messages({"cost": {"max_peak_device_bytes": 1}}, held)["cost.max_peak_device_bytes"][0] == "pass"
+
+
+def test_licences() -> None:
+    def found(allowed: list[str], licence: str | None, role: str = "teacher") -> str:
+        terms = (Term(role, "still/4", "still/1", licence, None),)  # type: ignore[arg-type]
+        return messages({"licence": {role: allowed}}, Evidence(TORCH, None, terms=terms))[f"licence.{role}"][0]
+
+    for role in ("teacher", "data"):
+        assert found(["apache-2.0"], "Apache 2.0", role) == "pass"
+        assert found(["apache-2.0"], "llama2", role) == "fail"
+        assert found(["apache-2.0"], "Apache-2.0 AND llama2", role) == "fail"
+        assert found(["apache-2.0"], "Apache-2.0 OR llama2", role) == "pass"
+        assert found(["apache-2.0"], None, role) == "inconclusive"
+    assert messages({"licence": {"teacher": ["mit"]}}, Evidence(TORCH, None))["licence.teacher"][0] == "inconclusive"
+
+
+def test_approvals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    made = TORCH.model_copy(update={"author": "ann"})
+    asked = Request(
+        name="still", alias="production", version=4, artifact=made.digest, who="bob", when=now, reason="better"
+    )
+    draft = Approval(
+        request=asked.digest(), artifact=made.digest, verdict=None, answer="approve", who="", when=now, reason="fine"
+    )
+
+    def found(*answers: Approval, request: Request | None = asked, **rules: Any) -> str:
+        held = Evidence(made, None, request=request, approvals=answers)
+        return messages({"approvals": {"needed": 1} | rules}, held)["approvals.needed"][0]
+
+    def by(who: str, **changes: Any) -> Approval:
+        return draft.model_copy(update={"who": who} | changes)
+
+    later = now + timedelta(hours=1)
+    assert found(by("cy")) == "pass"
+    assert found(by("ann")) == found(by("bob")) == found() == "inconclusive"  # the author, who asked
+    assert found(by("cy"), people=["dee"]) == "inconclusive"
+    assert found(by("cy"), by("cy", when=later), needed=2) == "inconclusive"  # one person is one
+    assert found(by("cy"), by("dee"), needed=2) == "pass"
+    assert found(by("cy"), by("dee", answer="reject", when=later)) == "fail"
+    assert found(by("cy", answer="reject"), by("cy", when=later)) == "pass"
+    assert found(by("cy", artifact="b" * 64)) == found(by("cy", request="other")) == "inconclusive"
+    assert found(by("cy"), request=None) == "inconclusive"
+    assert found(by("cy"), request=asked.model_copy(update={"artifact": "b" * 64})) == "inconclusive"
+    key = signing.new(tmp_path / "key")
+    assert found(by("cy"), keys={"cy": key}) == "inconclusive"
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "key"))
+    signature = signing.sign(signed(by("cy")))
+    assert signature is not None
+    given = by("cy", **signature._asdict())
+    assert found(given, keys={"cy": key}) == "pass"
+    assert found(given.model_copy(update={"reason": "changed"}), keys={"cy": key}) == "inconclusive"
+    assert found(given, keys={"cy": signing.new(tmp_path / "other")}) == "inconclusive"
