@@ -364,3 +364,12 @@ def test_approvals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found(given, keys={"cy": key}) == "pass"
     assert found(given.model_copy(update={"reason": "changed"}), keys={"cy": key}) == "inconclusive"
     assert found(given, keys={"cy": signing.new(tmp_path / "other")}) == "inconclusive"
+
+
+def test_the_page_of_policies_has_every_key(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    example = page.split("```toml\n")[1].split("```")[0]
+    (tmp_path / "policy.toml").write_text(example)
+    asked = load(tmp_path / "policy.toml")
+    for name in set(Policy.model_fields) - {"rules"}:  # a rule in Python needs a distribution
+        assert getattr(asked, name).model_fields_set == set(type(getattr(asked, name)).model_fields), name
