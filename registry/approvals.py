@@ -39,6 +39,15 @@ class Asked:
     problems: tuple[str, ...] = ()  # what was tampered with, or is of other files
 
     @property
+    def void(self) -> tuple[str, ...]:
+        """What counts for nothing, and why."""
+        if self.request or not self.ended:
+            return self.problems
+        last = self.ended[-1]
+        words = f"the request of {last.who} ({last.when:%Y-%m-%d}) ended when {last.alias} was moved off the version"
+        return (*self.problems, words)
+
+    @property
     def by_person(self) -> dict[str, Approval]:
         """The newest answer of each."""
         return {answer.who: answer for answer in self.answers}
@@ -150,7 +159,7 @@ def check(store: Store, asked: Asked, alias: str, who: str | None = None) -> Req
     version, who = asked.version, who or people.user(store.tracking_uri)
     if asked.request is None:
         raise BadInput(
-            "\n".join([f"nobody asks that {alias} may point at {version.ref}", *(f"  {p}" for p in asked.problems)]),
+            "\n".join([f"nobody asks that {alias} may point at {version.ref}", *(f"  {why}" for why in asked.void)]),
             fix=f"ask first: limbeck request {version.ref} --to {alias} --reason ...",
         )
     policy = protection.policy_of(store, version.name, alias)

@@ -27,6 +27,7 @@ class Evidence:
     alias: str = "production"  # that is to point at it
     request: Request | None = None  # the newest that asks for this alias to point at it
     approvals: tuple[Approval, ...] = ()  # the answers to it, oldest first
+    void: tuple[str, ...] = ()  # requests and answers that count for nothing, and why
     terms: tuple[Term, ...] = ()  # the licences along its lineage, where the policy asks for them
     documents: Callable[[], Path] | None = None  # gives the parquet of the scorecard's documents
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -58,6 +59,7 @@ def gather_all(store: Store, versions: Sequence[Version], policy: Policy, alias:
             alias=alias,
             request=asked.request if asked else None,
             approvals=asked.answers if asked else (),
+            void=asked.void if asked else (),
             terms=tuple(licences.chain(store, version)) if _asks_licences(policy) else (),
             documents=partial(store.documents, version, card) if card else None,
         )

@@ -25,9 +25,10 @@ def judge(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]:
         return
     of = f" of {', '.join(asked.people)}" if asked.people else ""
     need = f"{asked.needed} {'person has' if asked.needed == 1 else 'people have'} to approve{of}"
+    void = "".join(f"; {why}" for why in evidence.void)
     if request is None or not _is_for(request, evidence):
         ask = f"limbeck request {version.ref} --to {evidence.alias} --reason ..."
-        yield rule(NAME, "inconclusive", f"{need}, and nobody asked for it; run: {ask}")
+        yield rule(NAME, "inconclusive", f"{need}, and nobody asked for it{void}; run: {ask}")
         return
     answers = {each.who: each for each in sorted(evidence.approvals, key=lambda a: a.when) if _answers(each, request)}
     if rejections := [each for each in answers.values() if each.answer == "reject"]:
@@ -37,6 +38,7 @@ def judge(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]:
     counting = [who for who, why in why_not.items() if why is None]
     words = f"{', '.join(sorted(counting)) or 'nobody'} approved, {need}"
     words += "".join(f"; the answer of {who} does not count: {why}" for who, why in sorted(why_not.items()) if why)
+    words += void
     if len(counting) >= asked.needed:
         yield rule(NAME, "pass", words)
     else:

@@ -111,7 +111,7 @@ def test_a_request_ends_where_the_alias_leaves_the_version(scored: Still) -> Non
     assert try_to_promote(scored) is None  # it is there: still approved
     assert approvals.open_requests(scored.store, "still") == []
     rollback(scored.store, "still", "production", reason="slow")
-    assert try_to_promote(scored)
+    assert "ended when production was moved off the version" in (try_to_promote(scored) or "")
     asked = approvals.about(scored.store, scored.variants["fp32"], "production")
     assert (asked.request, len(asked.ended)) == (None, 1)
     assert approvals.open_requests(scored.store) == []
@@ -141,7 +141,7 @@ def test_what_was_tampered_with_counts_for_nothing(scored: Still, what: str) -> 
         assert approvals.find(scored.store, version, "production")[1] == ()
         (problem,) = approvals.about(scored.store, version, "production").problems
         assert "counts for nothing" in problem
-        assert try_to_promote(scored)
+        assert problem in (try_to_promote(scored) or "")
     scored.store.client.set_model_version_tag("still", "3", key, value)
     assert try_to_promote(scored) is None
 
