@@ -282,7 +282,7 @@ def test_margins(make_card: Callable[..., Scorecard]) -> None:
             in messages({"quality": {"margin": {"acc": 0.025}}}, held)["quality.margin.bits"][1]
         )
         # A task's own margin counts before its metric's; what was not scored is not passed over.
-        found = messages({"quality": {"margin": {"acc": 0.009, "bits": 0.03, "absent": 1}}}, held)
+        found = messages({"quality": {"margin": {"bits": 0.03, "acc": 0.009, "absent": 1}}}, held)
         assert [found[f"quality.margin.{name}"][0] for name in ("bits", "choice", "absent")] == [
             "pass", "fail", "inconclusive",
         ]  # fmt: skip
