@@ -51,11 +51,7 @@ def make_parity() -> Callable[..., Parity]:
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
     """A parquet of two documents."""
-    return write_documents(tmp_path / "documents.parquet")
-
-
-def write_documents(file: Path) -> Path:
-    """As the fixture `documents`, in any file."""
+    file = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"doc_id": [0, 1], "value": [1.0, 0.0]}), file)
     return file
 
@@ -105,11 +101,6 @@ def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) 
 @pytest.fixture
 def scored(still: Still) -> Still:
     """fp32 (2 dollars) and int8 (1 dollar) pass POLICY; int4 is cheapest and fails."""
-    return score_all(still)
-
-
-def score_all(still: Still) -> Still:
-    """As the fixture `scored`."""
     still.score(still.variants["fp32"], usd=2.0)
     still.score(still.variants["int8"], usd=1.0)
     still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pytest
 import uvicorn
+from pyarrow import parquet
 
+from evals.documents import DOCUMENTS
 from registry.store import Store
-from tests.registry.conftest import POLICY, Still, make_artifact, make_still, score_all, write_documents
+from tests.registry.conftest import POLICY, Still, make_artifact, make_still
 from web.app import create_app
 
 if TYPE_CHECKING:
@@ -57,8 +60,38 @@ def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
         patch.setenv("LIMBECK_HOME", str(folder / "home"))
         patch.setenv("LIMBECK_USER", "ada")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        documents = write_documents(folder / "documents.parquet")
-        yield score_all(make_still(Store(), partial(make_artifact, folder / "made"), documents))
+        still = make_still(Store(), partial(make_artifact, folder / "made"), folder / "none")
+        for precision, wrong, scores in (
+            ("fp32", 5, dict(usd=2.0)),
+            ("int8", 7, dict(usd=1.0)),
+            ("int4", 60, dict(usd=0.5, retention=(0.5, 0.4, 0.6))),
+        ):
+            still.documents = write_answers(folder / f"{precision}.parquet", wrong)
+            still.score(still.variants[precision], **scores)
+        yield still
+
+
+def write_answers(file: Path, wrong: int) -> Path:
+    """The documents of a scorecard of 2 tasks of 80 questions each, of which the first `wrong` are answered wrongly."""
+    rows = [
+        {
+            "task": task,
+            "doc_id": number,
+            "doc_hash": f"d{number}",
+            "prompt_hash": f"p{number}",
+            "metric": "acc",
+            "value": float(number >= wrong),
+            "weight": 1.0,
+            "cluster": f"{task}:{number}",
+            "target": "yes",
+            "response": "yes" if number >= wrong else "<i>no</i>",
+            "prompt_end": f"question {number}?",
+        }
+        for task in ("bits", "choice")
+        for number in range(80)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows, DOCUMENTS), file)
+    return file
 
 
 @pytest.fixture(scope="module")
