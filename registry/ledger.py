@@ -4,117 +4,58 @@ MLflow moves an alias without a trace. So each move is written here first and th
 it was made. A process killed in between leaves an entry without its mark: `settle` finishes it. An alias that
 is not where the last finished entry put it was moved through MLflow itself: that is told, never overwritten.
 
-Entries are tags `limbeck.ledger.SEQUENCE.HASH` of the registered model; the mark is `limbeck.applied.ALIAS`.
+Entries are tags `limbeck.ledger.SEQUENCE.HASH` of the registered model; the mark is `limbeck.applied.ALIAS`. An
+entry counts from the moment that `registry.anchor` has its hash: MLflow lets each number have one hash, and never
+another. Two machines that write at once are so put in order, and what is changed, dropped (the last ones or all,
+too), doubled or reordered through MLflow afterwards is found. Somebody who can write to MLflow's database itself can
+rewrite tags and anchor together; against that there are signatures alone, see `registry.signing`.
 """
 
 from __future__ import annotations
 
-import random
 import re
-import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import ValidationError
-
+from registry import anchor
+from registry.book import APPLIED, MOVING, Ledger, hash_of, key_of, name_of
 from registry.connection import NotThere
-from registry.digest import json_digest
-from registry.errors import BadInput, DamagedArtifact, LimbeckError
-from registry.records import LedgerEntry, said_by
+from registry.errors import BadInput, DamagedArtifact, LimbeckError, Refused
+from registry.records import LedgerEntry
 from registry.store import Store
 
-ENTRY = "limbeck.ledger."
-APPLIED = "limbeck.applied."
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
-LONGEST_REASON = 2000  # characters; a tag of a registered model holds 5,000
+LONGEST_REASON = 2000  # characters
+LONGEST_ENTRY = 5000  # characters; what a tag of a registered model holds
+TRIES = 10  # of what another machine comes in between of
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """All that is known of a registered model's alias moves."""
+class Overtaken(Refused):
+    """Another machine wrote to the ledger since it was read: what was about to be written is not there."""
 
-    name: str
-    entries: list[LedgerEntry]  # by sequence
-    applied: dict[str, str]  # alias -> hash of the last entry whose move was made
-    aliases: dict[str, int]  # where MLflow has them now
-    unreadable: list[str]
-
-    def last(self, alias: str) -> LedgerEntry | None:
-        """The last entry about an alias."""
-        return next((entry for entry in reversed(self.entries) if entry.alias == alias), None)
-
-    def unfinished(self, alias: str) -> LedgerEntry | None:
-        """The last entry about an alias, where its move was not marked as made."""
-        last = self.last(alias)
-        return last if last and self.applied.get(alias) != last.hash else None
-
-    def moved(self, alias: str) -> str | None:
-        """What to say of an alias that was moved through MLflow itself; None where it was not."""
-        last = self.last(alias)
-        now = self.aliases.get(alias)
-        expected = {last.to_version if last else None}
-        if last and self.unfinished(alias):
-            expected.add(last.from_version)
-        if now in expected:
-            return None
-        said = f"the ledger says {_version(last.to_version)}" if last else "the ledger knows nothing of it"
-        return f"{alias} points at {_version(now)}, but {said}: somebody moved it through MLflow itself"
-
-    def history(self, alias: str) -> list[int | None]:
-        """The versions an alias would step back through, the present one last; promotions add, rollbacks take."""
-        versions: list[int | None] = []
-        for entry in self.entries:
-            if entry.alias != alias:
-                continue
-            if entry.action == "rollback":
-                versions = versions[:-1]
-            else:
-                versions.append(entry.to_version)
-        return versions
-
-    def problems(self, alias: str | None = None) -> list[str]:
-        """Everything that is not as it should be; empty for a sound ledger.
-
-        Args:
-            alias: leave out where the other aliases are; None for all that the ledger knows.
-        """
-        problems = self.unreadable + verify(self.entries)
-        hashes = {entry.hash for entry in self.entries}
-        for other, mark in sorted(self.applied.items()):
-            if mark not in hashes:
-                problems.append(f"the entry {mark[:12]} that last moved {other} is missing")
-        for other in [alias] if alias else sorted({entry.alias for entry in self.entries} | self.applied.keys()):
-            if moved := self.moved(other):
-                problems.append(moved)
-        return problems
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"somebody else moved an alias of {name} at the same moment; nothing was moved here",
+            fix=f"look at: limbeck models history {name}; then run the same command again",
+        )
 
 
 def read(store: Store, name: str) -> Ledger:
     """The ledger of a registered model. Raises BadInput where there is no such model."""
-    try:
-        model = store.client.get_registered_model(name)
-    except NotThere:
-        raise store.unknown(name) from None
-    entries, unreadable, applied = [], [], {}
-    for key, value in sorted(model.tags.items()):
-        if key.startswith(APPLIED):
-            applied[key.removeprefix(APPLIED)] = value
-        if not key.startswith(ENTRY):
-            continue
+    held = anchor.find(store, name)
+    for _ in range(TRIES):
         try:
-            entry = LedgerEntry.model_validate_json(value)
-        except ValidationError:
-            unreadable.append(f"the entry {key.removeprefix(ENTRY)} cannot be read")
-            continue
-        entries.append(entry)
-        if key != _key(entry):
-            unreadable.append(f"the entry {key.removeprefix(ENTRY)} is in the place of another")
-    entries.sort(key=lambda entry: entry.sequence)
-    aliases = {alias: int(number) for alias, number in model.aliases.items()}
-    return Ledger(name, entries, applied, aliases, unreadable)
+            model = store.client.get_registered_model(name)
+        except NotThere:
+            raise store.unknown(name) from None
+        aliases = {alias: int(number) for alias, number in model.aliases.items()}
+        book = Ledger(name, dict(model.tags), aliases, held)
+        # What is not in the anchor may have come into it between the two calls, and its alias may have moved.
+        if not book.open or held == (held := anchor.find(store, name)):
+            return book
+    raise LimbeckError(f"others are writing to the ledger of {name} all the time", fix="try again later")
 
 
 def entries(store: Store, name: str) -> list[LedgerEntry]:
@@ -122,98 +63,112 @@ def entries(store: Store, name: str) -> list[LedgerEntry]:
     return read(store, name).entries
 
 
-def verify(entries: list[LedgerEntry]) -> list[str]:
-    """What is wrong with a chain of entries: changed, dropped, doubled or reordered ones. Empty if nothing."""
-    problems = []
-    counts = Counter(entry.sequence for entry in entries)
-    problems += [f"{count} entries have the number {number}" for number, count in counts.items() if count > 1]
-    previous = ""
-    versions: dict[str, int | None] = {}
-    for place, entry in enumerate(entries, 1):
-        if entry.hash != _hash(entry):
-            problems.append(f"entry {entry.sequence} was changed: its hash does not fit")
-        if entry.sequence != place and entry.sequence not in {n for n, c in counts.items() if c > 1}:
-            problems.append(f"entry {entry.sequence} stands in place {place}")
-        if entry.previous != previous:
-            problems.append(f"entry {entry.sequence} does not follow the one before: something is missing")
-        if entry.alias in versions and entry.from_version != versions[entry.alias]:
-            was, said = _version(versions[entry.alias]), _version(entry.from_version)
-            problems.append(f"entry {entry.sequence} moves {entry.alias} from {said}, where it was at {was}")
-        previous = entry.hash
-        versions[entry.alias] = entry.to_version
-    return problems
-
-
-def append(store: Store, name: str, **fields: Any) -> LedgerEntry:
+def append(store: Store, name: str, *, after: Ledger | None = None, **fields: Any) -> LedgerEntry:
     """Write an entry at the end; the alias is moved by `apply`, after.
 
     Args:
         store: where the ledger is.
         name: the registered model.
-        fields: of LedgerEntry, less `sequence`, `when`, `name`, `previous` and `hash`.
+        after: the ledger as it was read, where the entry says what follows from it; None for wherever it ends.
+        fields: of LedgerEntry, less `sequence`, `when`, `name`, `previous`, `hash` and `anchor`.
 
     Raises:
-        BadInput: a reason of more than 2,000 characters.
+        BadInput: a reason of more than 2,000 characters, or an entry that is too long.
+        Overtaken: there is an entry after those of `after`.
     """
     if len(fields.get("reason", "")) > LONGEST_REASON:
         raise BadInput(f"the reason has {len(fields['reason'])} characters, at most {LONGEST_REASON} are kept")
-    for _ in range(20):
-        last = max(entries(store, name), key=lambda entry: entry.sequence, default=None)
+    for _ in range(1 if after else TRIES):
+        book = after or read(store, name)
+        run = _anchored(store, book)
         draft = LedgerEntry(
-            sequence=last.sequence + 1 if last else 1,
+            sequence=book.length + 1,
             when=datetime.now(UTC),
             name=name,
-            previous=last.hash if last else "",
+            previous=book.end,
             hash="",
+            anchor=run,
             **fields,
         )
-        entry = draft.model_copy(update={"hash": _hash(draft)})
-        store.client.set_registered_model_tag(name, _key(entry), entry.model_dump_json())
-        # Another machine may have written at the same moment: whoever sees the other gives way.
-        if [e.sequence for e in entries(store, name)].count(entry.sequence) == 1:
+        entry = draft.model_copy(update={"hash": hash_of(draft)})
+        text, key = entry.model_dump_json(), key_of(entry.sequence, entry.hash)
+        if len(text) > LONGEST_ENTRY:
+            raise BadInput(f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="say it shorter")
+        store.client.set_registered_model_tag(name, key, text)
+        if anchor.enter(store, run, entry.sequence, entry.hash):
             return entry
-        store.client.delete_registered_model_tag(name, _key(entry))
-        time.sleep(random.uniform(0.05, 0.5))
-    raise LimbeckError(f"others are writing to the ledger of {name} all the time", fix="try again later")
+        store.client.delete_registered_model_tag(name, key)
+    raise Overtaken(name)
+
+
+def _anchored(store: Store, book: Ledger) -> str:
+    """The run of the anchor; entries of before there were anchors are entered in it."""
+    there = book.anchor or anchor.made(store, book.name)
+    if not there.hashes and book.entries:
+        anchor.enter_all(store, there.run, {entry.sequence: entry.hash for entry in reversed(book.entries)})
+    return there.run
 
 
 def apply(store: Store, entry: LedgerEntry) -> None:
-    """Move the alias as an entry says, and mark the entry as made."""
-    if entry.action != "adopt":
-        if entry.to_version is None:
-            store.client.delete_registered_model_alias(entry.name, entry.alias)
-        else:
-            store.client.set_registered_model_alias(entry.name, entry.alias, str(entry.to_version))
-    store.client.set_registered_model_tag(entry.name, APPLIED + entry.alias, entry.hash)
+    """Move the alias as an entry says, and mark the entry as made.
+
+    On another machine somebody may have finished this entry and written the next meanwhile: then this is its move
+    undone, so the ledger is read again, and the last entry is made again. The first mark is for whoever finds this
+    process dead in between.
+    """
+    while entry.action != "protect":
+        name, alias = entry.name, entry.alias
+        store.client.set_registered_model_tag(name, APPLIED + alias, MOVING + entry.hash)
+        if entry.action != "adopt":
+            _point(store, name, alias, entry.to_version)
+        store.client.set_registered_model_tag(name, APPLIED + alias, entry.hash)
+        last = read(store, name).last(alias)
+        if last is None or last.hash == entry.hash:
+            return
+        if last.action == "adopt":
+            _point(store, name, alias, last.to_version)
+        entry = last
 
 
-def settle(store: Store, name: str, *, who: str) -> list[LedgerEntry]:
-    """Finish the moves that a killed process left unfinished. Returns the entries that were carried out.
+def _point(store: Store, name: str, alias: str, number: int | None) -> None:
+    if number is None:
+        store.client.delete_registered_model_alias(name, alias)
+    else:
+        store.client.set_registered_model_alias(name, alias, str(number))
+
+
+def settle(store: Store, name: str, *, who: str) -> Ledger:
+    """Finish the moves that a killed process left unfinished, and clear what it never entered.
 
     Where the files that such an entry points at are gone or damaged by now, the alias stays where it is, and
-    an entry of `who` says so.
+    an entry of `who` says so. Returns the ledger as it is then.
     """
-    finished = []
-    ledger = read(store, name)
-    for alias in sorted({entry.alias for entry in ledger.entries}):
-        entry = ledger.unfinished(alias)
-        if entry is None or ledger.moved(alias):
+    book = read(store, name)
+    begun = [alias for alias in sorted({entry.alias for entry in book.entries}) if book.unfinished(alias)]
+    if not (begun or book.strays):
+        return book
+    for key in book.strays:
+        store.client.delete_registered_model_tag(name, key)
+    for alias in begun:
+        entry = book.unfinished(alias)
+        if entry is None or book.moved(alias):
             continue
-        if entry.to_version is not None and ledger.aliases.get(alias) != entry.to_version:
+        if entry.to_version is not None and book.aliases.get(alias) != entry.to_version:
             try:
                 store.folder(store.get(f"{name}/{entry.to_version}"))
             except (DamagedArtifact, BadInput) as error:
-                entry = _taken_back(store, entry, who, error.message)
+                entry = _taken_back(store, book, entry, who, error.message)
         apply(store, entry)
-        finished.append(entry)
-    return finished
+        book = read(store, name)
+    return read(store, name)
 
 
-def _taken_back(store: Store, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
+def _taken_back(store: Store, book: Ledger, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
     """The entry that leaves an alias where `entry` was about to take it from."""
     return append(
         store,
         entry.name,
+        after=book,
         who=who,
         alias=entry.alias,
         action="rollback" if entry.action == "promote" else "adopt",
@@ -225,24 +180,36 @@ def _taken_back(store: Store, entry: LedgerEntry, who: str, why: str) -> LedgerE
     )
 
 
-def adopt(store: Store, name: str, alias: str, *, who: str, reason: str) -> LedgerEntry | None:
-    """Write an alias into the ledger as MLflow has it; None where the ledger has it so already."""
-    ledger = read(store, name)
-    if ledger.moved(alias) is None:
+def adopt(
+    store: Store, name: str, alias: str, *, who: str, reason: str, also: Sequence[str] = ()
+) -> LedgerEntry | None:
+    """Write an alias into the ledger as MLflow has it, and what else is wrong as it is: later it is not told anew.
+
+    Args:
+        also: further problems that are taken as they are.
+
+    Returns:
+        The entry; None where there is nothing to adopt.
+    """
+    book = read(store, name)
+    moved = book.moved(alias)
+    rest = [problem for problem in [*book.problems(alias), *also] if problem != moved]
+    if moved is None and not rest:
         return None
-    last, now = ledger.last(alias), ledger.aliases.get(alias)
-    artifact = _digest(store, name, now)
+    last, now = book.last(alias), book.aliases.get(alias)
     entry = append(
         store,
         name,
+        after=book,
         who=who,
         alias=alias,
         action="adopt",
         from_version=last.to_version if last else None,
         to_version=now,
-        artifact=artifact,
+        artifact=_digest(store, name, now),
         verdict=None,
         reason=reason,
+        adopted=tuple(dict.fromkeys(name_of(problem) for problem in rest)),
     )
     apply(store, entry)
     return entry
@@ -253,19 +220,6 @@ def _digest(store: Store, name: str, number: int | None) -> str | None:
         return store.get(f"{name}/{number}").digest if number is not None else None
     except BadInput:  # deleted, or a version that Limbeck did not register
         return None
-
-
-def _hash(entry: LedgerEntry) -> str:
-    said = said_by(entry)
-    return json_digest({name: value for name, value in said.items() if name != "hash"})
-
-
-def _key(entry: LedgerEntry) -> str:
-    return f"{ENTRY}{entry.sequence:06d}.{entry.hash[:16]}"
-
-
-def _version(number: int | None) -> str:
-    return "no version" if number is None else f"version {number}"
 
 
 def check_alias(alias: str) -> None:

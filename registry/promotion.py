@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from registry import ledger, people, provenance
+from registry import ledger, people, protection, provenance
+from registry.book import Ledger
 from registry.errors import BadInput, Refused
-from registry.evidence import gather
+from registry.evidence import Evidence, gather_all
 from registry.policy import Policy
 from registry.records import LedgerEntry, RuleResult, Scorecard, Verdict, Version
 from registry.rules import judge
 from registry.store import Store
+from registry.terminal import indented
 
+T = TypeVar("T")
+TURNS = 5  # that a move takes while other machines come first
+LONGEST_BROKEN = 1500  # characters of an entry
 NEAREST = 5  # how many of the refused candidates an error tells of
 
 
@@ -22,6 +31,7 @@ class Candidate:
     version: Version
     verdict: Verdict
     card: Scorecard | None
+    approvals: tuple[str, ...] = ()  # digests
 
     @property
     def price(self) -> float:
@@ -49,7 +59,7 @@ class Promotion:
 class Vetoed(Refused):
     """No candidate passes the policy; `candidates` are the nearest first."""
 
-    def __init__(self, candidates: list[Candidate], alias: str) -> None:
+    def __init__(self, candidates: list[Candidate], alias: str, *, fix: str | None = None) -> None:
         nearest = sorted(candidates, key=lambda c: (len(c.failing), c.price, c.version.version))
         lines = [f"nothing is promoted to {alias}:"]
         for candidate in nearest[:NEAREST]:
@@ -57,7 +67,7 @@ class Vetoed(Refused):
             lines += [f"    {rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing]
         if len(nearest) > NEAREST:
             lines.append(f"  and {len(nearest) - NEAREST} more that are further from passing")
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(lines), fix=fix)
         self.candidates = nearest
 
 
@@ -105,41 +115,45 @@ def promote(
     versions = _candidates(store, model)
     name = versions[0].name
     who = who or people.user(store.tracking_uri)
-    with store.lock(f"promote-{name}"):
-        _check_ledger(store, name, alias, who, adopt=adopt, dry_run=dry_run)
-        governing = _governing(policy)
-        candidates = [_judged(store, version, governing, alias, keep=not dry_run) for version in versions]
+
+    def once() -> Promotion:
+        book = _checked(store, name, alias, who, adopt=adopt, dry_run=dry_run)
+        governing = protection.governing(store, name, alias, policy)
+        known = gather_all(store, versions, governing, alias)
+        candidates = [_judged(store, governing, evidence, keep=not dry_run) for evidence in known]
         candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))
         if expected is not None:
             _still_said(candidates, expected)
-        best = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
-        overridden = best is None and override
-        if best is None:
-            if not overridden:
+        chosen = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
+        if chosen is None:
+            if not override:
                 raise Vetoed(candidates, alias)
-            best = candidates[0]
-        store.folder(best.version)  # the very files, again
-        before = store.aliases(name).get(alias)
-        entry = None
-        if not dry_run and before != best.version.version:
+            chosen = _overridden(store, name, alias, who, governing, candidates[0])
+        store.folder(chosen.version)  # the very files, again
+        before, entry = book.aliases.get(alias), None
+        if not dry_run and before != chosen.version.version:
             entry = ledger.append(
                 store,
                 name,
+                after=book,
                 who=who,
                 alias=alias,
                 action="promote",
                 from_version=before,
-                to_version=best.version.version,
-                artifact=best.version.digest,
-                verdict=best.verdict.digest(),
+                to_version=chosen.version.version,
+                artifact=chosen.version.digest,
+                verdict=chosen.verdict.digest(),
                 reason=reason,
-                override=overridden,
-                broken=tuple(f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in best.failing),
+                override=chosen.verdict.outcome != "pass",
+                broken=_broken(chosen),
                 policy=governing.digest(),
-                sbom=provenance.attest(store, best.version),
+                approvals=chosen.approvals,
+                sbom=provenance.attest(store, chosen.version),
             )
             ledger.apply(store, entry)
-        return Promotion(name, alias, candidates, best.version, before, entry)
+        return Promotion(name, alias, candidates, chosen.version, before, entry)
+
+    return _in_turn(store, name, once)
 
 
 def rollback(
@@ -167,31 +181,24 @@ def rollback(
     ledger.check_alias(alias)
     who = who or people.user(store.tracking_uri)
     ledger.read(store, name)  # no lock for a name that is not there
-    with store.lock(f"promote-{name}"):
-        _check_ledger(store, name, alias, who, adopt=adopt)
-        book = ledger.read(store, name)
+
+    def once() -> LedgerEntry:
+        book = _checked(store, name, alias, who, adopt=adopt)
         last = book.last(alias)
         if seen is not None and last is not None and last.hash != seen:
             raise Refused(f"{name}@{alias} was moved by {last.who} meanwhile", fix="look again, then roll back")
-        history = book.history(alias)
-        if not history:
-            raise Refused(f"{name} has no promotion to {alias} to roll back")
-        if history[-1] != book.aliases.get(alias):
-            raise Refused(
-                f"the ledger of {name} does not tell where {alias} was before",
-                fix=f"name the version: limbeck promote {name}/VERSION --to {alias} --adopt",
-            )
-        target = history[-2] if len(history) > 1 else None
+        target = _way_back(book, alias)
         before = store.get(f"{name}/{target}") if target is not None else None
         if before is not None:
             store.folder(before)
         entry = ledger.append(
             store,
             name,
+            after=book,
             who=who,
             alias=alias,
             action="rollback",
-            from_version=history[-1],
+            from_version=book.aliases.get(alias),
             to_version=target,
             artifact=before.digest if before else None,
             verdict=None,
@@ -200,26 +207,65 @@ def rollback(
         ledger.apply(store, entry)
         return entry
 
+    return _in_turn(store, name, once)
 
-def _check_ledger(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> None:
-    """Finish what a killed process began; refuse to go on over what somebody else did."""
-    if not dry_run:
-        ledger.settle(store, name, who=who)
-    problems = ledger.read(store, name).problems(alias)
-    if problems and not adopt:
+
+def _in_turn(store: Store, name: str, once: Callable[[], T]) -> T:
+    """Do something to the ledger of a model: one process of this machine at a time, others' moves taken in first."""
+    with store.lock(f"promote-{name}"):
+        for attempt in range(TURNS):
+            try:
+                return once()
+            except ledger.Overtaken:  # by another machine: all has to be looked at again
+                if attempt == TURNS - 1:
+                    raise
+                time.sleep(random.uniform(0.05, 0.5))
+    raise AssertionError("unreachable")
+
+
+def _way_back(book: Ledger, alias: str) -> int | None:
+    """The version before; None where the alias was nowhere. Raises Refused where it is not known."""
+    history = book.history(alias)
+    if not history:
+        raise Refused(f"{book.name} has no promotion to {alias} to roll back")
+    # Over a gap that was adopted, the first version that is left need not be the first that was.
+    if history[-1] != book.aliases.get(alias) or (len(history) == 1 and book.adopted):
         raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *(f"  {p}" for p in problems)]),
+            f"the ledger of {book.name} does not tell where {alias} was before",
+            fix=f"name the version: limbeck promote {book.name}/VERSION --to {alias} --adopt",
+        )
+    return history[-2] if len(history) > 1 else None
+
+
+def _checked(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> Ledger:
+    """The ledger, where what a killed process began is finished; refuses to go on over what somebody else did."""
+    book = ledger.read(store, name) if dry_run else ledger.settle(store, name, who=who)
+    problems = book.problems(alias)
+    if not problems:
+        return book
+    if not adopt:
+        raise Refused(
+            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]),
             fix=f"look at: limbeck models history {name}; to go on from what is there, add --adopt",
         )
-    if problems and not dry_run:
-        ledger.adopt(store, name, alias, who=who, reason="; ".join(problems)[: ledger.LONGEST_REASON])
+    if dry_run:
+        return book
+    ledger.adopt(store, name, alias, who=who, reason="; ".join(problems)[: ledger.LONGEST_REASON])
+    return ledger.read(store, name)
 
 
-def _governing(policy: Policy | None) -> Policy:
-    """The policy that an alias is judged by."""
-    if policy is None:
-        raise BadInput("no policy to judge by", fix="give one: --policy FILE")
-    return policy
+def _overridden(store: Store, name: str, alias: str, who: str, policy: Policy, candidate: Candidate) -> Candidate:
+    """A candidate that does not pass, for somebody who may promote it all the same. Raises Refused."""
+    if why := protection.barred(policy, who, store, name):
+        raise Vetoed([candidate], alias, fix=f"it is not overridden: {why}")
+    return candidate
+
+
+def _broken(candidate: Candidate) -> tuple[str, ...]:
+    """The rules that an override goes over, cut so that all of them fit into an entry."""
+    said = [f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing]
+    room = LONGEST_BROKEN // max(len(said), 1)
+    return tuple(words if len(words) <= room else words[: room - 3] + "..." for words in said)
 
 
 def _still_said(candidates: list[Candidate], expected: str) -> None:
@@ -248,7 +294,7 @@ def _candidates(store: Store, model: str) -> list[Version]:
     return variants
 
 
-def _judged(store: Store, version: Version, policy: Policy, alias: str, keep: bool) -> Candidate:
-    evidence = gather(store, version, policy, alias)
-    verdict = judge(policy, evidence)
-    return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, evidence.card)
+def _judged(store: Store, policy: Policy, evidence: Evidence, keep: bool) -> Candidate:
+    version, verdict = evidence.version, judge(policy, evidence)
+    approvals = tuple(answer.digest() for answer in evidence.approvals if answer.answer == "approve")
+    return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, evidence.card, approvals)
