@@ -24,7 +24,7 @@ from tests.bench.leaderboard import scorecard
 
 COUNT = 10_000
 MODELS = 20
-ROUNDS = 5
+ROUNDS = 3
 FILTER = "tags.`limbeck.precision` = 'int8' and tags.`limbeck.recipe` LIKE 'recipe-1%'"
 LISTINGS = {
     "all, table": [],
