@@ -34,6 +34,12 @@ KEYS: Table = {
 POLICY: Table = {
     "check": ("registry.policy_cli:check", "Say in words what a policy asks; with --model, judge a version by it."),
 }
+HOOKS: Table = {
+    "list": ("registry.hooks_cli:list_", "The webhooks of the server."),
+    "add": ("registry.hooks_cli:add", "Have the server tell an address of what happens."),
+    "remove": ("registry.hooks_cli:remove", "Send no more notices by a webhook."),
+    "test": ("registry.hooks_cli:test", "Have the server send an example now."),
+}
 # or (the table of a group, its line)
 COMMANDS: Table = {
     "quickstart": ("quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
@@ -59,6 +65,7 @@ COMMANDS: Table = {
     "deploy": ("export.serve_cli:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("export.serve_cli:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("export.cli:generate", "Complete a prompt and tell the speed."),
+    "hooks": (HOOKS, "Notices by webhook of what happens to models."),
     "ui": ("web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
     "doctor": ("registry.doctor_cli:doctor", "What is installed, reachable, and what is wrong."),
 }

@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
-from registry import ledger
+from registry import audit, kept_policy
 from registry.digest import read_manifest
-from registry.errors import DamagedArtifact, LimbeckError
+from registry.errors import DamagedArtifact, LimbeckError, redacted
 from registry.home import home, tracking_uri
 from registry.machine import cpu_bf16, proc
 from registry.records import Version
@@ -66,7 +66,7 @@ def examine(*, deep: bool = False) -> Iterator[Check]:
         yield Check("wrong", "tracking store", error.message, error.fix or "see above")
         return
     took = time.monotonic() - start
-    yield Check("ok", "tracking store", f"{uri} lists {len(versions)} versions in {took * 1000:.0f} ms")
+    yield Check("ok", "tracking store", f"{redacted(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")
     yield from _artifacts(store, versions, deep)
     for name in sorted({version.name for version in versions}):
         yield from _aliases(store, name, {v.version for v in versions if v.name == name})
@@ -177,7 +177,7 @@ def _present(version: Version, folder: Path | None) -> None:
 
 def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
     """The aliases of a model point at something, and are where its ledger says."""
-    book = ledger.read(store, name)
+    book = audit.read(store, name)
     problems = book.problems()
     for alias, number in sorted(book.aliases.items()):
         if number not in numbers:
@@ -186,5 +186,11 @@ def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
     for problem in problems:
         yield Check("wrong", f"aliases of {name}", problem, f"look at: {history}")
     if not problems:
-        moves = f"{len(book.entries)} moves in the ledger, each in its place"
-        yield Check("ok", f"aliases of {name}", f"{len(book.aliases)} aliases; {moves}")
+        held = [alias for alias in sorted(book.aliases) if kept_policy.protecting(book.entries, alias)]
+        found = f"{len(book.aliases)} aliases, {len(held)} protected by a policy"
+        yield Check(
+            "ok", f"aliases of {name}", f"{found}; {len(book.entries)} entries in the ledger, each in its place"
+        )
+    for entry in (last for alias in sorted(book.aliases) if (last := book.last(alias)) and last.override):
+        words = f"{entry.alias} is version {entry.to_version} by an override of {entry.who}: {entry.reason}"
+        yield Check("note", f"override of {name}", words)

@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import requests
+
+from tests.registry.conftest import make_artifact
 
 BUCKET = "limbeck"
 KEYS = {"AWS_ACCESS_KEY_ID": "team", "AWS_SECRET_ACCESS_KEY": "of-a-test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -218,3 +221,9 @@ def be(team: Team, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         monkeypatch.setenv("LIMBECK_HOME", str(limbeck_home.parent / f"home-of-{name}"))
 
     return change
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """An artifact folder that looks like a model; other `content`, other digest."""
+    return partial(make_artifact, tmp_path / "made")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry.digest import folder_digest
+from registry.home import home
+from registry.store import Store
 from tests.conftest import Result
 from tests.quickstart.test_quickstart import QUALITY, RECIPE, TEACHER
+from tests.registry.flaky import flaky
 from tests.server.conftest import Team
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]
 
 Limbeck = Callable[..., Result]
+ASKED = '[approvals]\nneeded = 1\npeople = ["carl"]\n'
+LABELS = "[objectives.labels]\nlabels = 1.0\n"
 
 
 def told(result: Result) -> Any:
@@ -25,8 +32,104 @@ def told(result: Result) -> Any:
 
 
 def test_the_whole_loop_by_several_people(be: Callable[..., None], limbeck: Limbeck, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(RECIPE.format(teacher=TEACHER))
-    (tmp_path / "policy.toml").write_text(QUALITY.format(0.3))
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(teacher=TEACHER).replace(LABELS, ""))
+    (tmp_path / "policy.toml").write_text(QUALITY.format(0.01) + ASKED)
     be("ann")
-    done = limbeck("quickstart", "--recipe", "recipe.toml", "--policy", "policy.toml", "--limit", 12)
+    told(limbeck("distill", "recipe.toml", "--format", "json"))
+    assert limbeck("export", "tiny-coder/2", "--precision", "fp32").code == 0
+    heldout = home() / "data" / "tiny-coder" / "heldout.jsonl"
+    tasks = tmp_path / "tasks"
+    assert limbeck("tasks", heldout, "--name", "stdlib", "--to", tasks, "--kind", "bits_per_byte").code == 0
+    score = ("--tasks", "stdlib_bits_per_byte", "--include-path", tasks, "--against", "tiny-coder/1", "--limit", 12)
+    done = limbeck("eval", "tiny-coder", *score)
     assert done.code == 0, done.err
+    assert {version.author for version in Store().versions("tiny-coder")} == {"ann"}
+
+    be("carl")  # another machine
+    assert len(told(limbeck("models", "list", "tiny-coder", "--format", "json"))) == 3
+    assert len(told(limbeck("leaderboard", "tiny-coder", "--format", "json"))) == 3
+    assert told(limbeck("models", "show", "tiny-coder/3", "--format", "json"))["parent"] == "tiny-coder/2"
+    assert told(limbeck("models", "lineage", "tiny-coder", "--format", "json"))
+    assert limbeck("models", "diff", "tiny-coder/2", "tiny-coder/3").code == 0
+
+    promote = ("promote", "tiny-coder/3", "--policy", "policy.toml")
+    be("ann")
+    refused = limbeck(*promote)
+    assert (refused.code, "approvals" in refused.err) == (1, True), refused.err
+    assert limbeck("request", "tiny-coder/3", "--reason", "better").code == 0
+    assert limbeck("approve", "tiny-coder/3", "--policy", "policy.toml", "--yes").code != 0  # one's own
+    be("bob")
+    for command in (promote, ("request", "tiny-coder/3", "--reason", "me too"), ("approve", "tiny-coder/3", "--yes")):
+        refused = limbeck(*command)
+        assert refused.code in (1, 2), refused.err
+        assert "Traceback" not in refused.err
+    assert Store().aliases("tiny-coder") == {}
+    be("carl")
+    approved = limbeck("approve", "tiny-coder/3", "--policy", "policy.toml", "--yes")
+    assert approved.code == 0, approved.err
+
+    be("bob")  # may look, and look at what would be; the server lets him move nothing
+    refused = limbeck(*promote)
+    assert (refused.code, "does not let bob do this" in refused.err) == (2, True), refused.err
+    assert Store().aliases("tiny-coder") == {}
+    be("ann")
+    done = limbeck(*promote)
+    assert done.code == 0, done.err
+    assert limbeck("models", "history", "tiny-coder", "--verify").code == 0
+    be("bob")
+    entries = told(limbeck("models", "history", "tiny-coder", "--format", "json"))["entries"]
+    assert [(entry["action"], entry["who"]) for entry in entries] == [("promote", "ann")]
+    bundle = limbeck("deploy", "tiny-coder@production", "--to", tmp_path / "bundle")
+    assert bundle.code == 0, bundle.err
+    assert limbeck("rollback", "tiny-coder").code == 2
+    be("ann")
+    done = limbeck("rollback", "tiny-coder")
+    assert done.code == 0, done.err
+    assert Store().aliases("tiny-coder") == {}
+    doctor = limbeck("doctor", "--deep")
+    assert doctor.code == 0, doctor.out + doctor.err
+
+
+def test_who_is_not_let_in(be: Callable[..., None], limbeck: Limbeck) -> None:
+    be("ann", "a wrong password")
+    result = limbeck("models", "list")
+    assert (result.code, "does not know ann by this password" in result.err) == (2, True)
+    assert "a wrong password" not in result.err
+    be(None)
+    result = limbeck("models", "list")
+    assert (result.code, "asks who you are\n  set MLFLOW_TRACKING_USERNAME" in result.err) == (2, True)
+
+
+def test_files_go_to_s3_itself(
+    direct: Team, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch, make_folder: Callable[..., Path]
+) -> None:
+    direct.be(monkeypatch, "ann")
+    folder = make_folder("straight")
+    version = Store().register("straight", folder, kind="student")
+    assert version.source.startswith("s3://")
+    assert folder_digest(Store().folder(version)) == version.digest == folder_digest(folder)
+
+
+def test_a_server_that_starts_again_in_the_middle(
+    team: Team, be: Callable[..., None], make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be("ann")
+    folder = make_folder("patient")
+    for place in range(4):
+        (folder / f"part-{place}").write_bytes(bytes([place]) * 100_000)
+    with flaky(team.uri) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+        proxy.cut_after = 3
+
+        def restart() -> None:
+            proxy.reached.wait(60)
+            team.stop()
+            team.start()
+            proxy.cut_after = None
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        version = Store().register("patient", folder, kind="student")
+        thread.join()
+        assert sorted(proxy.puts) == sorted(p.name for p in folder.iterdir())  # each of them once
+        assert folder_digest(Store().folder(version)) == version.digest
