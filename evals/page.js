@@ -252,7 +252,9 @@ function zoomTo(board, zoom) {
   if (zoom && (zoom.x1 / zoom.x0 < 1.001 || zoom.y1 - zoom.y0 < 1e-4)) return;
   board.zoom = out ? null : zoom;
   draw(board);
-  if (focus != null) board.svg.querySelector(`g[data-row="${focus}"]`)?.focus();
+  // What had the focus may be out of sight: the keys go on all the same.
+  if (focus != null || document.activeElement === document.body)
+    (board.svg.querySelector(`g[data-row="${focus}"]`) || board.svg).focus({preventScroll: true});
   remember();
 }
 
@@ -333,8 +335,10 @@ function listenToPointer(board) {
 function zoomByKey(board, event) {
   const arrows = {ArrowRight: [-60, 0], ArrowLeft: [60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]};
   if (event.ctrlKey || event.metaKey || event.altKey || !board.frame) return false;
-  if (event.key === "+" || event.key === "=") zoomBy(board, 1.5);
-  else if (event.key === "-") zoomBy(board, 1 / 1.5);
+  const row = board.rows[event.target.dataset?.row];
+  const around = row ? [board.frame.x(price(row)), board.frame.y(kept(row)[0])] : [];
+  if (event.key === "+" || event.key === "=") zoomBy(board, 1.5, ...around);
+  else if (event.key === "-") zoomBy(board, 1 / 1.5, ...around);
   else if (event.key === "0") zoomTo(board, null);
   else if (event.shiftKey && arrows[event.key]) moveBy(board, ...arrows[event.key]);
   else return false;
@@ -396,7 +400,7 @@ for (const board of boards) {
   const group = event => event.target.closest("g[data-row]");
   svg.addEventListener("pointerover", event => group(event) ? tell(board, group(event)) : hush(board));
   svg.addEventListener("pointerleave", () => hush(board));
-  svg.addEventListener("focusin", event => tell(board, group(event)));
+  svg.addEventListener("focusin", event => group(event) && tell(board, group(event)));
   svg.addEventListener("focusout", () => hush(board));
   const visit = event => {
     const link = group(event) && !board.dragged && board.rows[group(event).dataset.row].link;
@@ -415,8 +419,8 @@ for (const board of boards) {
     const points = [...svg.querySelectorAll("g[data-row]")];
     points.sort((a, b) => price(board.rows[a.dataset.row]) - price(board.rows[b.dataset.row]));
     const next = points[(points.indexOf(group(event)) + step + points.length) % points.length];
-    group(event).tabIndex = -1;
-    next.tabIndex = 0;
+    if (!next) return;
+    points.forEach(each => { each.tabIndex = each === next ? 0 : -1; });
     next.focus();
     event.preventDefault();
   });

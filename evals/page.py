@@ -56,7 +56,7 @@ BOARD = """<section class="board">
 <button type="button" data-zoom="out" title="Zoom out: -" aria-label="Zoom out">&minus;</button>
 <button type="button" data-zoom="whole" title="Show all: 0">all</button>
 </div>
-<svg role="group" aria-label="{label}"></svg>
+<svg role="group" tabindex="-1" aria-label="{label}"></svg>
 <p class="empty" hidden>Nothing that is shown has both a cost and a retention: limbeck eval ... --against</p>
 <div class="tip" role="status" hidden></div>
 <noscript><p class="empty">The plot needs JavaScript; the table does not.</p></noscript>

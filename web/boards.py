@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from evals.cells import COSTS
@@ -105,7 +106,8 @@ def _sorted(found: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]
     if not view.reverse:
         return list(found)
     result: list[LeaderboardRow] = []
-    for alike in by_setting(found):
+    for _, group in groupby(found, key=lambda row: row.setting):
+        alike = list(group)
         known = [row for row in alike if value(row, view.sort or "retention") is not None]
         result += [*reversed(known), *(row for row in alike if row not in known)]
     return result
