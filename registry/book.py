@@ -48,6 +48,7 @@ class Ledger:
     tags: Mapping[str, str]  # of the registered model
     aliases: Mapping[str, int]  # where MLflow has them now
     anchor: Anchor | None  # None: of before there were anchors, or nothing was ever entered
+    beyond: tuple[str, ...] = ()  # what is wrong with what the entries name, see registry.audit
 
     @property
     def held(self) -> dict[int, str]:
@@ -188,6 +189,7 @@ class Ledger:
                 yield moved
         if alias is None:
             yield from kept_policy.problems(self.tags, self.entries)
+            yield from self.beyond
 
     def _anchored(self) -> Iterator[str]:
         """Entries that the anchor or a mark knows and that are not there."""

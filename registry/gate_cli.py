@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.errors import BadInput
-from registry.history_cli import print_entries
+from registry.history_cli import print_entries, tell_overrides
 from registry.terminal import format_option, indented, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def rollback(name: str, alias: str, reason: str, adopt: bool, output: str) -> No
         print_json(entry)
     else:
         print_entries(name, [entry])
+    tell_overrides([entry])
     now = f"is {name}/{entry.to_version} again" if entry.to_version is not None else "is taken away"
     say(f"{name}@{alias} {now} (it was {name}/{entry.from_version})")
 

@@ -7,37 +7,70 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.errors import Refused
+from registry.errors import BadInput, Refused
 from registry.terminal import format_option, indented, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from registry.book import Ledger
     from registry.records import LedgerEntry
 
 
 @click.command()
 @click.argument("name")
+@click.option("--alias", help="The moves of this alias alone; what is wrong is told of all.")
 @click.option("--verify", is_flag=True, help="Exit 1 where an entry was changed, or an alias moved behind our back.")
+@click.option("--adopt", is_flag=True, help="Take what is wrong as it is: written as an entry, told no more.")
+@click.option("--reason", default="", help="With --adopt: kept in the ledger.")
 @format_option
-def history(name: str, verify: bool, output: str) -> None:
+def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str, output: str) -> None:
     """The alias moves of NAME, from its ledger."""
-    from registry import ledger
+    from registry import audit
     from registry.store import Store
 
-    book = ledger.read(Store(), name)
-    problems = book.problems()
+    if reason and not adopt:
+        raise BadInput("--reason is for --adopt")
+    store = Store()
+    if adopt:
+        audit.adopt(store, name, reason=reason)
+    book = audit.read(store, name)
+    entries = [entry for entry in book.entries if alias in (None, entry.alias)]
+    if alias is not None and not entries and alias not in book.aliases:
+        known = sorted({entry.alias for entry in book.entries} | book.aliases.keys())
+        raise BadInput(f"{name} never had an alias {alias!r}", fix=f"it had {', '.join(known) or 'none'}")
     if output == "json":
-        print_json({"name": name, "aliases": book.aliases, "entries": book.entries, "problems": problems})
+        told = {"problems": book.problems(), "adopted": book.settled()}
+        print_json({"name": name, "aliases": book.aliases, "entries": entries} | told)
     else:
-        print_entries(name, book.entries)
-    for alias in sorted({entry.alias for entry in book.entries}):
-        if (entry := book.unfinished(alias)) and not book.moved(alias):
-            say(f"entry {entry.sequence} is not carried out yet; the next promotion or rollback does it")
+        print_entries(name, entries)
+    _tell(book, entries)
+    problems = book.problems()
     if verify and problems:
-        raise Refused("\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]))
+        raise Refused(
+            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]),
+            fix=f"to take it as it is: limbeck models history {name} --adopt --reason ...",
+        )
     if problems:
         say("\n".join(["not as it should be:", *indented(problems)]))
     elif verify:
         say(f"{len(book.entries)} entries, each in its place")
+
+
+def _tell(book: Ledger, entries: Iterable[LedgerEntry]) -> None:
+    """What a table of moves is too narrow for (stderr)."""
+    tell_overrides(entries)
+    for alias in sorted({entry.alias for entry in book.entries}):
+        if (begun := book.unfinished(alias)) and not book.moved(alias):
+            say(f"entry {begun.sequence} is not carried out yet; the next promotion or rollback does it")
+    if settled := book.settled():
+        say("\n".join(["was not as it should be:", *indented(settled)]))
+
+
+def tell_overrides(entries: Iterable[LedgerEntry]) -> None:
+    """Say which entries are of a version that did not pass, and what it did not pass (stderr)."""
+    for entry in entries:
+        if entry.override:
+            words = f"OVERRIDE: by entry {entry.sequence} of {entry.who}, {entry.alias} is on what did not pass:"
+            say("\n".join([words, *indented(entry.broken)]))
 
 
 def print_entries(name: str, entries: Iterable[LedgerEntry]) -> None:
@@ -48,7 +81,7 @@ def print_entries(name: str, entries: Iterable[LedgerEntry]) -> None:
             entry.sequence,
             f"{entry.when:%Y-%m-%d %H:%M:%S}",
             entry.alias,
-            entry.action,
+            f"{entry.action} OVERRIDE" if entry.override else entry.action,
             entry.from_version,
             entry.to_version,
             entry.who,

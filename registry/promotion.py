@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from registry import ledger, people, protection, provenance
 from registry.book import Ledger
@@ -203,6 +203,7 @@ def rollback(
             artifact=before.digest if before else None,
             verdict=None,
             reason=reason,
+            **_promoted_as(book, alias, target),
         )
         ledger.apply(store, entry)
         return entry
@@ -235,6 +236,12 @@ def _way_back(book: Ledger, alias: str) -> int | None:
             fix=f"name the version: limbeck promote {book.name}/VERSION --to {alias} --adopt",
         )
     return history[-2] if len(history) > 1 else None
+
+
+def _promoted_as(book: Ledger, alias: str, target: int | None) -> dict[str, Any]:
+    """What the promotion that a rollback goes back to said of its version: an override stays one."""
+    origin = next((e for e in reversed(book.moves(alias)) if e.to_version == target and e.action == "promote"), None)
+    return {field: getattr(origin, field) for field in ("override", "broken", "sbom")} if origin and target else {}
 
 
 def _checked(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> Ledger:
