@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from registry import ledger
+from registry import audit
 from registry.records import LedgerEntry
 from web.reading import looking, wants_json
 from web.render import model_link, page
@@ -24,7 +24,7 @@ def history(request: Request, name: str, site: Annotated[Site, Depends(site_of)]
         entry: the sequence of the one that was just written.
     """
     with looking():
-        book = ledger.read(site.store, name)
+        book = audit.read(site.store, name)
     problems = book.problems()
     if wants_json(request):
         told = {"name": name, "aliases": book.aliases, "problems": problems}
