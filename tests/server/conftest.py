@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import requests
@@ -104,8 +105,8 @@ class Team:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "bGltYmVjay1saW1iZWNrLWxpbWJlY2stbGltYmVjay0=",
             # MLflow sends nothing to loopback else, and only by https.
-            "_MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-            "_MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+            "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+            "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         }
         until = lambda: answers(f"{self.uri}/health")  # noqa: E731
         self.process = self._stack.enter_context(
@@ -150,18 +151,20 @@ class Team:
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def database() -> Iterator[str]:
     """PostgreSQL's address. It refuses to run as root: then it runs as another user."""
     programs = postgresql()
     if programs is None:
         pytest.skip("PostgreSQL's programs are not here")
-    folder = tmp_path_factory.mktemp("postgresql")
+    with TemporaryDirectory(prefix="limbeck-postgresql-") as folder:  # pytest's own keep other users out
+        yield from _postgresql(programs, Path(folder))
+
+
+def _postgresql(programs: Path, folder: Path) -> Iterator[str]:
     other: list[str] = []
     if os.geteuid() == 0:
         other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
         shutil.chown(folder, "nobody", "nogroup")
-        for above in (folder.parent, folder.parent.parent):  # pytest keeps others out
-            above.chmod(above.stat().st_mode | 0o011)
     data, port = folder / "data", free_port()
     made = [*other, str(programs / "initdb"), "-D", str(data), "-U", "mlflow", "-A", "trust", "--no-sync"]
     subprocess.run(made, check=True, stdout=subprocess.DEVNULL, cwd=folder)
