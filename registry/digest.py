@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,35 @@ def file_digest(path: Path) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Relative POSIX path -> hex SHA-256, for every content file below `folder`, sorted by path."""
+    """Relative POSIX path -> hex SHA-256, for every content file below `folder`, sorted by path.
+
+    Raises DamagedArtifact where it holds anything else than files and folders.
+    """
+    if problems := list(_no_content(folder)):
+        raise DamagedArtifact(folder, problems)
     paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
     names = {p.relative_to(folder).as_posix(): p for p in paths}
     return {name: file_digest(path) for name, path in names.items() if name not in NOT_CONTENT}
+
+
+def _no_content(folder: Path) -> Iterator[str]:
+    """What a folder may not hold: links that lead out of it, links to folders, and what is no file, such as a pipe.
+
+    The files of the Hugging Face cache are links to `../../blobs`: these are followed.
+    """
+    root = Path(folder).resolve()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            yield f"the name {name!r} is not UTF-8"
+        elif path.is_symlink():
+            target = Path(os.path.normpath(path.parent / os.readlink(path)))
+            if not (target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")):
+                yield f"{name} is a link out of the folder"
+            elif not path.is_file():
+                yield f"{name} is a link to no file"
+        elif not (path.is_file() or path.is_dir()):
+            yield f"{name} is neither a file nor a folder"
 
 
 def digest_of(files: dict[str, str]) -> str:
@@ -98,12 +125,15 @@ def told_fields(manifest: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact folder, or {} where it has none. Raises DamagedArtifact if unreadable."""
     path = Path(folder) / MANIFEST
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedArtifact(folder, [f"{MANIFEST} is not JSON: {error}"]) from None
     if not isinstance(manifest, dict):
         raise DamagedArtifact(folder, [f"{MANIFEST} is no JSON object"])
+    files = manifest.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise DamagedArtifact(folder, [f"the files of {MANIFEST} are no names with digests"])
     return manifest

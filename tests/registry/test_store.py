@@ -104,7 +104,9 @@ def test_files_that_are_not_those_of_the_manifest(store: Store, make_folder: Mak
 
 def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeFolder) -> None:
     folder = make_folder("a")
-    (folder / "changing").symlink_to("/proc/sys/kernel/random/uuid")  # other content each time it is read
+    (blobs := folder.parent.parent / "blobs").mkdir()
+    (blobs / "uuid").symlink_to("/proc/sys/kernel/random/uuid")  # other content each time it is read
+    (folder / "changing").symlink_to("../../blobs/uuid")  # as in the Hugging Face cache
     with pytest.raises(DamagedArtifact, match="digest is"):
         store.register("still", folder, kind="student")
     assert store.versions() == leftovers(store) == []
