@@ -13,19 +13,25 @@ def redacted(text: str) -> str:
     return SECRET.sub("***", text)
 
 
+def printable(text: str) -> str:
+    """Somebody else's text without the control characters that could rewrite the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class LimbeckError(Exception):
     """A problem to be told to the user without a traceback.
 
     Args:
-        message: what was wrong and where. Passwords in addresses are taken out of it, and of `fix`.
+        message: what was wrong and where. Passwords in addresses are taken out of it and of `fix`, and control
+            characters are written as escapes.
         fix: what to do about it; printed on a line of its own.
     """
 
     exit_code = 2
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        self.message = redacted(message)
-        self.fix = redacted(fix) if fix else fix
+        self.message = printable(redacted(message))
+        self.fix = printable(redacted(fix)) if fix else fix
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from registry.errors import BadInput
+from registry.errors import BadInput, printable
 from registry.home import written_whole
 
 MANY = 100  # rows of a table
+LONGEST = 5000  # characters of a cell
 
 format_option = click.option(
     "--format",
@@ -28,7 +29,7 @@ format_option = click.option(
 
 def say(text: str) -> None:
     """Tell what is being done (stderr, so that stdout stays machine-readable)."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -67,13 +68,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.console import Console
     from rich.table import Table
 
-    cells = [["-" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
+    title, names = _cell(title), list(map(_cell, columns))
+    cells = [["-" if cell is None else _cell(cell) for cell in row] for row in rows]
     if len(cells) > MANY:
-        _print_many(title, list(columns), cells)
+        _print_many(title, names, cells)
         return
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column)
+    for name in names:
+        table.add_column(name)
     for row in cells:
         table.add_row(*row)
     console = Console()
@@ -104,9 +106,10 @@ def _print_many(title: str, columns: list[str], cells: list[list[str]]) -> None:
     print("\n".join([*lines, rule("└", "─", "┴", "┘")]))
 
 
-def _printable(text: str) -> str:
-    """Somebody else's text without the control characters that could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def _cell(value: Any) -> str:
+    """A value as a table shows it; what is too long is cut, and said."""
+    text = str(value)
+    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (cut, {len(text):,} characters)")
 
 
 def progress() -> Any:
