@@ -7,12 +7,15 @@ MLflow run; the tag that points at them is written last, so what can be seen is 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
 
 from registry.connection import Client
 from registry.digest import file_digest
@@ -22,6 +25,9 @@ from registry.records import Parity, Scorecard, Verdict, Version
 from registry.run import Run
 
 TAG = "limbeck."
+LARGEST = 20_000_000  # bytes of a scorecard
+POINTER = {"digest": r"[0-9a-f]{64}", "run_id": r"[0-9a-f]{32}", "file": r"[0-9a-f]{64}", "documents": r"[0-9a-f]{64}"}
+Kept = TypeVar("Kept", Parity, Verdict)
 
 
 class Found(NamedTuple):
@@ -76,26 +82,30 @@ class Findings:
 
     def _scorecards(self, version: Version, tags: Mapping[str, str]) -> list[Scorecard]:
         cards = []
-        for value in _tagged(tags, "scorecard."):
-            pointer = json.loads(value)
+        for key, value in _tagged(tags, "scorecard.").items():
+            pointer = _pointer(version.ref, key, value)
             # Scorecards of before have no digest of their file, but one of their fields.
             digest_of, digest = (
                 (file_digest, pointer["file"]) if "file" in pointer else (_card_digest, pointer["digest"])
             )
-            path = self._fetched(pointer, "scorecard.json", digest_of, digest, f"the scorecard of {version.ref}")
-            cards.append(Scorecard.model_validate_json(path.read_bytes()))
+            what = f"the scorecard of {version.ref}"
+            path = self._fetched(pointer, "scorecard.json", digest_of, digest, what)
+            try:
+                cards.append(_read(path))
+            except ValueError as error:
+                raise DamagedArtifact(what, [f"it cannot be read: {error}"]) from None
         return sorted(cards, key=lambda card: card.created)
 
     def _found(self, version: Version, tags: Mapping[str, str]) -> Found:
-        return Found(version, self._scorecards(version, tags), _verdicts(tags))
+        return Found(version, self._scorecards(version, tags), _verdicts(version.ref, tags))
 
     def documents(self, version: Version, card: Scorecard) -> Path:
         """The local parquet file of a scorecard's documents.
 
         Raises BadInput where there is none, DamagedArtifact where it is not what was recorded.
         """
-        for value in _tagged(self._tags(version), f"scorecard.{card.digest()[:16]}"):
-            pointer = json.loads(value)
+        for key, value in _tagged(self._tags(version), f"scorecard.{card.digest()[:16]}").items():
+            pointer = _pointer(version.ref, key, value)
             what = f"the documents of {version.ref}"
             return self._fetched(pointer, "documents.parquet", file_digest, pointer["documents"], what)
         raise BadInput(f"{version.ref} has no such scorecard", fix=f"limbeck eval {version.ref} --tasks ...")
@@ -107,7 +117,8 @@ class Findings:
     def parity(self, version: Version, tags: Mapping[str, str] | None = None) -> Parity | None:
         """The parity kept for a version, or None. `tags`: of the version, where they are known."""
         tags = self._tags(version) if tags is None else tags
-        return next((Parity.model_validate_json(value) for value in _tagged(tags, "parity")), None)
+        value = tags.get(TAG + "parity")
+        return None if value is None else _record(Parity, version.ref, TAG + "parity", value)
 
     def add_verdict(self, version: Version, verdict: Verdict) -> Verdict:
         """Keep a verdict. One that says the same as a kept one is not kept again: that one is given back."""
@@ -118,8 +129,8 @@ class Findings:
         return verdict
 
     def verdicts(self, version: Version) -> list[Verdict]:
-        """The verdicts on a version, newest last."""
-        return _verdicts(self._tags(version))
+        """The verdicts on a version, newest last. Raises BadInput where one was changed."""
+        return _verdicts(version.ref, self._tags(version))
 
     def _tags(self, version: Version) -> dict[str, str]:
         return dict(self.client.get_model_version(version.name, str(version.version)).tags)
@@ -146,19 +157,57 @@ def _cached(digest: str, file: str) -> Path:
     return home() / "scorecards" / digest / file
 
 
-def _tagged(tags: Mapping[str, str], prefix: str) -> list[str]:
-    return [value for key, value in tags.items() if key.startswith(TAG + prefix)]
+def _tagged(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {key: value for key, value in tags.items() if key.startswith(TAG + prefix)}
 
 
-def _verdicts(tags: Mapping[str, str]) -> list[Verdict]:
-    verdicts = [Verdict.model_validate_json(value) for value in _tagged(tags, "verdict.")]
+def _verdicts(ref: str, tags: Mapping[str, str]) -> list[Verdict]:
+    verdicts = []
+    for key, value in _tagged(tags, "verdict.").items():
+        verdict = _record(Verdict, ref, key, value)
+        if key != f"{TAG}verdict.{verdict.digest()[:16]}":
+            raise _changed(ref, key)
+        verdicts.append(verdict)
     return sorted(verdicts, key=lambda verdict: verdict.created)
+
+
+def _record(record: type[Kept], ref: str, key: str, value: str) -> Kept:
+    try:
+        return record.model_validate_json(value)
+    except ValidationError:
+        raise _changed(ref, key) from None
+
+
+def _pointer(ref: str, key: str, value: str) -> dict[str, str]:
+    """Where a scorecard is. Its digest becomes the name of a folder, so it has to be one."""
+    try:
+        pointer: dict[str, str] = json.loads(value)
+        sound = all(re.fullmatch(POINTER[name], pointer[name]) for name in POINTER if name in pointer or name != "file")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        sound = False
+    if not sound or key != f"{TAG}scorecard.{pointer['digest'][:16]}":
+        raise _changed(ref, key)
+    return pointer
+
+
+def _changed(ref: str, key: str) -> BadInput:
+    return BadInput(
+        f"the tag {key} of {ref} is not as Limbeck wrote it: it was changed through MLflow itself",
+        fix="put it right in MLflow, or delete it there and do again what it tells of",
+    )
+
+
+def _read(file: Path) -> Scorecard:
+    """The scorecard in a file. Raises ValueError."""
+    if (size := file.stat().st_size) > LARGEST:
+        raise ValueError(f"it has {size:,} bytes, at most {LARGEST:,}")
+    return Scorecard.model_validate_json(file.read_bytes())
 
 
 def _card_digest(file: Path) -> str:
     """The digest of the scorecard in a file; "" where there is none."""
     try:
-        return Scorecard.model_validate_json(file.read_text()).digest()
+        return _read(file).digest()
     except ValueError:
         return ""
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry import endpoint
 from registry.digest import MANIFEST, file_digest, json_digest, verify
@@ -126,7 +126,9 @@ def registered(version: Version, store: Store) -> Model:
     folder = store.folder(version)
     found = None
     if version.engine == "endpoint":
-        said = json.loads((folder / ENDPOINT).read_bytes())
+        said = _json(folder, ENDPOINT)
+        if not (isinstance(said.get("name"), str) and URL.match(str(said.get("url")))):
+            raise DamagedArtifact(folder, [f"{ENDPOINT} names no endpoint"])
         found = endpoint.Endpoint(said["url"], said["name"])
     return Model(folder, version.digest, version.ref, version, version.engine, found)
 
@@ -141,11 +143,7 @@ def check_folder(folder: Path) -> Engine:
         if (folder / "adapter_config.json").exists():
             raise BadInput(f"{folder} holds an adapter, no whole model", fix="merge it into its base model first")
         raise BadInput(f"{folder} is no model: it has no config.json", fix="give a transformers checkpoint")
-    try:
-        if not isinstance(json.loads(config.read_bytes()), dict):
-            raise DamagedArtifact(folder, ["config.json is no JSON object"])
-    except ValueError as error:
-        raise DamagedArtifact(folder, [f"config.json is not JSON: {error}"]) from None
+    _json(folder, config.name)
     if any(folder.glob("*.onnx")):
         return "onnxruntime"
     weights = sorted(folder.glob("*.safetensors"))
@@ -162,13 +160,27 @@ def check_folder(folder: Path) -> Engine:
     return "torch"
 
 
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder. Raises DamagedArtifact."""
+    try:
+        found = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedArtifact(folder, [f"{name} is not JSON: {error}"]) from None
+    if not isinstance(found, dict):
+        raise DamagedArtifact(folder, [f"{name} is no JSON object"])
+    return found
+
+
 def _check_weights(folder: Path, weights: list[Path]) -> None:
     from safetensors import SafetensorError, safe_open
 
     problems = []
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        weight_map = _json(folder, index.name).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise DamagedArtifact(folder, [f"the weight_map of {index.name} names no files"])
+        shards = set(weight_map.values())
         problems += [f"{name} is missing" for name in sorted(shards - {path.name for path in weights})]
     for path in weights:
         try:

@@ -33,6 +33,8 @@ MAKING = TAG + "making"  # a tag of the run that made a version
 PARENT = "mlflow.parentRunId"
 FIELDS = set(Version.model_fields) - {"name", "version", "source", "created", "run_id", "aliases"}
 NAME = re.compile(r"[^\W_][\w.-]{0,199}")
+KEPT = re.compile(r".*/models/m-\w+/artifacts")  # the local folder of a LoggedModel
+DIGEST = re.compile(r"[0-9a-f]{64}")
 REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d{1,9})|@(?P<alias>[^/@]+))")
 
 
@@ -380,12 +382,15 @@ class Store(Findings):
     def at_hand(self, version: Version) -> Path | None:
         """The folder of a version's files where they are on this machine, not verified; else None."""
         path = _local_path(version.source) or home() / "artifacts-cache" / version.digest
-        return path if path.is_dir() else None
+        known = KEPT.fullmatch(str(path)) or path.parent.name == "artifacts-cache"
+        return path if known and path.is_dir() else None
 
     def _files(self, source: str, digest: str, what: str, *, fresh: bool = False) -> Path:
         """The verified folder of files; `fresh`: as they are in the store now, whatever was fetched before."""
         path = _local_path(source)
         if path is not None:
+            if not KEPT.fullmatch(str(path)):
+                raise DamagedArtifact(what, [f"its files are said to be in {path}, where Limbeck keeps none"])
             if not path.is_dir():
                 raise DamagedArtifact(what, [f"its files are gone from {path}"])
             verify(path, digest)
@@ -413,7 +418,7 @@ class Store(Findings):
         """One process of this machine at a time (a file lock in `home()`)."""
         from filelock import FileLock
 
-        path = home() / "locks" / (re.sub(r"[^\w.-]", "_", name) + ".lock")
+        path = home() / "locks" / (re.sub(r"[^A-Za-z0-9_.-]", "_", name) + ".lock")
         path.parent.mkdir(exist_ok=True)
         with FileLock(path):
             yield
@@ -428,6 +433,8 @@ def _version(found: Any) -> Version:
             fix="register its files with Limbeck first",
         )
     try:
+        if not DIGEST.fullmatch(fields["digest"]):  # folders are named after it
+            raise ValueError(f"its digest is {fields['digest']!r:.60}")
         return Version.model_validate(
             fields
             | {
