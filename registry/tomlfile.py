@@ -19,6 +19,8 @@ from registry.errors import BadInput
 
 Model = TypeVar("Model", bound=BaseModel)
 Value = TypeVar("Value")
+LARGEST = 1_000_000  # bytes of a file
+LONGEST = 500  # lines of a value whose end is looked for
 Key = tuple[str | int, ...]  # ("students", 0, "hidden_size")
 
 
@@ -43,7 +45,10 @@ def read(path: Path | str) -> str:
     """The text of a file. Raises BadInput where there is none."""
     path = Path(path)
     try:
-        return path.read_bytes().decode()
+        with open(path, "rb") as file:
+            if len(read := file.read(LARGEST + 1)) > LARGEST:
+                raise BadInput(f"{path} has more than {LARGEST:,} bytes", fix="is it the right file?")
+        return read.decode()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file", fix=_near_file(path)) from None
     except UnicodeDecodeError as error:
@@ -58,6 +63,8 @@ def loads(
     """As `load`, from a string; `where` is the name that errors give it."""
     try:
         data = tomllib.loads(text)
+    except RecursionError:
+        raise BadInput(f"{where}: its values are nested too deep") from None
     except tomllib.TOMLDecodeError as error:
         found = re.match(r"(.*) \(at line (\d+), column (\d+)\)$", str(error))
         message = f"{where}:{found[2]}: {found[1]} (column {found[3]})" if found else f"{where}: {error}"
@@ -97,6 +104,8 @@ def key_lines(text: str) -> dict[Key, int]:
     for number, line in enumerate(text.split("\n"), 1):
         if not statement:
             start = number
+        elif number - start > LONGEST:
+            break
         statement += line + "\n"
         # A statement alone is a TOML document; while it is not, it goes on in the next line.
         try:
