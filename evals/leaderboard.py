@@ -91,13 +91,21 @@ def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
 
 
 def to_csv(found: Sequence[LeaderboardRow]) -> str:
-    """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`."""
+    """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`.
+
+    Text that a spreadsheet would take for a formula has a ' before it.
+    """
     flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in found]
+    flat = [{key: _no_formula(value) for key, value in line.items()} for line in flat]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for line in flat for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
