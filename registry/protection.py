@@ -110,6 +110,7 @@ def protect(
         entry = ledger.append(
             store,
             name,
+            after=book,  # who may change it was told from there
             who=who,
             alias=alias,
             action="protect",

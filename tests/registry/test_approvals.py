@@ -115,6 +115,9 @@ def test_a_request_ends_where_the_alias_leaves_the_version(scored: Still) -> Non
     asked = approvals.about(scored.store, scored.variants["fp32"], "production")
     assert (asked.request, len(asked.ended)) == (None, 1)
     assert approvals.open_requests(scored.store) == []
+    ask(scored)  # after the alias left
+    say(scored, "carol")
+    assert try_to_promote(scored) is None
 
 
 def test_other_files_need_another_approval(scored: Still) -> None:
@@ -174,11 +177,13 @@ def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.Monke
     version = scored.variants["fp32"]
     for key in tags(scored, version, approvals.APPROVAL):
         scored.store.client.delete_model_version_tag("still", "3", key)
-    forged = good.model_copy(update={"when": datetime.now(UTC), "reason": "forged"})
-    key = approvals.APPROVAL + forged.digest()[:16]
-    scored.store.client.set_model_version_tag("still", "3", key, forged.model_dump_json())
-    assert approvals.find(scored.store, version, "production")[1] == (forged,)
-    assert try_to_promote(scored, policy)
+    for changed in ({"reason": "forged"}, {"when": datetime.now(UTC)}):
+        forged = good.model_copy(update=changed)
+        key = approvals.APPROVAL + forged.digest()[:16]
+        scored.store.client.set_model_version_tag("still", "3", key, forged.model_dump_json())
+        assert approvals.find(scored.store, version, "production")[1] == (forged,)
+        assert try_to_promote(scored, policy)
+        scored.store.client.delete_model_version_tag("still", "3", key)
 
 
 def test_what_cannot_be_asked(scored: Still) -> None:
