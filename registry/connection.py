@@ -193,7 +193,7 @@ class Client:
         """The files below an artifact URI: POSIX path -> bytes."""
 
         def below(folder: str | None = None) -> dict[str, int]:
-            sizes = {}
+            sizes: dict[str, int] = {}
             for found in patiently(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
                 sizes |= below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
             return sizes

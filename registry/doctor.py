@@ -22,7 +22,8 @@ from registry.home import home, tracking_uri
 from registry.machine import cpu_bf16, proc
 from registry.records import Version
 from registry.store import Store
-from registry.terminal import progress
+from registry.terminal import bytes_said, progress
+from registry.transfer import discard
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"  # only in a source tree
 LEAST_DISK = 2**30  # bytes
@@ -43,11 +44,12 @@ class Check:
         return asdict(self)
 
 
-def examine(*, deep: bool = False) -> Iterator[Check]:
+def examine(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     """Look at everything; a check that fails is told of and the next one goes on.
 
     Args:
         deep: verify the digest of every version's files; from a server they are fetched.
+        clean: take away the uploads that nobody went on with for a day.
     """
     yield Check("ok", "python", f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
@@ -68,6 +70,7 @@ def examine(*, deep: bool = False) -> Iterator[Check]:
     took = time.monotonic() - start
     yield Check("ok", "tracking store", f"{redacted(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")
     yield from _artifacts(store, versions, deep)
+    yield from _uploads(store, clean)
     for name in sorted({version.name for version in versions}):
         yield from _aliases(store, name, {v.version for v in versions if v.name == name})
 
@@ -165,6 +168,19 @@ def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Ch
     if not damaged:
         how = "their digests verified" if deep else "--deep verifies their digests"
         yield Check("ok", "artifacts", f"the files of all {len(versions)} versions are there; {how}")
+
+
+def _uploads(store: Store, clean: bool) -> Iterator[Check]:
+    """Uploads that never became a version; nobody else sees them."""
+    try:
+        for each in store.unfinished():
+            found = f"begun {each.begun:%Y-%m-%d %H:%M}, never finished, {bytes_said(each.size)}"
+            if clean:
+                discard(store.client, each.model_id, each.uri)
+            after = "taken away" if clean else "register it again to go on, or: limbeck doctor --clean"
+            yield Check("note", f"upload of {each.name}", f"{found}; {after}")
+    except LimbeckError as error:
+        yield Check("wrong", "uploads", error.message, error.fix or "see above")
 
 
 def _present(version: Version, folder: Path | None) -> None:

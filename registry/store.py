@@ -235,6 +235,12 @@ class Store(Findings):
             raise
         return _version(made)
 
+    def unfinished(self) -> list[transfer.Unfinished]:
+        """The uploads that never became a version and that nobody went on with for a day."""
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        models = {each.tags[TAG + "model_id"] for each in self._listed(None) if TAG + "model_id" in each.tags}
+        return transfer.unfinished(self.client, [found.experiment_id] if found else [], models)
+
     def _appear(self, wanted: Version, model: Any, tags: Mapping[str, str]) -> Any:
         """The model version of a LoggedModel whose files are there, made once."""
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import requests
 
-from registry import connection, ledger
+from registry import connection, ledger, transfer
 from registry.digest import folder_digest
 from registry.errors import DamagedArtifact, Unreachable
 from registry.home import home
@@ -210,6 +211,25 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     assert folder_digest(Store().folder(version)) == version.digest
 
 
+def test_uploads_that_nobody_went_on_with(
+    server: Server, proxy: Flaky, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Store().register("kept", files, kind="student")
+    proxy.cut_after = len(proxy.puts) + 2
+    with pytest.raises(Unreachable):
+        Store().register("given-up", files, kind="student")
+    proxy.cut_after = None
+    assert "given-up" not in limbeck("doctor").out  # it may be going on elsewhere
+    monkeypatch.setattr(transfer, "LATE", timedelta(0))
+    assert "upload of given-up" in limbeck("doctor").out
+    here = len(list(server.files.rglob("part-0.safetensors")))
+    assert "taken away" in limbeck("doctor", "--clean").out
+    assert len(list(server.files.rglob("part-0.safetensors"))) == here - 1
+    assert "given-up" not in limbeck("doctor").out
+    shutil.rmtree(home() / "artifacts-cache")
+    assert folder_digest(Store().folder(kept)) == kept.digest
+
+
 def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
     proxy.lost = {"/model-versions/create"}
     version = Store().register("lost", files, kind="student")
@@ -242,7 +262,7 @@ def test_a_secret_in_the_address_is_never_said(
         said.append(limbeck(*command))
     monkeypatch.setattr(connection, "PATIENCE", 0.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret.rpartition(":")[0] + f":{free_port()}")
-    said += [limbeck("models", "list"), limbeck("doctor", "--format", "json")]
+    said += [limbeck("doctor", "--format", "json"), limbeck("models", "list")]
     for result in said:
         assert "a-secret" not in result.out + result.err
     assert said[-1].code == 2
