@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +137,7 @@ def show(ref: str, output: str) -> None:
             say(f"  and {len(cards) - 1} older scorecards; --format json has them all")
     if parity:
         figures = parity.model_dump(exclude={"reference", "precision"}, exclude_none=True)
-        rows = [(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in figures.items()]
-        print_table("against PyTorch, on held-out text", ["field", "value"], rows)
+        print_table("against PyTorch, on held-out text", ["field", "value"], _rounded(figures))
     if verdicts:
         rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
         print_table(f"newest verdict: {verdicts[-1].outcome}", ["rule", "outcome", "numbers"], rules)
@@ -204,7 +203,18 @@ def _print_card(card: Scorecard) -> None:
     print_table(f"scored {card.created:%Y-%m-%d %H:%M} with {card.harness}{against}", columns, rows)
     if card.cost:
         figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}
-        print_table("cost", ["figure", "value"], figures.items())
+        print_table("cost", ["figure", "value"], _rounded(figures))
+
+
+def _rounded(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Figures as a table shows them: counts with commas, measured numbers to four digits."""
+
+    def said(value: Any) -> Any:
+        if isinstance(value, bool | str):
+            return value
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    return [(name, said(value)) for name, value in figures.items()]
 
 
 @click.command()
