@@ -54,7 +54,8 @@ def ranked(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[s
         prices = [value(row, cost) for row in alike]
         kept = [value(row, "retention") for row in alike]
         best = pareto([(None if p is None else sign * p, k) for p, k in zip(prices, kept, strict=True)])
-        result += [row.model_copy(update={"pareto": on}) for row, on in zip(alike, best, strict=True)]
+        changed = zip(alike, best, strict=True)
+        result += [row if row.pareto == on else row.model_copy(update={"pareto": on}) for row, on in changed]
     return result
 
 

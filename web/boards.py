@@ -20,7 +20,7 @@ from registry.store import Store
 from web.render import model_link, query, version_link
 
 PAGE = 200  # rows of a table; more are divided into pages
-DOTS = 800  # further points of a plot
+DOTS = 300  # further points of a plot
 
 
 class Boards:
