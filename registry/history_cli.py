@@ -69,7 +69,8 @@ def tell_overrides(entries: Iterable[LedgerEntry]) -> None:
     """Say which entries are of a version that did not pass, and what it did not pass (stderr)."""
     for entry in entries:
         if entry.override:
-            words = f"OVERRIDE: in entry {entry.sequence} {entry.who} put {entry.alias} on {entry.name}/{entry.to_version}, which did not pass:"
+            put = f"{entry.who} put {entry.alias} on {entry.name}/{entry.to_version}, which did not pass:"
+            words = f"OVERRIDE: in entry {entry.sequence} {put}"
             say("\n".join([words, *indented(entry.broken)]))
 
 

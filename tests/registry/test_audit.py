@@ -115,7 +115,7 @@ def test_an_override_is_loud(scored: Still, limbeck: Limbeck) -> None:
     shown = limbeck(*VERIFY)
     assert shown.code == 0
     assert "promote OVERRIDE" in shown.out
-    words = "OVERRIDE: by entry 1 of ada, production is on what did not pass:\n  quality.min_retention (fail): "
+    words = "OVERRIDE: in entry 1 ada put production on still/5, which did not pass:\n  quality.min_retention (fail): "
     assert words in shown.err
     assert "production is version 5 by an override of ada: a demo" in limbeck("doctor").out
     promote(scored.store, "still/4", "production", POLICY)
