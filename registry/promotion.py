@@ -118,7 +118,7 @@ def promote(
 
     def once() -> Promotion:
         book = _checked(store, name, alias, who, adopt=adopt, dry_run=dry_run)
-        governing = protection.governing(store, name, alias, policy)
+        governing = protection.governing(store, name, alias, policy, book=book)
         known = gather_all(store, versions, governing, alias)
         candidates = [_judged(store, governing, evidence, keep=not dry_run) for evidence in known]
         candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))

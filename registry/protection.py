@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from registry import kept_policy, ledger, people
+from registry.book import Ledger
 from registry.errors import BadInput, Refused
 from registry.policy import Policy
 from registry.records import LedgerEntry
@@ -23,18 +24,25 @@ def policy_of(store: Store, name: str, alias: str) -> Policy | None:
         Refused: the policy is not what the ledger says that it is.
         BadInput: no such model.
     """
-    entry = kept_policy.protecting(ledger.entries(store, name), alias)
-    return _kept(store, entry) if entry else None
+    return _policy_in(ledger.read(store, name), alias)
 
 
-def governing(store: Store, name: str, alias: str, policy: Policy | None) -> Policy:
+def _policy_in(book: Ledger, alias: str) -> Policy | None:
+    entry = kept_policy.protecting(book.entries, alias)
+    return kept_policy.read(book.tags, entry.policy or "") if entry else None
+
+
+def governing(store: Store, name: str, alias: str, policy: Policy | None, *, book: Ledger | None = None) -> Policy:
     """The policy that a promotion is judged by: the one that protects the alias, else the given one.
+
+    Args:
+        book: the ledger of `name`, where it was read already.
 
     Raises:
         Refused: the alias is protected by another policy than the given one, or by one that was tampered with.
         BadInput: there is neither.
     """
-    holds = policy_of(store, name, alias)
+    holds = _policy_in(book or ledger.read(store, name), alias)
     if holds is None and policy is None:
         raise BadInput(f"{name}@{alias} is protected by no policy, and none is given", fix="give one: --policy FILE")
     if holds is None or policy is None:

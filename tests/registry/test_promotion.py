@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 
 from registry import ledger
@@ -207,66 +200,3 @@ def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIMBECK_USER")
     monkeypatch.setenv("LOGNAME", "grace")
     assert user("sqlite:///x.db") == "grace"
-
-
-# --- other processes
-
-PROMOTE = """
-import os, signal, sys, time
-from pathlib import Path
-from registry import ledger, promotion
-from registry.book import APPLIED, MOVING
-from registry.store import Store
-from tests.registry.conftest import POLICY
-
-what, me, turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
-store = Store()
-if what == "die before the move":
-    ledger.apply = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-if what == "die before the mark":
-    real = store.client._client.set_registered_model_tag
-    def mark(name, key, value):
-        done = key.startswith(APPLIED) and not value.startswith(MOVING)
-        os.kill(os.getpid(), signal.SIGKILL) if done else real(name, key, value)
-    store.client._client.set_registered_model_tag = mark
-Path(f"ready-{me}").touch()
-while not Path("go").exists():
-    time.sleep(0.01)
-for turn in range(turns):
-    done = promotion.promote(store, f"still/{3 + (turn + int(me)) % 2}", "production", POLICY, who=me)
-    if done.entry:
-        print(done.entry.hash)
-"""
-
-
-def start(what: str, me: int, turns: int = 1) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROMOTE, what, str(me), str(turns)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_killed_and_promoting_at_once(scored: Still) -> None:
-    """kill -9 between two steps, then two processes at once: the alias is somewhere, the ledger has every move."""
-    Path("go").touch()
-    # The second finishes what the first began, and dies in it too.
-    for what, now in (("die before the move", None), ("die before the mark", 3)):
-        assert start(what, 0).wait(60) == -signal.SIGKILL
-        book = ledger.read(scored.store, "still")
-        assert (production(scored), book.unfinished("production"), book.problems()) == (now, book.entries[0], [])
-        assert len(book.entries) == 1
-    Path("go").unlink()
-    Path("ready-0").unlink()
-    processes = [start("promote", me, turns=4) for me in (0, 1)]
-    while not all(Path(f"ready-{me}").exists() for me in (0, 1)):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-    Path("go").touch()
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    book = ledger.read(scored.store, "still")
-    assert book.problems() == []
-    assert {entry.hash for entry in book.entries[1:]} == set("".join(printed).split())
-    assert production(scored) == book.entries[-1].to_version
