@@ -438,9 +438,9 @@ def _version(found: Any) -> Version:
             f"{found.name}/{found.version} was not registered by Limbeck: it has no digest",
             fix="register its files with Limbeck first",
         )
+    if not DIGEST.fullmatch(fields["digest"]):  # folders are named after it
+        raise BadInput(f"{found.name}/{found.version} is unreadable: its digest is {fields['digest']!r:.60}")
     try:
-        if not DIGEST.fullmatch(fields["digest"]):  # folders are named after it
-            raise ValueError(f"its digest is {fields['digest']!r:.60}")
         return Version.model_validate(
             fields
             | {
