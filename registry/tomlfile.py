@@ -19,8 +19,8 @@ from registry.errors import BadInput
 
 Model = TypeVar("Model", bound=BaseModel)
 Value = TypeVar("Value")
-LARGEST = 1_000_000  # bytes of a file
-LONGEST = 500  # lines of a value whose end is looked for
+LARGEST = 100_000  # bytes of a file
+LONGEST = 200  # lines of a value whose end is looked for
 Key = tuple[str | int, ...]  # ("students", 0, "hidden_size")
 
 
