@@ -105,7 +105,10 @@ def to_csv(found: Sequence[LeaderboardRow]) -> str:
 
 
 def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # which csv does not quote
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
