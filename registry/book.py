@@ -89,10 +89,11 @@ class Ledger:
         return self._sorted[2]
 
     @property
-    def open(self) -> bool:
-        """Whether there is an entry that the anchor does not know: it may have been entered just now."""
+    def pending(self) -> list[str]:
+        """Tags of entries that the anchor does not know; they may have been entered just now, or never will be."""
         places = {key_of(number, digest) for number, digest in self.held.items()}
-        return any(key.startswith(ENTRY) and key not in places for key in self.tags)
+        places |= set() if self.held else {key_of(entry.sequence, entry.hash) for entry in self.entries}
+        return [key for key in self.tags if key.startswith(ENTRY) and key not in places]
 
     @property
     def length(self) -> int:

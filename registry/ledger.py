@@ -53,7 +53,7 @@ def read(store: Store, name: str) -> Ledger:
         aliases = {alias: int(number) for alias, number in model.aliases.items()}
         book = Ledger(name, dict(model.tags), aliases, held)
         # What is not in the anchor may have come into it between the two calls, and its alias may have moved.
-        if not book.open or held == (held := anchor.find(store, name)):
+        if not book.pending or held == (held := anchor.find(store, name)):
             return book
     raise LimbeckError(f"others are writing to the ledger of {name} all the time", fix="try again later")
 
@@ -96,6 +96,8 @@ def append(store: Store, name: str, *, after: Ledger | None = None, **fields: An
             raise BadInput(f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="say it shorter")
         store.client.set_registered_model_tag(name, key, text)
         if anchor.enter(store, run, entry.sequence, entry.hash):
+            for other in book.pending:  # of a process that was killed before it could enter it
+                store.client.delete_registered_model_tag(name, other)
             return entry
         store.client.delete_registered_model_tag(name, key)
     raise Overtaken(name)
