@@ -50,10 +50,11 @@ def commands(text: str) -> list[str]:
 
 
 README = commands((ROOT / "README.md").read_text())
+DOCS = [line for file in sorted((ROOT / "docs").glob("*.md")) for line in commands(file.read_text())]
 
 
-@pytest.mark.parametrize("line", [line for line in README if line.startswith("limbeck ")])
-def test_the_readme_s_commands_are_commands(line: str) -> None:
+@pytest.mark.parametrize("line", [line for line in README + DOCS if line.startswith("limbeck ")])
+def test_the_commands_of_readme_and_docs_are_commands(line: str) -> None:
     words = shlex.split(line.split(" | ")[0].split(" > ")[0])[1:]
     command: click.Command = cli
     context = click.Context(cli)
