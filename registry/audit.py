@@ -1,13 +1,13 @@
-"""The ledger held against what it speaks of: the versions' digests, verdicts, approvals and bills of materials."""
+"""The ledger held against what it speaks of: the versions' digests, verdicts, approvals, bills; and its signatures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pydantic import ValidationError
 
-from registry import ledger, people
+from registry import ledger, people, signing
 from registry.approvals import APPROVAL
 from registry.book import Ledger
 from registry.digest import text_digest
@@ -16,6 +16,7 @@ from registry.findings import TAG
 from registry.listing import listed
 from registry.provenance import KEPT
 from registry.records import Approval, LedgerEntry, Verdict
+from registry.signing import Signature
 from registry.store import Store
 
 
@@ -24,7 +25,7 @@ def read(store: Store, name: str) -> Ledger:
     book = ledger.read(store, name)
     tags = {each.version: each.tags for each in listed(store.client, store.tracking_uri, name)} if book.entries else {}
     beyond = (problem for entry in book.entries for problem in _problems(entry, tags.get(entry.to_version or 0)))
-    return replace(book, beyond=tuple(dict.fromkeys(beyond)))
+    return replace(book, beyond=tuple(dict.fromkeys([*beyond, *_unsigned(book.entries)])))
 
 
 def adopt(store: Store, name: str, *, who: str | None = None, reason: str) -> list[LedgerEntry]:
@@ -53,6 +54,19 @@ def adopt(store: Store, name: str, *, who: str | None = None, reason: str) -> li
             made.append(ledger.adopt(store, name, alias, who=who, reason=reason, also=rest))
             rest = []
         return [entry for entry in made if entry]
+
+
+def _unsigned(entries: Sequence[LedgerEntry]) -> Iterator[str]:
+    """The entries that nobody who is trusted has signed, where it is said whom to trust."""
+    trusted = signing.trusted()
+    for entry in entries if trusted is not None else ():
+        data, made = signing.LEDGER + entry.hash.encode(), Signature(entry.key or "", entry.signature or "")
+        if entry.signature is None:
+            yield f"entry {entry.sequence} is not signed"
+        elif trusted is not None and made.key not in trusted:
+            yield f"entry {entry.sequence} is signed by a key that is not trusted: {made.key}"
+        elif not signing.verify(data, made, made.key):
+            yield f"entry {entry.sequence} is not what the key {made.key} has signed"
 
 
 def _problems(entry: LedgerEntry, tags: Mapping[str, str] | None) -> Iterator[str]:

@@ -7,8 +7,12 @@ is not where the last finished entry put it was moved through MLflow itself: tha
 Entries are tags `limbeck.ledger.SEQUENCE.HASH` of the registered model; the mark is `limbeck.applied.ALIAS`. An
 entry counts from the moment that `registry.anchor` has its hash: MLflow lets each number have one hash, and never
 another. Two machines that write at once are so put in order, and what is changed, dropped (the last ones or all,
-too), doubled or reordered through MLflow afterwards is found. Somebody who can write to MLflow's database itself can
-rewrite tags and anchor together; against that there are signatures alone, see `registry.signing`.
+too), doubled or reordered through MLflow afterwards is found.
+
+Somebody who can write to MLflow's database itself can rewrite tags and anchor together. Against that there are
+signatures alone: an entry has one where a key is configured, see `registry.signing`, and `limbeck models history`
+asks for one of a trusted key where `LIMBECK_TRUSTED_KEYS` names some. Even so the last entries can be dropped by
+such a person: what was never seen has no signature to miss.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from registry import anchor
+from registry import anchor, signing
 from registry.book import APPLIED, MOVING, Ledger, hash_of, key_of, name_of
 from registry.connection import NotThere
 from registry.errors import BadInput, DamagedArtifact, LimbeckError, Refused
@@ -90,7 +94,7 @@ def append(store: Store, name: str, *, after: Ledger | None = None, **fields: An
             anchor=run,
             **fields,
         )
-        entry = draft.model_copy(update={"hash": hash_of(draft)})
+        entry = _signed(draft.model_copy(update={"hash": hash_of(draft)}))
         text, key = entry.model_dump_json(), key_of(entry.sequence, entry.hash)
         if len(text) > LONGEST_ENTRY:
             raise BadInput(f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="say it shorter")
@@ -101,6 +105,12 @@ def append(store: Store, name: str, *, after: Ledger | None = None, **fields: An
             return entry
         store.client.delete_registered_model_tag(name, key)
     raise Overtaken(name)
+
+
+def _signed(entry: LedgerEntry) -> LedgerEntry:
+    """The entry with a signature over its hash, where a key is configured."""
+    made = signing.sign(signing.LEDGER + entry.hash.encode())
+    return entry.model_copy(update={"key": made.key, "signature": made.signature}) if made else entry
 
 
 def _anchored(store: Store, book: Ledger) -> str:

@@ -1,4 +1,4 @@
-"""Signatures of ed25519: who vouches for a bill of materials or an approval.
+"""Signatures of ed25519: who vouches for a bill of materials, an approval or a move.
 
 The private key is the PEM file that `LIMBECK_SIGNING_KEY` names (`limbeck keys new FILE` makes one); where it is not
 set, nothing is signed. Whom to believe is in the file that `LIMBECK_TRUSTED_KEYS` names, a key and a name a line:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEY_FILE, TRUSTED = "LIMBECK_SIGNING_KEY", "LIMBECK_TRUSTED_KEYS"
 # What may be signed, as the first line of what is signed.
-SBOM, APPROVAL = b"limbeck-sbom-v1\n", b"limbeck-approval-v1\n"
+SBOM, APPROVAL, LEDGER = b"limbeck-sbom-v1\n", b"limbeck-approval-v1\n", b"limbeck-ledger-v1\n"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 
@@ -41,12 +41,12 @@ def sign(data: bytes) -> Signature | None:
     """Sign with the key that is configured; None where none is.
 
     Args:
-        data: begins with its kind, `SBOM` or `APPROVAL`.
+        data: begins with its kind: `SBOM`, `APPROVAL` or `LEDGER`.
 
     Raises:
         BadInput: a key file that is missing, that others may read, or that holds no such key.
     """
-    if not data.startswith((SBOM, APPROVAL)):
+    if not data.startswith((SBOM, APPROVAL, LEDGER)):
         raise ValueError("what is signed begins with its kind")
     file = os.environ.get(KEY_FILE)
     if not file:

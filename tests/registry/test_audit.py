@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from registry import approvals, audit
+from registry import approvals, audit, signing
+from registry.book import key_of
 from registry.errors import BadInput
 from registry.policy import ApprovalRules, Override, Policy
 from registry.promotion import promote, rollback
@@ -123,3 +125,24 @@ def test_an_override_is_loud(scored: Still, limbeck: Limbeck) -> None:
     assert (back.code, scored.store.aliases("still")) == (0, {"production": 5})
     assert "OVERRIDE" in back.err  # it is told where one goes back to it
     rollback(scored.store, "still", "production")
+
+
+def test_signed_entries(scored: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a chain that was written anew together with its anchor has no signature."""
+    key = signing.new(tmp_path / "key.pem")
+    other = signing.new(tmp_path / "other.pem")
+    trusted = tmp_path / "trusted"
+    trusted.write_text(f"{key} ada\n")
+    promote(scored.store, "still/3", "production", POLICY)
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "key.pem"))
+    promote(scored.store, "still/4", "production", POLICY)
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "other.pem"))
+    rollback(scored.store, "still", "production")
+    assert audit.read(scored.store, "still").problems() == []
+    monkeypatch.setenv(signing.TRUSTED, str(trusted))
+    told = ["entry 1 is not signed", f"entry 3 is signed by a key that is not trusted: {other}"]
+    assert audit.read(scored.store, "still").problems() == told
+    second = audit.read(scored.store, "still").entries[1]
+    forged = second.model_copy(update={"signature": audit.read(scored.store, "still").entries[2].signature})
+    scored.store.client.set_registered_model_tag("still", key_of(2, second.hash), forged.model_dump_json())
+    assert f"entry 2 is not what the key {key} has signed" in audit.read(scored.store, "still").problems()
