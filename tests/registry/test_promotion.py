@@ -200,3 +200,26 @@ def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIMBECK_USER")
     monkeypatch.setenv("LOGNAME", "grace")
     assert user("sqlite:///x.db") == "grace"
+
+
+def test_the_verdict_that_was_shown(scored: Still) -> None:
+    """What a person pressed a button for is what is done, or nothing is."""
+    shown = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    later = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    assert shown.judgement == later.judgement
+    assert shown.digest() != later.digest()  # another time
+    scored.score(scored.variants["int8"], usd=0.9)
+    with pytest.raises(Refused, match="the verdict on still/4 is now another than the one shown"):
+        promote(scored.store, "still/4", "production", POLICY, expected=shown.judgement)
+    assert production(scored) is None
+    now = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    assert promote(scored.store, "still/4", "production", POLICY, expected=now.judgement).entry
+
+
+@pytest.mark.parametrize(("model", "reason"), [("still", "why"), ("still/5", " ")])
+def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, reason: str) -> None:
+    with pytest.raises(BadInput, match="an override is for one named version, and says why"):
+        promote(scored.store, model, "production", POLICY, override=True, reason=reason)
+    with pytest.raises(Vetoed, match="the policy lets nobody override it"):
+        promote(scored.store, "still/5", "production", POLICY, override=True, reason="why")
+    assert (production(scored), ledger.entries(scored.store, "still")) == (None, [])
