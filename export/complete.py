@@ -133,11 +133,10 @@ def _load(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else transformers asks on stdin
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **own)
     except Exception as error:  # transformers raises whatever it trips over
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
     return tokenizer, model.eval()
