@@ -150,7 +150,8 @@ def promote(
                 approvals=chosen.approvals,
                 sbom=provenance.attest(store, chosen.version),
             )
-            ledger.apply(store, entry)
+            if refused := ledger.carry_out(store, entry, who=who):
+                raise refused
         return Promotion(name, alias, candidates, chosen.version, before, entry)
 
     return _in_turn(store, name, once)
@@ -205,7 +206,8 @@ def rollback(
             reason=reason,
             **_promoted_as(book, alias, target),
         )
-        ledger.apply(store, entry)
+        if refused := ledger.carry_out(store, entry, who=who):
+            raise refused
         return entry
 
     return _in_turn(store, name, once)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from registry import ledger
+from registry.connection import Forbidden
 from registry.errors import BadInput, DamagedArtifact, Refused
 from registry.home import home
 from registry.people import user
@@ -223,3 +224,22 @@ def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, r
     with pytest.raises(Vetoed, match="the policy lets nobody override it"):
         promote(scored.store, "still/5", "production", POLICY, override=True, reason="why")
     assert (production(scored), ledger.entries(scored.store, "still")) == (None, [])
+
+
+def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(scored.store, "still/4", "production", POLICY, who="ada")
+
+    def refuse(*_: object) -> None:  # as MLflow's server does to somebody with EDIT alone
+        raise Forbidden("it does not let bob do this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scored.store.client._client, "delete_registered_model_alias", refuse, raising=False)
+        with pytest.raises(Forbidden, match="does not let bob"):
+            rollback(scored.store, "still", "production", who="bob")
+    assert production(scored) == 4
+    assert sound(scored)
+    entries = ledger.entries(scored.store, "still")
+    assert [(e.action, e.to_version) for e in entries] == [("promote", 4), ("rollback", None), ("adopt", 4)]
+    assert "entry 2 was never carried out: it does not let bob do this" in entries[-1].reason
+    assert rollback(scored.store, "still", "production", who="ada").to_version is None
+    assert (production(scored), sound(scored)) == (None, True)

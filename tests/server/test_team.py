@@ -82,6 +82,11 @@ def test_the_whole_loop_by_several_people(be: Callable[..., None], limbeck: Limb
     bundle = limbeck("deploy", "tiny-coder@production", "--to", tmp_path / "bundle")
     assert bundle.code == 0, bundle.err
     assert limbeck("rollback", "tiny-coder").code == 2
+    be("carl")  # may write the entry, and not take an alias away
+    refused = limbeck("rollback", "tiny-coder")
+    assert (refused.code, "does not let carl do this" in refused.err) == (2, True), refused.err
+    assert Store().aliases("tiny-coder") == {"production": 3}
+    assert limbeck("models", "history", "tiny-coder", "--verify").code == 0
     be("ann")
     done = limbeck("rollback", "tiny-coder")
     assert done.code == 0, done.err
