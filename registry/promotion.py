@@ -188,7 +188,7 @@ def rollback(
         last = book.last(alias)
         if seen is not None and last is not None and last.hash != seen:
             raise Refused(f"{name}@{alias} was moved by {last.who} meanwhile", fix="look again, then roll back")
-        target = _way_back(book, alias)
+        target = way_back(book, alias)
         before = store.get(f"{name}/{target}") if target is not None else None
         if before is not None:
             store.folder(before)
@@ -226,7 +226,7 @@ def _in_turn(store: Store, name: str, once: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _way_back(book: Ledger, alias: str) -> int | None:
+def way_back(book: Ledger, alias: str) -> int | None:
     """The version before; None where the alias was nowhere. Raises Refused where it is not known."""
     history = book.history(alias)
     if not history:

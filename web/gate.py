@@ -10,7 +10,7 @@ from registry.evidence import gather
 from registry.ledger import Ledger
 from registry.people import user
 from registry.policy import Policy
-from registry.promotion import Candidate
+from registry.promotion import Candidate, way_back
 from registry.records import LedgerEntry, Verdict, Version
 from registry.rules import judge
 from web.site import Site
@@ -103,10 +103,10 @@ def barred(site: Site, door: Door) -> str | None:
 
 def step_back(door: Door) -> tuple[int | None, LedgerEntry | None] | None:
     """The version that a rollback leads to, with the entry that had put the alias there; None: there is none."""
-    history = door.book.history(door.alias)
-    if not history or history[-1] != door.present:
+    try:
+        target = way_back(door.book, door.alias)
+    except Refused:
         return None
-    target = history[-2] if len(history) > 1 else None
     by = [e for e in door.book.entries if e.alias == door.alias and e.to_version == target and e.action != "rollback"]
     return target, by[-1] if by and target is not None else None
 
