@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from registry.home import home
 from registry.policy import CostLimits, Policy, Quality
 from registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
 from registry.store import Store
@@ -65,6 +69,7 @@ class Still:
     student: Version
     variants: dict[str, Version]
     documents: Path
+    copied: bool = False  # from one that was made beforehand
 
     def score(self, version: Version, **changes: Any) -> Scorecard:
         """Give a version a scorecard against its teacher."""
@@ -74,9 +79,51 @@ class Still:
 
 
 @pytest.fixture
-def still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
+def still(
+    store: Store, make_folder: Callable[..., Path], documents: Path, prepared: Callable[[bool], tuple[Path, Still]]
+) -> Still:
     """Nothing is scored yet; every variant has its parity."""
-    return make_still(store, make_folder, documents)
+    if store.is_server:
+        return make_still(store, make_folder, documents)
+    return copied(*prepared(False), store, documents)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Callable[[bool], tuple[Path, Still]]:
+    """`still`, or `scored`, in a state folder that is copied: making one takes a hundred times as long."""
+
+    @cache
+    def make(scored: bool) -> tuple[Path, Still]:
+        root = tmp_path_factory.mktemp("still")
+        shutil.copy(empty_database, root / "mlflow.db")
+        file = root / "documents.parquet"
+        pq.write_table(pa.table({"doc_id": [0, 1], "value": [1.0, 0.0]}), file)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LIMBECK_HOME", str(root))
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            still = make_still(Store(), partial(make_artifact, root / "made"), file)
+            return root, score(still) if scored else still
+
+    return make
+
+
+PATHS = {"runs": "artifact_uri", "logged_models": "artifact_location", "experiments": "artifact_location"}
+PATHS_OF_VERSIONS = ("source", "storage_location")
+
+
+def copied(root: Path, still: Still, store: Store, documents: Path) -> Still:
+    """A state folder and what is in it, in place of that of a store nobody has used yet."""
+    shutil.copytree(root, home(), dirs_exist_ok=True)
+    moved = (str(root), str(home()))
+    with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
+        for table, column in [*PATHS.items(), *(("model_versions", column) for column in PATHS_OF_VERSIONS)]:
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
+
+    def here(version: Version) -> Version:
+        return version.model_copy(update={"source": version.source.replace(*moved)})
+
+    variants = {precision: here(version) for precision, version in still.variants.items()}
+    return Still(store, here(still.teacher), here(still.student), variants, documents, copied=True)
 
 
 def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
@@ -99,8 +146,13 @@ def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) 
 
 
 @pytest.fixture
-def scored(still: Still) -> Still:
+def scored(still: Still, documents: Path, prepared: Callable[[bool], tuple[Path, Still]]) -> Still:
     """fp32 (2 dollars) and int8 (1 dollar) pass POLICY; int4 is cheapest and fails."""
+    return copied(*prepared(True), still.store, documents) if still.copied else score(still)
+
+
+def score(still: Still) -> Still:
+    """As the fixture `scored`."""
     still.score(still.variants["fp32"], usd=2.0)
     still.score(still.variants["int8"], usd=1.0)
     still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))
