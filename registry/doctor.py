@@ -203,7 +203,8 @@ def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
         yield Check("wrong", f"aliases of {name}", problem, f"look at: {history}")
     if not problems:
         held = [alias for alias in sorted(book.aliases) if kept_policy.protecting(book.entries, alias)]
-        found = f"{len(book.aliases)} aliases, {len(held)} protected by a policy"
+        aliases = "alias" if len(book.aliases) == 1 else "aliases"
+        found = f"{len(book.aliases)} {aliases}, {len(held)} protected by a policy"
         yield Check(
             "ok", f"aliases of {name}", f"{found}; {len(book.entries)} entries in the ledger, each in its place"
         )

@@ -52,7 +52,7 @@ def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str
     if problems:
         say("\n".join(["not as it should be:", *indented(problems)]))
     elif verify:
-        say(f"{len(book.entries)} entries, each in its place")
+        say(f"{len(book.entries)} {'entry' if len(book.entries) == 1 else 'entries'}, each in its place")
 
 
 def _tell(book: Ledger, entries: Iterable[LedgerEntry]) -> None:
