@@ -46,7 +46,8 @@ def test_a_recipe_that_fits(
     sets = ("teacher.licence=apache-2.0", "budget.usd_per_hour=1.0")
     found = checked(path, *sets)
     assert list(found) == [
-        "text", "students", "vocabulary", "context", "size", "licence", "text licence", "cache", "memory", "disk", "time",
+        "text", "students", "vocabulary", "context", "size", "licence", "text licence", "cache", "memory", "disk",
+        "time",
     ]  # fmt: skip
     assert {finding["level"] for several in found.values() for finding in several} == {"ok"}
     assert "small: equal: 300 tokens" in found["vocabulary"][0]["said"]

@@ -32,6 +32,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         begun.shutdown()
 
 
+@pytest.mark.slow
 def test_students_of_a_sweep_are_made_on_two_nodes(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, cluster: str
 ) -> None:

@@ -81,10 +81,16 @@ def until(step: int) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("student", "objective", "writes", "training"),
     [
-        ("tiny_llama", KL, False, {}),
+        pytest.param("tiny_llama", KL, False, {}, marks=pytest.mark.slow),
         ("tiny_gpt2", Objective(labels=1.0), False, {"optim": "muon", "gradient_accumulation_steps": 2}),  # drops out
         ("tiny_llama", KL, True, {"optim": "muon", "gradient_accumulation_steps": 2}),
-        ("tiny_qwen2", KL.model_copy(update={"layers": Layers(loss="mse")}), False, {"gradient_checkpointing": True}),
+        pytest.param(
+            "tiny_qwen2",
+            KL.model_copy(update={"layers": Layers(loss="mse")}),
+            False,
+            {"gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_at_any_moment_a_run_ends_in_the_same_weights(

@@ -211,6 +211,7 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     assert folder_digest(Store().folder(version)) == version.digest
 
 
+@pytest.mark.slow
 def test_uploads_that_nobody_went_on_with(
     server: Server, proxy: Flaky, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
