@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     """`still`, or `scored`, in a state folder that is copied: making one takes a hundred times as long."""
 
     @cache
-    def make(scored: bool) -> tuple[Path, Still]:
+    def make(scored: bool, _author: str | None) -> tuple[Path, Still]:
         root = tmp_path_factory.mktemp("still")
         shutil.copy(empty_database, root / "mlflow.db")
         file = root / "documents.parquet"
@@ -104,7 +105,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
             still = make_still(Store(), partial(make_artifact, root / "made"), file)
             return root, score(still) if scored else still
 
-    return make
+    return lambda scored: make(scored, os.environ.get("LIMBECK_USER"))  # the versions carry who made them
 
 
 PATHS = {"runs": "artifact_uri", "logged_models": "artifact_location", "experiments": "artifact_location"}
