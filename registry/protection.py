@@ -24,10 +24,11 @@ def policy_of(store: Store, name: str, alias: str) -> Policy | None:
         Refused: the policy is not what the ledger says that it is.
         BadInput: no such model.
     """
-    return _policy_in(ledger.read(store, name), alias)
+    return policy_in(ledger.read(store, name), alias)
 
 
-def _policy_in(book: Ledger, alias: str) -> Policy | None:
+def policy_in(book: Ledger, alias: str) -> Policy | None:
+    """The same, from a ledger that was read already."""
     entry = kept_policy.protecting(book.entries, alias)
     return kept_policy.read(book.tags, entry.policy or "") if entry else None
 
@@ -42,7 +43,7 @@ def governing(store: Store, name: str, alias: str, policy: Policy | None, *, boo
         Refused: the alias is protected by another policy than the given one, or by one that was tampered with.
         BadInput: there is neither.
     """
-    holds = _policy_in(book or ledger.read(store, name), alias)
+    holds = policy_in(book or ledger.read(store, name), alias)
     if holds is None and policy is None:
         raise BadInput(f"{name}@{alias} is protected by no policy, and none is given", fix="give one: --policy FILE")
     if holds is None or policy is None:
@@ -100,13 +101,12 @@ def protect(
     who = who or people.user(store.tracking_uri)
     ledger.read(store, name)  # no lock for a name that is not there
     with store.lock(f"promote-{name}"):
-        ledger.settle(store, name, who=who)
-        book = ledger.read(store, name)
+        book = ledger.settle(store, name, who=who)
         holds = kept_policy.protecting(book.entries, alias)
         if policy is None and holds is None:
             raise BadInput(f"{name}@{alias} is not protected")
         same = policy is not None and holds is not None and policy.digest() == holds.policy
-        if not same and (why := _may_not_change(store, holds, who, name)):
+        if not same and (why := _may_not_change(store, book, holds, who)):
             raise Refused(f"the policy of {name}@{alias} stays: {why}")
         for key, part in (kept_policy.tags_of(policy) if policy else {}).items():
             store.client.set_registered_model_tag(name, key, part)
@@ -133,16 +133,16 @@ def protect(
         return entry
 
 
-def _may_not_change(store: Store, holds: LedgerEntry | None, who: str, name: str) -> str | None:
+def _may_not_change(store: Store, book: Ledger, holds: LedgerEntry | None, who: str) -> str | None:
     """Why somebody may not say which policy protects an alias; None where they may."""
     if holds is not None and who != holds.who:
         try:
-            allowed = _kept(store, holds).override.people
+            allowed = kept_policy.read(book.tags, holds.policy or "").override.people
         except Refused:
             allowed = ()  # who may is not known any more, but for who protected it
         if who not in allowed:
             return f"{_names((holds.who, *allowed))} may change it, not {who}"
-    return _unmanaged(store, name)
+    return _unmanaged(store, book.name)
 
 
 def _unmanaged(store: Store, name: str) -> str | None:
@@ -150,10 +150,6 @@ def _unmanaged(store: Store, name: str) -> str | None:
     if people.manages(store.tracking_uri, name) is False:
         return f"{store.tracking_uri} does not give you MANAGE on {name}"
     return None
-
-
-def _kept(store: Store, entry: LedgerEntry) -> Policy:
-    return kept_policy.read(store.client.get_registered_model(entry.name).tags, entry.policy or "")
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

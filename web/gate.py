@@ -55,7 +55,7 @@ def door(site: Site, name: str, alias: str) -> Door:
     problems = book.problems(alias)
     policy, protected = site.policy, False
     try:
-        own = protection.policy_of(site.store, name, alias)
+        own = protection.policy_in(book, alias)
         policy, protected = own or site.policy, own is not None
     except Refused as refused:
         policy = None
