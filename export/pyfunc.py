@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from export.runtime import Runtime
-from registry.errors import BadInput
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.registry.core.errors import BadInput
 
 # What a caller may set, as in `Sampling`: MLflow's type and the default. An array's default is a list.
 PARAMS: dict[str, tuple[str, Any]] = {

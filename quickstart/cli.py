@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from registry.terminal import say
+from limbeck.registry.core.terminal import say
 
 HERE = Path(__file__).parent
 PROMPT = "def read_config(path):"
@@ -33,7 +33,7 @@ def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[s
     Every step is a command of its own and is printed before it runs. Running the quickstart again skips what
     is done; after Ctrl-C or a kill it goes on where it was.
     """
-    from distill.recipe import load
+    from limbeck.distill.recipe.schema import load
 
     began = time.monotonic()
     name = load(recipe, list(overrides)).name
@@ -84,7 +84,7 @@ def steps(
 
 def registered(name: str) -> tuple[str, list[str]]:
     """NAME/VERSION of the newest teacher, and of the students that are compared with it."""
-    from registry.store import Store
+    from limbeck.registry.mlflow.store import Store
 
     versions = Store().versions(name)
     teacher = [version for version in versions if version.kind == "teacher"][-1]
@@ -94,7 +94,7 @@ def registered(name: str) -> tuple[str, list[str]]:
 
 def twins(name: str) -> list[tuple[str, str]]:
     """NAME/VERSION of each distilled student and of its twin: the same student, trained on labels alone."""
-    from registry.store import Store
+    from limbeck.registry.mlflow.store import Store
 
     students = {v.recipe or "": v.ref for v in Store().versions(name) if v.kind == "student"}
     pairs = ((ref, students.get(f"{recipe.removesuffix('-distilled')}-labels")) for recipe, ref in students.items())
@@ -108,7 +108,7 @@ def run(words: Words) -> None:
     if args[0] == "generate":
         code = subprocess.run([sys.executable, "-P", "-m", "limbeck", *args]).returncode
     else:
-        from limbeck import cli
+        from limbeck.cli import cli
 
         code = cli.main(args, standalone_mode=False)
     if code:

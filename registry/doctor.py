@@ -15,17 +15,18 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
-from registry import audit, kept_policy
-from registry.digest import read_manifest
-from registry.errors import DamagedArtifact, LimbeckError, redacted
-from registry.home import home, tracking_uri
-from registry.machine import cpu_bf16, proc
-from registry.records import Version
-from registry.store import Store
-from registry.terminal import bytes_said, progress
-from registry.transfer import discard
+from limbeck.registry.core.digest import read_manifest
+from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, redacted
+from limbeck.registry.core.home import home, tracking_uri
+from limbeck.registry.core.machine import cpu_bf16, proc
+from limbeck.registry.core.terminal import bytes_said, progress
+from limbeck.registry.gate import audit
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.mlflow.transfer import discard
+from limbeck.registry.policy import stored
+from limbeck.registry.records import Version
 
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"  # only in a source tree
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # only in a source tree
 LEAST_DISK = 2**30  # bytes
 HUB_SECONDS = 3.0
 
@@ -202,7 +203,7 @@ def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
     for problem in problems:
         yield Check("wrong", f"aliases of {name}", problem, f"look at: {history}")
     if not problems:
-        held = [alias for alias in sorted(book.aliases) if kept_policy.protecting(book.entries, alias)]
+        held = [alias for alias in sorted(book.aliases) if stored.protecting(book.entries, alias)]
         aliases = "alias" if len(book.aliases) == 1 else "aliases"
         found = f"{len(book.aliases)} {aliases}, {len(held)} protected by a policy"
         yield Check(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_jsonable_python
 
-from registry.digest import json_digest
+from limbeck.registry.core.digest import json_digest
 
 Kind = Literal["teacher", "student", "onnx"]
 Engine = Literal["torch", "onnxruntime", "endpoint"]  # endpoint: its files say where it is
@@ -54,7 +54,7 @@ class Version(Frozen):
     name: str
     version: int
     kind: Kind
-    digest: str  # registry.digest.folder_digest of its files
+    digest: str  # limbeck.registry.core.digest.folder_digest of its files
     source: str  # MLflow artifact URI of the folder
     created: datetime
     engine: Engine = "torch"
@@ -77,7 +77,7 @@ class Version(Frozen):
     base_model: str | None = None  # of a student that began pretrained: NAME/VERSION, hub id or folder of that model
     base_model_digest: str | None = None
     base_model_licence: str | None = None
-    author: str | None = None  # who registered it, see registry.people
+    author: str | None = None  # who registered it, see limbeck.registry.mlflow.identity
     params: int | None = None
     run_id: str | None = None
     aliases: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ class Load(Record):
 
 
 class Cost(Record):
-    """What running an artifact costs, by the protocol of `evals.cost`, in a process of its own.
+    """What running an artifact costs, by the protocol of `limbeck.evals.cost.measure`, in a process of its own.
 
     Records of the first protocol lack what `later` marks.
     """
@@ -157,7 +157,7 @@ class Cost(Record):
     price: str | None = later(None)  # where usd_per_hour comes from: name, date and source
     usd_interval: Estimate | None = later(None)  # of usd_per_million_tokens: the median over rounds
     p50_interval: Estimate | None = later(None)  # of p50_ms
-    flops_per_token: float | None = later(None)  # mean over a request's tokens, see evals.flops
+    flops_per_token: float | None = later(None)  # mean over a request's tokens, see limbeck.evals.cost.flops
     peak_device_bytes: int | None = later(None)
     loads: tuple[Load, ...] = later(())  # by batch size, batch 1 first
 
@@ -274,7 +274,7 @@ class Overlap(Record):
 
 
 class Contamination(Record):
-    """The overlap of a version's training text with the tasks it was scored on, see evals.contamination."""
+    """The overlap of a version's training text with the tasks it was scored on, see evals.tasks.contamination."""
 
     data_digest: str  # of the training text
     ngram: int  # words; a document that is shorter counts with all of its words
@@ -304,7 +304,7 @@ class Making(Record):
     teacher_seconds: float = 0.0  # of the teacher's forward passes whose logits were stored and learnt from
     teacher_students: int = 1  # students of the recipe that share those logits; the seconds are not divided
     tokens: int  # seen in training
-    machine: str  # registry.machine.hardware
+    machine: str  # limbeck.registry.core.machine.hardware
     device: str = "cpu"
     api_input_tokens: int = 0  # sent to and got from a teacher behind an API
     api_output_tokens: int = 0
@@ -412,7 +412,9 @@ class LedgerEntry(Record):
     approvals: tuple[str, ...] = later(())  # digests of the approvals
     sbom: str | None = later(None)  # digest of the bill of materials of the artifact
     anchor: str | None = later(None)  # the MLflow run that holds the ledger in place
-    adopted: tuple[str, ...] = later(())  # of an adopt entry: the problems that it takes as they are, see registry.book
+    adopted: tuple[str, ...] = later(
+        ()
+    )  # of an adopt entry: the problems that it takes as they are, see limbeck.registry.ledger.chain
     key: str | None = later(None)  # public ed25519 key of who wrote it, base64; None: not signed
     signature: str | None = later(None)  # over the hash, base64
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from registry.records import Cost
-from registry.store import Store
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Cost
 
 # Set before any Hugging Face import: a test that reaches for a hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -187,7 +187,7 @@ def limbeck(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run a `limbeck` command line in this process: `limbeck("models", "list")`. Use `store` beside it."""
 
     def run(*args: object) -> Result:
-        from limbeck import main
+        from limbeck.cli import main
 
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:

@@ -1,6 +1,6 @@
 """The families that `limbeck export` takes, each tried on a tiny model. `python -m tests.families` prints the table.
 
-The README has the table between the two comments of `MARKS`; tests/export/test_families.py holds it to what it finds.
+The README has it between the two comments of `MARKS`; graph/test_families.py holds it to what it finds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+
+from tests import ROOT
 
 MARKS = ("<!-- families: made by `python -m tests.families` -->", "<!-- end of families -->")
 
@@ -80,9 +82,9 @@ def checkpoint(family: Family, tokenizer_folder: Path, to: Path) -> Path:
 
 def try_family(family: Family, tokenizer_folder: Path, folder: Path) -> tuple[str, Any]:
     """Export the family's model within `folder`: which graph it got, and how that compares with PyTorch."""
-    from export.onnx import export
-    from export.parity import compare
-    from registry.digest import read_manifest
+    from limbeck.export.artifact.export import export
+    from limbeck.export.artifact.parity import compare
+    from limbeck.registry.core.digest import read_manifest
 
     model = checkpoint(family, tokenizer_folder, folder / "torch")
     export(model, folder / "onnx")
@@ -103,12 +105,12 @@ def table(rows: Iterable[str]) -> str:
 
 def main() -> None:
     """Try every family and print the table."""
-    from registry.terminal import quiet_libraries
+    from limbeck.registry.core.terminal import quiet_libraries
 
     quiet_libraries()
     rows = []
     # The quickstart's tokenizer: any will do.
-    tokenizer = Path(__file__).parent.parent / "quickstart" / "teacher"
+    tokenizer = ROOT / "quickstart" / "teacher"
     for family in FAMILIES:
         with TemporaryDirectory() as temporary:
             graph, parity = try_family(family, tokenizer, Path(temporary))

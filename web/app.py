@@ -11,13 +11,14 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from registry.errors import BadInput, LimbeckError, Refused, Unreachable
-from registry.policy import Policy
-from registry.store import Store
-from web import actions, history, login, reading
-from web.render import page
-from web.security import Guard, Guarded, NotLoggedIn
-from web.site import Site, public_address
+from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy.schema import Policy
+from limbeck.web.render import page
+from limbeck.web.routes import actions, history, login
+from limbeck.web.routes import pages as reading
+from limbeck.web.security import Guard, Guarded, NotLoggedIn
+from limbeck.web.site import Site, public_address
 
 STATUS: dict[type[Exception], int] = {
     reading.NotHere: 404,
@@ -51,7 +52,7 @@ def create_app(
         policy: judges for aliases that no policy protects.
         token: what changing anything needs; without one nothing can be changed.
         mlflow_ui: where MLflow's own pages are; the tracking server's address where that is http(s).
-        hosts: names that the pages are reached by, see `web.security.Guard`.
+        hosts: names that the pages are reached by, see `limbeck.web.security.Guard`.
         private: reading needs the token too.
     """
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, openapi_url=None)

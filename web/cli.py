@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from registry.terminal import say
+from limbeck.registry.core.terminal import say
 
 
 @click.command()
@@ -33,11 +33,11 @@ def ui(
     """
     import uvicorn
 
-    from export.server import listen
-    from registry.policy import load
-    from registry.store import Store
-    from web.app import create_app
-    from web.security import is_loopback, token_asked
+    from limbeck.export.server.app import listen
+    from limbeck.registry.mlflow.store import Store
+    from limbeck.registry.policy.schema import load
+    from limbeck.web.app import create_app
+    from limbeck.web.security import is_loopback, token_asked
 
     given = os.environ.get("LIMBECK_UI_TOKEN")
     token = token_asked(given)

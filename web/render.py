@@ -21,7 +21,7 @@ THEMES = ("light", "dark")
 
 @cache
 def _environment() -> Environment:
-    pages = FileSystemLoader(Path(__file__).with_name("pages"))
+    pages = FileSystemLoader(Path(__file__).with_name("templates"))
     made = Environment(loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= FILTERS
     made.globals |= {"model_link": model_link, "version_link": version_link, "query": query}

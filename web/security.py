@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.errors import BadInput, Refused
+from limbeck.registry.core.errors import BadInput, Refused
 
 SESSION_S = 12 * 3600
 TRIES, TRY_S = 5, 60.0  # wrong tokens from one address within so many seconds

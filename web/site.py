@@ -8,15 +8,15 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from fastapi import Request
 
-from registry.policy import Policy
-from registry.store import Store
-from web.boards import Boards
-from web.security import Guard
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy.schema import Policy
+from limbeck.web.leaderboards import Boards
+from limbeck.web.security import Guard
 
 
 @dataclass(frozen=True)
 class Site:
-    """Made once by `web.app.create_app`, the same for all requests."""
+    """Made once by `limbeck.web.app.create_app`, the same for all requests."""
 
     store: Store
     guard: Guard  # who may change anything

@@ -17,9 +17,9 @@ import time
 from contextlib import closing
 from tempfile import TemporaryDirectory
 
-from registry.home import home
-from registry.store import Store
-from registry.terminal import print_table
+from limbeck.registry.core.home import home
+from limbeck.registry.core.terminal import print_table
+from limbeck.registry.mlflow.store import Store
 from tests.bench.leaderboard import scorecard
 
 COUNT = 10_000

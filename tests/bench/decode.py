@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from registry.machine import physical_cores
-from registry.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.machine import physical_cores
+from limbeck.registry.core.terminal import print_table, quiet_libraries, say
 
 VOCABULARY = 32_000
 PROMPT, NEW, ROUNDS = 64, 64, 4
@@ -50,9 +50,9 @@ def main(threads: int | None = None) -> None:
 
 def make_artifacts(folder: Path) -> dict[str, Path]:
     """The model in each precision, by its name."""
-    from export.onnx import export
-    from export.trial import save
-    from export.weight_only import Blocks, Weights
+    from limbeck.export.artifact.export import export
+    from limbeck.export.quantize.evaluate import save
+    from limbeck.export.quantize.weight_only import Blocks, Weights
 
     made = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
     export(folder / "torch", made["fp32"])
@@ -104,7 +104,7 @@ def contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    from export.runtime import Runtime
+    from limbeck.export.runtime.runtime import Runtime
 
     torch.set_num_threads(threads)
     prompt = np.random.default_rng(0).integers(1, VOCABULARY, PROMPT).tolist()
@@ -163,7 +163,7 @@ def bytes_per_token(graph: Path) -> int:
 
 def loading(artifacts: dict[str, Path]) -> None:
     """Seconds from a folder to the first token, and memory at its peak, each in a new process."""
-    from registry.digest import write_manifest
+    from limbeck.registry.core.digest import write_manifest
 
     rows = []
     for name, artifact in artifacts.items():
@@ -196,7 +196,7 @@ def loading(artifacts: dict[str, Path]) -> None:
 
 LOAD = f"""
 import json, sys, time
-from export.runtime import Runtime
+from limbeck.export.runtime.runtime import Runtime
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 before, start = memory("VmRSS"), time.perf_counter()

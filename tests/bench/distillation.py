@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from registry.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from tests import ROOT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.blocks import Blocks
-    from distill.cache import TeacherCache
+    from limbeck.distill.cache.teacher_cache import TeacherCache
+    from limbeck.distill.data.blocks import Blocks
 
 LENGTH, BATCH, STEPS, ROUNDS = 256, 8, 10, 3
 
@@ -53,7 +54,7 @@ SIZES = [
         dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4),
     ),
 ]
-TOKENIZER = Path(__file__).parents[2] / "quickstart" / "teacher"
+TOKENIZER = ROOT / "quickstart" / "teacher"
 PLAIN, TRL = "cross-entropy, transformers' Trainer", "forward KL, TRL's GKDTrainer, off-policy"
 Way = Callable[[], float]  # trains a student; seconds of its steps, or of what else it does
 
@@ -63,7 +64,7 @@ def main() -> None:
     quiet_libraries()
     import trl.experimental.gkd  # noqa: F401 (before the processes part)
 
-    import distill.train  # noqa: F401
+    from limbeck.distill.training import trainer as trainer_module  # noqa: F401
 
     for size in SIZES:
         with TemporaryDirectory() as temporary:
@@ -73,7 +74,7 @@ def main() -> None:
 
 def measure(size: Size, blocks: Blocks, temporary: str) -> None:
     """All ways of one size, in turns."""
-    from distill.recipe import Objective, OnPolicy
+    from limbeck.distill.recipe.schema import Objective, OnPolicy
 
     kl, forms = Objective(divergence="forward_kl"), ("sampled", "topk")
 
@@ -126,9 +127,9 @@ def apart(way: Way) -> float:
 
 def text() -> Blocks:
     """Blocks of the standard library's source, one document to each, as peers know no other."""
-    from distill.blocks import layout_digest, make_blocks
-    from distill.corpus import stdlib_documents
-    from distill.models import load_tokenizer
+    from limbeck.distill.data.blocks import layout_digest, make_blocks
+    from limbeck.distill.data.corpus import stdlib_documents
+    from limbeck.distill.models.loading import load_tokenizer
 
     made = make_blocks(list(itertools.islice(stdlib_documents(), 40)), load_tokenizer(TOKENIZER), LENGTH)
     whole = np.flatnonzero((made.segments == made.segments[:, :1]).all(1))[: STEPS * BATCH]
@@ -139,9 +140,9 @@ def text() -> Blocks:
 
 def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
     """The cache of one form, as far as it is filled."""
-    from distill.cache import TeacherCache
-    from distill.recipe import Cache
-    from distill.stored import Form
+    from limbeck.distill.cache.encoding import Form
+    from limbeck.distill.cache.teacher_cache import TeacherCache
+    from limbeck.distill.recipe.schema import Cache
 
     wanted = Cache()
     form = Form(kind, wanted.samples if kind == "sampled" else wanted.top_k, size.vocabulary)  # type: ignore[arg-type]
@@ -150,11 +151,11 @@ def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
 
 def filled(size: Size, blocks: Blocks, kind: str) -> float:
     """Fill a cache; the seconds it took."""
-    from distill import processes
-    from distill.precision import uses_bf16
-    from distill.teacher import capture
+    from limbeck.distill.models.precision import uses_bf16
+    from limbeck.distill.teacher.signal import capture
+    from limbeck.distill.training import distributed
 
-    processes.set_up()
+    distributed.set_up()
     teacher, cache = make_llama(size, size.teacher), cache_of(size, blocks, kind)
     began = time.monotonic()
     cache.fill(capture(teacher, blocks, cache, uses_bf16(None, teacher.config)))
@@ -162,11 +163,11 @@ def filled(size: Size, blocks: Blocks, kind: str) -> float:
 
 
 def by_limbeck(size: Size, blocks: Blocks, objective: Any, said_by: str | None, on_policy: Any, folder: Path) -> float:
-    from distill import processes
-    from distill.recipe import Training
-    from distill.train import Job, train
+    from limbeck.distill.recipe.schema import Training
+    from limbeck.distill.training import distributed
+    from limbeck.distill.training.trainer import Job, train
 
-    processes.set_up()
+    distributed.set_up()
     training = Training(
         max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS, eval_steps=STEPS + 1, warmup_ratio=0.0
     )
@@ -197,7 +198,7 @@ def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from distill.models import load_tokenizer
+    from limbeck.distill.models.loading import load_tokenizer
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows])
@@ -233,8 +234,8 @@ def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
 
 def arguments(student: PreTrainedModel, folder: str) -> dict[str, Any]:
     """What peers are asked for: as Limbeck's, and nothing that would slow them down."""
-    from distill.models import device
-    from distill.precision import uses_bf16
+    from limbeck.distill.models.loading import device
+    from limbeck.distill.models.precision import uses_bf16
 
     return dict(
         output_dir=folder,

@@ -23,11 +23,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from registry.digest import file_digest
-from registry.home import home
-from registry.records import Cost, Estimate, Relative, Scorecard, TaskResult, Version
-from registry.store import Store
-from registry.terminal import print_table, say
+from limbeck.registry.core.digest import file_digest
+from limbeck.registry.core.home import home
+from limbeck.registry.core.terminal import print_table, say
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Cost, Estimate, Relative, Scorecard, TaskResult, Version
 
 SIZES = [100, 1000]
 TASKS = 10
@@ -79,7 +79,7 @@ def command() -> float:
 
 def function() -> float:
     """Seconds of the rows alone, in this process, with a store just opened."""
-    from evals.leaderboard import rows
+    from limbeck.evals.leaderboard.rows import rows
 
     begin = time.perf_counter()
     rows(Store(), NAME)

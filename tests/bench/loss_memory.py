@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from registry.terminal import print_table
+from limbeck.registry.core.terminal import print_table
 
 VOCABULARY, TOKENS, WIDTH, TEACHER_WIDTH, STORED = 128 * 1024, 2048, 256, 512, 32
 CASES = {
@@ -52,10 +52,10 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from distill import head
-    from distill.head import Logits
-    from distill.objectives import TopK
-    from distill.recipe import Objective
+    from limbeck.distill.losses import chunked_head
+    from limbeck.distill.losses.chunked_head import Logits
+    from limbeck.distill.losses.divergences import TopK
+    from limbeck.distill.recipe.schema import Objective
 
     torch.manual_seed(0)
     student, teacher = _random(WIDTH), _random(TEACHER_WIDTH)
@@ -79,7 +79,7 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
         return (p * (stored.logprobs - log_q)).sum() + (rest_of_p * (rest_of_p.log() - rest.log())).sum()
 
     def chunked() -> torch.Tensor:
-        return head.loss(Logits(*student), labels, objective, said)[0]
+        return chunked_head.loss(Logits(*student), labels, objective, said)[0]
 
     before = _resident()
     seconds = 0.0

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from registry.terminal import print_table, quiet_libraries
+from limbeck.registry.core.terminal import print_table, quiet_libraries
+from tests import ROOT
 
-QUICKSTART = Path(__file__).parents[2] / "quickstart"
+QUICKSTART = ROOT / "quickstart"
 STUDENT = "small"
 # Where the teacher's word comes from -> objectives by name, as a recipe has them.
 OBJECTIVES = {
@@ -44,8 +45,8 @@ OBJECTIVES = {
 def main() -> None:
     """Train a student under each objective and print a table."""
     quiet_libraries()
-    from distill.run import distill
-    from registry.store import Store
+    from limbeck.distill.run.distill import distill
+    from limbeck.registry.mlflow.store import Store
 
     rows = []
     with TemporaryDirectory() as temporary:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from registry.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_table, quiet_libraries, say
 
 VOCABULARY, CONTEXT, ROUNDS = 32_000, 1024, 3
 BATCH_SIZES = (1, 4, 16, 64)
@@ -41,10 +41,10 @@ def main(threads: int | None = None) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 
-    from evals.engines import load
-    from export.onnx import export
-    from export.runtime import physical_cores
-    from registry.resolve import resolve
+    from limbeck.evals.engines.engine import load
+    from limbeck.export.artifact.export import export
+    from limbeck.export.runtime.runtime import physical_cores
+    from limbeck.registry.catalog.model_ref import resolve
 
     threads = threads or physical_cores()
     torch.set_num_threads(threads)
@@ -82,7 +82,7 @@ def main(threads: int | None = None) -> None:
 
 def compare(engine: Any, other: Callable[..., Any], pairs: list[Pair], *settings: Any) -> list[str]:
     """One row of the table: both in turns, after one round to warm up."""
-    from evals.rows import BATCH_TOKENS
+    from limbeck.evals.engines.batches import BATCH_TOKENS
 
     seconds: list[tuple[float, float]] = []
     for _ in range(ROUNDS + 1):

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from registry.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from tests import ROOT
 
-REPO = Path(__file__).parents[2]
 LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients: requests of all of them together
 PROMPT, NEW = 32, 64
 SHORT = 10_000
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 def main(*precisions: str) -> None:
     """Measure and print two tables."""
     quiet_libraries()
-    from export.onnx import PRECISIONS, export
+    from limbeck.export.artifact.export import PRECISIONS, export
 
     wanted = precisions or tuple(name for name in ("fp32", "int4") if name in PRECISIONS)
     with TemporaryDirectory() as temporary:
@@ -80,7 +80,7 @@ def main(*precisions: str) -> None:
 
 def loads(artifact: Path, precision: str) -> list[list[str]]:
     """A row for each number of clients."""
-    from export.runtime import Runtime
+    from limbeck.export.runtime.runtime import Runtime
 
     every = prompts(sum(LOADS.values()), PROMPT)
     runtime = Runtime.load(artifact)
@@ -215,7 +215,7 @@ def prompts(count: int, length: int) -> list[list[int]]:
     """Token ids of Python source, no two alike."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(REPO / "quickstart/teacher/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(ROOT / "quickstart/teacher/tokenizer.json"))
     source = Path(sysconfig.get_path("stdlib"), "argparse.py").read_text()
     ids = tokenizer.encode(source).ids
     step = (len(ids) - length) // count
@@ -227,7 +227,7 @@ def make_llama(folder: Path, sizes: dict[str, int]) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(REPO / "quickstart/teacher")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "quickstart/teacher")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     torch.manual_seed(0)
     more = {"max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.05}

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from registry.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from tests import ROOT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.blocks import Blocks
-    from distill.cache import Capture
-    from distill.stored import Kind
+    from limbeck.distill.cache.encoding import Kind
+    from limbeck.distill.cache.teacher_cache import Capture
+    from limbeck.distill.data.blocks import Blocks
 
-ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SEEDS, BINS, HELDOUT_BLOCKS, DRAWS = 300, 8, (0, 1), 15, 256, 50
 FORMS: list[tuple[Kind, int]] = [("topk", 32), ("topk", 9), ("sampled", 12), ("sampled", 6)]
 
@@ -44,18 +44,21 @@ class Quality(NamedTuple):
 def main() -> None:
     """Measure and print a table."""
     quiet_libraries()
-    from distill import corpus, models, recipe, students
-    from distill.blocks import make_blocks
-    from distill.cache import TeacherCache, fill
-    from distill.recipe import Objective
-    from distill.stored import Form
-    from distill.teacher import one_pass
-    from distill.train import Job, train
+    from limbeck.distill.cache.encoding import Form
+    from limbeck.distill.cache.teacher_cache import TeacherCache, fill
+    from limbeck.distill.data import corpus
+    from limbeck.distill.data.blocks import make_blocks
+    from limbeck.distill.models import loading
+    from limbeck.distill.recipe import schema
+    from limbeck.distill.recipe.schema import Objective
+    from limbeck.distill.students import initialise
+    from limbeck.distill.teacher.signal import one_pass
+    from limbeck.distill.training.trainer import Job, train
 
-    asked = recipe.load(ROOT / "quickstart" / "recipe.toml")
-    tokenizer = models.load_tokenizer(ROOT / "quickstart" / "teacher")
-    teacher = models.load_model(ROOT / "quickstart" / "teacher")
-    vocabulary = models.vocabulary(tokenizer)
+    asked = schema.load(ROOT / "quickstart" / "recipe.toml")
+    tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
+    teacher = loading.load_model(ROOT / "quickstart" / "teacher")
+    vocabulary = loading.vocabulary(tokenizer)
     training = asked.training.model_copy(update={"max_steps": STEPS, "per_device_train_batch_size": BATCH})
     kl, labels = Objective(divergence="forward_kl"), Objective(labels=1.0)
     with TemporaryDirectory() as temporary:
@@ -80,7 +83,7 @@ def main() -> None:
         found: dict[str, list[Quality]] = {way: [] for way in ways}
         for seed in SEEDS:
             for way, (objective, said_by, _) in ways.items():
-                student = students.fresh(asked.students["small"].config, tokenizer, length, seed)
+                student = initialise.fresh(asked.students["small"].config, tokenizer, length, seed)
                 folder = Path(temporary) / "run" / way / str(seed)
                 began = time.perf_counter()
                 train(Job(student, blocks, heldout, objective, training, said_by, folder, seed, vocabulary))
@@ -120,7 +123,7 @@ def with_replacement(teacher: PreTrainedModel, blocks: Blocks, vocabulary: int) 
     """Tokens drawn from the teacher's distribution, each with its share of the draws (arXiv 2503.16870)."""
     import torch
 
-    from distill.models import batches, logits_of
+    from limbeck.distill.models.loading import batches, logits_of
 
     @torch.inference_mode()
     def capture(indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -147,7 +150,7 @@ def measure(model: PreTrainedModel, teacher: PreTrainedModel, heldout: Blocks, v
     """How a model does on held-out blocks, evenly spread."""
     import torch
 
-    from distill.models import batches, logits_of
+    from limbeck.distill.models.loading import batches, logits_of
 
     chosen = np.unique(np.linspace(0, len(heldout.ids) - 1, HELDOUT_BLOCKS).astype(int))
     sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, divergence from the teacher, targets

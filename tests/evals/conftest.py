@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from registry.records import Version
-from registry.store import Store
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Version
 from tests.conftest import make_model
 from tests.evals.leaderboard_helpers import make_card
 
@@ -41,7 +41,7 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     made: dict[Path, Path] = {}
 
     def of(folder: Path) -> Path:
-        from export.onnx import export
+        from limbeck.export.artifact.export import export
 
         if folder not in made:
             made[folder] = tmp_path_factory.mktemp("onnx") / folder.name
@@ -83,7 +83,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_tasks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder with the tasks `text_bits_per_byte` and `text_next_line`, for --include-path."""
-    from evals.make_tasks import make
+    from limbeck.evals.tasks.make_tasks import make
 
     folder = tmp_path_factory.mktemp("tasks")
     make(corpus, folder, "text", ["bits_per_byte", "next_line"], documents=24)

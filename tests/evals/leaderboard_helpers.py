@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from registry.records import Estimate, Relative, Scorecard, TaskResult
+from limbeck.registry.records import Estimate, Relative, Scorecard, TaskResult
 from tests.conftest import make_cost
 
 TEACHER = "0" * 64

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from export_helpers import Exported
 
-from export.onnx import export
-from export.runtime import Runtime
-from export.variants import export_folder
+from limbeck.export.artifact.export import export
+from limbeck.export.artifact.variants import export_folder
+from limbeck.export.runtime.runtime import Runtime
 from tests.conftest import make_model
+from tests.export.export_helpers import Exported
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from export.variants import Variant
-from registry.digest import read_manifest, told_fields, write_manifest
+from limbeck.export.artifact.variants import Variant
+from limbeck.registry.core.digest import read_manifest, told_fields, write_manifest
 
 
 class Exported(NamedTuple):

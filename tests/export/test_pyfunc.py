@@ -16,15 +16,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from export_helpers import Exported
 
-from export.pyfunc import PARAMS, TOGETHER
-from export.runtime import Runtime
-from export.sampling import Sampling
-from registry.digest import folder_digest
-from registry.errors import BadInput, DamagedArtifact
-from registry.records import Version
-from registry.store import Store
+from limbeck.export.pyfunc import PARAMS, TOGETHER
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.sampling import Sampling
+from limbeck.registry.core.digest import folder_digest
+from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Version
+from tests.export.export_helpers import Exported
 
 PROMPTS = ["def add(a, b):", "x", "for i in range(10):"]
 URI = "models:/coder@production"
@@ -110,7 +110,7 @@ def test_a_damaged_version_is_not_loaded(version: Version, store: Store) -> None
 
 def test_loading_it_imports_no_torch(llama: Exported, tmp_path: Path) -> None:
     code = (
-        "import sys; from export.pyfunc import _load_pyfunc; _load_pyfunc(sys.argv[1]); "
+        "import sys; from limbeck.export.pyfunc import _load_pyfunc; _load_pyfunc(sys.argv[1]); "
         "print(sorted({'torch', 'transformers', 'onnx', 'mlflow'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code, llama.fp32], capture_output=True, text=True, timeout=60)

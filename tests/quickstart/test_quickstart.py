@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from registry.store import Store
+from limbeck.registry.mlflow.store import Store
+from tests import ROOT
 
 RECIPE = """
 name = "tiny-coder"
@@ -38,7 +39,7 @@ max_steps = 16
 per_device_train_batch_size = 16
 """
 QUALITY = "[quality]\nmin_retention = {0}\ntasks = ['stdlib_bits_per_byte']\n"
-TEACHER = Path(__file__).parents[2] / "quickstart" / "teacher"
+TEACHER = ROOT / "quickstart" / "teacher"
 
 
 @pytest.mark.timeout(280)

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from registry.home import home
-from registry.policy import CostLimits, Policy, Quality
-from registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
-from registry.store import Store
+from limbeck.registry.core.home import home
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy.schema import CostLimits, Policy, Quality
+from limbeck.registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
 from tests.conftest import make_cost
 
 POLICY = Policy(quality=Quality(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))

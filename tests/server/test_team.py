@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from registry.digest import folder_digest
-from registry.home import home
-from registry.store import Store
+from limbeck.registry.core.digest import folder_digest
+from limbeck.registry.core.home import home
+from limbeck.registry.mlflow.store import Store
 from tests.conftest import Result
+from tests.flaky_proxy import flaky
 from tests.quickstart.test_quickstart import QUALITY, RECIPE, TEACHER
-from tests.registry.flaky import flaky
 from tests.server.conftest import Team
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]

@@ -17,10 +17,10 @@ import pytest
 import uvicorn
 from pyarrow import parquet
 
-from evals.documents import DOCUMENTS
-from registry.store import Store
+from limbeck.evals.tasks.documents import DOCUMENTS
+from limbeck.registry.mlflow.store import Store
+from limbeck.web.app import create_app
 from tests.registry.conftest import POLICY, Still, make_artifact, make_still
-from web.app import create_app
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from registry.store import Store
+from limbeck.registry.mlflow.store import Store
+from tests import ROOT
 from tests.web.conftest import CHROMIUM, FLAGS, TOKEN
 
-ROOT = Path(__file__).parents[2]
 NAME = "stdlib-coder"
 WIDTH, LARGEST = 1280, 200_000  # pixels, bytes
 

@@ -1,0 +1,1 @@
+"""The teacher cache: what a teacher's outputs are stored as, read from and listed by."""

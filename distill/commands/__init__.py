@@ -1,0 +1,1 @@
+"""The commands of this room: `limbeck distill`, `data`, `cache`."""

@@ -1,0 +1,1 @@
+"""Text and conversations, from files to packed blocks of tokens."""

@@ -1,0 +1,129 @@
+"""What the teacher is asked, and its answer as a document: prompts from `[data]`, through chat templates or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from limbeck.distill.data import corpus
+from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.filters import THOUGHT
+from limbeck.distill.recipe.schema import Data, Generate
+from limbeck.registry.core.digest import text_digest
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINKING = "<think>"
+CHARACTERS = 2  # of plain text, for each token of a block: its beginning is a prompt of about half a block
+
+Messages = Sequence[dict[str, str]]
+
+
+class Prompt(NamedTuple):
+    """What the teacher is to answer.
+
+    Attributes:
+        path: identifies it; the split and the statistics group by it.
+        text: in plain. messages: the turns before the answer; () where it is no conversation.
+        row: of the table it is from, for a verifier.
+    """
+
+    path: str
+    text: str
+    messages: Messages
+    row: Mapping[str, Any]
+
+
+def prompts(data: Data, generate: Generate, beside: Path) -> list[Prompt]:
+    """The prompts of a recipe's data, ordered by the hash of their path, so that any number is a fair sample.
+
+    Raises BadInput, naming the row, for one that cannot be used.
+    """
+    if data.kind == "dataset":
+        found = _of_rows(data, beside)
+    else:
+        found = (
+            Prompt(document.path, _beginning(document.text, data.max_length), (), {})
+            for document in corpus.documents(data, beside)
+        )
+    kept = sorted((p for p in found if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
+    if not kept:
+        raise BadInput(f"{data.path or data.kind} has no prompt", fix="give text, a prompt_column or a messages_column")
+    return kept[: generate.max_prompts]
+
+
+def _of_rows(data: Data, beside: Path) -> Iterator[Prompt]:
+    path = corpus.located(data, beside)
+    asked = data.model_copy(update={"completion_column": None})  # the teacher's stands in its place
+    for document, row in corpus.table(asked, path):
+        messages = list(document.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if document.messages and not (messages and messages[-1]["role"] == "user"):
+            raise BadInput(f"{document.path}: no user's turn to answer", fix="leave the row out")
+        if messages:
+            text = "\n".join(message["content"] for message in messages)
+        else:
+            text = document.prompt or _beginning(document.text, data.max_length)
+        yield Prompt(document.path, text, messages, row)
+
+
+def _beginning(text: str, max_length: int) -> str:
+    """The first half of a text, at most about half a block, up to the end of a word."""
+    size = min(len(text) // 2, CHARACTERS * max_length)
+    while size > 1 and size < len(text) and not text[size].isspace():
+        size -= 1
+    return text[:size]
+
+
+def turns(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
+    """A prompt as the turns before the answer."""
+    messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> str:
+    """Turns through a chat template, up to where the answer begins. Raises BadInput where it refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise BadInput(f"{where}: the teacher's chat template refuses it: {error}") from error
+
+
+def layout(
+    tokenizer: PreTrainedTokenizerBase, by_chat: bool, system_prompt: str | None
+) -> Callable[[Prompt, str], Document]:
+    """A function of prompt and answer that gives the document to learn from.
+
+    Args:
+        tokenizer: the student's: where it has a chat template, a chat is learnt through it.
+        by_chat: whether the teacher was asked by chat; then its answer does not go on where the prompt ends.
+    """
+
+    def plain(prompt: Prompt, answer: str) -> Document:
+        text = f"{prompt.text}\n" if by_chat else prompt.text
+        return Document(prompt.path, text + answer, prompt=text)
+
+    def chat(prompt: Prompt, answer: str) -> Document:
+        messages = turns(prompt, system_prompt)
+        if THOUGHT in answer and not keeps_thoughts:
+            # The template would drop the reasoning: what it gives before the answer is the prompt, in plain.
+            text = rendered(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
+            if text.rstrip().endswith(THINKING):
+                text = text.rpartition(THINKING)[0]
+            return Document(prompt.path, text + answer, prompt=text)
+        return corpus.conversation(prompt.path, [*messages, {"role": "assistant", "content": answer}])
+
+    if not (by_chat and tokenizer.chat_template):
+        return plain
+    thinks = {"role": "assistant", "content": f"{THINKING}\na thought of it\n{THOUGHT}\n\nwhat it says"}
+    probe = tokenizer.apply_chat_template([{"role": "user", "content": "what is asked"}, thinks], tokenize=False)
+    keeps_thoughts = "a thought of it" in str(probe)
+    return chat

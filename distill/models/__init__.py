@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading, pruning, sampling, token alignment, licences."""

@@ -1,0 +1,92 @@
+"""Teachers and students as transformers models: loading, checking, running over blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from limbeck.distill.data.blocks import Blocks
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises BadInput where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # where files are missing, transformers raises whatever it stumbles over
+        raise BadInput(f"{folder} has no tokenizer that transformers can load: {error}") from error
+
+
+def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM in float32 from safetensors. Raises BadInput where transformers cannot load it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a causal LM. Raises BadInput where transformers does not know it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the greatest token id. A model's `vocab_size` may be greater: the rest is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_fits(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, trust_remote_code: bool = False
+) -> None:
+    """Raises BadInput where the model in `folder` has fewer positions than a block, or too few embeddings."""
+    config = load_config(folder, trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions < max_length:
+        raise BadInput(
+            f"{folder} has {positions} positions and data.max_length is {max_length}",
+            fix=f"set data.max_length = {positions} or less",
+        )
+    if config.vocab_size < vocabulary(tokenizer):
+        raise BadInput(
+            f"{folder} has embeddings for {config.vocab_size} tokens and its tokenizer {vocabulary(tokenizer)}",
+            fix="take the tokenizer it was trained with",
+        )
+
+
+def device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batches(blocks: Blocks, vocab_size: int, indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+    """The blocks at `indices` in batches whose logits stay below a gigabyte, 8 blocks at most."""
+    size = max(1, min(8, 2**28 // (blocks.ids.shape[1] * vocab_size)))
+    for start in range(0, len(indices), size):
+        yield blocks.batch(indices[start : start + size])
+
+
+def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (n, T, V) float32 of a batch of blocks."""
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+    return model(**inputs, use_cache=False).logits.float()

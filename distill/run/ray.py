@@ -1,0 +1,221 @@
+"""A sweep's students on a Ray cluster: one task a student, after the one pass of the teacher.
+
+Every node has to see the same LIMBECK_HOME, where the teacher cache and the checkpoints are, and what the recipe
+names by a path; nodes of several hosts need an MLflow server. That is checked first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from limbeck.distill.recipe.grid import Plan
+from limbeck.distill.run.prepare import Setting, code_version
+from limbeck.distill.students import controls, student
+from limbeck.distill.teacher.signal import teachers_for
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.home import home
+from limbeck.registry.core.terminal import quiet_libraries, say
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Version
+
+LOCAL = "local"  # the address of a cluster that is begun here, and ends with the sweep
+STOP_SECONDS = 60.0  # that tasks have to write a checkpoint after Ctrl-C
+
+
+class Share(NamedTuple):
+    """What a task needs to make its student."""
+
+    setting: Setting
+    plans: list[Plan]  # all that are missing
+    keys: dict[str, str]  # by label
+    parent_run: str | None
+
+
+@contextmanager
+def joined(address: str, setting: Setting, store: Store) -> Iterator[list[dict[str, Any]]]:
+    """Within, connected to a cluster whose nodes, as Ray describes them, see what the students need.
+
+    Raises BadInput where Ray is not installed, no cluster answers, or a node does not see something.
+    """
+    with _cluster(address):
+        yield _checked_nodes(setting, store)
+
+
+def make_all(share: Share, nodes: Sequence[dict[str, Any]], on_made: Callable[[Plan, Version], None]) -> dict[str, str]:
+    """Make the students of `share` on the nodes; a control waits for those that it is measured by.
+
+    Returns:
+        Why, by label, of those that failed.
+    """
+    import ray
+
+    failed: dict[str, str] = {}
+    source = share.setting.source
+    setting = share.setting._replace(source=source._replace(path=source.path.resolve()))
+    remote: Any = ray.remote
+    task = remote(max_retries=0, **_resources(nodes, len(share.plans)))(_make)
+    shared = ray.put(share._replace(setting=setting))
+    waiting = list(share.plans)
+    running: dict[Any, Plan] = {}
+    try:
+        while waiting or running:
+            unmade = {plan.label for plan in (*waiting, *running.values())}
+            for plan in _ready(setting, waiting, unmade):
+                waiting.remove(plan)
+                running[task.options(name=plan.label).remote(shared, plan)] = plan
+            [first], _ = ray.wait(list(running), num_returns=1)
+            plan = running.pop(first)
+            made = _result(first)
+            if isinstance(made, Version):
+                say(f"  {plan.label}: {made.ref}")
+                on_made(plan, made)
+            else:
+                say(f"  {plan.label}: failed: {made}")
+                failed[plan.label] = made
+    except BaseException:
+        _stop(list(running))
+        raise
+    return failed
+
+
+def _ready(setting: Setting, waiting: Sequence[Plan], unmade: set[str]) -> list[Plan]:
+    """Those of `waiting` that wait for none of the `unmade`."""
+    return [
+        plan
+        for plan in waiting
+        if not unmade.intersection(other.label for other in controls.matched(setting.recipe, plan))
+    ]
+
+
+def _make(share: Share, plan: Plan) -> Version | str:
+    """Runs on a worker: the student, or why there is none."""
+    import ray
+
+    quiet_libraries()
+    try:
+        teacher = teachers_for(share.setting, share.plans).get(plan.label) if plan.objective.uses_teacher else None
+        node = f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:8]}"
+        return student.make(
+            share.setting, plan, share.keys[plan.label], teacher, Store(), share.parent_run, {"limbeck.node": node}
+        )
+    except Exception as error:
+        return student.told(plan, error)
+
+
+def _result(reference: Any) -> Version | str:
+    import ray
+
+    try:
+        made: Version | str = ray.get(reference)
+    except ray.exceptions.RayError as error:  # the worker or its node died
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return made
+
+
+def _stop(running: list[Any]) -> None:
+    """Ask the tasks to stop: each writes a checkpoint first."""
+    import ray
+
+    if running:
+        say(f"  stopping {len(running)} students, each with a checkpoint")
+    for reference in running:
+        ray.cancel(reference, force=False)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    """Connected to a cluster. Raises BadInput where Ray is not installed or no cluster answers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("--ray needs Ray, which is not installed", fix="pip install 'limbeck[ray]'") from None
+    # What the workers have to see as it is here; keys and passwords have to be in the nodes' own environment.
+    variables = {"LIMBECK_HOME": str(home())} | {
+        name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ
+    }
+    begun: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 512 * 2**20} if address == LOCAL else {}
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+            **begun,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BadInput(
+            f"--ray {address}: {str(error).splitlines()[0]}",
+            fix="give the address of a cluster, auto for the one that runs here, or nothing to begin one",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _checked_nodes(setting: Setting, store: Store) -> list[dict[str, Any]]:
+    """The nodes of the cluster. Raises BadInput where one does not see what the students need."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    token = home() / f".seen-{uuid4().hex[:8]}"
+    needed = [token, setting.source.path.resolve(), *(start.path for start in setting.starts.values())]
+    if setting.teacher is not None:
+        needed.append(setting.teacher.path)
+    token.touch()
+    try:
+        remote: Any = ray.remote
+        look = remote(num_cpus=1)(_look)
+        asked = [
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(needed)
+            for node in nodes
+        ]
+        seen = ray.get(asked)
+    finally:
+        token.unlink()
+    for host, missing, version in seen:
+        if missing:
+            what = "LIMBECK_HOME" if missing[0] == token else str(missing[0])
+            raise BadInput(
+                f"--ray: {host} does not see {home() if missing[0] == token else what}",
+                fix=f"put {what} on a file system that every node has at the same path",
+            )
+        if version != code_version():
+            raise BadInput(
+                f"--ray: {host} has {version} and this machine {code_version()}",
+                fix="install the same Limbeck on every node",
+            )
+    hosts = {host for host, _, _ in seen} | {socket.gethostname()}
+    if len(hosts) > 1 and not store.is_server:
+        raise BadInput(
+            f"--ray: {len(hosts)} hosts ({', '.join(sorted(hosts))}) cannot write one {store.tracking_uri}",
+            fix="start an MLflow server and set MLFLOW_TRACKING_URI to it, here and on every node",
+        )
+    say(f"  Ray: {len(nodes)} nodes on {', '.join(sorted(hosts))}")
+    return nodes
+
+
+def _look(needed: Sequence[Path]) -> tuple[str, list[Path], str]:
+    """Runs on a worker: its host, which of the paths it does not see, its Limbeck."""
+    return socket.gethostname(), [path for path in needed if not path.exists()], code_version()
+
+
+def _resources(nodes: Sequence[dict[str, Any]], tasks: int) -> dict[str, float]:
+    """What a task takes: a GPU where the nodes have some; else its share of a node's processors."""
+    if all(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
+        return {"num_gpus": 1, "num_cpus": 1}
+    cpus = min(int(node["Resources"]["CPU"]) for node in nodes)
+    return {"num_cpus": max(1, cpus // math.ceil(tasks / len(nodes)))}

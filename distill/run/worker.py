@@ -1,0 +1,36 @@
+"""What the other processes of a run do, where `torchrun` or `accelerate launch` started several: train as told.
+
+The first process reads the recipe, has the teacher speak and registers; it tells which student is trained next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Budget, Source, Training
+from limbeck.distill.run.prepare import prepare, written
+from limbeck.distill.students import student
+from limbeck.distill.teacher.signal import teachers_for
+from limbeck.distill.training import distributed
+from limbeck.registry.mlflow.store import Store
+
+
+def follow(path: Path, overrides: list[str]) -> None:
+    """Take part in the training of every student that the first process makes, until it lets this one go."""
+    missing = distributed.told()  # when the text is written and all that is stored of the teacher is there
+    if missing is None:
+        return
+    # What there is to say the first process says.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        recipe = recipes.load(path, overrides)
+        plans = {plan.label: plan for plan in grid.plans(recipe)}
+        setting = written(prepare(recipe, Source(path, tuple(overrides)), Store()))
+        teachers = teachers_for(setting, [plans[label] for label in missing])
+        while order := distributed.told():
+            plan = plans[order["label"]]
+            schedule = Training.model_validate(order["training"]), Budget.model_validate(order["budget"])
+            student.train_one(setting, plan, schedule, teachers.get(plan.label), Path(order["folder"]))

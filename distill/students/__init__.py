@@ -1,0 +1,1 @@
+"""One student: how it begins, its key and folder, its controls, its model card and licences."""

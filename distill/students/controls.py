@@ -1,0 +1,96 @@
+"""Controls: what the same student becomes without the teacher, at equal tokens and at equal cost, and untrained.
+
+Cost is time on this machine; the dollars of an endpoint count as the time that they would have bought here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe.grid import Plan
+from limbeck.distill.recipe.schema import Budget, Recipe, Training
+from limbeck.distill.training import distributed
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.core.terminal import say
+from limbeck.registry.records import Making
+
+if TYPE_CHECKING:
+    from limbeck.distill.run.prepare import Setting
+    from limbeck.registry.mlflow.store import Store
+
+
+class Cost(NamedTuple):
+    """What a student took, in seconds of this machine: its training, and the teacher's part in full."""
+
+    training: float
+    teacher: float
+
+    @property
+    def seconds(self) -> float:
+        return self.training + self.teacher
+
+
+def matched(recipe: Recipe, plan: Plan) -> list[Plan]:
+    """The plans that a control's length is taken from, of its own size and seed.
+
+    Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the
+    distilled students where time or money ends their training, which only the run tells. Of others: none.
+    """
+    family = [p for p in grid.plans(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
+    budget = recipe.budget
+    if plan.control == "labels_equal_cost":
+        return [p for p in family if p.control in (None, "labels")]
+    if plan.control == "labels" and (budget.max_minutes or budget.max_usd or budget.stop_when):
+        return [p for p in family if p.control is None]
+    return []
+
+
+def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Making]]:
+    """What the matched students took. Raises Refused where one of them was not made."""
+    from limbeck.distill.students.student import student_key
+
+    found = []
+    for other in matched(setting.recipe, plan):
+        version = store.find(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))
+        making = store.making(version) if version else None
+        if making is None:
+            raise Refused(
+                f"{plan.label}: it is as long as {other.label} took, which was not made",
+                fix=f"run the same command again when {other.label} can be made",
+            )
+        found.append((other, making))
+    return found
+
+
+def cost(making: Making, recipe: Recipe) -> Cost:
+    """What a student cost in all, as seconds of this machine."""
+    dollars, hour = making.api_usd or 0.0, recipe.budget.usd_per_hour
+    bought = dollars / hour * 3600 if hour else 0.0  # a recipe with both has a price for an hour
+    return Cost(making.training_seconds, making.teacher_seconds + bought)
+
+
+def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, Making]]) -> tuple[Training, Budget]:
+    """How long a student trains.
+
+    Labels at equal cost train for as many steps as labels at equal tokens would have made in the time of the
+    costliest distilled student, the teacher's pass counted in full: fixed beforehand, so that the learning rate
+    comes to its end. Where they need more text than there is they read it again.
+    """
+    recipe = setting.recipe
+    training = recipe.training_of(plan.student)
+    distilled = [(other, making) for other, making in others if other.control is None]
+    if not distilled:
+        return training, recipe.budget
+    if plan.control == "labels":
+        return training, Budget(max_tokens=max(making.tokens for _, making in distilled))
+    dearest, spent = max(((other, cost(making, recipe)) for other, making in distilled), key=lambda of: of[1].seconds)
+    labels = next(making for other, making in others if other.control == "labels")
+    blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.count()
+    step = blocks * setting.train.ids.shape[1]
+    tokens = labels.tokens * spent.seconds / labels.training_seconds
+    say(
+        f"  {plan.label}: {tokens:,.0f} tokens, in the {spent.seconds:,.0f} s that {dearest.label} cost "
+        f"({spent.training:,.0f} s of training, {spent.teacher:,.0f} s of the teacher)"
+    )
+    return training.model_copy(update={"max_steps": max(1, round(tokens / step))}), Budget()

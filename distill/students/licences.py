@@ -1,0 +1,97 @@
+"""Which licences a student is under: of its teacher, its text, what it began as, and of what went into these."""
+
+from __future__ import annotations
+
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.distill.data import corpus
+from limbeck.distill.students import model_card
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.provenance import licences
+from limbeck.registry.provenance.licences import Term
+from limbeck.registry.records import Version
+
+if TYPE_CHECKING:
+    from limbeck.distill.recipe.grid import Plan
+    from limbeck.distill.recipe.schema import Data
+    from limbeck.distill.run.prepare import Setting
+
+
+def origin(store: Store, model: Model) -> Version | None:
+    """The version that a model is: as it was named, else the student that has the very files of its folder."""
+    if model.version or model.endpoint:
+        return model.version
+    return next((v for v in store.versions() if v.digest == model.digest and v.kind == "student"), None)
+
+
+def inherited(store: Store, model: Model) -> tuple[Term, ...]:
+    """The licences of what went into a model, as far as the registry knows it."""
+    version = origin(store, model)
+    return tuple(licences.chain(store, version)) if version else ()
+
+
+def learns(setting: Setting, plan: Plan) -> bool:
+    """Whether a student is made from the teacher: by its distribution, its text or its weights."""
+    recipe = setting.recipe
+    by_text = recipe.generate is not None and plan.control is None
+    return plan.objective.uses_teacher or by_text or recipe.students[plan.student].carve is not None
+
+
+def allowed(setting: Setting) -> bool | None:
+    """Whether the licences of the teacher, and of all that it learnt from, let a student learn from it."""
+    if setting.recipe.teacher is None:
+        return None
+    return licences.every([setting.licence_allows, *(t.allows for t in _above(setting) if t.role != "data")])
+
+
+def of_teacher(setting: Setting) -> str | None:
+    """The licences of the teacher and of its own teachers, as one expression; None where none is stated."""
+    return licences.joined([setting.teacher_licence, *(t.licence for t in _above(setting) if t.role != "data")])
+
+
+def of_text(data: Data, beside: Path) -> str | None:
+    """The licence of a recipe's text: as the recipe says, else as the card of a data set that is on this machine."""
+    if data.licence or data.kind != "dataset":
+        return data.licence
+    try:
+        path = Path(corpus.located(data, beside))
+    except BadInput:  # told where the text is read
+        return None
+    if path.exists():
+        return model_card.licence_of(path if path.is_dir() else path.parent)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(str(data.path), "README.md", repo_type="dataset")
+    except ValueError:  # no name that the hub has
+        return None
+    return model_card.licence_of(Path(found).parent) if isinstance(found, str) else None
+
+
+def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
+    """The fields of `Version` that tell a student's licences; of a control that learnt from text alone, of that."""
+    from_teacher, base = learns(setting, plan), setting.starts.get(plan.student)
+    begun = setting.inherited.get(base.label, ()) if base else ()
+    above = [*(_above(setting) if from_teacher else ()), *begun]
+    text = of_text(setting.recipe.data, setting.source.path.resolve().parent)
+    teachers = [of_teacher(setting) if from_teacher else None, *(t.licence for t in begun if t.role != "data")]
+    fields: dict[str, Any] = {
+        "licence_allows_distillation": licences.every(
+            [allowed(setting) if from_teacher else True, *(t.allows for t in begun if t.role == "teacher")]
+        ),
+        "teacher_licence": licences.joined(teachers),
+        "data_licence": licences.joined([text, *(t.licence for t in above if t.role == "data")]),
+        "code_licence": metadata("limbeck")["License-Expression"],
+    }
+    if base is not None:
+        stated = setting.recipe.students[plan.student].licence or model_card.of(base)
+        fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": stated}
+    return fields
+
+
+def _above(setting: Setting) -> tuple[Term, ...]:
+    return setting.inherited.get(setting.teacher.label, ()) if setting.teacher else ()

@@ -1,0 +1,1 @@
+"""The teacher's outputs: captured locally or through an endpoint, generated, retokenized."""

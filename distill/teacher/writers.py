@@ -1,0 +1,240 @@
+"""Teachers that answer prompts: one that runs here, in batches, and one behind an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from limbeck.distill.data.blocks import start_of
+from limbeck.distill.data.filters import Answer
+from limbeck.distill.data.prompts import THINKING, Prompt, rendered, turns
+from limbeck.distill.models import loading
+from limbeck.distill.recipe.schema import Generate
+from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.teacher.endpoint import EndpointTeacher
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.errors import BadInput, Unreachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Request = dict[str, Any]
+SAMPLING = {"max_new_tokens", "temperature", "top_p", "stop"}
+
+
+class Writes(Protocol):
+    """A teacher that answers prompts.
+
+    Attributes:
+        refused: what was said of requests that were passed over.
+    """
+
+    @property
+    def refused(self) -> list[str]: ...
+
+    def request(self, prompt: Prompt, seed: int) -> Request | None:
+        """All that an answer depends on; None where the prompt is too long to be answered."""
+
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+        """Have requests answered, by their digest, and keep the answers; yields how many more are done.
+
+        It may end before all are, where a limit is set to what is paid.
+
+        Args:
+            before: tokens in and out of the answers that are there.
+        """
+
+    def answer(self, kept: Any) -> Answer:
+        """An answer as it was kept."""
+
+
+class LocalWriter:
+    """A teacher that runs here; see `Writes`. It is loaded when there is something to be written.
+
+    Args:
+        by_chat: prompts go through the tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        teacher: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        generate: Generate,
+        by_chat: bool,
+        kept: Completions,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.teacher, self.tokenizer, self.generate, self.by_chat, self.kept = (
+            teacher, tokenizer, generate, by_chat, kept,
+        )  # fmt: skip
+        self.trust_remote_code = trust_remote_code
+        self.refused: list[str] = []
+        config = loading.load_config(teacher.path, trust_remote_code)
+        self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def request(self, prompt: Prompt, seed: int) -> Request | None:
+        """See `Writes.request`."""
+        opening = ""
+        if self.by_chat:
+            text = rendered(self.tokenizer, turns(prompt, self.generate.system_prompt), prompt.path)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if text.rstrip().endswith(THINKING):  # the template opens the reasoning, which is part of the answer
+                opening = THINKING + text.rpartition(THINKING)[2]
+        else:
+            ids = [start_of(self.tokenizer), *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
+        if self.context and len(ids) + self.generate.max_new_tokens > self.context:
+            return None
+        return {
+            "teacher": self.teacher.digest,
+            "ids": ids,
+            "opening": opening,
+            "seed": seed if self.generate.temperature else 0,
+            **self.generate.model_dump(include=SAMPLING),
+        }
+
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+        """See `Writes.ask`. Batches are of prompts that are alike in length."""
+        from limbeck.distill.models.sampling import Writer
+
+        if not requests:
+            return
+        writer = Writer(
+            self._loaded(),
+            self.tokenizer,
+            vocab_size=loading.vocabulary(self.tokenizer),
+            **self.generate.model_dump(include=SAMPLING),
+        )
+        # A batch is kept whole: what is missing after a kill falls into the batches that an unbroken run makes.
+        order = sorted(requests, key=lambda digest: (len(requests[digest]["ids"]), digest))
+        for start in range(0, len(order), self.generate.batch_size):
+            batch = order[start : start + self.generate.batch_size]
+            asked = [requests[digest] for digest in batch]
+            answers = writer.answers([each["ids"] for each in asked], [each["seed"] for each in asked])
+            made = {
+                digest: answer._replace(text=request["opening"] + answer.text)._asdict()
+                for digest, request, answer in zip(batch, asked, answers, strict=True)
+            }
+            self.kept.add(made)
+            yield len(batch)
+
+    def _loaded(self) -> PreTrainedModel:
+        """The teacher where it runs, on a GPU in bfloat16 where that has it."""
+        import torch
+
+        model = loading.load_model(self.teacher.path, self.trust_remote_code)
+        torch.nn.Module.to(model, loading.device())
+        if loading.device() == "cuda" and torch.cuda.is_bf16_supported():
+            torch.nn.Module.to(model, torch.bfloat16)
+        return model
+
+    def answer(self, kept: Any) -> Answer:
+        """See `Writes.answer`."""
+        return Answer(**kept)
+
+
+class EndpointWriter:
+    """A teacher behind an endpoint; see `Writes`. Each answer is a request of its own, so that none is paid twice.
+
+    Args:
+        tokenizer: of the model that is served, where it is known: to leave out what is too long for it.
+        by_chat: by /chat/completions, else by /completions.
+    """
+
+    def __init__(
+        self,
+        teacher: EndpointTeacher,
+        tokenizer: PreTrainedTokenizerBase | None,
+        generate: Generate,
+        by_chat: bool,
+    ) -> None:
+        self.teacher, self.tokenizer, self.generate, self.by_chat = teacher, tokenizer, generate, by_chat
+        self.path = "/chat/completions" if by_chat else "/completions"
+        self.needs_logprobs = generate.filter.min_logprob is not None
+
+    def request(self, prompt: Prompt, seed: int) -> Request | None:
+        """See `Writes.request`."""
+        context = self.teacher.endpoint.context
+        if context is not None and self.tokenizer is not None:
+            messages = [turn["content"] for turn in turns(prompt, self.generate.system_prompt)]
+            text = "".join(messages) if self.by_chat else prompt.text
+            if len(self.tokenizer.encode(text)) + self.generate.max_new_tokens > context:
+                return None
+        return self.teacher.request(self.path, self._payload(prompt, seed))
+
+    def _payload(self, prompt: Prompt, seed: int) -> dict[str, Any]:
+        # All is said, since a server may have other defaults of the model's own.
+        payload: dict[str, Any] = {
+            "max_tokens": self.generate.max_new_tokens,
+            "temperature": self.generate.temperature,
+            "top_p": self.generate.top_p,
+        }
+        if self.generate.temperature:
+            payload["seed"] = seed
+        if self.generate.stop:
+            payload["stop"] = list(self.generate.stop)
+        if self.by_chat:
+            payload["messages"] = turns(prompt, self.generate.system_prompt)
+        else:
+            payload["prompt"] = prompt.text
+        if self.needs_logprobs:
+            payload["logprobs"] = True if self.by_chat else 1
+        return payload
+
+    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+        """See `Writes.ask`. Raises BadInput, before all but one token is paid, for missing log-probabilities."""
+        if not requests:
+            return
+        self.teacher.paid = list(before)
+        if self.needs_logprobs:
+            self._probe(next(iter(requests.values())))
+        for _ in self.teacher.each(list(requests.values()), self.answer, passing_over=True):
+            yield 1
+        if self.teacher.refused and not self.teacher.answered:
+            raise BadInput(f"every request was refused, such as: {self.teacher.refused[0]}")
+
+    @property
+    def refused(self) -> list[str]:
+        """See `Writes.refused`."""
+        return self.teacher.refused
+
+    def _probe(self, request: Request) -> None:
+        short = {"path": self.path, "payload": {**request["payload"], "max_tokens": 1}}
+        (answer,) = self.teacher.each([short], self.answer)
+        if answer[1].logprob is None:
+            raise BadInput(
+                f"{self.teacher.label} gives no log-probabilities, which generate.filter.min_logprob needs",
+                fix="leave min_logprob out, or take a server that gives them",
+            )
+
+    def answer(self, kept: Any) -> Answer:
+        """See `Writes.answer`. Raises Unreachable for what is no answer."""
+        try:
+            choice = kept["choices"][0]
+            text = _of_message(choice["message"]) if self.by_chat else str(choice["text"] or "")
+        except (TypeError, KeyError, IndexError):
+            raise Unreachable(f"{self.teacher.label} answers without a choice: {str(kept)[:200]}") from None
+        usage = kept.get("usage") or {}
+        output = int(usage.get("completion_tokens") or 0)
+        return Answer(
+            text,
+            tokens=output or len(text.split()),  # a server that counts nothing
+            finished=choice.get("finish_reason") == "stop",
+            logprob=_mean_logprob(choice.get("logprobs") or {}),
+            input_tokens=int(usage.get("prompt_tokens") or 0),
+            output_tokens=output,
+        )
+
+
+def _of_message(message: Mapping[str, Any]) -> str:
+    """A chat's answer, with the reasoning that a server tells apart from it, as vLLM and DeepSeek do."""
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    content = str(message.get("content") or "")
+    return f"{THINKING}\n{str(thoughts).strip()}\n</think>\n\n{content}" if thoughts else content
+
+
+def _mean_logprob(logprobs: Mapping[str, Any]) -> float | None:
+    """Of a choice's tokens, in either API's form; None where they are not told."""
+    values = [token.get("logprob") for token in logprobs.get("content") or []]  # chat
+    values = values or list(logprobs.get("token_logprobs") or [])
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None

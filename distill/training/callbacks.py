@@ -1,0 +1,317 @@
+"""Watching a run: progress, curves, held-out scores, checkpoints by the clock, and the reasons to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from limbeck.distill.data.blocks import Blocks
+from limbeck.distill.losses.distiller import Distiller, Losses
+from limbeck.distill.models import heldout
+from limbeck.distill.recipe.schema import Budget, Training
+from limbeck.distill.training import budget as budgets
+from limbeck.distill.training import distributed, health
+from limbeck.distill.training.budget import Evaluation
+from limbeck.distill.training.fsdp import Whole
+from limbeck.registry.core.errors import Refused
+
+EVALUATED = ("heldout_sample_bits_per_byte", "heldout_sample_agreement")
+CURVES = ("loss", "agreement", "grad_norm", "learning_rate", "tokens_per_s", "usd", *EVALUATED)
+
+
+class Progress(NamedTuple):
+    """What a run tells while it goes.
+
+    Attributes:
+        step, steps: optimizer steps, and all of them as far as is known.
+        tokens_per_s: evaluations left out.
+        loss: the last that was logged, in nats.
+        agreement: share of targets on which student and teacher had one likeliest token, at that step.
+        heldout_bits_per_byte: of the last evaluation.
+        seconds_left: None before there is a rate.
+    """
+
+    step: int
+    steps: int
+    tokens_per_s: float
+    loss: float | None = None
+    agreement: float | None = None
+    heldout_bits_per_byte: float | None = None
+    seconds_left: float | None = None
+
+
+class Cooling(NamedTuple):
+    """A run that is not worth its money any more comes down to a learning rate of 0 from a step to another."""
+
+    begin: int
+    end: int
+    gain: float  # held-out bits per byte a dollar
+
+
+class Watch(TrainerCallback):
+    """Reports progress and curves, scores the student on held-out text, checkpoints, and stops the run.
+
+    What has to outlive a kill is put in the Trainer's own history, so that each checkpoint carries it.
+
+    Args:
+        whole: the student that can be scored.
+        paid: dollars already paid to an endpoint for this student.
+        sample: held-out blocks to score the student on every `training.eval_steps`; None: it is not scored.
+        likeliest: the teacher's likeliest next token at each position of `sample`.
+
+    Attributes:
+        interrupted: set by Ctrl-C: the run stops after the step it is in, with a checkpoint.
+        stopped: why the run ended before the steps it was asked for, where it did.
+        eval_seconds: of evaluations, over all parts of the run.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        tokens_per_step: int,
+        on_progress: Callable[[Progress], None],
+        on_log: Callable[[dict[str, float], int], None],
+        budget: Budget,
+        whole: Whole,
+        paid: float = 0.0,
+        sample: Blocks | None = None,
+        likeliest: np.ndarray | None = None,
+    ) -> None:
+        self.training = training
+        self.tokens_per_step = tokens_per_step
+        self.tell_progress = on_progress
+        self.tell_log = on_log
+        self.sample = sample
+        self.likeliest = likeliest
+        self.budget = budget
+        self.whole = whole
+        self.paid = paid
+        self.interrupted = threading.Event()
+        self.stopped: str | None = None
+        self.eval_seconds = 0.0
+        self.shown: dict[str, float] = {}  # the last of each curve
+        self.losses: list[float] = []
+        self.evaluations: list[Evaluation] = []
+        self.share = 0.0  # of the minutes and dollars, used
+        self.cooling: Cooling | None = None
+        self._batches: list[Mapping[str, Any]] = []
+        self._seen: list[Losses] = []
+
+    def saw(self, batch: Mapping[str, Any], losses: Losses) -> None:
+        """Told of each batch of a step and what came of it, before its gradients are used."""
+        self._batches.append(batch)
+        self._seen.append(losses._replace(loss=losses.loss.detach()))
+
+    def seconds(self) -> float:
+        """Seconds of the run over all its parts, evaluations included."""
+        return self.before + time.monotonic() - self.began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first = self.logged_step = state.global_step
+        self.device, self.bf16, self.folder = args.device, args.bf16, args.output_dir
+        model = kwargs["model"]
+        self.distiller: Distiller = next(module for module in model.modules() if isinstance(module, Distiller))
+        self.bad = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.before = 0.0
+        for entry in state.log_history:  # a resumed run tells its whole curve again
+            self._recall(entry)
+            self._tell(entry, state)
+        self.eval_before = self.logged_evals = self.eval_seconds
+        self.began = self.saved = self.logged = time.monotonic()
+        self.share = self.share_before = budgets.share(self.budget, self._spent())
+        self.tenths = int(10 * self._done(state) + 1e-9)
+        self._follow_budget(kwargs["lr_scheduler"], state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._batches, self._seen = [], []
+        # Counting where student and teacher agree takes a little time: only where it is told.
+        self.distiller.measure = (state.global_step + 1) % args.logging_steps == 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        loss = torch.stack([losses.loss for losses in self._seen]).sum()
+        self.bad |= ~health.finite(self.distiller, loss)
+        if self.device.type == "cpu":  # the weights are still good; a GPU would be waited for
+            self._check_finite(state.global_step + 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.budget.max_minutes or self.budget.max_usd:  # the next learning rate has to be one in all processes
+            [self.share] = distributed.agree([budgets.share(self.budget, self._spent())])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        if self.sample is not None and self._evaluation_is_due(state):
+            self._evaluate(state)
+        self._stop_or_save(state, control)
+        if self.device.type != "cpu" and (step % args.logging_steps == 0 or control.should_save):
+            self._check_finite(step)
+        if state.is_world_process_zero:
+            self.tell_progress(self._progress(state))
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        entry = state.log_history[-1]
+        if "loss" not in entry:  # the Trainer's summary at the end
+            return
+        now, steps = time.monotonic(), state.global_step - self.logged_step
+        evaluating = self.eval_seconds - self.logged_evals
+        entry["tokens_per_s"] = steps * self.tokens_per_step / max(now - self.logged - evaluating, 1e-9)
+        objective = self.distiller.objective
+        if objective.uses_teacher and objective.divergence != "chunks" and self.distiller.measure:
+            targets = sum(int(losses.targets) for losses in self._seen)
+            entry["agreement"] = sum(int(losses.agreed) for losses in self._seen) / max(targets, 1)
+        self.logged, self.logged_step, self.logged_evals = now, state.global_step, self.eval_seconds
+        self._recall(entry)
+        self._tell(entry, state)
+        if rise := health.risen(self.losses, args.logging_steps):
+            raise diverged(state.global_step, rise, self.training, self.folder)
+
+    def _check_finite(self, step: int) -> None:
+        if distributed.count() > 1:
+            torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MAX)
+        if self.bad:
+            cause = "a loss or a gradient is not finite"
+            if not distributed.shards():  # where it began each process finds by itself
+                cause = health.cause(self.distiller, self._batches, self.bf16)
+            raise diverged(step, cause, self.training, self.folder)
+
+    def _stop_or_save(self, state: Any, control: Any) -> None:
+        step, interrupted = state.global_step, self.interrupted.is_set()
+        due = time.monotonic() - self.saved >= 60 * self.training.save_minutes
+        if step >= state.max_steps:
+            return
+        if self.share >= 1:
+            self.stopped = f"{budgets.used_up(self.budget, self._spent())} used at step {step}"
+        elif self.cooling and step >= self.cooling.end:
+            self.stopped = (
+                f"budget.stop_when: {self.cooling.gain:.3g} bits per byte a dollar gained at step "
+                f"{self.cooling.begin}, and {self.budget.stop_when:g} asked for"
+            )
+        if self.stopped:
+            control.should_training_stop = control.should_log = True
+        if interrupted or (due and not self.stopped):
+            self.saved = time.monotonic()
+            state.log_history.append({"step": step, "seconds": self.seconds(), "eval_seconds": self.eval_seconds})
+            control.should_save = True
+            control.should_training_stop = control.should_training_stop or interrupted
+
+    def _evaluation_is_due(self, state: Any) -> bool:
+        """Every `eval_steps`, or whenever another tenth of the run is done."""
+        if self.training.eval_steps:
+            return bool(state.global_step % self.training.eval_steps == 0)
+        before, self.tenths = self.tenths, int(10 * self._done(state) + 1e-9)
+        return self.tenths > before
+
+    def _evaluate(self, state: Any) -> None:
+        """Score the student on the sample, and see whether going on is worth its money."""
+        assert self.sample is not None
+        began, step = time.monotonic(), state.global_step
+        with self.whole.filled() as student:
+            score = heldout.score(student, self.sample, self.likeliest, self.bf16)
+        self.eval_seconds += time.monotonic() - began
+        entry = {"step": step, "heldout_sample_bits_per_byte": score.bits_per_byte}
+        if score.agreement is not None:
+            entry["heldout_sample_agreement"] = score.agreement
+        if self.budget.usd_per_hour or self.paid:
+            entry["usd"] = distributed.agree([self._spent().usd])[0]
+        state.log_history.append(entry)
+        self._recall(entry)
+        self._tell(entry, state)
+        gain = budgets.gain_per_usd(self.evaluations)
+        if self.budget.stop_when and not self.cooling and gain is not None and gain < self.budget.stop_when:
+            cooling = {"step": step, "cool_until": step + max(1, step // 10), "gain": gain}
+            state.log_history.append(cooling)
+            self._recall(cooling)
+
+    def _recall(self, entry: Mapping[str, float]) -> None:
+        """Take in an entry of the history: of this run, or of the part of it that was stopped."""
+        self.shown |= {key: float(entry[key]) for key in CURVES if key in entry}
+        if "loss" in entry:
+            self.losses.append(entry["loss"])
+        if "seconds" in entry:
+            self.before, self.eval_seconds = entry["seconds"], entry["eval_seconds"]
+        if "usd" in entry and "heldout_sample_bits_per_byte" in entry:
+            self.evaluations.append(Evaluation(entry["usd"], entry["heldout_sample_bits_per_byte"]))
+        if "cool_until" in entry:
+            self.cooling = Cooling(int(entry["step"]), int(entry["cool_until"]), entry["gain"])
+
+    def _follow_budget(self, scheduler: Any, steps: int) -> None:
+        """Let the learning rate follow the share of minutes and dollars used, where that is ahead of the steps."""
+        if not (self.budget.max_minutes or self.budget.max_usd or self.budget.stop_when):
+            return
+
+        def following(factor: Callable[[float], float]) -> Callable[[int], float]:
+            def at(step: int) -> float:
+                down = 1.0
+                if self.cooling:
+                    down = max(0.0, (self.cooling.end - step) / (self.cooling.end - self.cooling.begin))
+                return factor(max(step, self.share * steps)) * down
+
+            return at
+
+        scheduler.lr_lambdas = [following(factor) for factor in scheduler.lr_lambdas]
+
+    def _spent(self) -> budgets.Spent:
+        return budgets.spent(self.budget, self.seconds(), self.paid)
+
+    def _done(self, state: Any) -> float:
+        """The share of the run that is done, by its steps or its budget, whichever ends it first."""
+        ends = min(self.cooling.end, state.max_steps) if self.cooling else state.max_steps
+        return max(state.global_step / ends, self.share)
+
+    def _progress(self, state: Any) -> Progress:
+        step, done = state.global_step, self._done(state)
+        before = max(self.first / step * done, self.share_before)
+        elapsed = time.monotonic() - self.began
+        training = elapsed - (self.eval_seconds - self.eval_before)
+        return Progress(
+            step,
+            max(step, round(step / done)),
+            (step - self.first) * self.tokens_per_step / max(training, 1e-9),
+            self.shown.get("loss"),
+            self.shown.get("agreement"),
+            self.shown.get("heldout_sample_bits_per_byte"),
+            max(0.0, elapsed * (1 - done) / (done - before)) if done > before else None,
+        )
+
+    def _tell(self, entry: Mapping[str, float], state: Any) -> None:
+        kept = {key: float(entry[key]) for key in CURVES if key in entry}
+        if kept and state.is_world_process_zero:
+            self.tell_log(kept, int(entry["step"]))
+
+    @contextmanager
+    def stops_gently(self) -> Iterator[None]:
+        """Within, the first Ctrl-C asks the run to stop at the end of its step; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+            yield
+            return
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+            self.interrupted.set()
+
+        before = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def diverged(step: int, cause: str, training: Training, folder: str) -> Refused:
+    """What to tell of a run that went wrong at a step."""
+    kept = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    return Refused(
+        f"training diverged at step {step}: {cause}; nothing was registered"
+        + (f", and the checkpoint before it stays in {kept}" if kept else ""),
+        fix=f"give a lower training.learning_rate than {training.learning_rate:g}, more training.warmup_ratio than "
+        f"{training.warmup_ratio:g}" + (", or training.bf16 = false" if training.bf16 is not False else ""),
+    )

@@ -1,0 +1,138 @@
+"""Several processes of one run, as `torchrun` and `accelerate launch` start them: the first leads, the others follow.
+
+The first does all that is done once: text, capture, logging, checkpoints, registration. What is to be trained it
+tells the others (`follow.py`), which wait as long as it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.machine import keep_memory, physical_cores
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SHARDING = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+
+
+def count() -> int:
+    """The processes of this run; 1 where no launcher started it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def index() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that leads, or the only one."""
+    return index() == 0
+
+
+def shards() -> bool:
+    """Whether the launcher asks that the student be sharded over the processes (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and "LOCAL_RANK" in os.environ
+
+
+def check() -> None:
+    """Raises BadInput where the launcher asks for FSDP in its first version."""
+    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput(
+            "the launcher asks for FSDP 1, from which the student cannot be gathered to be scored and saved",
+            fix=f"use FSDP 2: {SHARDING}",
+        )
+
+
+def set_up() -> None:
+    """One torch thread for each physical core that is this process's share, where OMP_NUM_THREADS does not say
+    otherwise; and memory that is kept."""
+    import torch
+
+    keep_memory()
+    # Of FSDP: models are whole in every process, a teacher too; and so are checkpoints, for any number of processes.
+    os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+        torch.set_num_threads(max(1, physical_cores() // here))
+
+
+def tell(value: Any) -> None:
+    """Tell the other processes a value that JSON holds; nothing where there is only one. Of the first process."""
+    if count() > 1:
+        _pass_on(value)
+
+
+def told() -> Any:
+    """What the first process tells next, however long it takes. Of the others."""
+    return _pass_on(None)
+
+
+def agree(numbers: list[float]) -> list[float]:
+    """The first process's numbers, in every process."""
+    import torch
+    import torch.distributed as dist
+
+    if count() == 1:
+        return numbers
+    shared = torch.tensor(numbers, dtype=torch.float64)
+    dist.broadcast(shared, 0, group=_waiting_room())
+    return shared.tolist()
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """Within, the first process tells the others what to do; at the end it lets them go.
+
+    After an error amid a training they cannot be reached: the launcher ends them when this process ends.
+    """
+    try:
+        yield
+    finally:
+        if not _amid:
+            tell(None)
+
+
+_amid: list[bool] = []
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within, all processes are at the same work."""
+    _amid.append(True)
+    yield
+    _amid.pop()  # after an error it stays
+
+
+def _pass_on(value: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    text = json.dumps(value).encode()
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, 0, group=_waiting_room())
+    data = (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8) if is_main() else torch.empty(int(size), dtype=torch.uint8)
+    )
+    dist.broadcast(data, 0, group=_waiting_room())
+    return json.loads(bytes(data.tolist()))
+
+
+@functools.cache
+def _waiting_room() -> ProcessGroup:
+    """A group of all processes whose waiting is not cut short: a teacher's pass can take days."""
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    from limbeck.distill.models.loading import device
+
+    PartialState(cpu=device() == "cpu")  # it knows the launchers' ways
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))

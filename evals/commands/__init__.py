@@ -1,0 +1,1 @@
+"""The commands of this room: `limbeck eval`, `tasks`, `compare`, `leaderboard`, `verdict`, `models diff`."""

@@ -1,0 +1,169 @@
+"""`limbeck compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries
+
+if TYPE_CHECKING:
+    from limbeck.evals.tasks.task_set import TaskSet
+    from limbeck.registry.records import ComparedModels, ComparedTask, Flip, Noninferiority
+
+SHOWN = 90  # characters of a text
+FLIPS = 10  # documents of each task, where --show-flips has no number
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--tasks", metavar="TASK,...", default="", help="Only these tasks or groups; what is not scored yet is.")
+@click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
+@click.option(
+    "--margin",
+    "margins",
+    metavar="[NAME=]NUMBER",
+    multiple=True,
+    help="How much worse A may be, in the metric's own units; of the task or metric NAME. [default: 0.01]",
+)
+@click.option(
+    "--show-flips",
+    type=click.IntRange(min=1),
+    metavar="[N]",
+    is_flag=False,
+    flag_value=FLIPS,
+    help=f"Show the documents where they differ, at most N of each task. [N: {FLIPS}]",
+)
+@click.option("--check", is_flag=True, help="Exit with 1 unless every task passes.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
+@format_option
+def compare(
+    a: str,
+    b: str,
+    tasks: str,
+    include_path: tuple[Path, ...],
+    margins: tuple[str, ...],
+    show_flips: int | None,
+    check: bool,
+    trust_remote_code: bool,
+    output: str,
+) -> None:
+    """Hold A against B, document by document: what is the difference, and is A as good as B?
+
+    The difference is A - B with its 95% interval, paired by document and clustered by file. A passes where the
+    one-sided 95% lower bound of how much better it is lies above minus the margin, also after Holm's correction
+    over the tasks; it fails where the upper bound lies below. Set the margin before you look.
+
+    Where it is inconclusive, so many documents would settle it, if the difference stayed what it is. Detectable is
+    the margin that these documents would show, four times in five, of a model that is just as good.
+
+    The newest scores that both have are taken; no model runs, but for --tasks that are not scored yet.
+    """
+    quiet_libraries()
+    from limbeck.evals.scores.compare import compare as run
+    from limbeck.evals.stats.noninferiority import Margins
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    allowed = Margins.parse(margins)
+
+    def load() -> TaskSet:
+        from limbeck.evals.tasks.task_set import TaskSet
+
+        return TaskSet.load(names, include_path)
+
+    found = run(a, b, names, load, margins=allowed, most_flips=show_flips or 0, trust_remote_code=trust_remote_code)
+    if output == "json":
+        print_json(found)
+    else:
+        _print(found)
+    open_tasks = [row.task for row in found.tasks if row.noninferiority.verdict != "pass"] + list(found.untold)
+    if check and open_tasks:
+        raise Refused(f"{found.candidate} is not shown to be as good as {found.reference} on {', '.join(open_tasks)}")
+
+
+def _print(found: ComparedModels) -> None:
+    a, b = found.candidate, found.reference
+    rows = [*found.tasks, *found.over_all]
+    columns = ["task", "metric", a, b, "difference, paired", "better"]
+    print_table("", columns, [_difference_cells(row) for row in rows])
+    columns = ["task", "margin", "lower bound", "p", "p, Holm", "verdict", "detectable", "what would settle it"]
+    print_table(f"is {a} as good as {b}?", columns, [_verdict_cells(row) for row in rows])
+    columns = ["task", "documents", "clusters", "retention", "right to\nwrong", "wrong to\nright", "McNemar\np", "KL"]
+    print_table(f"how the answers of {a} differ", columns, [_answer_cells(row) for row in rows])
+    for row in rows:
+        if row.no_retention:
+            print(f"{_name(row)}: {row.no_retention}")
+    for task, why in found.untold.items():
+        print(f"{task}: {why}")
+    for flip in found.flips:
+        print("\n".join(_flip_lines(flip, a, b)))
+
+
+def _name(row: ComparedTask) -> str:
+    return row.task if row.tasks == (row.task,) else f"{row.task} of {len(row.tasks)}"
+
+
+def _difference_cells(row: ComparedTask) -> list[str]:
+    sure = row.difference
+    between = f"{sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}]"
+    values = f"{row.candidate:.4f}", f"{row.reference:.4f}"
+    return [_name(row), row.metric, *values, between, row.better or "not settled"]
+
+
+def _verdict_cells(row: ComparedTask) -> list[str | None]:
+    test = row.noninferiority
+    numbers = f"{test.margin:g}", f"{test.lower:+.4f}", f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
+    return [_name(row), *numbers, test.verdict, f"{test.detectable:.2g}", _settling(test)]
+
+
+def _settling(test: Noninferiority) -> str | None:
+    """What an inconclusive verdict lacks."""
+    if test.verdict != "inconclusive":
+        return None
+    if test.alone == "pass":
+        return "it passes alone, not beside the others"
+    if test.documents_needed is None:
+        return "nothing: it is at the margin"
+    return f"about {_rounded(test.documents_needed)} documents"
+
+
+def _rounded(count: int) -> str:
+    """To two figures, upwards."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return f"{-(-count // unit) * unit:,}"
+
+
+def _answer_cells(row: ComparedTask) -> list[str | int | None]:
+    kept, answers = row.retention, row.answers
+    return [
+        _name(row),
+        f"{row.documents:,}",
+        f"{row.clusters:,}",
+        f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else "undefined",
+        answers.right_to_wrong,
+        answers.wrong_to_right,
+        f"{answers.mcnemar_p:.2g}" if answers.mcnemar_p is not None else None,
+        f"{answers.kl:.3g}" if answers.kl is not None else None,
+    ]
+
+
+def _flip_lines(flip: Flip, a: str, b: str) -> Iterator[str]:
+    width = max(len(a), len(b), len("prompt"))
+    yield f"\n{flip.task} {flip.doc_id}"
+    yield f"  {'prompt':{width}}  {_shown(flip.prompt_end)[-SHOWN:]}"
+    yield f"  {'target':{width}}  {_shown(flip.target)[:SHOWN]}"
+    for name, value, response in (
+        (a, flip.candidate_value, flip.candidate_response),
+        (b, flip.reference_value, flip.reference_response),
+    ):
+        yield f"  {name:{width}}  {value:.4g}  {_shown(response)[:SHOWN]}"
+
+
+def _shown(text: str | None) -> str:
+    """On one line, without control characters that could rewrite the terminal."""
+    return "-" if text is None else repr(text)[1:-1]

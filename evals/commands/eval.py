@@ -1,0 +1,201 @@
+"""`limbeck tasks` and `limbeck eval`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from limbeck.evals.cost.prices import Prices, price_options
+from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, headers
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from limbeck.registry.records import Scorecard
+
+
+@click.command()
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="The tasks' names begin with it.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The folder, for --include-path later.")
+@click.option("--kind", "kinds", multiple=True, help="bits_per_byte, next_line or minimal_pairs. [default: all]")
+@click.option("--documents", type=click.IntRange(min=1), help="At most so many of each task.")
+@format_option
+def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: int | None, output: str) -> None:
+    """Make lm-eval tasks from the held-out text in CORPUS, a JSON object with "path" and "text" a line.
+
+    Three kinds: bits per byte of the text; the true next line among lines of the same file; and, for Python,
+    pairs of a snippet and one that is broken by a rule. lm-eval itself can run them too.
+    """
+    quiet_libraries()
+    from limbeck.evals.tasks.make_tasks import KINDS, make
+
+    made = make(corpus, to, name, kinds or KINDS, documents=documents)
+    if output == "json":
+        print_json(made)
+        return
+    for task in made:
+        print(task)
+    say(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {to}")
+
+
+@click.command("eval")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--tasks", "names", required=True, metavar="TASK,...", help="lm-eval tasks or groups.")
+@click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
+@click.option("--against", metavar="TEACHER", help="The model that the others are held against.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in each prompt.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of each task.")
+@click.option("--samples", metavar="JSON|FILE", help='Only these documents of a task: {"TASK": [0, 5], ...}.')
+@click.option(
+    "--apply-chat-template",
+    metavar="[NAME]",
+    is_flag=False,
+    flag_value="",
+    help="Put prompts into the tokenizer's chat template, or into the one of this name.",
+)
+@click.option(
+    "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+    default=None,
+    help="Each example as a turn of the chat. [default: where there is a chat template]",
+)
+@click.option("--system-instruction", metavar="TEXT", help="Put before each prompt.")
+@click.option(
+    "--gen-kwargs", metavar="KEY=VALUE,...", help="For tasks that generate: do_sample=true,temperature=0.7, or JSON."
+)
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
+@click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
+@price_options
+@click.option(
+    "--tokenizer", metavar="MODEL", help="The tokenizer of models that are given as http://HOST:PORT/v1#NAME."
+)
+@click.option(
+    "--num-concurrent",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Requests to an endpoint at a time.",
+)
+@click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
+@format_option
+def evaluate(
+    models: tuple[str, ...],
+    names: str,
+    include_path: tuple[Path, ...],
+    against: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    samples: str | None,
+    apply_chat_template: str | None,
+    fewshot_as_multiturn: bool | None,
+    system_instruction: str | None,
+    gen_kwargs: str | None,
+    confirm_run_unsafe_code: bool,
+    cost: bool,
+    prices_file: Path | None,
+    usd_per_hour: float | None,
+    tokenizer: str | None,
+    num_concurrent: int,
+    force: bool,
+    trust_remote_code: bool,
+    output: str,
+) -> None:
+    """Score each MODEL with lm-eval, and tell what it costs to run, relative to a teacher.
+
+    A NAME alone is all its versions. What is scored already, by digest of files and tasks, is not run again, nor
+    is a request that a model answered before.
+    Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
+    """
+    quiet_libraries()
+    from limbeck.evals.scores.scorecard import evaluate as run
+    from limbeck.evals.tasks.task_set import TaskSet
+    from limbeck.registry.catalog.model_ref import resolve, resolve_all
+    from limbeck.registry.mlflow.store import Store
+
+    prices = Prices.load(prices_file, usd_per_hour)
+    http: dict[str, Any] = {"tokenizer": tokenizer, "num_concurrent": num_concurrent}
+    found = resolve_all(models, **http)
+    teacher = resolve(against, **http) if against else None
+    store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
+    task_set = TaskSet.load(
+        [name.strip() for name in names.split(",") if name.strip()],
+        include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        samples=_samples(samples) if samples else None,
+        apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        system_instruction=system_instruction,
+        gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+    )
+    cards = run(
+        found,
+        task_set,
+        store,
+        against=teacher,
+        cost=cost,
+        prices=prices,
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
+    if output == "json":
+        print_json(cards)
+        return
+    _print_cards(cards)
+    for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
+        say(f"dollars: {words}")
+
+
+def _samples(text: str) -> dict[str, list[int]]:
+    """Task -> document numbers, from JSON or from a file of it, as lm-eval takes them."""
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (ValueError, OSError) as error:
+        raise BadInput(f"--samples is neither JSON nor a file of it: {error}") from None
+    numbers = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(each, list) and all(type(index) is int for index in each) for each in numbers):
+        raise BadInput("--samples is not of the right form", fix='give {"TASK": [0, 5], ...}')
+    return found
+
+
+def _gen_kwargs(text: str) -> dict[str, Any]:
+    """Settings of generation, as lm-eval takes them, or as a JSON object."""
+    from lm_eval.utils import simple_parse_args_string
+
+    try:
+        found = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
+    except ValueError as error:
+        raise BadInput(f"--gen-kwargs is not JSON: {error}") from None
+    if any(value == "" for value in found.values()):
+        raise BadInput(f"--gen-kwargs {text!r} has a key without a value", fix="give KEY=VALUE,...")
+    return found
+
+
+def _print_cards(cards: Sequence[Scorecard]) -> None:
+    from limbeck.evals.stats.retention import top_level
+
+    shown = list(dict.fromkeys(task for card in cards for task in top_level(card.tasks)))
+    columns = ["model", *headers({task: cards[0].tasks[task].metric for task in shown}), "retention", *COST_COLUMNS]
+    table = []
+    for card in cards:
+        results = [card.tasks[task] for task in shown]
+        kept = card.relative.retention if card.relative else None
+        table.append(
+            [
+                card.model,
+                *(f"{r.value:.3f}" + (f" ±{r.stderr:.3f}" if r.stderr is not None else "") for r in results),
+                f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else None,
+                *cost_cells(
+                    card.cost.model_dump() if card.cost else None,
+                    card.relative.cost_ratio if card.relative else None,
+                    card.relative.speedup if card.relative else None,
+                ),
+            ]
+        )
+    print_table("scores, each with its standard error", columns, table)

@@ -1,0 +1,86 @@
+"""`limbeck verdict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from limbeck.evals.cost.prices import Prices, price_options
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import print_json, write_report
+
+
+@click.command()
+@click.argument("name")
+@click.option("--against", metavar="TEACHER", help="NAME/VERSION. [default: the one that most were scored against]")
+@click.option("--task", "tasks", multiple=True, help="Judge by this task or group alone; may be given again.")
+@click.option(
+    "--margin",
+    "margins",
+    multiple=True,
+    metavar="[NAME=]NUMBER",
+    help="How much worse is still as good, in the metric's own units: of all tasks, or of one task or metric. "
+    "May be given again. [default: 0.01]",
+)
+@click.option(
+    "--tokens-per-day",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The load, prompt and new tokens together: tells the days until a student has paid for itself.",
+)
+@price_options
+@click.option(
+    "--format",
+    "output",
+    type=click.Choice(["table", "markdown", "html", "json"]),
+    default="table",
+    show_default=True,
+    help="table is for the terminal, html one file.",
+)
+@click.option("--output", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
+def verdict(
+    name: str,
+    against: str | None,
+    tasks: tuple[str, ...],
+    margins: tuple[str, ...],
+    tokens_per_day: float | None,
+    prices_file: Path | None,
+    usd_per_hour: float | None,
+    output: str,
+    file: Path | None,
+) -> None:
+    """Is the giant a waste here? One page: is some version of NAME as good as its teacher, and cheaper?
+
+    Yes, no or not settled; what was kept of the teacher's quality, what it costs, when it is paid back, and what
+    was not measured. No model runs. The exit code is 0 whatever the answer: `limbeck promote` is the gate.
+    """
+    from limbeck.evals.stats.noninferiority import Margins
+    from limbeck.evals.verdict.judge import judge
+    from limbeck.registry.core.home import home
+    from limbeck.registry.mlflow.store import Store
+
+    if output == "table" and file:
+        raise BadInput("--output takes no table", fix="add --format html, markdown or json")
+    judgement = judge(
+        Store(),
+        name,
+        against=against,
+        tasks=list(dict.fromkeys(tasks)),
+        margins=Margins.parse(margins) if margins else None,
+        tokens_per_day=tokens_per_day,
+        prices=Prices.load(prices_file, usd_per_hour),
+    )
+    if output == "json" and file is None:
+        print_json(judgement)
+        return
+    from limbeck.evals.verdict.page import html, markdown, show
+
+    if output == "table":
+        show(judgement)
+        return
+    if output == "html":
+        file = file or home() / "reports" / f"{name}-verdict.html"
+        text = html(judgement)
+    else:
+        text = judgement.model_dump_json(indent=2) + "\n" if output == "json" else markdown(judgement)
+    write_report(text, file)

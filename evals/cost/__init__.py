@@ -1,0 +1,1 @@
+"""Cost: measured speed and memory, FLOPs, prices, payback."""

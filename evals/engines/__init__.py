@@ -1,0 +1,1 @@
+"""What answers lm-eval: PyTorch, ONNX and endpoint engines behind one lm-eval model."""

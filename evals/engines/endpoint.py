@@ -1,0 +1,133 @@
+"""A model behind an OpenAI-compatible /v1/completions, such as vLLM's or that of `limbeck serve`, as an engine.
+
+Requests are those of lm-eval's `local-completions`: token ids, echoed with their log-probabilities, and one new
+token that is not read. Its class itself is not used, because it
+- tries again what is refused for good, waits as long as it likes whatever Retry-After says, and loses the answers of
+  all other requests when one fails;
+- takes the last token it gets for the new one, which is wrong where a server makes none (its text has ended);
+- sends one seed with every request, so that a prompt that is sampled several times is answered the same each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from limbeck.evals.engines.batches import Scored, batches
+from limbeck.evals.engines.engine import Text
+from limbeck.registry.catalog.endpoint import Client, Endpoint
+from limbeck.registry.core.errors import BadInput, Unreachable
+
+PROMPTS = 8  # of one request, at most: what is lost where it fails
+PROBE = "The quick brown fox jumps over the lazy dog."
+
+Prompt = list[int]
+Choice = dict[str, Any]
+
+
+class EndpointEngine:
+    """See `limbeck.evals.engines.engine.Engine`.
+
+    A server has to make at least one new token, which takes room: what is longer than `max_length` + 1 tokens,
+    two less than the context, sees less of its beginning than in an engine that runs here.
+    """
+
+    identity = "OpenAI completions"
+
+    def __init__(self, endpoint: Endpoint, text: Text) -> None:
+        self.tokenizer = text.tokenizer
+        self.context = min(text.max_length, endpoint.context or text.max_length)
+        self.max_length = self.context - 2
+        self.endpoint = endpoint
+        self._client = Client(endpoint.url, endpoint.num_concurrent)
+        self._checked = False
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`. Raises Unreachable where requests fail; what is answered is given before."""
+        self._check_tokenizer()
+        prompts = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
+        order = sorted(range(len(pairs)), key=lambda index: -len(prompts[index]))
+        groups = [part for batch in batches([prompts[i] for i in order], batch_tokens) for part in _parts(batch)]
+
+        def ask(group: Sequence[Prompt]) -> list[Choice]:
+            return self._ask(group, max_tokens=1, temperature=0, logprobs=1, echo=True)
+
+        starts = [0]
+        for group in groups:
+            starts.append(starts[-1] + len(group))
+        for number, choices in self._client.concurrently(ask, groups):
+            for index, choice in zip(order[starts[number] :], choices, strict=False):
+                yield index, self._scored(choice, len(prompts[index]), len(pairs[index][1]))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> Iterator[str]:
+        """See `Engine.generate`. Without a seed: a prompt that is asked for twice may be answered otherwise."""
+        if sampling.pop("do_sample", False):
+            sampling["temperature"] = sampling.get("temperature") or 1.0
+        else:
+            sampling["temperature"] = 0.0
+        stop = [text for text in until if text]
+        groups = list(_parts([list(prompt) for prompt in prompts]))
+
+        def ask(group: Sequence[Prompt]) -> list[Choice]:
+            return self._ask(group, max_tokens=max_new_tokens, stop=stop or None, **sampling)
+
+        answers: dict[int, list[Choice]] = {}
+        following = 0
+        for number, choices in self._client.concurrently(ask, groups):
+            answers[number] = choices
+            while following in answers:
+                yield from (str(choice.get("text") or "") for choice in answers.pop(following))
+                following += 1
+
+    def _ask(self, prompts: Sequence[Prompt], **settings: Any) -> list[Choice]:
+        """The server's choices, one for each prompt."""
+        payload = {"model": self.endpoint.name, "prompt": list(prompts), **settings}
+        answer = self._client.ask("/completions", payload)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        except (TypeError, KeyError, ValueError):
+            choices = []
+        if len(choices) != len(prompts):
+            raise Unreachable(f"{self.endpoint.url} answered {len(prompts)} prompts with {len(choices)} choices")
+        return choices
+
+    def _scored(self, choice: Choice, tokens: int, size: int) -> Scored:
+        """The score of the last `size` of the `tokens` of a prompt."""
+        logprobs = choice.get("logprobs") or {}
+        values = (logprobs.get("token_logprobs") or [])[tokens - size : tokens]
+        tops = (logprobs.get("top_logprobs") or [])[tokens - size : tokens]
+        if not len(values) == len(tops) == size or None in values or not all(tops):
+            raise BadInput(
+                f"{self.endpoint.label} gives no log-probabilities of the prompt, so that it can only generate",
+                fix="serve the model with `limbeck serve` or vLLM, or leave out tasks that do not generate",
+            )
+        # The token itself may be missing among the likeliest; where it is one, its number is the same.
+        greedy = all(value >= max(top.values()) for value, top in zip(values, tops, strict=True))
+        return math.fsum(values), greedy
+
+    def _check_tokenizer(self) -> None:
+        """Raises BadInput where the server reads the ids otherwise: its scores would look fine and be of other text."""
+        if self._checked:
+            return
+        ids = self.tokenizer.encode(PROBE, add_special_tokens=False)
+        (choice,) = self._ask([ids], max_tokens=1, temperature=0, logprobs=1, echo=True)
+        self._scored(choice, len(ids), len(ids) - 1)
+        expected, echoed = (_squeezed(text) for text in (self.tokenizer.decode(ids), str(choice.get("text"))))
+        if not echoed.startswith(expected):
+            raise BadInput(
+                f"{self.endpoint.label} has another tokenizer: it reads {PROBE!r} as {choice.get('text')!r}",
+                fix="give --tokenizer the model that it serves",
+            )
+        self._checked = True
+
+
+def _parts(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), PROMPTS):
+        yield prompts[start : start + PROMPTS]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

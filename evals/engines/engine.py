@@ -1,0 +1,206 @@
+"""Causal language models as lm-eval needs them: log-probabilities of chosen tokens, and new text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from limbeck.evals.engines import batches
+from limbeck.evals.engines.batches import CPU_TOKENS, NotANumber, Scored, Work
+from limbeck.evals.engines.onnx_batches import OnnxRows
+from limbeck.evals.engines.torch_batches import TorchRows
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # what the runtime has of transformers' settings
+
+
+class Engine(Protocol):
+    """A loaded model.
+
+    Attributes:
+        tokenizer: transformers' tokenizer of the model's folder, as lm-eval's HFLM loads it.
+        max_length: the context in tokens, as HFLM finds it.
+        identity: library versions that the numbers depend on, in words.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    identity: str
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """(index, score) of each (context, continuation) of token ids, in the order they are finished.
+
+        What is longer than the context loses its beginning.
+
+        Args:
+            batch_tokens: the most tokens of one forward pass; on a CPU no more than `CPU_TOKENS`.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> Iterable[list[int] | str]:
+        """The new tokens of each prompt, or their text, up to one of the `until` strings or the end of text.
+
+        Args:
+            prompts: token ids; all of them together are one batch.
+            **sampling: `do_sample`, `temperature` and what else lm-eval's tasks give for transformers.
+
+        Raises:
+            NotANumber: logits that are NaN, after this prompt.
+        """
+
+
+class TorchEngine:
+    """A transformers checkpoint in float32, on a GPU where there is one."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        import torch
+
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.identity = identity("torch")
+        self._rows = TorchRows(self.model, max_length)
+        self.work = self._rows.work
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`."""
+        on_cpu = self.model.device.type == "cpu"
+        return batches.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> list[list[int]]:
+        """See `Engine.generate`. With the checkpoint's own generation settings beneath, as HFLM."""
+        import torch
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+        from transformers import LogitsProcessorList
+
+        def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if (bad := logits.isnan().any(dim=-1)).any():  # the text would look like any other
+                raise NotANumber(int(bad.nonzero()[0, 0]))
+            return logits
+
+        pad = self.tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        if not sampling.get("do_sample"):
+            sampling = {key: value for key, value in sampling.items() if key != "temperature"}
+        device = self.model.device
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=stop_sequences_criteria(self.tokenizer, list(until), width, len(prompts)),
+                logits_processor=LogitsProcessorList([checked]),
+                pad_token_id=pad,
+                use_cache=True,
+                **sampling,
+            )
+        return output[:, width:].tolist()
+
+
+class OnnxEngine:
+    """An ONNX artifact: text from Limbeck's own runtime, scores from the same graph with prefixes shared."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.identity = identity("onnxruntime")
+        self.work = Work()
+        # One of the two at a time: each holds the weights.
+        self._rows: OnnxRows | None = None
+        self._runtime: Runtime | None = None
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`."""
+        if self._rows is None:
+            self._runtime = None
+            self._rows = OnnxRows(self.folder, self.max_length)
+            self._rows.work = self.work
+        return batches.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> list[list[int]]:
+        """See `Engine.generate`. Raises BadInput for a setting that the runtime does not have."""
+        settings = {key: value for key, value in sampling.items() if key in SAMPLING and value is not None}
+        if sampling.pop("do_sample", False):
+            settings["temperature"] = sampling.get("temperature") or 1.0
+        if unknown := sorted(sampling.keys() - {"temperature", *SAMPLING}):
+            raise BadInput(
+                f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model cannot do",
+                fix="leave it out of the task, or score the PyTorch model",
+            )
+        stop = [text for text in until if text]
+        if self._runtime is None:
+            self._rows = None
+            self._runtime = Runtime.load(self.folder, verify=False)  # verified when the model was resolved
+            (first,) = self._runtime.generate(prompts[:1], max_new_tokens=1, logprobs=0)
+            if np.isnan(first.logprobs or []).any():  # the text would look like any other
+                raise NotANumber(0)
+        completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
+        return [completion.token_ids for completion in completions]
+
+
+def identity(engine: str) -> str:
+    """The libraries that an engine's numbers depend on, with their versions, in words; loads none of them."""
+    libraries = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime",)}[engine]
+    return ", ".join(f"{library} {version(library)}" for library in libraries)
+
+
+class Text(NamedTuple):
+    """How a model reads text: what is known before its weights are loaded."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def read_text(folder: Path, label: str, trust_remote_code: bool = False) -> Text:
+    """A model folder's tokenizer and context, as lm-eval's HFLM finds them. Raises BadInput."""
+    quiet_libraries()
+    from lm_eval.models.utils import configure_pad_token, resolve_max_length
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **trust)
+        tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(folder, **trust), model_config=config)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{label}: its configuration or tokenizer cannot be loaded: {error}") from error
+    return Text(config, tokenizer, resolve_max_length(config, tokenizer))
+
+
+def load(model: Model, trust_remote_code: bool = False) -> Engine:
+    """The engine for a model: onnxruntime for an ONNX artifact, else PyTorch.
+
+    Raises BadInput where transformers cannot load the model or its tokenizer.
+    """
+    config, tokenizer, max_length = read_text(model.path, model.label, trust_remote_code)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if model.engine == "onnxruntime":
+        return OnnxEngine(model.path, tokenizer, max_length)
+    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        torch_model = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, dtype=torch.float32, use_safetensors=True, **trust
+        )
+    except Exception as error:  # safetensors and transformers raise types of no one family
+        raise BadInput(f"{model.label} cannot be loaded as a causal language model: {error}") from error
+    return TorchEngine(torch_model, tokenizer, max_length)

@@ -1,0 +1,50 @@
+"""Engines that cost nothing until something is asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from limbeck.evals.engines.batches import Scored
+from limbeck.evals.engines.endpoint import EndpointEngine
+from limbeck.evals.engines.engine import Engine, identity, load, read_text
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.terminal import say
+
+
+def open_engine(model: Model, trust_remote_code: bool = False) -> Engine:
+    """The engine of any model. Raises BadInput where its tokenizer cannot be loaded."""
+    if model.endpoint:
+        engine = EndpointEngine(model.endpoint, read_text(model.path, model.label, trust_remote_code))
+        say(
+            f"{model.label}: of its context of {engine.context} tokens {engine.max_length} can be used over HTTP; "
+            "only of longer texts the scores differ from those of the same model here"
+        )
+        return engine
+    return LazyEngine(model, trust_remote_code)
+
+
+class LazyEngine:
+    """See `limbeck.evals.engines.engine.Engine`. A model whose answers are all kept is never loaded."""
+
+    def __init__(self, model: Model, trust_remote_code: bool = False) -> None:
+        self._model = model
+        self._trust_remote_code = trust_remote_code
+        _, self.tokenizer, self.max_length = read_text(model.path, model.label, trust_remote_code)
+        self.identity = identity(model.engine)
+
+    @cached_property
+    def loaded(self) -> Engine:
+        """The engine itself."""
+        return load(self._model, self._trust_remote_code)
+
+    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+        """See `Engine.scores`."""
+        return self.loaded.scores(pairs, batch_tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
+    ) -> Iterable[list[int] | str]:
+        """See `Engine.generate`."""
+        return self.loaded.generate(prompts, max_new_tokens, until, **sampling)

@@ -1,0 +1,109 @@
+"""Batches of rows through an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from limbeck.evals.engines.batches import Batch, Work
+from limbeck.evals.engines.onnx_graph import FLAT, TREE_MASK, open_session
+from limbeck.evals.engines.probe import IN_HALF, TOLERANCE, Probe
+from limbeck.evals.engines.torch_batches import additive, choose
+from limbeck.export.runtime.runtime import NUMPY_TYPES, Runtime, empty_past
+
+
+class OnnxRows:
+    """A `rows.Forward`: a graph with key-value cache, with what it needs to share prefixes.
+
+    With int8 activations every number depends a little on what else is in the batch, or on the last bit of what is
+    quantised. Whether prefixes may be shared is then asked of the same weights with activations that are not.
+    """
+
+    def __init__(self, folder: Path, max_length: int, float_products: bool = False) -> None:
+        try:
+            self.session, quantizes = open_session(folder, float_products)
+        except Exception:  # onnx and onnxruntime raise types of no one family
+            Runtime.load(folder, verify=False)  # says what is wrong with the artifact
+            raise
+        self.max_length = max_length
+        self.work = Work()
+        self._inputs = {item.name: item for item in self.session.get_inputs()}
+        self._past = [item for name, item in self._inputs.items() if name.startswith("past_key_values.")]
+        self._present = [item.name.replace("past_key_values.", "present.", 1) for item in self._past]
+        # The kernel of a fused graph takes several tokens behind a past for one row at a time.
+        self._alone = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
+        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
+        in_half = any(NUMPY_TYPES[item.type] == np.float16 for item in self._past)
+        self._probe = Probe(
+            lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self,
+            IN_HALF if in_half else TOLERANCE,
+        )
+
+    def reach(self, tokens: int) -> int:
+        """See `rows.Forward.reach`."""
+        if TREE_MASK not in self._inputs or "position_ids" not in self._inputs:
+            return 0
+        return self._probe.reach(tokens)
+
+    def run(self, batch: Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+        """See `rows.Forward.run`. A trunk is the graph's past, (1, heads, tokens, width) each."""
+        import torch
+
+        parts = [batch] if trunk is None or not self._alone else _each(batch)
+        run = [self._logits(part, trunk, keep) for part in parts]
+        logits = np.concatenate([logits for logits, _ in run]) if len(run) > 1 else run[0][0]
+        node, token = torch.from_numpy(batch.node), torch.from_numpy(batch.token)
+        logprobs, likeliest = choose(torch.from_numpy(logits), node, token)
+        return logprobs.numpy(), likeliest.numpy(), run[0][1] if keep else None
+
+    def _logits(self, batch: Batch, trunk: Any, keep: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(M, V) logits after the tokens at `flat`, and the trunk that is kept."""
+        count, width = batch.tokens.shape
+        real = np.arange(batch.start + width) < batch.start + batch.lengths[:, None]
+        depth = batch.depth
+        if depth is None:  # padding repeats the last place: there may be none beyond
+            depth = batch.start + np.minimum(np.arange(width), batch.lengths[:, None] - 1)
+        feeds = {
+            "input_ids": batch.tokens,
+            "attention_mask": real.astype(np.int64),
+            "position_ids": depth,
+            TREE_MASK: np.zeros((1, 1, 1, 1), np.float32) if batch.mask is None else additive(batch).numpy(),
+            FLAT: batch.flat,
+        }
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for place, item in enumerate(self._past):
+            past = np.zeros(empty_past(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
+            whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
+            binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
+        for name in ["logits", *self._present] if keep else ["logits"]:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        logits, *kept = (value.numpy() for value in binding.get_outputs())
+        if FLAT not in self._inputs:
+            logits = logits.reshape(count * width, -1)[batch.flat]
+        return logits.reshape(len(batch.flat), -1), kept
+
+
+def _each(batch: Batch) -> Iterator[Batch]:
+    """The rows of a batch in which something is predicted, each a batch of its own without padding."""
+    width = batch.tokens.shape[1]
+    for row, length in enumerate(batch.lengths.tolist()):
+        flat = batch.flat[batch.flat // width == row] - row * width
+        if len(flat):
+            yield Batch(
+                tokens=batch.tokens[row : row + 1, :length],
+                lengths=batch.lengths[row : row + 1],
+                start=batch.start,
+                depth=None if batch.depth is None else batch.depth[row : row + 1, :length],
+                mask=None if batch.mask is None else batch.mask[row : row + 1, :length, :length],
+                flat=flat,
+                node=np.empty(0, np.int64),
+                token=np.empty(0, np.int64),
+            )

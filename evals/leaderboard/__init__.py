@@ -1,0 +1,1 @@
+"""The leaderboard: its rows, ranking, columns and page."""

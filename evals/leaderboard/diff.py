@@ -1,0 +1,166 @@
+"""Two versions side by side: what they are, how they were made, how good they are and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from limbeck.evals.cost.measure import comparable, in_one_run, median, ratio
+from limbeck.evals.leaderboard.columns import COSTS
+from limbeck.evals.leaderboard.ranking import USD
+from limbeck.evals.scores.comparability import cost_difference
+from limbeck.evals.scores.compare import compare
+from limbeck.registry.catalog.lineage import recipe
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import ComparedModels, Cost, Estimate, Record, Version
+
+TIMES = {USD, "p50_ms", "p95_ms", "prefill_tokens_per_s", "decode_tokens_per_s"}  # what depends on the moment, too
+OF_MACHINE = TIMES | {"peak_rss_bytes"}
+NOT_COMPARED = {"name", "version", "source", "created", "run_id", "author"}  # as good as always another
+
+
+class Changed(Record):
+    """A field or parameter that is not the same in both; None where a side has none."""
+
+    name: str
+    a: str | None
+    b: str | None
+
+
+class ComparedCost(Record):
+    """One figure of `limbeck.registry.records.Cost` of both."""
+
+    figure: str
+    a: float | None
+    b: float | None
+    ratio: float | None  # A over B; None where they were not measured alike
+    ratio_interval: Estimate | None = None  # where rounds that were measured in turn give one
+
+
+class Diff(Record):
+    """`limbeck models diff A B --format json`. Stable: fields are only ever added."""
+
+    a: Version
+    b: Version
+    fields: tuple[Changed, ...]  # of the versions
+    recipe: tuple[Changed, ...]  # parameters of the runs that made them
+    no_recipe: str | None  # why there is nothing to compare
+    quality: ComparedModels | None  # A is the candidate, B the reference: differences are A - B
+    no_quality: str | None  # why no documents were compared
+    cost: tuple[ComparedCost, ...]
+    no_cost: str | None  # why some figures have no ratio, or there are none
+
+
+def diff(store: Store, a: str, b: str) -> Diff:
+    """Put two registered versions side by side.
+
+    Args:
+        a, b: `NAME/VERSION` or `NAME@ALIAS`. Differences are A - B, ratios A over B.
+
+    Raises:
+        BadInput: no such version.
+    """
+    ours, theirs = store.get(a), store.get(b)
+    parameters, no_recipe = _recipes(store, ours, theirs)
+    quality, no_quality = _quality(store, ours, theirs)
+    costs, no_cost = _costs(store, ours, theirs)
+    exclude = NOT_COMPARED - ({"name"} if ours.name != theirs.name else set())
+    return Diff(
+        a=ours,
+        b=theirs,
+        fields=_changed(*(_said(each.model_dump(mode="json", exclude=exclude)) for each in (ours, theirs))),
+        recipe=parameters,
+        no_recipe=no_recipe,
+        quality=quality,
+        no_quality=no_quality,
+        cost=costs,
+        no_cost=no_cost,
+    )
+
+
+def _said(fields: Mapping[str, object]) -> dict[str, str]:
+    """Fields that say something, as text."""
+    return {
+        name: " ".join(value) if isinstance(value, list) else str(value)
+        for name, value in fields.items()
+        if value not in (None, [])
+    }
+
+
+def _changed(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Changed, ...]:
+    names = dict.fromkeys([*a, *b])
+    return tuple(Changed(name=n, a=a.get(n), b=b.get(n)) for n in names if a.get(n) != b.get(n))
+
+
+def _recipes(store: Store, a: Version, b: Version) -> tuple[tuple[Changed, ...], str | None]:
+    if a.run_id == b.run_id and a.run_id is not None:
+        return (), "one training run made both"
+    found = []
+    for version in (a, b):
+        try:
+            found.append(recipe(store, version))
+        except NotThere:
+            return (), f"the run that made {version.ref} is gone"
+    for version, parameters in zip((a, b), found, strict=True):
+        if not parameters:
+            return (), f"no training run of {version.ref} is recorded"
+    return _changed(*found), None
+
+
+def _quality(store: Store, a: Version, b: Version) -> tuple[ComparedModels | None, str | None]:
+    if a.digest == b.digest:
+        return None, "they are the same files"
+    try:
+        return compare(f"models:/{a.ref}", f"models:/{b.ref}", store=store), None
+    except BadInput as error:  # nothing in common; documents that do not pair
+        said = error.message.replace("models:/", "")
+        return None, f"{said}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,..."
+
+
+def _costs(store: Store, a: Version, b: Version) -> tuple[tuple[ComparedCost, ...], str | None]:
+    """Figures of the newest costs that were measured in one run; else of those measured alike; else the newest."""
+    known = [[card.cost for card in reversed(store.scorecards(version)) if card.cost] for version in (a, b)]
+    if missing := [version.ref for version, costs in zip((a, b), known, strict=True) if not costs]:
+        ours, theirs = (costs[0] if costs else None for costs in known)
+        return _rows(ours, theirs), f"the cost of {' and '.join(missing)} is not measured"
+    ours, theirs = _pair(*known)
+    if in_one_run(ours, theirs):
+        return _rows(ours, theirs), None
+    why = "times were not measured in turn, in one run" if comparable(ours, theirs) else cost_difference(ours, theirs)
+    return _rows(ours, theirs), f"{why}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,... --force"
+
+
+def _pair(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[Cost, Cost]:
+    for alike in (in_one_run, comparable):
+        for own in ours:
+            for other in theirs:
+                if alike(own, other):
+                    return own, other
+    return ours[0], theirs[0]
+
+
+def _rows(a: Cost | None, b: Cost | None) -> tuple[ComparedCost, ...]:
+    if a is None and b is None:
+        return ()
+    return tuple(_row(figure, a, b) for figure in COSTS)
+
+
+def _row(figure: str, a: Cost | None, b: Cost | None) -> ComparedCost:
+    """A figure of both; its ratio only where both were measured in a way that gives one."""
+    ours, theirs = getattr(a, figure, None), getattr(b, figure, None)
+    if a is None or b is None or (figure in OF_MACHINE and not (in_one_run if figure in TIMES else comparable)(a, b)):
+        return ComparedCost(figure=figure, a=ours, b=theirs, ratio=None)
+    sure = _paired(figure, a, b) if a.loads and b.loads else None
+    quotient = ours / theirs if ours is not None and theirs else None
+    return ComparedCost(figure=figure, a=ours, b=theirs, ratio=sure.value if sure else quotient, ratio_interval=sure)
+
+
+def _paired(figure: str, a: Cost, b: Cost) -> Estimate | None:
+    """The ratio over rounds of one run."""
+    if figure == USD:
+        return ratio(a, b)
+    if figure == "p50_ms":
+        pairs = zip(a.loads[0].request_ms, b.loads[0].request_ms, strict=True)
+        return median([ours / theirs for ours, theirs in pairs])
+    return None

@@ -1,0 +1,373 @@
+"""The leaderboard's page: plots to zoom, tables to sort and filter. `limbeck ui` shows its parts too.
+
+As one HTML file it works offline; page.css and page.js go into it. Without JavaScript the tables are there all the
+same, as they were ranked.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from limbeck.evals.leaderboard.columns import COSTS, title
+from limbeck.evals.leaderboard.ranking import USD, value
+from limbeck.evals.leaderboard.rows import by_setting
+from limbeck.evals.scores.controls import told
+from limbeck.registry.records import LeaderboardRow
+
+STYLE = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src '{hash}'">
+<title>{name}: cost against quality</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{name}</h1>
+<p>{subtitle}</p>
+</header>
+<section class="tiles">{parts.tiles}</section>
+<form class="controls" hidden>{parts.controls}</form>
+{parts.boards}
+<footer>{parts.notes}</footer>
+</main>
+<script type="application/json" id="data">{parts.data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+BOARD = """<section class="board">
+{heading}
+<div class="card plot">
+<div class="zoom" role="group" aria-label="Zoom" hidden>
+<button type="button" data-zoom="in" title="Zoom in: +" aria-label="Zoom in">+</button>
+<button type="button" data-zoom="out" title="Zoom out: -" aria-label="Zoom out">&minus;</button>
+<button type="button" data-zoom="whole" title="Show all: 0">all</button>
+</div>
+<svg role="group" tabindex="-1" aria-label="{label}"></svg>
+<p class="empty" hidden>Nothing that is shown has both a cost and a retention: limbeck eval ... --against</p>
+<div class="tip" role="status" hidden></div>
+<noscript><p class="empty">The plot needs JavaScript; the table does not.</p></noscript>
+<p class="legend">{legend}</p>
+</div>
+<div class="card table" tabindex="0" role="region" aria-label="The table">
+<table>
+<thead><tr>{headers}</tr></thead>
+<tbody>
+{lines}
+</tbody>
+</table>
+</div>
+</section>
+"""
+
+NONE = "&ndash;"
+LABEL = (
+    "Quality kept against cost. The arrow keys go from point to point, with Shift they move the plot; plus and minus "
+    "zoom, 0 shows all. Drag over a part to see it large; the wheel zooms with Ctrl held, or once the plot was clicked."
+)
+LEGEND = (
+    ("teacher", '<path class="mark" d="M0-8 8 0 0 8-8 0z"/>', "teacher"),
+    ("student best", '<rect class="mark" x="-5.5" y="-5.5" width="11" height="11" rx="1.5"/>', "student, PyTorch"),
+    ("onnx best", '<circle class="mark" r="6"/>', "student, ONNX"),
+    ("onnx beaten", '<circle class="mark" r="6"/>', "grey: another is cheaper and as good"),
+)
+NOTES = (
+    "Quality kept is (student &minus; chance) / (teacher &minus; chance), averaged over tasks, with its 95% interval: "
+    "paired by document, standard errors clustered by source file (Miller, arXiv 2411.00640).",
+    "The line, and &#9670; in the table, is the Pareto frontier of what is shown: the most quality that each price "
+    "buys. Dollars are for prompt and new tokens together, one request at a time, at the price per hour that was "
+    "given. A bar across is the interval of the cost over the rounds of its measurement, where there is one.",
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a leaderboard is shown first, and how its rows are linked."""
+
+    task: str = ""  # whose quality the plot shows; "": the mean over all
+    cost: str = USD  # the column of COSTS that the plot shows
+    kind: str = ""  # the rows shown; "": all
+    recipe: str = ""
+    precision: str = ""
+    sort: str = (
+        ""  # the key of `limbeck.evals.leaderboard.ranking.sort_keys` that the rows are sorted by; "": as they come
+    )
+    reverse: bool = False  # whether the worst, or last, comes first
+    link: Callable[[str], str] | None = None  # from NAME/VERSION to its page; None: there is none
+    sorting: Callable[[str, bool], str] | None = None  # from a key, and whether reversed, to this page sorted so
+    choosing: str = ""  # the id of a form that takes two versions; "": there is none
+    paged: bool = False  # more rows than are given: any choice asks the server anew
+
+    def shows(self, row: LeaderboardRow) -> bool:
+        """Whether a row passes the filters."""
+        return all(not wanted or getattr(row, field) == wanted for field, wanted in self.filters.items())
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """Field of a row -> the value that it has to have, or ""."""
+        return {"recipe": self.recipe, "precision": self.precision, "kind": self.kind}
+
+
+class Parts(NamedTuple):
+    """The page in pieces of HTML; `data` is what page.js reads."""
+
+    tiles: str
+    controls: str
+    boards: str
+    notes: str
+    data: str
+
+
+def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, cost: str = USD) -> str:
+    """The page of a model's leaderboard, as one file.
+
+    Args:
+        rows: of `limbeck.evals.leaderboard.rows.rows`.
+        task: the one that the rows are ranked by, if they are.
+        cost: the column of COSTS that the plot shows first.
+    """
+    script = SCRIPT.read_text(encoding="utf-8")
+    subtitle = f"Cost against quality kept of the teacher's{f', on {task}' if task else ''}"
+    return PAGE.format(
+        name=escape(name),
+        hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        style=STYLE.read_text(encoding="utf-8"),
+        subtitle=escape(f"{subtitle} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
+        parts=parts(rows, View(cost=cost), all_tasks=task or "all tasks", tasks=() if task else None),
+        script=script,
+    )
+
+
+def parts(
+    rows: Sequence[LeaderboardRow],
+    view: View,
+    *,
+    all_tasks: str = "all tasks",
+    tasks: Iterable[str] | None = None,
+    every: Sequence[LeaderboardRow] | None = None,
+    dots: Sequence[LeaderboardRow] = (),
+) -> Parts:
+    """The page in pieces.
+
+    Args:
+        rows: that the tables have.
+        view: what is shown of them first.
+        all_tasks: what the mean over tasks is called.
+        tasks: that can be chosen for the plot; None: all of the rows.
+        every: the rows that the choices and the tiles are made of, where those of the tables are some of them.
+        dots: further rows that the plot shows and the table does not.
+    """
+    every = rows if every is None else every
+    boards = by_setting(rows) or [[]]
+    data = {
+        "boards": [[_point(row, view) for row in (*board, *_beside(board, dots))] for board in boards],
+        "costs": {
+            key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
+            for key, column in COSTS.items()
+        },
+        "told": [USD, "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes"],
+        "paged": view.paged,
+    }
+    names = dict.fromkeys(name for row in every for name in row.task_retention) if tasks is None else tasks
+    return Parts(
+        tiles="".join(_tiles((by_setting(every) or [[]])[0])),
+        controls="".join(_controls(every, view, {"": all_tasks} | {name: name for name in names})),
+        boards="".join(_board(board, view) for board in boards) + _against_controls(rows),
+        notes="".join(f"<p>{note}</p>" for note in NOTES),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    )
+
+
+def _beside(board: Sequence[LeaderboardRow], dots: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Those of `dots` that are of a board's setting and not in it."""
+    there = {row.version for row in board}
+    return [row for row in dots if board and row.setting == board[0].setting and row.version not in there]
+
+
+def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
+    """A row as page.js takes it; six digits are enough for a plot."""
+    spread = {key: [_six(ends["low"]), _six(ends["high"])] for key, ends in row.intervals.items()}
+    return {
+        "version": row.version,
+        "title": title(row),
+        "kind": row.kind,
+        "recipe": row.recipe,
+        "precision": row.precision,
+        "kept": _ends(row.retention) if row.retention else None,
+        "tasks": {task: _ends(kept) for task, kept in row.task_retention.items()},
+        "cost": {key: _six(value) for key, value in (row.cost or {}).items() if value is not None},
+        "spread": spread,
+        "ratio": row.cost_ratio,
+        "verdict": row.verdict,
+        "aliases": row.aliases,
+        "link": view.link(row.version) if view.link else None,
+    }
+
+
+def _ends(kept: dict[str, float]) -> list[float]:
+    return [_six(kept[key]) for key in ("value", "low", "high")]
+
+
+def _six(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _controls(rows: Sequence[LeaderboardRow], view: View, tasks: dict[str, str]) -> Iterator[str]:
+    measured = [key for key in COSTS if key == view.cost or any(row.cost and row.cost[key] is not None for row in rows)]
+    yield _select("task", "quality kept on", tasks, view.task)
+    yield _select("cost", "cost", {key: COSTS[key].title for key in measured}, view.cost)
+    for field, wanted in view.filters.items():
+        values = sorted({getattr(row, field) for row in rows} - {None})
+        yield _select(field, field, {"": "all"} | {value: value for value in values}, wanted, hidden=len(values) < 2)
+    yield '<button type="reset" hidden>Show all</button><output name="count"></output>'
+
+
+def _select(name: str, label: str, options: dict[str, str], chosen: str = "", hidden: bool = False) -> str:
+    choices = "".join(
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(words)}</option>'
+        for value, words in options.items()
+    )
+    return f'<label{" hidden" if hidden else ""}>{label}<select name="{name}">{choices}</select></label>'
+
+
+def _tiles(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
+    """The three things to know first."""
+    teacher = next((row for row in rows if row.kind == "teacher" and row.cost), None)
+    best = [row for row in rows if row.pareto and row.kind != "teacher"]
+    if teacher and teacher.cost:
+        yield _tile(f"${teacher.cost[USD]:.3g}", f"per million tokens: the teacher, {teacher.version}")
+    if best:
+        top = max(best, key=lambda row: row.retention["value"] if row.retention else 0)
+        yield _kept_tile(top, "best on the frontier")
+        cheapest = min(best, key=lambda row: value(row, USD) or 0)
+        if cheapest is not top:
+            yield _kept_tile(cheapest, "cheapest on the frontier")
+    for row in rows:
+        if row.aliases:
+            yield _tile(row.version, f"is {', '.join(row.aliases)}: {title(row)}")
+
+
+def _kept_tile(row: LeaderboardRow, what: str) -> str:
+    kept = row.retention["value"] if row.retention else 0.0
+    at = f" at {_percent(row.cost_ratio)} of the cost" if row.cost_ratio is not None else ""
+    return _tile(f"{kept:.1%}", f"kept{at}: {row.version}, {title(row)}, {what}")
+
+
+def _tile(value: str, words: str) -> str:
+    return f'<div class="tile"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+
+
+def _board(rows: Sequence[LeaderboardRow], view: View) -> str:
+    """The plot and the table of one setting."""
+    differs = rows[0].differs if rows else None
+    metrics = {task: result for row in rows for task, result in row.quality.items()}
+    return BOARD.format(
+        heading=f"<h2>Ranked apart<small>{escape(differs)}</small></h2>" if differs else "",
+        legend="".join(_legend(rows)),
+        label=LABEL,
+        headers="".join(_headers(metrics, view)),
+        lines="\n".join(_line(place, row, list(metrics), view) for place, row in enumerate(rows)),
+    )
+
+
+def _against_controls(rows: Sequence[LeaderboardRow]) -> str:
+    """What distillation brought, where there are controls."""
+    items = []
+    for held in (held for row in rows for held in row.against_controls):
+        first, *tasks = told(held)
+        items.append(
+            f"<li>{escape(first)}<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in tasks)}</ul></li>"
+        )
+    if not items:
+        return ""
+    return f'<section class="board"><h2>What distillation brought</h2><ul>{"".join(items)}</ul></section>'
+
+
+def _legend(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
+    kinds = {row.kind for row in rows}
+    for classes, mark, words in LEGEND:
+        if classes.split()[0] in kinds or "beaten" in classes:
+            yield f'<span><svg viewBox="-10 -10 20 20"><g class="{classes}">{mark}</g></svg>{words}</span>'
+
+
+def _headers(metrics: dict[str, dict[str, Any]], view: View) -> Iterator[str]:
+    """Column titles; `data-first` is how a click sorts at first."""
+    first, *costs = COSTS
+    yield _header("version", "version", False, view)
+    yield _header("retention", "quality kept", True, view)
+    yield _header(first, COSTS[first].title, COSTS[first].higher_is_better, view)
+    for key, words, descending in (("cost_ratio", "cost ratio", False), ("speedup", "speed-up", True)):
+        yield _header(key, words, descending, view)
+    yield _header("verdict", "verdict", False, view)
+    for task, result in metrics.items():
+        metric = str(result["metric"])
+        words = task if task.endswith(metric) else f"{task}\n{metric}"
+        yield _header(task, words, bool(result["higher_is_better"]), view)
+    for key in costs:
+        yield _header(key, COSTS[key].title, COSTS[key].higher_is_better, view)
+
+
+def _header(key: str, words: str, descending: bool, view: View) -> str:
+    now = key == view.sort
+    shown = escape(words).replace("\n", "<br>")
+    if view.sorting:
+        shown = f'<a href="{escape(view.sorting(key, now and not view.reverse))}">{shown}</a>'
+    sorted_ = f' aria-sort="{"descending" if descending != view.reverse else "ascending"}"' if now else ""
+    first = "descending" if descending else "ascending"
+    return f'<th scope="col" data-key="{escape(key)}" data-first="{first}"{sorted_}>{shown}</th>'
+
+
+def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], view: View) -> str:
+    cost: dict[str, Any] = row.cost or {}
+    kept = row.retention
+    tags = [f'<span class="{row.verdict}">{row.verdict}</span>'] if row.verdict else []
+    tags += [f'<span class="tag">{escape(alias)}</span>' for alias in row.aliases]
+    name = escape(row.version)
+    if view.link:
+        name = f'<a href="{escape(view.link(row.version))}">{name}</a>'
+    if view.choosing:
+        words = f'form="{view.choosing}" name="v" value="{escape(row.version)}"'
+        name = f'<input type="checkbox" {words} aria-label="compare {escape(row.version)}"> {name}'
+    name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(title(row))}</small>'
+    whole = f"{kept['value']:.1%}<small>{kept['low']:.1%} to {kept['high']:.1%}</small>" if kept else None
+    prices = {key: _cell(cost.get(key), column.cell(cost.get(key))) for key, column in COSTS.items()}
+    cells = [
+        _cell(row.version, name),
+        _cell(kept["value"] if kept else None, whole, " data-kept"),
+        prices.pop(USD),
+        _cell(row.cost_ratio, row.cost_ratio is not None and f"{row.cost_ratio:.3f}"),
+        _cell(row.speedup, row.speedup is not None and f"{row.speedup:.1f}&times;"),
+        _cell(" ".join([row.verdict or "", *row.aliases]).strip(), " ".join(tags)),
+    ]
+    for task in tasks:
+        quality = row.quality.get(task, {})
+        score, stderr = quality.get("value"), quality.get("stderr")
+        error = f"<small>&plusmn;{stderr:.3f}</small>" if isinstance(stderr, float) else ""
+        cells.append(_cell(score, isinstance(score, float) and f"{score:.3f}{error}"))
+    cells += prices.values()
+    classes = f"{row.kind}{' best' if row.pareto else ''}"
+    return f'<tr class="{classes}" data-row="{place}"{"" if view.shows(row) else " hidden"}>{"".join(cells)}</tr>'
+
+
+def _cell(value: object, shown: str | bool | None, more: str = "") -> str:
+    """A cell, sorted by `value`, that shows HTML."""
+    return f'<td data-value="{"" if value is None else escape(str(value))}"{more}>{shown or NONE}</td>'

@@ -1,0 +1,223 @@
+"""Cost against quality: the versions of a model side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from limbeck.evals.leaderboard.columns import COSTS
+from limbeck.evals.leaderboard.ranking import USD, ranked, sort_keys
+from limbeck.evals.scores.comparability import differences, group
+from limbeck.evals.scores.controls import against_controls
+from limbeck.registry.catalog.lineage import ancestor
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import say
+from limbeck.registry.records import Estimate, LeaderboardRow, Scorecard, TaskResult, top_level
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.findings import Found
+    from limbeck.registry.mlflow.store import Store
+
+
+def rows(
+    store: Store,
+    name: str,
+    task: str | None = None,
+    *,
+    sort: str = "retention",
+    cost: str = USD,
+    only: Mapping[str, Collection[str]] | None = None,
+    quiet: bool = False,
+) -> list[LeaderboardRow]:
+    """The versions of `name`: those that were measured alike together, best first; unscored ones last.
+
+    Each version is in the largest setting that it has a scorecard for. What is ranked apart is said on stderr, unless
+    `quiet`.
+
+    Args:
+        task: rank by the retention of this task alone.
+        sort: rank by this: retention, a task, a cost, cost_ratio, speedup, version, kind, recipe or precision.
+        cost: the column of `limbeck.evals.leaderboard.columns.COSTS` that the frontier is about.
+        only: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
+
+    Raises:
+        BadInput: no such model, task, key, column or value; with the near ones.
+    """
+    found = store.found(name)
+    if not found:
+        raise store.unknown(name)
+    cards = {each.version.version: each.scorecards for each in found}
+    groups = group(cards, task)
+    if task and not groups:
+        tasks = {known for several in cards.values() for card in several for known in card.tasks}
+        raise BadInput(f"no version of {name} is scored on {task!r}", fix=_near(task, tasks))
+    _check(cost, COSTS, "cost")
+    for field, values in (only or {}).items():
+        for one in values:
+            _check(one, {getattr(each.version, field) for each in found} - {None}, field)
+    listed = list(_listed(found, groups, task))
+    keys = sort_keys(listed)
+    _check(sort, keys, "sort")
+    shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (only or {}).items())]
+    if not quiet:
+        _say_hidden(cards, groups, task)
+        _say_apart(shown)
+    return ranked(_with_controls(store, found, shown, task), sort, cost, keys)
+
+
+def _with_controls(
+    store: Store, found: Iterable[Found], shown: Sequence[LeaderboardRow], task: str | None
+) -> list[LeaderboardRow]:
+    """The rows, those of distilled students held against their controls."""
+    versions = [each.version for each in found]
+    held = against_controls(store, versions, task) if any(version.control for version in versions) else []
+    return [
+        row.model_copy(update={"against_controls": tuple(each for each in held if each.student == row.version)})
+        for row in shown
+    ]
+
+
+def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
+    """Rows as `rows` gives them, a list for each setting; the unscored ones join the first."""
+    groups = [list(alike) for _, alike in groupby(found, key=lambda row: row.setting)]
+    if len(groups) > 1 and groups[-1][0].setting is None:
+        groups[0] += groups.pop()
+    return groups
+
+
+def to_csv(found: Sequence[LeaderboardRow]) -> str:
+    """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`.
+
+    Text that a spreadsheet would take for a formula has a ' before it.
+    """
+    flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in found]
+    flat = [{key: _no_formula(value) for key, value in line.items()} for line in flat]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for line in flat for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # which csv does not quote
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    line: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            line |= _flat(value, f"{prefix}{key}.")
+        else:
+            line[prefix + key] = " ".join(value) if isinstance(value, list) else value
+    return line
+
+
+def _listed(
+    found: Sequence[Found], groups: Sequence[Mapping[int, Scorecard]], task: str | None
+) -> Iterator[LeaderboardRow]:
+    """A row for each version, group by group."""
+    left = {each.version.version: each for each in found}
+    for place, cards in enumerate(groups):
+        differs = "; ".join(differences(cards.values(), groups[0].values(), task)) if place else None
+        for number, card in cards.items():
+            yield _row(left.pop(number), card, task, place, differs)
+    for each in left.values():
+        yield _row(each, None, task, None, None)
+
+
+def _row(
+    found: Found, card: Scorecard | None, task: str | None, place: int | None, differs: str | None
+) -> LeaderboardRow:
+    version = found.version
+    relative = card.relative if card else None
+    cost = card.cost if card else None
+    shown = {name: card.tasks[name] for name in ([task] if task else top_level(card.tasks))} if card else {}
+    by_task = {name: _interval(kept) for name, kept in relative.task_retention.items()} if relative else {}
+    overall = _interval(relative.retention) if relative and relative.retention else None
+    spread = {
+        USD: cost and cost.usd_interval,
+        "p50_ms": cost and cost.p50_interval,
+        "cost_ratio": relative and relative.cost_ratio_interval,
+        "speedup": relative and relative.speedup_interval,
+    }
+    return LeaderboardRow(
+        version=version.ref,
+        kind=version.kind,
+        parent=ancestor(version),
+        recipe=version.recipe,
+        precision=version.precision,
+        quality={name: _quality(result) for name, result in shown.items()},
+        retention=by_task.get(task) if task else overall,
+        cost={column: getattr(cost, column) for column in COSTS} if cost else None,
+        cost_ratio=relative.cost_ratio if relative else None,
+        speedup=relative.speedup if relative else None,
+        pareto=False,
+        verdict=found.verdicts[-1].outcome if found.verdicts else None,
+        aliases=version.aliases,
+        task_retention={name: by_task[name] for name in shown if name in by_task},
+        intervals={name: {"low": each.low, "high": each.high} for name, each in spread.items() if each},
+        machine=cost.machine if cost else None,
+        setting=place,
+        differs=differs,
+        control=version.control,
+        licences={
+            "model": version.licence,
+            "teacher": version.teacher_licence,
+            "data": version.data_licence,
+            "code": version.code_licence,
+            "base_model": version.base_model_licence,
+        },
+        licence_allows_distillation=version.licence_allows_distillation,
+    )
+
+
+def _interval(kept: Estimate) -> dict[str, float]:
+    return {"value": kept.value, "low": kept.low, "high": kept.high}
+
+
+def _quality(result: TaskResult) -> dict[str, bool | float | str | None]:
+    return {
+        "metric": result.metric,
+        "value": result.value,
+        "stderr": result.stderr,
+        "higher_is_better": result.higher_is_better,
+    }
+
+
+def _say_apart(shown: Sequence[LeaderboardRow]) -> None:
+    """What is ranked apart, and why."""
+    for alike in by_setting(shown):
+        if alike[0].differs:
+            more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+            say(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
+
+
+def _say_hidden(
+    cards: Mapping[int, Sequence[Scorecard]], groups: Sequence[Mapping[int, Scorecard]], task: str | None
+) -> None:
+    """The tasks that versions are scored on, beside those that are shown."""
+    shown = {number: card.tasks.keys() for alike in groups for number, card in alike.items()}
+    every = {number: {name for card in several for name in top_level(card.tasks)} for number, several in cards.items()}
+    hidden = Counter(name for number, names in every.items() for name in names - shown.get(number, names))
+    if hidden and not task:
+        words = (f"{name} ({count} version{'s' if count > 1 else ''})" for name, count in sorted(hidden.items()))
+        say(f"also scored, to be seen with --task: {', '.join(words)}")
+
+
+def _check(name: str, among: Collection[str], option: str) -> None:
+    if name not in among:
+        raise BadInput(f"--{option} {name!r} is not there", fix=_near(name, among))
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none yet'}"

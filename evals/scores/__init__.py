@@ -1,0 +1,1 @@
+"""Scores: the lm-eval run, scorecards, candidates, comparisons."""

@@ -1,0 +1,132 @@
+"""Which scorecards of a model's versions can be held against the teacher's: those that were asked the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from limbeck.evals.scores.comparability import differences, group, setting
+from limbeck.evals.scores.compare import Scored
+from limbeck.evals.scores.scorecard import all_kept
+from limbeck.registry.catalog.model_ref import REGISTERED, URL, Model
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.records import Engine, Scorecard, Version
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.store import Store
+
+
+class Teacher(NamedTuple):
+    """The model that the others are held against, and its scores, oldest first."""
+
+    label: str  # NAME/VERSION, folder or endpoint
+    digest: str
+    engine: Engine | Literal["endpoint"]
+    scores: list[Scored]
+
+
+class Alike(NamedTuple):
+    """Scores of the same questions."""
+
+    teacher: Scored
+    candidates: dict[str, Scored]  # by NAME/VERSION
+    left_out: dict[str, str]  # NAME/VERSION -> why it is none
+
+
+def scores_of(store: Store, version: Version, cards: Sequence[Scorecard]) -> list[Scored]:
+    return [Scored(card, partial(store.documents, version, card)) for card in cards]
+
+
+def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[Scorecard]) -> Teacher:
+    """The teacher `against`, or else the one that most scorecards are relative to, of two the one used last.
+
+    Args:
+        against: NAME/VERSION or NAME@ALIAS; or a folder or an endpoint, as it was written when it was scored.
+        cards: of the versions of `name`.
+
+    Raises:
+        BadInput: no version of this name; no version of `name` was scored against any teacher.
+    """
+    relatives = [card.relative for card in sorted(cards, key=lambda card: card.created, reverse=True) if card.relative]
+    if against is None:
+        most = Counter(relative.teacher for relative in relatives).most_common(1)  # the newest is counted first
+        if not most:
+            raise BadInput(
+                f"no version of {name} was scored against a teacher",
+                fix=f"limbeck eval {name} --tasks ... --against TEACHER",
+            )
+        against = most[0][0]
+    digest = next((relative.teacher_digest for relative in relatives if relative.teacher == against), None)
+    if digest is None or REGISTERED.fullmatch(against):
+        version = store.get(against)
+        return Teacher(
+            version.ref, version.digest, version.engine, scores_of(store, version, store.scorecards(version))
+        )
+    # Its files, or its server, are not asked: its scores are kept under its digest.
+    engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"
+    kept = list(all_kept(Model(Path(against), digest, against, None, engine), None))
+    if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in kept):
+        engine = "onnxruntime"
+    return Teacher(against, digest, engine, [Scored(each.card, partial(Path, each.documents)) for each in kept])
+
+
+def alike(teacher: Teacher, scores: Mapping[str, Sequence[Scored]], tasks: Sequence[str] = ()) -> Alike:
+    """One scorecard of the teacher, and one of each version that was asked the same.
+
+    The same in tasks, prompts and harness, in the largest setting that the teacher is in; not in how the cost was
+    measured, since a cost ratio is of one run on whatever machine. Of several scorecards of a version it is the
+    newest that is relative to this teacher and has a cost.
+
+    Args:
+        scores: of the others, by NAME/VERSION.
+        tasks: that they have to have.
+
+    Raises:
+        BadInput: a task that nobody was scored on; a teacher without scores; nothing to hold against it.
+    """
+    several = {0: teacher.scores, **dict(enumerate(scores.values(), 1))}
+    _check(tasks, {task for scored in several.values() for each in scored for task in each.card.tasks})
+    able = {place: [each for each in of if each.card.tasks.keys() >= set(tasks)] for place, of in several.items()}
+    evaluate = f"limbeck eval MODEL --tasks {','.join(tasks) or '...'} --against {teacher.label}"
+    if not able[0]:
+        raise BadInput(f"{teacher.label} is not scored, so nothing can be held against it", fix=evaluate)
+    one = tasks[0] if len(tasks) == 1 else None
+    bare = {place: [_bare(each.card) for each in of] for place, of in able.items()}
+    mates = next(each for each in group(bare, one) if 0 in each)
+    if len(mates) == 1:
+        raise BadInput(f"no other version was asked what {teacher.label} was asked", fix=evaluate)
+    wanted = setting(mates[0], one)
+
+    def best(place: int) -> Scored:
+        same = [each for each, card in zip(able[place], bare[place], strict=True) if setting(card, one) == wanted]
+        return max(
+            same, key=lambda each: (_is_against(each.card, teacher), each.card.cost is not None, each.card.created)
+        )
+
+    left_out = {
+        ref: "; ".join(differences(bare[place][-1:], [mates[0]], one)) if bare[place] else "not scored on these tasks"
+        for place, ref in enumerate(scores, 1)
+        if place not in mates
+    }
+    return Alike(best(0), {ref: best(place) for place, ref in enumerate(scores, 1) if place in mates}, left_out)
+
+
+def _is_against(card: Scorecard, teacher: Teacher) -> bool:
+    return card.relative is not None and card.relative.teacher_digest == teacher.digest
+
+
+def _bare(card: Scorecard) -> Scorecard:
+    """A scorecard with its scores alone."""
+    return card.model_copy(update={"cost": None, "relative": None})
+
+
+def _check(tasks: Sequence[str], known: Collection[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, n=1)
+            there = f"there are: {', '.join(sorted(known)) or 'none yet'}"
+            raise BadInput(f"no version is scored on {task!r}", fix=f"did you mean {near[0]}?" if near else there)

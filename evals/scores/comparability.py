@@ -1,0 +1,146 @@
+"""Which scorecards may stand in one ranking: those that were measured alike."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from limbeck.registry.records import Cost, Relative, Scorecard, top_level
+
+
+class Setting(NamedTuple):
+    """What is alike in the scorecards of one ranking; None where a scorecard has no such part."""
+
+    tasks: str  # digest of the tasks and their documents
+    prompts: str
+    harness: str
+    teacher: str | None  # its digest
+    cost: tuple[object, ...] | None  # Cost.setting
+
+    def fits(self, other: Setting) -> bool:
+        """Whether what a scorecard has is as in `other`."""
+        return self[:3] == other[:3] and self.teacher in (None, other.teacher) and self.cost in (None, other.cost)
+
+
+def setting(card: Scorecard, task: str | None = None) -> Setting:
+    """The setting of a scorecard, or of one task of it."""
+    result = card.tasks[task] if task else None
+    return Setting(
+        result.task_hash if result else card.tasks_digest,
+        result.prompt_hash if result else card.prompts_digest,
+        card.harness,
+        card.relative.teacher_digest if card.relative else None,
+        card.cost.setting if card.cost else None,
+    )
+
+
+def group(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> list[dict[int, Scorecard]]:
+    """Scorecards of versions in groups that were measured alike, the largest first, the newer of two as large.
+
+    Each version is in the largest group that it has a scorecard for, with its newest one of these; one that is
+    relative to the teacher, and has a cost, goes before one without.
+
+    Args:
+        cards: of each version, oldest first; those without the task are left out.
+    """
+    able = {
+        number: sorted(
+            ((setting(card, task), card) for card in several if not task or task in card.tasks), key=_fullness
+        )
+        for number, several in cards.items()
+    }
+    belongs = _merged([key for several in able.values() for key, _ in several])
+    alike: dict[Setting, dict[int, Scorecard]] = defaultdict(dict)
+    for number, several in able.items():
+        for key, card in several:
+            alike[belongs[key]][number] = card  # the last one stays
+    groups: list[dict[int, Scorecard]] = []
+    taken: set[int] = set()
+    for each in sorted(alike.values(), key=lambda each: (len(each), max(card.created for card in each.values())))[::-1]:
+        groups.append({number: card for number, card in each.items() if number not in taken})
+        taken |= each.keys()
+    return sorted(filter(None, groups), key=len, reverse=True)
+
+
+def _fullness(each: tuple[Setting, Scorecard]) -> tuple[int, datetime]:
+    """How much a scorecard has, then how new it is."""
+    key, card = each
+    return -key.count(None), card.created
+
+
+def _merged(keys: Sequence[Setting]) -> dict[Setting, Setting]:
+    """Of each setting the one that it belongs to: itself, or the most frequent one that has what it lacks."""
+    counts = Counter(keys)
+    whole: dict[tuple[str, ...], list[Setting]] = defaultdict(list)
+    belongs: dict[Setting, Setting] = {}
+    for key in sorted(counts, key=lambda key: (key.count(None), -counts[key])):
+        among = whole[key[:3]]
+        belongs[key] = next((other for other in among if key.fits(other)), key)
+        if belongs[key] is key:
+            among.append(key)
+    return belongs
+
+
+def differences(cards: Collection[Scorecard], others: Collection[Scorecard], task: str | None = None) -> list[str]:
+    """In words, how the setting of some scorecards differs from that of others."""
+    (ours, card), (theirs, other) = (
+        max(((setting(card, task), card) for card in of), key=_fullness) for of in (cards, others)
+    )
+    found = [] if ours[:2] == theirs[:2] else list(_tasks(card, other, task))
+    if ours.harness != theirs.harness:
+        found.append(f"scored with {card.harness}, not {other.harness}")
+    if ours.teacher != theirs.teacher:
+        found.append(_teacher(card.relative, other.relative))
+    if ours.cost != theirs.cost:
+        found.append(cost_difference(card.cost, other.cost))
+    return found
+
+
+def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]:
+    ours, theirs = ([task] if task else top_level(each.tasks) for each in (card, other))
+    if set(ours) != set(theirs):
+        yield f"scored on {_some(ours)}"
+        return
+    for name in ours:
+        here, there = card.tasks[name], other.tasks[name]
+        if here.documents != there.documents:
+            yield f"{here.documents:,} documents of {name}, not {there.documents:,}"
+        elif here.task_hash != there.task_hash:
+            yield f"another version, or other documents, of {name}"
+        elif here.prompt_hash != there.prompt_hash:
+            yield f"other prompts of {name}"
+
+
+def _teacher(ours: Relative | None, theirs: Relative | None) -> str:
+    if ours is None:
+        return "against no teacher"
+    same_name = theirs is not None and ours.teacher == theirs.teacher
+    return f"against {'other files of ' if same_name else ''}{ours.teacher} as the teacher"
+
+
+def cost_difference(ours: Cost | None, theirs: Cost | None) -> str:
+    """In words, how a cost was measured otherwise than another; both are not of one setting."""
+    if ours is None or theirs is None:
+        return "without a cost" if ours is None else "with a cost"
+    pairs = [pair for pair in zip(_measured(ours), _measured(theirs), strict=True) if len(set(pair)) > 1]
+    here, there = (", ".join(words) for words in zip(*pairs, strict=True))
+    return f"cost measured {here}, not {there}"
+
+
+def _measured(cost: Cost) -> list[str]:
+    """The parts of `Cost.setting` in words."""
+    machine, threads, prompt, new, price, protocol = cost.setting
+    request = f"for {prompt} tokens in and {new} out"
+    return [
+        f"on {machine}",
+        f"with {threads} thread{'s' * (threads != 1)}",
+        request,
+        f"at ${price:g} an hour",
+        f"by protocol {protocol}",
+    ]
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,133 @@
+"""One scored model held against another: finds the scores of both, or makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as parquet
+
+from limbeck.evals.scores.scorecard import all_kept, evaluate
+from limbeck.evals.stats.diagnostics import COLUMNS, flips
+from limbeck.evals.stats.noninferiority import Margins
+from limbeck.evals.stats.paired_comparison import correct, hold
+from limbeck.evals.stats.retention import leaves, pair, top_level
+from limbeck.registry.catalog.model_ref import REGISTERED, resolve
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import ComparedModels, Scorecard, TaskResult
+
+if TYPE_CHECKING:
+    from limbeck.evals.tasks.task_set import TaskSet
+
+
+def compare(
+    candidate: str,
+    reference: str,
+    tasks: Sequence[str] = (),
+    load: Callable[[], TaskSet] | None = None,
+    *,
+    margins: Margins | None = None,
+    most_flips: int = 0,
+    store: Store | None = None,
+    trust_remote_code: bool = False,
+) -> ComparedModels:
+    """Hold `candidate` against `reference`, both MODELs, on the newest tasks that both were scored on.
+
+    Args:
+        tasks: tasks or groups; all that both were scored on where none is named.
+        load: makes the task set on which both are scored where they were not scored on all of `tasks`.
+        margins: how much worse the candidate may be.
+        most_flips: give so many documents of each task on which the two differ.
+
+    Raises:
+        BadInput: a name that is no model, no documents in common, documents that do not pair (they are named), or
+            a margin of a task that is not compared.
+    """
+    margins, store = margins or Margins(), store or Store()
+    sides = [_Side.of(text, store) for text in (candidate, reference)]
+    both = _common(sides[0], sides[1], tasks)
+    if both is None and tasks and load:
+        models = [resolve(text, store) for text in (candidate, reference)]
+        card = evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)[0]
+        sides = [_Side.of(text, store) for text in (candidate, reference)]
+        both = _common(sides[0], sides[1], top_level(card.tasks))  # a group may have no value of its own
+    if both is None:
+        raise BadInput(
+            f"{candidate} and {reference} have no common documents: {'; '.join(side.told() for side in sides)}",
+            fix=f"limbeck eval {candidate} {reference} --tasks {','.join(tasks) or '...'}",
+        )
+    ours, theirs, results = both
+    names = sides[0].label, sides[1].label
+    margins.check([*top_level(results), *(result.metric for result in results.values())])
+    pairs = pair(documents(ours, results), documents(theirs, results), COLUMNS, names)
+    held = hold(pairs, results, margins, names)
+    return ComparedModels(
+        candidate=names[0],
+        reference=names[1],
+        candidate_digest=ours.card.artifact,
+        reference_digest=theirs.card.artifact,
+        harness=ours.card.harness,
+        retention=held.retention,
+        tasks=tuple(correct([held.tasks])[0]),
+        over_all=tuple(correct([held.over_all])[0]),
+        untold=held.untold,
+        flips=tuple(flips(pairs, most_flips)),
+    )
+
+
+class Scored(NamedTuple):
+    """A scorecard, and what gives the parquet of its documents."""
+
+    card: Scorecard
+    documents: Callable[[], Path]
+
+
+class _Side(NamedTuple):
+    """One of the two models, with its scores, oldest first."""
+
+    label: str
+    scores: list[Scored]
+
+    @classmethod
+    def of(cls, text: str, store: Store) -> _Side:
+        """What is known of a MODEL. A registered version is not fetched: its scores are enough."""
+        if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
+            version = store.get(text)
+            cards = store.scorecards(version)
+            return cls(version.ref, [Scored(card, partial(store.documents, version, card)) for card in cards])
+        model = resolve(text, store)
+        kept = sorted(all_kept(model, store), key=lambda each: each.card.created)
+        return cls(model.label, [Scored(each.card, partial(Path, each.documents)) for each in kept])
+
+    def told(self) -> str:
+        known = dict.fromkeys(task for scored in self.scores for task in top_level(scored.card.tasks))
+        return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
+
+
+def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[Scored, Scored, dict[str, TaskResult]] | None:
+    """The newest scores of the same tasks by the same harness, all those `wanted`; the reference's results on them."""
+    for own in reversed(ours.scores):
+        for other in reversed(theirs.scores):
+            if own.card.harness != other.card.harness:
+                continue
+            same = {
+                name: result
+                for name, result in other.card.tasks.items()
+                if name in own.card.tasks and own.card.tasks[name].task_hash == result.task_hash
+            }
+            chosen = {*(wanted or same)}
+            if same and chosen <= same.keys():
+                return own, other, {name: result for name, result in same.items() if {name, result.group} & chosen}
+    return None
+
+
+def documents(scored: Scored, tasks: Mapping[str, TaskResult]) -> pa.Table:
+    """The documents of `tasks`."""
+    table = parquet.read_table(scored.documents())
+    asked = [leaf for name in tasks for leaf in leaves(name, tasks)]
+    return table.filter(pyarrow.compute.is_in(table["task"], pa.array(asked, pa.string())))

@@ -1,0 +1,183 @@
+"""A model's scores on lm-eval's tasks: one metric a task, a value and a weight for every document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from limbeck.evals.engines.score_cache import ScoreCache
+from limbeck.evals.stats.retention import mean_and_stderr
+from limbeck.evals.tasks.documents import DOCUMENTS, document_table
+from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, metric_of, outermost, quiet_bars
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.digest import json_digest
+from limbeck.registry.core.errors import BadInput, Unreachable
+from limbeck.registry.core.terminal import quiet_libraries
+from limbeck.registry.records import TaskResult
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from limbeck.evals.engines.engine import Engine
+
+
+class Scores(NamedTuple):
+    """What a model made of a task set.
+
+    `tasks`: of groups too; a sub-task names the outermost group that it counts in. `prompts_digest`: over every
+    prompt_hash. `documents`: one row for each document, columns as in DOCUMENTS; a metric is the mean of its
+    documents' values by their weights, a group's that of its sub-tasks' documents together.
+    """
+
+    tasks: dict[str, TaskResult]
+    prompts_digest: str
+    documents: pa.Table
+
+
+def score(
+    model: Model,
+    tasks: TaskSet,
+    *,
+    batch_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Scores:
+    """Score one model. Answers that it gave before are taken from the cache; the rest are added to it.
+
+    Args:
+        batch_tokens: the most tokens of one forward pass; see `limbeck.evals.engines.lm_eval_model.LimbeckLM`.
+        on_progress: called with the requests done and those there are in all.
+        force: run every request, whatever the cache has, and replace that.
+
+    Raises:
+        BadInput: a model that cannot be loaded, a task that it cannot do, or one that answers with no numbers.
+        Unreachable: an endpoint that does not answer; what it answered before is kept.
+    """
+    quiet_libraries()
+    from lm_eval.evaluator import evaluate
+
+    from limbeck.evals.engines.batches import BATCH_TOKENS
+    from limbeck.evals.engines.lazy import open_engine
+    from limbeck.evals.engines.lm_eval_model import LimbeckLM
+
+    done = 0
+
+    def advance(requests: int) -> None:
+        nonlocal done
+        done += requests
+        on_progress(done, tasks.requests)
+
+    settings = tasks.settings
+    engine = open_engine(model, trust_remote_code)
+    with ScoreCache(model.digest, anew=force) as cache, quiet_bars():
+        lm = LimbeckLM(
+            engine,
+            label=model.label,
+            cache=cache,
+            harness=tasks.harness,
+            documents=settings.of,
+            chat_template=_chat_template(engine, settings.apply_chat_template),
+            batch_tokens=batch_tokens or BATCH_TOKENS,
+            on_requests=advance,
+        )
+        for task in tasks.tasks.values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        try:
+            results = evaluate(
+                lm,
+                {"tasks": tasks.tasks, "groups": tasks.groups},
+                limit=settings.limit,
+                samples={name: settings.of(name) for name in settings.samples} if settings.samples else None,
+                bootstrap_iters=0,
+                log_samples=True,
+                system_instruction=settings.system_instruction,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.multiturn,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            )
+        except Unreachable as error:
+            raise Unreachable(
+                f"{error.message}; of {tasks.requests} requests {done} are answered, and kept",
+                fix="run the same again: it goes on from there",
+            ) from error
+    return _scores(tasks, results)
+
+
+def _chat_template(engine: Engine, asked: bool | str) -> str | None:
+    """The name of the template to use; None is the only or default one. Raises BadInput where it is not there."""
+    if not asked:
+        return None
+    known, label = engine.tokenizer.chat_template, engine.tokenizer.name_or_path
+    if not known:
+        raise BadInput(f"the tokenizer of {label} has no chat template", fix="leave --apply-chat-template out")
+    names = sorted(known) if isinstance(known, dict) else ["default"]
+    name = "default" if asked is True else asked
+    if name not in names:
+        raise BadInput(f"{label} has no chat template {name!r}", fix=f"it has {', '.join(names)}")
+    return name if isinstance(known, dict) else None
+
+
+def _scores(tasks: TaskSet, results: Any) -> Scores:
+    """lm-eval's results as `Scores`."""
+    chosen = {name: metric_of(name, task, tasks.groups) for name, task in tasks.tasks.items()}
+    tables = {name: document_table(task, chosen[name], results["samples"][name]) for name, task in tasks.tasks.items()}
+    members = {
+        group: leaves
+        for group, leaves in outermost(tasks.groups).items()
+        if chosen[leaves[0]].key in results["results"][group]
+    }
+    for group, names in members.items():
+        if not tasks.groups[group].aggregate_metric_list[0].weight_by_size:  # type: ignore[index]
+            # The group's value is the mean of its tasks' means. Within a task the weights stay alike.
+            documents = sum(tables[name].num_rows for name in names)
+            for name in names:
+                weight = documents / len(names) / tables[name].num_rows
+                column = DOCUMENTS.get_field_index("weight")
+                weights = pa.array([weight] * tables[name].num_rows)
+                tables[name] = tables[name].set_column(column, DOCUMENTS.field(column), weights)
+
+    def result(name: str, leaves: Sequence[str], group: str | None) -> TaskResult:
+        """Of a task, or of a group with its tasks as `leaves`."""
+        metric, task = chosen[leaves[0]], tasks.tasks[leaves[0]]
+        table = pa.concat_tables([tables[leaf] for leaf in leaves])
+        columns = (table[column].to_numpy() for column in ("value", "weight", "cluster"))
+        hashes = [tasks.task_hashes[leaf] for leaf in leaves]
+        prompts = [json_digest(tables[leaf]["prompt_hash"].to_pylist()) for leaf in leaves]
+        chances = [(_chance(tasks.tasks[leaf], metric.name), _total(tables[leaf])) for leaf in leaves]
+        known = [chance for chance, _ in chances if chance is not None]
+        return TaskResult(
+            metric=metric.name,
+            value=float(results["results"][name][metric.key]),
+            stderr=mean_and_stderr(*columns)[1],
+            higher_is_better=bool(task.higher_is_better().get(metric.name, True)),
+            documents=table.num_rows,
+            chance=float(np.average(known, weights=[w for _, w in chances])) if len(known) == len(leaves) else None,
+            task_hash=hashes[0] if leaves == [name] else json_digest(hashes),
+            prompt_hash=prompts[0] if leaves == [name] else json_digest(prompts),
+            group=group,
+        )
+
+    group_of = {leaf: group for group, leaves in members.items() for leaf in leaves}
+    scored = {group: result(group, leaves, None) for group, leaves in members.items()}
+    scored |= {name: result(name, [name], group_of.get(name)) for name in tasks.tasks}
+    prompts = {name: scored[name].prompt_hash for name in tasks.tasks}
+    in_order = {name: scored[name] for name in (*tasks.names, *scored) if name in scored}
+    return Scores(in_order, json_digest(prompts), pa.concat_tables(tables.values()))
+
+
+def _total(table: pa.Table) -> float:
+    return float(table["weight"].to_numpy().sum())
+
+
+def _chance(task: Task, metric: str) -> float | None:
+    """The metric's value for guessing; None where that has no meaning."""
+    if metric == "bits_per_byte":
+        return 8.0  # a byte drawn from all 256
+    if task.OUTPUT_TYPE == "multiple_choice" and metric in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info"):
+        docs = {instance.doc_id: instance.doc for instance in task.instances}
+        return float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in docs.values()]))
+    return 0.0 if task.OUTPUT_TYPE == "generate_until" and task.higher_is_better().get(metric, True) else None

@@ -1,0 +1,284 @@
+"""Scorecards: models scored, their cost measured, each held against a teacher; what is known is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from limbeck.evals.cost.measure import PROTOCOL, groups, machine, measure, priced, ratio
+from limbeck.evals.cost.prices import Prices
+from limbeck.evals.scores.harness import score
+from limbeck.evals.stats.retention import check_numbers, compare, top_level
+from limbeck.evals.tasks.contamination import contamination
+from limbeck.evals.tasks.task_set import TaskSet
+from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.core.digest import verify, write_manifest
+from limbeck.registry.core.errors import DamagedArtifact
+from limbeck.registry.core.home import home, written_whole
+from limbeck.registry.core.terminal import progress, say
+from limbeck.registry.records import Contamination, Cost, Estimate, Relative, Scorecard
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.store import Store
+
+
+def evaluate(
+    models: Sequence[Model],
+    tasks: TaskSet,
+    store: Store | None = None,
+    *,
+    against: Model | None = None,
+    cost: bool = True,
+    prices: Prices | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> list[Scorecard]:
+    """Score models, the teacher first, then measure what they cost; keep each scorecard as soon as it is whole.
+
+    A model whose scores on these very tasks are kept is not run again. Nor is its cost measured again on this
+    machine, unless the teacher's was not measured in the same run: a cost ratio is of costs measured in turn.
+    A teacher named later, or other prices, only add to what is there. Scorecards of registered versions go to
+    MLflow; those of folders stay below `home()`.
+
+    Args:
+        models: what to score.
+        store: where the registered ones are.
+        against: the teacher; its own scorecard comes first in the result.
+        cost: measure it where it is not known.
+        prices: of machines; those that come with Limbeck where None.
+        force: score and measure everything anew.
+
+    Raises:
+        BadInput: a model that cannot be loaded, scores that are no numbers, documents that do not pair with
+            the teacher's.
+    """
+    prices = prices or Prices.load()
+    every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
+    kept = {model.label: [] if force else list(all_kept(model, store)) for model in every}
+    scored: dict[str, Kept] = {}
+    cards: dict[str, Kept] = {}
+    told: set[str] = set()
+    timed = against if against and not against.endpoint else None
+    if cost:
+        for model in every:
+            if model.endpoint:
+                say(f"  {model.label}: what an endpoint costs cannot be measured from here")
+
+    def finish(model: Model, own: Cost | None, teachers: Cost | None) -> None:
+        a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
+        found = scored[model.label]
+        update = {"model": model.label, "created": datetime.now(UTC), "cost": a}
+        if overlap[model.label]:
+            update["contamination"] = overlap[model.label]
+        card = found.card.model_copy(update=update)
+        if against:
+            relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
+            card = card.model_copy(update={"relative": relative})
+            for line in lines - told:
+                say(f"  {line}")
+            told.update(lines)
+        cards[model.label] = _keep(found._replace(card=card), model, store, [*kept[model.label], found])
+        say(f"  {_told(cards[model.label].card)}")
+
+    overlap = _overlaps(every, tasks)
+    unknown = []
+    for model in every:
+        scored[model.label] = _find(kept[model.label], tasks) or _score(model, tasks, force, trust_remote_code)
+        costs = _known_costs(model, kept[model.label], timed, kept[timed.label] if timed else [])
+        if cost and not costs.enough and not model.endpoint:
+            unknown.append(model)
+        else:
+            finish(model, costs.own, costs.teachers)
+    for group in groups(unknown, timed) if unknown else ():
+        with _bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
+            found = measure(group, trust_remote_code=trust_remote_code, on_round=on_round)
+        measured = {model.label: each for model, each in zip(group, found, strict=True)}
+        for model in unknown:
+            if model.label in measured and model.label not in cards:
+                finish(model, measured[model.label], measured[timed.label] if timed else None)
+    return [cards[model.label].card for model in every]
+
+
+def _overlaps(models: Sequence[Model], tasks: TaskSet) -> dict[str, Contamination | None]:
+    """How much of the tasks each model's training text holds, where that is at hand; told once for each text."""
+    texts: dict[str, list[str]] = {}
+    for model in models:
+        if model.version and model.version.data_digest:
+            texts.setdefault(model.version.data_digest, []).append(model.label)
+    found: dict[str, Contamination | None] = {model.label: None for model in models}
+    for digest, labels in texts.items():
+        with _bar("reading the training text", "documents") as on_progress:
+            overlap = contamination(tasks, digest, on_progress)
+        found |= dict.fromkeys(labels, overlap)
+        say(f"  training text of {', '.join(labels)}: {_overlap_told(overlap)}")
+    return found
+
+
+def _overlap_told(overlap: Contamination | None) -> str:
+    if overlap is None:
+        return "not at hand, so its overlap with the tasks is not known"
+    words = [f"{each.contaminated} of {each.documents} of {task}" for task, each in overlap.tasks.items()]
+    return f"documents that occur in it: {', '.join(words)}"
+
+
+class Kept(NamedTuple):
+    """A scorecard and its parquet of documents."""
+
+    card: Scorecard
+    documents: Path
+    registered: bool = False
+
+
+def all_kept(model: Model, store: Store | None) -> Iterator[Kept]:
+    """What is kept of these very files: below `home()`, then with the version in MLflow; each oldest first."""
+    folders = (path for path in _local(model).glob("*") if (path / "scorecard.json").exists())
+    found = []
+    for folder in folders:
+        try:
+            verify(folder)
+            card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
+        except (DamagedArtifact, ValueError):  # scored again
+            continue
+        found.append(Kept(card, folder / "documents.parquet"))
+    yield from sorted(found, key=lambda each: each.card.created)
+    if store and model.version:
+        for card in store.scorecards(model.version):
+            if card.artifact == model.digest:
+                yield Kept(card, store.documents(model.version, card), registered=True)
+
+
+def _find(kept: Sequence[Kept], tasks: TaskSet) -> Kept | None:
+    """The newest that is of these tasks and this harness."""
+    fitting = [each for each in kept if (each.card.tasks_digest, each.card.harness) == (tasks.digest, tasks.harness)]
+    return max(fitting, key=lambda each: each.card.created, default=None)
+
+
+def _keep(own: Kept, model: Model, store: Store | None, kept: Sequence[Kept]) -> Kept:
+    """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
+    wanted = bool(store and model.version)
+    for each in reversed(kept):
+        if each.registered == wanted and each.card == own.card.model_copy(update={"created": each.card.created}):
+            return each
+    if store and model.version:
+        store.add_scorecard(model.version, own.card, own.documents)
+        return own
+    return _keep_local(own.card, parquet.read_table(own.documents), model)
+
+
+def _keep_local(card: Scorecard, documents: pa.Table, model: Model) -> Kept:
+    folder = _local(model) / card.digest()[:16]
+    with written_whole(folder) as part:
+        part.mkdir()
+        (part / "scorecard.json").write_text(card.model_dump_json(indent=1))
+        parquet.write_table(documents, part / "documents.parquet")
+        write_manifest(part)
+    return Kept(card, folder / "documents.parquet")
+
+
+def _local(model: Model) -> Path:
+    return home() / "scorecards-local" / model.digest
+
+
+def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -> Kept:
+    """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
+    began = time.monotonic()
+    with _bar(f"{model.label}: scoring") as on_progress:
+        scores = score(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
+    check_numbers(scores.documents, model.label)
+    card = Scorecard(
+        artifact=model.digest,
+        model=model.label,
+        tasks=scores.tasks,
+        tasks_digest=tasks.digest,
+        prompts_digest=scores.prompts_digest,
+        harness=tasks.harness,
+        created=datetime.now(UTC),
+        seconds=time.monotonic() - began,
+    )
+    return _keep_local(card, scores.documents, model)
+
+
+class _Costs(NamedTuple):
+    """What is known of the cost of a model, and of its teacher's in the same run."""
+
+    own: Cost | None
+    teachers: Cost | None
+    enough: bool  # measured on this machine, and the teacher's with it
+
+
+def _known_costs(model: Model, kept: Sequence[Kept], teacher: Model | None, teachers: Sequence[Kept]) -> _Costs:
+    """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
+    here = machine(model)
+    beside = {each.card.cost.run: each.card.cost for each in teachers if each.card.cost}
+    for each in kept:
+        relative = each.card.relative
+        if teacher and relative and relative.teacher_cost and relative.teacher_digest == teacher.digest:
+            beside[relative.teacher_cost.run] = relative.teacher_cost
+    beside.pop(None, None)
+
+    def worth(card: Scorecard) -> tuple[bool, bool, datetime]:
+        assert card.cost
+        fits = card.cost.protocol == PROTOCOL and (teacher is None or card.cost.run in beside)
+        return fits, card.cost.machine == here, card.created
+
+    best = max((each.card for each in kept if each.card.cost), key=worth, default=None)
+    if best is None or best.cost is None:
+        return _Costs(None, None, False)
+    return _Costs(best.cost, beside.get(best.cost.run), worth(best)[:2] == (True, True))
+
+
+@contextmanager
+def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | None], None]]:
+    with progress() as bar:
+        row = bar.add_task(label, total=None, rate="")
+        began = time.monotonic()
+
+        def on_progress(done: int, total: int | None) -> None:
+            rate = done / max(time.monotonic() - began, 1e-9)
+            bar.update(row, completed=done, total=total, rate=f"{rate:,.1f} {unit}/s")
+
+        yield on_progress
+
+
+def _relative(own: Kept, scored: Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
+    """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
+    found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
+    said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
+    cost, dearer, faster = own.card.cost, None, None
+    if cost and teachers:
+        dearer = ratio(cost, teachers)
+        faster = Estimate(
+            value=1 / dearer.value, low=1 / dearer.high, high=1 / dearer.low, confidence=dearer.confidence
+        )
+    elif cost:
+        said.add(f"{own.card.model} has no cost ratio: its cost was not measured in one run with the teacher's")
+    relative = Relative(
+        teacher=teacher.label,
+        teacher_digest=teacher.digest,
+        retention=found.retention,
+        task_retention=found.task_retention,
+        difference=found.difference,
+        cost_ratio=dearer.value if dearer else None,
+        speedup=faster.value if faster else None,
+        cost_ratio_interval=dearer,
+        speedup_interval=faster,
+        teacher_cost=teachers,
+    )
+    return relative, said
+
+
+def _told(card: Scorecard) -> str:
+    """A scorecard in one line."""
+    words = [f"{task} {card.tasks[task].metric} {card.tasks[task].value:.4g}" for task in top_level(card.tasks)]
+    if card.relative and (kept := card.relative.retention):
+        words.append(f"retention {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]")
+    if card.cost:
+        words.append(f"{card.cost.decode_tokens_per_s:,.0f} tokens/s")
+    return f"{card.model}: {', '.join(words)}"

@@ -1,0 +1,1 @@
+"""Statistics: estimates, retention, non-inferiority, paired comparison."""

@@ -1,0 +1,137 @@
+"""Is a candidate as good as its reference? Margins, verdicts, Holm's correction, and what would settle the rest.
+
+"Not significantly different" is no evidence of "as good": too few documents never find a difference. So the
+burden is on the candidate: its one-sided 95% lower bound has to lie above minus a margin that was set beforehand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from limbeck.evals.stats.estimates import Difference
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.records import Noninferiority, Outcome
+
+LEVEL = 0.05  # one-sided
+POWER = 0.8
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How much worse a candidate may be, in each metric's own units: by task, else by metric, else the default."""
+
+    default: float = MARGIN
+    named: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Margins:
+        """From `0.01` (the default) and `NAME=0.02`, as the command line has them.
+
+        Raises BadInput for what is no finite number above 0.
+        """
+        default, named = MARGIN, {}
+        for text in texts:
+            name, _, number = text.rpartition("=")
+            try:
+                margin = float(number)
+            except ValueError:
+                margin = math.nan
+            if not 0 < margin < math.inf:
+                raise BadInput(f"--margin {text}: a margin is a number above 0", fix="such as 0.01 or TASK=0.02")
+            if name:
+                named[name.strip()] = margin
+            else:
+                default = margin
+        return cls(default, named)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise BadInput where a margin is of none of the tasks and metrics `names`."""
+        known = list(dict.fromkeys(names))
+        for name in self.named:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                raise BadInput(
+                    f"--margin {name}=...: no task or metric of this comparison"
+                    + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                    fix=f"there are {', '.join(known)}",
+                )
+
+    def of(self, task: str, metric: str) -> float:
+        return self.named.get(task, self.named.get(metric, self.default))
+
+
+def noninferiority(
+    difference: Difference, margin: float, *, higher_is_better: bool, documents: int, clusters: int
+) -> Noninferiority:
+    """Test one difference, alone: `corrected` takes the others into account.
+
+    Args:
+        difference: candidate less reference.
+        margin: above 0.
+        documents, clusters: that it is of, to tell how many more would settle it.
+    """
+    advantage = difference if higher_is_better else difference.turned()
+    lower, upper = advantage.bounds(1 - LEVEL)
+    outcome: Outcome = "pass" if lower > -margin else "fail" if upper < -margin else "inconclusive"
+    p_value = advantage.p_better(-margin)
+    needed = times_the_documents(advantage, margin, LEVEL) if outcome == "inconclusive" else None
+    if needed is not None:
+        needed = max(1 + 1 / documents, needed)
+    return Noninferiority(
+        margin=margin,
+        lower=lower,
+        upper=upper,
+        p_value=p_value,
+        p_holm=p_value,
+        alone=outcome,
+        verdict=outcome,
+        detectable=advantage.detectable(1 - LEVEL, POWER),
+        documents_needed=math.ceil(documents * needed) if needed else None,
+        clusters_needed=math.ceil(clusters * needed) if needed else None,
+    )
+
+
+def times_the_documents(advantage: Difference, margin: float, level: float) -> float | None:
+    """So many times the documents would settle a test with POWER, if the difference stays what it is.
+
+    None where it is at the margin itself: no number would.
+    """
+    gap = abs(advantage.estimate.value + margin)
+    quantiles = sum(advantage.estimate.quantile(probability) for probability in (1 - level, POWER))
+    return (quantiles * advantage.stderr_at(-margin) / gap) ** 2 if gap else None
+
+
+def passing_margin(advantage: Difference, level: float) -> float:
+    """The margin above which a test passes at `level`."""
+    return -advantage.bounds(1 - level)[0]
+
+
+def corrected(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
+    """The same tests with Holm's correction over all of them: what no longer passes is inconclusive."""
+
+    def verdict(test: Noninferiority, p_holm: float) -> Outcome:
+        return "inconclusive" if test.alone == "pass" and p_holm >= LEVEL else test.alone
+
+    adjusted = holm([test.p_value for test in tests])
+    return [
+        test.model_copy(update={"p_holm": p_holm, "verdict": verdict(test, p_holm)})
+        for test, p_holm in zip(tests, adjusted, strict=True)
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for all of them, so that at most one in twenty families has a false one below 0.05.
+
+    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979: no assumption on how they depend.
+    """
+    order = np.argsort(p_values)
+    steps = np.maximum.accumulate(np.asarray(p_values, np.float64)[order] * np.arange(len(order), 0, -1))
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(steps, 1.0)
+    return [float(p) for p in adjusted]

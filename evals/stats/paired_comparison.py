@@ -1,0 +1,141 @@
+"""A candidate held against its reference, task by task and over all: from paired documents to records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from limbeck.evals.stats.diagnostics import answers
+from limbeck.evals.stats.estimates import Difference, average
+from limbeck.evals.stats.noninferiority import Margins, corrected, noninferiority
+from limbeck.evals.stats.retention import compare_pairs, leaves, paired, top_level
+from limbeck.registry.records import ComparedTask, Estimate, TaskResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Held(NamedTuple):
+    """A candidate against its reference; each test is alone: see `correct`."""
+
+    tasks: list[ComparedTask]  # top-level tasks and groups
+    over_all: list[ComparedTask]  # of each metric that several tasks have: macro, then pooled
+    untold: dict[str, str]  # task -> why nothing can be told of it
+    retention: Estimate | None  # mean over the tasks that have one
+    differences: dict[str, Difference]  # by task: candidate less reference
+
+
+def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins, names: tuple[str, str]) -> Held:
+    """Hold a candidate against its reference.
+
+    Macro is the mean of the tasks' differences, pooled the difference over all their documents together. Each
+    is of the tasks of one metric: differences of accuracies and of bits per byte do not add.
+
+    Args:
+        pairs: of `evals.stats.retention.pair` with `evals.stats.diagnostics.COLUMNS`, the student being the candidate.
+        tasks: the reference's results.
+        margins: how much worse the candidate may be.
+        names: of the candidate and of the reference.
+    """
+    found = compare_pairs(pairs, tasks, names[1])
+    top = top_level(tasks)
+    subjects: dict[str, _Subject] = {}
+    for name in top:
+        rows = pairs[pairs["task"].isin(leaves(name, tasks))]
+        if name in found.difference:
+            kept, why = found.task_retention.get(name), found.left_out.get(name)
+            subjects[name] = _Subject(name, (name,), tasks[name], rows, paired(rows), *_means(rows), kept, why)
+    metrics: dict[tuple[str, bool], list[_Subject]] = {}
+    for each in subjects.values():
+        metrics.setdefault((each.result.metric, each.result.higher_is_better), []).append(each)
+    together = [row for parts in metrics.values() if len(parts) > 1 for row in _over_all(parts, pairs, tasks, names[1])]
+    return Held(
+        tasks=[_row(each, margins, names) for each in subjects.values()],
+        over_all=[_row(each, margins, names) for each in together],
+        untold={name: found.left_out[name] for name in top if name not in subjects},
+        retention=found.retention,
+        differences={name: each.difference for name, each in subjects.items()},
+    )
+
+
+def correct(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
+    """The rows of several candidates, each test corrected for all the others of all of them (Holm)."""
+    families = [list(rows) for rows in families]
+    tests = iter(corrected([row.noninferiority for rows in families for row in rows]))
+    return [[row.model_copy(update={"noninferiority": next(tests)}) for row in rows] for rows in families]
+
+
+class _Subject(NamedTuple):
+    """What one row is of."""
+
+    task: str
+    parts: tuple[str, ...]
+    result: TaskResult
+    rows: pd.DataFrame
+    difference: Difference
+    candidate: float
+    reference: float
+    retention: Estimate | None
+    no_retention: str | None
+
+
+def _over_all(
+    parts: Sequence[_Subject], pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str
+) -> Iterator[_Subject]:
+    """Tasks of one metric together, two ways."""
+    names = tuple(part.task for part in parts)
+    inner = [leaf for name in names for leaf in leaves(name, tasks)]
+    rows = pairs[pairs["task"].isin(inner)]
+    kept = compare_pairs(rows, {name: tasks[name] for name in (*names, *inner)})
+    value, other = (float(np.mean([getattr(part, side) for part in parts])) for side in ("candidate", "reference"))
+    why = None if kept.retention else "none of its tasks has one"
+    mean = average([part.difference for part in parts])
+    yield _Subject("macro", names, parts[0].result, rows, mean, value, other, kept.retention, why)
+
+    # Pooled is what a group of them would be, with the chance of its documents.
+    weights = [float(part.rows["weight"].sum()) for part in parts]
+    known = [part.result.chance for part in parts if part.result.chance is not None]
+    chance = float(np.average(known, weights=weights)) if len(known) == len(parts) else None
+    group = parts[0].result.model_copy(update={"chance": chance, "group": None})
+    members = {leaf: tasks[leaf].model_copy(update={"group": "pooled"}) for leaf in inner}
+    kept = compare_pairs(rows, {"pooled": group, **members}, reference)
+    retention, why = kept.task_retention.get("pooled"), kept.left_out.get("pooled")
+    yield _Subject("pooled", names, group, rows, paired(rows), *_means(rows), retention, why)
+
+
+def _means(rows: pd.DataFrame) -> tuple[float, float]:
+    """Of the candidate and of the reference."""
+    student, teacher = (float(np.average(rows[side], weights=rows["weight"])) for side in ("student", "teacher"))
+    return student, teacher
+
+
+def _row(of: _Subject, margins: Margins, names: tuple[str, str]) -> ComparedTask:
+    interval, clusters = of.difference.interval(), of.rows["code"].nunique()
+    better = None
+    if not interval.low <= 0 <= interval.high:
+        better = names[0] if (interval.value > 0) == of.result.higher_is_better else names[1]
+    return ComparedTask(
+        task=of.task,
+        tasks=of.parts,
+        metric=of.result.metric,
+        higher_is_better=of.result.higher_is_better,
+        documents=len(of.rows),
+        clusters=clusters,
+        candidate=of.candidate,
+        reference=of.reference,
+        difference=interval,
+        stderr=of.difference.estimate.stderr,
+        better=better,
+        retention=of.retention,
+        no_retention=of.no_retention,
+        noninferiority=noninferiority(
+            of.difference,
+            margins.of(of.task, of.result.metric),
+            higher_is_better=of.result.higher_is_better,
+            documents=len(of.rows),
+            clusters=clusters,
+        ),
+        answers=answers(of.rows),
+    )

@@ -1,0 +1,173 @@
+"""How sure a score is, and how much of a teacher's quality a student keeps.
+
+Errors are clustered by document group; student and teacher answer the same documents, so they are compared
+document by document (Miller, "Adding Error Bars to Evals", arXiv 2411.00640). `evals.stats.estimates` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from limbeck.evals.stats.estimates import Difference, Estimated, codes, combine, difference, mean
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.records import Estimate, TaskResult, top_level
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SIDES = ("student", "teacher")
+KEY = ["task", "doc_id", "doc_hash", "prompt_hash"]  # what makes two documents the same
+
+
+class Comparison(NamedTuple):
+    """A student relative to its teacher."""
+
+    retention: Estimate | None  # mean over the top-level tasks that have one
+    task_retention: dict[str, Estimate]
+    difference: dict[str, Estimate]  # student - teacher, in the metric's own units
+    left_out: dict[str, str]  # task -> why it has no retention
+
+
+def mean_and_stderr(
+    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray
+) -> tuple[float, float | None]:
+    """Weighted mean of N documents and its cluster-robust standard error; None where there is one cluster."""
+    estimate = mean(np.asarray(values, np.float64), np.asarray(weights, np.float64), codes(clusters))
+    return estimate.value, None if np.isnan(estimate.stderr) else estimate.stderr
+
+
+def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult]) -> Comparison:
+    """Compare two models document by document.
+
+    Retention of a task is (student - chance) / (teacher - chance): the share of what the teacher has above
+    guessing that the student keeps. It serves metrics where lower is better too: with 8 bits per byte as
+    chance it is the share of the teacher's saving over incompressible text. Where the metric has no chance it
+    is student / teacher, or teacher / student where lower is better. Its interval is by the delta method on
+    the paired documents. Where the teacher is not above chance (its own interval reaches it) there is nothing
+    to keep: the task is left out. The mean takes each top-level task once; a file that two tasks use is one
+    cluster in it, so that their covariance counts.
+
+    Args:
+        student, teacher: the `documents` of `limbeck.evals.scores.harness.score`.
+        tasks: the teacher's results.
+
+    Raises:
+        BadInput: documents that do not pair; they are named.
+    """
+    return compare_pairs(pair(student, teacher), tasks)
+
+
+def compare_pairs(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str = "the teacher") -> Comparison:
+    """As `compare`, over what `pair` gives; `reference` is what the teacher is called."""
+    differences, retentions, left_out = {}, {}, {}
+    for name, result in tasks.items():
+        rows = pairs[pairs["task"].isin(leaves(name, tasks))]
+        if rows["code"].nunique() < 2:
+            left_out[name] = "it needs documents of two groups or more to tell how sure a score is"
+            continue
+        weights, clusters = rows["weight"].to_numpy(), rows["code"].to_numpy()
+        differences[name] = paired(rows).interval()
+        ours, theirs = (mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
+        if _clear(theirs, result):
+            retentions[name] = _retention(ours, theirs, result)
+        else:
+            sure = theirs.interval()
+            left_out[name] = (
+                f"retention is undefined: {reference}'s {result.metric} of {sure.value:.4g} [{sure.low:.4g}, "
+                f"{sure.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}, so there is "
+                "nothing to keep"
+            )
+    top = [retentions[name] for name in top_level(tasks) if name in retentions]
+    average = float(np.mean([estimate.value for estimate in top])) if top else 0.0
+    return Comparison(
+        retention=combine(average, *((1 / len(top), estimate) for estimate in top)).interval() if top else None,
+        task_retention={name: estimate.interval() for name, estimate in retentions.items()},
+        difference=differences,
+        left_out=left_out,
+    )
+
+
+def check_numbers(documents: pa.Table, model: str) -> None:
+    """Raise BadInput, naming the documents, where a score is NaN or infinite."""
+    broken = documents.to_pandas()[~np.isfinite(documents["value"].to_numpy())]
+    if len(broken):
+        raise BadInput(f"the scores of {model} on {_named(broken)} are no numbers", fix="its logits are NaN there")
+
+
+def leaves(name: str, tasks: Mapping[str, TaskResult]) -> list[str]:
+    """The sub-tasks of a group, or the task itself."""
+    return [other for other, result in tasks.items() if result.group == name] or [name]
+
+
+def pair(
+    student: pa.Table,
+    teacher: pa.Table,
+    columns: Sequence[str] = (),
+    names: Sequence[str] = ("the student", "the teacher"),
+) -> pd.DataFrame:
+    """One row for each document: KEY, student and teacher (their values), weight, cluster, and the cluster's code.
+
+    Args:
+        columns: what more is wanted of each model: student_response for "response". None where a file of
+            documents lacks it.
+        names: what errors call the two.
+
+    Raises:
+        BadInput: the two were not asked the same documents; they are named.
+    """
+    ours, theirs = (
+        _side(table, [*KEY, "value", *more], columns, side)
+        for table, side, more in ((student, "student", ()), (teacher, "teacher", ("weight", "cluster")))
+    )
+    pairs = ours.merge(theirs, how="outer", on=KEY, indicator=True)
+    single = pairs[pairs["_merge"] != "both"]
+    if len(single):
+        sides = {"left_only": f"of {names[0]} alone", "right_only": f"of {names[1]} alone"}
+        raise BadInput(
+            f"{' and '.join(names)} were not asked the same documents: "
+            + "; ".join(f"{_named(rows)} {sides[str(side)]}" for side, rows in single.groupby("_merge", observed=True)),
+            fix="score both anew on the same tasks: add --force",
+        )
+    return pairs.assign(code=codes(pairs["cluster"])).drop(columns="_merge")
+
+
+def paired(pairs: pd.DataFrame) -> Difference:
+    """Student less teacher, over rows of `pair`."""
+    student, teacher, weights, clusters = (pairs[name].to_numpy() for name in (*SIDES, "weight", "code"))
+    return difference(student, teacher, weights, clusters)
+
+
+def _side(table: pa.Table, wanted: Sequence[str], columns: Sequence[str], side: str) -> pd.DataFrame:
+    there = [name for name in columns if name in table.column_names]
+    frame = table.select([*wanted, *there]).to_pandas()
+    for name in set(columns) - set(there):
+        frame[name] = None
+    return frame.rename(columns={"value": side} | {name: f"{side}_{name}" for name in columns})
+
+
+def _clear(teacher: Estimated, result: TaskResult) -> bool:
+    """Whether the teacher's whole interval is better than chance; above 0 where the metric has no chance."""
+    interval = teacher.interval()
+    if result.chance is None:
+        return interval.low > 0
+    return interval.low > result.chance if result.higher_is_better else interval.high < result.chance
+
+
+def _retention(student: Estimated, teacher: Estimated, result: TaskResult) -> Estimated:
+    upper, lower = student, teacher
+    if result.chance is None and not result.higher_is_better:
+        upper, lower = teacher, student
+    above = lower.value - (result.chance or 0.0)
+    ratio = (upper.value - (result.chance or 0.0)) / above
+    return combine(ratio, (1 / above, upper), (-ratio / above, lower))
+
+
+def _named(rows: pd.DataFrame) -> str:
+    """The first documents of a table, in words."""
+    shown = [f"{row.task} {row.doc_id}" for row in rows.head(4).itertuples()]
+    more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+    return f"documents {', '.join(shown)}{more}"

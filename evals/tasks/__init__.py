@@ -1,0 +1,1 @@
+"""lm-eval tasks: loaded, made from held-out text, checked for contamination."""

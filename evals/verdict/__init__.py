@@ -1,0 +1,1 @@
+"""The verdict: is a student as good as its teacher?"""

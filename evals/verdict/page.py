@@ -1,0 +1,337 @@
+"""A judgement as one page: written once, in Markdown; the terminal and HTML render that."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from limbeck.evals.cost.measure import load_of
+from limbeck.evals.leaderboard import page as leaderboard
+from limbeck.evals.leaderboard.columns import COSTS, Column, title
+from limbeck.evals.verdict.judge import Candidate, Judgement
+from limbeck.evals.verdict.wording import (
+    SHORT,
+    between,
+    chosen,
+    named,
+    payback,
+    percent,
+    signed,
+    times,
+)
+from limbeck.registry.records import ComparedTask, Cost, Estimate
+
+MOST = 20  # candidates in the table
+
+STYLE = Path(__file__).with_name("page.css")
+HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main class="verdict {answer}">
+{sections}
+</main>
+</body>
+</html>
+"""
+
+
+def markdown(judgement: Judgement) -> str:
+    """The page. Names and other people's words are escaped: nothing in them is taken for markup."""
+    return "\n".join(text for _, text in _sections(judgement))
+
+
+def html(judgement: Judgement) -> str:
+    """The page as one HTML file that fetches nothing and runs nothing."""
+    from markdown_it import MarkdownIt
+
+    render = MarkdownIt("commonmark", {"html": False}).enable("table").render
+    plots = {"quality": _plot(chosen(judgement))}
+    return HTML.format(
+        title=escape(f"{judgement.name}: {SHORT[judgement.answer]}"),
+        style=leaderboard.STYLE.read_text(encoding="utf-8") + STYLE.read_text(encoding="utf-8"),
+        answer=judgement.answer.replace(" ", "-"),
+        sections="".join(
+            f'<section class="card {key}">{render(text)}{plots.get(key, "")}</section>\n'
+            for key, text in _sections(judgement)
+        ),
+    )
+
+
+def show(judgement: Judgement) -> None:
+    """Print the page on the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    width = min(console.width, 120) if console.is_terminal else 120  # a pipe has no width
+    Console(width=width, emoji=False).print(Markdown(markdown(judgement)))
+
+
+def _sections(judgement: Judgement) -> Iterator[tuple[str, str]]:
+    """What each section is, and its Markdown."""
+    best = chosen(judgement)
+    yield "answer", _lines(_answer(judgement))
+    if judgement.settle:
+        yield "settle", _lines(["## What would settle it", "", *_list(judgement.settle)])
+    yield "quality", _lines(_quality(judgement, best))
+    yield "cost", _lines(_cost(judgement, best))
+    yield "candidates", _lines(_candidates(judgement))
+    yield "unmeasured", _lines(["## What was not measured", "", *_list(judgement.not_measured)])
+    yield "trace", _lines(_trace(judgement, best))
+
+
+def _answer(judgement: Judgement) -> Iterator[str]:
+    yield f"# {plain(judgement.name)}: is the giant a waste here? {SHORT[judgement.answer]}."
+    yield ""
+    yield f"**{SHORT[judgement.answer]}:** {plain(judgement.sentence)}"
+    yield ""
+    widths = sorted(set(judgement.margins.values()))
+    if len(widths) == 1:
+        margins = f"by less than {widths[0]:g}"
+    else:
+        margins = "by less than the margin: " + ", ".join(f"{task} {m:g}" for task, m in judgement.margins.items())
+    yield (
+        f"*As good* means: worse {plain(margins)}, in each metric's own units, with 95% confidence on every task, "
+        f"corrected for {judgement.tests} tests ({len(judgement.candidates)} candidates; Holm). "
+        + (
+            "That margin is the default, nobody chose it: set your own with `--margin`, before you look."
+            if judgement.default_margins
+            else "A margin means something only if it was set before looking at the scores."
+        )
+    )
+
+
+def _quality(judgement: Judgement, best: Candidate) -> Iterator[str]:
+    yield f"## Quality kept: {plain(named(best))}"
+    yield ""
+    if best.retention:
+        yield (
+            f"It keeps **{between(best.retention)}** of what {plain(judgement.teacher)} has above guessing, as a mean "
+            "over tasks, with its 95% interval."
+        )
+    else:
+        yield "What share of the teacher's quality it keeps is not known."
+    yield ""
+    head = ["task", "metric", "teacher", "candidate", "difference", "margin", "quality kept", "verdict"]
+    yield from _table(head, [_task(task) for task in best.tasks])
+
+
+def _task(task: ComparedTask) -> list[str]:
+    return [
+        task.task,
+        task.metric if task.higher_is_better else f"{task.metric}, less is better",
+        f"{task.reference:.4f}",
+        f"{task.candidate:.4f}",
+        signed(task.difference),
+        f"{task.noninferiority.margin:g}",
+        between(task.retention) if task.retention else "-",
+        task.noninferiority.verdict,
+    ]
+
+
+def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
+    yield "## Cost, and whether it pays"
+    yield ""
+    cost, teachers = best.cost, best.teacher_cost
+    if cost is None:
+        yield "Not measured."
+        return
+    ratio = best.cost_ratio_interval or best.cost_ratio
+    speed = best.speedup_interval or best.speedup
+    if ratio is not None:
+        yield f"It runs at **{_percent(ratio)}** of the teacher's cost{_faster(speed)}."
+        yield ""
+    rows = [
+        _compared(column.title, column, getattr(teachers, key) if teachers else None, getattr(cost, key))
+        for key, column in COSTS.items()
+        if getattr(cost, key) is not None
+    ]
+    for load in cost.loads[1:]:
+        beside = load_of(teachers, load.batch).usd_per_million_tokens if teachers and teachers.loads else None
+        dollars = COSTS["usd_per_million_tokens"]
+        what = f"{dollars.title}, batches of {load.batch}"
+        rows.append(_compared(what, dollars, beside, load.usd_per_million_tokens))
+    yield from _table(["", plain(judgement.teacher), best.version, "of the teacher's"], rows)
+    yield ""
+    yield plain(_timed(judgement, best, cost))
+    yield ""
+    yield plain(payback(best))
+    if best.payback:
+        yield ""
+        parts = [
+            [part.what, f"{part.seconds:,.0f} s" if part.seconds else None, f"${part.usd:.2g}"]
+            for part in best.payback.parts
+        ]
+        yield from _table(["making it took", "time", "dollars"], parts)
+
+
+def _timed(judgement: Judgement, best: Candidate, cost: Cost) -> str:
+    hardware, _, engine = cost.machine.partition("; ")
+    beside = f", {judgement.teacher} in {best.teacher_cost.machine.partition('; ')[2]}" if best.teacher_cost else ""
+    words = (
+        f"Timed on {hardware}, with {cost.threads} threads: {best.version} in {engine}{beside}; {cost.prompt_tokens} "
+        f"tokens in and {cost.new_tokens} out, one request at a time where no batch is named. Dollars: "
+        f"{'; '.join(_prices(best)) or f'{cost.usd_per_hour:g} USD/h'}."
+    )
+    if best.cost_ratio_interval and best.teacher_cost:
+        words += " The ratio above is the median over paired rounds; the table sets medians beside each other."
+    return words
+
+
+def _compared(what: str, column: Column, teachers: float | None, own: float) -> list[str | None]:
+    """A figure of both, and their ratio."""
+    ratio = own / teachers if teachers else None
+    beside = ratio and (f"{times(ratio)} times" if ratio >= 2 else percent(ratio))
+    return [what, column.cell(teachers), column.cell(own), beside or None]
+
+
+def _prices(best: Candidate) -> list[str]:
+    used = [cost.price for cost in (best.cost, best.teacher_cost) if cost and cost.price]
+    return list(dict.fromkeys([*used, *(best.payback.prices if best.payback else ())]))
+
+
+def _percent(ratio: Estimate | float) -> str:
+    return between(ratio) if isinstance(ratio, Estimate) else percent(ratio)
+
+
+def _faster(speed: Estimate | float | None) -> str:
+    if speed is None:
+        return ""
+    if isinstance(speed, Estimate):
+        return f", **{times(speed.value)}** times [{times(speed.low)}, {times(speed.high)}] as fast"
+    return f", **{times(speed)}** times as fast"
+
+
+def _candidates(judgement: Judgement) -> Iterator[str]:
+    yield "## Every candidate"
+    yield ""
+    rows = []
+    for each in judgement.candidates[:MOST]:
+        words = {"pass": "as good", "fail": "worse", "inconclusive": "not settled"}[each.quality]
+        rows.append(
+            [
+                each.version,
+                title(each),
+                between(each.retention) if each.retention else None,
+                percent(each.cost_ratio) if each.cost_ratio is not None else None,
+                f"{times(each.speedup)}x" if each.speedup is not None else None,
+                words,
+                "; ".join(_reasons(each)),
+            ]
+        )
+    yield from _table(["version", "what", "quality kept", "cost ratio", "speed-up", "it is", "because of"], rows)
+    if len(judgement.candidates) > MOST:
+        yield ""
+        yield f"{len(judgement.candidates) - MOST} more are in `--format json`."
+
+
+def _reasons(candidate: Candidate) -> Iterator[str]:
+    """The tasks that it does not pass."""
+    for outcome in ("fail", "inconclusive"):
+        if tasks := [task.task for task in candidate.tasks if task.noninferiority.verdict == outcome]:
+            every = len(tasks) == len(candidate.tasks) > 1
+            yield f"{outcome}: {'all tasks' if every else ', '.join(tasks)}"
+    if candidate.untold:
+        yield f"cannot be told: {', '.join(candidate.untold)}"
+
+
+def _trace(judgement: Judgement, best: Candidate) -> Iterator[str]:
+    yield "## How to trace it"
+    yield ""
+    rows = [
+        ["teacher", judgement.teacher, f"files {judgement.teacher_digest[:12]}"],
+        ["candidate", best.version, f"files {best.files[:12]}, scorecard {best.scorecard[:12]}"],
+        ["tasks", ", ".join(judgement.margins), f"tasks {judgement.tasks_digest[:12]}"],
+        ["prompts", judgement.harness, f"prompts {judgement.prompts_digest[:12]}"],
+        ["judged", f"{judgement.created:%Y-%m-%d %H:%M} UTC", ""],
+    ]
+    yield from _table(["", "what", "digest"], rows)
+    yield ""
+    yield "To make it again (`eval` with the `--include-path` and `--limit` of the first time):"
+    yield ""
+    tasks, widths = _word(",".join(judgement.margins)), set(judgement.margins.values())
+    words = (
+        [f"{task}={margin:g}" for task, margin in judgement.margins.items()]
+        if len(widths) > 1
+        else [f"{widths.pop():g}"]
+    )
+    margins = "".join(f" --margin {_word(word)}" for word in words)
+    asked = "".join(f" --task {_word(task)}" for task in judgement.asked)
+    yield f"    limbeck models lineage {best.version}"
+    yield f"    limbeck eval {judgement.name} --tasks {tasks} --against {judgement.teacher}"
+    yield f"    limbeck compare {best.version} {judgement.teacher} --tasks {tasks}{margins}"
+    yield f"    limbeck verdict {judgement.name} --against {judgement.teacher}{asked}{margins}"
+
+
+# --- HTML
+
+
+def _plot(best: Candidate) -> str:
+    """Each task's difference between its one-sided bounds, beside 0 and the margin; right is better."""
+    lines = []
+    for task in best.tasks:
+        test, sign = task.noninferiority, 1 if task.higher_is_better else -1
+        scale = 88 / max(abs(test.lower), abs(test.upper), test.margin)
+        low, at, high, margin = (
+            f"{scale * value:.1f}" for value in (test.lower, sign * task.difference.value, test.upper, -test.margin)
+        )
+        lines.append(
+            f'<span>{escape(task.task)}</span><svg viewBox="-100 0 200 20" preserveAspectRatio="none" role="img" '
+            f'aria-label="{test.lower:+.4f} to {test.upper:+.4f}, margin {-test.margin:g}">'
+            f'<path class="zero" d="M0 0V20"/><path class="margin" d="M{margin} 0V20"/>'
+            f'<path class="{test.verdict}" d="M{low} 10H{high}M{low} 5V15M{high} 5V15"/>'
+            f'<path class="at {test.verdict}" d="M{at} 4V16"/></svg><span class="{test.verdict}">{test.verdict}</span>'
+        )
+    caption = (
+        "Candidate less teacher, between one-sided 95% bounds before the correction; to the right is better. The line "
+        "is no difference, the dashes are the margin. Each task has its own scale."
+    )
+    return f'<div class="differences">{"".join(lines)}</div><p class="caption">{caption}</p>' if lines else ""
+
+
+# --- Markdown
+
+
+def plain(text: str) -> str:
+    """Text as Markdown that shows it as it is, on one line."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    # An underscore within a word is no emphasis, and brackets alone are no link.
+    return re.sub(r"[\\`*<>|#&~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])", r"\\\g<0>", text)
+
+
+def _word(text: str) -> str:
+    """A word of a command line."""
+    return shlex.quote("".join(c for c in text if c.isprintable()))
+
+
+def _lines(lines: Iterator[str] | Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
+
+
+def _list(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        # What begins like a list would be one.
+        yield "- " + re.sub(r"^([-+]|\d+(?=[.)]))", r"\\\1", plain(text))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> Iterator[str]:
+    for cells in (columns, ["---"] * len(columns)):
+        yield f"| {' | '.join(cells)} |"
+    for row in rows:
+        yield f"| {' | '.join('-' if cell is None else _cell(cell) for cell in row)} |"
+
+
+def _cell(text: str) -> str:
+    """A cell that keeps each interval on one line."""
+    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), plain(text))

@@ -1,0 +1,1 @@
+"""An ONNX artifact: exported, checked for parity, registered, opened by other programs."""

@@ -1,0 +1,1 @@
+"""A bundle: an artifact with all that serves it."""

@@ -1,0 +1,102 @@
+"""Which of Limbeck's modules a serving host runs, and which packages they need: found by following imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[3]
+# The command of a bundle's host. What `serve` imports when it is called belongs to it; what another function imports
+# only when that is called (the registry, say) does not.
+ENTRY = {"limbeck.__main__": "", "limbeck.cli": "", "limbeck.export.commands.serve": "serve"}
+
+
+def sources() -> dict[str, Path]:
+    """The modules that serving takes: path below the root, such as "limbeck/export/server/app.py", -> the file."""
+    found = {_file(module): None for module in _followed()[0]}
+    return {path.relative_to(ROOT).as_posix(): path for path in found}
+
+
+def requirements(*more: str) -> list[str]:
+    """What those modules import of others, `more`, and what these need in turn: "name==version" as installed here."""
+    distributions = importlib.metadata.packages_distributions()
+    pins: dict[str, str] = {}
+    for module in [*_followed()[1], *more]:
+        for name in distributions.get(module, [module]):
+            _pin(name, set(), pins)
+    return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
+    found = importlib.metadata.distribution(name)
+    key = canonicalize_name(found.metadata["Name"])
+    if key in pins and not extras:
+        return
+    pins[key] = found.version
+    for line in found.requires or []:
+        needed = Requirement(line)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+            _pin(needed.name, needed.extras, pins)
+
+
+def _followed() -> tuple[list[str], list[str]]:
+    """The modules of Limbeck, and the top-level names of others' packages."""
+    ours: dict[str, None] = {}
+    others: dict[str, None] = {}
+    queue: list[str] = []
+
+    def add(name: str) -> None:
+        # `import a.b` runs a/__init__.py too.
+        parts = name.split(".")
+        for part in (".".join(parts[: end + 1]) for end in range(len(parts))):
+            if part not in ours and _file(part).is_file():
+                ours[part] = None
+                queue.append(part)
+
+    for entry in ENTRY:
+        add(entry)
+    for module in queue:
+        imports = _Imports(ENTRY.get(module, ""))
+        imports.visit(ast.parse(_file(module).read_text()))
+        for name in imports.names:
+            top = name.partition(".")[0]
+            if top == "limbeck":
+                add(name)
+            elif top not in sys.stdlib_module_names:
+                others[top] = None
+    return list(ours), list(others)
+
+
+def _file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+class _Imports(ast.NodeVisitor):
+    """The names that a module imports when it is imported, and those that its function `called` imports."""
+
+    def __init__(self, called: str) -> None:
+        self.called = called
+        self.names: list[str] = []
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names += [alias.name for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self.names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name == self.called:
+            self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        pass
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) != "TYPE_CHECKING":
+            self.generic_visit(node)

@@ -1,0 +1,1 @@
+"""The commands of this room: `limbeck export`, `serve`, `deploy`, `generate`."""

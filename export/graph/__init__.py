@@ -1,0 +1,1 @@
+"""The fused ONNX graph of a decoder."""

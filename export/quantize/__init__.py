@@ -1,0 +1,1 @@
+"""Quantized variants of a graph, and how they are chosen."""

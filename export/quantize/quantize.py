@@ -1,0 +1,137 @@
+"""A float32 graph in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+
+from limbeck.export.quantize.evaluate import Trial, save
+from limbeck.export.quantize.sample_texts import PASSAGES
+from limbeck.export.runtime.runtime import GRAPH, NUMPY_TYPES, Runtime, empty_past
+from limbeck.registry.core.errors import BadInput
+
+CALIBRATED = 16  # texts whose activations are looked at
+ON_CUDA = ("fp32", "fp16", "int4", "int8-weight")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What quantization goes by.
+
+    Attributes:
+        texts: to calibrate with and to choose by; not the ones that parity is measured on, where there are others.
+        source: where they are from, as the manifest says it.
+        max_change: most that the bits per byte may grow by, as a share; parts of an int4 model are given 8 bits until
+            it holds.
+        device: where the artifact will run.
+        tell: takes a line on what is done.
+    """
+
+    texts: Sequence[str] = PASSAGES
+    source: str = "passages that come with Limbeck"
+    max_change: float = 0.01
+    device: Literal["cpu", "cuda"] = "cpu"
+    tell: Callable[[str], None] = lambda text: None
+
+    def asked(self, precision: str) -> dict[str, Any]:
+        """What a variant made before must have been asked to be, to be this one."""
+        if precision == "int4":
+            return {"device": self.device, "max_change": self.max_change}
+        return {"device": self.device}
+
+
+def quantize(artifact: Path, folder: Path, precision: str, settings: Settings | None = None) -> dict[str, Any]:
+    """Write `folder/model.onnx`, the float32 artifact's graph in `precision`. Returns what the manifest says of it.
+
+    Args:
+        artifact: folder with a float32 graph, its configuration and its tokenizer; may be `folder` itself.
+
+    Raises:
+        BadInput: a precision that the device or the graph cannot have.
+    """
+    settings = settings or Settings()
+    check_device([precision], settings.device)
+    record = _quantize(artifact, folder, precision, settings)
+    return {**record, "asked": settings.asked(precision)}
+
+
+def check_device(precisions: Sequence[str], device: str) -> None:
+    """Raise BadInput where one of the precisions is not for the device."""
+    for precision in precisions:
+        if device == "cuda" and precision not in ON_CUDA:
+            raise BadInput(f"{precision} is for the CPU", fix=f"on CUDA use one of: {', '.join(ON_CUDA)}")
+
+
+def _quantize(artifact: Path, folder: Path, precision: str, settings: Settings) -> dict[str, Any]:
+    if precision == "fp16":
+        from limbeck.export.quantize.float16 import to_float16
+
+        _replace(folder, to_float16(artifact / GRAPH))
+        return {"method": "float16"}
+    if precision == "int8":
+        from limbeck.export.quantize.int8 import quantize_int8
+
+        quantize_int8(artifact / GRAPH, folder)
+        return {"method": "dynamic int8"}
+    if precision == "int8-static":
+        from limbeck.export.quantize.int8 import quantize_static_int8
+
+        runtime = Runtime.load(artifact, verify=False)
+        if not any(runtime.encode(text) for text in settings.texts[:CALIBRATED]):
+            raise BadInput("no text to calibrate with: every document is empty")
+        quantize_static_int8(artifact / GRAPH, folder, _inputs(runtime, settings.texts))
+        return {"method": "static int8", "calibration": settings.source}
+    return _weight_only(artifact, folder, 4 if precision == "int4" else 8, settings)
+
+
+def _weight_only(artifact: Path, folder: Path, bits: int, settings: Settings) -> dict[str, Any]:
+    from limbeck.export.quantize.mixed_precision import choose
+    from limbeck.export.quantize.weight_only import Weights
+
+    weights = Weights.read(artifact / GRAPH)
+    if not weights.products:
+        raise BadInput(
+            f"{artifact.name}: its graph has no product with a constant weight to store in {bits} bits",
+            fix="use fp32 or fp16",
+        )
+    with TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
+        trial = Trial(artifact, Path(scratch), settings.texts)
+        choice = choose(
+            weights, trial, bits, most=settings.max_change, on_cpu=settings.device == "cpu", tell=settings.tell
+        )
+    model = weights.quantized(choice.plan)
+    if settings.device == "cuda":
+        from limbeck.export.quantize.float16 import convert
+
+        model = convert(model)
+    _replace(folder, model)
+    return {
+        "method": "weight-only",
+        "chosen_on": settings.source,
+        "chosen_on_tokens": trial.tokens,
+        **choice.record,
+    }
+
+
+def _replace(folder: Path, model: Any) -> None:
+    for path in folder.glob(f"{GRAPH}*"):
+        path.unlink()
+    save(model, folder / GRAPH)
+
+
+def _inputs(runtime: Runtime, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The graph's inputs for the beginnings of some texts, with an empty cache."""
+    most = min(128, runtime.max_length)
+    for text in texts[:CALIBRATED]:
+        row = runtime.encode(text[: 16 * most])[:most]
+        if not row:
+            continue
+        ids = np.array([row], np.int64)
+        known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
+        cache = {name: np.zeros(empty_past(item, 1), NUMPY_TYPES[item.type]) for name, item in runtime.past.items()}
+        yield {name: known[name] for name in runtime.takes} | cache

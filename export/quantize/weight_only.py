@@ -1,0 +1,239 @@
+"""Weights in blocks of 4 or 8 bits: com.microsoft's MatMulNBits, and GatherBlockQuantized for the token embedding.
+
+Each run of `block` inputs of an output channel has a scale of its own, and a zero point unless it is symmetric.
+Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8, each token and block
+by themselves: what a text gets does not depend on what else is in the batch, as it does in dynamic int8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.export.quantize.int8 import gemm_as_matmul, token_embedding
+
+BLOCKS = (128, 64, 32, 16)
+LAYER = re.compile(r"(?:layers|h|layer|blocks)[./](\d+)[./]([a-z_]+)")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a weight is stored.
+
+    Attributes:
+        bits: 4 or 8. block: inputs that share a scale.
+        accuracy_level: of MatMulNBits; 0 computes in float32, 4 rounds activations to int8.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool = False
+    accuracy_level: int = 4
+
+    def fields(self) -> dict[str, Any]:
+        """As the manifest says it."""
+        return {
+            "bits": self.bits,
+            "block_size": self.block,
+            "symmetric": self.symmetric,
+            "accuracy_level": self.accuracy_level,
+        }
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a constant weight, or the token embedding where `node` is its lookup."""
+
+    node: str  # its output
+    weight: str  # the initializer
+    outputs_first: bool  # (out, in) rather than (in, out)
+    inputs: int
+    outputs: int
+    group: str  # part of the model that is kept or quantized together
+
+
+@dataclass
+class Weights:
+    """The products of a graph, and their weights as they were quantized so far."""
+
+    model: Any  # onnx.ModelProto without its initializers
+    tensors: dict[str, Any]  # the initializers
+    products: list[Product]
+    embedding: str | None  # table that is looked up, and multiplied with where the head is tied to it
+    _packed: dict[tuple[str, int, int, bool], tuple[np.ndarray, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, graph: Path) -> Weights:
+        """The float32 `graph`, its Gemm nodes as MatMul and Add."""
+        model = gemm_as_matmul(graph)
+        products, embedding = _products(model.graph), token_embedding(model.graph)
+        tensors = {item.name: item for item in model.graph.initializer}
+        del model.graph.initializer[:]
+        return cls(model, tensors, products, embedding)
+
+    @property
+    def groups(self) -> dict[str, list[Product]]:
+        """Products by the part of the model that they belong to, in the graph's order."""
+        groups: dict[str, list[Product]] = {}
+        for product in self.products:
+            groups.setdefault(product.group, []).append(product)
+        return groups
+
+    def pack(self, product: Product, blocks: Blocks) -> tuple[np.ndarray, ...]:
+        """(N, K / block, bytes) uint8 codes, (N, K / block) float32 scales and, unless symmetric, zero points."""
+        key = (product.weight, blocks.bits, blocks.block, blocks.symmetric)
+        if key not in self._packed:
+            from onnx import numpy_helper
+
+            weight = numpy_helper.to_array(self.tensors[product.weight])
+            self._packed[key] = _pack(weight.T if product.outputs_first else weight, blocks)
+        return self._packed[key]
+
+    def forget(self) -> None:
+        """Free what was quantized."""
+        self._packed.clear()
+
+    def block_for(self, product: Product, blocks: Blocks) -> Blocks | None:
+        """`blocks`, with a block that divides the width of the table that is looked up; None where there is none."""
+        if product.weight != self.embedding:
+            return blocks
+        for block in BLOCKS:
+            if block <= blocks.block and product.inputs % block == 0:
+                return Blocks(blocks.bits, block, blocks.symmetric, blocks.accuracy_level)
+        return None
+
+    def quantized(self, plan: Mapping[str, Blocks | None]) -> Any:
+        """The graph with the weights of each group as `plan` says; None leaves a group in float32."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        chosen = {}
+        for product in self.products:
+            blocks = plan.get(product.group)
+            blocks = self.block_for(product, blocks) if blocks else None
+            if blocks:
+                chosen[product.node] = (product, blocks)
+        nodes, initializers = [], {}
+        for node in model.graph.node:
+            if node.output[0] in chosen:
+                product, blocks = chosen[node.output[0]]
+                for tensor in _tensors(product, blocks, self.pack(product, blocks), product.weight == self.embedding):
+                    initializers[tensor.name] = tensor
+                nodes += _nodes(node, product, blocks, product.weight == self.embedding)
+            else:
+                nodes.append(node)
+        nodes = _read_by_something(nodes, {item.name for item in model.graph.output})
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        read = {name for node in nodes for name in node.input}
+        model.graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in read)
+        model.graph.initializer.extend(initializers.values())
+        if chosen and not any(opset.domain == "com.microsoft" for opset in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        return model
+
+
+def _products(graph: Any) -> list[Product]:
+    tensors = {item.name: item for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
+    table = token_embedding(graph)
+    turned = {  # optimum's head reads the table transposed, the fused graph's after a Reshape to the shape that it has
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type in ("Transpose", "Reshape") and node.input[0] == table
+    }
+    found = []
+    for node in graph.node:
+        if table and node.op_type == "Gather" and node.input[0] == table:
+            weight, outputs_first = table, True
+        elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in turned:
+            weight, outputs_first = turned[node.input[1]], True
+        elif node.op_type == "MatMul" and node.input[1] in tensors:
+            weight, outputs_first = node.input[1], False
+        else:
+            continue
+        first, second = tensors[weight].dims
+        inputs, outputs = (second, first) if outputs_first else (first, second)
+        group = "embedding" if weight == table else _group(node.name or node.output[0])
+        found.append(Product(node.output[0], weight, outputs_first, inputs, outputs, group))
+    return found
+
+
+def _group(name: str) -> str:
+    """`layers.3.mlp` for a product in that part of a layer, by its own name; `head` for one outside of the layers."""
+    match = LAYER.search(name)
+    return f"layers.{match[1]}.{match[2]}" if match else "head"
+
+
+def _pack(weight: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, ...]:
+    """Round (K, N) float32 to nearest."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
+
+    config = DefaultWeightOnlyQuantConfig(blocks.block, blocks.symmetric, bits=blocks.bits)
+    codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight))
+    return (codes, scales) if blocks.symmetric else (codes, scales, zeros)
+
+
+def _names(product: Product, blocks: Blocks) -> list[str]:
+    names = [f"{product.weight}_{blocks.bits}bits", f"{product.weight}_{blocks.bits}bits_scales"]
+    return names if blocks.symmetric else [*names, f"{product.weight}_{blocks.bits}bits_zeros"]
+
+
+def _tensors(product: Product, blocks: Blocks, packed: tuple[np.ndarray, ...], looked_up: bool) -> list[Any]:
+    from onnx import numpy_helper
+
+    tensors = list(packed)
+    names = _names(product, blocks)
+    if looked_up:  # the lookup takes a row of the table as one run of bytes, the head as blocks
+        tensors = [packed[0].reshape(len(packed[0]), -1), *packed[1:], np.array(packed[0].shape, np.int64)]
+        names = [*names, f"{product.weight}_shape"]
+    return [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
+
+
+def _nodes(node: Any, product: Product, blocks: Blocks, looked_up: bool) -> list[Any]:
+    """The quantized form of a MatMul or of the lookup."""
+    from onnx import helper
+
+    names, out = _names(product, blocks), node.output[0]
+    common: dict[str, Any] = {"domain": "com.microsoft", "bits": blocks.bits, "block_size": blocks.block}
+    if node.op_type == "Gather":
+        inputs = [names[0], node.input[1], *names[1:]]
+        return [
+            helper.make_node("GatherBlockQuantized", inputs, [out], node.name, gather_axis=0, quantize_axis=1, **common)
+        ]
+    before = []
+    if looked_up:
+        blocked = f"{names[0]}_blocked"
+        before = [helper.make_node("Reshape", [names[0], f"{product.weight}_shape"], [blocked], blocked)]
+        names = [blocked, *names[1:]]
+    sizes: dict[str, Any] = {"K": product.inputs, "N": product.outputs}
+    return [
+        *before,
+        helper.make_node(
+            "MatMulNBits",
+            [node.input[0], *names],
+            [out],
+            node.name,
+            accuracy_level=blocks.accuracy_level,
+            **sizes,
+            **common,
+        ),
+    ]
+
+
+def _read_by_something(nodes: list[Any], outputs: set[str]) -> list[Any]:
+    """Without the nodes whose outputs nothing reads any more."""
+    kept, read = [], set(outputs)
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            kept.append(node)
+            read.update(node.input)
+    return kept[::-1]

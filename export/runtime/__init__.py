@@ -1,0 +1,1 @@
+"""The torch-free runtime: sessions, caches, batches, sampling, text."""

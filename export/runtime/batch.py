@@ -1,0 +1,138 @@
+"""Rows that are decoded together, each at its own length; they join and leave between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from limbeck.export.runtime.dynamic_cache import Grown
+from limbeck.export.runtime.prefix_cache import Prefixes, common
+from limbeck.export.runtime.static_cache import InPlace
+
+if TYPE_CHECKING:
+    from limbeck.export.runtime.runtime import Runtime
+
+KEPT_TOKENS = 4096  # of texts that have left, for later prompts that begin alike
+LEAST_REUSE = 16  # tokens; fewer are read as fast as they are copied
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of a batch, held from `begin` to `end`."""
+
+    prompt: tuple[int, ...]
+    length: int = 0  # tokens in the cache
+    cached: int = 0  # of those, how many another text had read
+    row: int = -1  # of the cache, where it has rows
+    held: bool = True
+    given: list[int] = field(default_factory=list)  # tokens that came after the prompt
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens that the model has not seen yet."""
+        return max(0, len(self.prompt) - self.length)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What is in the cache."""
+        return (*self.prompt, *self.given)[: self.length]
+
+    def begins(self, text: tuple[int, ...]) -> int:
+        """How many tokens of the beginning of `text` are in the cache."""
+        length = min(common(text, self.prompt), self.length)
+        return common(text, self.tokens) if length == len(self.prompt) else length
+
+
+class Batch:
+    """The rows that one loaded artifact decodes at present, and their caches.
+
+    Rows are told apart by their `Slot`. What a row's logits are does not depend on the other rows, nor on what is
+    reused (but for int8 activations, whose scales do). Not for several threads at once.
+
+    Args:
+        kept_tokens: the most tokens whose keys and values are kept of texts that have left, so that a prompt that
+            begins alike does not read them again.
+    """
+
+    def __init__(self, runtime: Runtime, kept_tokens: int = KEPT_TOKENS) -> None:
+        self._slots: list[Slot] = []
+        self._cache: InPlace | Grown = InPlace(runtime) if runtime.fused else Grown(runtime)
+        # On a GPU every reuse would take the cache through main memory.
+        self._prefixes = Prefixes(kept_tokens if runtime.device == "cpu" else 0)
+        self._reuses = runtime.device == "cpu"
+
+    def begin(self, prompt: Sequence[int], room: int) -> Slot:
+        """A new row that reads `prompt` and then takes at most `room` tokens. Nothing is computed yet."""
+        slot = Slot(tuple(prompt))
+        self._cache.add(slot)
+        self._slots.append(slot)
+        return slot
+
+    def read(self, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
+        """Let each slot see at most `most` more tokens of its prompt; what other texts have read is not counted.
+
+        Returns:
+            for each slot, (V,) float32 logits after the last token of its prompt; None while some is unread.
+        """
+        found: dict[Slot, np.ndarray] = {}
+        waiting = list(slots)
+        while waiting:
+            now: list[Slot] = []
+            for slot in waiting:
+                self._reuse(slot)
+                if not any(self._gains(slot, other) for other in now):
+                    now.append(slot)
+            pieces = [slot.prompt[slot.length : slot.length + most] for slot in now]
+            for slot, piece, logits in zip(now, pieces, self._cache.read(now, pieces), strict=True):
+                slot.length += len(piece)
+                found[slot] = logits
+            waiting = [slot for slot in waiting if slot not in now]
+        return [None if slot.unread else found[slot] for slot in slots]
+
+    def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
+        """Give each slot, whose prompt is read, its next token.
+
+        Returns:
+            (n, V) float32 logits of what follows; the next step may overwrite them.
+        """
+        logits = self._cache.step(slots, tokens)
+        for slot, token in zip(slots, tokens, strict=True):
+            slot.given.append(token)
+            slot.length += 1
+        return logits
+
+    def end(self, slot: Slot) -> None:
+        """Let a row go; the next step is without it."""
+        tokens = slot.tokens
+        if self._prefixes.wants(tokens):
+            self._prefixes.keep(tokens, self._cache.copy(slot, slot.length))
+        self._cache.remove(slot)
+        self._slots.remove(slot)
+        slot.held = False
+
+    def _reuse(self, slot: Slot) -> None:
+        """Take over what another text has of this prompt; its last token is read in any case, for the logits."""
+        if not self._reuses:
+            return
+        before, least = slot.length, slot.length + LEAST_REUSE
+        wanted = slot.prompt[:-1]
+        others = [(other.begins(wanted), other) for other in self._slots if other is not slot]
+        length, other = max(others, key=lambda pair: pair[0], default=(0, slot))
+        kept, parts = self._prefixes.find(wanted) if len(wanted) >= least else (0, [])
+        if max(length, kept) < least:
+            return
+        if kept > length:
+            self._cache.extend(slot, parts, kept)
+        else:
+            self._cache.share(slot, other, length)
+        slot.length = max(kept, length)
+        slot.cached += slot.length - before
+
+    def _gains(self, slot: Slot, other: Slot) -> bool:
+        """Whether `slot` had better wait until `other` has read what both begin with."""
+        if not self._reuses or other.length < slot.length:
+            return False
+        return common(slot.prompt[:-1], other.prompt) >= slot.length + LEAST_REUSE

@@ -1,0 +1,161 @@
+"""How the next token is chosen from the logits. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from limbeck.registry.core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks of generation; names and meaning as in transformers' `generate`.
+
+    `presence_penalty`, `frequency_penalty` and `logit_bias` are OpenAI's.
+
+    Raises BadInput for a value out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None  # of the likeliest token's probability
+    repetition_penalty: float = 1.0  # for tokens of the prompt and of the text so far
+    presence_penalty: float = 0.0  # taken from the logit of a token that the new text has
+    frequency_penalty: float = 0.0  # the same, for each time that it has it
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits
+    seed: int | None = None
+    stop: Sequence[str] = ()  # generation ends before the first of these strings
+    logprobs: int | None = None  # report the chosen token's, and this many of the likeliest at each step
+    ignore_eos: bool = False  # go on after an end-of-text token: costs are measured over a known length
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", np.isfinite(self.temperature) and self.temperature >= 0, "0 or greater"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("presence_penalty", np.isfinite(self.presence_penalty), "a number"),
+            ("frequency_penalty", np.isfinite(self.frequency_penalty), "a number"),
+            (
+                "logit_bias",
+                all(token >= 0 and np.isfinite(bias) for token, bias in self.logit_bias.items()),
+                "token ids with a number each",
+            ),
+            ("seed", self.seed is None or self.seed >= 0, "0 or greater"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or greater"),
+        ]
+        for name, holds, wanted in rules:
+            if not holds:
+                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+
+class Sampler:
+    """Chooses the tokens of one text.
+
+    Its draws depend on the seed and on the text's place in the request, not on what else is decoded along with it.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], index: int) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(None if sampling.seed is None else [sampling.seed, index])
+        self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}  # the keys: a set in order
+        self._counts: dict[int, int] = {}  # of the new text's tokens
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token's id for (V,) logits: the likeliest at temperature 0, else a draw."""
+        sampling = self._sampling
+        logits = self._penalized(logits)
+        if sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            tokens, probabilities = candidates(logits, sampling)
+            cumulative = np.cumsum(probabilities)
+            # Scaled by the sum, which rounding may leave a hair off 1.
+            place = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+            token = int(tokens[place])
+        if sampling.repetition_penalty != 1:
+            self._seen[token] = None
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        """The logits after bias and penalties; the given ones are left as they are."""
+        sampling = self._sampling
+        if not (sampling.logit_bias or self._seen or self._counts):
+            return logits
+        logits = logits.astype(np.float64)
+        logits[list(sampling.logit_bias)] += list(sampling.logit_bias.values())
+        if self._seen:
+            tokens, penalty = list(self._seen), sampling.repetition_penalty
+            logits[tokens] *= np.where(logits[tokens] < 0, penalty, 1 / penalty)
+        if self._counts:
+            counts = np.array(list(self._counts.values()))
+            logits[list(self._counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        return logits
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(..., V) logits -> (..., V) natural-log probabilities, of the same dtype."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def likeliest(logprobs: np.ndarray, count: int) -> dict[int, float]:
+    """The `count` likeliest tokens of (V,) log-probabilities, best first, with theirs."""
+    tokens = np.arange(len(logprobs)) if count >= len(logprobs) else at_least_the(logprobs, count)
+    best = tokens[np.argsort(-logprobs[tokens], kind="stable")[:count]]
+    return {int(token): float(logprobs[token]) for token in best}
+
+
+def at_least_the(values: np.ndarray, count: int) -> np.ndarray:
+    """Where (V,) values are at least the `count`-th greatest, in order of place: more than `count` where some tie."""
+    if count == 0:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(values >= np.partition(values, -count)[-count])
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """What may come next after temperature, top-k, top-p and min-p, in this order, as transformers.
+
+    Args:
+        logits: (V,), the temperature above 0.
+
+    Returns:
+        (n,) token ids, rising, and their (n,) float64 probabilities.
+    """
+    scores = logits.astype(np.float64) / sampling.temperature
+    tokens = np.arange(len(scores))
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        tokens = at_least_the(scores, sampling.top_k)
+        scores = scores[tokens]
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    if sampling.top_p is not None and sampling.top_p < 1:
+        kept = _nucleus(probabilities, sampling.top_p)
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    if sampling.min_p:
+        kept = probabilities >= sampling.min_p * probabilities.max()
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    return tokens, probabilities / probabilities.sum()
+
+
+def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Places, rising, of the likeliest that hold `top_p` together: the last of them is the one that reaches it."""
+    count = 64
+    while True:
+        # Sorted are only as many as it takes: a vocabulary takes milliseconds.
+        best = at_least_the(probabilities, count) if count < len(probabilities) else np.arange(len(probabilities))
+        best = best[np.argsort(-probabilities[best], kind="stable")]
+        before = np.cumsum(probabilities[best]) - probabilities[best]
+        if before[-1] + probabilities[best[-1]] >= top_p or len(best) == len(probabilities):
+            return np.sort(best[(before < top_p) | (best == best[0])])
+        count *= 8

@@ -1,0 +1,191 @@
+"""An OpenAI-compatible server over the torch-free runtime: /v1, /health, /ready and /metrics.
+
+Requests that arrive together are decoded together (export.server.scheduler); the model may be replaced while they run
+(limbeck.export.server.hot_swap).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+from collections.abc import AsyncIterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from limbeck.export.server.admission import Gate, response
+from limbeck.export.server.completions import APIError
+from limbeck.export.server.hot_swap import Served
+from limbeck.export.server.metrics import CONTENT_TYPE
+from limbeck.export.server.requests import Unavailable
+from limbeck.export.server.routes_models import add_model
+from limbeck.export.server.routes_openai import add_completions
+from limbeck.export.server.watch import Artifact, Problem
+from limbeck.registry.core.errors import BadInput
+
+MAX_BODY = 2**22  # bytes of one request
+DRAIN_S = 30.0  # how long running requests may take to end after SIGTERM
+# After this long the kernel closes a connection whose client takes nothing, and with it the request ends.
+STALLED_S = 60
+MOST_FILES = 65536
+SEND_BUFFER = 2**17  # bytes that the kernel holds for a slow reader; left to itself it would take megabytes
+
+
+def serve(
+    served: Served,
+    listener: socket.socket,
+    *,
+    artifacts: AsyncIterator[Artifact | Problem] | None = None,
+    api_key: str | None = None,
+    max_body: int = MAX_BODY,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that run or wait then are answered first.
+
+    Args:
+        listener: a bound socket, from `listen`.
+        artifacts: what is to be served next, as it comes to be.
+        api_key: what clients must send as a bearer token; None lets everyone in.
+        max_body: bytes of one request.
+        drain_s: how long the last requests may take; a second signal ends them at once.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    _allow_many_files()
+    config = uvicorn.Config(
+        application(served, api_key, max_body),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        backlog=2048,
+    )
+    asyncio.run(_Server(config, drain_s).run_with(served, listener, artifacts))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port` (0: a free one). Raises BadInput where it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot listen on {host} port {port}: {why}", fix="choose another with --port") from None
+    # What is accepted inherits these. Without the first, asyncio's sockets hold back small pieces for 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)
+    return listener
+
+
+def application(served: Served, api_key: str | None = None, max_body: int = MAX_BODY) -> Gate:
+    """The server as an ASGI application."""
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gate = Gate(api, served.metrics, api_key, max_body)
+    _add_state(api, served, gate)
+    add_completions(api, served)
+    add_model(api, served)
+
+    @api.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
+        return response(error)
+
+    @api.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> Response:
+        return response(APIError(error.status, str(error), code=error.code), error.retry_after)
+
+    @api.exception_handler(BadInput)
+    async def bad_input(request: Request, error: BadInput) -> Response:
+        return response(APIError(400, error.message))
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return response(_invalid(error))
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return response(APIError(error.status_code, str(error.detail)))
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return response(APIError(500, "the server failed on this request"))
+
+    return gate
+
+
+def _add_state(api: FastAPI, served: Served, gate: Gate) -> None:
+    """What those who run the server ask."""
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready() -> Response:
+        if gate.draining:
+            return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ready", "version": served.current().version})
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which at the first signal would close its door; this one lets requests in, to be told 503."""
+
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run_with(
+        self, served: Served, listener: socket.socket, artifacts: AsyncIterator[Artifact | Problem] | None
+    ) -> None:
+        """Serve, and follow `artifacts` meanwhile."""
+        self._loop = asyncio.get_running_loop()
+        following = artifacts and asyncio.ensure_future(served.follow(artifacts))
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            if following:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        gate = self.config.app
+        assert isinstance(gate, Gate)
+        if gate.draining or self._loop is None:
+            super().handle_exit(sig, frame)
+        else:
+            gate.draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(gate)))
+
+    async def _drain(self, gate: Gate) -> None:
+        end = asyncio.get_running_loop().time() + self._drain_s
+        while gate.running and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def _allow_many_files() -> None:
+    """Each connection is an open file; the usual limit is 1,024 where up to the hard one may be asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _invalid(error: RequestValidationError) -> APIError:
+    """The first field that pydantic found wrong."""
+    found = error.errors()
+    where = found[0]["loc"][1:2]
+    field = str(where[0]) if where and found[0]["type"] != "json_invalid" else None
+    words = dict.fromkeys(item["msg"] for item in found if item["loc"][1:2] == where)
+    message = " or ".join(words)
+    return APIError(400, f"{field}: {message}" if field else message, field)

@@ -1,0 +1,284 @@
+"""What /v1/completions is asked and what it answers, without the HTTP around it.
+
+The API is that of https://platform.openai.com/docs/api-reference/completions; what is not implemented is
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, MaxLen, MinLen
+
+from limbeck.export.runtime.detokenize import BROKEN, Detokenizer
+from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.sampling import Sampling
+from limbeck.export.server.scheduler import Scheduler, Scored
+from limbeck.registry.core.errors import BadInput
+
+MAX_CHOICES = 128  # prompts times n
+
+TokenIds = Annotated[list[int], MinLen(1)]
+Penalty = Annotated[float, Ge(-2), Le(2)]
+Bias = Annotated[float, Ge(-100), Le(100)]
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What requests of every kind may ask of generation. A field that is null has its default."""
+
+    model: str | None = None
+    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 1
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    top_k: Annotated[int, Ge(-1)] | None = None  # as in vLLM: 0 and -1 are all tokens
+    n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # 1
+    stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
+    seed: Annotated[int, Ge(0)] | None = None
+    ignore_eos: bool | None = None  # as in vLLM
+    return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
+    stream: bool | None = None
+    stream_options: dict[str, bool] | None = None
+    frequency_penalty: Penalty | None = None  # 0
+    presence_penalty: Penalty | None = None  # 0
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None  # 0; as in vLLM
+    repetition_penalty: Annotated[float, Gt(0), Le(2)] | None = None  # 1; as in vLLM
+    logit_bias: Annotated[dict[Annotated[int, Ge(0)], Bias], MaxLen(1024)] | None = None  # of token ids
+    # What clients send for servers that keep accounts and records: taken and not used.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
+        """What is asked of generation; for 0 new tokens it is asked of nobody."""
+        return Sampling(
+            max_new_tokens=max(1, max_new_tokens),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=None if self.top_k in (0, -1) else self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+            stop=[self.stop] if isinstance(self.stop, str) and self.stop else self.stop or [],
+            logprobs=logprobs,
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+    def usage_is_streamed(self) -> bool:
+        """Whether a stream ends with the tokens that were counted."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+@dataclass(kw_only=True)
+class CompletionRequest(Settings):
+    """The body of POST /v1/completions."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    max_tokens: Annotated[int, Ge(0)] | None = None  # 16
+    logprobs: Annotated[int, Ge(0), Le(20)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or more."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    def length(self) -> int:
+        """The most new tokens of a choice."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+class APIError(Exception):
+    """A request that is refused, as OpenAI's API tells it."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
+    """The token ids of the prompts. Raises APIError."""
+    prompts, n = body.prompts(), body.n or 1
+    if body.best_of not in (None, n):
+        raise APIError(400, "best_of: only the value of n is supported", "best_of")
+    if not 1 <= len(prompts) * n <= MAX_CHOICES:
+        message = f"{len(prompts)} prompts with n={n}: 1 to {MAX_CHOICES} choices are served at once"
+        raise APIError(400, message, "prompt")
+    if body.length() == 0 and not body.echo:
+        raise APIError(400, "max_tokens is 0, and there is no echo: nothing is asked for", "max_tokens")
+    return [checked_ids(runtime, prompt, min(1, body.length()), "prompt") for prompt in prompts]
+
+
+def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    """Token ids of a text. Raises APIError."""
+    try:
+        return runtime.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except TypeError:  # half of a surrogate pair has no UTF-8
+        raise APIError(400, "the text is not valid Unicode", param) from None
+
+
+def checked_ids(runtime: Runtime, prompt: str | Sequence[int], room: int, param: str) -> list[int]:
+    """Token ids of a prompt that the context has room for, and for `room` more tokens. Raises APIError."""
+    ids = encode(runtime, prompt, True, param) if isinstance(prompt, str) else prompt
+    if len(ids) + room > runtime.max_length:
+        message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
+        raise APIError(400, f"{message} and wants room for {room} more", param, "context_length_exceeded")
+    try:
+        return runtime.prompt_ids(ids, room=room)
+    except BadInput as error:
+        raise APIError(400, error.message, param) from None
+
+
+@dataclass
+class Usage:
+    """The tokens of a request."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0  # of the prompt, not read again since an earlier one began alike
+
+    def count(self, delta: Delta) -> None:
+        """Add what a choice grew by."""
+        self.completion += delta.new_tokens
+        self.cached += delta.cached_tokens
+
+    def row(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a choice grows by."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: dict[str, list[Any]] | None = None  # in OpenAI's form, lists with an entry for each token
+    new_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt; told once for each prompt
+
+
+def of_event(event: Event, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
+    """A new token of a request with `n` choices for each prompt."""
+    cached = 0 if event.index % n else event.cached_tokens
+    return Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
+
+
+class TextForm:
+    """How an answer of /v1/completions is written."""
+
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a streamed choice begins with."""
+        return None
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """A piece of a streamed choice."""
+        return self.whole(delta)
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        """A choice that is not streamed."""
+        return {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": delta.logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+
+async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]) -> AsyncGenerator[Delta]:
+    """All choices, bit by bit, in the order they are made. The streamed answer and the whole one are both this."""
+    runtime = scheduler.runtime
+    n = body.n or 1
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    lengths = [0] * len(rows)  # of the text so far
+    if body.echo:
+        for place, (prompt, given) in enumerate(zip(prompts, body.prompts(), strict=True)):
+            text = given if isinstance(given, str) else runtime.decode(prompt)
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = _of_prompt(runtime, prompt, await scheduler.score(prompt, body.logprobs), body)
+            for index in range(place * n, place * n + n):
+                lengths[index] = len(text)
+                yield Delta(index, text, None if body.length() else "length", logprobs)
+    if body.length() == 0:
+        return
+    async with aclosing(scheduler.generate(rows, body.sampling(body.length(), body.logprobs))) as events:
+        async for event in events:
+            logprobs = None
+            if event.logprob is not None:
+                top = event.top_logprobs or None
+                logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
+            lengths[event.index] += len(event.piece)
+            yield of_event(event, n, logprobs)
+
+
+def _of_prompt(
+    runtime: Runtime, prompt: list[int], scores: Sequence[Scored], body: CompletionRequest
+) -> dict[str, list[Any]]:
+    """What the model says of a prompt, in OpenAI's form."""
+    text = Detokenizer(runtime.decode, [])
+    offsets = []
+    for token in prompt:
+        offsets.append(len(text.text))
+        text.add(token)
+    values, tops = [scored.logprob for scored in scores], [scored.top_logprobs or None for scored in scores]
+    return _logprobs(runtime, body, prompt, values, tops, offsets)
+
+
+def _logprobs(
+    runtime: Runtime,
+    body: CompletionRequest,
+    ids: Sequence[int],
+    values: Sequence[float | None],
+    tops: Sequence[dict[int, float] | None],
+    offsets: Sequence[int],
+) -> dict[str, list[Any]]:
+    """Tokens and their log-probabilities in OpenAI's form."""
+    named: list[dict[str, float] | None] = []
+    for token, value, top in zip(ids, values, tops, strict=True):
+        # OpenAI's list holds the chosen token too, where it is not among the likeliest.
+        shown = {**top, token: value} if top and value is not None else {}
+        named.append({token_name(runtime, body, other): p for other, p in shown.items()} or None)
+    return {
+        "tokens": [token_name(runtime, body, token) for token in ids],
+        "token_logprobs": list(values),
+        "top_logprobs": named,
+        "text_offset": list(offsets),
+    }
+
+
+def token_name(runtime: Runtime, body: Settings, token: int) -> str:
+    """A token alone: its text, or its name in the vocabulary where it is no whole character; or its id."""
+    if body.return_tokens_as_token_ids:
+        return f"token_id:{token}"
+    text = runtime.tokenizer.decode([token], skip_special_tokens=False)
+    return runtime.tokenizer.id_to_token(token) or text if BROKEN in text else text

@@ -1,0 +1,113 @@
+"""What a server says of its model: /v1/models, and of its tokenizer as vLLM does: /tokenize and its kin."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
+from fastapi import FastAPI
+
+from limbeck.export.runtime.chat_template import ChatTemplate
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.server.chat import Conversation, Object
+from limbeck.export.server.completions import APIError, encode
+from limbeck.export.server.hot_swap import Served
+from limbeck.export.server.routes_openai import check_model
+
+
+@dataclass(kw_only=True)
+class TokenizeRequest:
+    """A text, or a conversation, to be made tokens."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompt: str | None = None
+    messages: Annotated[list[Object], MinLen(1)] | None = None
+    tools: list[Object] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Object | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None  # True for a text; a template writes them itself
+    return_token_strs: bool | None = None
+
+    def ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
+        """Raises APIError."""
+        if (self.prompt is None) == (self.messages is None):
+            raise APIError(400, "either prompt or messages has to be given", "prompt")
+        if self.messages is None:
+            return encode(runtime, self.prompt or "", self.add_special_tokens is not False, "prompt")
+        conversation = Conversation(
+            messages=self.messages,
+            tools=self.tools,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        return encode(runtime, conversation.text(template), bool(self.add_special_tokens), "messages")
+
+
+@dataclass(kw_only=True)
+class DetokenizeRequest:
+    """Tokens to be made a text."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    tokens: list[Annotated[int, Ge(0)]]
+    model: str | None = None
+
+
+def add_model(api: FastAPI, served: Served) -> None:
+    """Answer what is asked of the model and its tokenizer."""
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_entry(served)]}
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        check_model(served, model)
+        return _entry(served)
+
+    @api.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        check_model(served, body.model)
+        loaded = served.current()
+        runtime = loaded.scheduler.runtime
+        ids = await asyncio.to_thread(body.ids, runtime, loaded.template)
+        names = [runtime.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": runtime.max_length, "tokens": ids, "token_strs": names}
+
+    @api.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        check_model(served, body.model)
+        runtime = served.current().scheduler.runtime
+        if max(body.tokens, default=0) >= runtime.vocab_size:
+            raise APIError(400, f"tokens has an id outside 0 to {runtime.vocab_size - 1}", "tokens")
+        text = await asyncio.to_thread(runtime.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return {"prompt": text}
+
+    @api.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        loaded = served.current()
+        runtime = loaded.scheduler.runtime
+        ends = min(runtime.eos_token_ids, default=None)
+        ids = {"bos_token": runtime.bos_token_id, "eos_token": ends, "pad_token": runtime.pad_token_id}
+        named = {name: None if token is None else runtime.tokenizer.id_to_token(token) for name, token in ids.items()}
+        return {**named, "chat_template": loaded.template and loaded.template.source}
+
+
+def _entry(served: Served) -> dict[str, Any]:
+    """The served model in OpenAI's form, with what else clients may want to know."""
+    loaded = served.current()
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": loaded.created,
+        "owned_by": "limbeck",
+        "max_model_len": loaded.scheduler.runtime.max_length,  # as in vLLM
+        "version": loaded.version,
+        "digest": loaded.digest,
+    }

@@ -1,0 +1,167 @@
+"""The `limbeck` command: a table of contents of the program. A command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from limbeck.registry.core.errors import LimbeckError
+
+# Threads that spin long while they wait take the core that another process needs. Training tokens per second on 2
+# cores, idle and with one core busy: 35,000 and 10,000 by default, 33,000 and 16,000 so, 28,000 and 19,000 unspun.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+Table = dict[str, tuple["str | Table", str]]
+
+# command -> (module:object, the line that `--help` shows)
+MODELS: Table = {
+    "list": ("limbeck.registry.commands.models:list_", "The versions of NAME, or of all models."),
+    "show": ("limbeck.registry.commands.models:show", "All that is known of a version."),
+    "lineage": ("limbeck.registry.commands.models:lineage", "The tree from teacher to served artifact."),
+    "card": ("limbeck.registry.commands.models:card", "The model card of a version, as Markdown."),
+    "diff": ("limbeck.evals.commands.diff:diff", "Two versions side by side: recipe, scores, cost."),
+    "sbom": ("limbeck.registry.commands.sbom:sbom", "What went into a version, with digests; signed, verified."),
+    "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
+}
+KEYS: Table = {
+    "new": ("limbeck.registry.commands.keys:new", "Make a private key in a file."),
+    "show": ("limbeck.registry.commands.keys:show", "Print a public key, as a line for a file of trusted keys."),
+}
+POLICY: Table = {
+    "check": (
+        "limbeck.registry.commands.policy:check",
+        "Say in words what a policy asks; with --model, judge a version by it.",
+    ),
+}
+HOOKS: Table = {
+    "list": ("limbeck.registry.commands.webhooks:list_", "The webhooks of the server."),
+    "add": ("limbeck.registry.commands.webhooks:add", "Have the server tell an address of what happens."),
+    "remove": ("limbeck.registry.commands.webhooks:remove", "Send no more notices by a webhook."),
+    "test": ("limbeck.registry.commands.webhooks:test", "Have the server send an example now."),
+}
+# or (the table of a group, its line)
+COMMANDS: Table = {
+    "quickstart": ("limbeck.quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
+    "data": ("limbeck.distill.commands.distill:data", "Write a recipe's train and held-out text."),
+    "distill": ("limbeck.distill.commands.distill:distill", "Distil a teacher into the students of a recipe."),
+    "cache": ("limbeck.distill.commands.cache:cache", "The teacher caches of this machine: list, verify, prune."),
+    "export": (
+        "limbeck.export.commands.export:export",
+        "Export torch models to ONNX variants, checked against PyTorch.",
+    ),
+    "tasks": ("limbeck.evals.commands.eval:tasks", "Make lm-eval tasks from held-out text."),
+    "eval": (
+        "limbeck.evals.commands.eval:evaluate",
+        "Score models with lm-eval, quality and cost relative to a teacher.",
+    ),
+    "compare": (
+        "limbeck.evals.commands.compare:compare",
+        "Hold one scored version against another, document by document.",
+    ),
+    "leaderboard": (
+        "limbeck.evals.commands.leaderboard:leaderboard",
+        "Rank the versions of a model by cost and quality.",
+    ),
+    "verdict": (
+        "limbeck.evals.commands.verdict:verdict",
+        "Is the giant a waste here? One page, and what was not measured.",
+    ),
+    "models": (MODELS, "Browse the registry."),
+    "promote": ("limbeck.registry.commands.gate:promote", "Move an alias to a version that passes the policy."),
+    "rollback": ("limbeck.registry.commands.gate:rollback", "Put an alias back on the version before."),
+    "policy": (POLICY, "What a gate asks, in words."),
+    "protect": ("limbeck.registry.commands.gate:protect", "Let an alias move by one policy alone."),
+    "request": ("limbeck.registry.commands.approvals:request", "Ask that an alias may point at a version."),
+    "approve": ("limbeck.registry.commands.approvals:approve", "Say yes to a request, with the verdict before you."),
+    "reject": ("limbeck.registry.commands.approvals:reject", "Say no to a request."),
+    "requests": ("limbeck.registry.commands.approvals:requests", "What waits for an answer."),
+    "keys": (KEYS, "The key that bills of materials and approvals are signed with."),
+    "deploy": ("limbeck.export.commands.serve:deploy", "Copy a verified, self-contained bundle."),
+    "serve": ("limbeck.export.commands.serve:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
+    "generate": ("limbeck.export.commands.export:generate", "Complete a prompt and tell the speed."),
+    "hooks": (HOOKS, "Notices by webhook of what happens to models."),
+    "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
+    "doctor": ("limbeck.registry.commands.doctor:doctor", "What is installed, reachable, and what is wrong."),
+}
+
+
+class Rooms(click.Group):
+    """A group whose commands live in the rooms and are imported one at a time."""
+
+    table: Table = COMMANDS
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return None
+        where, line = self.table[cmd_name]
+        if not isinstance(where, str):
+            group = Rooms(cmd_name, help=line)
+            group.table = where
+            return group
+        module, name = where.split(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table alone: help must not import a room.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], self.table, n=1)
+            if not near:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
+
+
+@click.group(cls=Rooms)
+@click.version_option(package_name="limbeck")
+def cli() -> None:
+    """Turn a large language model into the cheapest small one that provably keeps its quality, and ship it.
+
+    A MODEL is a local folder, a Hugging Face hub id, NAME/VERSION, NAME@ALIAS or an MLflow models:/ URI.
+    State lives in .limbeck/ (LIMBECK_HOME moves it); MLFLOW_TRACKING_URI points at a shared MLflow server.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command. Exit codes: 0 done, 1 a gate or check said no, 2 bad input, 130 stopped by Ctrl-C."""
+    try:
+        code = cli.main(args, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except LimbeckError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print("  make room, or move the state with LIMBECK_HOME, and run the same command again", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Find and describe models: references, search, lineage, model cards."""

@@ -1,0 +1,98 @@
+"""The head of a model card: what the Hugging Face hub, and programs that know its format, read of a version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from limbeck.registry.core.markdown import one_line
+from limbeck.registry.records import Scorecard, Version
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+MOST_RESULTS = 100  # tasks
+NAMED = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # a hub id, or NAME/VERSION
+# Licences that the hub knows by these names; others are `other`, with a name.
+LICENCES = """
+afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
+bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-nd-4.0
+cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-2.0 creativeml-openrail-m ecl-2.0
+epl-2.0 eupl-1.2 gemma gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl postgresql unlicense wtfpl zlib
+"""
+
+
+def head(version: Version, card: Scorecard | None, recipe: Mapping[str, str]) -> str:
+    """The fields as YAML, without the lines `---` around them.
+
+    Args:
+        card: the scorecard whose results are told.
+        recipe: the parameters of the run that made the version.
+    """
+    from huggingface_hub import ModelCardData
+
+    onnx = version.kind == "onnx"
+    library = {"torch": "transformers", "onnxruntime": "onnx"}.get(version.engine)
+    learnt = version.kind != "teacher" and version.control is None
+    fields = _licence(version.licence) | {
+        "base_model": _named(version.base_model) or _named(version.parent),
+        "base_model_relation": "quantized" if onnx and version.precision != "fp32" else None,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": [
+            "limbeck",
+            *(["distillation"] if learnt else []),
+            *(["onnx", one_line(version.precision)] if onnx else []),
+        ],
+        "model_name": one_line(version.ref),
+        "eval_results": list(_results(card)) if card else None,
+    }
+    if recipe.get("data.source") == "dataset" and (dataset := _named(recipe.get("data.path"))):
+        fields["datasets"] = [dataset]
+    told = {name: value for name, value in fields.items() if value is not None}
+    return ModelCardData(**told).to_yaml(original_order=list(told)) + "\n"
+
+
+def _licence(licence: str | None) -> dict[str, Any]:
+    if licence is None:
+        return {"license": "unknown"}
+    known = one_line(licence).lower()
+    return {"license": known} if known in LICENCES.split() else {"license": "other", "license_name": one_line(licence)}
+
+
+def _named(text: str | None) -> str | None:
+    """A name that others can follow; none of a folder."""
+    return text if text and NAMED.fullmatch(text) else None
+
+
+def _results(card: Scorecard) -> Iterator[EvalResult]:
+    relative = card.relative
+    for task, result in list(card.tasks.items())[:MOST_RESULTS]:
+        of = task, result.task_hash
+        args = {"documents": result.documents} | ({} if result.stderr is None else {"stderr": _short(result.stderr)})
+        yield _result(*of, result.metric, result.metric, result.value, args)
+        if relative and (kept := relative.task_retention.get(task)):
+            interval = {"low": _short(kept.low), "high": _short(kept.high), "confidence": kept.confidence}
+            yield _result(*of, "retention", f"retention against {relative.teacher}", kept.value, interval)
+
+
+def _result(task: str, revision: str, metric: str, name: str, value: float, args: dict[str, Any]) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=one_line(task),
+        dataset_name=one_line(task),
+        dataset_revision=one_line(revision),
+        metric_type=one_line(metric),
+        metric_name=one_line(name),
+        metric_value=_short(value),
+        metric_args=args,
+    )
+
+
+def _short(value: float) -> float:
+    """To six figures."""
+    return float(f"{value:.6g}")

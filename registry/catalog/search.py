@@ -1,0 +1,144 @@
+"""What `limbeck models list` finds: versions by their fields, tags, metrics, date and alias, in an order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.mlflow.filters import Condition, parse
+from limbeck.registry.records import Cost, Version
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.store import Store
+
+METRIC = re.compile(r"\s*([^<>=!`]+?)\s*(<=|>=|!=|=|<|>)\s*(\S+)\s*")
+SORTABLE = ("version", "created", "kind", "recipe", "precision", "params", "licence", "author")
+
+
+class Hit(NamedTuple):
+    """A version that was found."""
+
+    ref: str  # NAME/VERSION
+    version: Version | None
+    unreadable: str | None  # why there is no version
+    metrics: Mapping[str, float]  # those that were asked for or sorted by
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to look for; all of it has to hold."""
+
+    conditions: tuple[Condition, ...] = ()
+    since: datetime | None = None
+    until: datetime | None = None
+    alias: str | None = None
+    sort: str | None = None  # a field of SORTABLE or a metric; a minus before it turns the order
+    limit: int | None = None
+
+
+def conditions(
+    fields: Mapping[str, str | None], tags: Sequence[str] = (), metrics: Sequence[str] = (), text: str = ""
+) -> tuple[Condition, ...]:
+    """The conditions that options stand for.
+
+    Args:
+        fields: of a version, such as kind; a licence in any case of letters.
+        tags: KEY=VALUE.
+        metrics: such as "retention >= 0.9".
+        text: a filter in MLflow's language.
+
+    Raises BadInput, naming what cannot be read.
+    """
+    found = list(parse(text))
+    for field, value in fields.items():
+        if value is not None:
+            found.append(Condition("tag", f"limbeck.{field}", "ILIKE" if field == "licence" else "=", value))
+    for tag in tags:
+        key, equals, value = tag.partition("=")
+        if not equals or not key:
+            raise BadInput(f"--tag {tag!r} is no KEY=VALUE")
+        found.append(Condition("tag", key, "=", value))
+    for asked in metrics:
+        match = METRIC.fullmatch(asked)
+        if match is None:
+            raise BadInput(f"--metric {asked!r} is no comparison", fix="write --metric 'retention >= 0.9'")
+        try:
+            found.append(Condition("metric", metric_name(match[1]), match[2], float(match[3])))
+        except ValueError:
+            raise BadInput(f"--metric {asked!r}: {match[3]} is no number") from None
+    return tuple(found)
+
+
+def metric_name(text: str) -> str:
+    """The name that a metric is logged by: `retention` is retention.value, a figure of a cost is cost.FIGURE."""
+    if text in ("retention", "cost"):
+        return {"retention": "retention.value", "cost": "cost.usd_per_million_tokens"}[text]
+    return f"cost.{text}" if text in Cost.model_fields else text
+
+
+def search(store: Store, name: str | None, query: Query) -> list[Hit]:
+    """The versions of `name`, or of all models, that `query` asks for; by name and oldest first where it has no order.
+
+    One whose tags cannot be read is there too, where the query does not ask for what it lacks.
+
+    Raises BadInput: a metric that no version has.
+    """
+    key = (query.sort or "").removeprefix("-")
+    metric = metric_name(key) if key and key not in SORTABLE else None
+    found = []
+    for listed, version in store.listing(name, query.conditions, [metric] if metric else []):
+        if query.alias is not None and query.alias not in listed.aliases:
+            continue
+        if isinstance(version, Version):
+            if (query.since and version.created < query.since) or (query.until and version.created >= query.until):
+                continue
+            found.append(Hit(version.ref, version, None, listed.metrics))
+        elif not (query.since or query.until):
+            why = version.message.partition(" is unreadable: ")[2] or version.message
+            found.append(Hit(f"{listed.name}/{listed.version}", None, why, listed.metrics))
+    if not found:
+        _check_metrics(store, name, {*([metric] if metric else []), *_metrics_of(query)})
+    if query.sort:
+        found = _ordered(found, key, metric, query.sort.startswith("-"))
+    return found[: query.limit]
+
+
+def _metrics_of(query: Query) -> list[str]:
+    return [condition.key for condition in query.conditions if condition.of == "metric"]
+
+
+def _check_metrics(store: Store, name: str | None, metrics: set[str]) -> None:
+    """Raises BadInput for a metric that no version has: it is a slip, not a search without a result."""
+    if not metrics:
+        return
+    there = {metric for listed, _ in store.listing(name, (), metrics) for metric in listed.metrics}
+    if missing := sorted(metrics - there):
+        raise BadInput(
+            f"no version has a metric {missing[0]!r}",
+            fix="metrics are retention, cost_ratio, speedup, TASK.METRIC and the figures of a cost, such as p50_ms",
+        )
+
+
+def _ordered(found: list[Hit], key: str, metric: str | None, backwards: bool) -> list[Hit]:
+    """By a field or metric; what has none comes last."""
+
+    def value(hit: Hit) -> Any:
+        if metric:
+            return hit.metrics.get(metric)
+        return getattr(hit.version, key, None)
+
+    known = [hit for hit in found if value(hit) is not None]
+    return sorted(known, key=value, reverse=backwards) + [hit for hit in found if value(hit) is None]
+
+
+def day(text: str) -> datetime:
+    """A date, or a date and time, in UTC where it names no zone. Raises BadInput."""
+    try:
+        given = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadInput(f"{text!r} is no date", fix="write 2026-11-01, or 2026-11-01T12:00") from None
+    return given if given.tzinfo else given.replace(tzinfo=UTC)

@@ -1,0 +1,1 @@
+"""The commands of this room: `limbeck models`, `promote`, `rollback`, `policy`, `keys` and others."""

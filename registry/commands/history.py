@@ -1,0 +1,94 @@
+"""`limbeck models history`: the alias moves of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from limbeck.registry.core.errors import BadInput, Refused
+from limbeck.registry.core.terminal import format_option, indented, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from limbeck.registry.ledger.chain import Ledger
+    from limbeck.registry.records import LedgerEntry
+
+
+@click.command()
+@click.argument("name")
+@click.option("--alias", help="The moves of this alias alone; what is wrong is told of all.")
+@click.option("--verify", is_flag=True, help="Exit 1 where an entry was changed, or an alias moved behind our back.")
+@click.option("--adopt", is_flag=True, help="Take what is wrong as it is: written as an entry, told no more.")
+@click.option("--reason", default="", help="With --adopt: kept in the ledger.")
+@format_option
+def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str, output: str) -> None:
+    """The alias moves of NAME, from its ledger."""
+    from limbeck.registry.gate import audit
+    from limbeck.registry.mlflow.store import Store
+
+    if reason and not adopt:
+        raise BadInput("--reason is for --adopt")
+    store = Store()
+    if adopt:
+        audit.adopt(store, name, reason=reason)
+    book = audit.read(store, name)
+    entries = [entry for entry in book.entries if alias in (None, entry.alias)]
+    if alias is not None and not entries and alias not in book.aliases:
+        known = sorted({entry.alias for entry in book.entries} | book.aliases.keys())
+        raise BadInput(f"{name} never had an alias {alias!r}", fix=f"it had {', '.join(known) or 'none'}")
+    if output == "json":
+        told = {"problems": book.problems(), "adopted": book.settled()}
+        print_json({"name": name, "aliases": book.aliases, "entries": entries} | told)
+    else:
+        print_entries(name, entries)
+    _tell(book, entries)
+    problems = book.problems()
+    if verify and problems:
+        raise Refused(
+            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]),
+            fix=f"to take it as it is: limbeck models history {name} --adopt --reason ...",
+        )
+    if problems:
+        say("\n".join(["not as it should be:", *indented(problems)]))
+    elif verify:
+        say(f"{len(book.entries)} {'entry' if len(book.entries) == 1 else 'entries'}, each in its place")
+
+
+def _tell(book: Ledger, entries: Iterable[LedgerEntry]) -> None:
+    """What a table of moves is too narrow for (stderr)."""
+    tell_overrides(entries)
+    for alias in sorted({entry.alias for entry in book.entries}):
+        if (begun := book.unfinished(alias)) and not book.moved(alias):
+            say(f"entry {begun.sequence} is not carried out yet; the next promotion or rollback does it")
+    if settled := book.settled():
+        say("\n".join(["was not as it should be:", *indented(settled)]))
+
+
+def tell_overrides(entries: Iterable[LedgerEntry]) -> None:
+    """Say which entries are of a version that did not pass, and what it did not pass (stderr)."""
+    for entry in entries:
+        if entry.override:
+            put = f"{entry.who} put {entry.alias} on {entry.name}/{entry.to_version}, which did not pass:"
+            words = f"OVERRIDE: in entry {entry.sequence} {put}"
+            say("\n".join([words, *indented(entry.broken)]))
+
+
+def print_entries(name: str, entries: Iterable[LedgerEntry]) -> None:
+    """Print ledger entries as a table."""
+    columns = ["entry", "when", "alias", "action", "from", "to", "who", "verdict", "reason"]
+    rows = [
+        (
+            entry.sequence,
+            f"{entry.when:%Y-%m-%d %H:%M:%S}",
+            entry.alias,
+            f"{entry.action} OVERRIDE" if entry.override else entry.action,
+            entry.from_version,
+            entry.to_version,
+            entry.who,
+            entry.verdict and entry.verdict[:12],
+            entry.reason or None,
+        )
+        for entry in entries
+    ]
+    print_table(f"alias moves of {name}", columns, rows)

@@ -1,0 +1,50 @@
+"""`limbeck keys`: the key that bills of materials and approvals are signed with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import click
+
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import say
+
+name_option = click.option("--name", help="Whose key it is.  [default: who you are to Limbeck]")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@name_option
+def new(file: Path, name: str | None) -> None:
+    """Make a private key in FILE, which nobody else may read, and print its line for a file of trusted keys."""
+    from limbeck.registry.core import signing
+
+    print(_line(signing.new(file), name))
+    say(f"sign with it: export {signing.KEY_FILE}={shlex.quote(str(file.resolve()))}")
+    say(f"who is to trust it puts the line above into a file, and that file's name into {signing.TRUSTED}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@name_option
+def show(file: Path | None, name: str | None) -> None:
+    """Print the public key of the private key in FILE, as a line for a file of trusted keys.
+
+    FILE is the one that LIMBECK_SIGNING_KEY names where it is not given.
+    """
+    from limbeck.registry.core import signing
+
+    configured = os.environ.get(signing.KEY_FILE)
+    if file is None and not configured:
+        raise BadInput(f"no key is configured: {signing.KEY_FILE} is not set", fix="make one: limbeck keys new FILE")
+    print(_line(signing.public_key(signing.load(file or Path(str(configured)))), name))
+
+
+def _line(key: str, name: str | None) -> str:
+    from limbeck.registry.mlflow.identity import user
+
+    # Without the state folder, which a host that only keeps a key need not have.
+    who = name or user(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return f"{key} {' '.join(who.split())}"

@@ -1,0 +1,51 @@
+"""`limbeck policy check`: what a policy asks, and what a version would get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.core.terminal import format_option, print_json, print_table, say
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "ref", metavar="NAME/VERSION", help="Judge this version, and write nothing.")
+@click.option("--to", "alias", default="production", show_default=True, help="The alias that is to point at it.")
+@format_option
+def check(file: Path, ref: str | None, alias: str, output: str) -> None:
+    """Say in words what a policy asks, with the lines of what is wrong in it.
+
+    Exit code 2 for a policy that cannot be used, that asks nothing or that no model can pass; with --model, 1
+    where the version does not pass.
+    """
+    from limbeck.registry.policy.describe import told
+    from limbeck.registry.policy.schema import load
+
+    policy = load(file)
+    rules = list(told(policy))
+    if ref is None:
+        if output == "json":
+            print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": None})
+        else:
+            print_table(str(file), ["rule", "what it asks"], rules)
+        say(f"a policy in order, {policy.digest()[:12]}")
+        return
+
+    from limbeck.registry.gate.evidence import gather
+    from limbeck.registry.gate.rules.judge import judge
+    from limbeck.registry.mlflow.store import Store
+
+    store = Store()
+    version = store.get(ref)
+    verdict = judge(policy, gather(store, version, policy, alias))
+    if output == "json":
+        print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": verdict})
+    else:
+        rows = [(each.rule, each.outcome, each.message) for each in verdict.rules]
+        print_table(f"{version.ref} by {file}", ["rule", "outcome", "with the numbers"], rows)
+    if verdict.outcome != "pass":
+        raise Refused(f"{version.ref} does not pass: {verdict.outcome}")
+    say(f"{version.ref} passes")

@@ -1,0 +1,77 @@
+"""`limbeck hooks list`, `add`, `remove` and `test`: notices by webhook, for those who want them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from limbeck.registry.core.terminal import format_option, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.store import Store
+    from limbeck.registry.mlflow.webhooks import Hook
+
+ON = ("promoted", "withdrawn", "registered", "new-model", "tagged")  # limbeck.registry.mlflow.webhooks.EVENTS
+
+
+@click.command("list")
+@format_option
+def list_(output: str) -> None:
+    """The webhooks of the server."""
+    from limbeck.registry.mlflow.webhooks import hooks
+
+    _print(hooks(_store()), output)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--on", "on", type=click.Choice(ON), multiple=True, required=True, help="What to tell of; repeatable.")
+@format_option
+def add(url: str, on: tuple[str, ...], output: str) -> None:
+    """Have the server tell URL of what happens, after it has happened: a notice cannot veto.
+
+    `promoted` tells of rollbacks too: an alias points at another version. Notices are signed where
+    LIMBECK_HOOK_SECRET is set (HMAC-SHA256; X-MLflow-Signature). It takes an administrator of the server.
+    """
+    from limbeck.registry.mlflow import webhooks
+
+    secret = os.environ.get("LIMBECK_HOOK_SECRET") or None
+    made = webhooks.add(_store(), url, list(dict.fromkeys(on)), secret)
+    _print([made], output)
+    if secret is None:
+        say("its notices are not signed: LIMBECK_HOOK_SECRET is not set")
+
+
+@click.command()
+@click.argument("hook")
+def remove(hook: str) -> None:
+    """Send no more notices by the webhook of the id HOOK."""
+    from limbeck.registry.mlflow import webhooks
+
+    webhooks.remove(_store(), hook)
+    say(f"hook {hook} is removed")
+
+
+@click.command()
+@click.argument("hook")
+def test(hook: str) -> None:
+    """Have the server send an example by the webhook of the id HOOK now."""
+    from limbeck.registry.mlflow import webhooks
+
+    say(f"hook {hook} answers {webhooks.test(_store(), hook)}")
+
+
+def _print(found: list[Hook], output: str) -> None:
+    if output == "json":
+        print_json([hook._asdict() for hook in found])
+    else:
+        rows = [(hook.id, hook.url, " ".join(hook.on), "yes" if hook.active else "no") for hook in found]
+        print_table("", ["hook", "address", "tells of", "active"], rows)
+
+
+def _store() -> Store:
+    from limbeck.registry.mlflow.store import Store
+
+    return Store()

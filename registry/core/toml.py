@@ -1,0 +1,251 @@
+"""TOML files into frozen pydantic models, with errors that name the file, the line and the key meant.
+
+Used for recipes and policies. Overrides come as `KEY=VALUE` from the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from limbeck.registry.core.errors import BadInput
+
+Model = TypeVar("Model", bound=BaseModel)
+Value = TypeVar("Value")
+LARGEST = 100_000  # bytes of a file
+LONGEST = 200  # lines of a value whose end is looked for
+Key = tuple[str | int, ...]  # ("students", 0, "hidden_size")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a document whose values are each in order."""
+
+    message: str
+    keys: tuple[Key, ...] = ()  # that it is about
+    fix: str | None = None
+
+
+def load(path: Path | str, model: type[Model], overrides: list[str] | tuple[str, ...] = ()) -> Model:
+    """The TOML file at `path` as a `model`, after `overrides` (`KEY=VALUE`) have been put in.
+
+    A KEY is dotted, with numbers for places in a list (`students.0.label`); a VALUE is a TOML value, and
+    what is no TOML value is taken as a string. Raises BadInput with every problem found, each with its line.
+    """
+    return loads(read(path), model, overrides, where=str(path))
+
+
+def read(path: Path | str) -> str:
+    """The text of a file. Raises BadInput where there is none."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            if len(read := file.read(LARGEST + 1)) > LARGEST:
+                raise BadInput(f"{path} has more than {LARGEST:,} bytes", fix="is it the right file?")
+        return read.decode()
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file", fix=_near_file(path)) from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: byte {error.start} is not UTF-8", fix="save the file as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
+def loads(
+    text: str, model: type[Model], overrides: list[str] | tuple[str, ...] = (), *, where: str = "<text>"
+) -> Model:
+    """As `load`, from a string; `where` is the name that errors give it."""
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise BadInput(f"{where}: its values are nested too deep") from None
+    except tomllib.TOMLDecodeError as error:
+        found = re.match(r"(.*) \(at line (\d+), column (\d+)\)$", str(error))
+        message = f"{where}:{found[2]}: {found[1]} (column {found[3]})" if found else f"{where}: {error}"
+        raise BadInput(message, fix="the file has to be TOML: https://toml.io") from None
+    given: dict[Key, str] = {}
+    for override in overrides:
+        given[_override(data, override)] = override
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = key_lines(text)
+        problems: dict[str, str | None] = {}
+        for details in error.errors():
+            message, fix = _problem(details, data, model, lines, given, where)
+            problems.setdefault(message, fix)
+        fixes = list(dict.fromkeys(fix for fix in problems.values() if fix))
+        raise BadInput("\n".join(problems), fix="\n  ".join(fixes) or None) from None
+
+
+def located(problems: Sequence[Problem], text: str, where: str = "<text>") -> BadInput:
+    """The error that tells of problems, each with the lines of its keys."""
+    lines = key_lines(text)
+    told = []
+    for problem in problems:
+        places = sorted({line for key in problem.keys if (line := _nearest(lines, key)) is not None})
+        told.append(f"{where}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
+    fixes = list(dict.fromkeys(problem.fix for problem in problems if problem.fix))
+    return BadInput("\n".join(told), fix="\n  ".join(fixes) or None)
+
+
+def key_lines(text: str) -> dict[Key, int]:
+    """The line (from 1) of each key, table header and array-of-tables item of a valid TOML document."""
+    lines: dict[Key, int] = {}
+    counts: dict[Key, int] = {}  # items seen of each array of tables
+    table: Key = ()
+    start, statement = 1, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not statement:
+            start = number
+        elif number - start > LONGEST:
+            break
+        statement += line + "\n"
+        # A statement alone is a TOML document; while it is not, it goes on in the next line.
+        try:
+            parsed: Any = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        header = statement.lstrip().startswith("[")
+        item = statement.lstrip().startswith("[[")
+        key: Key = () if header else table
+        while isinstance(parsed, dict) and parsed:
+            if len(parsed) > 1:  # an inline table: its keys share the line
+                break
+            name, parsed = next(iter(parsed.items()))
+            key = (*key, name)
+            if header and not (item and parsed == [{}]) and key in counts:
+                key = (*key, counts[key] - 1)
+            lines.setdefault(key, start)
+        if item:
+            counts[key] = counts.get(key, 0) + 1
+            key = (*key, counts[key] - 1)
+            lines[key] = start
+        if header:
+            table = key
+        statement = ""
+    return lines
+
+
+def _problem(
+    details: Any, data: Any, model: type[BaseModel], lines: dict[Key, int], given: dict[Key, str], where: str
+) -> tuple[str, str | None]:
+    """One pydantic error as (message, fix)."""
+    key = _key_of(details["loc"], data, missing=details["type"] == "missing")
+    name = ".".join(map(str, key))
+    place = where
+    override, line = _nearest(given, key), _nearest(lines, key)
+    if override is not None:
+        place = f"--set {override}"
+    elif line is not None:
+        place = f"{where}:{line}"
+    if details["type"] == "extra_forbidden":
+        known = _fields(model, key[:-1])
+        near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
+        table = ".".join(map(str, key[:-1])) or "the file"
+        fix = f"keys of {table}: {', '.join(known)}" if known else None
+        return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), fix
+    if details["type"] == "missing":
+        return f"{place}: {name} is missing", None
+    return f"{place}: {name}: {words(details)}" if name else f"{place}: {words(details, shown=False)}", None
+
+
+def words(details: Any, shown: bool = True) -> str:
+    """What one pydantic error says of a value; with the value where it is `shown`."""
+    message = re.sub(r"^Value error, ", "", details["msg"])
+    if not shown or details["type"] == "value_error":
+        return message
+    value = details.get("input")
+    said = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+    message = f"{message[:1].lower()}{message[1:]}, not {said}"
+    if isinstance(value, str):
+        allowed = re.findall(r"'([^']+)'", details.get("ctx", {}).get("expected", ""))
+        near = difflib.get_close_matches(value, allowed, n=1)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    return message
+
+
+def _nearest(values: Mapping[Key, Value], key: Key) -> Value | None:
+    """What is said of a key, else of the innermost table around it of which something is said."""
+    return next((values[key[:n]] for n in range(len(key), 0, -1) if key[:n] in values), None)
+
+
+def _key_of(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
+    """Pydantic's location without what is no key of the file (the tags of unions, of validators)."""
+    key: list[str | int] = []
+    for place, part in enumerate(location):
+        inside = part in data if isinstance(data, dict) else False
+        if isinstance(data, list) and isinstance(part, int):
+            inside = part < len(data)
+        if inside:
+            data = data[part]
+        elif not (missing and place == len(location) - 1):
+            continue
+        key.append(part)
+    return tuple(key)
+
+
+def _fields(model: type[BaseModel], key: Key) -> list[str]:
+    """The names that the table at `key` of a `model` may hold; of every member of a union."""
+    models = [model]
+    named = False  # the part is a name of the file's own, as in [students.NAME]
+    for part in key:
+        if isinstance(part, int) or named:
+            named = False
+            continue
+        inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        named = any(get_origin(annotation) is dict for annotation in inner)
+        models = [found for annotation in inner for found in _models(annotation)]
+    return list(dict.fromkeys(f.alias or name for m in models for name, f in m.model_fields.items()))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models within an annotation such as `list[A] | B | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, list, tuple, dict):
+        return [found for inner in get_args(annotation) for found in _models(inner)]
+    return []
+
+
+def _override(data: dict[str, Any], override: str) -> Key:
+    """Put one `KEY=VALUE` into `data`; returns the key."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise BadInput(f"--set {override}: has to be KEY=VALUE", fix="for instance --set steps=100")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    key: list[str | int] = []
+    at: Any = data
+    parts = name.strip().split(".")
+    for part in parts:
+        last = len(key) == len(parts) - 1
+        place: Any = part
+        if isinstance(at, list):
+            if not part.isdecimal() or int(part) >= len(at):
+                raise BadInput(f"--set {override}: {part} is no place in a list of {len(at)} (from 0)")
+            place = int(part)
+        elif not isinstance(at, dict):
+            raise BadInput(f"--set {override}: {part} is below a value that is no table")
+        if last:
+            at[place] = value
+        else:
+            at = at[place] if isinstance(at, list) else at.setdefault(place, {})
+        key.append(place)
+    return tuple(key)
+
+
+def _near_file(path: Path) -> str | None:
+    folder = path.parent
+    names = [p.name for p in folder.glob("*.toml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {folder / near[0]}?" if near else None

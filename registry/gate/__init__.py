@@ -1,0 +1,1 @@
+"""The gate: evidence, promotion, protection, approvals."""

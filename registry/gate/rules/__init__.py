@@ -1,0 +1,1 @@
+"""The rules of a policy, each judged on evidence."""

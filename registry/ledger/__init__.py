@@ -1,0 +1,1 @@
+"""The ledger of alias moves: chained by hash, anchored, locked."""

@@ -1,0 +1,124 @@
+"""What holds a ledger in place: one MLflow run for each registered model, with a parameter for each entry.
+
+MLflow lets nobody change or delete a parameter of a run: the first value stays. So the parameter `000007` of that
+run decides, between machines too, which entry is the seventh: whoever comes second is told so. It is also the
+witness of entries that were changed or dropped, the last ones and all of them included.
+
+Which run is whose is written once as well, as a parameter of a root run. All of them lie in the experiment
+`limbeck-ledger`; those who promote need EDIT on it where the server has accounts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from limbeck.registry.core.errors import BadInput, LimbeckError
+from limbeck.registry.core.home import home
+from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.store import Store
+
+EXPERIMENT = "limbeck-ledger"
+BATCH = 100  # parameters that MLflow takes at once
+ROOT = "limbeck.root"  # the experiment's tag that names the root run
+
+_KNOWN: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run: never another
+
+
+class Anchor(NamedTuple):
+    """The run that holds the ledger of a registered model in place."""
+
+    run: str
+    hashes: dict[int, str]  # sequence number -> hash of the entry that it belongs to
+    deleted: bool  # nothing can be entered then; what was entered can be read still
+
+
+def find(store: Store, name: str) -> Anchor | None:
+    """The anchor of a registered model; None where nothing was ever entered."""
+    known = _KNOWN.setdefault(store, {})
+    if name not in known:
+        root = _root(store)
+        found = store.client.get_run(root).data.params.get(name) if root else None
+        if found is None:
+            return None
+        known[name] = found
+    try:
+        run = store.client.get_run(known[name])
+    except NotThere:
+        return Anchor(known.pop(name), {}, deleted=True)
+    hashes = {int(key): value for key, value in run.data.params.items() if key.isdecimal()}
+    return Anchor(run.info.run_id, hashes, run.info.lifecycle_stage != "active")
+
+
+def made(store: Store, name: str) -> Anchor:
+    """The anchor of a registered model, made if it is missing."""
+    if there := find(store, name):
+        return there
+    root = _root(store) or _made_root(store)
+    experiment = store.client.get_run(root).info.experiment_id
+    run = store.client.create_run(experiment, run_name=f"ledger of {name}").info.run_id
+    store.client.set_terminated(run)
+    if _written_once(store, root, name, run) != run:
+        store.client.delete_run(run)
+    there = find(store, name)
+    assert there is not None
+    return there
+
+
+def enter(store: Store, run: str, number: int, digest: str) -> bool:
+    """Make the entry of a hash the one of a number; False where another is already."""
+    return _written_once(store, run, f"{number:06d}", digest) == digest
+
+
+def enter_all(store: Store, run: str, hashes: dict[int, str]) -> None:
+    """Enter what a ledger of before there were anchors holds; number -> hash."""
+    from mlflow.entities import Param
+
+    params = [Param(f"{number:06d}", digest) for number, digest in hashes.items()]
+    for start in range(0, len(params), BATCH):
+        store.client.log_batch(run, params=params[start : start + BATCH])
+
+
+def _written_once(store: Store, run: str, key: str, value: str) -> str:
+    """The value that a parameter has from now on: the given one, or that of whoever was first."""
+    try:
+        store.client.log_param(run, key, value)
+        return value
+    except LimbeckError as error:
+        there = store.client.get_run(run)
+        if there.info.lifecycle_stage != "active":
+            raise _deleted(run) from error
+        if key not in there.data.params:
+            raise
+        return str(there.data.params[key])
+
+
+def _root(store: Store) -> str | None:
+    experiment = store.client.get_experiment_by_name(EXPERIMENT)
+    return experiment.tags.get(ROOT) if experiment else None
+
+
+def _made_root(store: Store) -> str:
+    """The root run, in an experiment that takes its name when all is there; the first one to take it stays."""
+    client = store.client
+    where = None if store.is_server else str(home() / "artifacts")
+    draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=where)
+    run = client.create_run(draft, run_name="ledgers").info.run_id
+    client.set_terminated(run)
+    client.set_experiment_tag(draft, ROOT, run)
+    try:
+        client.rename_experiment(draft, EXPERIMENT)
+    except LimbeckError:  # somebody was first
+        client.delete_experiment(draft)
+        if (root := _root(store)) is None:
+            raise
+        return root
+    return str(run)
+
+
+def _deleted(run: str) -> BadInput:
+    return BadInput(
+        f"the MLflow run {run}, which holds the ledger in place, was deleted",
+        fix=f"put it back: mlflow runs restore --run-id {run}",
+    )

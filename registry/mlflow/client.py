@@ -1,0 +1,360 @@
+"""The way to MLflow: opened quietly, within seconds or not at all, and its errors put in words.
+
+The only file that decides how MLflow is reached. `import mlflow` takes over a second, so it happens in here, at
+the first call.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from limbeck.registry.core.errors import BadInput, LimbeckError, Unreachable
+from limbeck.registry.core.home import home, written_whole
+from limbeck.registry.core.terminal import say
+
+Found = TypeVar("Found")
+
+QUIET = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # MLflow tries again in silence: `Client` does, and tells
+}
+PROBE_SECONDS = 4.0
+PATIENCE = 30.0  # seconds for a server that was there a moment ago; `mlflow server` takes some ten to start again
+# What MLflow says where it keeps the error itself to itself, as for a folder that could not be fetched.
+UNANSWERED = re.compile(r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out")
+NO_STORAGE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
+LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
+
+
+def connect(tracking_uri: str) -> Client:
+    """A client of the tracking store at `tracking_uri`.
+
+    A server is asked for its health first, and a SQLite file that is not there is made.
+    Raises Unreachable within about five seconds where nothing answers.
+    """
+    if is_server(tracking_uri):
+        probe(tracking_uri)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if path := sqlite_file(tracking_uri):
+        with _in_words(tracking_uri):
+            _make_database(path)
+            # MLflow would try a file that cannot be opened again and again, for minutes.
+            with closing(sqlite3.connect(path, timeout=20)) as database:
+                database.execute("PRAGMA schema_version")
+    return Client(tracking_uri)
+
+
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """The database file of a SQLite store, else None."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+
+
+def is_server(tracking_uri: str) -> bool:
+    """True for an MLflow server spoken to over HTTP; false for a database opened directly."""
+    return urlsplit(tracking_uri).scheme in ("http", "https")
+
+
+def probe(tracking_uri: str) -> float:
+    """Ask an MLflow server whether it is there. Returns the seconds it took; raises Unreachable."""
+    import requests
+
+    start = time.monotonic()
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
+    certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    ours = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
+    try:
+        answer = requests.get(
+            tracking_uri.rstrip("/") + "/health",
+            timeout=(PROBE_SECONDS / 2, PROBE_SECONDS),
+            verify=certificate,
+            cert=ours,
+        )
+    except requests.exceptions.Timeout:
+        raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
+    except requests.exceptions.RequestException as error:
+        raise _unreachable(tracking_uri, reason(error)) from None
+    if answer.status_code >= 500:
+        raise _unreachable(tracking_uri, f"it answers {answer.status_code} {answer.reason}")
+    return time.monotonic() - start
+
+
+def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
+    """Ask an MLflow server what MLflow's client has no method for.
+
+    Args:
+        path: below the server's address, such as `/api/2.0/mlflow/users/current`.
+
+    Returns:
+        The HTTP status and the JSON of the answer; {} where it is no JSON object.
+    """
+
+    def ask() -> tuple[int, dict[str, Any]]:
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        answer = http_request(get_default_host_creds(tracking_uri), path, "GET", params=params)
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        found = answer.json() if is_json else None
+        return answer.status_code, found if isinstance(found, dict) else {}
+
+    return patiently(tracking_uri, ask)
+
+
+def patiently(tracking_uri: str, what: Callable[[], Found]) -> Found:
+    """What a call gives; what goes wrong in it comes as a LimbeckError.
+
+    A server that does not answer, or answers that it cannot, is asked again for `PATIENCE` seconds, at growing
+    intervals, and that is told; so is a SQLite file that another process has locked. Each call is one transaction.
+    """
+    until, pause, locked = 0.0, 0.5, 0
+    while True:
+        try:
+            with _in_words(tracking_uri):
+                return what()
+        except Locked:
+            locked += 1
+            if locked == LOCKED_TRIES:
+                raise
+            time.sleep(0.2 * locked)
+        except Unreachable as error:
+            now = time.monotonic()
+            if not until:
+                until = now + PATIENCE
+                say(f"{error.message}; trying again for {PATIENCE:.0f} s")
+            if now >= until:
+                raise
+            time.sleep(min(pause * random.uniform(0.8, 1.2), max(until - now, 0.1)))  # not all clients at once
+            pause = min(2 * pause, 5.0)
+
+
+class Client:
+    """MLflow's client: same methods, each called `patiently`."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._tracking_uri = tracking_uri
+
+    @cached_property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        _quiet_logs()
+        return MlflowClient(self._tracking_uri, self._tracking_uri)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            return patiently(self._tracking_uri, lambda: getattr(self._client, name)(*args, **named))
+
+        return call
+
+    def create_model_version(self, *args: Any, **named: Any) -> Any:
+        """As MLflow's, and not tried again: what seems lost may have arrived, and would then be there twice."""
+        with _in_words(self._tracking_uri):
+            return self._client.create_model_version(*args, **named)
+
+    def download(self, uri: str, to: Path) -> Path:
+        """Fetch the file or folder at an artifact URI into the folder `to`. Returns where it lies."""
+
+        def fetch() -> Path:
+            from mlflow.artifacts import download_artifacts
+
+            to.mkdir(parents=True, exist_ok=True)
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri))
+
+        return patiently(self._tracking_uri, fetch)
+
+    def send(self, file: Path, uri: str, folder: str | None = None) -> None:
+        """Put a file at an artifact URI, below `folder` where given."""
+        patiently(self._tracking_uri, lambda: self._artifacts(uri).log_artifact(str(file), folder))
+
+    def delete_files(self, uri: str) -> None:
+        """Take away all files below an artifact URI."""
+        patiently(self._tracking_uri, lambda: self._artifacts(uri).delete_artifacts())
+
+    def sizes(self, uri: str) -> dict[str, int]:
+        """The files below an artifact URI: POSIX path -> bytes."""
+
+        def below(folder: str | None = None) -> dict[str, int]:
+            sizes: dict[str, int] = {}
+            for found in patiently(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
+                sizes |= below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
+            return sizes
+
+        return below()
+
+    def _artifacts(self, uri: str) -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(uri, tracking_uri=self._tracking_uri)
+
+
+class NotThere(BadInput):
+    """MLflow has no such experiment, run, model, version or alias."""
+
+
+class AlreadyThere(BadInput):
+    """MLflow has one of this name."""
+
+
+class Forbidden(LimbeckError):
+    """A server that does not let this user do it."""
+
+
+class Locked(LimbeckError):
+    """SQLite's database is locked."""
+
+
+@contextmanager
+def _in_words(tracking_uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database and its network raise into LimbeckErrors."""
+    try:
+        yield
+    except LimbeckError:
+        raise
+    except Exception as error:
+        translated = _translated(error, tracking_uri)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+def _translated(error: Exception, tracking_uri: str) -> Exception:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    text = str(error)
+    if any(getattr(e, "errno", None) == errno.ENOSPC for e in chain) or "disk is full" in text:
+        return LimbeckError(
+            f"no space left on the disk while writing to {tracking_uri}",
+            fix=f"free some space on the disk of {home()}, then run the same command again",
+        )
+    if "database is locked" in text:
+        return Locked(
+            f"{tracking_uri} is locked by another process",
+            fix="wait for the other limbeck or mlflow process to finish, then try again",
+        )
+    if "unable to open database file" in text or "readonly database" in text or "not a database" in text:
+        detail = next((w for w in ("readonly", "not a database") if w in text), "it cannot be opened")
+        return LimbeckError(
+            f"{tracking_uri}: the tracking database cannot be used ({detail})",
+            fix="check the file and its permissions, or move it away to begin with a new one",
+        )
+    if said := _refusal(chain, tracking_uri) or _storage(chain):
+        return said
+    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain) or UNANSWERED.search(text):
+        return _unreachable(tracking_uri, reason(error))
+    code = getattr(error, "error_code", "")
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return NotThere(text)
+    if code == "RESOURCE_ALREADY_EXISTS":
+        return AlreadyThere(text)
+    if code == "INVALID_PARAMETER_VALUE":
+        return BadInput(text)
+    if "out-of-date database schema" in text:
+        return LimbeckError(
+            f"{tracking_uri} was written by another version of MLflow",
+            fix=f"copy it to be safe, then run: mlflow db upgrade {tracking_uri}",
+        )
+    if code or isinstance(error, OSError):
+        return LimbeckError(f"{tracking_uri}: {text}")
+    return error
+
+
+def _refusal(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
+    """What to say where a server, or the storage behind it, answered that this user may not; else None."""
+    text = str(chain[0])
+    answers = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
+    codes = {getattr(e, "error_code", "") for e in chain}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if 401 in answers or "UNAUTHENTICATED" in codes or "401 Client Error" in text:
+        return Forbidden(
+            f"{tracking_uri} does not know {user} by this password" if user else f"{tracking_uri} asks who you are",
+            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        )
+    if 403 in answers or "PERMISSION_DENIED" in codes or "403 Client Error" in text:
+        asked = re.search(r"/api/\d\.\d/(?:mlflow/)?([\w-]+(?:/[a-z-]+)?)", text)
+        return Forbidden(
+            f"{tracking_uri} does not let {user or 'you'} do this" + (f" ({asked[1]})" if asked else ""),
+            fix="ask its administrator for EDIT on the model and on the experiment: docs/team.md",
+        )
+    if refused := [a for a in answers if a and 400 <= a < 500 and a not in (408, 429)]:
+        return (NotThere if 404 in refused else LimbeckError)(f"{tracking_uri}: {text[:500]}")
+    return None
+
+
+def _storage(chain: list[BaseException]) -> LimbeckError | None:
+    """What to say of S3, where a server leaves it to its clients to keep artifacts there; else None."""
+    if not any(type(e).__module__.startswith(("boto", "s3transfer")) for e in chain):
+        return None
+    text = str(chain[0])
+    if any(type(e).__name__ in NO_STORAGE for e in chain) or re.search(r"\((InternalError|SlowDown|5\d\d)\)", text):
+        return Unreachable(f"the artifact store does not answer: {text[:200]}", fix="is AWS_ENDPOINT_URL right?")
+    return LimbeckError(
+        f"the artifact store refused: {text[:500]}",
+        fix="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or let the server pass files on",
+    )
+
+
+def _unreachable(tracking_uri: str, why: str) -> Unreachable:
+    if why == "certificate":
+        return Unreachable(
+            f"the certificate of the tracking server {tracking_uri} is not one that is trusted here",
+            fix="name its authority's: MLFLOW_TRACKING_SERVER_CERT_PATH=ca.pem",
+        )
+    return Unreachable(
+        f"the tracking server {tracking_uri} does not answer: {why}",
+        fix="start it, correct MLFLOW_TRACKING_URI, or unset that to use the local store",
+    )
+
+
+def reason(error: Exception) -> str:
+    """The plain words within a requests exception."""
+    text = str(error)
+    for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):
+        if words.lower() in text.lower():
+            return words.lower()
+    if answered := re.search(r"too many (\d{3}) error responses|(\d{3}) Server Error", text):
+        return f"it answers {answered[1] or answered[2]}"
+    return text.split("\n")[0][:200]
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's SQLite file where it is missing: whole or not at all, by one process alone."""
+    if path.exists():
+        return
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        _quiet_logs()
+        with written_whole(path) as part:
+            store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
+            store.engine.dispose()
+
+
+def _quiet_logs() -> None:
+    """After mlflow is imported, which sets them."""
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.ERROR)

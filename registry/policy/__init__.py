@@ -1,0 +1,1 @@
+"""Policies: their schema, file, stored form, description and plugins."""

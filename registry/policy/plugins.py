@@ -1,0 +1,194 @@
+"""Rules in Python: what a gate asks beyond `limbeck.registry.policy.schema`, from whatever distribution is installed.
+
+A distribution names its rules as entry points of the group `limbeck.rules`, in its pyproject.toml:
+
+    [project.entry-points."limbeck.rules"]
+    short_answers = "acme_rules:short_answers"
+
+A policy asks for one by a table of its name, whose keys are the rule's options:
+
+    [rules.short_answers]
+    max_tokens = 64
+
+A rule is a callable. It is given the evidence, and its options by name; it gives one result or several:
+
+    def short_answers(evidence: Evidence, *, max_tokens: int) -> RuleResult: ...
+
+The options are checked as the policy is loaded: by the annotations and defaults of the parameters, or by a pydantic
+model where the callable has one as `Options`. A rule that raises, or gives anything else, is inconclusive: a broken
+rule never passes. Rules run in the gate's own process, so install those that you trust.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.toml import Problem, words
+from limbeck.registry.records import RuleResult
+
+if TYPE_CHECKING:
+    from limbeck.registry.gate.evidence import Evidence
+
+GROUP = "limbeck.rules"
+LONGEST = 2000  # characters of a message
+BROKEN = (Exception, SystemExit)  # what a rule may do instead of answering; Ctrl-C is the user's
+
+
+class Plugin(NamedTuple):
+    """A rule that is installed."""
+
+    name: str
+    rule: Callable[..., Any]
+    options: type[BaseModel]
+    package: str  # its distribution, with the version
+
+    def told(self) -> str:
+        """What the rule asks, in the first line of its docstring."""
+        return (inspect.getdoc(self.rule) or "").strip().partition("\n")[0]
+
+
+def find(name: str) -> Plugin:
+    """The rule of a name. Raises BadInput where none is installed, or it cannot be used."""
+    installed = entry_points(group=GROUP)
+    found = {f"{_package(each)} ({each.value})": each for each in installed if each.name == name}
+    if not found:
+        known = sorted({each.name for each in installed})
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"installed are: {', '.join(known)}" if known else "no distribution that is installed has any"
+        raise BadInput(f"no rule {name} is installed" + (f"; did you mean {near[0]}?" if near else ""), fix=fix)
+    if len(found) > 1:
+        raise BadInput(f"the rule {name} is in {' and in '.join(sorted(found))}", fix="uninstall all but one")
+    (entry,) = found.values()
+    what = f"the rule {name} of {_package(entry)}"
+    try:
+        rule = entry.load()
+    except BROKEN as error:
+        raise BadInput(
+            f"{what} cannot be imported: {_said(error)}", fix="install it again, or another version"
+        ) from None
+    if not callable(rule):
+        raise BadInput(f"{what} is no callable but a {type(rule).__name__}")
+    try:
+        return Plugin(name, rule, _options(rule), _package(entry))
+    except BROKEN as error:
+        raise BadInput(f"{what}: its options cannot be told: {_said(error)}") from None
+
+
+def problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """What is wrong with the `[rules.NAME]` tables of a policy."""
+    for name, options in rules.items():
+        key = ("rules", name)
+        try:
+            plugin = find(name)
+        except BadInput as error:
+            yield Problem(error.message, (key,), error.fix)
+            continue
+        try:
+            plugin.options.model_validate(options)
+        except ValidationError as error:
+            for details in error.errors():
+                yield _problem(plugin, details)
+        except BROKEN as error:
+            yield Problem(f"the options of {name} ({plugin.package}) cannot be checked: {_said(error)}", (key,))
+
+
+def judge(rules: Mapping[str, Mapping[str, Any]], evidence: Evidence) -> Iterator[RuleResult]:
+    """What each rule says of the evidence; inconclusive where it cannot be asked, or is broken."""
+    for name, options in rules.items():
+        try:
+            plugin = find(name)
+            given = plugin.options.model_validate(options)
+        except BROKEN as error:
+            yield RuleResult(rule=f"rules.{name}", outcome="inconclusive", message=_cut(" ".join(str(error).split())))
+            continue
+        arguments = {field: getattr(given, field) for field in type(given).model_fields} | (given.model_extra or {})
+        try:
+            answer = plugin.rule(evidence, **arguments)
+            results = [answer] if isinstance(answer, RuleResult) else _results(answer)
+        except BROKEN as error:
+            results = [_broken(name, f"it raised {_said(error)}")]
+        for each in results or [_broken(name, "it gave no result")]:
+            yield _checked(plugin, each)
+
+
+def _results(answer: Any) -> list[RuleResult]:
+    if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | Mapping):
+        raise TypeError(f"gave a {type(answer).__name__}, no RuleResult")
+    results = list(answer)
+    for each in results:
+        if not isinstance(each, RuleResult):
+            raise TypeError(f"gave a {type(each).__name__}, no RuleResult")
+    return results
+
+
+def _checked(plugin: Plugin, result: RuleResult) -> RuleResult:
+    """A rule's result under the name that the policy has for it, with the package that it is of."""
+    name = plugin.name
+    try:
+        result = RuleResult.model_validate(result.model_dump(warnings=False))
+    except ValidationError as error:
+        result = _broken(name, f"its result is none: {words(error.errors()[0])}")
+    own = result.rule.removeprefix("rules.").removeprefix(name).strip(".")
+    return RuleResult(
+        rule=f"rules.{name}" + (f".{own[:100]}" if own else ""),
+        outcome=result.outcome,
+        message=f"{_cut(result.message)} ({plugin.package})",
+    )
+
+
+def _broken(name: str, why: str) -> RuleResult:
+    return RuleResult(rule=name, outcome="inconclusive", message=f"{why}: mend the rule, or leave it out of the policy")
+
+
+def _options(rule: Callable[..., Any]) -> type[BaseModel]:
+    """The model of a rule's options: its `Options`, else what its signature says after the evidence."""
+    own = getattr(rule, "Options", None)
+    if isinstance(own, type) and issubclass(own, BaseModel):
+        return own
+    parameters = list(inspect.signature(rule).parameters.values())
+    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise TypeError("its first parameter has to be the evidence")
+    named = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    fields: dict[str, Any] = {
+        p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
+        for p in named
+    }
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    config = ConfigDict(extra="allow" if anything else "forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    module = getattr(rule, "__module__", None) or type(rule).__module__
+    model = create_model("Options", __config__=config, __module__=module, **fields)
+    model.model_rebuild(raise_errors=True)
+    return model
+
+
+def _problem(plugin: Plugin, details: Any) -> Problem:
+    """One pydantic error of a rule's options."""
+    key = ("rules", plugin.name, *details["loc"])
+    name = ".".join(map(str, key))
+    known = ", ".join(plugin.options.model_fields) or "none"
+    if details["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(details["loc"][-1]), plugin.options.model_fields, n=1)
+        message = f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
+        return Problem(message, (key,), f"options of {plugin.name} ({plugin.package}): {known}")
+    if details["type"] == "missing":
+        return Problem(f"{name} is missing", (key,), f"options of {plugin.name} ({plugin.package}): {known}")
+    return Problem(f"{name}: {words(details)}", (key,))
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+def _said(error: BaseException) -> str:
+    return _cut(f"{type(error).__name__}: {error}".rstrip(": "))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

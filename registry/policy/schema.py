@@ -1,0 +1,225 @@
+"""The gate's policy: what a version must show, and who has to agree, before an alias may point at it.
+
+A policy is a TOML file. Each rule is optional, and one that is left out is not asked; a policy that asks nothing is
+refused. `limbeck policy check policy.toml` says in words what one asks.
+
+    [quality]
+    min_retention = 0.95        # share of the teacher's quality that is kept, mean over the tasks; 1 is all of it
+    confidence = 0.95           # the default: of the intervals that these rules are held against
+    tasks = ["stdlib_next_line"]  # tasks that have to be in the scorecard
+    min_documents = 200         # of each task
+    max_age_days = 30           # since it was scored
+
+    [quality.min_task_retention]  # the same as min_retention, for one task
+    stdlib_next_line = 0.9
+
+    [quality.margin]            # how much worse than the teacher it may be, in the metric's own units:
+    acc = 0.02                  # on each task of this metric,
+    stdlib_next_line = 0.01     # or on this task
+
+    [cost]
+    max_cost_ratio = 0.5        # dollars per million tokens over the teacher's
+    max_usd_per_million_tokens = 0.02
+    max_p50_ms = 100            # one request of the cost protocol, start to end
+    max_p95_ms = 200
+    max_disk_bytes = 50_000_000
+    max_peak_rss_bytes = 500_000_000
+    max_peak_device_bytes = 2_000_000_000  # of a GPU's memory
+    min_decode_tokens_per_s = 100
+
+    [parity]                    # asked of ONNX variants
+    required = true             # the default; it passed when it was exported: fp32 equals PyTorch, no other is broken
+    max_mean_kl = 0.05          # nats per token
+    max_p99_kl = 0.5            # of 99 tokens in 100
+    min_top1_agreement = 0.9
+    max_bits_per_byte_increase = 0.02  # over its PyTorch model
+
+    [lineage]
+    max_contamination = 0.01    # of each task: the share of documents that occur in the training text
+    require_distillation_licence = true  # the teacher's licence has to allow that a student learns from it
+
+    [licence]                   # the licences that are allowed, however they are spelt
+    teacher = ["apache-2.0", "mit"]
+    base_model = ["apache-2.0", "mit"]  # of the pretrained model that a student began as
+    data = ["psf-2.0", "cc-by-4.0"]
+    code = ["apache-2.0"]
+
+    [approvals]
+    needed = 1                  # so many people, neither the version's author nor who asked for it
+    people = ["ann", "bob"]     # of these; without it, of anybody
+
+    [approvals.keys]            # with it, an approval counts where it is signed by the key of whoever gave it
+    ann = "GjTVLSn2Jyqg0uNHzrw7qgZdCzZfFtg8nLUkA7vMLRg="
+
+    [override]
+    people = ["carol"]          # who may promote what does not pass; without it nobody may
+
+    [rules.toxicity]            # a rule in Python, see limbeck.registry.policy.plugins; its options
+    max_share = 0.01
+
+A limit of quality is held against an interval: that of the scorecard, at `confidence`, both ends counted. An interval
+wholly on the wrong side fails; one that reaches across the limit is inconclusive, and the verdict says about how many
+documents settle it. So `confidence = 0.9` is the one-sided test at 95% of `limbeck compare`. A margin is a test of
+non-inferiority: the lower end of student - teacher, turned so that more is better, has to lie above minus the margin.
+Costs are held against the upper end of their interval where the rounds gave one, else against the number measured.
+
+What is not known, such as an overlap with text that is not at hand, or a licence, is inconclusive. Neither failing
+nor inconclusive passes the gate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from limbeck.registry.core import toml
+from limbeck.registry.core.toml import Problem
+from limbeck.registry.records import Frozen, Record, later
+
+Retention = Annotated[float, Field(ge=0, le=1.5)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # base64 of 32 bytes
+
+
+class Quality(Frozen):
+    """How much of the teacher's quality has to be kept."""
+
+    min_retention: Retention | None = None
+    tasks: tuple[Name, ...] = ()
+    min_documents: int | None = Field(default=None, ge=1)
+    min_task_retention: dict[str, Retention] = {}
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = later(0.95)
+    margin: dict[str, Above0] = later({})
+    max_age_days: Above0 | None = later(None)
+
+
+class CostLimits(Frozen):
+    """How much it may cost to run."""
+
+    max_cost_ratio: Above0 | None = None
+    max_p95_ms: Above0 | None = None
+    max_disk_bytes: int | None = Field(default=None, gt=0)
+    max_peak_rss_bytes: int | None = Field(default=None, gt=0)
+    min_decode_tokens_per_s: Above0 | None = None
+    max_usd_per_million_tokens: Above0 | None = later(None)
+    max_p50_ms: Above0 | None = later(None)
+    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = later(None)
+
+
+class ParityLimits(Frozen):
+    """How close an ONNX variant has to be to its PyTorch model."""
+
+    required: bool = True
+    max_mean_kl: float | None = Field(default=None, ge=0)
+    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    max_p99_kl: NotNegative | None = later(None)
+    max_bits_per_byte_increase: NotNegative | None = later(None)
+
+
+class LineageRules(Frozen):
+    """What it may have been made from."""
+
+    max_contamination: float | None = Field(default=None, ge=0, le=1)
+    require_distillation_licence: bool = False
+
+
+class LicenceRules(Frozen):
+    """The licences that are allowed; None: not asked."""
+
+    teacher: tuple[Name, ...] | None = None
+    base_model: tuple[Name, ...] | None = None  # the pretrained model that a student began as
+    data: tuple[Name, ...] | None = None  # of the training text
+    code: tuple[Name, ...] | None = None  # of the code that made it
+
+
+class ApprovalRules(Frozen):
+    """Who has to agree."""
+
+    needed: int = Field(default=0, ge=0)
+    people: tuple[Name, ...] = ()  # empty: anybody
+    keys: dict[str, str] = {}  # name -> public key of ed25519, base64; empty: approvals need no signature
+
+
+class Override(Frozen):
+    """Who may go over the gate's veto."""
+
+    people: tuple[Name, ...] = ()
+
+
+class Policy(Record):
+    """The rules of one gate."""
+
+    quality: Quality = Quality()
+    cost: CostLimits = CostLimits()
+    parity: ParityLimits = ParityLimits()
+    lineage: LineageRules = later(LineageRules())
+    licence: LicenceRules = later(LicenceRules())
+    approvals: ApprovalRules = later(ApprovalRules())
+    override: Override = later(Override())
+    rules: dict[str, dict[str, Any]] = later({})  # of `limbeck.registry.policy.plugins`: name -> options
+
+
+def load(path: Path | str) -> Policy:
+    """The policy in a TOML file.
+
+    Raises BadInput, with the lines, for what is no policy, for one that no model can pass, and for one that asks
+    nothing.
+    """
+    from limbeck.registry.policy.plugins import problems
+
+    text = toml.read(path)
+    policy = toml.loads(text, Policy, where=str(path))
+    if found := [*_impossible(policy), *problems(policy.rules)]:
+        raise toml.located(found, text, where=str(path))
+    return policy
+
+
+def _impossible(policy: Policy) -> Iterator[Problem]:
+    """Why no model, or any model, can pass a policy whose values are each in order."""
+    if policy.model_copy(update={"override": Override()}) == Policy():
+        yield Problem("it asks nothing: any version passes", fix="ask for something, such as quality.min_retention")
+    if repeated := _repeated(policy.quality.tasks):
+        yield Problem(f"quality.tasks names {repeated} twice", (("quality", "tasks"),))
+    for kind, names in policy.licence:
+        if names == ():
+            words = f"licence.{kind} allows no licence, so no model can pass"
+            yield Problem(words, (("licence", kind),), fix="name one, or leave the key out")
+    if policy.approvals != ApprovalRules():
+        yield from _unapprovable(policy.approvals)
+
+
+def _unapprovable(asked: ApprovalRules) -> Iterator[Problem]:
+    """Why nobody can approve as a policy asks."""
+    needed, people, keys = ("approvals", "needed"), ("approvals", "people"), ("approvals", "keys")
+    if not asked.needed:
+        fix = "say how many have to agree: needed = 1"
+        yield Problem("approvals has people or keys, but asks for nobody: needed is 0", (needed,), fix=fix)
+    if repeated := _repeated(asked.people):
+        yield Problem(f"approvals.people names {repeated} twice", (people,))
+    elif asked.people and len(asked.people) < asked.needed:
+        words = f"approvals.needed asks for {asked.needed} people, approvals.people names {len(asked.people)}"
+        yield Problem(f"{words}, so no model can pass", (needed, people))
+    for name, key in asked.keys.items():
+        where = (*keys, name)
+        if asked.people and name not in asked.people:
+            yield Problem(f"approvals.keys has a key of {name}, who is not one of approvals.people", (where, people))
+        if not KEY.fullmatch(key):
+            fix = "a key is 44 characters of base64, as `limbeck keys show` prints it"
+            yield Problem(f"approvals.keys.{name} is no public key of ed25519", (where,), fix=fix)
+    if twice := _repeated(list(asked.keys.values())):
+        one, other = [name for name, key in asked.keys.items() if key == twice][:2]
+        yield Problem(f"{one} and {other} have one key: either could approve for both", ((*keys, one), (*keys, other)))
+    if asked.keys and len(asked.keys) < asked.needed:
+        words = f"approvals.needed asks for {asked.needed} people, approvals.keys has the keys of {len(asked.keys)}"
+        yield Problem(f"{words}, so no model can pass", (needed, keys))
+
+
+def _repeated(values: Any) -> str | None:
+    """The first that is there twice."""
+    return next((value for place, value in enumerate(values) if value in values[:place]), None)

@@ -1,0 +1,1 @@
+"""Provenance: licences, SBOMs, attestations."""

@@ -1,0 +1,251 @@
+"""Licences: what well-known ones say about training a model on another's outputs, and which a version is under.
+
+A reading in short, no legal advice: terms change, so each entry names where to look. What is not listed is
+unknown, and a recipe can say what its owner knows (`teacher.licence_allows_distillation`).
+
+Several licences are one expression in the manner of SPDX: all of `MIT AND CC-BY-4.0` hold, either of `MIT OR GPL-3.0`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from limbeck.registry.mlflow.store import Store
+    from limbeck.registry.records import Version
+
+
+class Terms(NamedTuple):
+    """Whether a licence allows a student to learn from a model's outputs, on which terms, and where that is said."""
+
+    allows: bool
+    said: str
+    source: str
+
+
+_FREE = "it does not restrict what outputs are used for"
+_SPDX = "https://spdx.org/licenses/"
+_COMPETING = "outputs may not be used to develop models that compete with the provider's"
+_RAIL = "a model that is distilled is a derivative: it has to pass on the use restrictions"
+
+# By the identifiers of the Hugging Face hub, of SPDX, or a provider's name for models behind an API.
+TERMS = {
+    **dict.fromkeys(
+        ["apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0",
+         "cc-by-sa-4.0", "mpl-2.0", "lgpl-3.0", "gpl-3.0", "agpl-3.0", "odc-by", "psf-2.0"],
+        Terms(True, _FREE, _SPDX),
+    ),
+    **dict.fromkeys(
+        ["cc-by-nc-4.0", "cc-by-nc-sa-4.0"],
+        Terms(True, "for purposes that are not commercial", "https://creativecommons.org/licenses/"),
+    ),
+    **dict.fromkeys(
+        ["openrail", "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
+         "creativeml-openrail-m"],
+        Terms(True, _RAIL, "https://www.licenses.ai/"),
+    ),
+    "llama2": Terms(
+        False,
+        "outputs may not be used to improve another large language model than Llama 2 and its derivatives (1.b.v)",
+        "https://ai.meta.com/llama/license/",
+    ),
+    "llama3": Terms(
+        False,
+        "outputs may not be used to improve another large language model than Llama 3 and its derivatives (1.b.v)",
+        "https://www.llama.com/llama3/license/",
+    ),
+    **{
+        f"llama{version}": Terms(
+            True,
+            'a model trained on outputs has a name that begins with "Llama", and says "Built with Llama" (1.b.i)',
+            f"https://www.llama.com/llama{version.replace('.', '_')}/license/",
+        )
+        for version in ("3.1", "3.2", "3.3", "4")
+    },
+    "gemma": Terms(
+        True,
+        "a model distilled from Gemma or its outputs is a model derivative: Gemma's terms go with it (1.1, 3.1)",
+        "https://ai.google.dev/gemma/terms",
+    ),
+    "deepseek": Terms(
+        True,
+        "distillation is allowed; a derivative passes on the use restrictions",
+        "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL",
+    ),
+    "qwen": Terms(
+        True,
+        'a model trained on outputs and distributed says "Built with Qwen" or "Improved using Qwen"',
+        "https://huggingface.co/Qwen/Qwen2.5-72B-Instruct/blob/main/LICENSE",
+    ),
+    "qwen-research": Terms(
+        True,
+        'for research alone; a model trained on outputs says "Built with Qwen" or "Improved using Qwen"',
+        "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE",
+    ),
+    "tongyi-qianwen": Terms(
+        False,
+        "outputs may not be used to improve another large language model than Tongyi Qianwen and its derivatives",
+        "https://github.com/QwenLM/Qwen/blob/main/Tongyi%20Qianwen%20LICENSE%20AGREEMENT",
+    ),
+    "openai": Terms(False, _COMPETING, "https://openai.com/policies/row-terms-of-use/"),
+    "anthropic": Terms(False, _COMPETING, "https://www.anthropic.com/legal/commercial-terms"),
+    "gemini": Terms(False, _COMPETING, "https://ai.google.dev/gemini-api/terms"),
+}  # fmt: skip
+
+
+# Whose terms hold for what comes from an endpoint.
+HOSTS = {
+    "api.openai.com": "openai",
+    "api.anthropic.com": "anthropic",
+    "generativelanguage.googleapis.com": "gemini",
+}
+
+
+def of_endpoint(url: str) -> str | None:
+    """The name in `TERMS` of the provider behind an endpoint; None where it is none of those known."""
+    return HOSTS.get(urlsplit(url).hostname or "")
+
+
+def terms(licence: str | None) -> Terms | None:
+    """What is known of a licence, however its name is spelt (`Apache 2.0`); None where nothing is."""
+    return _BY_NAME.get(_plain(licence)) if licence else None
+
+
+def allows(licence: str | None) -> bool | None:
+    """Whether a licence allows training on the outputs of a model that is under it; None where that is not known.
+
+    Of an expression all of AND have to, and one of OR.
+    """
+    if not licence:
+        return None
+    if len(either := _split(licence, "OR")) > 1:
+        answers = [allows(each) for each in either]
+        return True if True in answers else None if None in answers else False
+    if len(each := names(licence)) > 1:
+        return every(allows(name) for name in each)
+    known = terms(_bare(licence))
+    return known.allows if known else None
+
+
+def within(licence: str | None, allowed: Collection[str]) -> bool | None:
+    """Whether a licence is one of those that are allowed, however these are spelt; None where it is not stated.
+
+    Of an expression all of AND have to be, and one of OR.
+    """
+    if not licence:
+        return None
+    if len(either := _split(licence, "OR")) > 1:
+        return any(within(each, allowed) for each in either)
+    if len(each := names(licence)) > 1:
+        return all(within(name, allowed) for name in each)
+    return _plain(_bare(licence)) in {_plain(name) for name in allowed}
+
+
+def every(answers: Iterable[bool | None]) -> bool | None:
+    """Whether all allow: False where one forbids, else None where one is not known."""
+    given = list(answers)
+    return False if False in given else None if None in given else True
+
+
+def names(licence: str | None) -> list[str]:
+    """The licences that hold all at once: what AND joins in an expression; none of None."""
+    if not licence or len(_split(licence, "OR")) > 1:
+        return [licence] if licence else []
+    return [_bare(part) for part in _split(licence, "AND")]
+
+
+def joined(licences: Iterable[str | None]) -> str | None:
+    """All of the licences as one expression, each once; None where there is none."""
+    each = {_plain(name): name for licence in licences for name in names(licence)}
+    if len(each) < 2:
+        return next(iter(each.values()), None)
+    return " AND ".join(f"({name})" if len(_split(name, "OR")) > 1 else name for name in each.values())
+
+
+class Term(NamedTuple):
+    """A licence that a version is under because of what went into it, or into what it learnt from."""
+
+    role: Literal["teacher", "data", "base model"]
+    version: str  # NAME/VERSION that was made from it
+    of: str  # NAME/VERSION of the teacher, the digest of the data, or the pretrained model that the version began as
+    licence: str | None  # None: not stated
+    allows: bool | None  # whether a model may learn from it; None: not known
+
+
+def chain(store: Store, version: Version) -> list[Term]:
+    """The licence of every teacher and of all data along a version's lineage, the first ancestor's first.
+
+    A version that was distilled from a student is under the terms of that student's teacher too. What an ancestor
+    that is not there any more came from is not known: it is a teacher without a licence.
+    """
+    lines: list[list[Term]] = []
+    while True:
+        parent = _there(store, version.parent)
+        if version.kind != "onnx" or parent is None:  # a variant is under what its student is
+            lines.append(list(_terms(version, parent)))
+        if parent is None or parent.ref == version.ref or len(lines) > LONGEST:
+            return [term for line in reversed(lines) for term in line]
+        version = parent
+
+
+def fill(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
+    """Record with a version, and with its ONNX variants, what was not known of its licences when they were made.
+
+    What is recorded stays as it is: who knows better makes the version anew.
+    """
+    stated = {field: value for field, value in fields.items() if value is not None}
+    if all(getattr(version, field) is not None for field in stated):
+        return
+    variants = [each for each in store.versions(version.name) if each.kind == "onnx" and each.parent == version.ref]
+    for each in (version, *variants):
+        for field, value in stated.items():
+            if getattr(each, field) is None:
+                store.client.set_model_version_tag(each.name, str(each.version), f"limbeck.{field}", str(value))
+
+
+LONGEST = 1000  # ancestors
+
+
+def _terms(version: Version, parent: Version | None) -> Iterator[Term]:
+    """What a version itself adds."""
+    if version.parent and version.kind != "teacher":  # a teacher's parent is the version that it is a copy of
+        stated = version.teacher_licence or (parent.licence if parent else None)
+        allowed = version.licence_allows_distillation
+        yield Term("teacher", version.ref, version.parent, stated, allows(stated) if allowed is None else allowed)
+    if version.parent and parent is None:
+        yield Term("teacher", version.ref, f"{version.parent}, which is gone", None, None)
+    if version.base_model:
+        stated = version.base_model_licence
+        yield Term("base model", version.ref, version.base_model, stated, allows(stated))
+    if version.data_digest:
+        yield Term("data", version.ref, version.data_digest, version.data_licence, allows(version.data_licence))
+
+
+def _there(store: Store, ref: str | None) -> Version | None:
+    try:
+        return store.get(ref) if ref else None
+    except BadInput:
+        return None
+
+
+def _split(expression: str, operator: str) -> list[str]:
+    """An expression at an operator that stands in no brackets; brackets within brackets are not told apart."""
+    return re.split(rf"\s+{operator}\s+(?![^()]*\))", _bare(expression))
+
+
+def _bare(expression: str) -> str:
+    """Without brackets around the whole."""
+    inner = re.fullmatch(r"\s*\(([^()]*)\)\s*", expression)
+    return (inner[1] if inner else expression).strip()
+
+
+def _plain(licence: str) -> str:
+    return re.sub(r"licen[cs]e|version|[\s_,-]+", "", licence.lower())
+
+
+_BY_NAME = {_plain(name): each for name, each in TERMS.items()}

@@ -1,0 +1,222 @@
+"""The stored forms: samples right on average and small on disk, top-k biased; what each serves and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from limbeck.distill.cache import encoding
+from limbeck.distill.cache.encoding import Form
+from limbeck.distill.cache.teacher_cache import TeacherCache
+from limbeck.distill.data.blocks import make_blocks
+from limbeck.distill.data.corpus import stdlib_documents
+from limbeck.distill.losses import divergences
+from limbeck.distill.models import loading
+from limbeck.distill.recipe.schema import Cache, Layers, Objective
+from limbeck.distill.teacher.signal import capture
+from tests import ROOT
+
+KL = Objective(divergence="forward_kl")
+
+
+def zipf(tokens: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
+    """Logits (tokens, vocab_size) as of text: a few likely tokens, a long tail, some positions surer than others."""
+    chance = np.random.default_rng(seed)
+    ranks = np.stack([chance.permutation(vocab_size) for _ in range(tokens)]) + 1
+    return torch.from_numpy(-np.log(ranks) * chance.uniform(1.0, 3.0, (tokens, 1)))
+
+
+def draws(form: Form, logits: torch.Tensor, wanted: np.ndarray, count: int) -> list[divergences.Samples]:
+    """Independent samples of one block, each as a batch of one gives it."""
+    made = [encoding.block_arrays(form, logits, wanted, (7, seed)) for seed in range(count)]
+    return [divergences.Samples(**{k: v[0] for k, v in encoding.batch(form, [block]).items()}) for block in made]
+
+
+def estimate(samples: divergences.Samples, vocab_size: int) -> torch.Tensor:
+    """What samples say of the distribution: (T, vocab_size) float64."""
+    dense = torch.zeros(len(samples.ids), vocab_size, dtype=torch.float64)
+    return dense.scatter_add_(-1, samples.ids, samples.weights.double())
+
+
+# Of ids of 9, 16, 17, 18 and 19 bits the weight gets 15, 8, 7, 6 and 13.
+VOCABULARIES = [300, 2**16, 2**17, 2**18, 2**18 + 1]
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_are_right_on_average(vocab_size: int, temperature: float) -> None:
+    rows, count = 6, 300
+    logits = zipf(rows, 300)  # the other tokens of the vocabulary have no chance
+    form, wanted = Form("sampled", 8, vocab_size, temperature), np.ones(rows, dtype=bool)
+    probs = (logits / temperature).softmax(-1)
+    made = torch.stack([estimate(samples, 300) for samples in draws(form, logits, wanted, count)])
+    error = made.mean(0) - probs
+    # A token that is kept with a chance of p / t and weighs t then: its variance is p (t - p).
+    t = float(made[made > 0].min())
+    spread = (probs * t).sqrt() / count**0.5 + 1e-4
+    assert float((error / spread).abs().max()) < 5
+    # One that is kept for certain is rounded up or down to a level beside it.
+    certain, gap = probs >= t, t ** (-1 / (form.levels - 1)) - 1
+    assert certain.any()
+    assert float((error / probs)[certain].abs().max()) < 5 * gap / 2 / count**0.5 + 1e-6
+    assert float((made.std(0) / probs)[certain].max()) < 0.6 * gap + 1e-6
+    assert float(error.pow(2).mean().sqrt()) < 1.5 * float(spread.mean())
+    kept = (made > 0).sum((1, 2)).double()
+    assert kept.mean() == pytest.approx(8 * rows, rel=0.01)
+    assert kept.std() <= 1
+    assert float(made.sum(-1).mean()) == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_the_last_ids_of_a_vocabulary_are_kept(vocab_size: int) -> None:
+    logits = torch.full((3, vocab_size), -60.0)
+    logits[:, -1], logits[:, -2], logits[1, 0] = 2.0, 1.0, 0.0
+    form = Form("sampled", 8, vocab_size)
+    (samples,) = draws(form, logits, np.ones(3, dtype=bool), 1)
+    kept = [dict(zip(i[w > 0].tolist(), w[w > 0].tolist(), strict=True)) for i, w in zip(*samples[:2], strict=True)]
+    last = [vocab_size - 2, vocab_size - 1]
+    assert [[*row] for row in kept] == [last, [0, *last], last]
+    for row, probs in zip(kept, logits.softmax(-1), strict=True):
+        for token, weight in row.items():
+            assert weight == pytest.approx(float(probs[token]), rel=0.07)  # one level of 64
+
+
+def test_the_gradient_of_samples_is_the_dense_one_on_average_and_that_of_topk_is_not() -> None:
+    rows, vocab_size, count = 4, 300, 500
+    teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
+    student = (0.1 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))).double()
+    labels = torch.zeros(rows, dtype=torch.int64)
+
+    def gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        logits = student.clone().requires_grad_()
+        return torch.autograd.grad(loss(logits), logits)[0]
+
+    dense = gradient(lambda q: kl_div(q.log_softmax(-1), teacher.softmax(-1), reduction="sum"))
+    every = draws(Form("sampled", 8, vocab_size), teacher, wanted, count)
+    each = torch.stack([gradient(lambda q, s=s: divergences.loss(q, labels, KL, s)) for s in every])  # type: ignore[misc]
+    error = float((each.mean(0) - dense).norm())
+    expected = float(each.var(0).sum().sqrt()) / count**0.5  # what chance leaves of it
+    assert error < 1.3 * expected
+    form = Form("topk", 8, vocab_size)
+    arrays = encoding.batch(form, [encoding.block_arrays(form, teacher, wanted, (0,))])
+    topk = divergences.TopK(**{name: array[0] for name, array in arrays.items()})
+    biased = gradient(lambda q: divergences.loss(q, labels, KL, topk))
+    assert float((biased - dense).norm()) > 5 * error
+
+
+def test_the_loss_of_samples_is_a_divergence_on_average() -> None:
+    rows, vocab_size, count = 4, 300, 500
+    teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
+    student = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.zeros(rows, dtype=torch.int64)
+    every = draws(Form("sampled", 8, vocab_size), teacher, wanted, count)
+    each = torch.stack([divergences.loss(student, labels, KL, samples) for samples in every])
+    dense = kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum")
+    assert float(each.mean()) == pytest.approx(float(dense), abs=4 * float(each.std()) / count**0.5 + 4e-3)
+
+
+def test_samples_are_nearer_than_as_many_draws_with_replacement() -> None:
+    """Beside the published way with 50 draws, given as many different tokens as these hold on average."""
+    rows, vocab_size, count = 16, 2000, 200
+    logits = zipf(rows, vocab_size)
+    probs = logits.softmax(-1)
+    drawn = torch.distributions.Multinomial(50, probs=probs)
+    torch.manual_seed(0)
+    theirs = torch.stack([drawn.sample() / 50 for _ in range(count)])
+    distinct = int((theirs > 0).sum(-1).double().mean())
+    samples = draws(Form("sampled", distinct, vocab_size), logits, np.ones(rows, dtype=bool), count)
+    ours = torch.stack([estimate(each, vocab_size) for each in samples])
+    assert float((ours - probs).pow(2).sum(-1).mean()) < 0.5 * float((theirs - probs).pow(2).sum(-1).mean())
+
+
+def test_only_positions_that_are_wanted_take_room() -> None:
+    wanted = np.arange(16) >= 12
+    form = Form("sampled", 8, 300)
+    logits = zipf(16, 300)
+    arrays = encoding.block_arrays(form, logits, wanted, (0,))
+    rows = encoding.batch(form, [arrays])
+    best = rows["ids"][0].gather(-1, rows["weights"][0].argmax(-1, keepdim=True))[wanted, 0]
+    assert torch.equal(best, logits.argmax(-1)[wanted])  # each is of its own position
+    assert arrays["sizes"][~wanted].sum() == 0
+    assert arrays["sizes"][wanted].sum() == pytest.approx(4 * 8, abs=1)
+    none = encoding.block_arrays(form, zipf(16, 300), np.zeros(16, dtype=bool), (0,))
+    assert len(none["entries"]) == 0
+    rows = encoding.batch(form, [none, arrays])
+    assert rows["ids"].shape[:2] == (2, 16)
+    assert not rows["weights"][0].any()
+
+
+def test_one_position_may_need_more_than_a_byte_counts() -> None:
+    logits = torch.zeros(8, 2000)
+    logits[1:, 7] = 50.0  # all but one are sure
+    form = Form("sampled", 60, 2000)
+    arrays = encoding.block_arrays(form, logits, np.ones(8, dtype=bool), (0,))
+    assert arrays["sizes"][0] > 255
+    assert arrays["sizes"].sum() == len(arrays["entries"])
+
+
+@pytest.mark.parametrize("peak", [1.0, 50.0, 1000.0])
+def test_a_sure_teacher_takes_less_room(peak: float) -> None:
+    """However sure it is, even where all probabilities but one are zero."""
+    logits = torch.zeros(8, 300)
+    logits[:, 7] = peak
+    form = Form("sampled", 8, 300)
+    arrays = encoding.block_arrays(form, logits, np.ones(8, dtype=bool), (0,))
+    samples = divergences.Samples(**{name: array[0] for name, array in encoding.batch(form, [arrays]).items()})
+    assert len(arrays["entries"]) <= 8 * 8 + 1
+    if peak > 1:
+        assert len(arrays["entries"]) == 8
+        assert torch.equal(samples.weights.max(-1).values, torch.ones(8))
+        assert (samples.ids.gather(-1, samples.weights.argmax(-1, keepdim=True)) == 7).all()
+
+
+def test_the_default_takes_at_most_40_bytes_a_token(limbeck_home: Path) -> None:
+    """On text, of the quickstart's teacher; and of the greatest vocabularies that are about."""
+    form = encoding.choose(Cache(form="sampled"), KL, 2048)
+    assert form is not None
+    teacher = ROOT / "quickstart" / "teacher"
+    tokenizer = loading.load_tokenizer(teacher)
+    documents = [next(stdlib_documents())]
+    blocks = make_blocks(documents, tokenizer, 256, max_tokens=2048)
+    cache = TeacherCache({"teacher": "t"}, (len(blocks.ids), 256), form)
+    cache.fill(capture(loading.load_model(teacher), blocks, cache, bf16=False))
+    folder = sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert 30 < cache.disk_bytes() / blocks.ids.size <= 40
+    assert folder - cache.disk_bytes() < 1000  # what is there once
+    for vocab_size in (128_256, 151_936, 262_144):
+        wide = form._replace(vocab_size=vocab_size)
+        arrays = encoding.block_arrays(wide, zipf(16, vocab_size), np.ones(16, bool), (0,))
+        assert sum(array.nbytes for array in arrays.values()) / 16 <= 40.25  # the threshold is for 16 tokens here
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"])
+def test_samples_serve_forward_kl_alone(divergence: str) -> None:
+    objective = Objective(divergence=divergence)  # type: ignore[arg-type]
+    assert divergence in (encoding.refusal("sampled", objective) or "")
+    assert encoding.refusal("topk", objective) is None
+    assert encoding.refusal("online", objective) is None
+    chosen = encoding.choose(Cache(form=None), objective, 300)
+    assert chosen == Form("topk", 32, 300)
+    with pytest.raises(ValueError, match="average"):
+        encoding.choose(Cache(form="sampled"), objective, 300)
+
+
+def test_a_form_is_chosen_by_what_the_objective_needs() -> None:
+    any_form = Cache(form=None)
+    assert encoding.choose(any_form, KL, 300) == Form("sampled", any_form.samples, 300)
+    hot = KL.model_copy(update={"temperature": 2.0})
+    assert encoding.choose(any_form, hot, 300) == Form("sampled", any_form.samples, 300, 2.0)
+    assert encoding.choose(Cache(form="topk", top_k=500), hot, 300) == Form("topk", 300, 300, 2.0)
+    assert encoding.choose(Cache(form="online"), KL, 300) is None
+    layered = Objective(divergence="forward_kl", layers=Layers())
+    assert encoding.choose(any_form, layered, 300) is None  # runs online
+    assert "hidden states" in (encoding.unserved(Cache(form="topk"), layered) or "")
+    assert encoding.choose(any_form, KL, 300, endpoint=True) == Form("topk", 32, 300)
+    assert "temperature" in (encoding.unserved(any_form, hot, endpoint=True) or "")
+    assert "endpoint" in (encoding.unserved(any_form, layered, endpoint=True) or "")
+    assert "likeliest" in (encoding.unserved(Cache(form="sampled"), KL, endpoint=True) or "")

@@ -1,0 +1,159 @@
+"""What is known of a teacher's licence: what its card states, and what the recipe says instead."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Data, Source
+from limbeck.distill.run.prepare import prepare
+from limbeck.distill.students.licences import of_text
+from limbeck.distill.students.model_card import licence_of
+from limbeck.export.artifact.variants import export_version
+from limbeck.registry.core.digest import folder_digest
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.gate.evidence import gather
+from limbeck.registry.gate.promotion import promote
+from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy.schema import LineageRules, Policy, Quality
+from limbeck.registry.provenance import licences
+from limbeck.registry.records import Version
+from tests.conftest import Result
+from tests.distill.conftest import DISTILLED
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: other\nlicense_name: qwen\nlicense_link: LICENSE", "qwen"),
+        ("license: other", "other"),
+        ("tags: [a]", None),
+        (None, None),
+    ],
+)
+def test_the_licence_that_a_card_states(tmp_path: Path, card: str | None, licence: str | None) -> None:
+    if card:
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n\n# a model\n")
+    assert licence_of(tmp_path) == licence
+
+
+def test_whether_a_student_may_learn_from_the_teacher(
+    store: Store, write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
+    path = write_recipe("teacher", objectives=DISTILLED)
+
+    def allowed(*overrides: str) -> bool | None:
+        return prepare(recipes.load(path, list(overrides)), Source(path, overrides), store).licence_allows
+
+    assert allowed() is None
+    (teacher / "README.md").write_text("---\nlicense: llama2\n---\n")
+    assert allowed() is False
+    assert allowed("teacher.licence=apache-2.0") is True
+    assert allowed("teacher.licence_allows_distillation=true") is True
+
+
+@pytest.fixture
+def taught(
+    store: Store, limbeck: Callable[..., Result], write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> Callable[..., Version]:
+    """The newest student of a recipe whose teacher is `teacher`, made by the command."""
+
+    def teach(teacher: object, name: str, *overrides: str, student: str | Path = "llama") -> Version:
+        settings = (f"name={name}", "training.max_steps=1", "data.max_tokens=2000", *overrides)
+        sets = [word for setting in settings for word in ("--set", setting)]
+        done = limbeck("distill", write_recipe(teacher, student, objectives=DISTILLED), *sets, "--yes")
+        assert done.code == 0, done.err
+        return [version for version in store.versions(name) if version.kind == "student"][-1]
+
+    return teach
+
+
+RULE = Policy(quality=Quality(min_retention=0), lineage=LineageRules(require_distillation_licence=True))
+
+
+def judged(store: Store, version: Version) -> tuple[str, str]:
+    rules = judge(RULE, gather(store, version, RULE, "production")).rules
+    return next((each.outcome, each.message) for each in rules if each.rule == "lineage.require_distillation_licence")
+
+
+def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
+    store: Store, taught: Callable[..., Version], tiny_llama: Path, tmp_path: Path
+) -> None:
+    first = taught(tiny_llama, "first", "teacher.licence=openai", "data.licence=CC-BY-4.0", "licence=MIT")
+    assert (first.teacher_licence, first.data_licence, first.code_licence) == ("openai", "CC-BY-4.0", "Apache-2.0")
+    assert (first.licence_allows_distillation, judged(store, first)[0]) == (False, "fail")
+    # Named by its folder, as a stranger's model would be; it is known by its files all the same.
+    laundered = shutil.copytree(store.folder(first), tmp_path / "laundered")
+    second = taught(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
+    assert (second.teacher_licence, second.data_licence) == ("mit AND openai", "MIT AND CC-BY-4.0")
+    assert second.licence_allows_distillation is False
+    [exported] = export_version(store, second, ["int8"])
+    variant = store.get(exported.model)
+    assert (variant.teacher_licence, variant.data_licence) == (second.teacher_licence, second.data_licence)
+    for version in (second, variant):
+        terms = licences.chain(store, version)
+        assert [(t.role, t.version, t.licence) for t in terms] == [
+            ("teacher", first.ref, "openai"),
+            ("data", first.ref, "CC-BY-4.0"),
+            ("teacher", second.ref, "mit AND openai"),
+            ("data", second.ref, "MIT AND CC-BY-4.0"),
+        ]
+        outcome, words = judged(store, version)
+        assert outcome == "fail"
+        assert f"to learn from {first.parent}: its licence forbids it (openai" in words
+    with pytest.raises(Refused, match="first/1: its licence forbids it"):
+        promote(store, variant.ref, "production", RULE)
+
+
+def test_what_is_stated_later_is_recorded_and_what_is_recorded_stays(
+    store: Store, taught: Callable[..., Version], tiny_llama: Path
+) -> None:
+    student = taught(tiny_llama, "later")
+    assert (student.teacher_licence, student.data_licence) == (None, None)
+    assert judged(store, student)[0] == "inconclusive"
+    again = taught(tiny_llama, "later", "teacher.licence=mit", "data.licence=MIT")
+    assert again == store.get(student.ref)  # made before: it was not trained again
+    assert (again.teacher_licence, again.data_licence, judged(store, again)[0]) == ("mit", "MIT", "pass")
+    assert taught(tiny_llama, "later", "teacher.licence=openai", "data.licence=GPL-3.0") == again
+
+
+def test_what_a_student_began_as_is_recorded(store: Store, taught: Callable[..., Version], tiny_llama: Path) -> None:
+    stated = ("teacher.licence=mit", "students.small.licence=llama3")
+    student = taught(tiny_llama, "base", *stated, student=tiny_llama)
+    assert (student.base_model, student.base_model_licence) == (str(tiny_llama), "llama3")
+    assert student.base_model_digest == folder_digest(tiny_llama)
+    assert ("base model", "llama3") in [(term.role, term.licence) for term in licences.chain(store, student)]
+
+
+def test_the_licence_of_a_data_set_is_that_of_its_card(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+
+    def of(**more: str) -> str | None:
+        return of_text(Data(path="rows.jsonl", **more), tmp_path)
+
+    assert of() is None
+    (tmp_path / "README.md").write_text("---\nlicense: [cc-by-4.0, mit]\n---\n")
+    assert of() == "cc-by-4.0 AND mit"
+    assert of(licence="PSF-2.0") == "PSF-2.0"
+    assert of_text(Data(path="owner/never-fetched"), tmp_path) is None
+
+
+def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
+    store: Store, write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
+    path = write_recipe("teacher", objectives=DISTILLED)
+    setting = prepare(recipes.load(path, []), Source(path), store)
+    assert setting.recipe.teacher is not None
+    asked = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
+    behind = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": asked}))
+    assert (setting.licence_allows, behind.teacher_licence, behind.licence_allows) == (True, "openai", False)

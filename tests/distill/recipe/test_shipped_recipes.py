@@ -1,0 +1,165 @@
+"""Every recipe that is shipped loads, says how it is run, and runs at tiny scale."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from limbeck.distill.data import corpus
+from limbeck.distill.data.blocks import make_blocks, train_tokenizer
+from limbeck.distill.data.corpus import Document
+from limbeck.distill.models import loading
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Objective, Training
+from limbeck.distill.training.trainer import Job, train
+from limbeck.registry.mlflow.store import Store
+from tests import ROOT
+from tests.conftest import make_model
+
+SHIPPED = sorted(
+    [*ROOT.glob("distill/recipes/*.toml"), ROOT / "quickstart/recipe.toml", ROOT / "quickstart/teacher.toml"]
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert f"limbeck distill {path.relative_to(ROOT)}" in first
+    recipe = recipes.load(path)
+    plans = grid.plans(recipe)
+    assert plans
+    if recipe.teacher is not None:  # each student has its control
+        assert {plan.control is None for plan in plans} == {True, False}
+
+
+def sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def test_distilgpt2(
+    store: Store, limbeck: Callable[..., Any], text_file: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Every second layer of the teacher, its last hidden state followed."""
+    make_model(tmp_path / "gpt2", tokenizer_folder, "gpt2", n_layer=12)
+    rows = [{"text": piece} for piece in text_file.read_text().split("\n\n") if piece]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = ["data.max_length=32", "data.heldout=0.2", "training.max_steps=2", "training.per_device_train_batch_size=2"]
+    tiny += ["data.path=rows.jsonl", f"teacher.model={tmp_path / 'gpt2'}", "training.gradient_accumulation_steps=2"]
+    done = limbeck("distill", ROOT / "distill/recipes/distilgpt2.toml", *sets(*tiny), "--format", "json")
+    assert done.code == 0, done.err
+    assert [student["recipe"] for student in json.loads(done.out)] == ["distil-distilled", "distil-labels"]
+    for number in (2, 3):
+        student = AutoModelForCausalLM.from_pretrained(store.folder(store.get(f"distilgpt2/{number}")))
+        assert student.config.n_layer == 6
+    recipe = recipes.load(ROOT / "distill/recipes/distilgpt2.toml")
+    assert recipe.objectives["distilled"].layers is not None
+    assert recipe.objectives["distilled"].layers.map == {6: 12}
+
+
+def test_shakespeare(store: Store, limbeck: Callable[..., Any], text_file: Path) -> None:
+    """As in the README: a teacher is made, then its students, from one text file."""
+    tiny = ["data.path=" + str(text_file), "data.max_length=32", "training.max_steps=2"]
+    tiny += ["training.per_device_train_batch_size=2"]
+    folder = ROOT / "distill" / "recipes"
+    one = ["--set", "tokenizer.vocab_size=280", "--format", "json"]
+    done = limbeck("distill", folder / "shakespeare-teacher.toml", *sets(*tiny), *one)
+    assert done.code == 0, done.err
+    done = limbeck("distill", folder / "shakespeare.toml", *sets(*tiny), "--format", "json")
+    assert done.code == 0, done.err
+    assert [student["recipe"] for student in json.loads(done.out)] == ["small-distilled", "small-labels"]
+    assert store.get("shakespeare/1").parent == "shakespeare-teacher/1"
+
+
+# As DeepSeek's: the template opens the reasoning, and leaves it out of answers that were given before.
+REASONING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n"
+    "{% else %}A: {{ m['content'].split('</think>')[-1] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: <think>\n{% endif %}"
+)
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_template(folder: Path, template: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], wrong: list[str]) -> Path:
+    """A teacher that was taught by heart to reason about the questions of `rows`, to a false end about some."""
+    make_model(folder, tokenizer_folder, "qwen2", num_hidden_layers=1)
+    tokenizer = with_template(folder, REASONING)
+    documents = []
+    for row in rows:
+        result = "9" if row["question"] in wrong else row["answer"].rpartition(" ")[2]
+        prompt = f"Q: {row['question']}\nA: "
+        answer = f"<think>\nso {result}\n</think>\n\\boxed{{{result}}}"
+        documents.append(Document(row["question"], prompt + answer, prompt=prompt))
+    blocks = make_blocks(documents, tokenizer, 64)
+    model = loading.load_model(folder)
+    training = Training(
+        max_steps=200, per_device_train_batch_size=8, optim="muon", learning_rate=2e-2, bf16=False, eval_steps=1000
+    )
+    train(Job(model, blocks, blocks, Objective(labels=1.0), training, None, folder / "run", 0, len(tokenizer)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_deepseek_r1(
+    store: Store, limbeck: Callable[..., Any], tmp_path: Path, limbeck_home: Path, tokenizer_folder: Path
+) -> None:
+    """Traces with the right result teach a student of the teacher's tokens, then one with tokens of its own."""
+    rows = [{"question": f"{a}+{b}=", "answer": f"{a} and {b}.\n#### {a + b}"} for a in range(3) for b in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = ["1+1=", "2+0="]
+    teacher = reasoner(tmp_path / "teacher", tokenizer_folder, rows, wrong)
+    make_model(tmp_path / "qwen", tokenizer_folder, "qwen2")
+    with_template(tmp_path / "qwen", CHAT)
+    tokens = train_tokenizer([Document("", "Q: 1+2=\nA: <think>\nso 3\n</think>\n" * 9)], 275, 128)
+    tokens.save_pretrained(tmp_path / "tokens")
+    make_model(tmp_path / "llama", tmp_path / "tokens", "llama")
+    tiny = ["data.max_length=96", "data.heldout=0.2", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
+    tiny += ["data.path=rows.jsonl", f"teacher.model={teacher}", "generate.max_new_tokens=40", "generate.samples=2"]
+    tiny += ["generate.temperature=0.3"]
+    path = ROOT / "distill/recipes/deepseek-r1-distill.toml"
+    asked = []
+    for number, family in enumerate(("qwen", "llama")):
+        done = limbeck(
+            "distill", path, *sets(*tiny, f"students.student.model={tmp_path / family}"), "--yes", "--format", "json"
+        )
+        assert done.code == 0, done.err
+        made = json.loads(done.out)
+        assert [student["recipe"] for student in made] == ["student-traces", "student-untrained"]
+        trained, before = (store.get(f"r1-distill/{2 + 2 * number + i}") for i in range(2))
+        assert (trained.parent, before.parent) == ("r1-distill/1", None)
+        folder = store.folder(trained)
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / family).get_vocab()
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
+        assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
+        assert trained.digest != before.digest
+        facts = store.client.get_run(trained.run_id).data.metrics
+        asked.append(facts["generate.asked"])
+        parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
+        learnt = [document for part in parts for document in corpus.read(part)]
+        assert len(learnt) == facts["generate.kept"] == 18 - facts["generate.dropped.verifier"]
+        assert facts["generate.dropped.verifier"] >= 2  # what the teacher was taught wrong
+        for document in learnt:
+            question = document.messages[0]["content"] if document.messages else document.prompt.strip()
+            answer = document.messages[-1]["content"] if document.messages else document.completion
+            assert re.fullmatch(r"<think>\n.+\n?</think>\n.*\S.*", answer, re.DOTALL), answer
+            assert answer.endswith(f"\\boxed{{{int(question[0]) + int(question[2])}}}")
+        assert bool(learnt[0].messages) == (family == "qwen")  # through its own template, where it has one
+    assert asked == [18, 0]  # the second student's answers were there

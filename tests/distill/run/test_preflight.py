@@ -1,0 +1,220 @@
+"""The preflight: what does not fit, what is to be confirmed, what a run will take; nothing is made by asking."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Source
+from limbeck.distill.run import forecast, preflight
+from limbeck.distill.run.prepare import prepare
+from limbeck.registry.mlflow.store import Store
+from tests.conftest import make_model
+from tests.distill.conftest import DISTILLED, STUDENTS, TWINS
+
+WriteRecipe = Callable[..., Path]
+Limbeck = Callable[..., Any]
+BIG = STUDENTS["llama"].replace("hidden_size = 32", "hidden_size = 64")
+
+
+@pytest.fixture
+def checked(store: Store, limbeck: Limbeck) -> Callable[..., dict[str, list[dict[str, Any]]]]:
+    """The findings on a recipe, by their check."""
+
+    def run(path: Path, *overrides: str, code: int = 0) -> dict[str, list[dict[str, Any]]]:
+        done = limbeck("distill", path, "--check", "--format", "json", *(w for o in overrides for w in ("--set", o)))
+        assert done.code == code, done.err
+        found: dict[str, list[dict[str, Any]]] = {}
+        for finding in json.loads(done.out):
+            found.setdefault(finding["check"], []).append(finding)
+        return found
+
+    return run
+
+
+def test_a_recipe_that_fits(
+    checked: Any, write_recipe: WriteRecipe, tiny_llama: Path, store: Store, limbeck_home: Path, limbeck: Limbeck
+) -> None:
+    path = write_recipe(tiny_llama, objectives=TWINS, extra="[cache]\nform = 'topk'\ntop_k = 8\n")
+    sets = ("teacher.licence=apache-2.0", "budget.usd_per_hour=1.0")
+    found = checked(path, *sets)
+    assert list(found) == [
+        "text", "students", "vocabulary", "context", "size", "licence", "text licence", "cache", "memory", "disk",
+        "time",
+    ]  # fmt: skip
+    assert {finding["level"] for several in found.values() for finding in several} == {"ok"}
+    assert "small: equal: 300 tokens" in found["vocabulary"][0]["said"]
+    assert "positions: teacher 128, small 32" in found["context"][0]["said"]
+    assert "100.0% of the teacher's" in found["size"][0]["said"]
+    assert "topk: miss" in found["cache"][0]["said"]
+    assert "measured on a few steps" in found["time"][0]["said"]
+    assert "dollars" in found["time"][0]["said"]
+    # Nothing was made.
+    assert store.versions() == []
+    assert not (limbeck_home / "runs").exists()
+    assert not list((limbeck_home / "teacher-cache").glob("*/*.safetensors"))
+
+    args = [word for each in sets for word in ("--set", each)]
+    assert limbeck("distill", path, *args).code == 0
+    found = checked(path, *sets)
+    assert "2 of them made already" in found["students"][0]["said"]
+    assert "memory" not in found  # nothing is left to do
+    # Another objective reads the same cache.
+    found = checked(path, *sets, "objectives.distilled.divergence=jsd", "budget.max_minutes=0.5")
+    assert "topk: hit" in found["cache"][0]["said"]
+    table = limbeck("distill", path, *args, "--check")
+    assert table.code == 0
+    assert "made already" in table.out
+
+
+def test_padded_vocabularies_are_told_from_unequal_ones(
+    checked: Any, write_recipe: WriteRecipe, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    teacher = make_model(tmp_path / "padded", tokenizer_folder, "llama", vocab_size=384)
+    found = checked(write_recipe(teacher, objectives=DISTILLED))
+    assert "equal: 300 tokens, embeddings padded to 384 and 300" in found["vocabulary"][0]["said"]
+    from limbeck.distill.data.blocks import train_tokenizer
+    from limbeck.distill.data.corpus import Document
+
+    train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128).save_pretrained(tmp_path / "tokens")
+    student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")
+    found = checked(write_recipe(teacher, student, DISTILLED), code=2)
+    [error] = [finding for several in found.values() for finding in several if finding["level"] == "error"]
+    assert "students.small.model" in error["said"]
+    assert "chunks" in error["fix"]
+
+
+def test_a_teacher_smaller_than_its_student_has_to_be_confirmed(
+    store: Store, limbeck: Limbeck, checked: Any, write_recipe: WriteRecipe, tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = write_recipe(tiny_llama, BIG, DISTILLED)
+    [size] = checked(path)["size"]
+    assert (size["level"], size["confirm"]) == ("warning", True)
+    assert "the smaller of the two" in size["said"]
+    done = limbeck("distill", path)
+    assert (done.code, store.versions()) == (2, [])
+    assert "add --yes to go on all the same" in done.err
+    assert f"{path}:" in done.err
+
+    # With somebody to ask.
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda text, err: False)
+    assert (limbeck("distill", path).code, store.versions()) == (2, [])
+    monkeypatch.setattr("click.confirm", lambda text, err: True)
+    assert limbeck("distill", path).code == 0
+    monkeypatch.undo()
+
+    # A control learns nothing from the teacher: there is nothing to confirm.
+    assert limbeck("distill", write_recipe(tiny_llama, BIG)).code == 0
+
+
+def test_yes_confirms(store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    done = limbeck("distill", write_recipe(tiny_llama, BIG, DISTILLED), "--yes")
+    assert done.code == 0
+    assert "warning: " in done.err
+
+
+def test_a_licence_is_told(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    assert [(f["level"], "is not known to allow" in f["said"]) for f in checked(path)["licence"]] == [("warning", True)]
+    [forbidden] = checked(path, "teacher.licence=llama2")["licence"]
+    assert (forbidden["level"], "forbids" in forbidden["said"]) == ("warning", True)
+    [allowed] = checked(path, "teacher.licence=llama2", "teacher.licence_allows_distillation=true")["licence"]
+    assert allowed["level"] == "ok"
+
+
+def test_too_little_memory_or_disk(
+    store: Store, limbeck: Limbeck, checked: Any, write_recipe: WriteRecipe, tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 2**30)
+    assert {finding["level"] for finding in checked(path)["memory"]} == {"ok", "warning"}
+    monkeypatch.setattr(preflight, "available_memory", lambda: 10_000)
+    [finding] = checked(path, code=2)["memory"]
+    assert (finding["level"], "of it for weights" in finding["said"]) == ("error", True)
+    assert "disk" not in checked(path, code=2)
+    assert limbeck("distill", path).code == 2
+    monkeypatch.undo()
+
+
+def test_a_full_disk(
+    store: Store, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    recipe = recipes.load(path)
+    setting = prepare(recipe, Source(path), store)
+    usage = shutil.disk_usage(path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda where: usage._replace(free=1000))
+    [finding] = [f for f in preflight.preflight(setting, grid.plans(recipe)) if f.check == "disk"]
+    assert (finding.level, "no room on the disk" in finding.said) == ("error", True)
+
+
+def test_other_ways_to_learn(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path) -> None:
+    """Across tokenizers, from a teacher that runs online, from text that it is yet to write."""
+    chunks = '[objectives.chunks]\ndivergence = "chunks"\n'
+    found = checked(write_recipe(tiny_llama, objectives=chunks, extra="[tokenizer]\nvocab_size = 270\n"))
+    assert "unequal: 300 and 270 tokens" in found["vocabulary"][0]["said"]
+    assert found["vocabulary"][0]["level"] == "ok"
+    assert "chunks of text: miss" in found["cache"][0]["said"]
+
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    found = checked(path, "cache.form=online", "budget.usd_per_hour=2.0", "budget.max_usd=1e-9")
+    assert "runs online for 1 students" in found["cache"][0]["said"]
+    assert "with the teacher beside it" in found["memory"][1]["said"]
+    assert "of 1e-09 in budget.max_usd" in found["time"][0]["said"]
+    assert found["time"][0]["level"] == "warning"
+
+    found = checked(write_recipe(tiny_llama, extra="[generate]\nmax_new_tokens = 8\n"), "name=unwritten")
+    assert "written by the teacher" in found["text"][0]["said"]
+    assert "the teacher's writing not counted" in found["time"][0]["said"]
+    assert "cache" not in found
+    assert not (limbeck_home / "data" / "unwritten").exists()
+
+
+def test_what_is_wrong_with_a_recipe_is_a_finding(checked: Any, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = write_recipe()
+    path.write_text(path.read_text().replace("max_steps = 4", "max_step = 4"))
+    [finding] = checked(path, code=2)["recipe"]
+    assert f"{path}:" in finding["said"]
+    assert "did you mean max_steps" in finding["said"]
+
+
+def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+
+    def certain(*sets: str, teacher: int = 0) -> int:
+        recipe = recipes.load(path, list(sets))
+        return forecast.memory(prepare(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
+
+    config = AutoConfig.from_pretrained(tiny_llama)
+    parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert certain() == 16 * parameters  # weights, gradients, two moments
+    assert certain("training.optim=muon") == 12 * parameters
+    assert certain(teacher=1000) == 16 * parameters + 4000
+
+
+def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    """A student that is too slow to be measured is reckoned; one that is not is measured."""
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    recipe = recipes.load(path)
+    setting, [plan] = prepare(recipe, Source(path), store), grid.plans(recipe)
+    assert forecast.tokens(setting, plan) == 4 * 4 * 32
+    measured = forecast.training_seconds(setting, plan)
+    assert measured.measured
+    assert 0 < measured.each < 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "flops", lambda: 1e3)
+        reckoned = forecast.training_seconds(setting, plan)
+    assert not reckoned.measured
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
+    assert reckoned.each == pytest.approx(6 * parameters / (forecast.SHARE_OF_PEAK * 1e3), rel=0.2)

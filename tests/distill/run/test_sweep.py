@@ -1,0 +1,205 @@
+"""A sweep: its grid and labels, one MLflow run above those of its students, failures, going on and beginning anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.distill.models import loading
+from limbeck.distill.recipe import grid, schema
+from limbeck.registry.mlflow.store import Store
+from tests.distill.conftest import DISTILLED, STUDENTS
+
+WriteRecipe = Callable[..., Path]
+Limbeck = Callable[..., Any]
+
+
+def labels(path: Path, *overrides: str) -> list[str]:
+    return [plan.label for plan in grid.plans(schema.load(path, list(overrides)))]
+
+
+def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    other = f"[students.other.config]\n{STUDENTS['gpt2']}\n"
+    both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n[objectives.text]\nlabels = 1.0\n'
+    path = write_recipe(tiny_llama, objectives=both, extra=other)
+    sets = ("cache.form=online", "sweep.temperatures=[1, 2.5]", "sweep.seeds=[3, 4]", "sweep.controls=['untrained']")
+    plans = grid.plans(schema.load(path, list(sets)))
+    assert len(plans) == 2 * 2 * (2 * 2 + 1 + 1)
+    assert len({plan.label for plan in plans}) == len(plans)
+    assert [plan.label for plan in plans[:6]] == [
+        "small-distilled-t1-s3",
+        "small-distilled-t2.5-s3",
+        "small-jsd-t1-s3",
+        "small-jsd-t2.5-s3",
+        "small-text-s3",
+        "small-untrained-s3",
+    ]
+    assert [(p.objective.temperature, p.seed) for p in plans[6:8]] == [(1.0, 4), (2.5, 4)]
+    assert [plan.control for plan in plans[:6]] == [None, None, None, None, "labels", "untrained"]
+    assert {plan.objective.uses_teacher for plan in plans if plan.control} == {False}
+
+
+def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    assert labels(path) == ["small"]
+    assert labels(path, "sweep.seeds=[7]", "sweep.temperatures=[1.0]") == ["small"]
+    assert labels(path, "sweep.seeds=[7, 8]") == ["small-s7", "small-s8"]
+    assert labels(path, "sweep.controls=['labels', 'labels_equal_cost']") == [
+        "small-distilled",
+        "small-labels",
+        "small-labels-equal-cost",
+    ]
+    alone = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.plain]\nlabels = 1.0\n")
+    assert labels(alone, "sweep.controls=['labels']") == ["small-distilled", "small-plain"]  # it is there already
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["sweep.seeds=[1, 1]"], "sweep: seeds names one twice: 1, 1"),
+        (["sweep.temperatures=[0]"], "sweep.temperatures.0"),
+        (["sweep.controls=['label']"], "did you mean 'labels'"),
+        (["sweep.controls=['labels_equal_cost']"], 'takes its speed from "labels"'),
+        (
+            ["sweep.controls=['labels', 'labels_equal_cost']", "teacher.usd_per_million_output_tokens=9"],
+            "set budget.usd_per_hour",
+        ),
+        (["sweep.controls=['labels']", "objectives.labels.divergence=jsd"], "objectives.labels has the name of a con"),
+    ],
+)
+def test_a_grid_with_a_mistake(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, sets: list[str], said: str
+) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED)
+    done = limbeck("distill", path, *(word for each in sets for word in ("--set", each)))
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert store.versions() == []
+
+
+def test_controls_without_a_teacher_are_refused(store: Store, limbeck: Limbeck, write_recipe: WriteRecipe) -> None:
+    done = limbeck("distill", write_recipe(), "--set", "sweep.controls=['labels']")
+    assert done.code == 2
+    assert "no objective learns from its distribution" in done.err
+    done = limbeck("distill", write_recipe(), "--set", "sweep.temperatures=[2.0]")
+    assert "no objective has a divergence that a temperature belongs to" in done.err
+
+
+def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda path, *rest: loaded.append(Path(path)) or load(path, *rest))
+    both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n'
+    path = write_recipe(tiny_llama, objectives=both, extra="[cache]\nform = 'topk'\n[sweep]\nseeds = [1, 2]\n")
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert [each["recipe"] for each in made] == [
+        "small-distilled-s1",
+        "small-jsd-s1",
+        "small-distilled-s2",
+        "small-jsd-s2",
+    ]
+    assert loaded == [tiny_llama]
+    assert len({each["family"] for each in made}) == 2  # of a seed each
+    assert made[0]["family"] == made[1]["family"]
+
+    [parent] = sweeps(store)
+    assert parent.info.status == "FINISHED"
+    children = store.client.search_runs(
+        [store._experiment("limbeck")], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert {child.info.run_id for child in children} == {each["run_id"] for each in made}
+
+
+def sweeps(store: Store) -> list[Any]:
+    runs = store.client.search_runs([store._experiment("limbeck")])
+    return [run for run in runs if "limbeck.sweep" in run.data.tags]
+
+
+def test_a_student_that_fails_stops_no_other(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = f"[students.wild.config]\n{STUDENTS['llama']}\ninitializer_range = 1e30\n"
+    last = f"[students.last.config]\n{STUDENTS['gpt2']}\n"
+    path = write_recipe(extra=wild + last)
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 1
+    assert [each["recipe"] for each in json.loads(done.out)] == ["small", "last"]
+    assert "1 of 3 students were not made:\n  wild: " in done.err
+    assert "diverged" in done.err
+    [parent] = sweeps(store)
+    assert parent.info.status == "FAILED"
+
+    # What no one foresaw is told too, and leaves its traceback; the same run goes on.
+    from limbeck.distill.students import initialise
+
+    make = initialise.make
+
+    def breaks(setting: Any, plan: Any) -> Any:
+        if plan.student == "wild":
+            raise RuntimeError("out of something\nand more")
+        return make(setting, plan)
+
+    monkeypatch.setattr(initialise, "make", breaks)
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 1
+    assert "wild: RuntimeError: out of something (traceback in" in done.err
+    assert "and more" in Path(done.err.partition("(traceback in ")[2].partition(")")[0]).read_text()
+    assert [run.info.run_id for run in sweeps(store)] == [parent.info.run_id]
+    assert [version.version for version in store.versions("tiny")] == [1, 2]
+
+
+def test_resume_says_what_goes_on_and_restart_drops_it(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(extra="save_minutes = 0.0001\n")
+    nothing = limbeck("distill", path, "--resume")
+    assert (nothing.code, nothing.out) == (2, "")
+    assert "--resume: no student of" in nothing.err
+    assert store.versions() == []
+    both = limbeck("distill", path, "--resume", "--restart")
+    assert both.code == 2
+
+    from limbeck.distill.students import student
+
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(student, "_save", stopped)
+        assert limbeck("distill", path).code == 130
+    [folder] = (limbeck_home / "runs").iterdir()
+    assert list(folder.glob("checkpoint-*"))
+    mark = folder / "mark"
+    mark.touch()
+    resumed = limbeck("distill", path, "--resume", "--format", "json")
+    assert resumed.code == 0
+    assert "going on from checkpoints: 1 of 1 students" in resumed.err
+    assert not folder.exists()  # it is registered
+
+    # Stopped while the teacher speaks, before any checkpoint.
+    from limbeck.distill.run import distill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "teachers_for", stopped)
+        assert limbeck("distill", path, "--set", "seed=5").code == 130
+    later = limbeck("distill", path, "--set", "seed=5", "--resume")
+    assert later.code == 0
+    assert "checkpoints" not in later.err
+
+    folder.mkdir()
+    mark.touch()
+    again = limbeck("distill", path, "--restart", "--format", "json")
+    assert again.code == 0
+    assert [each["trained"] for each in json.loads(again.out)] == [True]
+    assert not folder.exists()
+    assert [each["trained"] for each in json.loads(limbeck("distill", path, "--resume", "--format", "json").out)] == [
+        False
+    ]

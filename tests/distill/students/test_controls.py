@@ -1,0 +1,154 @@
+"""Controls: labels alone at equal tokens and at equal cost, and the untrained student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Source
+from limbeck.distill.run.prepare import prepare
+from limbeck.distill.students import controls, initialise
+from limbeck.distill.students.controls import Cost, cost, schedule
+from limbeck.distill.students.student import student_key
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Making, Version
+from tests.distill.conftest import DISTILLED
+
+WriteRecipe = Callable[..., Path]
+Limbeck = Callable[..., Any]
+ALL = 'controls = ["labels", "labels_equal_cost", "untrained"]\n'
+
+
+def making(seconds: float, tokens: int, **more: Any) -> Making:
+    return Making(training_seconds=seconds, tokens=tokens, machine="a test", **more)
+
+
+def test_a_sweep_carries_its_controls(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path
+) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 0, done.err
+    made = {each["recipe"]: Version.model_validate({k: v for k, v in each.items() if k != "trained"})
+            for each in json.loads(done.out)}  # fmt: skip
+    assert {label: version.control for label, version in made.items()} == {
+        "small-distilled": None,
+        "small-labels": "labels",
+        "small-untrained": "untrained",
+        "small-labels-equal-cost": "labels_equal_cost",
+    }
+    assert len({version.family for version in made.values()}) == 1
+    assert len({version.recipe_digest for version in made.values()}) == 4
+    # Only the distilled one was made from the teacher; all are compared with it.
+    assert [(v.parent, v.teacher) for v in made.values()] == [("tiny/1", "tiny/1")] + [(None, "tiny/1")] * 3
+    for version in made.values():
+        assert store.client.get_run(version.run_id).data.tags.get("limbeck.control") == version.control
+
+    taken = {label: store.making(version) for label, version in made.items()}
+    distilled, labels, longer = (
+        taken[label] for label in ("small-distilled", "small-labels", "small-labels-equal-cost")
+    )
+    assert distilled
+    assert labels
+    assert longer
+    assert distilled.teacher_seconds > 0
+    assert labels.tokens == distilled.tokens  # equal tokens
+    spent = distilled.training_seconds + distilled.teacher_seconds
+    step = 4 * 32
+    assert longer.tokens == step * max(1, round(labels.tokens / step * spent / labels.training_seconds))
+    assert f"in the {spent:,.0f} s that small-distilled cost" in done.err
+    assert taken["small-untrained"]
+    assert (taken["small-untrained"].tokens, taken["small-untrained"].training_seconds) == (0, 0)
+    assert "no training" in (store.folder(made["small-untrained"]) / "README.md").read_text()
+    assert "at equal cost" in (store.folder(made["small-labels-equal-cost"]) / "README.md").read_text()
+
+    # The untrained one is where the others begin.
+    setting = prepare(recipes.load(path), Source(path), store)
+    start = initialise.make(setting, grid.plans(setting.recipe)[0]).state_dict()
+    saved = load_file(store.folder(made["small-untrained"]) / "model.safetensors")
+    assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
+    again = json.loads(limbeck("distill", path, "--format", "json").out)
+    assert [each["trained"] for each in again] == [False] * 4
+
+
+def test_equal_cost_counts_the_teacher_and_the_endpoint(
+    store: Store, write_recipe: WriteRecipe, tiny_llama: Path
+) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n',
+                        extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
+    recipe = recipes.load(path)
+    paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
+    assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
+
+    setting = prepare(recipe, Source(path), store)
+    plans = {plan.label: plan for plan in grid.plans(recipe)}
+    plan = plans["small-labels-equal-cost"]
+    others = [
+        (plans["small-distilled"], making(50, 2048, teacher_seconds=30)),
+        (plans["small-jsd"], making(90, 2048, teacher_seconds=30)),  # the costlier one
+        (plans["small-labels"], making(40, 2048)),
+    ]
+    assert controls.matched(recipe, plan) == [plans["small-distilled"], plans["small-jsd"], plans["small-labels"]]
+    training, budget = schedule(setting, plan, others)
+    assert training.max_steps == 16 * 120 / 40  # 16 steps took 40 s
+    assert budget == recipes.Budget()
+
+
+def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
+    store: Store, write_recipe: WriteRecipe, tiny_llama: Path
+) -> None:
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
+    recipe = recipes.load(path)
+    setting = prepare(recipe, Source(path), store)
+    plans = {plan.label: plan for plan in grid.plans(recipe)}
+    labels = plans["small-labels"]
+    assert [plan.label for plan in controls.matched(recipe, labels)] == ["small-distilled"]
+    training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
+    assert (training, budget) == (recipe.training, recipes.Budget(max_tokens=640))
+
+
+def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+    def keys(*sets: str) -> dict[str, str]:
+        path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+        recipe = recipes.load(path, list(sets))
+        setting = prepare(recipe, Source(path, sets), store)
+        return {plan.label: student_key(setting, plan) for plan in grid.plans(recipe)}
+
+    def changed(*sets: str) -> set[str]:
+        return {label for label, key in keys(*sets).items() if base[label] != key}
+
+    base = keys()
+    # What the distilled student is decides what it costs, and so how long its control learns.
+    assert changed("objectives.distilled.divergence=jsd") == {"small-distilled", "small-labels-equal-cost"}
+    assert changed("seed=1") == set(base)
+    # A price alone makes no other student, but a control that spends the same.
+    assert changed("budget.usd_per_hour=3.0") == {"small-labels-equal-cost"}
+    assert changed("budget.usd_per_hour=3.0", "budget.max_usd=1.0") == set(base)
+    assert changed("training.learning_rate=0.1") == set(base)
+
+
+def test_a_control_of_a_student_that_failed_is_not_made(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = initialise.make
+
+    def breaks(setting: Any, plan: Any) -> Any:
+        if plan.control is None:
+            raise RuntimeError("no")
+        return make(setting, plan)
+
+    monkeypatch.setattr(initialise, "make", breaks)
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 1
+    assert [each["recipe"] for each in json.loads(done.out)] == ["small-labels", "small-untrained"]
+    assert "small-labels-equal-cost: it is as long as" in done.err
+    assert "small-distilled took, which was not made" in done.err

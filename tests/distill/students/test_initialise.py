@@ -1,0 +1,128 @@
+"""Where students begin, how large they will be, and whether they speak of the teacher's tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from limbeck.distill.data.blocks import train_tokenizer
+from limbeck.distill.data.corpus import Document
+from limbeck.distill.models import vocabularies
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe.schema import Source
+from limbeck.distill.run.prepare import Setting, prepare
+from limbeck.distill.students import initialise
+from limbeck.registry.mlflow.store import Store
+from tests.conftest import make_model
+from tests.distill.conftest import DISTILLED
+
+Limbeck = Callable[..., Any]
+
+STARTS = {
+    "fresh": '[students.small.config]\nmodel_type = "gpt2"\nn_embd = 16\nn_layer = 1\nn_head = 2\n',
+    "pretrained": '[students.small]\nmodel = "start"\n',
+    "carved": "[students.small.carve]\nnum_hidden_layers = 1\nintermediate_size = 40\n",
+}
+
+
+@pytest.fixture
+def prepared(
+    store: Store, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
+) -> Callable[[str], Setting]:
+    """A recipe's setting; the student begins as one of STARTS says, the teacher's embeddings are padded."""
+    make_model(tmp_path / "teacher", tokenizer_folder, "llama", vocab_size=352)
+    make_model(tmp_path / "start", tokenizer_folder, "qwen2")
+
+    def prepare_it(start: str) -> Setting:
+        path = write_recipe("teacher", objectives=DISTILLED)
+        text = path.read_text()
+        begin, end = text.index("[students.small.config]"), text.index("[objectives")
+        path.write_text(text[:begin] + start + text[end:])
+        return prepare(recipes.load(path), Source(path), store)
+
+    return prepare_it
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], start: str, tmp_path: Path) -> None:
+    setting = prepared(STARTS[start])
+    [plan] = grid.plans(setting.recipe)
+    initialise.check(setting, plan)
+    expected = initialise.parameters(setting, "small")
+    model = initialise.make(setting, plan)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    compared = initialise.compared(setting, "small")
+    assert compared
+    assert compared.rows == (352, 352 if start == "carved" else 300)
+    assert compared.told().startswith("equal: 300 tokens, embeddings padded to 352 and ")
+    model.save_pretrained(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").num_parameters() == expected
+
+
+def test_one_seed_makes_one_fresh_student(prepared: Callable[[str], Setting]) -> None:
+    setting = prepared(STARTS["fresh"])
+    [plan] = grid.plans(setting.recipe)
+    first, again, other = (initialise.make(setting, plan.model_copy(update={"seed": seed})) for seed in (1, 1, 2))
+    table = [model.transformer.wte.weight for model in (first, again, other)]
+    assert (table[0] == table[1]).all()
+    assert not (table[0] == table[2]).all()
+
+
+def test_a_student_from_a_model_with_settings_that_cannot_be_saved(
+    store: Store, limbeck: Limbeck, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """As Llama 2's: a temperature and no do_sample. And it ends where the text it learns from does."""
+    start = make_model(tmp_path / "start", tokenizer_folder, "llama")
+    (start / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "eos_token_id": 7}))
+    path = write_recipe()
+    text = path.read_text().replace("[tokenizer]\nvocab_size = 300\n", "")
+    begin, end = text.index("[students.small.config]"), text.index("[objectives")
+    path.write_text(text[:begin] + STARTS["pretrained"] + text[end:])
+    done = limbeck("distill", path, "--format", "json")
+    assert done.code == 0, done.err
+    [made] = json.loads(done.out)
+    saved = json.loads((store.folder(store.get(f"tiny/{made['version']}")) / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"], saved["eos_token_id"]) == (0.9, True, [7, 0])
+
+
+def test_padded_vocabularies_are_told_from_unequal_ones(tokenizer_folder: Path) -> None:
+    shared = AutoTokenizer.from_pretrained(tokenizer_folder)
+    found = vocabularies.compare(shared, 152_064, shared, 151_936)
+    assert (found.same, found.unlike, found.padding) == (True, 0, (151_764, 151_636))
+    assert found.told() == "equal: 300 tokens, embeddings padded to 152,064 and 151,936"
+    assert vocabularies.compare(shared, 300, shared, 300).told() == "equal: 300 tokens"
+    other = train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128)
+    found = vocabularies.compare(shared, 300, other, 300)
+    assert not found.same
+    both = [tokenizer.get_vocab() for tokenizer in (shared, other)]
+    assert found.unlike == len([t for t in {*both[0], *both[1]} if both[0].get(t) != both[1].get(t)]) > 0
+    assert found.told().startswith("unequal: 300 and 270 tokens, ")
+    # The same tokens with two ids changed places.
+    vocabulary = json.loads(shared.backend_tokenizer.to_str())
+    table = vocabulary["model"]["vocab"]
+    table["a"], table["b"] = table["b"], table["a"]
+    swapped = AutoTokenizer.from_pretrained(tokenizer_folder)
+    swapped._tokenizer = type(swapped.backend_tokenizer).from_str(json.dumps(vocabulary))
+    assert vocabularies.compare(shared, 300, swapped, 300).unlike == 2
+
+
+def test_special_tokens_and_bos_are_compared(tokenizer_folder: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain, begun = (AutoTokenizer.from_pretrained(tokenizer_folder) for _ in range(2))
+    begun.bos_token = begun.eos_token = "a"
+    begun.backend_tokenizer.post_processor = TemplateProcessing(
+        single="a $A", special_tokens=[("a", begun.convert_tokens_to_ids("a"))]
+    )
+    told = vocabularies.compare(plain, 300, begun, 300).told()
+    assert "bos_token: none and 'a'" in told
+    assert "eos_token: '<|endoftext|>' and 'a'" in told
+    assert "only the student's tokenizer puts BOS before a text" in told
+    assert "pad_token" not in told
+    assert vocabularies.compare(begun, 300, begun, 300).special == ()

@@ -1,0 +1,340 @@
+"""Costs of real models, timed in turn, each in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limbeck.evals.cost import runner
+from limbeck.evals.cost import worker as cost_worker
+from limbeck.evals.cost.flops import flops_per_token
+from limbeck.evals.cost.measure import (
+    PROTOCOL,
+    comparable,
+    groups,
+    in_one_run,
+    load_of,
+    measure,
+    median,
+    priced,
+    ratio,
+)
+from limbeck.registry.catalog.model_ref import Model, resolve
+from limbeck.registry.core.digest import file_digests, folder_digest
+from limbeck.registry.core.errors import BadInput, LimbeckError
+from limbeck.registry.records import Cost, Engine
+from tests.conftest import make_model
+
+BRIEF: dict[str, Any] = dict(batches=(1, 2), rounds=4, threads=1, prompt_tokens=16, new_tokens=8)
+
+
+def model_in(folder: Path, engine: Engine = "torch") -> Model:
+    return Model(folder, folder_digest(folder), str(folder), None, engine)
+
+
+@pytest.fixture(scope="module")
+def costs(tiny_llama: Path, onnx_llama: Path) -> list[Cost]:
+    """Of tiny_llama and of its ONNX export, measured in one run while this process holds 300 MB."""
+    held = bytearray(300_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    return measure([resolve(str(tiny_llama)), resolve(str(onnx_llama))], **BRIEF)
+
+
+def test_what_is_known_of_each(costs: list[Cost], tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch_cost, onnx_cost = costs
+    assert torch_cost.params == AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
+    # The graph may lack the weights that it folded into others.
+    assert onnx_cost.params == pytest.approx(torch_cost.params, rel=0.05)
+    assert torch_cost.disk_bytes == sum((tiny_llama / name).stat().st_size for name in file_digests(tiny_llama))
+    assert "torch" in torch_cost.machine
+    assert "onnxruntime" in onnx_cost.machine
+    assert onnx_cost.flops_per_token == torch_cost.flops_per_token == flops_per_token(tiny_llama, (16 + 8 + 1) / 2)
+    for cost in costs:
+        assert (cost.prompt_tokens, cost.new_tokens, cost.threads, cost.requests) == (16, 8, 1, 4)
+        assert (cost.protocol, cost.device) == (PROTOCOL, "cpu")
+        assert [load.batch for load in cost.loads] == [1, 2]
+
+
+def test_speeds_and_dollars_agree(costs: list[Cost]) -> None:
+    for cost in costs:
+        for load in cost.loads:
+            assert len(load.request_ms) == 4
+            assert load.p50_ms == pytest.approx(np.median(load.request_ms))
+            assert 0 < load.p50_ms <= load.p95_ms <= max(load.request_ms)
+            seconds = load.p50_ms / 1000
+            # The first of the new tokens comes with the prefill.
+            parts = load.batch * (16 / load.prefill_tokens_per_s + 7 / load.decode_tokens_per_s)
+            assert parts == pytest.approx(seconds)
+            an_hour = load.batch * (16 + 8) * 3600 / seconds
+            assert load.usd_per_million_tokens == pytest.approx(1 / an_hour * 1e6)
+        one = cost.loads[0]
+        assert (cost.p50_ms, cost.p95_ms, cost.usd_per_million_tokens) == (
+            one.p50_ms,
+            one.p95_ms,
+            one.usd_per_million_tokens,
+        )
+        assert cost.usd_interval
+        assert cost.p50_interval
+        assert cost.p50_interval.low == min(one.request_ms)
+        assert cost.p50_interval.confidence == pytest.approx(1 - 2 / 2**4)
+        assert cost.usd_interval.value == pytest.approx(cost.usd_per_million_tokens)
+        assert cost.usd_interval.low / cost.usd_interval.value == pytest.approx(
+            cost.p50_interval.low / cost.p50_interval.value
+        )
+
+
+def test_peak_memory_is_that_of_the_model_alone(costs: list[Cost]) -> None:
+    # The worker's ru_maxrss would begin at what the process that started it holds.
+    assert costs[1].peak_rss_bytes < 200_000_000 < costs[0].peak_rss_bytes
+    for cost in costs:
+        one, two = cost.loads
+        assert cost.peak_rss_bytes == one.peak_rss_bytes <= two.peak_rss_bytes
+
+
+def test_a_ratio_is_over_paired_rounds(costs: list[Cost]) -> None:
+    a, b = costs
+    assert in_one_run(a, b)
+    for batch in (1, 2):
+        each = np.divide(load_of(a, batch).request_ms, load_of(b, batch).request_ms)
+        found = ratio(a, b, batch)
+        assert (found.value, found.low, found.high) == pytest.approx((np.median(each), each.min(), each.max()))
+    with pytest.raises(BadInput, match="batches of 8 were not measured"):
+        ratio(a, b, 8)
+    # A load on the machine that comes and goes leaves the ratio as it is.
+    load = a.loads[0]
+    slow = [(1 + place) * ms for place, ms in enumerate(load.request_ms)]
+    twice = load.model_copy(update={"request_ms": tuple(2 * ms for ms in slow)})
+    disturbed = a.model_copy(update={"loads": (load.model_copy(update={"request_ms": tuple(slow)}),)})
+    steady = ratio(a.model_copy(update={"loads": (twice,)}), disturbed)
+    assert (steady.value, steady.low, steady.high) == pytest.approx((2, 2, 2))
+
+
+def test_another_price(costs: list[Cost]) -> None:
+    cost = costs[0]
+    dear = priced(cost, 2.0, "mine")
+    assert dear.price == "mine"
+    assert dear.usd_per_million_tokens == pytest.approx(2 * cost.usd_per_million_tokens)
+    assert dear.loads[1].usd_per_million_tokens == pytest.approx(2 * cost.loads[1].usd_per_million_tokens)
+    assert dear.usd_interval
+    assert cost.usd_interval
+    assert dear.usd_interval.high == pytest.approx(2 * cost.usd_interval.high)
+    assert (dear.p50_ms, dear.p50_interval) == (cost.p50_ms, cost.p50_interval)
+    assert not comparable(dear, cost)
+    assert priced(dear, 1.0) == cost
+
+
+def test_what_may_be_compared(costs: list[Cost]) -> None:
+    cost = costs[0]
+    later = cost.model_copy(update={"run": "another"})
+    assert comparable(cost, later)
+    assert not in_one_run(cost, later)
+    for changes in ({"threads": 2}, {"new_tokens": 9}, {"protocol": 1}, {"machine": "other; torch"}):
+        assert not comparable(cost, cost.model_copy(update=changes))
+    old = cost.model_copy(update={"run": None})
+    assert not in_one_run(old, old)
+
+
+def test_every_model_of_a_run_is_asked_alike(onnx_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(onnx_llama, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    models = [model_in(onnx_llama, "onnxruntime"), model_in(short, "onnxruntime")]
+    rounds: list[tuple[int, int]] = []
+    found = measure(models, rounds=3, batches=(1,), threads=1, on_round=lambda *done: rounds.append(done))
+    assert [(cost.prompt_tokens, cost.new_tokens) for cost in found] == [(10, 10), (10, 10)]
+    assert rounds == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) -> None:
+    """A B A B, batch by batch; and no more rounds than the time allows, but enough for an interval."""
+    asked: list[tuple[str, int]] = []
+    real = runner._Worker.ask
+
+    def ask(worker: Any, batch: int, new_tokens: int) -> Any:
+        asked.append((worker.label, batch))
+        return real(worker, batch, new_tokens)
+
+    monkeypatch.setattr(runner._Worker, "ask", ask)
+    models = [replace(model_in(onnx_llama, "onnxruntime"), label=label) for label in "AB"]
+    brief = BRIEF | {"rounds": 9}
+    (a, b) = measure(models, seconds=0, **brief)
+    assert asked == [("A", 1), ("B", 1)] * 6 + [("A", 2), ("B", 2)] * 6
+    asked.clear()
+    measure(models, seconds=600, **brief)
+    assert asked == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
+    assert a.p50_interval
+    assert a.p50_interval.confidence == 0.95
+    assert a.run == b.run is not None
+
+
+# --- the interval of a median
+
+
+def test_the_interval_of_a_median() -> None:
+    # Ranks for 95%: tables of the sign test.
+    for n, rank in ((6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (15, 4), (20, 6), (30, 10)):
+        found = median(np.arange(1, n + 1))
+        assert (found.low, found.high, found.confidence) == (rank, n + 1 - rank, 0.95)
+        assert found.value == (n + 1) / 2
+    assert median([3.0]).confidence == 0
+    assert median([3.0, 1.0, 2.0]).confidence == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("n", [6, 10, 17])
+def test_it_covers_the_median_as_often_as_it_says(n: int) -> None:
+    draws = np.random.default_rng(0).lognormal(size=(4000, n))  # its median is 1
+    covered = np.mean([found.low <= 1 <= found.high for found in map(median, draws)])
+    assert covered > 0.94
+
+
+# --- floating point operations
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2", "mixtral"])
+def test_operations_of_one_token(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """As torch counts them in a step of decoding with 40 tokens behind it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if kind == "mixtral":
+        experts = dict(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4)
+        sizes = dict(hidden_size=32, intermediate_size=64, num_key_value_heads=2, vocab_size=300)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **experts, **sizes)).save_pretrained(tmp_path)
+    else:
+        make_model(tmp_path, tokenizer_folder, kind)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        past = model(input_ids=torch.ones(1, 40, dtype=torch.long), use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=past, use_cache=True)
+    # Rotary embeddings are products too, and left out.
+    assert flops_per_token(tmp_path, 41) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_no_operations_where_the_model_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert flops_per_token(tmp_path, 1) is None
+
+
+# --- memory, and what goes wrong
+
+
+def test_models_that_do_not_fit_together_are_measured_in_several_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(label: str, gigabytes: float) -> Model:
+        folder = tmp_path / label
+        folder.mkdir()
+        with open(folder / "model.safetensors", "wb") as file:
+            file.truncate(int(gigabytes * 1e6))
+        return Model(folder, label, label, None, "torch")
+
+    teacher, *students = of("teacher", 2), of("a", 1), of("b", 1), of("c", 3), of("d", 1)
+    monkeypatch.setattr("limbeck.evals.cost.measure._gpu_memory", lambda: float("inf"))
+
+    def labels(room: float, **more: Any) -> list[str]:
+        # Half a gigabyte is reckoned with for each process, three times its files for the model.
+        monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: room)
+        return ["".join(model.label[0] for model in group) for group in groups([teacher, *students], **more)]
+
+    half = 2**29
+    assert labels(1e12, teacher=teacher) == ["tabcd"]
+    assert labels((3 * half + 3 * 4e6) / 0.8, teacher=teacher) == ["tab", "tc", "td"]
+    assert labels((3 * half + 3 * 4e6) / 0.8) == ["tab", "cd"]
+    assert labels(0, teacher=teacher) == ["ta", "tb", "tc", "td"]  # tried all the same
+    assert list(groups([teacher], teacher)) == [[teacher]]
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_an_end_of_text_ends_no_request(engine: Engine, tiny_llama: Path, onnx_llama: Path, tmp_path: Path) -> None:
+    """A model whose every token is the one that ends a text is timed over the whole length."""
+    folder = tmp_path / "ends"
+    shutil.copytree(tiny_llama if engine == "torch" else onnx_llama, folder)
+    _always_end(folder, engine)
+    setting = {"folder": str(folder), "engine": engine, "prompt_tokens": 8, "threads": 1, "cpus": None}
+    answers = io.StringIO()
+    asked = io.StringIO('{"batch": 2, "new_tokens": 16}\n' * 2)
+    cost_worker.main(setting | {"trust_remote_code": False}, asked, answers)
+    about, *timed = map(json.loads, answers.getvalue().splitlines())
+    assert about["device"] == "cpu"
+    assert len(timed) == 2
+    assert all(0 < each["prefill_s"] < each["request_s"] for each in timed)
+
+
+def _always_end(folder: Path, engine: Engine) -> None:
+    """Make every weight zero: all logits are equal, and token 0, the end of text, is the first of them."""
+    if engine == "torch":
+        from safetensors.numpy import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        save_file({n: np.zeros_like(w) for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        return
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(folder / "model.onnx")
+    for item in graph.graph.initializer:
+        if item.data_type == onnx.TensorProto.FLOAT and len(item.dims) == 2:
+            item.CopyFrom(numpy_helper.from_array(np.zeros(item.dims, np.float32), item.name))
+    onnx.save(graph, folder / "model.onnx")
+
+
+def test_a_worker_that_dies_says_why_and_the_others_end(onnx_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(onnx_llama, folder)
+    (folder / "model.onnx").write_bytes(b"no graph")
+    models = [model_in(onnx_llama, "onnxruntime"), model_in(folder, "onnxruntime")]
+    with pytest.raises(LimbeckError, match=r"broken could not be measured: .*damaged"):
+        measure(models, **BRIEF)
+    assert not _children()
+
+
+def test_a_worker_that_is_killed_says_so(onnx_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Callable[..., Any] = runner._Worker.ask
+
+    def ask(worker: Any, batch: int, new_tokens: int) -> Any:
+        worker._process.kill()
+        worker._process.wait()
+        return real(worker, batch, new_tokens)
+
+    monkeypatch.setattr(runner._Worker, "ask", ask)
+    with pytest.raises(LimbeckError, match="killed by signal 9"):
+        measure([model_in(onnx_llama, "onnxruntime")], **BRIEF)
+    assert not _children()
+
+
+def _children() -> list[str]:
+    """The workers of this process that still run."""
+    import os
+
+    return [
+        path.parent.name
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.read_text().rpartition(")")[2].split()[1] == str(os.getpid())
+        and b"cost_worker" in (path.parent / "cmdline").read_bytes()
+    ]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tiny_llama: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    (cost,) = measure([resolve(str(tiny_llama))], **BRIEF)
+    assert cost.device == "cuda"
+    assert torch.cuda.get_device_name(0) in cost.machine
+    assert cost.peak_device_bytes
+    assert cost.peak_device_bytes >= 4 * cost.params

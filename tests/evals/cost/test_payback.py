@@ -1,0 +1,178 @@
+"""Payback, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from typing import Any
+
+import pytest
+
+from limbeck.evals.cost.measure import median
+from limbeck.evals.cost.payback import Payback, Span, break_even, making_parts, payback, saving
+from limbeck.evals.cost.prices import Api, Machine, Prices
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.records import Cost, Estimate, Load, Making, Relative, Scorecard
+
+PRICES = Prices(
+    machines={
+        "trainer": Machine(match="GPU", usd_per_hour=7.2, date=date(2026, 1, 1), source="a"),
+        "server": Machine(match="CPU", usd_per_hour=3.6, date=date(2026, 1, 1), source="b"),
+    },
+    apis={
+        "giant": Api(
+            usd_per_million_input_tokens=2, usd_per_million_output_tokens=10, date=date(2026, 1, 1), source="c"
+        )
+    },
+)
+# 100 s of teacher and 400 s of training at 0.002 dollars a second.
+MAKING = Making(training_seconds=400, teacher_seconds=100, teacher_students=2, tokens=10, machine="GPU, 8 cores")
+
+
+def cost(rounds: list[float], run: str | None = "r", **changes: Any) -> Cost:
+    """Batch 1 and 4 of 75 tokens in, 25 out; `rounds` in milliseconds; a batch of 4 takes twice as long as one."""
+    loads = tuple(
+        Load(
+            batch=batch,
+            request_ms=tuple(factor * ms for ms in rounds),
+            prefill_tokens_per_s=1,
+            decode_tokens_per_s=1,
+            p50_ms=factor * median(rounds).value,
+            p95_ms=1,
+            usd_per_million_tokens=factor * median(rounds).value / 3.6e6 / (batch * 100) * 1e6,
+            peak_rss_bytes=1,
+        )
+        for batch, factor in ((1, 1.0), (4, 2.0))
+    )
+    fields: dict[str, Any] = dict(
+        params=1,
+        disk_bytes=1,
+        requests=len(rounds),
+        usd_per_hour=1.0,
+        prompt_tokens=75,
+        new_tokens=25,
+        threads=1,
+        machine="CPU, 2 cores; torch",
+        protocol=2,
+        run=run,
+        loads=loads,
+        **loads[0].model_dump(exclude={"batch", "request_ms"}),
+    )
+    return Cost(**fields | changes)
+
+
+# At 0.001 dollars a second and 100 tokens a request, 1 ms is 0.01 dollars a million tokens.
+TEACHER = cost([100.0, 110, 120, 90, 100, 100])
+STUDENT = cost([20.0, 20, 30, 30, 20, 20])
+
+
+def card(student: Cost | None = STUDENT, teacher: Cost | None = TEACHER, **changes: Any) -> Scorecard:
+    relative = Relative(
+        teacher="m/1",
+        teacher_digest="t",
+        retention=None,
+        task_retention={},
+        difference={},
+        cost_ratio=None,
+        speedup=None,
+        teacher_cost=teacher,
+    )
+    fields: dict[str, Any] = dict(
+        artifact="a",
+        model="m/2",
+        tasks={},
+        tasks_digest="",
+        prompts_digest="",
+        harness="",
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        cost=student,
+        relative=relative,
+        seconds=50.0,
+    )
+    return Scorecard(**fields | changes)
+
+
+def test_by_hand() -> None:
+    found = payback(card(), MAKING, PRICES, tokens_per_day=500_000)
+    assert [(part.what, part.seconds, part.usd) for part in found.parts] == [
+        ("teacher's forward passes, shared by 2 students", 100, pytest.approx(0.2)),
+        ("training", 400, pytest.approx(0.8)),
+        ("scoring", 50, pytest.approx(0.05)),
+    ]
+    assert found.making_usd == pytest.approx(1.05)
+    # Round by round the student is 80, 90, 90, 60, 80 and 80 ms quicker.
+    saved = found.saving_usd_per_million_tokens
+    assert (saved.value, saved.low, saved.high) == pytest.approx((0.8, 0.6, 0.9))
+    assert saved.confidence == 0.95
+    assert found.student_usd_per_million_tokens == pytest.approx(0.2)
+    assert found.teacher_usd_per_million_tokens == pytest.approx(1.0)
+    tokens, days = found.break_even_tokens, found.break_even_days
+    assert tokens.value == pytest.approx(1.05 / 0.8 * 1e6)
+    assert (tokens.low, tokens.high) == (pytest.approx(1.05 / 0.9 * 1e6), pytest.approx(1.05 / 0.6 * 1e6))
+    assert days
+    assert days.value == pytest.approx(2.625)
+    assert days.high == pytest.approx(3.5)
+    assert found.prices == ("server, 3.6 USD/h (2026-01-01, b)", "trainer, 7.2 USD/h (2026-01-01, a)")
+    assert Payback.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_larger_batch() -> None:
+    found = payback(card(), MAKING, PRICES, batch=4)
+    # Twice the time for four times the tokens: all dollars are half.
+    assert found.saving_usd_per_million_tokens.value == pytest.approx(0.4)
+    assert found.teacher_usd_per_million_tokens == pytest.approx(0.5)
+    assert found.break_even_days is None
+    with pytest.raises(BadInput, match="batches of 3 were not measured"):
+        payback(card(), MAKING, PRICES, batch=3)
+
+
+def test_an_api_makes_the_text_and_is_what_is_saved() -> None:
+    making = MAKING.model_copy(
+        update={"api_model": "giant", "api_input_tokens": 500_000, "api_output_tokens": 200_000, "teacher_seconds": 0}
+    )
+    found = payback(card(teacher=None), making, PRICES, api_teacher="giant", scoring_seconds=0)
+    assert [(part.seconds, part.usd) for part in found.parts] == [(400, pytest.approx(0.8)), (None, pytest.approx(3))]
+    assert found.teacher == "giant"
+    assert found.teacher_usd_per_million_tokens == pytest.approx(0.75 * 2 + 0.25 * 10)
+    saved = found.saving_usd_per_million_tokens
+    assert (saved.value, saved.low, saved.high) == pytest.approx((3.8, 3.7, 3.8))
+    assert found.break_even_tokens.value == pytest.approx(1e6)
+    assert any(words.startswith("giant, 2 and 10 USD") for words in found.prices)
+
+
+def test_a_student_that_is_not_cheaper_never_pays() -> None:
+    never = payback(card(student=TEACHER, teacher=STUDENT), MAKING, PRICES, tokens_per_day=1)
+    assert never.break_even_tokens == never.break_even_days == Span(value=None, low=None, high=None)
+    assert break_even(1.0, Estimate(value=0.5, low=-0.1, high=1)) == Span(value=2e6, low=1e6, high=None)
+    assert break_even(1.0, Estimate(value=-0.5, low=-1, high=0.5)) == Span(value=None, low=2e6, high=None)
+    assert break_even(1.0, Estimate(value=0, low=0, high=0)) == Span(value=None, low=None, high=None)
+    assert break_even(0.0, Estimate(value=1, low=1, high=1)) == Span(value=0, low=0, high=0)
+
+
+def test_costs_of_two_runs_are_less_sure() -> None:
+    priced = {"usd_per_hour": 3.6}
+    together = saving(STUDENT.model_copy(update=priced), TEACHER.model_copy(update=priced))
+    apart = saving(STUDENT.model_copy(update={"run": "s", **priced}), TEACHER.model_copy(update=priced))
+    assert (together.value, together.low, together.high) == pytest.approx((0.8, 0.6, 0.9))
+    assert (apart.value, apart.low, apart.high) == pytest.approx((0.8, 0.6, 1.0))
+    assert apart.confidence == pytest.approx(0.9)
+
+
+def test_what_took_no_time_is_no_part() -> None:
+    making = MAKING.model_copy(update={"teacher_seconds": 0})
+    assert [part.what for part in making_parts(making, PRICES, 0, "CPU")] == ["training"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"cost": None}, {}, "not timed in one run"),
+        ({"relative": None}, {}, "not timed in one run"),
+        ({"cost": cost([1.0], loads=())}, {}, "not timed in one run"),
+        ({}, {"tokens_per_day": 0}, "a load of 0 tokens a day"),
+        ({}, {"tokens_per_day": float("nan")}, "a load of nan tokens a day"),
+        ({}, {"api_teacher": "gaint"}, "no price for 'gaint'"),
+    ],
+)
+def test_what_is_not_known_is_said(changes: dict[str, Any], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        payback(card(**changes), MAKING, PRICES, **more)

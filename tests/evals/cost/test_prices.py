@@ -1,0 +1,143 @@
+"""Prices: the user's file before the one that comes along, each named where it is used."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.evals.cost.prices import SHIPPED, Prices
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.machine import hardware
+
+MINE = """\
+[machines."our server"]
+match = "EPYC 9\\\\d+"
+usd_per_hour = 0.5
+cores = 8
+date = 2026-01-02
+source = "invoice of October"
+
+[machines.laptop]
+match = "apple m\\\\d"
+usd_per_hour = 0.05
+date = 2026-01-02
+source = "bought"
+
+[apis."gpt-4o"]
+usd_per_million_input_tokens = 1
+usd_per_million_output_tokens = 2
+date = 2026-01-02
+source = "contract"
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    file = tmp_path / "prices.toml"
+    file.write_text(MINE)
+    return file
+
+
+def test_the_users_prices_come_first(mine: Path) -> None:
+    prices = Prices.load(mine)
+    eight = prices.of_machine("AMD EPYC 9654, 8 cores, Linux x86_64; torch 2, transformers 4")
+    assert eight == (0.5, "our server, 0.5 USD/h (2026-01-02, invoice of October)")
+    two = prices.of_machine("AMD EPYC 9654, 2 cores, Linux x86_64")
+    assert two.usd_per_hour == pytest.approx(0.125)
+    assert two.words == "our server x 2/8 cores, 0.125 USD/h (2026-01-02, invoice of October)"
+    assert prices.of_api("gpt-4o")[:2] == (1, 2)
+    assert "contract" in prices.of_api("gpt-4o").words
+    # What it does not have comes from the file that is shipped.
+    assert prices.of_machine("Intel Xeon, 4 cores, NVIDIA H100 80GB HBM3, Linux x86_64").usd_per_hour == 6.88
+    assert prices.of_api("gpt-4o-mini")[:2] == (0.15, 0.6)
+    # The engine's versions are no part of the machine.
+    assert prices.of_machine("a processor, 1 cores; EPYC 9654").is_placeholder
+
+
+def test_a_price_on_the_command_line_is_before_any_file(mine: Path) -> None:
+    prices = Prices.load(mine, usd_per_hour=3)
+    assert prices.of_machine("AMD EPYC 9654, 2 cores") == (3, "your price, 3 USD/h (--usd-per-hour)")
+
+
+def test_the_shipped_file() -> None:
+    prices = Prices.load()
+    assert list(prices.machines)[-1] == "no price known"  # it matches everything
+    assert prices.of_machine(hardware()).usd_per_hour > 0
+    found = prices.of_machine("an unknown processor, 2 cores, Linux x86_64")
+    assert found.is_placeholder
+    assert found.usd_per_hour == 0.1
+    for words, dollars in {
+        "AMD EPYC 7J13, 30 cores, NVIDIA A100-SXM4-80GB, Linux x86_64": 3.43,
+        "Intel(R) Xeon(R), 24 cores, NVIDIA A100-SXM4-40GB, Linux x86_64": 2.74,
+        "AMD EPYC 7R32, 2 cores, NVIDIA A10G, Linux x86_64": 1.006,
+        "AMD EPYC 7R13, 2 cores, NVIDIA L4, Linux x86_64": 0.805,
+        "AMD EPYC 7R13, 2 cores, NVIDIA L40S, Linux x86_64": 0.1,
+        "Intel(R) Xeon(R) Platinum 8488C, 4 cores, Linux x86_64": 2 * 0.1785,
+    }.items():
+        assert prices.of_machine(words).usd_per_hour == pytest.approx(dollars), words
+    packaged = tomllib.loads((SHIPPED.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert SHIPPED.name in packaged["evals"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('source = "bought"\n', "", r"prices.toml:8: machines.laptop.source is missing"),
+        ("0.05", "-1", r"prices.toml:10: machines.laptop.usd_per_hour: input should be greater than 0, not -1"),
+        ("0.05", "inf", r"prices.toml:10: machines.laptop.usd_per_hour: input should be a finite number"),
+        ("apple m", "apple (", r"prices.toml:9: machines.laptop.match: .* is no regular expression"),
+        ("cores = 8", "core = 8", r"prices.toml:4: unknown key machines.our server.core; did you mean cores"),
+        ("2026-01-02", '"soon"', r"prices.toml:5: machines.our server.date: input should be a valid date"),
+        ("[machines.laptop]", "[machine.laptop]", r"prices.toml:8: unknown key machine; did you mean machines"),
+        ("= 1\n", "= -1\n", r"prices.toml:15: apis.gpt-4o.usd_per_million_input_tokens"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_line(old: str, new: str, message: str, mine: Path) -> None:
+    assert old in MINE
+    mine.write_text(MINE.replace(old, new, 1))
+    with pytest.raises(BadInput, match=message):
+        Prices.load(mine)
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_price_has_to_be_above_zero(price: float) -> None:
+    with pytest.raises(BadInput, match="dollars an hour"):
+        Prices.load(usd_per_hour=price)
+
+
+def test_no_price(mine: Path) -> None:
+    with pytest.raises(BadInput, match="no price for 'gpt-5o'") as error:
+        Prices.load(mine).of_api("gpt-5o")
+    assert "gpt-4o" in str(error.value.fix)
+    with pytest.raises(BadInput, match="no price for this machine: a"):
+        Prices().of_machine("a; b")
+
+
+def test_eval_says_which_price_it_used(
+    limbeck: Callable[..., Any],
+    limbeck_home: Path,
+    onnx_llama: Path,
+    text_tasks: Path,
+    mine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = ("eval", onnx_llama, "--tasks", "text_next_line", "--include-path", text_tasks, "--limit", 2)
+    done = limbeck(*given)
+    assert done.code == 0
+    assert f"dollars: {Prices.load().of_machine(hardware()).words}\n" in done.err
+    mine.write_text(MINE.replace('"apple m\\\\d"', '""'))
+    done = limbeck(*given, "--prices", mine)
+    assert "dollars: laptop, 0.05 USD/h (2026-01-02, bought)" in done.err
+    monkeypatch.setenv("LIMBECK_PRICES", str(mine))
+    done = limbeck(*given)
+    assert "dollars: laptop, 0.05 USD/h" in done.err
+    done = limbeck(*given, "--usd-per-hour", 2)
+    assert "dollars: your price, 2 USD/h (--usd-per-hour)" in done.err
+    done = limbeck(*given, "--prices", mine.with_name("price.toml"))
+    assert done.code == 2
+    assert "no such file" in done.err

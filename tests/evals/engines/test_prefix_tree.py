@@ -1,0 +1,348 @@
+"""Shared prefixes: what is run, and that the numbers are those of one plain forward pass for each pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limbeck.evals.engines import batches
+from limbeck.evals.engines.batches import NotANumber, Pair, Work
+from limbeck.evals.engines.engine import Engine, load
+from limbeck.evals.engines.prefix_tree import Group, Inputs
+from limbeck.registry.catalog.model_ref import resolve
+from tests.conftest import make_model
+
+LIMIT = 2**40
+
+
+def random_texts(seed: int, count: int, longest: int, vocab_size: int = 300) -> list[list[int]]:
+    """Texts of which each begins like a random part of an earlier one."""
+    random = np.random.default_rng(seed)
+    texts = [random.integers(1, vocab_size, longest).tolist()]
+    while len(texts) < count:
+        earlier = texts[random.integers(len(texts))]
+        kept = earlier[: random.integers(0, len(earlier) + 1)]
+        new = random.integers(1, vocab_size, random.integers(1, 12)).tolist()
+        texts.append((kept + new)[:longest])
+    return texts
+
+
+def pairs_of(texts: list[list[int]], seed: int = 0) -> list[Pair]:
+    """Each text cut in two at random; some have an empty context's single token, some are repeated."""
+    random = np.random.default_rng(seed)
+    pairs = []
+    for text in texts:
+        cut = int(random.integers(1, len(text))) if len(text) > 1 else 1
+        pairs.append((text[:cut], text[cut:] or [7]))
+    return [*pairs, *pairs[::5]]
+
+
+def sorted_inputs(texts: list[list[int]]) -> list[np.ndarray]:
+    return [np.array(text) for text in sorted({tuple(text) for text in texts})]
+
+
+def ancestors(groups: list[Group], number: int) -> list[np.ndarray]:
+    """The tokens of the trunks above the rows of a group, outermost first."""
+    group = groups[number]
+    own = [] if group.trunk is None else [group.trunk.tokens]
+    return own if group.parent < 0 else [*ancestors(groups, group.parent), *own]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("most", "reach", "below", "shortest"), [
+    (LIMIT, LIMIT, LIMIT, LIMIT), (1, LIMIT, 1, 1), (40, LIMIT, 30, 5), (60, 50, 10, 2), (200, 90, 64, 8),
+])  # fmt: skip
+def test_every_text_is_in_the_rows_whole(seed: int, most: int, reach: int, below: int, shortest: int) -> None:
+    inputs = Inputs(sorted_inputs(random_texts(seed, 60, 80)))
+    groups = inputs.forest(most, reach, below, shortest)
+    found: dict[int, list[int]] = {}
+    for number, group in enumerate(groups):
+        above = np.concatenate([*ancestors(groups, number), np.empty(0, int)])
+        assert group.depth == len(above)
+        for row in group.rows:
+            mask = row.mask()
+            total = len(above) + len(row.tokens)
+            assert total <= reach or row.is_chain
+            assert len(row.tokens) <= most or row.is_chain
+            for name, path in row.paths:
+                assert name not in found
+                found[name] = [*above, *row.tokens[path]]
+                assert row.depth[path].tolist() == list(range(len(above), len(above) + len(path)))
+                # Each token of the path attends to those of the path up to itself, and to nothing else.
+                for place, node in enumerate(path):
+                    assert np.flatnonzero(mask[node]).tolist() == path[: place + 1].tolist()
+    for number, group in enumerate(groups):
+        for name, path in group.trunk.paths if group.trunk else ():
+            assert inputs.tokens[name][group.trunk.start :][: len(path)].tolist() == group.trunk.tokens[path].tolist()
+            if len(inputs.tokens[name]) == group.depth:  # ends with the trunk
+                found.setdefault(name, np.concatenate(ancestors(groups, number)).tolist())
+    assert found == {name: tokens.tolist() for name, tokens in enumerate(inputs.tokens)}
+
+
+def test_the_least_is_the_number_of_distinct_prefixes() -> None:
+    texts = random_texts(3, 80, 50)
+    prefixes = {tuple(text[: end + 1]) for text in texts for end in range(len(text))}
+    assert Inputs(sorted_inputs(texts)).least == len(prefixes)
+
+
+class Counting:
+    """A model that gives nothing, and says which rows it is given."""
+
+    vocab_size, work = 32_000, Work()
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.work = max_length, Work()
+        self.batches: list[batches.Batch] = []
+
+    def reach(self, tokens: int) -> int:
+        return tokens
+
+    def run(self, batch: batches.Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+        assert (trunk is None) == (batch.start == 0)
+        self.batches.append(batch)
+        return np.zeros(len(batch.token), np.float32), np.ones(len(batch.token), bool), batch if keep else None
+
+
+def tokens(random: np.random.Generator, count: int) -> list[int]:
+    return random.integers(1, 30_000, count).tolist()
+
+
+def choices() -> list[Pair]:
+    random = np.random.default_rng(0)
+    contexts = [tokens(random, int(random.integers(230, 280))) for _ in range(40)]
+    return [(context, tokens(random, int(random.integers(1, 20)))) for context in contexts for _ in range(4)]
+
+
+def minimal_pairs() -> list[Pair]:
+    random = np.random.default_rng(0)
+    pairs: list[Pair] = []
+    for _ in range(500):
+        sentence = [
+            int(random.integers(1, 40)),
+            int(random.integers(1, 40)),
+            *tokens(random, int(random.integers(3, 14))),
+        ]
+        other = list(sentence)
+        other[int(random.integers(len(other)))] += 1
+        pairs += [([0], sentence), ([0], other)]
+    return pairs
+
+
+def few_shot() -> list[Pair]:
+    random = np.random.default_rng(0)
+    pairs: list[Pair] = []
+    for _ in range(2):
+        shots = tokens(random, 900)
+        for _ in range(60):
+            context = shots + tokens(random, int(random.integers(30, 60)))
+            pairs += [(context, tokens(random, int(random.integers(1, 6)))) for _ in range(4)]
+    return pairs
+
+
+def windows() -> list[Pair]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(20, 4000, 80)
+    return [(tokens(random, 1), tokens(random, min(1024, int(left)))) for n in lengths for left in range(n, 0, -1024)]
+
+
+def long_contexts() -> list[Pair]:
+    random = np.random.default_rng(0)
+    contexts = [tokens(random, 3000 + 50 * number) for number in range(6)]
+    return [(context, tokens(random, 8)) for context in contexts for _ in range(4)]
+
+
+@pytest.mark.parametrize("batch_tokens", [batches.CPU_TOKENS, batches.BATCH_TOKENS])
+@pytest.mark.parametrize("shape", [choices, minimal_pairs, few_shot, windows, long_contexts])
+def test_hardly_more_is_run_than_each_distinct_prefix_once(shape: Any, batch_tokens: int) -> None:
+    model = Counting(4096)
+    pairs = shape()
+    assert len(dict(batches.scores(model, pairs, batch_tokens))) == len(pairs)
+    inputs = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
+    assert model.work.least == len({hash(text[: end + 1]) for text in inputs for end in range(len(text))})
+    assert model.work.forward == sum(batch.tokens.size for batch in model.batches) <= 1.1 * model.work.least
+
+
+@pytest.mark.parametrize("shape", [choices, minimal_pairs, few_shot, windows, long_contexts])
+def test_a_batch_stays_within_its_bounds(shape: Any) -> None:
+    model = Counting(4096)
+    list(batches.scores(model, shape(), 2048))
+    for batch in model.batches:
+        count, width = batch.tokens.shape
+        assert count == 1 or batch.tokens.size <= 2048
+        assert count == 1 or batch.tokens.size * (batch.start + width) <= batches.MOST_PAIRS
+        assert len(batch.flat) * model.vocab_size <= batches.MOST_LOGITS
+        assert len(np.unique(batch.flat)) == len(batch.flat)
+
+
+def test_windows_go_without_masks() -> None:
+    model = Counting(4096)
+    list(batches.scores(model, windows(), 4096))
+    assert all(batch.mask is None for batch in model.batches)
+
+
+@pytest.fixture(params=["tiny_llama-torch", "tiny_llama-onnxruntime", "tiny_neox-onnxruntime", "tiny_gpt2-torch"])
+def engine(request: pytest.FixtureRequest, onnx: Any) -> Engine:
+    name, kind = request.param.split("-")
+    folder = request.getfixturevalue(name)
+    return load(resolve(str(folder if kind == "torch" else onnx(folder))))
+
+
+def plain(folder: Path, pairs: list[Pair], max_length: int = 128) -> list[tuple[float, bool]]:
+    """One forward pass of transformers for each pair."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for context, continuation in pairs:
+        text = torch.tensor([(context + continuation)[-max_length - 1 :]])
+        with torch.inference_mode():
+            logprobs = model(text[:, :-1]).logits[0, -len(continuation) :].log_softmax(-1)
+        wanted = torch.tensor(continuation)
+        chosen = logprobs.gather(1, wanted[:, None]).sum()
+        found.append((float(chosen), bool((logprobs.argmax(-1) == wanted).all())))
+    return found
+
+
+def check(found: dict[int, tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert sorted(found) == list(range(len(expected)))
+    scores = [found[index] for index in range(len(expected))]
+    assert np.allclose([score for score, _ in scores], [score for score, _ in expected], rtol=0, atol=1e-4)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("batch_tokens", [16, 100, 1024])
+def test_random_trees_are_scored_as_plain_texts(
+    request: pytest.FixtureRequest, engine: Engine, seed: int, batch_tokens: int
+) -> None:
+    folder = request.getfixturevalue(request.node.callspec.params["engine"].split("-")[0])
+    pairs = pairs_of(random_texts(seed, 50, 140), seed)
+    check(dict(engine.scores(pairs, batch_tokens)), plain(folder, pairs))
+    assert engine.work.forward < 0.8 * sum(len(c) + len(d) - 1 for c, d in pairs), "prefixes were not shared"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "shares"),
+    [
+        ("mistral", "torch", False),
+        ("mistral", "onnxruntime", False),
+        ("bloom", "torch", False),
+        ("bloom", "onnxruntime", False),
+        ("mamba", "torch", False),
+        ("gemma2", "torch", True),  # does more after its head
+        ("gemma2", "onnxruntime", True),
+    ],
+)
+def test_only_a_model_that_gives_the_same_numbers_shares(
+    tmp_path: Path, tokenizer_folder: Path, onnx: Any, model_type: str, kind: str, shares: bool
+) -> None:
+    folder = make_model(tmp_path / "model", tokenizer_folder, model_type)
+    engine = load(resolve(str(folder if kind == "torch" else onnx(folder))))
+    pairs = pairs_of(random_texts(1, 40, 90))
+    check(dict(engine.scores(pairs, 300)), plain(folder, pairs, engine.max_length))
+    assert (engine.work.forward < 1.5 * engine.work.least) == shares
+
+
+def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = make_model(tmp_path / "model", tokenizer_folder, "mistral", sliding_window=64)
+    engine = load(resolve(str(folder)))
+    texts = [[*range(20, 40), *end] for end in random_texts(1, 12, 8)]
+    long = [[*range(1, 100), *end] for end in random_texts(2, 6, 8)]
+    pairs = pairs_of([*texts, *long])
+    check(dict(engine.scores(pairs, 300)), plain(folder, pairs))
+    assert engine._rows.reach(120) == 64
+    assert engine.work.forward < sum(len(context + continuation) - 1 for context, continuation in pairs)
+
+
+def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) -> None:
+    from limbeck.export.artifact.export import export
+
+    export(tiny_llama, tmp_path / "int8", "int8")
+    engine = load(resolve(str(tmp_path / "int8")))
+    pairs = pairs_of(random_texts(0, 40, 60))
+    found = dict(engine.scores(pairs, 300))
+    assert engine.work.forward < 1.5 * engine.work.least
+    # Activations are quantised batch by batch: near the float model, and near the same texts one at a time.
+    alone = [next(iter(engine.scores([pair], 300)))[1][0] for pair in pairs]
+    differences = np.abs([found[index][0] - score for index, score in enumerate(alone)])
+    scale = np.std(alone)
+    assert np.median(differences) < 0.05 * scale
+
+
+def test_only_what_is_predicted_passes_through_the_head(tiny_llama: Path) -> None:
+    engine = load(resolve(str(tiny_llama)))
+    context = list(range(20, 60))
+    # Three choices, two of which begin alike.
+    pairs: list[Pair] = [(context, [5, 6, 7]), (context, [5, 6, 9]), (context, [8])]
+    list(engine.scores(pairs, 300))  # asks the model first
+    seen: list[int] = []
+    head = engine.model.get_output_embeddings()
+    with head.register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel())):
+        list(engine.scores(pairs, 300))
+    assert seen == [3], "after the context, after 5 and after 5 6"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_qwen2", "tiny_neox"])
+def test_exported_graphs_have_the_form_that_sharing_needs(
+    request: pytest.FixtureRequest, tmp_path: Path, onnx: Any, name: str, precision: str
+) -> None:
+    from limbeck.evals.engines.onnx_graph import open_session
+    from limbeck.export.quantize.int8 import quantize_int8
+
+    graph = onnx(request.getfixturevalue(name))
+    if precision == "int8":
+        quantize_int8(graph / "model.onnx", tmp_path)
+        graph = tmp_path
+    session, quantizes = open_session(graph)
+    assert {"flat", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
+    assert session.get_outputs()[0].shape[1] == "picked"
+    assert quantizes == (precision == "int8")
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
+def test_what_is_no_number_is_told_by_its_pair(tiny_llama: Path, tmp_path: Path, onnx: Any, kind: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = torch.nan  # tied: the logit of 77 is NaN everywhere
+        model.lm_head.weight = torch.nn.Parameter(torch.ones_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "nan")
+    engine = load(resolve(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))
+    start = list(range(20, 50))
+    with pytest.raises(NotANumber) as raised:
+        list(engine.scores([(start, [3]), (start, [3, 4]), ([*start, 77], [5]), (start, [3, 5])], 300))
+    assert raised.value.index == 2
+
+
+def test_generation_and_scores_take_turns(tiny_llama: Path, onnx: Any) -> None:
+    engine = load(resolve(str(onnx(tiny_llama))))
+    pair: Pair = ([1, 2, 3], [4, 5])
+    before = list(engine.scores([pair], 300))
+    text = list(engine.generate([[1, 2, 3]], 4, []))
+    assert list(engine.scores([pair], 300)) == before
+    assert list(engine.generate([[1, 2, 3]], 4, [])) == text
+
+
+def test_of_tokens_that_are_equally_likely_the_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from limbeck.evals.engines import torch_batches
+
+    monkeypatch.setattr(torch_batches, "CHUNK", 3 * 50)  # three rows at a time
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (11, 50), generator=random).float()
+    node = torch.randint(0, 11, (400,), generator=random)
+    token = torch.randint(0, 50, (400,), generator=random)
+    logprobs, likeliest = torch_batches.choose(logits, node, token)
+    assert torch.allclose(logprobs, logits.double().log_softmax(-1)[node, token].float(), atol=1e-5)
+    assert likeliest.tolist() == (logits.argmax(-1)[node] == token).tolist()
+    assert likeliest.any()

@@ -1,0 +1,118 @@
+"""The leaderboard shows controls as such, and says whether distillation beat them; it can lose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from limbeck.evals.leaderboard.rows import rows
+from limbeck.evals.scores.controls import against_controls
+from limbeck.registry.mlflow.store import MAKING, Store
+from limbeck.registry.records import Making, Version
+from tests.evals.leaderboard_helpers import make_card
+from tests.evals.stats.test_retention import documents
+
+FILES = [f"file{place % 12}.py" for place in range(48)]
+
+
+@pytest.fixture
+def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
+    """Register a student that has bits per byte of `level`, with what it took."""
+
+    def run(label: str, level: float, **fields: Any) -> Version:
+        folder = tmp_path / f"artifact-{len(store.versions('m'))}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"of": folder.name}))
+        with store.run(label) as made:
+            making = Making(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
+            made.tags({MAKING: making.model_dump_json()})
+        given = {"kind": "student", "recipe": label, "family": "f", "run_id": made.id} | fields
+        version = store.register("m", folder, **given)
+        values = [level + 0.02 * ((place * 7) % 5 - 2) + 0.1 * (place % 3) for place in range(48)]
+        file = tmp_path / f"{version.version}.parquet"
+        parquet.write_table(documents("single", values, FILES), file)
+        card = make_card(version.digest, 0.5, 1.0)
+        result = card.tasks["single"].model_copy(
+            update={"metric": "bits_per_byte", "value": level, "higher_is_better": False, "documents": 48}
+        )
+        store.add_scorecard(version, card.model_copy(update={"tasks": {"single": result}}), file)
+        return version
+
+    return run
+
+
+def test_distillation_is_held_against_the_controls_of_its_family(
+    store: Store, add_scored: Callable[..., Version], limbeck: Callable[..., Any]
+) -> None:
+    add_scored("small-distilled", 2.0)
+    add_scored("small-labels", 2.2, control="labels")
+    add_scored("small-labels-equal-cost", 1.9, control="labels_equal_cost")
+    add_scored("other-labels", 1.0, control="labels", family="g")
+    add_scored("other-distilled", 1.0, family="g")
+    held = {(each.student, each.kind): each for each in against_controls(store, store.versions("m"))}
+    assert held.keys() == {("m/1", "labels"), ("m/1", "labels_equal_cost"), ("m/5", "labels")}
+    tokens, cost, same = held.values()
+    assert (tokens.control, tokens.outcome) == ("m/2", "better")
+    assert tokens.tasks["single"].difference.value == pytest.approx(-0.2)
+    assert (tokens.student_tokens, tokens.student_seconds) == (614_400, 82)
+    assert (cost.control, cost.outcome) == ("m/3", "worse")  # distillation can lose
+    assert cost.tasks["single"].better == "control"
+    assert (same.outcome, same.tasks["single"].better) == ("not settled", None)
+
+    shown = {row.version: row for row in rows(store, "m")}
+    assert [shown[f"m/{number}"].control for number in range(1, 6)] == [
+        None,
+        "labels",
+        "labels_equal_cost",
+        "labels",
+        None,
+    ]
+    assert [each.outcome for each in shown["m/1"].against_controls] == ["better", "worse"]
+    assert shown["m/2"].against_controls == ()
+    table = limbeck("leaderboard", "m").out
+    assert "small-labels torch, control" in table
+    assert "small-distilled torch, control" not in table
+    assert "m/1 beats m/2, labels alone at equal tokens: 614,400 tokens and 82 s, the teacher's pass counted" in table
+    assert "m/1 loses to m/3, labels alone at equal cost" in table
+    assert "single bits_per_byte -0.2000 [-0.2" in table
+    assert "m/5 is not told apart from m/4" in table
+    assert "+0.0000 [+0.0000, +0.0000], not settled" in table
+    page = limbeck("leaderboard", "m", "--format", "html", "--output", "page.html")
+    assert page.code == 0
+    assert "m/1 loses to m/3" in Path("page.html").read_text()
+    assert "m/2" in limbeck("leaderboard", "m", "--format", "csv").out
+
+
+def test_controls_that_were_not_scored_are_left_out(
+    store: Store, add_scored: Callable[..., Version], tmp_path: Path
+) -> None:
+    add_scored("small-distilled", 2.0)
+    folder = tmp_path / "unscored"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    store.register("m", folder, kind="student", family="f", control="labels")
+    assert against_controls(store, store.versions("m")) == []
+
+
+def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callable[..., Version]) -> None:
+    """Two tasks of which each side wins one."""
+    student, control = add_scored("small", 2.0), add_scored("small-labels", 2.2, control="labels")
+    for version, first, second in ((student, 1.0, 2.0), (control, 2.0, 1.0)):
+        noise = [0.01 * (place % 5) for place in range(48)]
+        tables = [
+            documents(name, [level + each for each in noise], FILES) for name, level in (("a", first), ("b", second))
+        ]
+        file = Path(f"{version.version}-two.parquet")
+        parquet.write_table(pa.concat_tables(tables), file)
+        card = make_card(version.digest, 0.5, 1.0)
+        result = card.tasks["single"]
+        store.add_scorecard(version, card.model_copy(update={"tasks": {"a": result, "b": result}}), file)
+    [held] = against_controls(store, store.versions("m"))
+    assert held.outcome == "mixed"
+    assert {name: each.better for name, each in held.tasks.items()} == {"a": "control", "b": "student"}

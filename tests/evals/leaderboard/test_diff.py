@@ -1,0 +1,47 @@
+"""Two versions side by side: `limbeck models diff`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from limbeck.evals.leaderboard.diff import Diff
+from limbeck.registry.records import Version
+from tests.conftest import Result
+
+ONE_RUN = {"cost_fields": {"run": "r", "protocol": 2}}
+OTHER = {"harness": "lm-eval 1"}  # no documents in common
+
+
+def diffed(limbeck: Callable[..., Result]) -> Diff:
+    done = limbeck("models", "diff", "m/2", "m/1", "--format", "json")
+    assert done.code == 0, done.err
+    return Diff.model_validate_json(done.out)
+
+
+def test_fields_and_ratios_of_one_run(add: Callable[..., Version], limbeck: Callable[..., Result]) -> None:
+    add((0.9, 2.0, ONE_RUN), precision="fp32", recipe="small")
+    add((0.8, 1.0, ONE_RUN | OTHER), precision="int8", recipe="small")
+    found = diffed(limbeck)
+    assert {row.name: (row.a, row.b) for row in found.fields if row.name != "digest"} == {"precision": ("int8", "fp32")}
+    assert {row.figure: row.ratio for row in found.cost}["usd_per_million_tokens"] == pytest.approx(0.5)
+    assert (found.quality, found.no_cost) == (None, None)
+    assert "no common documents" in str(found.no_quality)
+    assert "no training run of m/2" in str(found.no_recipe)
+    assert limbeck("models", "diff", "m/2", "m/1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "memory"), [({}, "not measured in turn", 1.0), ({"machine": "another"}, "another", None)]
+)
+def test_no_ratio_of_what_was_not_measured_alike(
+    add: Callable[..., Version], limbeck: Callable[..., Result], changes: dict[str, Any], words: str, memory: Any
+) -> None:
+    add((0.9, 2.0, {}))
+    add((0.8, 1.0, {"cost_fields": changes} | OTHER))
+    found = diffed(limbeck)
+    ratios = {row.figure: row.ratio for row in found.cost}
+    assert words in str(found.no_cost)
+    assert (ratios["usd_per_million_tokens"], ratios["peak_rss_bytes"], ratios["disk_bytes"]) == (None, memory, 1.0)

@@ -1,0 +1,245 @@
+"""How tasks are asked is said as to lm-eval, counts in the hashes, and what cannot be done is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from limbeck.evals.scores.harness import score
+from limbeck.evals.tasks.task_set import TaskSet
+from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.core.errors import BadInput
+from tests.conftest import Result, make_model
+from tests.evals.scores.test_harness import questions, write_task
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+SHOTS = {"fewshot_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
+MATCH = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+GSM8K = {
+    "output_type": "generate_until",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": None,
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 12},
+    "metric_list": MATCH,
+}
+
+
+@pytest.fixture(autouse=True)
+def home(limbeck_home: Path) -> Path:
+    return limbeck_home
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    """A folder with the task `sums`: eight questions of two choices, with examples from among themselves."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_task(folder, "sums", questions(8), **SHOTS)
+    return folder
+
+
+@pytest.fixture
+def chatty(tmp_path: Path, tokenizer_folder: Path) -> Callable[[Any], Path]:
+    """A function from chat templates to a model that has them."""
+
+    def make(template: Any) -> Path:
+        from transformers import AutoTokenizer
+
+        folder = make_model(tmp_path / "chatty", tokenizer_folder, "llama", max_position_embeddings=300)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def prompts(model: Path, folder: Path, **settings: Any) -> list[str]:
+    return score(resolve(str(model)), TaskSet.load(["sums"], [folder], **settings)).documents["prompt_end"].to_pylist()
+
+
+def test_prompts_are_those_that_lm_eval_makes(sums: Path, chatty: Callable[[Any], Path]) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = chatty(CHAT)
+    settings: dict[str, Any] = {"num_fewshot": 2, "system_instruction": "Be brief.", "apply_chat_template": True}
+    lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+    for multiturn in (True, False):
+        scores = score(resolve(str(model)), TaskSet.load(["sums"], [sums], fewshot_as_multiturn=multiturn, **settings))
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=["sums"],
+            task_manager=TaskManager(include_path=str(sums), include_defaults=False),
+            bootstrap_iters=0,
+            fewshot_as_multiturn=multiturn,
+            **settings,
+        )
+        assert results is not None
+        theirs = results["samples"]["sums"]
+        for ours, sample in zip(scores.documents.to_pylist(), theirs, strict=True):
+            assert ours["prompt_hash"] == sample["prompt_hash"]
+            assert ours["prompt_end"] == sample["arguments"][0][0][-300:]
+            assert np.allclose(ours["choice_logprobs"], [logprob for logprob, _ in sample["filtered_resps"]], atol=1e-4)
+        assert scores.documents["prompt_end"][0].as_py().count("<user>") == (3 if multiturn else 1)
+
+
+def test_a_named_template_is_the_one_used(sums: Path, chatty: Callable[[Any], Path]) -> None:
+    model = chatty({"default": CHAT, "shout": CHAT.replace("<assistant>", "NOW!")})
+    assert prompts(model, sums, apply_chat_template=True)[0].endswith("<user>0 + 1 =</user><assistant>")
+    assert prompts(model, sums, apply_chat_template="shout")[0].endswith("<user>0 + 1 =</user>NOW!")
+    with pytest.raises(BadInput, match="no chat template 'quiet'") as raised:
+        prompts(model, sums, apply_chat_template="quiet")
+    assert raised.value.fix == "it has default, shout"
+
+
+def test_a_template_without_a_system_role_is_given_the_rest(
+    sums: Path, chatty: Callable[[Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prompts(chatty(NO_SYSTEM), sums, apply_chat_template=True, system_instruction="Be brief.")
+    assert made[0] == "<user>0 + 1 =</user><assistant>"
+    assert capsys.readouterr().err.count("no system role): the system message is left out") == 1
+
+
+def test_each_setting_makes_another_hash_and_none_makes_the_old_one(sums: Path) -> None:
+    write_task(sums, "answers", [{"question": "1?", "answer": "1"}], **GSM8K)
+
+    def hashes(**settings: Any) -> dict[str, str]:
+        return TaskSet.load(["sums", "answers"], [sums], **settings).task_hashes
+
+    plain = hashes()
+    assert hashes(confirm_run_unsafe_code=True, fewshot_as_multiturn=False) == plain
+    several: list[dict[str, Any]] = [
+        {"num_fewshot": 1},
+        {"limit": 1},
+        {"samples": {"sums": [1, 3], "answers": [0]}},
+        {"apply_chat_template": True},
+        {"apply_chat_template": "shout"},
+        {"apply_chat_template": True, "fewshot_as_multiturn": False},
+        {"system_instruction": "Be brief."},
+    ]
+    made = [plain, *(hashes(**settings) for settings in several)]
+    for task in ("sums", "answers"):
+        assert len({each[task] for each in made}) == len(made)
+    cooler = hashes(gen_kwargs={"max_gen_toks": 5})
+    assert (cooler["sums"] == plain["sums"], cooler["answers"] == plain["answers"]) == (True, False)
+    some = hashes(samples={"sums": [3, 1, 3]})
+    assert (some["sums"], some["answers"]) == (made[3]["sums"], plain["answers"])
+
+
+def test_samples_are_the_documents_named(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
+    every = score(resolve(str(tiny_llama)), TaskSet.load(["sums"], [sums])).documents.to_pylist()
+    file = sums / "samples.json"
+    file.write_text('{"sums": [6, 2]}')
+    picked = score(resolve(str(tiny_llama)), TaskSet.load(["sums"], [sums], samples={"sums": [6, 2]}))
+    assert picked.documents.to_pylist() == [every[2], every[6]]
+    for given in ('{"sums": [2, 6]}', file):
+        ran = run(limbeck, tiny_llama, sums, "--samples", given, "--format", "json")
+        assert json.loads(ran.out)[0]["tasks"]["sums"]["documents"] == 2
+
+
+def run(limbeck: Callable[..., Result], model: Path, folder: Path, *options: object, tasks: str = "sums") -> Result:
+    return limbeck("eval", model, "--tasks", tasks, "--include-path", folder, "--no-cost", *options)
+
+
+def test_what_cannot_be_asked_is_told(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
+    write_task(sums, "code", questions(2), unsafe_code=True)
+    wrong: list[tuple[str, list[object], str]] = [
+        ("sums", ["--samples", '{"sums": [0, 8]}'], "samples of sums name document 8"),
+        ("sums", ["--samples", '{"sums": [-1]}'], "samples of sums name document -1"),
+        ("sums", ["--samples", '{"sums": []}'], "samples of sums name no documents"),
+        ("sums", ["--samples", '{"sum": [0]}'], "samples name the task 'sum'"),
+        ("sums", ["--samples", '{"sums": 3}'], "not of the right form"),
+        ("sums", ["--samples", '{"sums": [true]}'], "not of the right form"),
+        ("sums", ["--samples", "gone.json"], "neither JSON nor a file"),
+        ("sums", ["--samples", '{"sums": [0'], "neither JSON nor a file"),
+        ("sums", ["--samples", '{"sums": [0]}', "--limit", "2"], "cannot go together"),
+        ("sums", ["--fewshot-as-multiturn"], "give --apply-chat-template too"),
+        ("sums", ["--apply-chat-template"], "has no chat template"),
+        ("sums", ["--gen-kwargs", "temperature"], "a key without a value"),
+        ("code", [], "--confirm-run-unsafe-code"),
+    ]
+    for tasks, options, said in wrong:
+        result = run(limbeck, tiny_llama, sums, *options, tasks=tasks)
+        assert (result.code, result.out) == (2, ""), options
+        assert said in result.err
+    assert run(limbeck, tiny_llama, sums, "--confirm-run-unsafe-code", tasks="code").code == 0
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_gsm8k_is_answered_up_to_a_stop(
+    tmp_path: Path, tiny_llama: Path, onnx: Callable[[Path], Path], limbeck: Callable[..., Result], engine: str
+) -> None:
+    rows = [{"question": f"{n} hens lay {n} eggs. How many?", "answer": f"{n} * {n}\n#### {n * n}"} for n in range(5)]
+    write_task(tmp_path, "gsm", rows, **GSM8K)
+    model = tiny_llama if engine == "torch" else onnx(tiny_llama)
+
+    def said(**gen_kwargs: Any) -> list[str]:
+        tasks = TaskSet.load(["gsm"], [tmp_path], gen_kwargs=gen_kwargs)
+        return score(resolve(str(model)), tasks).documents["response"].to_pylist()
+
+    whole = said()
+    stop = whole[0][2:4]
+    assert said(until=[stop])[0] == whole[0].split(stop)[0]
+    shorter = said(max_gen_toks=3)
+    assert all(long.startswith(short) and short != long for short, long in zip(shorter, whole, strict=True))
+    assert said(do_sample=True, temperature=1.5) != whole
+    ran = run(limbeck, model, tmp_path, "--gen-kwargs", "max_gen_toks=3", "--format", "json", tasks="gsm")
+    assert json.loads(ran.out)[0]["tasks"]["gsm"]["documents"] == 5
+    unknown = run(limbeck, model, tmp_path, "--gen-kwargs", "beam=3", tasks="gsm")
+    assert unknown.code == 2
+    assert "beam" in unknown.err
+    assert run(limbeck, model, tmp_path, "--gen-kwargs", "max_gen_toks=500", tasks="gsm").code == 2
+
+
+def test_a_context_that_is_too_long_is_cut_and_told(
+    tmp_path: Path, tiny_llama: Path, limbeck: Callable[..., Result]
+) -> None:
+    texts = [{"question": "x y " * count, "choices": [" a", " b"], "label": 0} for count in (1, 90, 100)]
+    write_task(tmp_path, "long", texts)
+    write_task(tmp_path, "say", [{"question": "x y " * 90, "answer": "1"}], **GSM8K)
+    result = run(limbeck, tiny_llama, tmp_path, tasks="long,say")
+    assert result.code == 0
+    told = "requests of {} are longer than the context of 128 tokens and lost their beginning"
+    assert f"4 of 6 {told.format('long')}" in result.err
+    assert f"1 of 1 {told.format('say')}" in result.err
+    again = run(limbeck, tiny_llama, tmp_path, "--limit", "1", tasks="long")
+    assert "lost their beginning" not in again.err
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_numbers_that_are_none_name_task_and_document(
+    sums: Path, tmp_path: Path, tiny_llama: Path, home: Path, limbeck: Callable[..., Result], engine: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = np.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    if engine == "onnx":
+        from optimum.exporters.onnx import main_export
+
+        main_export(str(broken), tmp_path / "out", task="text-generation-with-past", do_validation=False)
+        broken = tmp_path / "out"
+    write_task(sums, "say", [{"question": "1?", "answer": "1"}], **GSM8K)
+    for task, *options in (["sums"], ["say"], ["say", "--gen-kwargs", "do_sample=true,temperature=1.0"]):
+        result = run(limbeck, broken, sums, *options, tasks=task)
+        assert (result.code, result.out) == (2, "")
+        assert f"task {task}, document " in result.err
+        assert "the model gives NaN" in result.err
+    picked = run(limbeck, broken, sums, "--samples", '{"sums": [6]}')
+    assert "task sums, document 6: " in picked.err
+    assert not list(home.glob("scorecards-local/*/*"))

@@ -1,0 +1,268 @@
+"""Verdicts of "as good as" against scipy and statsmodels, and by simulation: how often does a worse student pass?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from limbeck.evals.stats.estimates import Difference, average, difference
+from limbeck.evals.stats.noninferiority import Margins, corrected, holm, noninferiority
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.records import Noninferiority
+
+
+def judged(
+    found: Difference, margin: float, *, higher_is_better: bool = True, documents: int = 100, clusters: int = 100
+) -> Noninferiority:
+    return noninferiority(found, margin, higher_is_better=higher_is_better, documents=documents, clusters=clusters)
+
+
+def of_values(candidate: np.ndarray, reference: np.ndarray, clusters: np.ndarray | None = None) -> Difference:
+    count = len(candidate)
+    return difference(candidate, reference, np.ones(count), np.arange(count) if clusters is None else clusters)
+
+
+def test_independent_documents_equal_a_one_sided_t_test() -> None:
+    random = np.random.default_rng(0)
+    reference = random.normal(size=60)
+    candidate = reference - 0.1 + 0.5 * random.normal(size=60)
+    for margin in (0.05, 0.2, 0.5):
+        expected = stats.ttest_1samp(candidate - reference, -margin, alternative="greater")
+        found = judged(of_values(candidate, reference), margin)
+        assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+        assert found.lower == pytest.approx(expected.confidence_interval(0.95).low, rel=1e-9)
+        less = stats.ttest_1samp(candidate - reference, -margin, alternative="less")
+        assert found.upper == pytest.approx(less.confidence_interval(0.95).high, rel=1e-9)
+        assert (found.alone == "pass") == (expected.pvalue < 0.05)
+        assert (found.alone == "fail") == (less.pvalue < 0.05)
+
+
+def test_lower_is_better_is_the_same_test_turned() -> None:
+    random = np.random.default_rng(1)
+    a, b = random.normal(size=40), random.normal(size=40)
+    straight, turned = judged(of_values(a, b), 0.3), judged(of_values(-a, -b), 0.3, higher_is_better=False)
+    assert turned.model_dump() == pytest.approx(straight.model_dump())
+    worse = judged(of_values(b + 1.0, b + 0.01 * a), 0.3, higher_is_better=False)  # one bit per byte more
+    assert worse.alone == "fail"
+
+
+def binary(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate and reference of: both right, right to wrong, wrong to right, both wrong."""
+    return np.repeat([1.0, 0, 1, 0], counts), np.repeat([1.0, 1, 0, 0], counts)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 4])
+def test_where_answers_only_get_worse_the_bound_is_wilsons(lost: int) -> None:
+    count = 200
+    found = judged(of_values(*binary((150 - lost, lost, 0, 50))), 0.05)
+    # One document is taken off for the steps; the level is that of t with 199 degrees of freedom.
+    alpha = 2 * stats.norm.sf(stats.t.ppf(0.95, count - 1))
+    _, high = proportion_confint(lost + 1, count, alpha, method="wilson")
+    assert found.lower == pytest.approx(-high, rel=1e-9)
+
+
+def test_no_changed_answer_is_no_proof() -> None:
+    same = binary((30, 0, 0, 10))
+    found = judged(of_values(*same), 0.01)
+    assert found.alone == "inconclusive"
+    assert found.lower < -0.01
+    assert judged(of_values(*binary((3000, 0, 0, 1000))), 0.01).alone == "pass"
+    # All of it in two files tells less; all right, nothing tells how alike a file's documents are.
+    files = np.repeat([0, 1], 1000)
+    assert judged(of_values(np.ones(2000), np.ones(2000), files), 0.01).alone == "inconclusive"
+
+
+def test_the_verdict_is_that_of_the_p_value_and_of_the_bounds() -> None:
+    random = np.random.default_rng(2)
+    seen = set()
+    for _ in range(600):
+        clusters = random.integers(0, random.integers(2, 60), 120)
+        reference = (random.random(120) < 0.7).astype(float)
+        candidate = np.where(random.random(120) < random.uniform(0.6, 1), reference, random.random(120) < 0.6)
+        between, margin = of_values(candidate.astype(float), reference, clusters), random.uniform(0.005, 0.3)
+        found = judged(between, margin)
+        assert (found.p_value < 0.05) == (found.lower > -margin) == (found.alone == "pass")
+        assert (found.upper < -margin) == (found.alone == "fail")
+        interval = between.interval()
+        assert interval.low <= found.lower <= interval.value <= found.upper <= interval.high
+        seen.add(found.alone)
+    assert seen == {"pass", "fail", "inconclusive"}
+
+
+# --- simulation
+
+
+def sizes(kind: str) -> np.ndarray:
+    """Documents of each cluster."""
+    if kind == "half in one":
+        return np.array([20] * 9 + [180])
+    if kind == "unequal":
+        return np.round(np.exp(np.linspace(-1.5, 1.5, 40)) * 7).astype(int) + 1
+    clusters, each = map(int, kind.split(" x "))
+    return np.full(clusters, each)
+
+
+def draw(
+    random: np.random.Generator, sizes: np.ndarray, worse: float, agreement: float, alike: float, sets: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """0/1 scores (sets, N) of a candidate that is `worse` than its reference by that much in truth, and clusters.
+
+    What makes a document hard, and what makes an answer change, is `alike` within a cluster (a Gaussian copula).
+    """
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+
+    def normal() -> np.ndarray:
+        own = random.normal(size=(sets, len(codes)))
+        if not alike:
+            return own
+        return np.sqrt(alike) * random.normal(size=(sets, len(sizes)))[:, codes] + np.sqrt(1 - alike) * own
+
+    right, luck = normal() < stats.norm.ppf(0.7), normal()
+    lost, won = (1 - agreement + worse) / 2, (1 - agreement - worse) / 2
+    candidate = np.where(right, luck >= stats.norm.ppf(lost / 0.7), luck < stats.norm.ppf(won / 0.3))
+    return candidate.astype(float), right.astype(float), codes
+
+
+def passes(drawn: tuple[np.ndarray, np.ndarray, np.ndarray], margin: float) -> float:
+    candidates, references, codes = drawn
+    of = [of_values(*pair, codes) for pair in zip(candidates, references, strict=True)]
+    return float(np.mean([judged(each, margin).alone == "pass" for each in of]))
+
+
+SETTINGS = [
+    # clusters x documents of each, margin, agreement, how alike the documents of a cluster are
+    ("136 x 1", 0.02, 0.98, 0.0),  # every change is for the worse, and few there are
+    ("300 x 1", 0.02, 0.98, 0.0),
+    ("300 x 1", 0.05, 0.90, 0.0),
+    ("1000 x 1", 0.02, 0.95, 0.0),
+    ("10 x 30", 0.05, 0.95, 0.2),
+    ("10 x 30", 0.02, 0.90, 0.2),
+    ("40 x 10", 0.05, 0.90, 0.2),
+    ("200 x 5", 0.02, 0.95, 0.2),
+    ("unequal", 0.05, 0.90, 0.2),
+    ("unequal", 0.02, 0.98, 0.2),
+    ("half in one", 0.05, 0.95, 0.2),
+    ("half in one", 0.05, 0.90, 0.0),
+]
+
+
+def test_a_student_that_is_worse_by_the_margin_passes_at_most_one_time_in_twenty() -> None:
+    random, sets = np.random.default_rng(3), 2000
+    rates = {}
+    for setting in SETTINGS:
+        kind, margin, agreement, alike = setting
+        rates[setting] = passes(draw(random, sizes(kind), margin, agreement, alike, sets), margin)
+    # 2,000 draws of something that happens 5% of the time give 5% within 1.2 points, 2.5 standard errors.
+    assert max(rates.values()) <= 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / sets), rates
+    assert np.mean([*rates.values()]) <= 0.05, rates
+
+
+@pytest.mark.parametrize(
+    ("kind", "margin", "agreement", "at_least"),
+    [
+        ("1000 x 1", 0.05, 0.9, 0.99),
+        ("1000 x 1", 0.02, 0.95, 0.8),
+        ("200 x 5", 0.05, 0.9, 0.98),
+        ("40 x 10", 0.05, 0.9, 0.8),
+    ],
+)
+def test_a_student_that_is_as_good_passes_where_there_are_documents_enough(
+    kind: str, margin: float, agreement: float, at_least: float
+) -> None:
+    drawn = draw(np.random.default_rng(4), sizes(kind), 0.0, agreement, 0.1, 300)
+    assert passes(drawn, margin) >= at_least
+
+
+@pytest.mark.parametrize(("kind", "alike"), [("400 x 1", 0.0), ("60 x 8", 0.2), ("unequal", 0.2)])
+def test_intervals_of_binary_differences_cover_the_truth(kind: str, alike: float) -> None:
+    candidates, references, codes = draw(np.random.default_rng(5), sizes(kind), 0.03, 0.93, alike, 1500)
+    intervals = [of_values(*pair, codes).interval() for pair in zip(candidates, references, strict=True)]
+    covered = np.mean([interval.low <= -0.03 <= interval.high for interval in intervals])
+    assert 0.94 <= covered <= 0.995
+
+
+def test_the_detectable_margin_is_passed_four_times_in_five() -> None:
+    random = np.random.default_rng(6)
+    drawn = draw(random, sizes("300 x 2"), 0.0, 0.9, 0.2, 500)
+    margins = [judged(of_values(a, b, drawn[2]), 0.5).detectable for a, b in zip(*drawn[:2], strict=True)]
+    assert passes(drawn, float(np.mean(margins))) == pytest.approx(0.8, abs=0.06)
+
+
+def test_so_many_documents_settle_it_four_times_in_five() -> None:
+    answers = (328, 31, 24, 117)  # 500 documents, two in each cluster; the candidate is 1.4 points worse
+    between = of_values(*binary(answers))
+    found = judged(between, 0.03, documents=500, clusters=250)
+    assert found.alone == "inconclusive"
+    assert found.documents_needed is not None
+    assert found.clusters_needed == pytest.approx(found.documents_needed / 2, abs=1)
+    drawn = draw(np.random.default_rng(7), np.ones(found.documents_needed, int), 7 / 500, 1 - 55 / 500, 0.0, 300)
+    assert passes(drawn, 0.03) == pytest.approx(0.8, abs=0.06)
+    assert judged(between, 0.1, documents=500).documents_needed is None  # it is settled
+
+
+def test_a_difference_at_the_margin_is_never_settled() -> None:
+    found = judged(of_values(*binary((50, 10, 0, 40))), 0.1)
+    assert found.alone == "inconclusive"
+    assert found.documents_needed is None
+
+
+def test_macro_is_the_mean_of_the_tasks() -> None:
+    random = np.random.default_rng(8)
+    parts = [of_values(random.normal(size=n), random.normal(size=n)) for n in (30, 90)]
+    found = average(parts)
+    assert found.estimate.value == pytest.approx(np.mean([part.estimate.value for part in parts]))
+    # The tasks' documents are numbered alike, so that the first 30 of both are the same clusters.
+    a, b = (part.estimate.errors for part in parts)
+    together = np.concatenate([a + b[:30], b[30:]]) / 2
+    assert found.estimate.stderr == pytest.approx(np.sqrt((together**2).sum()))
+    ones = [of_values(*binary((20, 2, 2, 6))), of_values(*binary((60, 2, 2, 16)))]
+    assert average(ones).step == pytest.approx((1 / 30 + 1 / 80) / 4)
+    assert average([*ones, *parts]).step == 0  # not all are of 0 and 1
+
+
+# --- several at once
+
+
+def test_holm_equals_statsmodels() -> None:
+    random = np.random.default_rng(9)
+    for count in (1, 2, 7, 30):
+        p_values = list(random.random(count) ** 3)
+        assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], rel=1e-12)
+    assert holm([]) == []
+
+
+def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
+    noise = np.tile([1.0, -1.0], 50)
+    just = 1.8 * noise.std(ddof=1) / 10 - 0.05  # p is 0.037
+    clear, near, bad = (of_values(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
+    alone = [judged(each, 0.05) for each in (clear, near, bad)]
+    assert [test.alone for test in alone] == ["pass", "pass", "fail"]
+    found = corrected(alone)
+    assert [test.verdict for test in found] == ["pass", "inconclusive", "fail"]
+    assert [test.p_holm for test in found] == holm([test.p_value for test in alone])
+    assert corrected(alone[1:2])[0].verdict == "pass"  # nothing else is tested
+
+
+# --- margins
+
+
+def test_margins_by_task_by_metric_and_for_the_rest() -> None:
+    margins = Margins.parse(["0.02", "bits_per_byte=0.1", "hard=0.05"])
+    assert margins.of("hard", "acc") == 0.05
+    assert margins.of("easy", "acc") == 0.02
+    assert margins.of("text", "bits_per_byte") == 0.1
+    assert Margins.parse([]).of("easy", "acc") == 0.01
+    margins.check(["hard", "easy", "text", "acc", "bits_per_byte"])
+    with pytest.raises(BadInput, match=r"hard=.*did you mean hardest"):
+        margins.check(["hardest", "acc", "bits_per_byte"])
+
+
+@pytest.mark.parametrize("text", ["0", "-0.01", "nan", "inf", "x", "", "hard=", "hard=x"])
+def test_a_margin_is_a_number_above_0(text: str) -> None:
+    with pytest.raises(BadInput, match="a margin is a number above 0"):
+        Margins.parse([text])

@@ -1,0 +1,182 @@
+"""The fused graph: exact against transformers, however a batch is padded and however its cache is kept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+LENGTH, ROOM = 24, 40
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             max_position_embeddings=128, vocab_size=300)  # fmt: skip
+GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=300)
+WINDOW = dict(sliding_window=5)  # far shorter than the text
+
+# What a graph may be made of: each is told from the others by one of these.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
+    "biases": ("llama", SIZES | dict(attention_bias=True, mlp_bias=True)),
+    "heads of 8": ("llama", SIZES | dict(head_dim=8)),
+    "yarn": ("llama", SIZES | dict(rope_scaling=dict(rope_type="yarn", factor=4.0))),
+    "linear": ("llama", SIZES | dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
+    "window": ("mistral", SIZES | WINDOW),
+    "packed": ("phi3", SIZES | WINDOW),
+    "norms of queries and keys": ("qwen3", SIZES | dict(head_dim=32)),
+    "norms across heads": ("olmo2", SIZES),
+    "layers without rotary": ("smollm3", SIZES | dict(no_rope_layer_interval=2)),
+    "soft caps": ("gemma2", SIZES | WINDOW | dict(head_dim=16, attn_logit_softcapping=0.5, final_logit_softcapping=0.5,
+                                                  query_pre_attn_scalar=4)),
+    "two rotary tables": ("gemma3_text", SIZES | WINDOW | dict(
+        head_dim=16, layer_types=["sliding_attention", "full_attention"], rope_theta=100.0, query_pre_attn_scalar=4)),
+    "multipliers": ("granite", SIZES | dict(embedding_multiplier=3.0, attention_multiplier=0.2,
+                                            residual_multiplier=0.7, logits_scaling=2.0)),
+    "partial rotary": ("gpt_neox", SIZES | dict(hidden_size=64, rotary_pct=0.5)),
+    "partial rotary of 8": ("gpt_neox", SIZES | dict(rotary_pct=0.5, use_parallel_residual=False)),
+    "one norm for both": ("stablelm", SIZES | dict(use_parallel_residual=True, use_qkv_bias=True)),
+    "a bias on the head": ("phi", SIZES | dict(partial_rotary_factor=0.5)),
+    "a bias on a tied head": ("phi", SIZES | dict(tie_word_embeddings=True)),
+    "learned positions": ("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
+    "positions from 2": ("opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32, activation_function="gelu")),
+}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """A transformers model and its fused graph."""
+
+    torch: Any
+    session: ort.InferenceSession
+
+    def reference(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(B, T, V) logits of transformers."""
+        import torch
+
+        tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+        with torch.inference_mode():
+            return self.torch(**{name: torch.from_numpy(value) for name, value in tensors.items()}).logits.numpy()
+
+    def run(
+        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, past: list[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(B, S, V) logits and the cache after them."""
+        inputs = self.session.get_inputs()
+        _, heads, _, size = inputs[-1].shape
+        past = past or [np.zeros((len(ids), heads, 0, size), np.float32) for _ in inputs[3:]]
+        feed = [ids, mask, places, *past]
+        logits, *present = self.session.run(None, {item.name: x for item, x in zip(inputs, feed, strict=True)})
+        return logits, present
+
+    def run_in_place(
+        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, buffers: list[np.ndarray]
+    ) -> np.ndarray:
+        """(B, S, V) logits; the new keys and values are written to the buffers, (B, heads, ROOM, size)."""
+        names = [item.name for item in self.session.get_inputs()]
+        binding = self.session.io_binding()
+        for name, x in zip(names, [ids, mask, places], strict=False):
+            binding.bind_cpu_input(name, np.ascontiguousarray(x))
+        binding.bind_output("logits", "cpu")
+        for name, x in zip(names[3:], buffers, strict=True):
+            where = ("cpu", 0, np.float32, x.shape, x.ctypes.data)
+            binding.bind_input(name, *where)
+            binding.bind_output(name.replace("past_key_values", "present"), *where)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy()
+
+    def buffers(self, rows: int) -> list[np.ndarray]:
+        """Room for the cache of so many rows. What nobody has written must not be read: it is not a number."""
+        inputs = self.session.get_inputs()
+        _, heads, _, size = inputs[-1].shape
+        return [np.full((rows, heads, ROOM, size), np.nan, np.float32) for _ in inputs[3:]]
+
+
+def positions(mask: np.ndarray) -> np.ndarray:
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from limbeck.export.graph.decoder import write
+    from limbeck.export.graph.families import describe
+
+    model_type, sizes = MODELS[request.param]
+    config = AutoConfig.for_model(model_type, **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"), 0))
+    config.pad_token_id = None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing of it alike, or zero, or small
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.ndim == 2 else parameter + 0.2 * noise)
+    path = tmp_path_factory.mktemp("decoder") / "model.onnx"
+    write(describe(model), path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return Pair(model, ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 300, (3, LENGTH))
+
+
+WHOLE = np.ones((3, LENGTH), np.int64)
+LEFT = np.arange(LENGTH) >= np.array([[0], [7], [16]])  # rows of 24, 17 and 8 tokens
+LEFT = LEFT.astype(np.int64)
+RIGHT = LEFT[:, ::-1].copy()
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return bool(np.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
+
+
+def test_a_text_has_the_logits_of_transformers(pair: Pair, ids: np.ndarray) -> None:
+    expected = pair.reference(ids, WHOLE)
+    assert expected.std() > 0.2, "a model without opinions"
+    assert close(pair.run(ids, WHOLE, positions(WHOLE))[0], expected)
+
+
+def test_padding_on_the_left_changes_nothing(pair: Pair, ids: np.ndarray) -> None:
+    seen = LEFT > 0
+    logits, _ = pair.run(ids, LEFT, positions(LEFT))
+    assert np.isfinite(logits).all()
+    assert close(logits[seen], pair.reference(ids, LEFT)[seen])
+    alone, _ = pair.run(ids[2:, 16:], WHOLE[2:, 16:], positions(WHOLE[2:, 16:]))
+    assert close(logits[2, 16:], alone[0])
+
+
+def test_a_cache_with_padding_on_the_left_goes_on(pair: Pair, ids: np.ndarray) -> None:
+    begun = LENGTH - 4
+    _, past = pair.run(ids[:, :begun], LEFT[:, :begun], positions(LEFT)[:, :begun])
+    expected = pair.reference(ids, LEFT)
+    for t in range(begun, LENGTH):
+        logits, past = pair.run(ids[:, t : t + 1], LEFT[:, : t + 1], positions(LEFT)[:, t : t + 1], past)
+        assert past[0].shape[2] == t + 1
+        assert close(logits[:, 0], expected[:, t])
+
+
+def test_rows_of_their_own_lengths_decode_in_place(pair: Pair, ids: np.ndarray) -> None:
+    buffers, lengths = pair.buffers(3), RIGHT.sum(axis=1)
+    logits = pair.run_in_place(ids, RIGHT, positions(RIGHT), buffers)
+    texts = np.concatenate([ids, ids[:, ::-1]], axis=1)
+    whole = pair.reference(texts[:, :LENGTH], WHOLE)
+    assert close(logits[RIGHT > 0], whole[RIGHT > 0])
+    # Each row goes on after its own end, over what was written for its padding.
+    for step in range(6):
+        new = texts[:, LENGTH + step : LENGTH + step + 1]
+        ends = lengths + step
+        mask = (np.arange(ends.max() + 1) <= ends[:, None]).astype(np.int64)
+        logits = pair.run_in_place(new, mask, ends[:, None], buffers)
+        for row, n in enumerate(lengths):
+            text = np.append(ids[row, :n], texts[row, LENGTH : LENGTH + step + 1])[None]
+            assert close(logits[row, 0], pair.reference(text, np.ones_like(text))[0, -1])
+
+
+def test_a_prompt_read_in_pieces_is_the_prompt(pair: Pair, ids: np.ndarray) -> None:
+    one, expected, buffers = ids[:1], pair.reference(ids[:1], WHOLE[:1])[0], pair.buffers(1)
+    for start, end in ((0, 9), (9, 10), (10, LENGTH)):
+        mask, places = np.ones((1, end), np.int64), np.arange(start, end)[None]
+        assert close(pair.run_in_place(one[:, start:end], mask, places, buffers)[0], expected[start:end])

@@ -1,0 +1,38 @@
+"""The runtime on a CUDA device against itself on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from limbeck.export.artifact.export import export
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.registry.core.errors import BadInput
+
+ON_GPU = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and onnxruntime-gpu: `make test-gpu`")
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("fp32", False), ("fp16", True)])
+def test_a_gpu_gives_what_the_cpu_gives(tiny_llama: Path, tmp_path: Path, precision: str, fused: bool) -> None:
+    export(tiny_llama, tmp_path / precision, precision, fused=fused)
+    cpu, gpu = (Runtime.load(tmp_path / precision, device=device) for device in ("cpu", "cuda"))
+    prompts = [[5, 6, 7], [9] * 40, [3, 1, 4, 1, 5], [5, 6, 7]]
+    settings = dict(max_new_tokens=30, logprobs=1, ignore_eos=True)
+    for one, other in zip(cpu.generate(prompts, **settings), gpu.generate(prompts, **settings), strict=True):
+        if precision == "fp32":
+            assert one.token_ids == other.token_ids
+            assert other.logprobs == pytest.approx(one.logprobs, abs=5e-3)
+        else:  # a near tie may go either way
+            assert other.logprobs[0] == pytest.approx(one.logprobs[0], abs=5e-2)
+            assert np.isfinite(other.logprobs).all()
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a CUDA provider here")
+def test_cuda_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has no CUDAExecutionProvider"):
+        Runtime.load(tmp_path, device="cuda")

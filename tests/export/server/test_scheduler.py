@@ -1,0 +1,283 @@
+"""Requests that are decoded together: what each gets is what it would get alone, and nobody is locked out."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limbeck.export.runtime.batch import Batch, Slot
+from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.sampling import Sampling, log_softmax
+from limbeck.export.server.engine import BEHIND
+from limbeck.export.server.metrics import Metrics
+from limbeck.export.server.requests import Limits, Unavailable
+from limbeck.export.server.scheduler import Scheduler
+from limbeck.registry.core.errors import BadInput
+from tests.export.export_helpers import Exported
+
+TEXTS = ["def add(", "class A:\n    def f(self):\n        return", "x", "import os\nimport sys", "for i in range(1"]
+ENDLESS = Sampling(max_new_tokens=10**6, ignore_eos=True)
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(work(), 20))
+
+
+async def tokens(results: AsyncGenerator[Event], rows: int = 1) -> list[list[int]]:
+    """The token ids of each row."""
+    out: list[list[int]] = [[] for _ in range(rows)]
+    async for event in results:
+        out[event.index].append(event.token_id)
+    return out
+
+
+def alone(runtime: Runtime, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in prompts]
+    for event in runtime.events(prompts, sampling):
+        out[event.index].append(event.token_id)
+    return out
+
+
+@pytest.fixture(scope="module")
+def endless(boundless: Path) -> Runtime:
+    return Runtime.load(boundless, threads=1)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(rows=3), Limits(rows=4, cache_bytes=1)], ids=str)
+def test_each_request_gets_what_it_would_get_alone(family: Exported, limits: Limits) -> None:
+    """Rows join while others are decoded, draw from their own seeds, and even give up their places."""
+    runtime = Runtime.load(family.fp32, threads=1)
+    requests = [([runtime.encode(text)], Sampling(max_new_tokens=5 + 3 * i)) for i, text in enumerate(TEXTS)]
+    requests.append(([runtime.encode(text) for text in TEXTS], Sampling(max_new_tokens=12, temperature=1.0, seed=3)))
+    expected = [alone(runtime, prompts, sampling) for prompts, sampling in requests]
+    metrics = Metrics()
+
+    async def together() -> list[Any]:
+        scheduler = Scheduler(runtime, limits, metrics)
+        return await asyncio.gather(*[tokens(scheduler.generate(p, s), len(p)) for p, s in requests])
+
+    assert run(together) == expected
+    count = metrics.registry.get_sample_value
+    assert count("limbeck:generation_tokens_total") == sum(len(row) for rows in expected for row in rows)
+    assert count("limbeck:prompt_tokens_total") == sum(len(prompt) for prompts, _ in requests for prompt in prompts)
+
+
+def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(llama: Exported) -> None:
+    runtime = Runtime.load(llama.fp32, threads=1)
+    prompts = [runtime.encode(text) for text in TEXTS]
+    sampling = Sampling(max_new_tokens=60, temperature=0.8, seed=1)
+    expected = alone(runtime, prompts, sampling)
+    metrics = Metrics()
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, key and value, heads, their size, bytes
+
+    async def together() -> list[list[int]]:
+        scheduler = Scheduler(runtime, Limits(cache_bytes=200 * per_token), metrics)
+        return [row for rows in await asyncio.gather(*[one(scheduler, i) for i in range(len(prompts))]) for row in rows]
+
+    async def one(scheduler: Scheduler, index: int) -> list[list[int]]:
+        rows = await tokens(scheduler.generate(prompts[: index + 1], sampling), index + 1)
+        return rows[index:]
+
+    assert run(together) == expected
+    assert metrics.registry.get_sample_value("limbeck:num_preemptions_total") > 0
+
+
+def test_requests_share_their_steps(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self, slots, ids: (sizes.append(len(slots)), step(self, slots, ids))[1])
+    sampling = Sampling(max_new_tokens=40, ignore_eos=True)
+
+    async def together() -> None:
+        scheduler = Scheduler(endless)
+        await asyncio.gather(*[tokens(scheduler.generate([[1, 2, 3]], sampling)) for _ in range(8)])
+
+    run(together)
+    assert max(sizes) == 8
+    assert len(sizes) < 3 * 40  # one after the other it would be 8 * 39
+
+
+def test_a_request_of_many_rows_locks_nobody_out(endless: Runtime) -> None:
+    async def small_beside_large() -> None:
+        scheduler = Scheduler(endless, Limits(rows=8))
+        async with aclosing(scheduler.generate([[1, 2]] * 128, ENDLESS)) as first:
+            await anext(first)
+            async with aclosing(scheduler.generate([[3, 4]] * 128, ENDLESS)) as second:
+                await anext(second)
+                assert len((await tokens(scheduler.generate([[5]], Sampling(max_new_tokens=5))))[0]) >= 1
+
+    run(small_beside_large)
+
+
+def test_a_long_prompt_holds_up_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a long prompt is read, piece by piece, others are read and decoded."""
+    read = Batch.read
+
+    def slowly(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
+        time.sleep(0.0002 * sum(min(slot.unread, most) for slot in slots))
+        return read(self, slots, most)
+
+    monkeypatch.setattr(Batch, "read", slowly)
+    done: list[str] = []
+
+    async def one(scheduler: Scheduler, name: str, prompt: list[int], new: int) -> None:
+        await tokens(scheduler.generate([prompt], Sampling(max_new_tokens=new, ignore_eos=True)))
+        done.append(name)
+
+    async def both() -> None:
+        scheduler = Scheduler(endless)
+        long = asyncio.ensure_future(one(scheduler, "long", [7] * 6000, 1))
+        await asyncio.sleep(0.1)
+        await one(scheduler, "short", [7] * 5, 8)
+        await long
+
+    run(both)
+    assert done == ["short", "long"]
+
+
+def test_a_full_queue_says_when_to_come_again(endless: Runtime) -> None:
+    async def overfill() -> None:
+        scheduler = Scheduler(endless, Limits(rows=1, queue=2))
+        running = scheduler.generate([[1]], ENDLESS)
+        await anext(running)
+        waiting = [asyncio.ensure_future(tokens(scheduler.generate([[i]], Sampling(max_new_tokens=3)))) for i in (2, 3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as full:
+            await anext(scheduler.generate([[4]], ENDLESS))
+        assert full.value.status == 429
+        assert 1 <= (full.value.retry_after or 0) <= 60
+        await running.aclose()  # its reader leaves: those that wait have their turn
+        assert [len(rows[0]) for rows in await asyncio.gather(*waiting)] == [3, 3]
+        assert len((await tokens(scheduler.generate([[4]], Sampling(max_new_tokens=3))))[0]) == 3
+
+    run(overfill)
+
+
+def test_a_request_ends_when_its_time_is_up(endless: Runtime) -> None:
+    metrics = Metrics()
+
+    async def too_long() -> None:
+        scheduler = Scheduler(endless, Limits(rows=1, timeout_s=0.3), metrics)
+        waits = asyncio.ensure_future(tokens(scheduler.generate([[1]], ENDLESS)))
+        await asyncio.sleep(0)
+        for work in (tokens(scheduler.generate([[2]], ENDLESS)), waits):
+            with pytest.raises(Unavailable, match=r"longer than 0\.3 s") as late:
+                await work
+            assert late.value.status == 504
+        assert len((await tokens(scheduler.generate([[3]], Sampling(max_new_tokens=2))))[0]) == 2
+
+    run(too_long)
+    assert metrics.registry.get_sample_value("limbeck:request_failure_total", {"reason": "timeout"}) == 2
+
+
+def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(endless: Runtime) -> None:
+    metrics = Metrics()
+
+    async def slow() -> None:
+        scheduler = Scheduler(endless, Limits(rows=2), metrics)
+        async with aclosing(scheduler.generate([[1]], ENDLESS)) as unread:
+            await anext(unread)
+            for _ in range(3):
+                await tokens(scheduler.generate([[2]], Sampling(max_new_tokens=300, ignore_eos=True)))
+            made = metrics.registry.get_sample_value("limbeck:generation_tokens_total")
+            assert made < 900 + BEHIND + 20  # a row that did not pause would have made another 900
+            for _ in range(3 * BEHIND):  # it goes on when it is read again
+                await anext(unread)
+
+    run(slow)
+
+
+def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(endless: Runtime) -> None:
+    prompt = endless.encode("".join(TEXTS))[:60]
+    logits = endless.logits(np.array([prompt]), np.ones((1, len(prompt)), np.int64))[0]
+    expected = log_softmax(logits.astype(np.float64))
+
+    async def score() -> Any:
+        scheduler = Scheduler(endless)
+        async with aclosing(scheduler.generate([[1]], ENDLESS)) as other:
+            await anext(other)
+            return await scheduler.score(prompt, 2)
+
+    first, *rest = run(score)
+    assert (first.logprob, first.top_logprobs) == (None, {})
+    assert [scored.logprob for scored in rest] == pytest.approx(
+        [expected[place, token] for place, token in enumerate(prompt[1:])], abs=1e-4
+    )
+    assert [next(iter(scored.top_logprobs)) for scored in rest] == expected[:-1].argmax(axis=1).tolist()
+
+
+def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone(endless, [[5, 6, 7]], Sampling(max_new_tokens=80))
+    read, step = Batch.read, Batch.step
+
+    def fail_on_9(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
+        if any(9 in slot.prompt for slot in slots):
+            raise MemoryError("no room")
+        return read(self, slots, most)
+
+    monkeypatch.setattr(Batch, "read", fail_on_9)
+
+    async def both() -> None:
+        scheduler = Scheduler(endless)
+        results = scheduler.generate([[5, 6, 7]], Sampling(max_new_tokens=80))
+        got = [(await anext(results)).token_id]
+        with pytest.raises(RuntimeError, match="the model failed: no room"):
+            await tokens(scheduler.generate([[9]], ENDLESS))
+        got += [event.token_id async for event in results]
+        assert [got] == expected
+        monkeypatch.setattr(Batch, "step", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="division"):
+            await tokens(scheduler.generate([[5]], ENDLESS))
+        monkeypatch.setattr(Batch, "step", step)
+        assert await tokens(scheduler.generate([[5, 6, 7]], Sampling(max_new_tokens=80))) == expected
+
+    run(both)
+
+
+def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
+    async def ask() -> None:
+        scheduler = Scheduler(endless, Limits(prompt_tokens=3, new_tokens=5))
+        with pytest.raises(BadInput, match="prompt has 4 tokens; this server takes at most 3"):
+            await anext(scheduler.generate([[1], [1] * 4], Sampling(max_new_tokens=1)))
+        with pytest.raises(BadInput, match="at most 3"):
+            await scheduler.score([1] * 4, 0)
+        with pytest.raises(BadInput, match="6 new tokens"):
+            await anext(scheduler.generate([[1]], Sampling(max_new_tokens=6)))
+        assert len((await tokens(scheduler.generate([[1] * 3], Sampling(max_new_tokens=5, ignore_eos=True))))[0]) == 5
+
+    run(ask)
+
+
+def test_a_scheduler_that_nobody_holds_frees_its_model_and_its_thread(llama: Exported) -> None:
+    runtime = Runtime.load(llama.fp32, threads=1)
+    gone = weakref.ref(runtime)
+    threads = threading.active_count()
+
+    async def use(scheduler: Scheduler) -> int:
+        results = scheduler.generate([[1, 2]], Sampling(max_new_tokens=30))
+        del scheduler
+        first = await anext(results)
+        gc.collect()
+        return 1 + len([event async for event in results]) + 0 * first.index
+
+    scheduler = Scheduler(runtime)
+    del runtime
+    work = use(scheduler)
+    del scheduler
+    assert run(lambda: work) >= 1  # what runs keeps its model
+    deadline = time.monotonic() + 10
+    while (gone() is not None or threading.active_count() > threads) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)
+    assert gone() is None

@@ -1,0 +1,138 @@
+"""The served artifact changes under running requests: an alias that moves, a folder that is replaced."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from limbeck.export.artifact.export import export
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.registry.gate.promotion import rollback
+from limbeck.registry.ledger import log as ledger
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Version
+from tests.conftest import make_model
+from tests.export.export_helpers import Served, serving
+from tests.export.server.test_clients import body, metric, root, until
+
+PROMPT = "def add("
+pytestmark = pytest.mark.usefixtures("limbeck_home")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
+    """Two artifacts that say different things."""
+    folder = tmp_path_factory.mktemp("two")
+    for seed in (0, 1):
+        export(make_model(folder / f"torch{seed}", tokenizer_folder, "llama", seed=seed), folder / f"fp32-{seed}")
+    two = folder / "fp32-0", folder / "fp32-1"
+    assert said(two[0]) != said(two[1])
+    return two
+
+
+def said(folder: Path) -> str:
+    return Runtime.load(folder, threads=1).generate([PROMPT], max_new_tokens=60)[0].text
+
+
+@contextmanager
+def hammered(served: Served, model: str) -> Iterator[list[str]]:
+    """Clients that ask without a pause while the block runs; what they were told. No request of theirs fails."""
+    texts: list[str] = []
+    failures: list[Any] = []
+    stop = threading.Event()
+
+    def ask(stream: bool) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.is_set():
+                request = body(PROMPT, new=60, model=model, stream=stream)
+                answer = client.post(f"{served.url}/completions", json=request)
+                if answer.status_code != 200 or (stream and not answer.text.endswith("data: [DONE]\n\n")):
+                    failures.append(answer.text)
+                elif not stream:
+                    texts.append(answer.json()["choices"][0]["text"])
+
+    clients = [threading.Thread(target=ask, args=(stream,)) for stream in (False, False, True)]
+    for client in clients:
+        client.start()
+    try:
+        yield texts
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert failures == []
+
+
+def move(store: Store, version: Version) -> None:
+    """Promote, as the ledger has it, without the verdict of a policy."""
+    before = store.aliases(version.name).get("production")
+    moved = dict(from_version=before, to_version=version.version, artifact=version.digest)
+    entry = ledger.append(
+        store, version.name, who="a test", alias="production", action="promote", verdict=None, reason="", **moved
+    )
+    ledger.apply(store, entry)
+
+
+def test_an_alias_is_followed_through_promotion_damage_and_rollback(
+    store: Store, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = (
+        store.register("coder", folder, kind="onnx", engine="onnxruntime", parent=f"coder/{i}")
+        for i, folder in enumerate(artifacts)
+    )
+    move(store, first)
+    expected = {version.ref: said(store.folder(version)) for version in (first, second)}
+    with serving("coder@production", "", "--follow-seconds", 0.1) as served:
+
+        def version() -> str:
+            return httpx.get(f"{root(served)}/ready").json()["version"]
+
+        with hammered(served, "coder@production") as texts:
+            until(lambda: len(texts) > 3)
+            assert set(texts) == {expected[first.ref]}
+            move(store, second)
+            until(lambda: version() == second.ref and texts[-1] == expected[second.ref])
+            rollback(store, "coder", "production")
+            until(lambda: version() == first.ref and texts[-1] == expected[first.ref])
+            (store.folder(second) / "model.onnx").write_bytes(b"damaged")
+            move(store, second)
+            until(lambda: metric(served, "model_refused_total") == 1)
+            del texts[:]
+            until(lambda: len(texts) > 5)
+            assert set(texts) == {expected[first.ref]}
+        assert version() == first.ref
+        assert metric(served, "model_swaps_total") == 2
+        until(lambda: metric(served, "models_loaded") == 1)
+        served.process.send_signal(signal.SIGTERM)
+        _, log = served.process.communicate(timeout=20)
+        assert f"{second.ref}: {first.ref} stays" in log
+        assert "is damaged" in log
+
+
+def test_a_folder_is_served_anew_when_it_is_replaced_or_sighup_comes(
+    artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(artifacts[0], tmp_path / "bundle")
+    texts = [said(folder) for folder in artifacts]
+    with serving(bundle, "", "--follow-seconds", 0.1) as served, hammered(served, "bundle") as told:
+        shutil.copytree(artifacts[1], tmp_path / "next")
+        bundle.rename(tmp_path / "old")
+        (tmp_path / "next").rename(bundle)
+        until(lambda: told and told[-1] == texts[1])
+        # A new manifest of files that are not those it names: refused, and again when it is asked for.
+        shutil.copy(artifacts[0] / "limbeck.json", bundle / "limbeck.json")
+        until(lambda: metric(served, "model_refused_total") == 1)
+        served.process.send_signal(signal.SIGHUP)
+        until(lambda: metric(served, "model_refused_total") == 2)
+        shutil.copy(artifacts[0] / "model.onnx", bundle / "model.onnx")
+        served.process.send_signal(signal.SIGHUP)
+        until(lambda: told[-1] == texts[0])
+    assert set(told) == set(texts)

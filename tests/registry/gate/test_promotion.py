@@ -1,0 +1,245 @@
+"""Through the gate and back: what does not pass moves nothing, what is damaged goes nowhere, nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
+from limbeck.registry.core.home import home
+from limbeck.registry.gate.promotion import Vetoed, promote, rollback
+from limbeck.registry.ledger import log
+from limbeck.registry.mlflow.client import Forbidden
+from limbeck.registry.mlflow.identity import user
+from limbeck.registry.records import Version
+from tests.registry.conftest import POLICY, Still
+
+
+def production(still: Still) -> int | None:
+    return still.store.aliases("still").get("production")
+
+
+def damage(still: Still, version: Version) -> None:
+    (still.store.folder(version) / "model.onnx").write_text("damaged")
+
+
+def sound(still: Still) -> bool:
+    return log.read(still.store, "still").problems() == []
+
+
+def test_a_version_that_passes(scored: Still) -> None:
+    int8 = scored.variants["int8"]
+    done = promote(scored.store, int8.ref, "production", POLICY, who="ada", reason="smaller")
+    assert (done.chosen, done.before, production(scored)) == (int8, None, int8.version)
+    (entry,) = log.entries(scored.store, "still")
+    assert done.entry == entry
+    assert (entry.who, entry.reason, entry.action, entry.artifact) == ("ada", "smaller", "promote", int8.digest)
+    (verdict,) = scored.store.verdicts(int8)
+    assert (verdict.outcome, verdict.artifact, verdict.digest()) == ("pass", int8.digest, entry.verdict)
+    again = promote(scored.store, "still@production", "production", POLICY)
+    assert (again.chosen.ref, again.before, again.entry) == (int8.ref, int8.version, None)
+    assert log.entries(scored.store, "still") == [entry]
+
+
+def test_the_cheapest_that_passes(scored: Still) -> None:
+    done = promote(scored.store, "still", "production", POLICY)
+    assert [(c.version.precision, c.price, c.verdict.outcome) for c in done.candidates] == [
+        ("int4", 0.5, "fail"),
+        ("int8", 1.0, "pass"),
+        ("fp32", 2.0, "pass"),
+    ]
+    assert production(scored) == done.chosen.version == scored.variants["int8"].version
+
+
+def test_a_torch_version_goes_through_the_same_gate(still: Still) -> None:
+    still.score(still.student)
+    assert promote(still.store, still.student.ref, "baseline", POLICY).chosen.ref == still.student.ref
+    still.score(still.teacher)
+    with pytest.raises(Vetoed, match="scored against itself"):
+        promote(still.store, still.teacher.ref, "production", POLICY)
+
+
+def test_what_does_not_pass_moves_nothing(scored: Still) -> None:
+    promote(scored.store, "still", "production", POLICY)
+    before = log.entries(scored.store, "still")
+    int4 = scored.variants["int4"]
+    words = r"still/5: fail\n.*min_retention \(fail\): retention 0\.5000 \[0\.4000, 0\.6000\], at least 0\.8000"
+    with pytest.raises(Refused, match=words) as refused:
+        promote(scored.store, int4.ref, "production", POLICY)
+    assert refused.value.exit_code == 1
+    assert (production(scored), log.entries(scored.store, "still")) == (scored.variants["int8"].version, before)
+    assert [verdict.outcome for verdict in scored.store.verdicts(int4)] == ["fail"]  # the veto is kept
+
+
+def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
+    for version, retention in zip(still.variants.values(), (0.1, 0.85, 0.3), strict=True):
+        still.score(version, retention=(retention, retention - 0.1, retention + 0.1), cost_ratio=1 - retention)
+    with pytest.raises(Vetoed) as veto:
+        promote(still.store, "still", "production", POLICY)
+    assert [c.version.precision for c in veto.value.candidates] == ["int8", "fp32", "int4"]
+    assert "still/4: inconclusive" in veto.value.message.split("\n")[1]
+    assert "cost_ratio 0.9, at most 0.5 is asked" in veto.value.message
+    assert (production(still), log.entries(still.store, "still")) == (None, [])
+
+
+def test_what_was_not_scored_is_told_how(still: Still) -> None:
+    with pytest.raises(Vetoed, match=r"inconclusive\n.*run: limbeck eval still/3 --tasks \.\.\. --against still/1"):
+        promote(still.store, "still/3", "production", POLICY)
+
+
+def test_a_dry_run_writes_nothing(scored: Still) -> None:
+    done = promote(scored.store, "still", "production", POLICY, dry_run=True)
+    assert (done.chosen.precision, done.entry, production(scored)) == ("int8", None, None)
+    assert scored.store.verdicts(done.chosen) == log.entries(scored.store, "still") == []
+    scored.store.client.set_registered_model_alias("still", "production", "1")
+    with pytest.raises(Refused, match="somebody moved it"):  # as the real one would be
+        promote(scored.store, "still", "production", POLICY, dry_run=True)
+    promote(scored.store, "still", "production", POLICY, dry_run=True, adopt=True)
+    assert log.entries(scored.store, "still") == []
+
+
+def test_damaged_files_are_refused_and_the_alias_stays(scored: Still) -> None:
+    promote(scored.store, "still/3", "production", POLICY)
+    damage(scored, scored.variants["int8"])
+    with pytest.raises(DamagedArtifact):
+        promote(scored.store, "still", "production", POLICY)
+    assert (production(scored), len(log.entries(scored.store, "still"))) == (3, 1)
+
+
+def test_rolling_back(scored: Still) -> None:
+    store = scored.store
+    promote(store, "still/3", "production", POLICY)
+    promote(store, "still/4", "production", POLICY)
+    promote(store, "still/3", "staging", POLICY)  # another alias has its own history
+    entry = rollback(store, "still", "production", who="ada", reason="too slow")
+    assert (entry.action, entry.from_version, entry.to_version) == ("rollback", 4, 3)
+    assert (entry.who, entry.reason, entry.artifact) == ("ada", "too slow", scored.variants["fp32"].digest)
+    assert production(scored) == 3
+    assert rollback(store, "still", "production").to_version is None  # the first promotion: taken away
+    assert store.aliases("still") == {"staging": 3}
+    with pytest.raises(Refused, match="no promotion to production to roll back"):
+        rollback(store, "still", "production")
+    promote(store, "still/4", "production", POLICY)
+    assert sound(scored)
+
+
+def test_no_way_back_to_damaged_files(scored: Still) -> None:
+    promote(scored.store, "still/3", "production", POLICY)
+    promote(scored.store, "still/4", "production", POLICY)
+    damage(scored, scored.variants["fp32"])
+    with pytest.raises(DamagedArtifact):
+        rollback(scored.store, "still", "production")
+    assert (production(scored), len(log.entries(scored.store, "still"))) == (4, 2)
+
+
+def test_an_alias_moved_behind_our_back(scored: Still) -> None:
+    store = scored.store
+    promote(store, "still/3", "production", POLICY)
+    store.client.set_registered_model_alias("still", "production", "5")
+    for act in (
+        lambda adopt: promote(store, "still/4", "production", POLICY, adopt=adopt, who="ada"),
+        lambda adopt: rollback(store, "still", "production", adopt=adopt, who="ada"),
+    ):
+        with pytest.raises(Refused, match=r"points at version 5, but the ledger says version 3.*\n.*--adopt"):
+            act(False)
+        assert (production(scored), len(log.entries(store, "still"))) == (5, 1)
+    promote(store, "still/3", "staging", POLICY)  # another alias goes on
+    promote(store, "still/4", "production", POLICY, adopt=True, who="ada")
+    adopted, promoted = log.entries(store, "still")[-2:]
+    assert (adopted.action, adopted.from_version, adopted.to_version, adopted.who) == ("adopt", 3, 5, "ada")
+    assert "somebody moved it" in adopted.reason
+    assert (promoted.from_version, promoted.to_version, production(scored)) == (5, 4, 4)
+    assert sound(scored)
+
+
+def test_an_alias_that_was_there_before_limbeck(scored: Still) -> None:
+    scored.store.client.set_registered_model_alias("still", "production", "5")
+    with pytest.raises(Refused, match="the ledger knows nothing of it"):
+        promote(scored.store, "still/4", "production", POLICY)
+    promote(scored.store, "still/4", "production", POLICY, adopt=True)
+    assert rollback(scored.store, "still", "production").to_version == 5
+
+
+def test_a_ledger_without_an_entry_gives_no_way_back(scored: Still) -> None:
+    """With the middle entry gone, the version before is a guess."""
+    store = scored.store
+    for number in (3, 4, 3):
+        promote(store, f"still/{number}", "production", POLICY)
+    rollback(store, "still", "production")
+    key = next(k for k in store.client.get_registered_model("still").tags if k.startswith("limbeck.ledger.000002"))
+    store.client.delete_registered_model_tag("still", key)
+    with pytest.raises(Refused, match=r"entry 2 \(\w{12}\) is missing"):
+        rollback(store, "still", "production")
+    for _ in range(2):
+        with pytest.raises(Refused, match="does not tell where production was before"):
+            rollback(store, "still", "production", adopt=True)
+    assert production(scored) == 4
+    promote(store, "still/3", "production", POLICY)  # what was adopted is in nobody's way
+    assert rollback(store, "still", "production").to_version == 4
+
+
+@pytest.mark.parametrize("model", ["still/9", "stil", "still@nothing", "../x", "still/1/2"])
+def test_what_is_not_there(scored: Still, model: str) -> None:
+    with pytest.raises(BadInput):
+        promote(scored.store, model, "production", POLICY)
+    with pytest.raises(BadInput):
+        rollback(scored.store, model, "production")
+    assert [p.name for p in (home() / "locks").iterdir() if "x" in p.name] == []
+
+
+def test_nothing_to_choose_from(still: Still) -> None:
+    with pytest.raises(BadInput, match="reserved by MLflow"):
+        promote(still.store, "still", "v1", POLICY)
+    for version in still.variants.values():
+        still.store.client.delete_model_version("still", str(version.version))
+    with pytest.raises(BadInput, match=r"has no ONNX variant to promote\n.*limbeck export still/2"):
+        promote(still.store, "still", "production", POLICY)
+
+
+def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_USER", "ada")
+    assert user("sqlite:///x.db") == "ada"
+    monkeypatch.delenv("LIMBECK_USER")
+    monkeypatch.setenv("LOGNAME", "grace")
+    assert user("sqlite:///x.db") == "grace"
+
+
+def test_the_verdict_that_was_shown(scored: Still) -> None:
+    """What a person pressed a button for is what is done, or nothing is."""
+    shown = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    later = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    assert shown.judgement == later.judgement
+    assert shown.digest() != later.digest()  # another time
+    scored.score(scored.variants["int8"], usd=0.9)
+    with pytest.raises(Refused, match="the verdict on still/4 is now another than the one shown"):
+        promote(scored.store, "still/4", "production", POLICY, expected=shown.judgement)
+    assert production(scored) is None
+    now = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    assert promote(scored.store, "still/4", "production", POLICY, expected=now.judgement).entry
+
+
+@pytest.mark.parametrize(("model", "reason"), [("still", "why"), ("still/5", " ")])
+def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, reason: str) -> None:
+    with pytest.raises(BadInput, match="an override is for one named version, and says why"):
+        promote(scored.store, model, "production", POLICY, override=True, reason=reason)
+    with pytest.raises(Vetoed, match="the policy lets nobody override it"):
+        promote(scored.store, "still/5", "production", POLICY, override=True, reason="why")
+    assert (production(scored), log.entries(scored.store, "still")) == (None, [])
+
+
+def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(scored.store, "still/4", "production", POLICY, who="ada")
+
+    def refuse(*_: object) -> None:  # as MLflow's server does to somebody with EDIT alone
+        raise Forbidden("it does not let bob do this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scored.store.client._client, "delete_registered_model_alias", refuse, raising=False)
+        with pytest.raises(Forbidden, match="does not let bob"):
+            rollback(scored.store, "still", "production", who="bob")
+    assert production(scored) == 4
+    assert sound(scored)
+    entries = log.entries(scored.store, "still")
+    assert [(e.action, e.to_version) for e in entries] == [("promote", 4), ("rollback", None), ("adopt", 4)]
+    assert "entry 2 was never carried out: it does not let bob do this" in entries[-1].reason
+    assert rollback(scored.store, "still", "production", who="ada").to_version is None
+    assert (production(scored), sound(scored)) == (None, True)

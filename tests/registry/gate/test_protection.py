@@ -1,0 +1,183 @@
+"""The policy that an alias is protected by, and who may go over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from limbeck.registry.core.errors import BadInput, Refused
+from limbeck.registry.gate import protection
+from limbeck.registry.gate.promotion import promote, rollback
+from limbeck.registry.gate.protection import governing, policy_of, protect
+from limbeck.registry.ledger import log
+from limbeck.registry.mlflow import identity
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy import stored
+from limbeck.registry.policy.schema import Override, Policy
+from tests.conftest import Result
+from tests.registry.conftest import POLICY, Still
+
+Limbeck = Callable[..., Result]
+STRICT = POLICY.model_copy(update={"override": Override(people=("carol",))})
+LAX = Policy.model_validate({"quality": {"min_retention": 0.1}})
+
+
+def kept(store: Store) -> dict[str, str]:
+    tags = store.client.get_registered_model("still").tags
+    return {key: value for key, value in tags.items() if key.startswith(stored.PREFIX)}
+
+
+def test_the_policy_that_holds(scored: Still) -> None:
+    store = scored.store
+    assert policy_of(store, "still", "production") is None
+    assert governing(store, "still", "production", LAX) == LAX
+    with pytest.raises(BadInput, match="protected by no policy, and none is given"):
+        governing(store, "still", "production", None)
+    with pytest.raises(BadInput, match="no model is registered as 'stil'"):
+        protect(store, "stil", "production", STRICT)
+    promote(store, "still/3", "production", LAX)
+    entry = protect(store, "still", "production", STRICT, who="ann", reason="ours")
+    assert entry is not None
+    assert (entry.action, entry.who, entry.from_version, entry.to_version) == ("protect", "ann", 3, 3)
+    assert entry.policy == STRICT.digest()
+    assert policy_of(store, "still", "production") == governing(store, "still", "production", None) == STRICT
+    assert policy_of(store, "still", "staging") is None
+    with pytest.raises(Refused) as refused:
+        promote(store, "still/5", "production", LAX)
+    assert "  quality.min_retention: it says 0.8, the given one 0.1\n" in str(refused.value)
+    assert "  cost.max_cost_ratio: it says 0.5, the given one nothing\n" in str(refused.value)
+    with pytest.raises(Refused, match=r"still/5: fail\n"):
+        promote(store, "still/5", "production", None)
+    assert promote(store, "still/4", "production", None).chosen.version == 4
+    promote(store, "still/5", "staging", LAX)  # another alias
+    assert rollback(store, "still", "production").to_version == 3  # needs no verdict
+    assert log.read(store, "still").problems() == []
+
+
+def test_who_may_change_it(scored: Still) -> None:
+    store = scored.store
+    protect(store, "still", "production", STRICT, who="ann")
+    for policy in (LAX, None):
+        with pytest.raises(Refused, match="ann or carol may change it, not bob"):
+            protect(store, "still", "production", policy, who="bob")
+    assert policy_of(store, "still", "production") == STRICT
+    assert protect(store, "still", "production", STRICT, who="bob") is None  # says nothing new
+    assert protect(store, "still", "production", LAX, who="carol") is not None
+    with pytest.raises(Refused, match="carol may change it, not ann"):
+        protect(store, "still", "production", None, who="ann")
+    assert protect(store, "still", "production", None, who="carol") is not None
+    assert policy_of(store, "still", "production") is None
+    with pytest.raises(BadInput, match="is not protected"):
+        protect(store, "still", "production", None, who="carol")
+    assert [entry.policy for entry in log.entries(store, "still")] == [STRICT.digest(), LAX.digest(), None]
+
+
+def test_a_policy_changed_behind_our_back(scored: Still) -> None:
+    store = scored.store
+    protect(store, "still", "production", STRICT, who="ann")
+    ((key, text),) = kept(store).items()
+    for changed in (text.replace("0.8", "0.1"), "no JSON", None):
+        if changed is None:
+            store.client.delete_registered_model_tag("still", key)
+        else:
+            store.client.set_registered_model_tag("still", key, changed)
+        for policy in (None, LAX, STRICT):
+            with pytest.raises(Refused, match="is gone" if changed is None else "was changed through MLflow itself"):
+                promote(store, "still/5", "production", policy, adopt=True)
+        (problem,) = log.read(store, "still").problems()
+        assert problem.startswith("production is protected, but the policy")
+        with pytest.raises(Refused, match="ann may change it, not carol"):
+            protect(store, "still", "production", LAX, who="carol")
+    assert protect(store, "still", "production", STRICT, who="bob") is None  # puts it back
+    assert policy_of(store, "still", "production") == STRICT
+    assert log.read(store, "still").problems() == []
+
+
+def test_a_long_policy_is_kept_whole(scored: Still) -> None:
+    names = tuple(f"somebody-number-{number}" for number in range(600))
+    long = POLICY.model_copy(update={"override": Override(people=names)})
+    protect(scored.store, "still", "production", long)
+    parts = kept(scored.store)
+    assert len(parts) == 4
+    assert max(map(len, parts.values())) <= 5000  # what MLflow's databases hold
+    assert policy_of(scored.store, "still", "production") == long
+    scored.store.client.delete_registered_model_tag("still", max(parts))
+    with pytest.raises(Refused, match="its digest does not fit"):
+        policy_of(scored.store, "still", "production")
+
+
+def test_a_policy_of_a_newer_limbeck() -> None:
+    from limbeck.registry.core.digest import json_digest
+
+    value = {"quality": {"min_retention": 0.5}, "telepathy": {"required": True}}
+    tags = {f"limbeck.policy.{json_digest(value)[:16]}.000": json.dumps(value)}
+    with pytest.raises(Refused, match="rules that this version of Limbeck does not know"):
+        stored.read(tags, json_digest(value))
+
+
+def test_who_may_override(scored: Still) -> None:
+    store = scored.store
+    assert protection.barred(POLICY, "carol", store, "still") == (
+        "the policy lets nobody override it: it has no [override] people"
+    )
+    assert protection.barred(STRICT, "ann", store, "still") == "the policy lets carol override it, not ann"
+    assert protection.may_override(STRICT, "carol", store, "still")
+    assert identity.manages(store.tracking_uri, "still") is None  # a database has no accounts
+    for who, policy in (("ann", STRICT), ("carol", POLICY)):
+        with pytest.raises(Refused, match="the policy lets"):
+            promote(store, "still/5", "production", policy, who=who, override=True, reason="now")
+    for model, reason in (("still", "now"), ("still/5", " ")):
+        with pytest.raises(BadInput):
+            promote(store, model, "production", STRICT, who="carol", override=True, reason=reason)
+    assert store.aliases("still") == {}
+    done = promote(store, "still/5", "production", STRICT, who="carol", override=True, reason="now").entry
+    assert done is not None
+    assert (done.override, done.reason, done.policy) == (True, "now", STRICT.digest())
+    (broken,) = done.broken
+    assert broken.startswith("quality.min_retention (fail): retention 0.5000")
+    fine = promote(store, "still/4", "production", STRICT, who="ann", override=True, reason="now").entry
+    assert fine is not None
+    assert (fine.override, fine.broken) == (False, ())  # it passes: nothing to go over
+
+
+def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_USER", "ann")
+    file = Path("strict.toml")
+    file.write_text('[quality]\nmin_retention = 0.8\n[override]\npeople = ["carol"]\n')
+    assert limbeck("protect", "still").err == "still@production is not protected; give it a policy: --policy FILE\n"
+    done = limbeck("protect", "still", "--policy", file, "--reason", "ours", "--format", "json")
+    assert (done.code, json.loads(done.out)["action"]) == (0, "protect")
+    shown = json.loads(limbeck("protect", "still", "--format", "json").out)
+    assert (shown["digest"], shown["policy"]["override"]) == (json.loads(done.out)["policy"], {"people": ["carol"]})
+    assert "quality.min_retention" in limbeck("protect", "still").out
+    assert limbeck("protect", "still", "--policy", file, "--remove").code == 2
+
+    Path("policy.toml").write_text("[quality]\nmin_retention = 0.1\n")  # not asked: the alias has a policy
+    refused = limbeck("promote", "still/5")
+    assert (refused.code, "--override" in refused.err) == (1, False)
+    assert limbeck("promote", "still/5", "--policy", "policy.toml").code == 1
+    refused = limbeck("promote", "still/5", "--override", "--reason", "now")
+    assert (refused.code, "the policy lets carol override it, not ann" in refused.err) == (1, True)
+    monkeypatch.setenv("LIMBECK_USER", "carol")
+    refused = limbeck("promote", "still/5")
+    assert "limbeck promote still/5 --to production --override --reason ..." in refused.err
+    tried = limbeck("promote", "still/5", "--override", "--reason", "now", "--dry-run")
+    assert (tried.code, scored.store.aliases("still")) == (0, {})
+    done = limbeck("promote", "still/5", "--override", "--reason", "now", "--format", "json")
+    assert json.loads(done.out)["entry"]["override"] is True
+    assert "OVERRIDE: still/5 does not pass the policy:\n  quality.min_retention (fail)" in done.err
+    assert "warning" not in done.err
+    weights = scored.store.folder(scored.variants["fp32"]) / "model.onnx"
+    weights.write_text("damaged")
+    limbeck("protect", "still", "--policy", "policy.toml")
+    damaged = limbeck("promote", "still/3", "--override", "--reason", "now")
+    assert (damaged.code, "is damaged" in damaged.err) == (2, True)
+    limbeck("protect", "still", "--remove")
+    assert (
+        "is not protected, so the policy"
+        in limbeck("promote", "still/5", "--policy", file, "--override", "--reason", "now").err
+    )
+    assert scored.store.aliases("still") == {"production": 5}

@@ -1,0 +1,115 @@
+"""Scorecards, parity and verdicts go to the store and come back the same, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from limbeck.registry.core.digest import json_digest
+from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from limbeck.registry.core.home import home
+from limbeck.registry.gate.evidence import Evidence
+from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.records import Cost, Estimate, Parity, Relative, Scorecard
+from tests.registry.conftest import POLICY, Still
+
+
+def test_scorecards_come_back(still: Still, make_card: Callable[..., Scorecard]) -> None:
+    store, version = still.store, still.variants["int8"]
+    later = make_card(version.digest, created=datetime(2026, 2, 1, tzinfo=UTC), retention=(0.9, 0.8, 1.0))
+    store.add_scorecard(version, later, still.documents)
+    earlier = still.score(version)
+    assert store.scorecards(version) == [earlier, later]  # newest last
+    shutil.rmtree(home() / "scorecards")
+    assert store.scorecards(version) == [earlier, later]  # from the store itself
+    assert store.documents(version, later).read_bytes() == still.documents.read_bytes()
+    with pytest.raises(BadInput, match="has no such scorecard"):
+        store.documents(version, make_card("other"))
+    assert store.scorecards(still.student) == []
+
+
+def test_a_scorecard_is_kept_once_and_seen_in_mlflow(still: Still) -> None:
+    store, version = still.store, still.variants["int8"]
+    card = still.score(version)
+    still.score(version)
+    assert store.scorecards(version) == [card]
+    experiment = store.client.get_experiment_by_name("limbeck").experiment_id
+    runs = store.client.search_runs([experiment], "tags.`limbeck.version` = 'still/4'")
+    assert [run.info.run_name for run in runs] == ["score still/4"]
+    assert runs[0].data.metrics["bits.acc"] == 0.5
+    assert runs[0].data.metrics["retention.low"] == 0.95
+    assert runs[0].data.metrics["cost.usd_per_million_tokens"] == 1.0
+    model_id = store.client.get_model_version("still", "4").tags["limbeck.model_id"]
+    logged = store.client.get_logged_model(model_id)
+    assert {metric.key for metric in logged.metrics} == set(runs[0].data.metrics)
+
+
+@pytest.mark.parametrize("file", ["scorecard.json", "documents.parquet"])
+@pytest.mark.parametrize("content", ["cut short", "{}"])
+def test_damaged_files(still: Still, file: str, content: str) -> None:
+    store, version = still.store, still.variants["int8"]
+    card = still.score(version)
+
+    def read() -> object:
+        return store.scorecards(version) if file == "scorecard.json" else store.documents(version, card)
+
+    sound = read()
+    cached = next(home().glob(f"scorecards/*/{file}"))
+    cached.write_text(content)
+    assert read() == sound  # fetched again
+    assert cached.read_text(errors="replace") != content
+    next((home() / "artifacts").rglob(file)).write_text(content)
+    cached.unlink()
+    with pytest.raises(DamagedArtifact, match=f"{file} is not what was recorded"):
+        read()
+    assert not cached.exists()
+
+
+def test_a_changed_number_is_noticed(still: Still) -> None:
+    still.score(still.variants["int8"])
+    kept = next((home() / "artifacts").rglob("scorecard.json"))
+    kept.write_text(kept.read_text().replace("0.97", "0.99"))
+    shutil.rmtree(home() / "scorecards")
+    with pytest.raises(DamagedArtifact, match="the scorecard of still/4"):
+        still.store.scorecards(still.variants["int8"])
+
+
+def test_documents_that_are_not_there(still: Still, make_card: Callable[..., Scorecard], tmp_path: Path) -> None:
+    version = still.variants["int8"]
+    with pytest.raises(FileNotFoundError):
+        still.store.add_scorecard(version, make_card(version.digest), tmp_path / "missing.parquet")
+    assert still.store.scorecards(version) == []
+
+
+def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., Parity]) -> None:
+    store, version = still.store, still.variants["int8"]
+    newer = make_parity(reference=still.student.digest, precision="int8", mean_kl=0.5)
+    store.add_parity(version, newer)
+    assert store.parity(version) == newer
+    assert store.parity(still.student) is None
+    first = judge(POLICY, Evidence(version, None, newer))
+    assert store.add_verdict(version, first) == first
+    again = judge(POLICY, Evidence(version, None, newer))
+    assert store.add_verdict(version, again) == first  # says the same
+    other = judge(POLICY, Evidence(version, still.score(version), newer))
+    store.add_verdict(version, other)
+    assert store.verdicts(version) == [first, other]
+    assert (first.outcome, other.outcome) == ("inconclusive", "pass")
+
+
+def test_a_scorecard_from_before_a_field_was_added_keeps_its_digest(make_card: Callable[..., Scorecard]) -> None:
+    card = make_card("a")
+    old = card.model_dump(mode="json")
+    relative = old["relative"]
+    estimates = [(each, Estimate) for each in (relative["retention"], *relative["task_retention"].values())]
+    for record, kind in ((old, Scorecard), (old["cost"], Cost), (relative, Relative), *estimates):
+        for name, field in kind.model_fields.items():
+            if field.json_schema_extra:
+                del record[name]
+    assert "run" not in old["cost"]
+    assert Scorecard.model_validate(old).digest() == json_digest(old) == card.digest()
+    assert card.model_copy(update={"seconds": 1.0}).digest() != card.digest()

@@ -1,0 +1,83 @@
+"""The quick way to list versions says what MLflow says."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from limbeck.registry.gate.evidence import Evidence
+from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.mlflow import listing
+from limbeck.registry.mlflow.listing import listed
+from limbeck.registry.mlflow.store import Store
+from tests.registry.conftest import POLICY, Still
+
+
+def mark(limbeck_home: Path, schema: str) -> None:
+    """Write another schema's mark into the database."""
+    with closing(sqlite3.connect(limbeck_home / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = ?", [schema])
+
+
+def test_read_directly_and_through_mlflow(scored: Still, limbeck_home: Path) -> None:
+    store = scored.store
+    for alias, number in (("production", "4"), ("best", "4"), ("other", "3")):
+        store.client.set_registered_model_alias("still", alias, number)
+    store.client.create_registered_model("foreign")
+    store.client.create_model_version("foreign", "/tmp/nowhere", tags={"quote": 'it\'s "so"\n'}, run_id=None)
+    store.client.create_model_version("foreign", "/tmp/untagged")
+    store.client.create_model_version("foreign", "/tmp/deleted", tags={"a": "b"})
+    store.client.delete_model_version("foreign", "3")
+    directly = {name: listing._from_sqlite(limbeck_home / "mlflow.db", name) for name in (None, "still", "nothing")}
+    for name, found in directly.items():
+        assert found == listing._from_mlflow(store.client, name) == listed(store.client, store.tracking_uri, name)
+    everything = directly[None]
+    assert everything is not None
+    assert [(v.name, v.version) for v in everything] == [("foreign", 1), *(("still", n) for n in range(1, 6))]
+    assert [v.aliases for v in everything if v.aliases] == [("other",), ("best", "production")]
+
+
+def test_another_schema_is_left_to_mlflow(scored: Still, limbeck_home: Path) -> None:
+    store = scored.store
+    before = store.versions()
+    assert store.get("still/1") in before  # this opens the MLflow client
+    mark(limbeck_home, "000000000000")
+    assert listing._from_sqlite(limbeck_home / "mlflow.db", None) is None
+    assert store.versions() == before
+    assert listing._from_sqlite(limbeck_home / "nothing.db", None) is None
+    assert not (limbeck_home / "nothing.db").exists()
+
+
+def test_all_that_was_found(scored: Still) -> None:
+    store, int8 = scored.store, scored.variants["int8"]
+    verdict = store.add_verdict(int8, judge(POLICY, Evidence(int8, None, store.parity(int8))))
+    found = {each.version.ref: each for each in store.found("still")}
+    assert [each.version for each in found.values()] == store.versions("still")
+    assert found[int8.ref].verdicts == [verdict]
+    assert found[int8.ref].scorecards == store.scorecards(int8)
+    assert len(found[int8.ref].scorecards) == 1
+    assert found[scored.student.ref][1:] == ([], [])
+    assert store.found("nothing") == []
+
+
+def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
+    script = (
+        "import sys; from limbeck.registry.mlflow.store import Store; "
+        "print(len(Store().found('still')), 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["5", "False"]
+
+
+def test_old_pointers_have_no_digest_of_the_file(scored: Still) -> None:
+    store, int8 = scored.store, scored.variants["int8"]
+    (key, value), *_ = [(k, v) for k, v in store._tags(int8).items() if k.startswith("limbeck.scorecard.")]
+    pointer = json.loads(value)
+    del pointer["file"]
+    before = Store().scorecards(int8)
+    store._tag(int8, key, json.dumps(pointer))
+    assert Store().scorecards(int8) == before

@@ -1,0 +1,214 @@
+"""What the store keeps of a version: whole and verified, or not at all."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from limbeck.registry.core.digest import folder_digest, write_manifest
+from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
+from limbeck.registry.core.home import home
+from limbeck.registry.mlflow.store import Store
+
+MakeFolder = Callable[..., Path]
+
+
+def leftovers(store: Store) -> list[str]:
+    """LoggedModels and their folders that stand in the store."""
+    ids = [e.experiment_id for e in store.client.search_experiments()]
+    found = [m.model_id for m in store.client.search_logged_models(experiment_ids=ids)]
+    return found + [str(p) for p in (home() / "artifacts").glob("models/*")]
+
+
+def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolder) -> None:
+    folder = make_folder("a")
+    made = store.register(
+        "still", folder, kind="student", parent="still/9", recipe="small", params=7, extra_tags={"colour": "red"}
+    )
+    assert store.get("still/1") == made
+    assert (made.ref, made.digest, made.parent, made.params) == ("still/1", folder_digest(folder), "still/9", 7)
+    shutil.rmtree(folder)
+    assert folder_digest(store.folder(made)) == made.digest
+    assert store.at_hand(made) == store.folder(made)
+    assert store.client.get_model_version("still", "1").tags["colour"] == "red"
+
+
+def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolder) -> None:
+    first = store.register("still", make_folder("a"), kind="student", parent="still/9")
+    assert store.register("still", make_folder("b") / ".." / "a", kind="student", parent="still/9") == first
+    other = store.register("still", store.folder(first), kind="student", parent="still/8")
+    assert (other.version, other.digest) == (2, first.digest)  # of another parent: another version
+    assert len(leftovers(store)) == 2 * 2
+
+
+def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
+    store.register("still", make_folder("a"), kind="student", recipe="small")
+    second = store.register("still", make_folder("b"), kind="student", recipe="small")
+    third = store.register("kettle", make_folder("c", onnx=True), kind="onnx", precision="int8")
+    store.client.set_registered_model_alias("still", "production", "2")
+    assert [v.ref for v in store.versions()] == ["kettle/1", "still/1", "still/2"]
+    assert [v.aliases for v in store.versions("still")] == [(), ("production",)]
+    assert store.versions("still")[1] == store.get("still@production") == store.get("models:/still/2")
+    assert store.versions("kettle") == store.versions(filter_string="tags.`limbeck.precision` = 'int8'") == [third]
+    assert store.find("still", recipe="small").ref == second.ref  # the newest
+    assert store.find("still", recipe="large") is None
+    assert store.names() == ["kettle", "still"]
+    assert store.aliases("still") == {"production": 2}
+    assert store.aliases("nothing") == {}
+    assert store.versions("it's' or name='still") == []
+
+
+def test_what_was_registered_without_limbeck(store: Store) -> None:
+    store.client.create_registered_model("foreign")
+    store.client.create_model_version("foreign", "/tmp/nowhere")
+    assert store.versions() == []
+    with pytest.raises(BadInput, match="was not registered by Limbeck"):
+        store.get("foreign/1")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a@b", "../a", "a b", "it's", "-a", "x" * 201, "a\n"])
+def test_names_that_cannot_be_used(store: Store, make_folder: MakeFolder, name: str) -> None:
+    with pytest.raises(BadInput, match="is no name for a model"):
+        store.register(name, make_folder("a"), kind="student")
+
+
+@pytest.mark.parametrize("ref", ["still", "still/", "still/x", "a/b/1", "still/" + "9" * 30, "still/-1", "@production"])
+def test_references_that_cannot_be_used(store: Store, ref: str) -> None:
+    with pytest.raises(BadInput, match="is no version"):
+        store.get(ref)
+
+
+def test_nothing_to_register(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        store.register("still", tmp_path / "missing", kind="student")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="an empty folder"):
+        store.register("still", tmp_path / "empty", kind="student")
+
+
+def test_files_that_are_not_those_of_the_manifest(store: Store, make_folder: MakeFolder) -> None:
+    folder = make_folder("a")
+    write_manifest(folder)
+    with (folder / "model.safetensors").open("a") as file:
+        file.write("!")
+    with pytest.raises(DamagedArtifact, match=r"model\.safetensors has sha256"):
+        store.register("still", folder, kind="student")
+    assert store.versions() == leftovers(store) == []
+
+
+def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeFolder) -> None:
+    folder = make_folder("a")
+    (blobs := folder.parent.parent / "blobs").mkdir()
+    (blobs / "uuid").symlink_to("/proc/sys/kernel/random/uuid")  # other content each time it is read
+    (folder / "changing").symlink_to("../../blobs/uuid")  # as in the Hugging Face cache
+    with pytest.raises(DamagedArtifact, match="digest is"):
+        store.register("still", folder, kind="student")
+    assert store.versions() == leftovers(store) == []
+
+
+def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder) -> None:
+    version = store.register("still", make_folder("a"), kind="student")
+    weights = store.folder(version) / "model.safetensors"
+    weights.write_text(weights.read_text()[:-1])
+    with pytest.raises(DamagedArtifact, match="digest is"):
+        store.folder(version)
+    shutil.rmtree(weights.parent)
+    with pytest.raises(DamagedArtifact, match="still/1 is damaged: its files are gone"):
+        store.folder(version)
+    assert store.at_hand(version) is None
+
+
+def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: MakeFolder) -> None:
+    store.register("still", make_folder("a"), kind="student")
+    stands = leftovers(store)
+    models = home() / "artifacts" / "models"
+    models.rename(models.with_name("away"))
+    models.write_text("no folder can be made in here")
+    with pytest.raises(LimbeckError, match=r"mlflow\.db: "):
+        store.register("still", make_folder("b"), kind="student")
+    models.unlink()
+    models.with_name("away").rename(models)
+    assert leftovers(store) == stands
+    assert store.register("still", make_folder("c"), kind="student").version == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder with an empty store on a disk of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        monkeypatch.setenv("LIMBECK_HOME", str(disk))
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        shutil.copy(empty_database, disk / "mlflow.db")
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, make_folder: MakeFolder) -> None:
+    store = Store()
+    folder = make_folder("a")
+    (folder / "large.safetensors").write_bytes(bytes(8 << 20))
+    with pytest.raises(LimbeckError, match=r"no space left on the disk.*\n.*free some space"):
+        store.register("still", folder, kind="student")
+    assert store.versions() == leftovers(store) == []
+    assert store.register("still", make_folder("b"), kind="student").version == 1
+
+
+def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None:
+    """As a full disk, where no small disk can be mounted: the system refuses to write a large file."""
+    folder = make_folder("a")
+    (folder / "large.safetensors").write_bytes(bytes(8 << 20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
+    try:
+        with pytest.raises(LimbeckError, match="File too large"):
+            store.register("still", folder, kind="student")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert store.versions() == leftovers(store) == []
+
+
+def test_how_a_run_ends(store: Store) -> None:
+    with store.run("good", params={"a b!": 1}, tags={"t": "x"}) as run:
+        run.metrics({"loss": 0.5}, step=3)
+        run.tags({"more": 2})
+    kept = store.client.get_run(run.id)
+    assert (kept.info.status, kept.data.params, kept.data.metrics) == ("FINISHED", {"a b_": "1"}, {"loss": 0.5})
+    assert (kept.data.tags["t"], kept.data.tags["more"]) == ("x", "2")
+    for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
+        with pytest.raises(error), store.run("bad") as run:
+            raise error
+        assert store.client.get_run(run.id).info.status == status
+
+
+def test_a_deleted_experiment(store: Store, make_folder: MakeFolder) -> None:
+    store.register("still", make_folder("a"), kind="student")
+    store.client.delete_experiment(store.client.get_experiment_by_name("limbeck").experiment_id)
+    with pytest.raises(BadInput, match=r"is deleted\n.*mlflow experiments restore"):
+        Store().register("still", make_folder("b"), kind="student")
+
+
+@pytest.mark.timeout(30)  # MLflow alone would try for minutes
+def test_a_database_that_is_none(limbeck_home: Path) -> None:
+    limbeck_home.mkdir()
+    database = limbeck_home / "mlflow.db"
+    database.write_text("this is no database at all, but some text that is long enough")
+    with pytest.raises(LimbeckError, match="not a database"):
+        Store()
+    database.unlink()
+    database.mkdir()
+    with pytest.raises(LimbeckError, match="it cannot be opened"):
+        Store()

@@ -1,0 +1,272 @@
+"""A tracking server: one that does not answer, and a real one on loopback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+
+from limbeck.registry.core.digest import folder_digest
+from limbeck.registry.core.errors import DamagedArtifact, Unreachable
+from limbeck.registry.core.home import home
+from limbeck.registry.gate.promotion import promote, rollback
+from limbeck.registry.ledger import log as ledger
+from limbeck.registry.mlflow import client, transfer
+from limbeck.registry.mlflow.store import Store
+from tests import ROOT
+from tests.conftest import Result
+from tests.flaky_proxy import Flaky, flaky
+from tests.registry.conftest import POLICY, Still
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.timeout(30)  # MLflow alone would try for minutes
+def test_no_answer(limbeck_home: Path, silent: int) -> None:
+    with pytest.raises(Unreachable, match=r"no answer within 4 s\n.*MLFLOW_TRACKING_URI"):
+        Store(f"http://127.0.0.1:{silent}")
+    with pytest.raises(Unreachable, match="connection refused"):
+        Store(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(Unreachable, match="does not answer"):
+        Store("http://nowhere.invalid")
+
+
+def test_no_answer_is_told_to_the_user(
+    limbeck_home: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for command in (["models", "list"], ["rollback", "still"], ["models", "history", "still"]):
+        result = limbeck(*command)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(f"error: the tracking server {uri} does not answer: connection refused\n")
+    result = limbeck("doctor")
+    assert result.code == 1
+    assert "tracking store: start it, correct MLFLOW_TRACKING_URI" in result.err
+
+
+class Server(NamedTuple):
+    """Where a server is, and the folder that its artifacts lie in."""
+
+    uri: str
+    files: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
+    """A real `mlflow server` on loopback; SQLite and a folder of artifacts behind it."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    uri = f"http://127.0.0.1:{free_port()}"
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2]),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")),
+        *("--workers", "1"),
+    ]
+    quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    quiet.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=quiet, stdout=log, stderr=log)
+    try:
+        while not answers(uri):
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield Server(uri, folder / "files")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(uri: str) -> bool:
+    try:
+        return requests.get(f"{uri}/health", timeout=1).ok
+    except requests.RequestException:
+        return False
+
+
+@pytest.fixture
+def store(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """In this file: the store behind the server, with an empty state folder here."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    return Store()
+
+
+def test_the_whole_gate_through_a_server(
+    server: Server, store: Store, scored: Still, limbeck: Callable[..., Result]
+) -> None:
+    assert store.is_server
+    int8 = scored.variants["int8"]
+    assert store.get(int8.ref) == int8
+    assert not store.is_local(int8)
+    folder = store.folder(int8)
+    assert folder.is_relative_to(home() / "artifacts-cache")
+    assert folder_digest(folder) == int8.digest
+    (folder / "model.onnx").write_text("damaged here")
+    assert folder_digest(store.folder(int8)) == int8.digest  # fetched again
+
+    promote(store, "still/3", "production", POLICY)
+    promote(store, "still", "production", POLICY)
+    assert store.get("still@production").ref == int8.ref
+    rollback(store, "still", "production")
+    store.client.set_registered_model_alias("still", "production", "5")
+    assert limbeck("models", "history", "still", "--verify").code == 1
+    ledger.adopt(store, "still", "production", who="me", reason="")
+    assert ledger.read(store, "still").problems() == []
+
+    shutil.rmtree(home())  # another machine
+    found = {each.version.ref: each for each in Store().found("still")}  # fetched
+    assert found[int8.ref].scorecards == Store().scorecards(int8) == scored.store.scorecards(int8)
+    assert found[int8.ref].version == store.get(int8.ref)
+    listed = limbeck("models", "list", "still")
+    assert (listed.code, listed.out.count("still/")) == (0, 5 + 4)
+    doctor = limbeck("doctor", "--deep")
+    assert (doctor.code, "their digests verified" in doctor.out) == (0, True)
+
+    for file in server.files.rglob("model.onnx"):
+        file.write_text("damaged there")
+    shutil.rmtree(home() / "artifacts-cache")
+    with pytest.raises(DamagedArtifact):
+        store.folder(int8)
+    assert not (home() / "artifacts-cache" / int8.digest).exists()
+
+
+@pytest.fixture
+def proxy(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """A way to the server that can be cut; nobody has patience, for the tests' sake."""
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    with flaky(server.uri) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+        yield proxy
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """An artifact of five files."""
+    folder = tmp_path / "artifact"
+    (folder / "more").mkdir(parents=True)
+    for place in range(4):
+        (folder / f"part-{place}.safetensors").write_bytes(f"{tmp_path}{place}".encode() * 1000)
+    (folder / "more" / "config.json").write_text("{}")
+    return folder
+
+
+def test_an_upload_goes_on_where_the_server_died(
+    server: Server, proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.cut_after = 3
+    with pytest.raises(Unreachable):
+        Store().register("upload", files, kind="student")
+    assert "trying again for 1 s" in capsys.readouterr().err
+    proxy.cut_after = None
+    assert Store().versions("upload") == []  # what is not whole is not seen
+    assert len(proxy.puts) == 3
+    # One of them arrived in its size, but changed.
+    kept = next(server.files.rglob(proxy.puts[-1]))
+    kept.write_bytes(b"x" * kept.stat().st_size)
+    version = Store().register("upload", files, kind="student")
+    told = capsys.readouterr().err
+    assert "upload fp32: 3 of 5 files are there already\n" in told
+    assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
+    assert len(proxy.puts) == 5 + 5  # and once more, all of them
+    assert folder_digest(Store().folder(version)) == version.digest == folder_digest(files)
+
+
+def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
+    begin = (
+        "from pathlib import Path; from limbeck.registry.mlflow.store import Store; "
+        f"Store().register('killed', Path({str(files)!r}), kind='student')"
+    )
+    proxy.cut_after = 2
+    process = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
+    assert proxy.reached.wait(60)
+    process.kill()
+    process.wait()
+    proxy.cut_after = None
+    first = list(proxy.puts)
+    assert Store().versions("killed") == []
+    version = Store().register("killed", files, kind="student")
+    assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
+    assert proxy.puts[:2] == first
+    assert folder_digest(Store().folder(version)) == version.digest
+
+
+@pytest.mark.slow
+def test_uploads_that_nobody_went_on_with(
+    server: Server, proxy: Flaky, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Store().register("kept", files, kind="student")
+    proxy.cut_after = len(proxy.puts) + 2
+    with pytest.raises(Unreachable):
+        Store().register("given-up", files, kind="student")
+    proxy.cut_after = None
+    assert "given-up" not in limbeck("doctor").out  # it may be going on elsewhere
+    monkeypatch.setattr(transfer, "LATE", timedelta(0))
+    assert "upload of given-up" in limbeck("doctor").out
+    here = len(list(server.files.rglob("part-0.safetensors")))
+    assert "taken away" in limbeck("doctor", "--clean").out
+    assert len(list(server.files.rglob("part-0.safetensors"))) == here - 1
+    assert "given-up" not in limbeck("doctor").out
+    shutil.rmtree(home() / "artifacts-cache")
+    assert folder_digest(Store().folder(kept)) == kept.digest
+
+
+def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
+    proxy.lost = {"/model-versions/create"}
+    version = Store().register("lost", files, kind="student")
+    assert proxy.lost == set()
+    assert [each.version for each in Store().versions("lost")] == [version.version] == [1]
+
+
+def test_a_busy_server_is_asked_again(
+    proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 20.0)
+    store = Store()
+    for status in (429, 503):
+        proxy.answers = [status]
+        store.names()
+        assert f"it answers {status}; trying again for 20 s" in capsys.readouterr().err
+    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    proxy.answers = [503] * 20
+    with pytest.raises(Unreachable, match="it answers 503"):
+        store.names()
+
+
+def test_a_secret_in_the_address_is_never_said(
+    proxy: Flaky, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = proxy.uri.replace("://", "://ann:a-secret@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    said = []
+    for command in (["doctor", "--format", "json"], ["doctor"], ["models", "show", "nothing/1"]):
+        said.append(limbeck(*command))
+    monkeypatch.setattr(client, "PATIENCE", 0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret.rpartition(":")[0] + f":{free_port()}")
+    said += [limbeck("doctor", "--format", "json"), limbeck("models", "list")]
+    for result in said:
+        assert "a-secret" not in result.out + result.err
+    assert said[-1].code == 2
+    assert "***@" in said[-1].err

@@ -1,0 +1,80 @@
+"""What licences say about training on outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.provenance import licences
+
+
+@pytest.mark.parametrize(
+    ("licence", "allows"),
+    [
+        ("apache-2.0", True),
+        ("Apache License, Version 2.0", True),
+        ("CC0-1.0", True),
+        ("llama2", False),
+        ("Llama 3", False),
+        ("llama3.1", True),  # with a name that begins with Llama
+        ("gemma", True),
+        ("openai", False),
+        ("other", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_what_is_known_of_a_licence(licence: str | None, allows: bool | None) -> None:
+    assert licences.allows(licence) is allows
+
+
+def test_each_entry_says_where_it_is_from() -> None:
+    for name in licences.TERMS:
+        terms = licences.terms(name.upper())
+        assert terms is not None
+        assert terms.said
+        assert terms.source.startswith("https://")
+
+
+def test_the_terms_of_an_endpoint() -> None:
+    assert licences.of_endpoint("https://api.openai.com/v1#gpt-4o") == "openai"
+    assert licences.of_endpoint("http://127.0.0.1:8000/v1#student") is None
+
+
+@pytest.mark.parametrize(
+    ("licence", "names", "allows"),
+    [
+        ("MIT AND Apache-2.0", ["MIT", "Apache-2.0"], True),
+        ("MIT AND openai", ["MIT", "openai"], False),
+        ("MIT AND my-own", ["MIT", "my-own"], None),
+        ("my-own AND openai", ["my-own", "openai"], False),
+        ("MIT OR openai", ["MIT OR openai"], True),
+        ("my-own OR openai", ["my-own OR openai"], None),
+        ("(MIT OR openai) AND PSF-2.0", ["MIT OR openai", "PSF-2.0"], True),
+        ("(MIT)", ["MIT"], True),
+        (None, [], None),
+    ],
+)
+def test_several_licences(licence: str | None, names: list[str], allows: bool | None) -> None:
+    assert licences.names(licence) == names
+    assert licences.allows(licence) is allows
+
+
+def test_licences_are_joined_each_once() -> None:
+    assert licences.joined([None, "MIT", "mit AND openai", None, "PSF-2.0 OR GPL-3.0"]) == (
+        "mit AND openai AND (PSF-2.0 OR GPL-3.0)"
+    )
+    assert licences.joined([None]) is None
+    assert licences.joined(["MIT OR GPL-3.0"]) == "MIT OR GPL-3.0"
+
+
+def test_the_chain_ends_where_an_ancestor_is_gone(store: Store, make_folder: Callable[..., Path]) -> None:
+    teacher = store.register("a", make_folder("t"), kind="teacher", licence="mit")
+    told = {"teacher_licence": "mit", "licence_allows_distillation": True}
+    student = store.register("a", make_folder("s"), kind="student", parent=teacher.ref, **told)
+    assert [(t.of, t.allows) for t in licences.chain(store, student)] == [("a/1", True)]
+    store.client.delete_model_version("a", "1")
+    assert [(t.of, t.allows) for t in licences.chain(store, student)] == [("a/1", True), ("a/1, which is gone", None)]

@@ -1,0 +1,301 @@
+"""Bills of materials: what they say, that one state gives one bill, and that a changed one is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from limbeck.registry.core import signing
+from limbeck.registry.core.digest import file_digests, text_digest
+from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from limbeck.registry.gate.promotion import promote
+from limbeck.registry.ledger import log
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.policy.schema import CostLimits
+from limbeck.registry.provenance import attestation, cyclonedx
+from limbeck.registry.provenance import sbom as bills
+from limbeck.registry.provenance.sbom import Bill
+from limbeck.registry.records import Version
+from tests.conftest import Result
+from tests.registry.conftest import POLICY, Still
+
+
+@pytest.fixture
+def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The public key that is configured for signing, and trusted as ada's."""
+    public = signing.new(tmp_path / "ada.pem")
+    (tmp_path / "trusted").write_text(f"{public} ada\n")
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
+    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    return public
+
+
+@pytest.fixture
+def made(store: Store, make_folder: Callable[..., Path]) -> Version:
+    """A variant of a student that began pretrained and learnt from a teacher, with all that is recorded of that."""
+    teacher = store.register("still", make_folder("teacher"), kind="teacher", licence="apache-2.0")
+    code = "limbeck 0.1.0+gcf305ea"
+    origin: dict[str, Any] = {
+        "teacher": teacher.ref, "recipe": "small", "recipe_digest": "d" * 64, "data_digest": "e" * 64,
+        "licence": "MIT", "teacher_licence": "apache-2.0", "data_licence": "PSF-2.0 AND my-own", "code_version": code,
+        "code_licence": "Apache-2.0", "base_model": "owner/base", "base_model_digest": "f" * 64,
+        "base_model_licence": "llama3.1", "licence_allows_distillation": True,
+    }  # fmt: skip
+    with store.run("still", params={"data.path": "texts.jsonl", "data.source": None}) as run:
+        run.tags({cyclonedx.MADE_WITH: json.dumps({"torch": "2.13.0+cpu"})})
+    parent = store.register(
+        "still", make_folder("student"), kind="student", parent=teacher.ref, run_id=run.id, **origin
+    )
+    return store.register(
+        "still",
+        make_folder("int8", onnx=True),
+        kind="onnx",
+        engine="onnxruntime",
+        precision="int8",
+        parent=parent.ref,
+        run_id=run.id,
+        **origin,
+    )
+
+
+def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
+    said = attestation.bill(store, made)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
+    main = said["metadata"]["component"]
+    assert (main["type"], main["name"], main["version"]) == ("machine-learning-model", "still", "3")
+    files = {each["name"]: each["hashes"][0]["content"] for each in main["components"]}
+    assert files == file_digests(store.folder(made))
+    parts = {each["bom-ref"]: each for each in said["components"]}
+    licences = {
+        ref: [one["license"].get("id") or one["license"]["name"] for one in each.get("licenses", [])]
+        for ref, each in parts.items()
+    }
+    base, data, recipe, code = "base:owner/base", f"data:{'e' * 64}", f"recipe:{'d' * 64}", f"code:{made.code_version}"
+    torch = "pkg:pypi/torch@2.13.0%2Bcpu"
+    assert licences == {
+        "model:still/2": ["MIT"],
+        "model:still/1": ["Apache-2.0"],
+        base: ["llama3.1"],
+        data: ["PSF-2.0", "my-own"],
+        recipe: [],
+        code: ["Apache-2.0"],
+        torch: [],
+    }
+    digests = {ref: each["hashes"][0]["content"] for ref, each in parts.items() if "hashes" in each}
+    teacher, student = store.get("still/1"), store.get("still/2")
+    assert digests == {
+        "model:still/2": student.digest,
+        "model:still/1": teacher.digest,
+        base: "f" * 64,
+        data: "e" * 64,
+        recipe: "d" * 64,
+    }
+    assert parts[data]["name"] == "texts.jsonl"
+    assert parts[code]["pedigree"] == {"commits": [{"uid": "cf305ea"}]}
+    uses = {each["ref"]: set(each.get("dependsOn", [])) for each in said["dependencies"]}
+    assert uses["model:still/3"] == {"model:still/2"}
+    assert uses["model:still/2"] == {"model:still/1", base, data, recipe, code, torch}
+    assert not uses["model:still/1"]
+
+
+def test_a_commit_with_changes_is_none(store: Store, make_folder: Callable[..., Path]) -> None:
+    version = store.register("a", make_folder("a"), kind="teacher", code_version="limbeck 0.1.0+gcf305ea-dirty")
+    [code] = attestation.bill(store, version)["components"]
+    assert (code["version"], "pedigree" in code) == ("0.1.0+gcf305ea-dirty", False)
+
+
+def test_an_ancestor_that_is_gone_is_named(store: Store, made: Version) -> None:
+    store.client.delete_model_version("still", "2")
+    said = attestation.bill(store, made)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
+    parts = {each["bom-ref"]: each for each in said["components"]}
+    assert "not in the registry any more" in parts["model:still/2"]["description"]
+    assert f"data:{'e' * 64}" in parts  # the variant knows its text all the same
+
+
+def test_scores_and_verdict_are_in_it(scored: Still) -> None:
+    version = scored.variants["int8"]
+    unjudged = attestation.bill(scored.store, version)
+    promote(scored.store, version.ref, "production", POLICY)
+    said = attestation.bill(scored.store, version)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
+    metrics = said["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    bits = next(each for each in metrics if each.get("slice") == "bits")
+    assert (bits["type"], bits["value"]) == ("acc", "0.5")
+    assert bits["confidenceInterval"] == {"lowerBound": "0.4804", "upperBound": "0.5196"}
+    kept = next(each for each in metrics if each["type"] == "share of the quality of still/1")
+    assert (kept["value"], kept["confidenceInterval"]) == ("0.97", {"lowerBound": "0.95", "upperBound": "0.99"})
+    properties = {each["name"]: each["value"] for each in said["metadata"]["component"]["properties"]}
+    [verdict] = scored.store.verdicts(version)
+    [card] = scored.store.scorecards(version)
+    assert properties["limbeck:verdict"] == verdict.digest()
+    assert properties["limbeck:scorecard"] == card.digest()
+    assert (properties["limbeck:outcome"], properties["limbeck:tasks"]) == ("pass", "tasks")
+    assert unjudged["serialNumber"] != said["serialNumber"]
+
+
+def test_one_state_has_one_bill(scored: Still) -> None:
+    store, version = scored.store, scored.variants["int8"]
+    first = attestation.attest(store, version)
+    assert attestation.attest(Store(), version) == first
+    found = attestation.find(store, version)
+    assert found is not None
+    assert (found.digest, found.signatures, found.artifact()) == (first, (), version.digest)
+    scored.score(version, usd=3.0, harness="lm-eval 1")  # another state
+    second = attestation.attest(store, version)
+    assert second != first
+    older = attestation.find(store, version, first)
+    assert older == found
+    assert attestation.find(store, version, "0" * 64) is None
+
+
+def test_a_promotion_writes_one_that_the_ledger_names(scored: Still) -> None:
+    store = scored.store
+    done = promote(store, "still", "production", POLICY)
+    assert done.entry is not None
+    found = attestation.named(store, "still@production")
+    assert found is not None
+    assert done.entry.sbom == found.digest == text_digest(found.text)
+    assert found.artifact() == done.chosen.digest
+    other = POLICY.model_copy(update={"cost": CostLimits(max_cost_ratio=0.6)})
+    staged = promote(store, done.chosen.ref, "staging", other)  # another verdict
+    assert staged.entry is not None
+    assert staged.entry.sbom != done.entry.sbom
+    assert attestation.named(store, "still@production") == found
+    tag = f"limbeck.sbom.{str(done.entry.sbom)[:16]}"
+    store.client.delete_model_version_tag("still", str(done.chosen.version), tag)
+    with pytest.raises(DamagedArtifact, match="which is gone"):
+        attestation.named(store, "still@production")
+
+
+def test_a_changed_bill_is_found(scored: Still) -> None:
+    store, version = scored.store, scored.variants["int8"]
+    digest = attestation.attest(store, version)
+    found = attestation.find(store, version)
+    assert found is not None
+
+    def tamper(text: str) -> None:
+        store.client.set_model_version_tag("still", str(version.version), f"limbeck.sbom.{digest[:16]}", text)
+
+    for text in (found.text.replace('"0.97"', '"1.97"'), "{}", "[]", "no JSON"):
+        assert text != found.text
+        tamper(text)
+        with pytest.raises(DamagedArtifact, match="the bill of materials of still/4"):
+            attestation.find(store, version)
+    tamper(found.text)
+    assert attestation.find(store, version) == found
+
+
+def test_a_bill_is_signed_by_the_key_that_is_configured(
+    scored: Still, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, version = scored.store, scored.variants["int8"]
+    monkeypatch.delenv(signing.KEY_FILE)
+    digest = attestation.attest(store, version)
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
+    assert attestation.attest(store, version) == digest  # the same bill, signed now
+    found = attestation.find(store, version)
+    assert found is not None
+    assert [each.key for each in found.signatures] == [key]
+    assert bills.check(found, version.digest, version.ref) == "ada"
+    ben = signing.new(tmp_path / "ben.pem")
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ben.pem"))
+    signed = attestation.sign(store, version, found)
+    assert {each.key for each in signed.signatures} == {key, ben}
+    kept = attestation.find(store, version)
+    assert kept is not None
+    assert set(kept.signatures) == set(signed.signatures)
+    assert bills.check(kept, version.digest, version.ref) == "ada"
+
+
+def test_a_key_that_cannot_be_used_leaves_nothing(
+    scored: Still, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "nowhere.pem"))
+    with pytest.raises(BadInput, match=r"the signing key .* cannot be read"):
+        promote(scored.store, "still", "production", POLICY)
+    assert attestation.find(scored.store, scored.variants["int8"]) is None
+    assert log.entries(scored.store, "still") == []
+    assert scored.store.aliases("still") == {}
+
+
+@pytest.fixture
+def signed(scored: Still, key: str) -> tuple[Bill, Version]:
+    """A signed bill, and its version."""
+    version = scored.variants["int8"]
+    attestation.attest(scored.store, version)
+    found = attestation.find(scored.store, version)
+    assert found is not None
+    return found, version
+
+
+def test_what_cannot_be_trusted(scored: Still, signed: tuple[Bill, Version], tmp_path: Path) -> None:
+    bill, version = signed
+    other = scored.variants["fp32"]
+
+    def refused(kind: type[Exception], words: str, given: Bill | None, digest: str = version.digest) -> None:
+        with pytest.raises(kind, match=words):
+            bills.check(given, digest, version.ref)
+
+    refused(BadInput, "still/4 has no bill of materials, and LIMBECK_TRUSTED_KEYS asks", None)
+    refused(BadInput, "is not signed", bill._replace(signatures=()))
+    refused(DamagedArtifact, "is of other files", bill, other.digest)
+    changed = bill._replace(text=bill.text.replace('"0.97"', '"1.97"'))
+    refused(DamagedArtifact, "the signature of ada does not fit", changed)
+    refused(DamagedArtifact, "cannot be read: no files are listed", Bill("{}"))
+    refused(DamagedArtifact, "cannot be read", Bill("no JSON"))
+    eve = signing.new(tmp_path / "eve.pem")
+    theirs = bill.signatures[0]._replace(key=eve)
+    refused(BadInput, "signed, but by no key that LIMBECK_TRUSTED_KEYS lists", bill._replace(signatures=(theirs,)))
+    assert bills.check(bill._replace(signatures=(theirs, *bill.signatures)), version.digest, "it") == "ada"
+
+
+def test_where_no_keys_are_trusted_a_bill_still_has_to_be_of_the_artifact(
+    scored: Still, signed: tuple[Bill, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bill, version = signed
+    monkeypatch.delenv(signing.TRUSTED)
+    assert bills.check(bill, version.digest, "it") is None
+    assert bills.check(None, version.digest, "it") is None
+    with pytest.raises(DamagedArtifact, match="is of other files"):
+        bills.check(bill, scored.variants["fp32"].digest, "it")
+
+
+def test_the_command_shows_keeps_and_verifies(
+    scored: Still,
+    limbeck: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, version = scored.store, scored.variants["int8"]
+    shown = limbeck("models", "sbom", "still/4")
+    assert json.loads(shown.out)["metadata"]["component"]["version"] == "4"
+    assert "neither kept nor signed" in shown.err
+    assert attestation.find(store, version) is None
+    none = limbeck("models", "sbom", "still/4", "--verify")
+    assert (none.code, "limbeck models sbom still/4 --attest" in none.err) == (2, True)
+    promote(store, "still/4", "production", POLICY)
+    assert "not signed" in limbeck("models", "sbom", "still@production", "--verify").out
+    public = signing.new(tmp_path / "ada.pem")
+    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
+    scored.score(version, usd=3.0, harness="lm-eval 1")  # the alias keeps the bill of its promotion
+    written = limbeck("models", "sbom", "still@production", "--attest", "--output", tmp_path / "out" / "sbom.json")
+    assert written.code == 0, written.err
+    assert bills.read(tmp_path / "out") == attestation.named(store, "still@production")
+    assert (
+        f"signed with {public}, which is held against no list"
+        in limbeck("models", "sbom", "still@production", "--verify").out
+    )
+    (tmp_path / "trusted").write_text(f"{public} ada\n")
+    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    assert "signed by ada" in limbeck("models", "sbom", "still@production", "--verify").out
+    weights = store.folder(version) / "model.onnx"
+    weights.write_text("other")
+    damaged = limbeck("models", "sbom", "still@production", "--verify")
+    assert (damaged.code, "is damaged" in damaged.err) == (2, True)

@@ -1,0 +1,557 @@
+"""Hostile names, files, texts and database rows: each is refused in words, or shown for what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.core.digest import (
+    file_digest,
+    folder_digest,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
+from limbeck.registry.core.terminal import LONGEST, print_table
+from limbeck.registry.gate import approvals
+from limbeck.registry.gate.promotion import promote
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.provenance.attestation import KEPT as BILL
+from tests.conftest import Result
+from tests.registry.conftest import POLICY, Still, make_artifact, make_still
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202egnp\u200f\x9b31m\r"
+HOSTILE = f"[bold]%s{{0}}{ESCAPES}<script>alert(1)</script>:smile:"
+NFC, NFD = (unicodedata.normalize(form, "modèle") for form in ("NFC", "NFD"))
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Still]:
+    """The model `still`, one for all tests here: `production` went to version 3, asked for and approved."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "home").mkdir()
+    shutil.copy(empty_database, folder / "home" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(folder / "home"))
+        patch.setenv("LIMBECK_USER", "ada")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        (documents := folder / "documents.parquet").write_bytes(b"documents")
+        still = make_still(Store(), partial(make_artifact, folder / "made"), documents)
+        still.score(still.variants["fp32"])
+        approvals.request(still.store, "still/3", "production", who="bob", reason="new")
+        approvals.answer(still.store, "still/3", "production", "approve", who="eve", reason="fine")
+        promote(still.store, "still/3", "production", POLICY, reason="first")
+        yield still
+
+
+@pytest.fixture
+def still(registry: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Still]:
+    """As `registry`, whose database is put back after the test; ./policy.toml is what `production` went by."""
+    monkeypatch.chdir(tmp_path)
+    Path("policy.toml").write_text("[quality]\nmin_retention = 0.8\n[cost]\nmax_cost_ratio = 0.5\n")
+    file = Path(os.environ["LIMBECK_HOME"]) / "mlflow.db"
+    with closing(sqlite3.connect(":memory:")) as kept:
+        with closing(sqlite3.connect(file)) as database:
+            database.backup(kept)
+        yield registry
+        with closing(sqlite3.connect(file)) as database:
+            kept.backup(database)
+
+
+def tamper(sql: str, *values: object) -> None:
+    """Change rows of the real database past MLflow."""
+    file = Path(os.environ["LIMBECK_HOME"]) / "mlflow.db"
+    with closing(sqlite3.connect(file)) as database, database:
+        assert database.execute(sql, values).rowcount > 0
+
+
+def retag(key: str, value: str, version: int = 3) -> None:
+    tamper("UPDATE model_version_tags SET value = ? WHERE key LIKE ? AND version = ?", value, f"limbeck.{key}", version)
+
+
+def of_tag(still: Still, key: str, version: int = 3) -> str:
+    tags = still.store.client.get_model_version("still", str(version)).tags
+    return next(value for name, value in tags.items() if name.startswith(f"limbeck.{key}"))
+
+
+def is_clean(text: str) -> bool:
+    """Whether a terminal shows it without being told to do anything else."""
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "a/../b",
+        "a\\b",
+        "a\nb",
+        "a\x00b",
+        '"a"',
+        "a'b",
+        "a`b",
+        "%s",
+        "a\u200fb",
+        "\u202ea",
+        NFD,
+        "é" * 201,
+        "🙂",
+    ],
+)
+def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Result]) -> None:
+    with pytest.raises(BadInput, match="is no name for a model"):
+        still.store.register(name, still.store.folder(still.student), kind="student")
+    for command in (("models", "show", f"{name}/1"), ("promote", name), ("models", "history", name)):
+        code, out, err = limbeck(*command)
+        assert (code, out) == (2, "")
+        assert is_clean(err)
+
+
+def test_names_that_are_long_or_twins(still: Still) -> None:
+    store, folder = still.store, still.store.folder(still.student)
+    long = store.register("ж" * 200, folder, kind="student")  # its lock's name has to fit into a folder
+    assert store.get(f"{long.name}/1") == long
+    store.register(NFC, folder, kind="student")
+    store.register("Still", folder, kind="student")
+    assert {"Still", "still", NFC} <= set(store.names())
+    assert len(store.versions("Still")) == 1  # another model
+    with pytest.raises(BadInput, match="no model is registered"):
+        store.get(f"{NFD}/1")
+
+
+@pytest.mark.parametrize("alias", ["latest", "LATEST", "v3", "V12"])
+def test_aliases_that_mlflow_keeps_for_itself(still: Still, alias: str, limbeck: Callable[..., Result]) -> None:
+    for command in (
+        ("promote", "still/3", "--to", alias),
+        ("rollback", "still", "--alias", alias),
+        ("protect", "still", "--alias", alias, "--policy", "policy.toml"),
+        ("request", "still/3", "--to", alias, "--reason", "why"),
+    ):
+        code, _, err = limbeck(*command)
+        assert (code, "is reserved by MLflow" in err) == (2, True), command
+    assert still.store.aliases("still") == {"production": 3}
+
+
+@pytest.mark.parametrize("alias", ["", "a/b", "../a", "a@b", "é", "a\n", "1", "x" * 101, "\x1b[2J"])
+def test_aliases_that_are_none(still: Still, alias: str, limbeck: Callable[..., Result]) -> None:
+    for command in (("promote", "still/3", "--to", alias), ("request", "still/3", "--to", alias, "--reason", "why")):
+        code, _, err = limbeck(*command)
+        assert (code, "is no alias" in err, is_clean(err)) == (2, True, True)
+
+
+# --- files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An artifact to be harmed."""
+    return make_artifact(tmp_path / "artifact", "model")
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "odd").symlink_to(target)
+
+
+def a_socket(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(folder / "odd"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (link("/etc/passwd"), "odd is a link out of the folder"),
+        (link("../../secret"), "odd is a link out of the folder"),
+        (link("config.json/../../../secret"), "odd is a link out of the folder"),
+        (link("/etc"), "odd is a link out of the folder"),
+        (link("."), "odd is a link to no file"),
+        (link("gone"), "odd is a link to no file"),
+        (link("odd"), "odd is a link to no file"),
+        (lambda folder: os.mkfifo(folder / "odd"), "odd is neither a file nor a folder"),
+        (lambda folder: os.mkfifo(folder / "limbeck.json"), "limbeck.json is neither a file nor a folder"),
+        (a_socket, "odd is neither a file nor a folder"),
+        (lambda folder: Path(os.fsdecode(bytes(folder) + b"/\xff\xfe")).touch(), "is not UTF-8"),
+    ],
+)
+def test_what_is_no_file(
+    still: Still, folder: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None], words: str
+) -> None:
+    monkeypatch.chdir(folder)
+    harm(folder)
+    for refuse in (folder_digest, verify, partial(still.store.register, "odd", kind="student")):
+        with pytest.raises(DamagedArtifact, match=words):
+            refuse(folder)
+    assert still.store.versions("odd") == []
+
+
+def test_a_pipe_instead_of_a_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(BadInput, match=r"no config\.json"):
+        resolve(str(folder))
+
+
+def test_links_that_stay_within_are_copied(still: Still, folder: Path) -> None:
+    (folder / "alias.json").symlink_to("config.json")
+    os.link(folder / "config.json", folder / "hard.json")
+    made = still.store.folder(still.store.register("linked", folder, kind="student"))
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in made.iterdir())
+    assert (made / "alias.json").read_text() == (made / "hard.json").read_text() == (folder / "config.json").read_text()
+
+
+def test_a_link_in_the_store_is_not_followed(still: Still) -> None:
+    file = still.store.folder(still.student) / "config.json"
+    aside = file.rename(file.parents[1] / "config.json")  # the same content, elsewhere
+    try:
+        file.symlink_to(aside)
+        with pytest.raises(DamagedArtifact, match=r"config\.json is a link out of the folder"):
+            still.store.folder(still.student)
+    finally:
+        aside.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"../x": "0" * 64}, r"\.\./x is missing"),
+        ({"/etc/passwd": "0" * 64}, "/etc/passwd is missing"),
+        (["config.json"], "are no names with digests"),
+        ({"config.json": 7}, "are no names with digests"),
+        ("config.json", "are no names with digests"),
+    ],
+)
+def test_manifests_that_lie(folder: Path, files: object, words: str) -> None:
+    (folder.parent / "x").write_text("x")
+    (folder / "limbeck.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(DamagedArtifact, match=words):
+        verify(folder)
+
+
+def test_json_that_is_nested_too_deep(folder: Path) -> None:
+    deep = "[" * 100_000
+    (folder / "limbeck.json").write_text(deep)
+    with pytest.raises(DamagedArtifact, match=r"limbeck\.json is not JSON"):
+        read_manifest(folder)
+    (folder / "limbeck.json").unlink()
+    (folder / "config.json").write_text(deep)
+    with pytest.raises(DamagedArtifact, match=r"config\.json is not JSON"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("size", [0, 10, 2**40, 2**63])
+def test_safetensors_whose_header_lies(folder: Path, size: int) -> None:
+    save_file({"a": np.zeros(4, np.float32)}, folder / "model.safetensors")
+    resolve(str(folder))
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + content[8:])
+    with pytest.raises(DamagedArtifact, match=r"model\.safetensors: "):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_an_index_that_is_none(folder: Path, index: str) -> None:
+    save_file({"a": np.zeros(4, np.float32)}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DamagedArtifact, match=r"model\.safetensors\.index\.json"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("said", ["[]", "{}", '{"url": "file:///etc/passwd", "name": "x"}', '{"url": "http://x"}'])
+def test_an_endpoint_that_is_none(still: Still, folder: Path, said: str) -> None:
+    (folder / "endpoint.json").write_text(said)
+    made = still.store.register("asked", folder, kind="teacher", engine="endpoint")
+    with pytest.raises(DamagedArtifact, match=r"endpoint\.json"):
+        resolve(made.ref, still.store)
+
+
+@contextmanager
+def listing(path: str) -> Iterator[str]:
+    """The address of an artifact server that lists one file, by a path of its choice."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked = "?path=" in self.path
+            body = json.dumps({"files": [{"path": path, "is_dir": False, "file_size": 4}]}) if asked else "evil"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts/m"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "path", ["../evil", "a/../../evil", "/tmp/evil", "..%2Fevil", "%252e%252e/evil", "file:///evil"]
+)
+def test_a_server_that_lists_paths_elsewhere(still: Still, tmp_path: Path, path: str) -> None:
+    to = tmp_path / "a" / "to"
+    with listing(path) as address, pytest.raises(LimbeckError):
+        still.store.client.download(address, to)
+    assert [each for each in tmp_path.rglob("*") if "evil" in each.name and not each.is_relative_to(to)] == []
+    with listing("good") as address:
+        assert (still.store.client.download(address, to) / "good").read_text() == "evil"
+
+
+@pytest.mark.parametrize("source", ["/", "/etc", "file:///etc", "..", "/x/models/m-1/artifacts/..", "", "\x1b[2J"])
+def test_a_source_elsewhere(still: Still, source: str, limbeck: Callable[..., Result]) -> None:
+    """Not even read: below / are files without an end."""
+    tamper("UPDATE model_versions SET source = ? WHERE version = 3", source)
+    version = still.store.get("still/3")
+    with pytest.raises(DamagedArtifact, match="where Limbeck keeps none"):
+        still.store.folder(version)
+    assert still.store.at_hand(version) is None
+    code, _, err = limbeck("promote", "still/3", "--to", "staging")
+    assert (code, is_clean(err)) == (2, True)
+    assert still.store.aliases("still") == {"production": 3}
+
+
+@pytest.mark.parametrize("digest", ["../../made", "/etc", "", "x" * 64, "0" * 63])
+def test_a_digest_that_is_a_path(still: Still, digest: str, limbeck: Callable[..., Result]) -> None:
+    """What was fetched lies in folders that are named after digests, and is taken away where it is damaged."""
+    retag("digest", digest)
+    code, _, err = limbeck("models", "show", "still/3")
+    assert (code, "still/3 is unreadable: its digest is" in err) == (2, True)
+    assert [version.version for version in still.store.versions("still")] == [1, 2, 4, 5]
+
+
+# --- texts
+
+
+def test_nobodys_text_tells_the_terminal_what_to_do(still: Still, limbeck: Callable[..., Result]) -> None:
+    for field in ("recipe", "licence", "author", "parent", "teacher", "family", "precision", "code_version"):
+        still.store.client.set_model_version_tag("still", "4", f"limbeck.{field}", HOSTILE)
+    still.score(still.store.get("still/4"), harness=HOSTILE, tasks=(HOSTILE, "choice"))
+    promote(still.store, "still/3", "staging", POLICY, who=HOSTILE, reason=HOSTILE)
+    seen = ""
+    for command in (
+        ("models", "list"),
+        ("models", "list", "--metric", f"{HOSTILE} > 1"),
+        ("models", "show", "still/4"),
+        ("models", "history", "still"),
+        ("models", "lineage", "still/3"),
+        ("models", "card", "still/4"),
+        ("promote", "still/4", "--to", "other"),
+        ("leaderboard", "still"),
+    ):
+        _, out, err = limbeck(*command)
+        assert is_clean(out), command
+        assert is_clean(err), command
+        seen += out
+    assert r"[bold]%s{0}\x1b[2J\x1b]0;owned\x07\u202egnp\u200f\x9b31m\r<script>" in seen
+    assert json.loads(limbeck("models", "show", "still/4", "--format", "json")[1])["recipe"] == HOSTILE
+
+
+def test_titles_columns_and_errors_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    for count in (1, 200):
+        print_table(HOSTILE, [HOSTILE], [(HOSTILE,)] * count)
+        out = capsys.readouterr().out
+        assert is_clean(out)
+        assert out.count("[bold]") == count + 2
+    error = BadInput(HOSTILE, fix=HOSTILE)
+    assert is_clean(str(error))
+    assert "[bold]%s{0}" in error.message
+
+
+@pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_a_spreadsheet_sees_no_formula(still: Still, text: str, limbeck: Callable[..., Result]) -> None:
+    import csv
+    import io
+
+    still.store.client.set_model_version_tag("still", "3", "limbeck.recipe", text)
+    rows = list(csv.DictReader(io.StringIO(limbeck("leaderboard", "still", "--format", "csv")[1], newline="")))
+    assert f"'{text}".replace("\r", " ") in [row["recipe"] for row in rows]
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(text[0]) and not _number(cell)]
+
+
+def _number(cell: str) -> bool:
+    try:
+        return bool(float(cell) or True)
+    except ValueError:
+        return False
+
+
+def test_what_is_too_large(still: Still, limbeck: Callable[..., Result]) -> None:
+    retag("recipe", "x" * 5_000_000)
+    for command in (("models", "list"), ("models", "show", "still/3"), ("models", "card", "still/3")):
+        code, out, _ = limbeck(*command)
+        assert (code, "(cut, 5,000,000 characters)" in out.replace("\n", " ")) == (0, True)
+        assert len(out) < 20 * LONGEST
+    pointer = json.loads(of_tag(still, "scorecard"))
+    uri = still.store.client.get_run(pointer["run_id"]).info.artifact_uri
+    file = Path(uri) / "scorecard.json"
+    kept = file.read_bytes()
+    try:
+        file.write_bytes(kept + b" " * 20_000_000)
+        retag("scorecard.%", json.dumps(pointer | {"file": file_digest(file)}))
+        code, _, err = limbeck("models", "show", "still/3")
+        assert (code, "at most 20,000,000" in err) == (2, True)
+    finally:
+        file.write_bytes(kept)
+        shutil.rmtree(Path(os.environ["LIMBECK_HOME"]) / "scorecards")
+
+
+# --- policies
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it asks nothing"),
+        ("[quality]\nmin_retention = nan", "policy.toml:2: quality.min_retention"),
+        ("[quality]\nmin_retention = 2", "policy.toml:2: quality.min_retention"),
+        ("[cost]\nmax_cost_ratio = 0", "policy.toml:2: cost.max_cost_ratio"),
+        ("[cost]\nmax_p95_ms = inf", "policy.toml:2: cost.max_p95_ms"),
+        ("[parity]\nmax_mean_kl = nan", "policy.toml:2: parity.max_mean_kl"),
+        ("[licence]\ndata = []", "so no model can pass"),
+        ('[approvals]\nneeded = 2\npeople = ["ann"]', "so no model can pass"),
+        ("a = " + "[" * 90_000, "nested too deep"),
+        ("a." * 500 + "a = 1", "policy.toml:1: unknown key a"),
+        ("# " + "x" * 100_000, "has more than 100,000 bytes"),
+        ("a = [\n" + "1,\n" * 1000 + "]\nb = 1", "unknown key a"),
+        ("a = '\x1b[2J'\n[quality]\nmin_retention = '\x1b[2J'", "policy.toml:1: "),
+        ("a = 1\x00", "policy.toml:1: "),
+    ],
+)
+def test_policies_that_no_model_can_pass(still: Still, text: str, words: str, limbeck: Callable[..., Result]) -> None:
+    Path("policy.toml").write_text(text)
+    for command in (
+        ("promote", "still/3", "--to", "staging"),
+        ("protect", "still", "--alias", "staging", "--policy", "policy.toml"),
+        ("policy", "check", "policy.toml"),
+    ):
+        code, out, err = limbeck(*command)
+        assert (code, out, is_clean(err)) == (2, "", True)
+        assert words in err
+    assert still.store.aliases("still") == {"production": 3}
+
+
+# --- rows of the database
+
+
+def changed(key: str, **fields: object) -> Callable[[Still], None]:
+    """The JSON of a tag of version 3 with other fields."""
+    return lambda still: retag(f"{key}%", json.dumps(json.loads(of_tag(still, key)) | fields))
+
+
+def row(sql: str, *values: object) -> Callable[[Still], None]:
+    return lambda _: tamper(sql, *values)
+
+
+SHOW, VERIFY, PROMOTE = (
+    ("models", "show", "still/3"),
+    ("models", "history", "still", "--verify"),
+    ("promote", "still/3"),
+)
+ENTRIES, ANCHOR = "key LIKE 'limbeck.ledger.%'", "key = '000001'"
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (changed("scorecard.", digest="../../../etc"), {SHOW: "is not as Limbeck wrote it", PROMOTE: "is not as"}),
+        (changed("scorecard.", digest="0" * 64), {SHOW: "is not as Limbeck wrote it", PROMOTE: "is not as"}),
+        (changed("scorecard.", run_id="../x"), {SHOW: "is not as Limbeck wrote it", PROMOTE: "is not as"}),
+        (changed("scorecard.", file="0" * 64), {SHOW: "is not what was recorded", PROMOTE: "not what was recorded"}),
+        (lambda _: retag("scorecard.%", "[" * 100_000), {SHOW: "is not as Limbeck wrote it"}),
+        (lambda _: retag("scorecard.%", "null"), {SHOW: "is not as Limbeck wrote it"}),
+        (changed("verdict.", outcome="fail"), {SHOW: "is not as", PROMOTE: "is not as", VERIFY: "was changed"}),
+        (lambda _: retag("verdict.%", "{}"), {SHOW: "is not as", PROMOTE: "is not as", VERIFY: "was changed"}),
+        (
+            row("DELETE FROM model_version_tags WHERE key LIKE 'limbeck.verdict.%' AND version = 3"),
+            {VERIFY: "the verdict"},
+        ),
+        (lambda _: retag("parity", '{"passed": true}'), {SHOW: "is not as Limbeck wrote it", PROMOTE: "is not as"}),
+        (lambda _: retag(f"{BILL.removeprefix('limbeck.')}%", "{}"), {SHOW: "is damaged", VERIFY: "was changed"}),
+        (
+            lambda still: retag("digest", still.student.digest),
+            {PROMOTE: "is of other files", VERIFY: "the digest of version 3"},
+        ),
+        (lambda _: retag("kind", "emperor"), {SHOW: "is unreadable: kind", PROMOTE: "is unreadable"}),
+        (
+            row("INSERT INTO model_version_tags VALUES ('limbeck.params', '1e999', 'still', 3, 'default')"),
+            {SHOW: "params"},
+        ),
+        (row("UPDATE model_versions SET creation_time = ? WHERE version = 3", 10**18), {SHOW: "is unreadable"}),
+        (row("UPDATE registered_model_aliases SET version = 4"), {VERIFY: "moved it through", PROMOTE: "moved it"}),
+        (row("UPDATE registered_model_aliases SET version = 99"), {VERIFY: "moved it through", PROMOTE: "moved it"}),
+        (row("DELETE FROM registered_model_aliases"), {VERIFY: "moved it through", PROMOTE: "moved it through"}),
+        (
+            row(f"UPDATE registered_model_tags SET value = replace(value, 'ada', 'eve') WHERE {ENTRIES}"),
+            {VERIFY: "entry 1 was changed", PROMOTE: "entry 1 was changed"},
+        ),
+        (row(f"UPDATE registered_model_tags SET value = '{{}}' WHERE {ENTRIES}"), {VERIFY: "cannot be read"}),
+        (row(f"DELETE FROM registered_model_tags WHERE {ENTRIES}"), {VERIFY: "is missing", PROMOTE: "is missing"}),
+        (row("DELETE FROM registered_model_tags"), {VERIFY: "is missing", PROMOTE: "is missing"}),
+        # The last entry is made again by the next promotion: it moves nothing.
+        (
+            row("UPDATE registered_model_tags SET value = ? WHERE key LIKE 'limbeck.applied.%'", "\x1b[2J"),
+            {VERIFY: "is missing"},
+        ),
+        (row(f"UPDATE params SET value = ? WHERE {ANCHOR}", "0" * 64), {VERIFY: "is missing", PROMOTE: "is missing"}),
+    ],
+)
+def test_a_changed_row(
+    still: Still,
+    harm: Callable[[Still], None],
+    told: dict[tuple[str, ...], str],
+    limbeck: Callable[..., Result],
+) -> None:
+    cache = Path(os.environ["LIMBECK_HOME"]) / "scorecards"
+    shutil.rmtree(cache, ignore_errors=True)  # as on another machine
+    harm(still)
+    before = still.store.aliases("still")
+    for command in (SHOW, VERIFY, PROMOTE):
+        code, _, err = limbeck(*command)
+        assert is_clean(err)
+        if command in told:
+            assert (code != 0, told[command] in err) == (True, True), f"{command}: {err}"
+    assert still.store.aliases("still") == before
+
+
+def test_rows_that_nobody_changed(still: Still, limbeck: Callable[..., Result]) -> None:
+    for command in (SHOW, VERIFY, PROMOTE):
+        assert limbeck(*command).code == 0
+
+
+def test_somebody_elses_score_is_no_score(still: Still, limbeck: Callable[..., Result]) -> None:
+    """The pointer to the scorecard of version 3, put at version 5: it is of other files."""
+    store = still.store
+    tags = store.client.get_model_version("still", "3").tags
+    key = next(key for key in tags if key.startswith("limbeck.scorecard."))
+    store.client.set_model_version_tag("still", "5", key, tags[key])
+    code, _, err = limbeck("promote", "still/5", "--to", "staging")
+    assert (code, "the scorecard is of other files" in err) == (1, True)
+    assert store.aliases("still") == {"production": 3}
+
+
+def test_a_registered_bundle_carries_no_manifest_of_others(still: Still, folder: Path) -> None:
+    """Files that were swapped after the manifest was written."""
+    write_manifest(folder)
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    with pytest.raises(DamagedArtifact, match=r"config\.json has sha256"):
+        still.store.register("swapped", folder, kind="student")

@@ -1,0 +1,90 @@
+"""Notices by webhook, from a real server to a real receiver."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from limbeck.registry.mlflow.store import Store
+from tests.conftest import Result
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """An address, and what was sent to it: headers and body."""
+    got: list[tuple[dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/notices", got
+        server.shutdown()
+
+
+def test_notices_are_sent_and_signed(
+    be: Callable[..., None],
+    limbeck: Callable[..., Result],
+    receiver: tuple[str, list[tuple[dict[str, str], bytes]]],
+    make_folder: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, got = receiver
+    monkeypatch.setenv("LIMBECK_HOOK_SECRET", "known to both")
+    be("ann")
+    refused = limbeck("hooks", "add", url, "--on", "promoted")
+    assert (refused.code, "does not let ann do this (webhooks)" in refused.err) == (2, True), refused.err
+    be("admin")
+    added = limbeck("hooks", "add", url, "--on", "promoted", "--on", "registered", "--format", "json")
+    assert added.code == 0, added.err
+    (hook,) = json.loads(added.out)
+    assert (hook["url"], sorted(hook["on"])) == (url, ["promoted", "registered"])
+    assert "known to both" not in added.out + added.err + limbeck("hooks", "list", "--format", "json").out
+    assert limbeck("hooks", "add", url, "--on", "registered", "--on", "promoted").code == 2  # it is there
+    assert limbeck("hooks", "test", hook["id"]).code == 0
+    assert len(got) == 1
+
+    be("ann")
+    Store().register("noticed", make_folder("a"), kind="onnx", engine="onnxruntime")
+    Store().client.set_registered_model_alias("noticed", "production", "1")
+    for _ in range(100):
+        if len(got) == 3:
+            break
+        time.sleep(0.1)
+    events = {(said["entity"], said["action"]): said["data"] for said in (json.loads(body) for _, body in got[1:])}
+    assert events["model_version", "created"]["name"] == "noticed"
+    assert events["model_version_alias", "created"] | {} == {"name": "noticed", "alias": "production", "version": "1"}
+    for headers, body in got:
+        signed = f"{headers['X-MLflow-Delivery-Id']}.{headers['X-MLflow-Timestamp']}.{body.decode()}"
+        expected = hmac.new(b"known to both", signed.encode(), hashlib.sha256).digest()
+        assert headers["X-MLflow-Signature"] == "v1," + base64.b64encode(expected).decode()
+
+    be("admin")
+    assert limbeck("hooks", "remove", hook["id"]).code == 0
+    assert json.loads(limbeck("hooks", "list", "--format", "json").out) == []
+    assert limbeck("hooks", "remove", hook["id"]).code == 2
+
+
+@pytest.mark.parametrize("url", ["http://example.com/x", "ftp://127.0.0.1", "nowhere", "https://"])
+def test_addresses_that_cannot_be_used(be: Callable[..., None], limbeck: Callable[..., Result], url: str) -> None:
+    be("admin")
+    result = limbeck("hooks", "add", url, "--on", "promoted")
+    assert (result.code, "is no address for notices" in result.err) == (2, True)

@@ -1,0 +1,385 @@
+"""The pages for reading, asked over HTTP: what they show of a real registry, and that nothing in it becomes markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from limbeck.registry.core.errors import Unreachable
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import Estimate, Version
+from limbeck.web import leaderboards
+from limbeck.web.app import create_app
+from limbeck.web.render import markdown
+from limbeck.web.site import public_address
+from limbeck.web.views import plots
+from tests.registry.conftest import POLICY, Still, make_artifact
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp; javascript:alert(3)"
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+SVG = {"path", "rect", "circle", "line"}
+
+
+class Page(HTMLParser):
+    """The tags, links and words of a page; fails where a tag is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID | SVG:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in SVG:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def links(self) -> list[str]:
+        return [str(attrs["href"]) for tag, attrs in self.tags if tag == "a"]
+
+
+@pytest.fixture(scope="module")
+def pages(registry: Still) -> Iterator[TestClient]:
+    """The pages over the model `still`, whose student has a run with curves, and a model `evil`."""
+    store = registry.store
+    with store.run("train", params={"recipe.width": 8}) as run:
+        for step in range(5):
+            run.metrics({"loss": 5.0 - step, "learning_rate": 0.1}, step)
+        run.metrics({"heldout_bits_per_byte": 2.0})
+    folder = Path(store.folder(registry.student)).parent / "evil"
+    folder.mkdir()
+    (folder / 'a"<b>.txt').write_text("x")
+    said = dict.fromkeys(("recipe", "licence", "code_version", "author", "teacher_licence", "precision"), EVIL)
+    evil = store.register(
+        "evil", folder, kind="student", parent=registry.teacher.ref, teacher=registry.teacher.ref, run_id=run.id, **said
+    )
+    store.client.set_model_version_tag("evil", "1", "limbeck.parent", "no<b>thing/1")
+    registry.score(evil, harness=EVIL)
+    with TestClient(create_app(store, policy=POLICY), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+def get(pages: TestClient, path: str, status: int = 200) -> Page:
+    answer = pages.get(path)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+    return Page(answer.text)
+
+
+def test_the_first_page_lists_models(pages: TestClient, registry: Still) -> None:
+    page = get(pages, "/")
+    assert {"/models/still", "/models/still/1", "/models/still/5"} <= set(page.links())
+    still = next(model for model in pages.get("/?format=json").json() if model["name"] == "still")
+    assert still["versions"] == 5
+    assert still["teacher"] == "still/1"
+    assert still["best"]["version"] == "still/4"  # int8 is as good as fp32, and cheaper
+    assert "97.0%" in page.words
+
+
+def test_a_leaderboard_shows_what_the_address_says(pages: TestClient) -> None:
+    def rows(path: str) -> list[str]:
+        lines = re.findall(r'<tr class="[^"]*" data-row="\d+"( hidden)?><td data-value="([^"]*)"', pages.get(path).text)
+        return [ref.rpartition("/")[2] for hidden, ref in lines if not hidden]
+
+    assert rows("/models/still") == ["4", "3", "5", "1", "2"]
+    assert rows("/models/still?sort=version&reverse=1") == ["5", "4", "3", "2", "1"]
+    assert rows("/models/still?precision=int4") == ["5"]
+    page = get(pages, "/models/still?cost=p50_ms&sort=usd_per_million_tokens&kind=onnx")
+    assert [attrs.get("value") for tag, attrs in page.tags if tag == "option" and "selected" in attrs] == [
+        "",
+        "p50_ms",
+        "",
+        "",
+        "onnx",
+    ]
+    heads = {str(attrs["data-key"]): attrs for tag, attrs in page.tags if tag == "th"}
+    assert heads["usd_per_million_tokens"]["aria-sort"] == "ascending"
+    assert "/models/still?cost=p50_ms&kind=onnx&sort=usd_per_million_tokens&reverse=1" in page.links()
+    assert [row["version"] for row in pages.get("/models/still?precision=int4&format=json").json()] == ["still/5"]
+    assert "there are: usd_per_million_tokens" in get(pages, "/models/still?cost=p5", 400).words
+
+
+def test_a_leaderboard_of_many_versions_is_divided(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaderboards, "PAGE", 2)
+    first, last = get(pages, "/models/still?recipe=small"), get(pages, "/models/still?recipe=small&page=2")
+    assert "/models/still?recipe=small&page=2" in first.links()
+    assert "Page 1 of 2: 4 versions" in first.words
+    shown = [[attrs["value"] for tag, attrs in page.tags if attrs.get("type") == "checkbox"] for page in (first, last)]
+    assert shown == [["still/4", "still/3"], ["still/5", "still/2"]]
+    assert '"version":"still/5"' in pages.get("/models/still?recipe=small").text  # a dot of the plot all the same
+    assert "Page 2 of 2" in get(pages, "/models/still?recipe=small&page=99").words
+
+
+def test_a_leaderboard_is_made_again_when_something_changes(pages: TestClient, registry: Still) -> None:
+    site = pages.app.state.site  # type: ignore[attr-defined]
+    before = site.boards.rows("still")
+    assert site.boards.rows("still") is before
+    registry.store.client.set_registered_model_alias("still", "trial", 3)
+    try:
+        assert next(row for row in site.boards.rows("still") if row.version == "still/3").aliases == ("trial",)
+    finally:
+        registry.store.client.delete_registered_model_alias("still", "trial")
+    assert site.boards.rows("still") == before
+
+
+def test_a_version_is_told_whole(pages: TestClient, registry: Still) -> None:
+    int8 = registry.variants["int8"]
+    page = get(pages, f"/models/still/{int8.version}")
+    links = {"/models/still/1", "/models/still/2", "/models/still/4/card", "/models/still/4/flips?against=still%2F1"}
+    assert links <= set(page.links())
+    for words in (
+        int8.digest,
+        "97.0%",
+        "95.0% to 99.0%",
+        "model.onnx",
+        "limbeck deploy still/4",
+        "not stated",
+        "25.0%",
+    ):
+        assert words in page.words
+    assert "No gate has judged it" in page.words
+    told = pages.get(f"/models/still/{int8.version}?format=json").json()
+    assert told["digest"] == int8.digest
+    assert [card["artifact"] for card in told["scorecards"]] == [int8.digest]
+    assert told["files"][1]["name"] == "model.onnx"
+    assert [node["version"] for node in told["lineage"]] == ["still/1"]
+    assert "Not scored yet" in get(pages, "/models/still/2").words
+
+
+def test_curves_are_those_that_are_chosen(pages: TestClient) -> None:
+    def drawn(path: str) -> list[str]:
+        return re.findall(r"<figcaption>(.*?)</figcaption>", pages.get(path).text)
+
+    assert drawn("/models/evil/1") == ["loss", "learning_rate"]  # one point is no curve
+    assert drawn("/models/evil/1?curve=loss&curve=none") == ["loss"]
+    assert "step 4: 1" in pages.get("/models/evil/1").text
+
+
+def test_a_curve_is_drawn_to_scale() -> None:
+    svg = plots.curves("loss", [plots.Series("loss", [(0, 4.0), (10, 2.0), (20, 3.0)])])
+    (x0, y0), (x1, y1), (x2, y2) = [
+        (float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    ]
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert y1 - y0 == pytest.approx(2 * (y1 - y2), abs=0.2)
+    assert y1 > y2 > y0
+
+
+def test_an_interval_is_drawn_to_scale() -> None:
+    svg = plots.interval(Estimate(value=0.5, low=0.25, high=1.0), 0.0, 1.0, marks=(0.0,))
+    assert re.findall(r'd="M([\d.]+) ', svg) == ["4.0", "52.0", "100.0"]
+    assert "H196.0" in svg
+    assert "0.5, between 0.25 and 1" in svg
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
+    points = [(step, float(step)) for step in range(10_001)]
+    svg = plots.curves("x", [plots.Series("x", points)])
+    assert svg.count("<circle") <= plots.MOST_POINTS + 1
+    assert "step 10,000: 10000" in svg
+
+
+def test_the_card_is_rendered(pages: TestClient) -> None:
+    page = get(pages, "/models/still/4/card")
+    assert ("h2", {}) in page.tags
+    assert "Where it comes from" not in page.words
+    answer = pages.get("/models/still/4/card?format=md")
+    assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
+    assert answer.text.startswith("---\n")
+
+
+def test_markdown_lets_nothing_through() -> None:
+    head, body = markdown(
+        f"---\nlicence: x\n---\n# A\n{EVIL}\n\n[a](javascript:alert(1)) ![b](http://elsewhere/x.png)\n"
+    )
+    assert head == "licence: x"
+    assert {tag for tag, _ in Page(body).tags} <= {"h1", "p", "a"}
+    assert [link for link in Page(body).links() if not link.startswith("http")] == []
+
+
+def test_flips_are_shown_page_by_page(pages: TestClient) -> None:
+    page = get(pages, "/models/still/4/flips?against=still/3")  # int8 has 7 wrong, fp32 5, in each of two tasks
+    assert "all: 4" in page.words
+    assert "<i>no</i>" in page.words
+    one = get(pages, "/models/still/4/flips?against=still/3&task=bits")
+    assert one.words.count("question") == 2
+    many = pages.get("/models/still/5/flips?against=still/4&format=json&page=5").json()
+    assert len(many) == 6  # of 106: the last of five pages
+    assert "no common documents" in get(pages, "/models/still/2/flips?against=still/3").words
+    assert "no model is registered" in get(pages, "/models/still/4/flips?against=nothing/1").words
+
+
+def test_two_are_compared(pages: TestClient) -> None:
+    page = get(pages, "/compare?v=still/4&v=still/3")
+    assert "-0.0250" in page.words  # two of 80
+    assert "int8" in page.words
+    assert "/models/still/4/flips?against=still%2F3" in page.links()
+    assert pages.get("/compare?a=still/4&b=still/3&format=json").json()["a"]["precision"] == "int8"
+    assert "required" in pages.get("/compare?a=still/4").text
+    assert "it has 1, 2, 3, 4, 5" in get(pages, "/compare?a=still/4&b=still/9", 404).words
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("", ["evil/1", "still/1", "still/2", "still/3", "still/4", "still/5"]),
+        ("kind=onnx precision=int8", ["still/4"]),
+        ("int4", ["still/5"]),
+        ("STILL onnx fp32", ["still/3"]),
+        ("cost<=1 kind=onnx", ["still/4", "still/5"]),
+        ("since=2100-01-01", []),
+        ("tags.`limbeck.precision` = 'int4'", ["still/5"]),
+    ],
+)
+def test_versions_are_searched(pages: TestClient, asked: str, found: list[str]) -> None:
+    assert [hit["ref"] for hit in pages.get(f"/versions?q={quote(asked)}&format=json").json()] == found
+    assert set(get(pages, f"/versions?q={quote(asked)}").links()) >= {f"/models/{ref}" for ref in found}
+
+
+def test_versions_are_sorted_by_a_metric(pages: TestClient) -> None:
+    page = get(pages, "/models/still/versions?q=kind%3Donnx&sort=-cost")
+    assert [link for link in page.links() if re.fullmatch("/models/still/[345]", link)] == [
+        f"/models/still/{number}" for number in (3, 4, 5)
+    ]
+
+
+def test_what_is_wrong_is_said(pages: TestClient) -> None:
+    assert "did you mean still?" in get(pages, "/models/stil", 404).words
+    assert "it has 1, 2, 3, 4, 5" in get(pages, "/models/still/6", 404).words
+    get(pages, "/models/still/0", 404)
+    assert "there is no page at /nope" in get(pages, "/nope", 404).words
+    assert "'>3' is no" not in get(pages, "/versions?q=nothing%3E3", 400).words
+    assert pages.get("/models/stil?format=json").json()["fix"] == "did you mean still?"
+    get(pages, "/models/still?page=0", 400)
+    get(pages, "/models/..%2F..%2Fetc%2Fpasswd", 404)
+
+
+def test_a_server_that_does_not_answer_is_said(
+    pages: TestClient, registry: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise Unreachable("the tracking server http://x does not answer: connection refused", fix="start it")
+
+    monkeypatch.setattr(Store, "get", gone)
+    assert "connection refused" in get(pages, "/models/still/4", 503).words
+
+
+def test_a_damaged_part_does_not_hide_the_others(
+    pages: TestClient, registry: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, fp32 = registry.store, registry.variants["fp32"]
+    kept = store.client.get_model_version("still", "3").tags["limbeck.parity"]
+    store.client.set_model_version_tag("still", "3", "limbeck.parity", "{}")
+    try:
+        page = get(pages, "/models/still/3")
+        assert [attrs for _, attrs in page.tags if attrs.get("role") == "alert"]
+        assert "limbeck.parity" in page.words
+        assert fp32.digest in page.words
+    finally:
+        store.client.set_model_version_tag("still", "3", "limbeck.parity", kept)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/models/evil",
+        "/models/evil/versions",
+        "/models/evil/lineage",
+        "/models/evil/1",
+        "/models/evil/1/card",
+        "/models/evil/1/flips",
+        "/compare?a=evil/1&b=still/3",
+        f"/compare?a={quote(EVIL)}&b=x",
+        f"/versions?q={quote(EVIL)}",
+        f"/models/{quote(EVIL, safe='')}",
+        f"/models/evil?task={quote(EVIL)}&recipe={quote(EVIL)}",
+        f"/models/evil/1?curve={quote(EVIL)}",
+    ],
+)
+def test_nothing_becomes_markup(pages: TestClient, path: str) -> None:
+    answer = pages.get(path)
+    assert answer.status_code in (200, 400, 404)
+    page = Page(answer.text)
+    for tag, attrs in page.tags:
+        assert tag != "img"
+        assert not [name for name in attrs if name.startswith("on")]
+        assert not any(
+            str(attrs.get(name, "")).strip().lower().startswith("javascript:") for name in ("href", "action")
+        )
+        if tag == "script":
+            assert str(attrs.get("src", "")).startswith("/static/") or attrs == {
+                "type": "application/json",
+                "id": "data",
+            }
+    assert "<script>alert" not in answer.text
+
+
+def test_what_is_evil_is_shown_as_it_is(pages: TestClient) -> None:
+    assert EVIL in get(pages, "/models/evil/1").words
+    assert 'a"<b>.txt' in get(pages, "/models/evil/1").words
+    assert "no<b>thing/1" in get(pages, "/models/evil/lineage").words
+
+
+def test_pages_are_read_from_many_threads_at_once(pages: TestClient) -> None:
+    paths = ["/", "/models/still", "/models/still/4", "/models/evil/1", "/versions", "/models/still/history"] * 4
+    with ThreadPoolExecutor(8) as pool:
+        answers: list[httpx.Response] = list(pool.map(pages.get, paths))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def test_nothing_is_fetched_from_elsewhere(pages: TestClient) -> None:
+    for path in ("/", "/models/still", "/models/still/4", "/compare?a=still/4&b=still/3"):
+        page = get(pages, path)
+        fetched = [attrs.get(name) for tag, attrs in page.tags for name in ("src", "srcset") if name in attrs]
+        fetched += [attrs["href"] for tag, attrs in page.tags if tag == "link"]
+        assert all(str(each).startswith("/static/") for each in fetched)
+        assert not [tag for tag, attrs in page.tags if "style" in attrs or tag in ("style", "iframe")]
+        for each in fetched:
+            assert pages.get(str(each)).status_code == 200
+    assert pages.get("/static/page.py").status_code == 404
+
+
+def test_runs_are_linked_without_credentials(registry: Still, pages: TestClient) -> None:
+    assert public_address("https://user:secret@host:5000/mlflow/?x#y") == "https://host:5000/mlflow"
+    assert public_address("sqlite:////tmp/mlflow.db") is None
+    assert public_address("javascript:alert(1)") is None
+    app = create_app(registry.store, mlflow_ui="http://ada:secret@mlflow:5000")
+    run = registry.store.get("evil/1").run_id
+    text = TestClient(app, base_url="http://127.0.0.1").get("/models/evil/1").text
+    assert re.search(rf'href="http://mlflow:5000/#/experiments/\d+/runs/{run}"', text)
+    assert "secret" not in text
+
+
+def test_a_theme_is_remembered(pages: TestClient) -> None:
+    assert 'data-theme="dark"' in pages.get("/", headers={"cookie": "theme=dark"}).text
+    assert "data-theme" not in pages.get("/", headers={"cookie": 'theme="><script>'}).text
+
+
+def test_an_empty_registry_has_pages(store: Store, tmp_path: Path) -> None:
+    with TestClient(create_app(store), base_url="http://127.0.0.1") as client:
+        assert "limbeck quickstart" in get(client, "/").words
+        get(client, "/versions")
+        only: Version = store.register("only", make_artifact(tmp_path, "only"), kind="teacher")
+        assert "Not scored yet" in get(client, f"/models/only/{only.version}").words
+        get(client, "/models/only")
+        get(client, "/models/only/1/flips")
+        assert "limbeck eval only/1" in get(client, "/models/only/1").words

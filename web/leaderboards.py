@@ -1,0 +1,135 @@
+"""Leaderboards as the pages show them, kept while nothing in the registry changes."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+from limbeck.evals.leaderboard.columns import COSTS
+from limbeck.evals.leaderboard.page import Parts, View, parts
+from limbeck.evals.leaderboard.ranking import USD, pareto, ranked, sort_keys, value
+from limbeck.evals.leaderboard.rows import by_setting, rows
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.mlflow.listing import Listed, listed
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import LeaderboardRow
+from limbeck.web.render import model_link, query, version_link
+
+PAGE = 200  # rows of a table; more are divided into pages
+DOTS = 300  # further points of a plot
+
+
+class Boards:
+    """The rows of each model's leaderboard; made again when a version, a tag or an alias of it is another one."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: dict[str, tuple[list[Listed], list[LeaderboardRow]]] = {}
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def rows(self, name: str, now: list[Listed] | None = None) -> list[LeaderboardRow]:
+        """As `limbeck.evals.leaderboard.rows.rows`. Raises BadInput where there is no such model.
+
+        Args:
+            now: what is registered of it, where that is known.
+        """
+        with self._locks[name]:
+            now = listed(self._store.client, self._store.tracking_uri, name) if now is None else now
+            before, made = self._kept.get(name, (None, []))
+            if not now or before != now:
+                made = rows(self._store, name, quiet=True)
+                self._kept[name] = now, made
+            return made
+
+
+class Board(NamedTuple):
+    """A leaderboard's page."""
+
+    rows: list[LeaderboardRow]  # of this page, those that are hidden at first too
+    parts: Parts
+    view: View
+    number: int  # of the page, from 1
+    pages: int
+    total: int  # rows that pass the filters
+
+
+def board(name: str, every: Sequence[LeaderboardRow], view: View, number: int = 1) -> Board:
+    """What a page shows of a model's rows.
+
+    Where they fit on one page, those that the filters hide are there too, for the script to show.
+
+    Raises:
+        BadInput: a cost or a key to sort by that is not there.
+    """
+    keys = sort_keys(every)
+    for what, wanted, known in (("cost", view.cost, COSTS), ("key to sort by", view.sort or "retention", keys)):
+        if wanted not in known:
+            raise BadInput(f"{wanted!r} is no {what}", fix=f"there are: {', '.join(known)}")
+    shown = ranked(filter(view.shows, every), view.sort or "retention", view.cost, keys)
+    total, pages = len(shown), max(1, -(-len(shown) // PAGE))
+    number = min(max(number, 1), pages)
+    view = replace(
+        view,
+        link=version_link,
+        sorting=lambda key, reverse: model_link(name) + _address(replace(view, sort=key, reverse=reverse)),
+        choosing="compare",
+        paged=len(every) > PAGE,
+    )
+    dots: list[LeaderboardRow] = []
+    if view.paged:
+        table, dots = _sorted(shown, view)[(number - 1) * PAGE : number * PAGE], _dots(shown, view)
+    else:
+        best = {row.version for row in shown if row.pareto}
+        whole = ranked(every, view.sort or "retention", view.cost, keys)
+        table = _sorted([row.model_copy(update={"pareto": row.version in best}) for row in whole], view)
+    return Board(table, parts(table, view, every=every, dots=dots), view, number, pages, total)
+
+
+def address(name: str, view: View, number: int = 1) -> str:
+    """The address of a page of a leaderboard."""
+    return model_link(name) + _address(view, number)
+
+
+def _address(view: View, number: int = 1) -> str:
+    cost = view.cost if view.cost != USD else None
+    page = number if number > 1 else None
+    reverse = 1 if view.reverse else None
+    return query(task=view.task, cost=cost, **view.filters, sort=view.sort, reverse=reverse, page=page)
+
+
+def _sorted(found: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]:
+    """Turned round, where that is asked for; those without a figure stay last."""
+    if not view.reverse:
+        return list(found)
+    result: list[LeaderboardRow] = []
+    for _, group in groupby(found, key=lambda row: row.setting):
+        alike = list(group)
+        known = [row for row in alike if value(row, view.sort or "retention") is not None]
+        result += [*reversed(known), *(row for row in alike if row not in known)]
+    return result
+
+
+def _dots(found: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]:
+    """The frontier of the chosen task, and the best of the others."""
+    sign = -1 if COSTS[view.cost].higher_is_better else 1
+    best: list[LeaderboardRow] = []
+    others: list[LeaderboardRow] = []
+    for alike in by_setting(found):
+        points = [(_price(row, view.cost, sign), _kept(row, view.task)) for row in alike]
+        for row, on in zip(alike, pareto(points), strict=True):
+            (best if on else others).append(row)
+    return best + others[: max(0, DOTS - len(best))]
+
+
+def _price(row: LeaderboardRow, cost: str, sign: int) -> float | None:
+    price = value(row, cost)
+    return None if price is None else sign * price
+
+
+def _kept(row: LeaderboardRow, task: str) -> float | None:
+    kept = row.task_retention.get(task) if task else row.retention
+    return kept["value"] if kept else None

@@ -1,0 +1,299 @@
+"""The pages that change something: promote, roll back, ask, approve, reject; each through the gate of the commands.
+
+A GET shows what the gate says and changes nothing. A POST carries what was shown, and is refused where that is not
+so any more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import RedirectResponse
+
+from limbeck.evals.leaderboard.columns import COSTS
+from limbeck.evals.leaderboard.diff import Diff, diff
+from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
+from limbeck.registry.gate import approvals, promotion
+from limbeck.registry.records import LedgerEntry, Version
+from limbeck.web.render import model_link, page, query, version_link
+from limbeck.web.routes.pages import looking
+from limbeck.web.security import NotLoggedIn, Session, changing
+from limbeck.web.site import Site, site_of
+from limbeck.web.views import gate
+from limbeck.web.views.gate import PRODUCTION, Door
+
+router = APIRouter()
+OfSite = Annotated[Site, Depends(site_of)]
+Sent = Annotated[dict[str, str], Depends(changing)]
+FIGURES = ("usd_per_million_tokens", "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes")
+
+
+# --- promote
+
+
+@router.get("/models/{name}/promote")
+def choose(request: Request, name: str, site: OfSite, alias: str = PRODUCTION) -> Response:
+    """The versions that may be promoted, each with the gate's verdict."""
+    with looking():
+        door = gate.door(site, name, alias)
+    known, others = gate.candidates(site, door) if door.policy else ([], 0)
+    return _page(request, "choose.html", door, "promote", known=known, others=others)
+
+
+@router.get("/models/{name}/{number}/promote")
+def look(request: Request, name: str, number: int, site: OfSite, alias: str = PRODUCTION) -> Response:
+    """What the gate says of a version, what it would replace, who asked and who approved."""
+    return _look(request, site, name, number, alias)
+
+
+@router.post("/models/{name}/{number}/promote")
+def promote(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+    """Promote it, if the gate still says what the page showed."""
+    alias, reason, override = _field(sent, "alias"), sent.get("reason", ""), "override" in sent
+
+    def act() -> str:
+        door, version = _of(site, name, number, alias)
+        if override and sent.get("confirm", "").strip() != version.ref:
+            raise BadInput(f"to go over the verdict, type {version.ref} in the form")
+        if door.seen != _field(sent, "seen"):
+            raise Refused(f"{name}@{alias} was moved meanwhile", fix="look again at what is replaced, then promote")
+        done = promotion.promote(
+            site.store,
+            version.ref,
+            alias,
+            door.given,
+            who=door.who,
+            reason=reason,
+            override=override,
+            expected=_field(sent, "judgement"),
+        )
+        return _history(name, done.entry)
+
+    try:
+        return _once(request, site, sent, act)
+    except LimbeckError as error:
+        return _look(request, site, name, number, alias, error, reason)
+
+
+def _look(
+    request: Request,
+    site: Site,
+    name: str,
+    number: int,
+    alias: str,
+    error: LimbeckError | None = None,
+    reason: str = "",
+) -> Response:
+    door, version = _of(site, name, number, alias)
+    candidate = gate.judged(site, door, version)
+    verdict = candidate.verdict if candidate else None
+    asked = gate.asked_about(site, door, version)
+    present = f"{name}/{door.present}" if door.present is not None else None
+    why = list(_why_not(request.state.session, door))
+    if door.present == number:
+        why.append(f"{alias} is {version.ref} already")
+    may_override = bool(verdict and verdict.outcome != "pass" and not why) and gate.barred(site, door) is None
+    if door.policy is None and not door.problem:
+        why.append("no policy judges this alias")
+    if verdict and verdict.outcome != "pass":
+        why.append(f"the verdict is {verdict.outcome}")
+    return _page(
+        request,
+        "promote.html",
+        door,
+        "promote",
+        error,
+        version=version,
+        verdict=verdict,
+        asked=asked,
+        no_say=gate.no_say(door, asked),
+        present=present,
+        changes=_changes(site, version, present) if present and door.present != number else None,
+        why=why,
+        may_override=may_override,
+        reason=reason,
+    )
+
+
+def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | None:
+    """What would be another: tasks with the difference, costs with the ratio; None where the present one is gone."""
+    try:
+        found: Diff = diff(site.store, version.ref, present)
+    except BadInput:
+        return None
+    costs = [
+        (COSTS[row.figure], row.b, row.a, row.ratio)
+        for row in found.cost
+        if row.figure in FIGURES and (row.a is not None or row.b is not None)
+    ]
+    tasks = found.quality.tasks if found.quality else ()
+    return {"costs": costs, "tasks": tasks, "no_quality": found.no_quality, "no_cost": found.no_cost}
+
+
+# --- roll back
+
+
+@router.get("/models/{name}/rollback")
+def look_back(request: Request, name: str, site: OfSite, alias: str = PRODUCTION) -> Response:
+    """Where a rollback leads, and what the verdict on that was."""
+    return _look_back(request, site, name, alias)
+
+
+@router.post("/models/{name}/rollback")
+def roll_back(request: Request, name: str, site: OfSite, sent: Sent) -> Response:
+    """Roll back, if the alias was not moved since the page was shown."""
+    alias, reason = _field(sent, "alias"), sent.get("reason", "").strip()
+
+    def act() -> str:
+        if not reason:
+            raise BadInput("a rollback needs a reason")
+        with looking():
+            door = gate.door(site, name, alias)
+        entry = promotion.rollback(site.store, name, alias, who=door.who, reason=reason, seen=_field(sent, "seen"))
+        return _history(name, entry)
+
+    try:
+        return _once(request, site, sent, act)
+    except LimbeckError as error:
+        return _look_back(request, site, name, alias, error, reason)
+
+
+def _look_back(
+    request: Request, site: Site, name: str, alias: str, error: LimbeckError | None = None, reason: str = ""
+) -> Response:
+    with looking():
+        door = gate.door(site, name, alias)
+    back = gate.step_back(door)
+    target, entry = back or (None, None)
+    why = list(_why_not(request.state.session, door))
+    if back is None:
+        why.append(f"nothing was promoted to {alias} that could be rolled back")
+    version = None
+    if target is not None:
+        try:
+            version = site.store.get(f"{name}/{target}")
+        except BadInput as gone:
+            why.append(str(gone))
+    verdict = gate.verdict_of(site, version, entry) if version else None
+    return _page(
+        request,
+        "rollback.html",
+        door,
+        "roll back",
+        error,
+        back=back is not None,
+        version=version,
+        entry=entry,
+        verdict=verdict,
+        why=why,
+        reason=reason,
+    )
+
+
+# --- requests
+
+
+@router.get("/requests")
+def requests(request: Request, site: OfSite) -> Response:
+    """What is asked for and was neither carried out nor rejected, of all models."""
+    return page(request, "requests.html", requests=approvals.open_requests(site.store))
+
+
+@router.post("/models/{name}/{number}/request")
+def ask(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+    """Ask that an alias may point at a version."""
+    alias, reason = _field(sent, "alias"), sent.get("reason", "")
+
+    def act() -> str:
+        door, version = _of(site, name, number, alias)
+        approvals.request(site.store, version.ref, alias, who=door.who, reason=reason)
+        return version_link(version.ref, "promote") + query(alias=alias) + "#asked"
+
+    try:
+        return _once(request, site, sent, act)
+    except LimbeckError as error:
+        return _look(request, site, name, number, alias, error)
+
+
+@router.post("/models/{name}/{number}/answer")
+def answer(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+    """Approve or reject the request that the page showed, with the verdict that it showed."""
+    alias = _field(sent, "alias")
+
+    def act() -> str:
+        door, version = _of(site, name, number, alias)
+        said = _field(sent, "said")
+        if said not in ("approve", "reject"):
+            raise BadInput(f"an answer is approve or reject, not {said!r}")
+        asked = gate.asked_about(site, door, version)
+        candidate = gate.judged(site, door, version)
+        verdict = candidate.verdict if candidate else None
+        if asked.request is None or asked.request.digest() != sent.get("request"):
+            raise Refused("another request is open now than the one that was shown", fix="look again, then answer")
+        if (verdict.judgement if verdict else "") != sent.get("judgement"):
+            raise Refused("the verdict is another one now than the one that was shown", fix="look again, then answer")
+        approvals.answer(
+            site.store,
+            version.ref,
+            alias,
+            "approve" if said == "approve" else "reject",
+            who=door.who,
+            reason=sent.get("reason", ""),
+            verdict=verdict,
+        )
+        return version_link(version.ref, "promote") + query(alias=alias) + "#asked"
+
+    try:
+        return _once(request, site, sent, act)
+    except LimbeckError as error:
+        return _look(request, site, name, number, alias, error)
+
+
+# --- what they share
+
+
+def _of(site: Site, name: str, number: int, alias: str) -> tuple[Door, Version]:
+    with looking():
+        return gate.door(site, name, alias), site.store.get(f"{name}/{number}")
+
+
+def _why_not(session: Session | None, door: Door) -> list[str]:
+    """Why nothing can be pressed, whatever the verdict."""
+    return (["you are not logged in"] if session is None else []) + ([door.problem] if door.problem else [])
+
+
+def _once(request: Request, site: Site, sent: dict[str, str], act: Callable[[], str]) -> Response:
+    """Go where `act` says; the same form sent again goes there too, and nothing is done twice."""
+    _field(sent, "once")
+    form = "&".join([request.url.path, *(f"{name}={value}" for name, value in sorted(sent.items()))])
+    return RedirectResponse(site.guard.once.run(form, act), 303)
+
+
+def _page(
+    request: Request, template: str, door: Door, here: str, error: LimbeckError | None = None, **values: Any
+) -> Response:
+    """A page of one alias; with an error, that is said on top."""
+    if isinstance(error, NotLoggedIn | Unreachable):
+        raise error
+    status = 200 if error is None else 400 if isinstance(error, BadInput) else 409
+    aliases = sorted({PRODUCTION, door.alias, *door.book.aliases, *(entry.alias for entry in door.book.entries)})
+    crumbs = [("Models", "/"), (door.name, model_link(door.name)), (here, None)]
+    shared = {"door": door, "aliases": aliases, "crumbs": crumbs, "once": secrets.token_urlsafe(9)}
+    if error is not None:
+        shared |= {"flash": str(error), "flash_kind": "problem"}
+    return page(request, template, status=status, **shared | values)
+
+
+def _history(name: str, entry: LedgerEntry | None) -> str:
+    return model_link(name, "history") + query(entry=entry.sequence if entry else None)
+
+
+def _field(sent: dict[str, str], name: str) -> str:
+    """A field that every form of these pages has; it may be empty."""
+    try:
+        return sent[name]
+    except KeyError:
+        raise BadInput(f"the form has no field {name!r}", fix="load the page again") from None

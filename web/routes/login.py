@@ -1,0 +1,68 @@
+"""Logging in with the token, and out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import RedirectResponse
+
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.mlflow.identity import user
+from limbeck.web.render import page
+from limbeck.web.security import SESSION_S, NotLoggedIn, changing, here, read_form
+from limbeck.web.site import Site, site_of
+
+router = APIRouter()
+OfSite = Annotated[Site, Depends(site_of)]
+
+
+@router.get("/login")
+def form(request: Request, site: OfSite, next: str = "/") -> Response:
+    """The form that asks for the token."""
+    return _form(request, site, here(next))
+
+
+@router.post("/login")
+def log_in(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depends(read_form)]) -> Response:
+    """A session for the token; back to the page that led here."""
+    to = here(sent.get("next"))
+    try:
+        cookie = site.guard.log_in(sent.get("token", ""), request.client.host if request.client else "")
+    except Refused as refused:
+        return _form(request, site, to, str(refused), 429 if refused.fix else 403)
+    answer = RedirectResponse(to, 303)
+    answer.set_cookie(
+        site.guard.cookie,
+        cookie,
+        max_age=SESSION_S,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return answer
+
+
+@router.post("/logout")
+def log_out(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depends(changing)]) -> Response:
+    """The session ends, on the server too."""
+    if request.state.session is None:
+        raise NotLoggedIn("you are not logged in")
+    site.guard.log_out(request.state.session)
+    answer = RedirectResponse("/", 303)
+    answer.delete_cookie(site.guard.cookie)
+    return answer
+
+
+def _form(request: Request, site: Site, to: str, problem: str | None = None, status: int = 200) -> Response:
+    return page(
+        request,
+        "login.html",
+        status=status,
+        crumbs=[("Models", "/"), ("Log in", None)],
+        can=site.guard.token is not None,
+        private=site.guard.private,
+        next=to,
+        problem=problem,
+        who=user(site.store.tracking_uri),
+    )

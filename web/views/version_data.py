@@ -1,0 +1,161 @@
+"""What the page of a version tells: all that the registry knows of it, each part on its own where one is damaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from limbeck.registry.catalog import snippets
+from limbeck.registry.catalog.lineage import Node, lineage, recipe
+from limbeck.registry.core.digest import read_manifest
+from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, Unreachable
+from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.store import Store
+from limbeck.registry.provenance import licences
+from limbeck.registry.records import Making, Parity, Scorecard, Verdict, Version
+from limbeck.web.views.plots import Series
+
+Found = TypeVar("Found")
+CURVES = ("loss", "heldout_sample_bits_per_byte", "heldout_bits_per_byte", "learning_rate", "agreement")  # shown first
+MOST_CURVES = 24
+
+
+@dataclass
+class ModelPage:
+    """A version's page; each part is read when it is asked for."""
+
+    store: Store
+    version: Version
+    problems: dict[str, LimbeckError] = field(default_factory=dict)  # part -> why it cannot be shown
+
+    def _part(self, name: str, read: Callable[[], Found], without: Found) -> Found:
+        """What `read` gives; `without`, and the problem, where the registry has it damaged or not at all."""
+        try:
+            return read()
+        except Unreachable:
+            raise
+        except LimbeckError as error:
+            self.problems[name] = error
+        except ValueError as error:  # a record that was tampered with
+            why = str(error).partition("\n")[0]
+            self.problems[name] = DamagedArtifact(self.version.ref, [f"a record of its {name} cannot be read: {why}"])
+        return without
+
+    @cached_property
+    def scorecards(self) -> list[Scorecard]:
+        """Newest last."""
+        return self._part("scorecards", lambda: self.store.scorecards(self.version), [])
+
+    @property
+    def card(self) -> Scorecard | None:
+        """The newest scorecard."""
+        return self.scorecards[-1] if self.scorecards else None
+
+    @cached_property
+    def parity(self) -> Parity | None:
+        return self._part("parity", lambda: self.store.parity(self.version), None)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Newest last."""
+        return self._part("verdicts", lambda: self.store.verdicts(self.version), [])
+
+    @cached_property
+    def making(self) -> Making | None:
+        return self._part("making", lambda: self.store.making(self.version), None)
+
+    @cached_property
+    def recipe(self) -> dict[str, str]:
+        return self._part("recipe", lambda: recipe(self.store, self.version), {})
+
+    @cached_property
+    def lineage(self) -> list[Node]:
+        return self._part("lineage", lambda: lineage(self.store, self.version.ref), [])
+
+    @cached_property
+    def licences(self) -> list[licences.Term]:
+        return self._part("licences", lambda: licences.chain(self.store, self.version), [])
+
+    @cached_property
+    def files(self) -> list[File]:
+        return self._part("files", lambda: files(self.store, self.version), [])
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The metrics that its training logged, those to show first in front."""
+        return self._part("curves", lambda: metrics(self.store, self.version), [])
+
+    def curves(self, names: list[str]) -> list[Series]:
+        """The curves of some of `metrics`; those with a single point are none."""
+        wanted = [name for name in names if name in self.metrics][:MOST_CURVES]
+        return self._part("curves", lambda: curves(self.store, self.version, wanted), [])
+
+    @property
+    def use(self) -> tuple[list[str], dict[str, list[str]]]:
+        """Commands of Limbeck, and lines of Python by library."""
+        return snippets.commands(self.version), snippets.python(self.version)
+
+    def json(self) -> dict[str, Any]:
+        """As `limbeck models show --format json`, and what else the page has."""
+        return self.version.model_dump(mode="json") | {
+            "scorecards": [card.model_dump(mode="json") for card in self.scorecards],
+            "parity": self.parity.model_dump(mode="json") if self.parity else None,
+            "verdicts": [verdict.model_dump(mode="json") for verdict in self.verdicts],
+            "making": self.making.model_dump(mode="json") if self.making else None,
+            "recipe_parameters": self.recipe,
+            "lineage": [tree.json() for tree in self.lineage],
+            "licences": [term._asdict() for term in self.licences],
+            "files": [{"name": file.name, "bytes": file.size, "digest": file.digest} for file in self.files],
+            "curves": {series.label: series.points for series in self.curves(self.metrics)},
+            "use": self.use[0],
+            "problems": {part: str(error) for part, error in self.problems.items()},
+        }
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a version."""
+
+    name: str
+    size: int  # bytes
+    digest: str | None  # hex SHA-256, as its manifest says
+
+
+def files(store: Store, version: Version) -> list[File]:
+    """The files of a version that is at hand; they are not fetched, nor verified, for a page. Links lead nowhere."""
+    folder = store.at_hand(version)
+    if folder is None:
+        return []
+    said: Mapping[str, str] = read_manifest(folder).get("files") or {}
+    return [_file(folder, path, said) for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+
+
+def _file(folder: Path, path: Path, said: Mapping[str, str]) -> File:
+    name = path.relative_to(folder).as_posix()
+    return File(name, path.lstat().st_size, said.get(name))
+
+
+def metrics(store: Store, version: Version) -> list[str]:
+    """The metrics of the run that made a version; [] where there is none."""
+    if version.run_id is None:
+        return []
+    try:
+        names = store.client.get_run(version.run_id).data.metrics
+    except NotThere:
+        return []
+    return sorted(names, key=lambda name: (CURVES.index(name) if name in CURVES else len(CURVES), name))
+
+
+def curves(store: Store, version: Version, names: list[str]) -> list[Series]:
+    """Metrics over steps, of those that were logged more than once."""
+    found = []
+    for name in names:
+        history = store.client.get_metric_history(version.run_id, name)
+        points = sorted((each.step, each.value) for each in history if math.isfinite(each.value))
+        if len({step for step, _ in points}) > 1:
+            found.append(Series(name, points))
+    return found
