@@ -33,7 +33,7 @@ def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[s
     Every step is a command of its own and is printed before it runs. Running the quickstart again skips what
     is done; after Ctrl-C or a kill it goes on where it was.
     """
-    from limbeck.distill.recipe.schema import load
+    from limbeck.distill.recipe.load import load
 
     began = time.monotonic()
     name = load(recipe, list(overrides)).name
@@ -108,9 +108,8 @@ def run(words: Words) -> None:
     if args[0] == "generate":
         code = subprocess.run([sys.executable, "-P", "-m", "limbeck", *args]).returncode
     else:
-        from limbeck.cli import cli
-
-        code = cli.main(args, standalone_mode=False)
+        command = click.get_current_context().find_root().command
+        code = command.main(args, standalone_mode=False)
     if code:
         sys.exit(code)
 

@@ -35,7 +35,7 @@ def ui(
 
     from limbeck.export.server.app import listen
     from limbeck.registry.mlflow.store import Store
-    from limbeck.registry.policy.schema import load
+    from limbeck.registry.policy.file import load
     from limbeck.web.app import create_app
     from limbeck.web.security import is_loopback, token_asked
 

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from limbeck.distill.cache import encoding
-from limbeck.distill.cache.encoding import Form
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.registry.core.digest import file_digest, json_digest
 from limbeck.registry.core.errors import DamagedArtifact
 from limbeck.registry.core.home import home, written_whole

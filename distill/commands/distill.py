@@ -118,7 +118,7 @@ def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
 
     quiet_libraries()
     from limbeck.distill.data import corpus
-    from limbeck.distill.recipe.schema import Source, load
+    from limbeck.distill.recipe.load import Source, load
 
     loaded = load(recipe, list(overrides))
     if loaded.generate:

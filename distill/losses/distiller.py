@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from limbeck.distill.losses import chunked_head, divergences
+from limbeck.distill.losses import chunks as chunks_module
 from limbeck.distill.losses.chunked_head import Body, Logits
 from limbeck.distill.losses.hidden_states import LayerMatching
 from limbeck.distill.recipe.schema import Objective
-from limbeck.distill.teacher import chunks
 from limbeck.registry.core.errors import BadInput
 
 
@@ -88,7 +88,7 @@ class Distiller(torch.nn.Module):
         student = self._bodies[0].run(inputs, rows, states=matches)
         if self.objective.divergence == "chunks":
             said_of = {name: array[:, :-1] for name, array in batch["teacher"].items()}
-            total = chunks.loss(student.logits, labels, rows, said_of, self.objective)
+            total = chunks_module.loss(student.logits, labels, rows, said_of, self.objective)
             return Losses(total / num_items, rows.sum(), torch.zeros_like(rows.sum()))
         said: Logits | divergences.Stored | None = None
         if "teacher" in batch and self.objective.uses_teacher:

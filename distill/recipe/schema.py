@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.distill.cache.encoding import unserved
-from limbeck.registry.core import toml
 from limbeck.registry.records import Record, later
 
 # Suffix of a file with a text column -> its loader in Hugging Face datasets.
@@ -305,136 +303,12 @@ class Recipe(Record):
     budget: Budget = Budget()
     sweep: Sweep = Sweep()
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
-        needing = [name for name, objective in self.objectives.items() if objective.uses_teacher]
-        if needing and self.teacher is None:
-            raise ValueError(f"objectives.{needing[0]} has a divergence but the recipe has no [teacher]")
-        for name in needing:
-            assert self.teacher is not None
-            for temperature in (self.objectives[name].temperature, *self.sweep.temperatures):
-                objective = self.objectives[name].model_copy(update={"temperature": temperature})
-                if why := unserved(self.cache, objective, self.teacher.is_endpoint):
-                    raise ValueError(f"objectives.{name}: {why}")
-        if self.generate and self.teacher is None:
-            raise ValueError("[generate] has the teacher write the answers and the recipe has no [teacher]")
-        if self.tokenizer and self.teacher and not self.crosses_tokenizers:
-            raise ValueError(
-                "[tokenizer] with a [teacher] needs what compares across tokenizers: leave [tokenizer] out and the "
-                "students take the teacher's, or set teacher.retell = true"
-            )
-        if self.crosses_tokenizers:
-            self._check_crossing(needing)
-        carved = [name for name, student in self.students.items() if student.carve]
-        if carved and (self.teacher is None or self.teacher.is_endpoint):
-            raise ValueError(f"students.{carved[0]}.carve cuts from the teacher: [teacher] has to be a local model")
-        if self.on_policy:
-            self._check_on_policy()
-        self._check_sweep()
-        return self
-
     @property
     def crosses_tokenizers(self) -> bool:
         """Whether the students may have other tokens than the teacher."""
         retold = self.teacher is not None and self.teacher.retell
         return retold or any(objective.divergence == "chunks" for objective in self.objectives.values())
 
-    def _check_crossing(self, needing: list[str]) -> None:
-        assert self.teacher is not None
-        for name in needing:
-            by_token = self.objectives[name].divergence != "chunks" and not self.teacher.retell
-            if by_token or self.objectives[name].layers:
-                raise ValueError(
-                    f"objectives.{name} compares token by token, and the students may have other tokens than the "
-                    f"teacher: put it in a recipe of its own, or leave its layers out and set teacher.retell = true"
-                )
-        if self.teacher.retell and self.teacher.is_endpoint:
-            raise ValueError(
-                "teacher.retell needs all that a teacher says of the next token, and an endpoint tells its likeliest "
-                'alone: set divergence = "chunks", which needs its log-probabilities of the text'
-            )
-        if self.teacher.retell and (self.on_policy or self.cache.form == "online"):
-            raise ValueError(
-                'teacher.retell tells it ahead of the training: leave [on_policy] and cache.form = "online" out'
-            )
-        if self.tokenizer and self.generate:
-            raise ValueError(
-                "[tokenizer] is trained on text that is there, and [generate] has it written: leave one out"
-            )
-        carved = [name for name, student in self.students.items() if student.carve]
-        if carved and (self.tokenizer or any(student.model for student in self.students.values())):
-            raise ValueError(f"students.{carved[0]}.carve has the teacher's tokens, and the others have their own")
-
-    def _check_on_policy(self) -> None:
-        if not any(objective.uses_teacher for objective in self.objectives.values()):
-            raise ValueError("[on_policy] has the teacher grade what the student writes: no objective uses a teacher")
-        if self.teacher is not None and self.teacher.is_endpoint:
-            raise ValueError("[on_policy]: an endpoint does not grade each step's text: [teacher] has to be local")
-        if self.cache.form not in (None, "online"):
-            raise ValueError(
-                f"[on_policy]: the student writes text that no cache has seen, and cache.form is {self.cache.form!r}: "
-                f'set cache.form = "online", or leave it out'
-            )
-        for name, objective in self.objectives.items():
-            if objective.divergence == "chunks":
-                raise ValueError(
-                    f"[on_policy]: objectives.{name}.divergence chunks knows the text as it came, and the student "
-                    f"writes another: choose another divergence"
-                )
-            if objective.layers and not objective.divergence:
-                raise ValueError(f"[on_policy]: objectives.{name} has no divergence to grade what the student writes")
-
-    def _check_sweep(self) -> None:
-        grid, learns = self.sweep, any(objective.uses_teacher for objective in self.objectives.values())
-        if grid.temperatures and not any(objective.divergence for objective in self.objectives.values()):
-            raise ValueError("sweep.temperatures: no objective has a divergence that a temperature belongs to")
-        labels = [control for control in grid.controls if control != "untrained"]
-        if labels and not learns:
-            raise ValueError(
-                f"sweep.controls {labels[0]!r} shows what the same labels bring without the teacher, and no objective "
-                f"learns from its distribution: leave it out"
-            )
-        if labels and self.generate:
-            raise ValueError(
-                f"sweep.controls {labels[0]!r} learns from labels without the teacher, and with [generate] the teacher "
-                f"writes them: leave it out, or put the control in a recipe of its own over the text as it came"
-            )
-        alone = any(not objective.uses_teacher for objective in self.objectives.values())
-        if "labels_equal_cost" in grid.controls and "labels" not in grid.controls and not alone:
-            raise ValueError(
-                'sweep.controls "labels_equal_cost" takes its speed from "labels": put both into sweep.controls'
-            )
-        asked, hour = self.teacher, self.budget.usd_per_hour
-        if "labels_equal_cost" in grid.controls and asked and asked.usd(10**6, 10**6) and not hour:
-            raise ValueError(
-                'sweep.controls "labels_equal_cost" spends the dollars of the endpoint on training, and needs what an '
-                "hour of this machine costs: set budget.usd_per_hour"
-            )
-        for control in grid.controls:
-            if control in self.objectives and self.objectives[control].uses_teacher:
-                raise ValueError(f"objectives.{control} has the name of a control: give it another")
-
     def training_of(self, student: str) -> Training:
         """`[training]` with this student's overrides."""
         return self.training.model_copy(update=self.students[student].training.model_dump(exclude_unset=True))
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and check a recipe; each of `overrides` is `KEY=VALUE`. Raises BadInput with file, line and key."""
-    return toml.load(path, Recipe, overrides or [])
-
-
-class Source(NamedTuple):
-    """Where a recipe was read from."""
-
-    path: Path
-    overrides: tuple[str, ...] = ()
-
-    def place(self, *key: str) -> str:
-        """Where `key` was given: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` that did."""
-        name = ".".join(key)
-        override = next((o for o in self.overrides if o.partition("=")[0].strip() == name), None)
-        if override:
-            return f"--set {override}"
-        line = toml.key_lines(self.path.read_text(encoding="utf-8")).get(key)
-        return f"{self.path}:{line}: {name}" if line else f"{self.path}: {name}"

@@ -8,17 +8,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.context import Setting
+from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.recipe.schema import Source
+from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import ray as ray_workers
 from limbeck.distill.run.preflight import preflight, settle
-from limbeck.distill.run.prepare import Setting, prepare, with_teacher, written
+from limbeck.distill.run.prepare import prepare, with_teacher, written
 from limbeck.distill.run.ray import Share
+from limbeck.distill.students import keys as keys_module
 from limbeck.distill.students import licences as terms
 from limbeck.distill.students import student
-from limbeck.distill.students.student import student_key, told
+from limbeck.distill.students.keys import student_key
+from limbeck.distill.students.student import told
 from limbeck.distill.teacher.signal import teachers_for
 from limbeck.distill.training import distributed
 from limbeck.registry.core.digest import json_digest
@@ -79,7 +81,7 @@ def distill(
         BadInput: anything wrong with the recipe, its text, its teacher or its students; before any training.
         SomeFailed: a sweep of which some students could not be made, after all others were.
     """
-    recipe = recipes.load(path, overrides)
+    recipe = load.load(path, overrides)
     plans = grid.plans(recipe)
     distributed.check()
     _check_to(to, plans, path)
@@ -120,7 +122,7 @@ def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], stor
 
 def _begin(begin: Begin, setting: Setting, missing: list[str], some_made: bool) -> None:
     """Say what goes on, or drop it. Raises BadInput where there is nothing to resume."""
-    folders = [student.folder_of(key) for key in missing]
+    folders = [keys_module.folder_of(key) for key in missing]
     begun = [folder for folder in folders if folder.is_dir()]
     if begin == "restart":
         for folder in begun:
@@ -153,7 +155,7 @@ def _carry_out(
         nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
         setting = with_teacher(setting, store)
         for plan in missing:  # a mark that --resume finds, whatever is cut short from here on
-            student.folder_of(keys[plan.label]).mkdir(parents=True, exist_ok=True)
+            keys_module.folder_of(keys[plan.label]).mkdir(parents=True, exist_ok=True)
         parent_run = stack.enter_context(_parent(setting, keys, store)).id if sweep and missing else None
         teachers = teachers_for(setting, missing) if missing else {}
         distributed.tell([plan.label for plan in missing])

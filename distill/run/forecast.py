@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from limbeck.distill.cache.encoding import Form
 from limbeck.distill.cache.teacher_cache import TeacherCache
+from limbeck.distill.context import Setting
 from limbeck.distill.losses.chunked_head import CHUNK_BYTES
 from limbeck.distill.models import loading
 from limbeck.distill.models.precision import uses_bf16
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Budget, Objective
-from limbeck.distill.run.prepare import Setting
 from limbeck.distill.students import initialise
+from limbeck.distill.teacher.signal import one_pass
 from limbeck.distill.training import budget, distributed
+from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.core.home import home
 
 if TYPE_CHECKING:
@@ -127,8 +129,6 @@ def training_seconds(setting: Setting, plan: Plan) -> Seconds:
 
 def _measured_step(setting: Setting, plan: Plan) -> float:
     """Seconds of an optimizer step on one batch."""
-    from limbeck.distill.training.trainer import Job, train
-
     asked = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "torch_compile": False}
     quiet = {"logging_steps": 10**6, "eval_steps": 10**6, "save_minutes": 1e6}
     at: list[float] = []
@@ -151,8 +151,6 @@ def _measured_step(setting: Setting, plan: Plan) -> float:
 
 def teacher_seconds(setting: Setting, caches: list[TeacherCache], parameters: int) -> Seconds:
     """Of a pass of a local teacher, with what is stored of it."""
-    from limbeck.distill.teacher.signal import one_pass
-
     reckoned = 2 * parameters / (SHARE_OF_PEAK * flops())
     count = min(4, len(setting.train.ids))
     size = count * setting.recipe.data.max_length

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
+from limbeck.distill.context import Setting, at, parameters
+from limbeck.distill.losses.hidden_states import depth, layer_map
 from limbeck.distill.models import loading
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.recipe.schema import Source
+from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import forecast
-from limbeck.distill.run.prepare import Setting, at, parameters, prepare
-from limbeck.distill.students import controls, initialise, licences
-from limbeck.distill.students.student import student_key
+from limbeck.distill.run.prepare import prepare
+from limbeck.distill.students import initialise, licences, matching
+from limbeck.distill.students.keys import student_key
 from limbeck.distill.teacher import usage
 from limbeck.distill.teacher.signal import caches_for, chunks_cache, form_of
 from limbeck.registry.core.errors import BadInput, LimbeckError
@@ -48,7 +49,7 @@ class Finding(Record):
 def check(path: Path, overrides: list[str], store: Store) -> list[Finding]:
     """All findings on the recipe at `path`. Nothing is trained, asked of an endpoint's model, or registered."""
     try:
-        recipe = recipes.load(path, overrides)
+        recipe = load.load(path, overrides)
         setting = prepare(recipe, Source(path, tuple(overrides)), store)
     except LimbeckError as error:  # what is wrong is told with its place; without it there is no more to be said
         return [_error("recipe", error)]
@@ -154,8 +155,6 @@ def _students(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
 
 def _layers(setting: Setting, plan: Plan) -> None:
-    from limbeck.distill.losses.hidden_states import depth, layer_map
-
     assert plan.objective.layers is not None
     own = initialise.outline(setting, plan.student).config
     layer_map(plan.objective.layers, depth(own), depth(setting.teacher_config()))
@@ -347,7 +346,7 @@ def _time(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         if recipe.budget.max_minutes:
             took[plan.label] = min(took[plan.label], 60 * recipe.budget.max_minutes)
         if plan.control == "labels_equal_cost":
-            others = [took.get(p.label, 0.0) for p in controls.matched(recipe, plan) if p.control is None]
+            others = [took.get(p.label, 0.0) for p in matching.matched(recipe, plan) if p.control is None]
             took[plan.label] = max(others, default=0.0) + teacher
     hours = (teacher + sum(took.values())) / 3600
     measured = all(each.measured for each in [*speed.values(), *([pace] if pace else [])])

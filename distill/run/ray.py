@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from limbeck.distill.context import Setting, code_version
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.run.prepare import Setting, code_version
-from limbeck.distill.students import controls, student
+from limbeck.distill.students import matching, student
 from limbeck.distill.teacher.signal import teachers_for
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
@@ -91,7 +91,7 @@ def _ready(setting: Setting, waiting: Sequence[Plan], unmade: set[str]) -> list[
     return [
         plan
         for plan in waiting
-        if not unmade.intersection(other.label for other in controls.matched(setting.recipe, plan))
+        if not unmade.intersection(other.label for other in matching.matched(setting.recipe, plan))
     ]
 
 

@@ -9,9 +9,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Budget, Source, Training
+from limbeck.distill.recipe import grid, load
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.recipe.schema import Budget, Training
 from limbeck.distill.run.prepare import prepare, written
 from limbeck.distill.students import student
 from limbeck.distill.teacher.signal import teachers_for
@@ -26,7 +26,7 @@ def follow(path: Path, overrides: list[str]) -> None:
         return
     # What there is to say the first process says.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        recipe = recipes.load(path, overrides)
+        recipe = load.load(path, overrides)
         plans = {plan.label: plan for plan in grid.plans(recipe)}
         setting = written(prepare(recipe, Source(path, tuple(overrides)), Store()))
         teachers = teachers_for(setting, [plans[label] for label in missing])

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from limbeck.distill.recipe import grid
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Budget, Recipe, Training
+from limbeck.distill.students.keys import student_key
+from limbeck.distill.students.matching import matched
 from limbeck.distill.training import distributed
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.core.terminal import say
 from limbeck.registry.records import Making
 
 if TYPE_CHECKING:
-    from limbeck.distill.run.prepare import Setting
+    from limbeck.distill.context import Setting
     from limbeck.registry.mlflow.store import Store
 
 
@@ -31,25 +32,8 @@ class Cost(NamedTuple):
         return self.training + self.teacher
 
 
-def matched(recipe: Recipe, plan: Plan) -> list[Plan]:
-    """The plans that a control's length is taken from, of its own size and seed.
-
-    Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the
-    distilled students where time or money ends their training, which only the run tells. Of others: none.
-    """
-    family = [p for p in grid.plans(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
-    budget = recipe.budget
-    if plan.control == "labels_equal_cost":
-        return [p for p in family if p.control in (None, "labels")]
-    if plan.control == "labels" and (budget.max_minutes or budget.max_usd or budget.stop_when):
-        return [p for p in family if p.control is None]
-    return []
-
-
 def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Making]]:
     """What the matched students took. Raises Refused where one of them was not made."""
-    from limbeck.distill.students.student import student_key
-
     found = []
     for other in matched(setting.recipe, plan):
         version = store.find(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))

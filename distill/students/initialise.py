@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from limbeck.distill.context import Setting, at
 from limbeck.distill.models import loading, vocabularies
+from limbeck.distill.models.pruning import carve, shape_after, student_config
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Lora
-from limbeck.distill.run.prepare import Setting, at
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ def make(setting: Setting, plan: Plan) -> PreTrainedModel:
     if plan.student in setting.starts:
         model = loading.load_model(setting.starts[plan.student].path)
     elif spec.carve:
-        from limbeck.distill.models.pruning import carve
-
         model = carve(setting.teacher_model(), spec.carve, setting.train)
     else:
         model = fresh(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
@@ -103,8 +102,6 @@ def _config(setting: Setting, name: str) -> PretrainedConfig:
     if name in setting.starts:
         return loading.load_config(setting.starts[name].path)
     if spec.carve:
-        from limbeck.distill.models.pruning import shape_after, student_config
-
         config = setting.teacher_config()
         return student_config(config, shape_after(config, spec.carve))
     return fresh_config(spec.config, setting.tokenizer, setting.recipe.data.max_length)

@@ -7,31 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.distill.data import corpus
-from limbeck.distill.students import model_card
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.distill.models import licence
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
 from limbeck.registry.provenance.licences import Term
-from limbeck.registry.records import Version
 
 if TYPE_CHECKING:
+    from limbeck.distill.context import Setting
     from limbeck.distill.recipe.grid import Plan
     from limbeck.distill.recipe.schema import Data
-    from limbeck.distill.run.prepare import Setting
-
-
-def origin(store: Store, model: Model) -> Version | None:
-    """The version that a model is: as it was named, else the student that has the very files of its folder."""
-    if model.version or model.endpoint:
-        return model.version
-    return next((v for v in store.versions() if v.digest == model.digest and v.kind == "student"), None)
-
-
-def inherited(store: Store, model: Model) -> tuple[Term, ...]:
-    """The licences of what went into a model, as far as the registry knows it."""
-    version = origin(store, model)
-    return tuple(licences.chain(store, version)) if version else ()
 
 
 def learns(setting: Setting, plan: Plan) -> bool:
@@ -62,14 +46,14 @@ def of_text(data: Data, beside: Path) -> str | None:
     except BadInput:  # told where the text is read
         return None
     if path.exists():
-        return model_card.licence_of(path if path.is_dir() else path.parent)
+        return licence.licence_of(path if path.is_dir() else path.parent)
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(str(data.path), "README.md", repo_type="dataset")
     except ValueError:  # no name that the hub has
         return None
-    return model_card.licence_of(Path(found).parent) if isinstance(found, str) else None
+    return licence.licence_of(Path(found).parent) if isinstance(found, str) else None
 
 
 def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
@@ -88,7 +72,7 @@ def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:
-        stated = setting.recipe.students[plan.student].licence or model_card.of(base)
+        stated = setting.recipe.students[plan.student].licence or licence.of(base)
         fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": stated}
     return fields
 

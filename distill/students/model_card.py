@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.registry.catalog.model_ref import Model
-from limbeck.registry.provenance import licences
+from limbeck.distill.students import licences as terms
 
 if TYPE_CHECKING:
+    from limbeck.distill.context import Setting
     from limbeck.distill.recipe.grid import Plan
-    from limbeck.distill.run.prepare import Setting
 
 
 def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
     """README.md of a student: what it learnt from, how, how much, and what came of it."""
-    from limbeck.distill.students import licences as terms
-
     recipe = setting.recipe
     training = recipe.training_of(plan.student)
     told = terms.of_student(setting, plan)
@@ -93,22 +89,3 @@ def _text(setting: Setting) -> str:
 
 def _stopped(facts: dict[str, Any]) -> str:
     return f"; stopped before its last step: {facts['stopped']}" if facts.get("stopped") else ""
-
-
-def of(model: Model) -> str | None:
-    """The licence of a model, as the registry or its own card states it, or None."""
-    return model.version.licence if model.version else licence_of(model.path)
-
-
-def licence_of(folder: Path) -> str | None:
-    """The licence that the card of a model or data set states, or None."""
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
-    except (OSError, ValueError):
-        return None
-    licence = data.get("license_name") if data.license == "other" else data.license
-    if isinstance(data.license, list):  # of a data set's parts
-        return licences.joined(map(str, data.license))
-    return str(licence or data.license) if data.license else None

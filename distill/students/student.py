@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.distill.cache.teacher_cache import TeacherCache
-from limbeck.distill.models import loading
+from limbeck.distill.context import Setting, code_version
+from limbeck.distill.models import heldout, loading
 from limbeck.distill.recipe import grid
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.recipe.schema import Budget, Recipe, Training
-from limbeck.distill.run.prepare import Setting, code_version
+from limbeck.distill.recipe.schema import Budget, Training
 from limbeck.distill.students import controls, licences, model_card
 from limbeck.distill.students import initialise as starting
+from limbeck.distill.students.keys import family_key, folder_of
 from limbeck.distill.teacher import usage
 from limbeck.distill.teacher.signal import likeliest
 from limbeck.distill.training import distributed
-from limbeck.registry.core.digest import json_digest
+from limbeck.distill.training.trainer import Job, Trained, train
 from limbeck.registry.core.errors import LimbeckError, Refused
 from limbeck.registry.core.home import home, written_whole
 from limbeck.registry.core.machine import hardware
@@ -41,59 +42,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers")  # that made it
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-def family_key(setting: Setting, plan: Plan) -> str:
-    """The digest of what a student shares with its controls: start, text and its layout, training, seed."""
-    recipe = setting.recipe
-    student = recipe.students[plan.student]
-    start = student.model_dump(exclude={"training", "licence"})
-    if plan.student in setting.starts:
-        start["model"] = setting.starts[plan.student].digest
-    elif student.carve:
-        start["model"] = setting.teacher.digest if setting.teacher else None
-    return json_digest(
-        {
-            "student": start,
-            "training": recipe.training_of(plan.student).model_dump(
-                exclude={"logging_steps", "save_minutes", "eval_steps"}
-            ),
-            "seed": plan.seed,
-            "blocks": setting.train.digest,
-            "tokenizer": recipe.tokenizer.model_dump() if recipe.tokenizer else None,
-        }
-    )
-
-
-def student_key(setting: Setting, plan: Plan) -> str:
-    """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
-    recipe = setting.recipe
-    uses_teacher = plan.objective.uses_teacher
-    matched = controls.matched(recipe, plan)
-    return json_digest(
-        {
-            "family": family_key(setting, plan),
-            "objective": plan.objective.model_dump(),
-            "budget": _budget(recipe, plan),
-            "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
-            "cache": recipe.cache.model_dump() if uses_teacher else None,
-            "on_policy": recipe.on_policy.model_dump() if recipe.on_policy and uses_teacher else None,
-            # A control that learns as long as others cost, or not at all.
-            "control": plan.control if plan.control != "labels" else None,
-            "matches": [student_key(setting, other) for other in matched],
-        }
-    )
-
-
-def _budget(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What of the budget decides how a student comes out; a price alone does not."""
-    priced = recipe.budget.max_usd or recipe.budget.stop_when or plan.control == "labels_equal_cost"
-    return recipe.budget.model_dump(exclude=None if priced else {"usd_per_hour"})
-
-
-def folder_of(key: str) -> Path:
-    """Where the student of a key has its checkpoints until it is registered."""
-    return home() / "runs" / key[:16]
 
 
 def make(
@@ -213,9 +161,6 @@ def _train_and_save(
     setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: Teacher, work: Path, run: Run
 ) -> dict[str, Any]:
     """Train below `work`, save the student in `work/final`; returns its figures."""
-    from limbeck.distill.models import heldout
-    from limbeck.distill.training.trainer import Trained
-
     if plan.control == "untrained":
         model, trained = starting.make(setting, plan), Trained(tokens=0, seconds=0.0)
     else:
@@ -252,8 +197,6 @@ def train_one(
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
 ) -> tuple[PreTrainedModel, Trained]:
     """A student, trained below `work`, by every process of the run at once."""
-    from limbeck.distill.training.trainer import Job, train
-
     model = starting.make(setting, plan)
     job = Job(
         student=model,

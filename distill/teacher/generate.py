@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from limbeck.distill.context import Generated
 from limbeck.distill.data import corpus
 from limbeck.distill.data.filters import Answer, Sieve
 from limbeck.distill.data.prompts import Prompt, layout, prompts
@@ -21,30 +22,9 @@ from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import progress, say
 
 if TYPE_CHECKING:
-    from limbeck.distill.run.prepare import Setting
+    from limbeck.distill.context import Setting
 
 TEXT_SHARE = 0.8  # of budget.max_usd, at most: the rest is left to train on the text
-
-
-class Generated(NamedTuple):
-    """What came of it. Seconds, tokens and dollars are those of all answers, whichever run had them made."""
-
-    prompts: int
-    too_long: int  # prompts left out: with max_new_tokens they pass the teacher's context
-    answers: int
-    kept: int
-    dropped: dict[str, int]  # by filter
-    tokens: int  # of all answers
-    seconds: float  # a local teacher took
-    input_tokens: int  # of a teacher behind an endpoint
-    output_tokens: int
-    usd: float
-    asked: int  # answers that this run had made
-
-    def metrics(self) -> dict[str, float]:
-        """As they are logged."""
-        facts = {f"generate.{name}": float(value) for name, value in self._asdict().items() if name != "dropped"}
-        return facts | {f"generate.dropped.{name}": float(count) for name, count in self.dropped.items()}
 
 
 class Outlook(NamedTuple):

@@ -22,7 +22,7 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from limbeck.distill.run.prepare import Setting
+    from limbeck.distill.context import Setting
 
 PROMPTS = 8  # of one request, at most: what is lost where it fails
 PROBE = "The quick brown fox jumps over the lazy dog."

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.distill.cache import encoding
-from limbeck.distill.cache.encoding import Form
 from limbeck.distill.cache.teacher_cache import Capture, Pass, TeacherCache, fill, to_be_stored
+from limbeck.distill.context import Setting
 from limbeck.distill.data.blocks import Blocks
-from limbeck.distill.models import loading
+from limbeck.distill.models import heldout, loading
 from limbeck.distill.models.precision import uses_bf16
+from limbeck.distill.recipe import cache_form
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.run.prepare import Setting
-from limbeck.distill.teacher import logprobs
+from limbeck.distill.teacher import chunks, logprobs
+from limbeck.distill.teacher.retokenize import retold_pass
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.home import home, written_whole
 from limbeck.registry.core.terminal import progress, say
@@ -58,7 +59,7 @@ def form_of(setting: Setting, plan: Plan) -> Form | None:
     assert recipe.teacher is not None
     if recipe.on_policy:
         return None
-    return encoding.choose(recipe.cache, plan.objective, setting.vocab_size, recipe.teacher.is_endpoint)
+    return cache_form.choose(recipe.cache, plan.objective, setting.vocab_size, recipe.teacher.is_endpoint)
 
 
 def caches_for(setting: Setting, forms: Iterable[Form | None]) -> dict[Form, TeacherCache]:
@@ -103,8 +104,6 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
 
     None where they are not there and cannot be asked for: without `load`, of an endpoint, of other tokens.
     """
-    from limbeck.distill.models import heldout
-
     if setting.teacher is None or setting.teacher.endpoint or setting.recipe.crosses_tokenizers:
         return None
     sample = heldout.sample(setting.heldout)
@@ -129,8 +128,6 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
         if setting.teacher.endpoint:
             return logprobs.pass_over(setting)
         if setting.recipe.teacher and setting.recipe.teacher.retell:
-            from limbeck.distill.teacher.retokenize import retold_pass
-
             return retold_pass(load(), setting.teacher_tokenizer(), setting.train, setting.tokenizer, _bf16(setting))
         return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
@@ -144,8 +141,6 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
 
 
 def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTrainedModel]) -> None:
-    from limbeck.distill.teacher import chunks
-
     @functools.cache
     def teacher() -> Capture:
         return chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
@@ -158,8 +153,6 @@ def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTr
 
 def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
     """The teacher as one that reads text by its own tokenizer."""
-    from limbeck.distill.teacher import chunks
-
     assert setting.teacher is not None
     if setting.teacher.endpoint:
         return chunks.at_endpoint(logprobs.of(setting).token_logprobs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from limbeck.distill.context import Setting
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.run.prepare import Setting
 from limbeck.distill.teacher import generate, logprobs
 from limbeck.distill.teacher.signal import caches_for, form_of
 

@@ -9,6 +9,7 @@ from limbeck.distill.data.blocks import start_of
 from limbeck.distill.data.filters import Answer
 from limbeck.distill.data.prompts import THINKING, Prompt, rendered, turns
 from limbeck.distill.models import loading
+from limbeck.distill.models.sampling import Writer
 from limbeck.distill.recipe.schema import Generate
 from limbeck.distill.teacher.answer_cache import Completions
 from limbeck.distill.teacher.endpoint import EndpointTeacher
@@ -94,8 +95,6 @@ class LocalWriter:
 
     def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
         """See `Writes.ask`. Batches are of prompts that are alike in length."""
-        from limbeck.distill.models.sampling import Writer
-
         if not requests:
             return
         writer = Writer(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from limbeck.distill.models.loading import device
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import keep_memory, physical_cores
 
@@ -131,8 +132,6 @@ def _waiting_room() -> ProcessGroup:
     """A group of all processes whose waiting is not cut short: a teacher's pass can take days."""
     import torch.distributed as dist
     from accelerate import PartialState
-
-    from limbeck.distill.models.loading import device
 
     PartialState(cpu=device() == "cpu")  # it knows the launchers' ways
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))

@@ -38,7 +38,7 @@ import numpy as np
 
 from limbeck.evals.cost.flops import flops_per_token
 from limbeck.evals.cost.runner import Seen, Timed, time_in_turn
-from limbeck.export.runtime.runtime import CONTEXT_KEYS
+from limbeck.export.runtime.session import CONTEXT_KEYS
 from limbeck.registry.catalog.model_ref import Model
 from limbeck.registry.core.digest import file_digests
 from limbeck.registry.core.errors import BadInput

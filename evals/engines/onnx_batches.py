@@ -13,7 +13,8 @@ from limbeck.evals.engines.batches import Batch, Work
 from limbeck.evals.engines.onnx_graph import FLAT, TREE_MASK, open_session
 from limbeck.evals.engines.probe import IN_HALF, TOLERANCE, Probe
 from limbeck.evals.engines.torch_batches import additive, choose
-from limbeck.export.runtime.runtime import NUMPY_TYPES, Runtime, empty_past
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.session import NUMPY_TYPES, empty_past
 
 
 class OnnxRows:

@@ -17,7 +17,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from limbeck.evals.engines.batches import MOST_PAIRS
-from limbeck.export.runtime.runtime import GRAPH, physical_cores
+from limbeck.export.runtime.session import GRAPH
+from limbeck.registry.core.machine import physical_cores
 
 TREE_MASK, FLAT = "tree_mask", "flat"
 QDQ = {"QuantizeLinear", "DequantizeLinear"}

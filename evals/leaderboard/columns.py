@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from limbeck.registry.records import LeaderboardRow
 
-if TYPE_CHECKING:
-    from limbeck.evals.verdict.judge import Candidate
+
+class Described(Protocol):
+    """What `title` names: a row of a leaderboard, or a candidate of a verdict."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def recipe(self) -> str | None: ...
+    @property
+    def precision(self) -> str | None: ...
 
 
 class Column(NamedTuple):
@@ -37,7 +47,7 @@ COSTS = {  # the figures of limbeck.registry.records.Cost that versions are comp
 COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 
-def title(row: LeaderboardRow | Candidate) -> str:
+def title(row: Described) -> str:
     """What a version is, in a word or two."""
     if row.kind == "teacher":
         return "teacher"

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from limbeck.evals.engines.batches import BATCH_TOKENS
+from limbeck.evals.engines.lazy import open_engine
+from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.documents import DOCUMENTS, document_table
@@ -59,10 +62,6 @@ def score(
     """
     quiet_libraries()
     from lm_eval.evaluator import evaluate
-
-    from limbeck.evals.engines.batches import BATCH_TOKENS
-    from limbeck.evals.engines.lazy import open_engine
-    from limbeck.evals.engines.lm_eval_model import LimbeckLM
 
     done = 0
 

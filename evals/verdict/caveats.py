@@ -10,7 +10,7 @@ from limbeck.evals.cost.prices import PLACEHOLDER
 from limbeck.evals.verdict.wording import between, chosen, named, percent
 
 if TYPE_CHECKING:
-    from limbeck.evals.verdict.judge import Candidate, Judgement
+    from limbeck.evals.verdict.records import Candidate, Judgement
     from limbeck.registry.records import Cost
 
 

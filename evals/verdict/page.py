@@ -11,17 +11,8 @@ from pathlib import Path
 from limbeck.evals.cost.measure import load_of
 from limbeck.evals.leaderboard import page as leaderboard
 from limbeck.evals.leaderboard.columns import COSTS, Column, title
-from limbeck.evals.verdict.judge import Candidate, Judgement
-from limbeck.evals.verdict.wording import (
-    SHORT,
-    between,
-    chosen,
-    named,
-    payback,
-    percent,
-    signed,
-    times,
-)
+from limbeck.evals.verdict.records import Candidate, Judgement
+from limbeck.evals.verdict.wording import SHORT, between, chosen, named, payback, percent, signed, times
 from limbeck.registry.records import ComparedTask, Cost, Estimate
 
 MOST = 20  # candidates in the table

@@ -11,7 +11,7 @@ from limbeck.registry.records import ComparedTask, Estimate
 
 if TYPE_CHECKING:
     from limbeck.evals.cost.payback import Span
-    from limbeck.evals.verdict.judge import Candidate, Judgement, Open
+    from limbeck.evals.verdict.records import Candidate, Judgement, Open
 
 SHORT = {"yes": "Yes", "no": "No, not with these candidates", "not settled": "Not settled"}
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.export.runtime.runtime import Runtime, physical_cores
+from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.machine import physical_cores
 
 
 @dataclass(frozen=True)

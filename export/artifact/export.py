@@ -16,7 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.export.artifact.interop import describe
+from limbeck.export.artifact import interop
+from limbeck.export.graph.decoder import write
+from limbeck.export.graph.families import FAMILIES, Unwritable, describe
+from limbeck.export.quantize.quantize import quantize
 from limbeck.registry.catalog.model_ref import check_folder
 from limbeck.registry.core.digest import folder_digest, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput
@@ -85,8 +88,6 @@ def export(
             graph = folder / GRAPH
         made = {}
         if precision != "fp32":
-            from limbeck.export.quantize.quantize import quantize
-
             with _quiet():
                 made = {"quantization": quantize(graph.parent, folder, precision, settings)}
         return write_manifest(
@@ -98,7 +99,7 @@ def export(
             parent=parent,
             made_with=_versions(),
             **made,
-            **describe(folder, kind),
+            **interop.describe(folder, kind),
         )
 
 
@@ -113,8 +114,6 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
 
 def supported_model_types() -> list[str]:
     """The `model_type`s that can be exported with a key-value cache, by optimum or as a fused graph."""
-    from limbeck.export.graph.families import FAMILIES
-
     return sorted({*FAMILIES, *_optimum_model_types()})
 
 
@@ -168,9 +167,6 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 def _write_fused(torch_model: Any, folder: Path) -> bool:
     """Write the fused graph and what else optimum would write; False where the model has no such graph."""
-    from limbeck.export.graph.decoder import write
-    from limbeck.export.graph.families import Unwritable, describe
-
     try:
         decoder = describe(torch_model)
     except Unwritable:

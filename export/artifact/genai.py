@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.export.graph.signature import Tensors
-from limbeck.export.runtime.runtime import CONTEXT_KEYS
+from limbeck.export.runtime.session import CONTEXT_KEYS
 
 FILE = "genai_config.json"
 # model_type of transformers -> `type` of onnxruntime-genai. It has no others of those that have a fused graph.

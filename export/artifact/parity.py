@@ -14,8 +14,9 @@ import numpy as np
 
 from limbeck.export.quantize.sample_texts import PASSAGES
 from limbeck.export.runtime.batch import Batch
-from limbeck.export.runtime.runtime import NUMPY_TYPES, Runtime, empty_past, positions
+from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
+from limbeck.export.runtime.session import NUMPY_TYPES, empty_past, positions
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.records import Parity
@@ -245,7 +246,7 @@ def _padded_left(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int,
 
     By the graph alone, as runtimes other than ours run it: its outputs are the next run's inputs.
     """
-    session = runtime.session
+    session = runtime.onnx_session
     tokens, mask = _pad(rows, left=True)
     place = positions(mask)
     width = tokens.shape[1]

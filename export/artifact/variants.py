@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from limbeck.export.artifact.export import PRECISIONS, export
 from limbeck.export.artifact.parity import compare, faults
 from limbeck.export.quantize.quantize import Settings
-from limbeck.registry.core.digest import (
-    folder_digest,
-    read_manifest,
-    told_fields,
-    verify,
-    write_manifest,
-)
+from limbeck.registry.core.digest import folder_digest, read_manifest, told_fields, verify, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import home, written_whole
 from limbeck.registry.core.jsonl import rows, training_text

@@ -11,14 +11,7 @@ import click
 
 from limbeck.export.commands.options import device_option, threads_option
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import (
-    format_option,
-    print_json,
-    print_table,
-    progress,
-    quiet_libraries,
-    say,
-)
+from limbeck.registry.core.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
 
 if TYPE_CHECKING:
     from limbeck.export.artifact.variants import Variant

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.graph.decoder import SINGLE_FILE
-from limbeck.export.runtime.runtime import GRAPH, Runtime
+from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
+from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.errors import BadInput
 
 PROMPT, STEPS, TURNS = 32, 32, 2  # tokens read and decoded to time a step, and how often

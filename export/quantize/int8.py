@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.quantize.evaluate import save
-from limbeck.export.runtime.runtime import GRAPH
+from limbeck.export.runtime.session import GRAPH
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # one protobuf message ends at 2 GB; leave room for the graph itself
 

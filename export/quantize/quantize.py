@@ -11,8 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from limbeck.export.quantize.evaluate import Trial, save
+from limbeck.export.quantize.float16 import convert, to_float16
+from limbeck.export.quantize.int8 import quantize_int8, quantize_static_int8
+from limbeck.export.quantize.mixed_precision import choose
 from limbeck.export.quantize.sample_texts import PASSAGES
-from limbeck.export.runtime.runtime import GRAPH, NUMPY_TYPES, Runtime, empty_past
+from limbeck.export.quantize.weight_only import Weights
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.session import GRAPH, NUMPY_TYPES, empty_past
 from limbeck.registry.core.errors import BadInput
 
 CALIBRATED = 16  # texts whose activations are looked at
@@ -69,18 +74,12 @@ def check_device(precisions: Sequence[str], device: str) -> None:
 
 def _quantize(artifact: Path, folder: Path, precision: str, settings: Settings) -> dict[str, Any]:
     if precision == "fp16":
-        from limbeck.export.quantize.float16 import to_float16
-
         _replace(folder, to_float16(artifact / GRAPH))
         return {"method": "float16"}
     if precision == "int8":
-        from limbeck.export.quantize.int8 import quantize_int8
-
         quantize_int8(artifact / GRAPH, folder)
         return {"method": "dynamic int8"}
     if precision == "int8-static":
-        from limbeck.export.quantize.int8 import quantize_static_int8
-
         runtime = Runtime.load(artifact, verify=False)
         if not any(runtime.encode(text) for text in settings.texts[:CALIBRATED]):
             raise BadInput("no text to calibrate with: every document is empty")
@@ -90,9 +89,6 @@ def _quantize(artifact: Path, folder: Path, precision: str, settings: Settings) 
 
 
 def _weight_only(artifact: Path, folder: Path, bits: int, settings: Settings) -> dict[str, Any]:
-    from limbeck.export.quantize.mixed_precision import choose
-    from limbeck.export.quantize.weight_only import Weights
-
     weights = Weights.read(artifact / GRAPH)
     if not weights.products:
         raise BadInput(
@@ -106,8 +102,6 @@ def _weight_only(artifact: Path, folder: Path, bits: int, settings: Settings) ->
         )
     model = weights.quantized(choice.plan)
     if settings.device == "cuda":
-        from limbeck.export.quantize.float16 import convert
-
         model = convert(model)
     _replace(folder, model)
     return {

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from limbeck.export.runtime.dynamic_cache import Grown
 from limbeck.export.runtime.prefix_cache import Prefixes, common
+from limbeck.export.runtime.slot import Slot
 from limbeck.export.runtime.static_cache import InPlace
 
 if TYPE_CHECKING:
-    from limbeck.export.runtime.runtime import Runtime
+    from limbeck.export.runtime.session import Session
 
 KEPT_TOKENS = 4096  # of texts that have left, for later prompts that begin alike
 LEAST_REUSE = 16  # tokens; fewer are read as fast as they are copied
-
-
-@dataclass(eq=False)
-class Slot:
-    """A row of a batch, held from `begin` to `end`."""
-
-    prompt: tuple[int, ...]
-    length: int = 0  # tokens in the cache
-    cached: int = 0  # of those, how many another text had read
-    row: int = -1  # of the cache, where it has rows
-    held: bool = True
-    given: list[int] = field(default_factory=list)  # tokens that came after the prompt
-
-    @property
-    def unread(self) -> int:
-        """Prompt tokens that the model has not seen yet."""
-        return max(0, len(self.prompt) - self.length)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """What is in the cache."""
-        return (*self.prompt, *self.given)[: self.length]
-
-    def begins(self, text: tuple[int, ...]) -> int:
-        """How many tokens of the beginning of `text` are in the cache."""
-        length = min(common(text, self.prompt), self.length)
-        return common(text, self.tokens) if length == len(self.prompt) else length
 
 
 class Batch:
@@ -57,12 +30,12 @@ class Batch:
             begins alike does not read them again.
     """
 
-    def __init__(self, runtime: Runtime, kept_tokens: int = KEPT_TOKENS) -> None:
+    def __init__(self, session: Session, kept_tokens: int = KEPT_TOKENS) -> None:
         self._slots: list[Slot] = []
-        self._cache: InPlace | Grown = InPlace(runtime) if runtime.fused else Grown(runtime)
+        self._cache: InPlace | Grown = InPlace(session) if session.fused else Grown(session)
         # On a GPU every reuse would take the cache through main memory.
-        self._prefixes = Prefixes(kept_tokens if runtime.device == "cpu" else 0)
-        self._reuses = runtime.device == "cpu"
+        self._prefixes = Prefixes(kept_tokens if session.device == "cpu" else 0)
+        self._reuses = session.device == "cpu"
 
     def begin(self, prompt: Sequence[int], room: int) -> Slot:
         """A new row that reads `prompt` and then takes at most `room` tokens. Nothing is computed yet."""

@@ -11,8 +11,8 @@ import onnxruntime as ort
 from limbeck.export.runtime.buffers import array_of
 
 if TYPE_CHECKING:
-    from limbeck.export.runtime.batch import Slot
-    from limbeck.export.runtime.runtime import Runtime
+    from limbeck.export.runtime.session import Session
+    from limbeck.export.runtime.slot import Slot
 
 
 class Grown:
@@ -22,8 +22,8 @@ class Grown:
     together anew only where rows join or leave.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._alone: dict[Slot, list[ort.OrtValue]] = {}  # caches of one row each
         self._together: list[Slot] = []  # the rows of `_cache`, in its order
         self._cache: list[ort.OrtValue] = []
@@ -31,7 +31,7 @@ class Grown:
 
     def add(self, slot: Slot) -> None:
         """Take a new slot, which has no tokens."""
-        self._alone[slot] = self._runtime.empty_cache(1)
+        self._alone[slot] = self._session.empty_cache(1)
 
     def remove(self, slot: Slot) -> None:
         """Let a slot go."""
@@ -44,7 +44,7 @@ class Grown:
     def extend(self, slot: Slot, parts: Sequence[np.ndarray], length: int) -> None:
         """Let a slot hold `length` tokens, those of `parts`, as `copy` gives them."""
         values = [part[None, ..., :length, :].copy() for part in parts]
-        self._alone[slot] = [ort.OrtValue.ortvalue_from_numpy(value, self._runtime.device, 0) for value in values]
+        self._alone[slot] = [ort.OrtValue.ortvalue_from_numpy(value, self._session.device, 0) for value in values]
 
     def share(self, slot: Slot, other: Slot, length: int) -> None:
         """Let a slot hold the first `length` tokens of another."""
@@ -56,7 +56,7 @@ class Grown:
         for slot, piece in zip(slots, pieces, strict=True):
             tokens, end = np.array([piece], np.int64), slot.length + len(piece)
             mask, places = np.ones((1, end), np.int64), np.arange(slot.length, end)[None]
-            logits, self._alone[slot] = self._runtime.forward(tokens, mask, places, self._alone[slot])
+            logits, self._alone[slot] = self._session.forward(tokens, mask, places, self._alone[slot])
             found.append(logits[0, -1].astype(np.float32))
         return found
 
@@ -67,7 +67,7 @@ class Grown:
         lengths = np.array([slot.length for slot in slots])
         mask = (np.arange(self._width + 1) >= self._width - lengths[:, None]).astype(np.int64)
         column = np.array(tokens, np.int64)[:, None]
-        logits, self._cache = self._runtime.forward(column, mask, lengths[:, None], self._cache)
+        logits, self._cache = self._session.forward(column, mask, lengths[:, None], self._cache)
         self._width += 1
         return logits[:, -1].astype(np.float32, copy=False)
 
@@ -90,7 +90,7 @@ class Grown:
             whole = np.zeros((len(slots), *first.shape[:-2], width, first.shape[-1]), first.dtype)
             for row, slot in enumerate(slots):
                 whole[row, ..., width - slot.length :, :] = parts[slot][layer]
-            cache.append(ort.OrtValue.ortvalue_from_numpy(whole, self._runtime.device, 0))
+            cache.append(ort.OrtValue.ortvalue_from_numpy(whole, self._session.device, 0))
         for slot in slots:
             self._alone.pop(slot, None)
         self._together, self._cache, self._width = slots, cache, width

@@ -16,8 +16,8 @@ import numpy as np
 from limbeck.export.runtime.buffers import Buffer, array_of
 
 if TYPE_CHECKING:
-    from limbeck.export.runtime.batch import Slot
-    from limbeck.export.runtime.runtime import Runtime
+    from limbeck.export.runtime.session import Session
+    from limbeck.export.runtime.slot import Slot
 
 LEAST_WIDTH = 64  # tokens
 TOGETHER = 1024  # tokens of prompts read in one run: more are no faster
@@ -27,8 +27,8 @@ NEAR = 0.75  # prompts are read together where the shorter has at least this sha
 class InPlace:
     """The cached keys and values of slots, for a graph with `limbeck.graph` = "fused"."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._rows: list[Slot | None] = []  # who has each row of the buffers; None where it is free
         self._buffers: list[Buffer] = []  # for each past input
         self._width = 0  # tokens that a row has place for
@@ -90,7 +90,7 @@ class InPlace:
             fresh, sorted(slot.row for slot in fresh), strict=True
         ):  # rows without content move freely
             slot.row, self._rows[row] = row, slot
-        most = min(TOGETHER, self._runtime.prefill_tokens)
+        most = min(TOGETHER, self._session.prefill_tokens)
         groups: list[list[Slot]] = []
         for slot in fresh:
             length, group = len(pieces[slot]), groups[-1] if groups else []
@@ -106,7 +106,7 @@ class InPlace:
 
     def _run(self, slots: Sequence[Slot], pieces: Sequence[Sequence[int]]) -> dict[Slot, np.ndarray]:
         """One run over slots in rows side by side; several have no past, and their pieces are padded at the end."""
-        runtime, start = self._runtime, slots[0].length
+        session, start = self._session, slots[0].length
         lengths = np.array([len(piece) for piece in pieces])[:, None]
         new = int(lengths.max())
         tokens = np.zeros((len(slots), new), np.int64)
@@ -117,13 +117,13 @@ class InPlace:
             "attention_mask": (np.arange(start + new) < start + lengths).astype(np.int64),
             "position_ids": np.broadcast_to(np.arange(start, start + new), tokens.shape),
         }
-        binding = runtime.session.io_binding()
-        for name in runtime.takes:
+        binding = session.onnx_session.io_binding()
+        for name in session.takes:
             binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name]))
         binding.bind_output("logits", "cpu")
-        for buffer, past, present in zip(self._buffers, runtime.past, runtime.present, strict=True):
+        for buffer, past, present in zip(self._buffers, session.past, session.present, strict=True):
             buffer.bind(binding, past, present, slots[0].row, len(slots))
-        runtime.session.run_with_iobinding(binding)
+        session.onnx_session.run_with_iobinding(binding)
         logits = array_of(binding.get_outputs()[0])
         return {
             slot: logits[row, len(piece) - 1].astype(np.float32)
@@ -136,8 +136,8 @@ class InPlace:
         self._reserve(total)
         if self._bound is None or self._bound.slots != slots:
             first = self._side_by_side(slots)
-            self._bound = _Step(self._runtime, list(slots), first)
-            for buffer, past, present in zip(self._buffers, self._runtime.past, self._runtime.present, strict=True):
+            self._bound = _Step(self._session, list(slots), first)
+            for buffer, past, present in zip(self._buffers, self._session.past, self._session.present, strict=True):
                 buffer.bind(self._bound.binding, past, present, first, len(slots))
         return self._bound.run(tokens, total)
 
@@ -170,15 +170,15 @@ class InPlace:
 
     def _wider(self, length: int) -> int:
         """The width for rows of `length` tokens: doubled, so that a growing row is seldom copied."""
-        return max(length, min(self._runtime.max_length, max(LEAST_WIDTH, 2 ** (length - 1).bit_length())))
+        return max(length, min(self._session.max_length, max(LEAST_WIDTH, 2 ** (length - 1).bit_length())))
 
     def _resize(self, rows: int, width: int) -> None:
         """New buffers of this size with what the rows hold, one after another: two of one layer at a time."""
-        runtime = self._runtime
-        self._buffers = self._buffers or [None] * len(runtime.past)  # type: ignore[list-item]
-        for place, item in enumerate(runtime.past.values()):
+        session = self._session
+        self._buffers = self._buffers or [None] * len(session.past)  # type: ignore[list-item]
+        for place, item in enumerate(session.past.values()):
             old, (_, heads, _, size) = self._buffers[place], item.shape
-            new = Buffer((rows, heads, width, size), runtime.type_of(item), runtime.device)
+            new = Buffer((rows, heads, width, size), session.type_of(item), session.device)
             if any(slot and slot.length for slot in self._rows):
                 with old.edit() as before, new.edit() as after:
                     for row, slot in enumerate(self._rows):
@@ -192,19 +192,19 @@ class InPlace:
 class _Step:
     """The inputs and outputs of one-token runs over the same rows: bound once, filled anew at each step."""
 
-    def __init__(self, runtime: Runtime, slots: list[Slot], first: int) -> None:
+    def __init__(self, session: Session, slots: list[Slot], first: int) -> None:
         count = len(slots)
         self.slots = slots
-        self.binding = runtime.session.io_binding()
-        self._session = runtime.session
+        self.binding = session.onnx_session.io_binding()
+        self._onnx_session = session.onnx_session
         order = [slot.row - first for slot in slots]
         self._order = None if order == list(range(count)) else np.array(order)  # None: the slots are in order
         self._tokens, self._places = np.zeros((count, 1), np.int64), np.zeros((count, 1), np.int64)
-        self._logits = np.empty((count, 1, runtime.vocab_size), runtime.logits_type)
+        self._logits = np.empty((count, 1, session.vocab_size), session.logits_type)
         self._range = np.zeros(0, np.int64)
         self._mask = np.zeros(0, np.int64)
         for name, array in (("input_ids", self._tokens), ("position_ids", self._places)):
-            if name in runtime.takes:
+            if name in session.takes:
                 self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         logits = self._logits
         self.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
@@ -221,6 +221,6 @@ class _Step:
         mask = self._mask[: count * total].reshape(count, total)
         np.less_equal(self._range[:total], self._places, out=mask)
         self.binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, self._mask.ctypes.data)
-        self._session.run_with_iobinding(self.binding)
+        self._onnx_session.run_with_iobinding(self.binding)
         logits = self._logits[:, 0] if order is None else self._logits[order, 0]
         return logits.astype(np.float32, copy=False)

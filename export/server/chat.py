@@ -18,15 +18,7 @@ from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.detokenize import BROKEN
 from limbeck.export.runtime.generation import Event
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.completions import (
-    APIError,
-    Delta,
-    Settings,
-    checked_ids,
-    encode,
-    of_event,
-    token_name,
-)
+from limbeck.export.server.completions import APIError, Delta, Settings, checked_ids, encode, of_event, token_name
 from limbeck.export.server.scheduler import Scheduler
 from limbeck.registry.core.errors import BadInput
 

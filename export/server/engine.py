@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.runtime.batch import Batch, Slot
-from limbeck.export.runtime.runtime import NUMPY_TYPES, PREFILL_LOGITS, Runtime
+from limbeck.export.runtime.batch import Batch
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.session import NUMPY_TYPES, PREFILL_LOGITS
+from limbeck.export.runtime.slot import Slot
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, Request, Row, Unavailable
 from limbeck.registry.core.machine import available_memory
@@ -343,7 +345,7 @@ def _length(row: Row) -> int:
 def _bytes_per_token(runtime: Runtime) -> int:
     """Of the cache, for one position of one row."""
     total = 0
-    for item in runtime.session.get_inputs():
+    for item in runtime.onnx_session.get_inputs():
         if item.name.startswith("past_key_values."):
             fixed = [size for size in item.shape if isinstance(size, int)]
             total += int(np.prod(fixed)) * np.dtype(NUMPY_TYPES[item.type]).itemsize

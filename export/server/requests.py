@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.export.runtime.batch import Slot
 from limbeck.export.runtime.generation import Generation
+from limbeck.export.runtime.slot import Slot
 
 
 @dataclass(frozen=True)

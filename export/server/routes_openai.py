@@ -15,14 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from limbeck.export.server import chat, completions
 from limbeck.export.server.chat import ChatForm, ChatRequest
-from limbeck.export.server.completions import (
-    APIError,
-    CompletionRequest,
-    Delta,
-    Settings,
-    TextForm,
-    Usage,
-)
+from limbeck.export.server.completions import APIError, CompletionRequest, Delta, Settings, TextForm, Usage
 from limbeck.export.server.hot_swap import Served
 from limbeck.export.server.requests import Unavailable
 from limbeck.registry.core.errors import BadInput

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from limbeck.registry.catalog import endpoint
 from limbeck.registry.core.digest import MANIFEST, file_digest, json_digest, verify
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Unreachable
+from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Engine, Version
 
 if TYPE_CHECKING:
@@ -255,6 +256,4 @@ def _snapshot(hub_id: str, revision: str | None, files: list[str] = HUB_FILES) -
 
 
 def _default_store() -> Store:
-    from limbeck.registry.mlflow.store import Store
-
     return Store()

@@ -33,7 +33,7 @@ policy_option = click.option(
 def judged_by(store: Store, name: str, alias: str, path: Path | None) -> Policy | None:
     """The policy that holds for an alias: the one that protects it, else that of `path` or ./policy.toml, else None."""
     from limbeck.registry.gate.protection import governing, policy_of
-    from limbeck.registry.policy.schema import load
+    from limbeck.registry.policy.file import load
 
     given = load(path) if path else None
     if policy_of(store, name, alias) is not None:
@@ -196,7 +196,7 @@ def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str,
     """
     from limbeck.registry.gate.protection import asked, policy_of
     from limbeck.registry.gate.protection import protect as run
-    from limbeck.registry.policy.schema import load
+    from limbeck.registry.policy.file import load
 
     store = _store()
     if path and remove:

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import (
-    format_option,
-    indented,
-    print_json,
-    print_table,
-    say,
-    write_report,
-)
+from limbeck.registry.core.terminal import format_option, indented, print_json, print_table, say, write_report
 
 if TYPE_CHECKING:
     from limbeck.registry.catalog.lineage import Node

@@ -22,7 +22,7 @@ def check(file: Path, ref: str | None, alias: str, output: str) -> None:
     where the version does not pass.
     """
     from limbeck.registry.policy.describe import told
-    from limbeck.registry.policy.schema import load
+    from limbeck.registry.policy.file import load
 
     policy = load(file)
     rules = list(told(policy))

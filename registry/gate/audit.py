@@ -14,6 +14,7 @@ from limbeck.registry.core.signing import Signature
 from limbeck.registry.gate.approvals import APPROVAL
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
+from limbeck.registry.ledger.lock import alias_lock
 from limbeck.registry.mlflow import identity
 from limbeck.registry.mlflow.findings import TAG
 from limbeck.registry.mlflow.listing import listed
@@ -43,7 +44,7 @@ def adopt(store: Store, name: str, *, who: str | None = None, reason: str) -> li
         raise BadInput("what is adopted needs a reason", fix="give one: --reason ...")
     who = who or identity.user(store.tracking_uri)
     log.read(store, name)  # no lock for a name that is not there
-    with store.lock(f"promote-{name}"):
+    with alias_lock(store, name):
         log.settle(store, name, who=who)
         book = read(store, name)
         told = book.problems()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.core.terminal import indented
@@ -15,14 +12,13 @@ from limbeck.registry.gate.evidence import Evidence, gather_all
 from limbeck.registry.gate.rules.judge import judge
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
+from limbeck.registry.ledger.lock import with_alias_lock
 from limbeck.registry.mlflow import identity
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import Policy
 from limbeck.registry.provenance import attestation
 from limbeck.registry.records import LedgerEntry, RuleResult, Scorecard, Verdict, Version
 
-T = TypeVar("T")
-TURNS = 5  # that a move takes while other machines come first
 LONGEST_BROKEN = 1500  # characters of an entry
 NEAREST = 5  # how many of the refused candidates an error tells of
 
@@ -157,7 +153,7 @@ def promote(
                 raise refused
         return Promotion(name, alias, candidates, chosen.version, before, entry)
 
-    return _in_turn(store, name, once)
+    return with_alias_lock(store, name, once)
 
 
 def rollback(
@@ -213,20 +209,7 @@ def rollback(
             raise refused
         return entry
 
-    return _in_turn(store, name, once)
-
-
-def _in_turn(store: Store, name: str, once: Callable[[], T]) -> T:
-    """Do something to the ledger of a model: one process of this machine at a time, others' moves taken in first."""
-    with store.lock(f"promote-{name}"):
-        for attempt in range(TURNS):
-            try:
-                return once()
-            except log.Overtaken:  # by another machine: all has to be looked at again
-                if attempt == TURNS - 1:
-                    raise
-                time.sleep(random.uniform(0.05, 0.5))
-    raise AssertionError("unreachable")
+    return with_alias_lock(store, name, once)
 
 
 def way_back(book: Ledger, alias: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
+from limbeck.registry.ledger.lock import alias_lock
 from limbeck.registry.mlflow import identity
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy import stored
@@ -102,7 +103,7 @@ def protect(
     log.check_alias(alias)
     who = who or identity.user(store.tracking_uri)
     log.read(store, name)  # no lock for a name that is not there
-    with store.lock(f"promote-{name}"):
+    with alias_lock(store, name):
         book = log.settle(store, name, who=who)
         holds = stored.protecting(book.entries, alias)
         if policy is None and holds is None:

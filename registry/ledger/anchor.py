@@ -20,7 +20,6 @@ from limbeck.registry.mlflow.client import NotThere
 from limbeck.registry.mlflow.store import Store
 
 EXPERIMENT = "limbeck-ledger"
-BATCH = 100  # parameters that MLflow takes at once
 ROOT = "limbeck.root"  # the experiment's tag that names the root run
 
 _KNOWN: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run: never another
@@ -73,11 +72,8 @@ def enter(store: Store, run: str, number: int, digest: str) -> bool:
 
 def enter_all(store: Store, run: str, hashes: dict[int, str]) -> None:
     """Enter what a ledger of before there were anchors holds; number -> hash."""
-    from mlflow.entities import Param
-
-    params = [Param(f"{number:06d}", digest) for number, digest in hashes.items()]
-    for start in range(0, len(params), BATCH):
-        store.client.log_batch(run, params=params[start : start + BATCH])
+    params = {f"{number:06d}": digest for number, digest in hashes.items()}
+    store.client.log_params(run, params)
 
 
 def _written_once(store: Store, run: str, key: str, value: str) -> str:

@@ -39,6 +39,7 @@ PATIENCE = 30.0  # seconds for a server that was there a moment ago; `mlflow ser
 # What MLflow says where it keeps the error itself to itself, as for a folder that could not be fetched.
 UNANSWERED = re.compile(r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out")
 NO_STORAGE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
+PARAMS_PER_CALL = 100  # MLflow refuses more
 LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
 
 
@@ -164,6 +165,14 @@ class Client:
             return patiently(self._tracking_uri, lambda: getattr(self._client, name)(*args, **named))
 
         return call
+
+    def log_params(self, run_id: str, params: dict[str, str]) -> None:
+        """Log parameters of a run, as many at once as MLflow takes."""
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), PARAMS_PER_CALL):
+            self.log_batch(run_id, params=entities[start : start + PARAMS_PER_CALL])
 
     def create_model_version(self, *args: Any, **named: Any) -> Any:
         """As MLflow's, and not tried again: what seems lost may have arrived, and would then be there twice."""

@@ -140,8 +140,8 @@ def text() -> Blocks:
 
 def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
     """The cache of one form, as far as it is filled."""
-    from limbeck.distill.cache.encoding import Form
     from limbeck.distill.cache.teacher_cache import TeacherCache
+    from limbeck.distill.recipe.cache_form import Form
     from limbeck.distill.recipe.schema import Cache
 
     wanted = Cache()

@@ -43,8 +43,8 @@ def main(threads: int | None = None) -> None:
 
     from limbeck.evals.engines.engine import load
     from limbeck.export.artifact.export import export
-    from limbeck.export.runtime.runtime import physical_cores
     from limbeck.registry.catalog.model_ref import resolve
+    from limbeck.registry.core.machine import physical_cores
 
     threads = threads or physical_cores()
     torch.set_num_threads(threads)

@@ -23,9 +23,9 @@ from tests import ROOT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from limbeck.distill.cache.encoding import Kind
     from limbeck.distill.cache.teacher_cache import Capture
     from limbeck.distill.data.blocks import Blocks
+    from limbeck.distill.recipe.cache_form import Kind
 
 STEPS, BATCH, SEEDS, BINS, HELDOUT_BLOCKS, DRAWS = 300, 8, (0, 1), 15, 256, 50
 FORMS: list[tuple[Kind, int]] = [("topk", 32), ("topk", 9), ("sampled", 12), ("sampled", 6)]
@@ -44,18 +44,18 @@ class Quality(NamedTuple):
 def main() -> None:
     """Measure and print a table."""
     quiet_libraries()
-    from limbeck.distill.cache.encoding import Form
     from limbeck.distill.cache.teacher_cache import TeacherCache, fill
     from limbeck.distill.data import corpus
     from limbeck.distill.data.blocks import make_blocks
     from limbeck.distill.models import loading
-    from limbeck.distill.recipe import schema
+    from limbeck.distill.recipe import load
+    from limbeck.distill.recipe.cache_form import Form
     from limbeck.distill.recipe.schema import Objective
     from limbeck.distill.students import initialise
     from limbeck.distill.teacher.signal import one_pass
     from limbeck.distill.training.trainer import Job, train
 
-    asked = schema.load(ROOT / "quickstart" / "recipe.toml")
+    asked = load.load(ROOT / "quickstart" / "recipe.toml")
     tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
     teacher = loading.load_model(ROOT / "quickstart" / "teacher")
     vocabulary = loading.vocabulary(tokenizer)

@@ -20,13 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from limbeck.registry.catalog.model_ref import resolve
-from limbeck.registry.core.digest import (
-    file_digest,
-    folder_digest,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from limbeck.registry.core.digest import file_digest, folder_digest, read_manifest, verify, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
 from limbeck.registry.core.terminal import LONGEST, print_table
 from limbeck.registry.gate import approvals

@@ -10,17 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.web.security import (
-    SESSION_S,
-    TRY_S,
-    Guard,
-    Guarded,
-    Once,
-    Session,
-    here,
-    is_loopback,
-    token_asked,
-)
+from limbeck.web.security import SESSION_S, TRY_S, Guard, Guarded, Once, Session, here, is_loopback, token_asked
 
 TOKEN = "a token that only tests know"
 OWN = {"Origin": "http://127.0.0.1:8600"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules import approvals, cost, lineage, quality
+from limbeck.registry.gate.rules import plugins as plugins_module
 from limbeck.registry.gate.rules.bounds import rule
-from limbeck.registry.policy import plugins
 from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import Outcome, Verdict
 
@@ -28,7 +28,7 @@ def judge(policy: Policy, evidence: Evidence) -> Verdict:
     if version.kind == "onnx":
         rules += cost.parity(policy.parity, evidence)
     rules += approvals.judge(policy, evidence)
-    rules += plugins.judge(policy.rules, evidence)
+    rules += plugins_module.judge(policy.rules, evidence)
     if not rules:
         words = f"the policy asks nothing of a version of the kind {version.kind}"
         rules = [rule("policy", "inconclusive", words)]

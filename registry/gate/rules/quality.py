@@ -8,14 +8,7 @@ from datetime import timedelta
 from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.bounds import at_confidence, rule, settled_by, side
 from limbeck.registry.policy.schema import Policy, Quality
-from limbeck.registry.records import (
-    Estimate,
-    Relative,
-    RuleResult,
-    Scorecard,
-    Version,
-    top_level,
-)
+from limbeck.registry.records import Estimate, Relative, RuleResult, Scorecard, Version, top_level
 
 CLOCKS = timedelta(days=1)  # so far may the clocks of two machines be apart
 

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from limbeck.distill.cache import teacher_cache as caches
-from limbeck.distill.cache.encoding import Form
 from limbeck.distill.cache.teacher_cache import Capture, TeacherCache, fill
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models.loading import load_model
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.teacher import signal as teachers
 from limbeck.registry.core.errors import DamagedArtifact
 from tests import ROOT

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from limbeck.distill.cache import teacher_cache as caches
-from limbeck.distill.cache.encoding import Form
 from limbeck.distill.cache.teacher_cache import TeacherCache
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.registry.mlflow.store import Store
 
 DAY = 24 * 3600

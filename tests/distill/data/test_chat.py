@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from limbeck.distill.data import corpus
 from limbeck.distill.data.chat import encode
 from limbeck.distill.data.corpus import Document, conversation
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Data, Source
+from limbeck.distill.recipe import load
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.recipe.schema import Data
 from limbeck.distill.run.prepare import prepare
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
@@ -303,7 +304,7 @@ def test_students_that_would_see_their_neighbours_get_one_document_a_block(
 ) -> None:
     for student, most in (("llama", 2), ("bloom", 1)):
         path = write_recipe(student=student)
-        setting = prepare(recipes.load(path, ["data.max_length=256"]), Source(path), store)
+        setting = prepare(load.load(path, ["data.max_length=256"]), Source(path), store)
         assert setting.train.segments.max() >= most
         assert (setting.train.segments.max() == 1) == (most == 1)
     assert "small: would see the documents beside one in a block" in capsys.readouterr().err

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Data, Source
+from limbeck.distill.models.licence import licence_of
+from limbeck.distill.recipe import load
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.recipe.schema import Data
 from limbeck.distill.run.prepare import prepare
 from limbeck.distill.students.licences import of_text
-from limbeck.distill.students.model_card import licence_of
 from limbeck.export.artifact.variants import export_version
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import Refused
@@ -50,7 +51,7 @@ def test_whether_a_student_may_learn_from_the_teacher(
     path = write_recipe("teacher", objectives=DISTILLED)
 
     def allowed(*overrides: str) -> bool | None:
-        return prepare(recipes.load(path, list(overrides)), Source(path, overrides), store).licence_allows
+        return prepare(load.load(path, list(overrides)), Source(path, overrides), store).licence_allows
 
     assert allowed() is None
     (teacher / "README.md").write_text("---\nlicense: llama2\n---\n")
@@ -152,7 +153,7 @@ def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
     path = write_recipe("teacher", objectives=DISTILLED)
-    setting = prepare(recipes.load(path, []), Source(path), store)
+    setting = prepare(load.load(path, []), Source(path), store)
     assert setting.recipe.teacher is not None
     asked = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
     behind = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": asked}))

@@ -15,8 +15,7 @@ from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import loading
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.schema import Objective, Training
 from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.mlflow.store import Store
@@ -32,7 +31,7 @@ SHIPPED = sorted(
 def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert f"limbeck distill {path.relative_to(ROOT)}" in first
-    recipe = recipes.load(path)
+    recipe = load.load(path)
     plans = grid.plans(recipe)
     assert plans
     if recipe.teacher is not None:  # each student has its control
@@ -58,7 +57,7 @@ def test_distilgpt2(
     for number in (2, 3):
         student = AutoModelForCausalLM.from_pretrained(store.folder(store.get(f"distilgpt2/{number}")))
         assert student.config.n_layer == 6
-    recipe = recipes.load(ROOT / "distill/recipes/distilgpt2.toml")
+    recipe = load.load(ROOT / "distill/recipes/distilgpt2.toml")
     assert recipe.objectives["distilled"].layers is not None
     assert recipe.objectives["distilled"].layers.map == {6: 12}
 

@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from limbeck.distill.data.blocks import make_blocks
 from limbeck.distill.data.corpus import read
 from limbeck.distill.losses import divergences
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Source
+from limbeck.distill.recipe import grid, load
+from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import distill
 from limbeck.distill.run.prepare import prepare
-from limbeck.distill.students.student import student_key
+from limbeck.distill.students.keys import student_key
 from limbeck.registry.core.machine import hardware
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, TWINS
@@ -215,7 +214,7 @@ def test_twins_see_the_same_batches(
 def test_keys_tell_students_apart(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     def keys(*overrides: str) -> list[str]:
         path = write_recipe(tiny_llama, objectives=TWINS)
-        recipe = recipes.load(path, list(overrides))
+        recipe = load.load(path, list(overrides))
         setting = prepare(recipe, Source(path, overrides), store)
         return [student_key(setting, plan) for plan in grid.plans(recipe)]
 

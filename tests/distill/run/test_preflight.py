@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Source
+from limbeck.distill.recipe import grid, load
+from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import forecast, preflight
 from limbeck.distill.run.prepare import prepare
 from limbeck.registry.mlflow.store import Store
@@ -151,7 +150,7 @@ def test_a_full_disk(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    recipe = recipes.load(path)
+    recipe = load.load(path)
     setting = prepare(recipe, Source(path), store)
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda where: usage._replace(free=1000))
@@ -193,7 +192,7 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
     path = write_recipe(tiny_llama, objectives=DISTILLED)
 
     def certain(*sets: str, teacher: int = 0) -> int:
-        recipe = recipes.load(path, list(sets))
+        recipe = load.load(path, list(sets))
         return forecast.memory(prepare(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
 
     config = AutoConfig.from_pretrained(tiny_llama)
@@ -206,7 +205,7 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
 def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     """A student that is too slow to be measured is reckoned; one that is not is measured."""
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    recipe = recipes.load(path)
+    recipe = load.load(path)
     setting, [plan] = prepare(recipe, Source(path), store), grid.plans(recipe)
     assert forecast.tokens(setting, plan) == 4 * 4 * 32
     measured = forecast.training_seconds(setting, plan)

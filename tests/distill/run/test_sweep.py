@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from limbeck.distill.models import loading
-from limbeck.distill.recipe import grid, schema
+from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import load as load_module
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, STUDENTS
 
@@ -19,7 +20,7 @@ Limbeck = Callable[..., Any]
 
 
 def labels(path: Path, *overrides: str) -> list[str]:
-    return [plan.label for plan in grid.plans(schema.load(path, list(overrides)))]
+    return [plan.label for plan in grid.plans(load_module.load(path, list(overrides)))]
 
 
 def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: 
     both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n[objectives.text]\nlabels = 1.0\n'
     path = write_recipe(tiny_llama, objectives=both, extra=other)
     sets = ("cache.form=online", "sweep.temperatures=[1, 2.5]", "sweep.seeds=[3, 4]", "sweep.controls=['untrained']")
-    plans = grid.plans(schema.load(path, list(sets)))
+    plans = grid.plans(load_module.load(path, list(sets)))
     assert len(plans) == 2 * 2 * (2 * 2 + 1 + 1)
     assert len({plan.label for plan in plans}) == len(plans)
     assert [plan.label for plan in plans[:6]] == [

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from limbeck.distill.recipe import grid
+from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Source
+from limbeck.distill.recipe.load import Source
 from limbeck.distill.run.prepare import prepare
-from limbeck.distill.students import controls, initialise
+from limbeck.distill.students import initialise, matching
 from limbeck.distill.students.controls import Cost, cost, schedule
-from limbeck.distill.students.student import student_key
+from limbeck.distill.students.keys import student_key
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Making, Version
 from tests.distill.conftest import DISTILLED
@@ -71,7 +71,7 @@ def test_a_sweep_carries_its_controls(
     assert "at equal cost" in (store.folder(made["small-labels-equal-cost"]) / "README.md").read_text()
 
     # The untrained one is where the others begin.
-    setting = prepare(recipes.load(path), Source(path), store)
+    setting = prepare(load.load(path), Source(path), store)
     start = initialise.make(setting, grid.plans(setting.recipe)[0]).state_dict()
     saved = load_file(store.folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
@@ -84,7 +84,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n',
                         extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
-    recipe = recipes.load(path)
+    recipe = load.load(path)
     paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
     assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
@@ -96,7 +96,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
         (plans["small-jsd"], making(90, 2048, teacher_seconds=30)),  # the costlier one
         (plans["small-labels"], making(40, 2048)),
     ]
-    assert controls.matched(recipe, plan) == [plans["small-distilled"], plans["small-jsd"], plans["small-labels"]]
+    assert matching.matched(recipe, plan) == [plans["small-distilled"], plans["small-jsd"], plans["small-labels"]]
     training, budget = schedule(setting, plan, others)
     assert training.max_steps == 16 * 120 / 40  # 16 steps took 40 s
     assert budget == recipes.Budget()
@@ -106,11 +106,11 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
-    recipe = recipes.load(path)
+    recipe = load.load(path)
     setting = prepare(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plans(recipe)}
     labels = plans["small-labels"]
-    assert [plan.label for plan in controls.matched(recipe, labels)] == ["small-distilled"]
+    assert [plan.label for plan in matching.matched(recipe, labels)] == ["small-distilled"]
     training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
     assert (training, budget) == (recipe.training, recipes.Budget(max_tokens=640))
 
@@ -118,7 +118,7 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
 def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     def keys(*sets: str) -> dict[str, str]:
         path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
-        recipe = recipes.load(path, list(sets))
+        recipe = load.load(path, list(sets))
         setting = prepare(recipe, Source(path, sets), store)
         return {plan.label: student_key(setting, plan) for plan in grid.plans(recipe)}
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.distill.context import Setting
 from limbeck.distill.data.blocks import train_tokenizer
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import vocabularies
-from limbeck.distill.recipe import grid
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Source
-from limbeck.distill.run.prepare import Setting, prepare
+from limbeck.distill.recipe import grid, load
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.run.prepare import prepare
 from limbeck.distill.students import initialise
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -44,7 +44,7 @@ def prepared(
         text = path.read_text()
         begin, end = text.index("[students.small.config]"), text.index("[objectives")
         path.write_text(text[:begin] + start + text[end:])
-        return prepare(recipes.load(path), Source(path), store)
+        return prepare(load.load(path), Source(path), store)
 
     return prepare_it
 

@@ -14,15 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from limbeck.distill.cache import encoding
-from limbeck.distill.cache.encoding import Form
+from limbeck.distill import context
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import make_blocks, spans
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import loading
 from limbeck.distill.models.alignment import pieces, token_bytes
+from limbeck.distill.recipe import cache_form, load
 from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Source, Teacher
+from limbeck.distill.recipe.cache_form import Form
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.recipe.schema import Teacher
 from limbeck.distill.run import prepare
 from limbeck.distill.teacher import endpoint, generate
 from limbeck.distill.teacher import logprobs as echo
@@ -82,8 +84,8 @@ def sets(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
-def prepared(path: Path, store: Store, *overrides: str) -> prepare.Setting:
-    return prepare.prepare(recipes.load(path, list(overrides)), Source(path, overrides), store)
+def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
+    return prepare.prepare(load.load(path, list(overrides)), Source(path, overrides), store)
 
 
 def teacher_of(front: Front, store: Store, tokenizer: Path | None, **settings: Any) -> EndpointTeacher:
@@ -188,7 +190,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
 
     front.change = lambda body, answer: answer
     strict = before._replace(
-        recipe=recipes.load(recipe, [*more, "generate.filter.min_logprob=-20", "generate.max_new_tokens=5"])
+        recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", "generate.max_new_tokens=5"])
     )
     _, facts = generate.written(strict)
     assert facts.kept + facts.dropped["min_tokens"] == 12  # some are nothing but spaces
@@ -196,7 +198,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     asked = len(front.posts)
     front.change = lambda body, answer: {**answer, "choices": [{**answer["choices"][0], "logprobs": None}]}
     blind = before._replace(
-        recipe=recipes.load(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
+        recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
     )
     with pytest.raises(BadInput, match="gives no log-probabilities, which generate"):
         generate.written(blind)
@@ -481,7 +483,7 @@ def test_a_block_that_does_not_fit_the_servers_context(store: Store, front: Fron
     )
     with pytest.raises(BadInput, match="a context of 64 tokens and a block takes 65"):
         Echo(EndpointTeacher(narrow, Teacher(model=front.url), Completions()), tokenizer).over(blocks)
-    assert encoding.refusal("topk", recipes.Objective(divergence="forward_kl"), endpoint=True) is None
+    assert cache_form.refusal("topk", recipes.Objective(divergence="forward_kl"), endpoint=True) is None
 
 
 def test_a_request_that_is_refused_is_passed_over(

@@ -17,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.distill import context
 from limbeck.distill.data import corpus, prompts
 from limbeck.distill.models.sampling import Draws, Writer
-from limbeck.distill.recipe import schema as recipes
-from limbeck.distill.recipe.schema import Data, Generate, Source
+from limbeck.distill.recipe import load as load_module
+from limbeck.distill.recipe.load import Source
+from limbeck.distill.recipe.schema import Data, Generate
 from limbeck.distill.run import prepare
 from limbeck.distill.teacher import generate
 from limbeck.distill.teacher.answer_cache import Completions
@@ -66,8 +68,8 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def prepared(path: Path, store: Store, *overrides: str) -> prepare.Setting:
-    recipe = recipes.load(path, list(overrides))
+def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
+    recipe = load_module.load(path, list(overrides))
     return prepare.prepare(recipe, Source(path, overrides), store)
 
 

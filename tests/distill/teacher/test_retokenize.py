@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from limbeck.distill.cache.encoding import Form
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import Blocks, make_blocks, train_tokenizer
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models.alignment import Piece, encode, pieces, token_bytes
+from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.teacher import retokenize
 from limbeck.distill.teacher.retokenize import SPREAD, TOLD, Retelling
 from limbeck.registry.mlflow.store import Store

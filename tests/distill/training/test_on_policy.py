@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.distill.data.blocks import Blocks, layout_digest, positions
-from limbeck.distill.recipe import schema as recipes
+from limbeck.distill.recipe import load as load_module
 from limbeck.distill.recipe.schema import Objective, OnPolicy, Training
 from limbeck.distill.training.on_policy import Writer, prompts
 from limbeck.distill.training.trainer import Job, train
@@ -180,5 +180,5 @@ def test_what_cannot_be_graded_is_refused(
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=objectives, extra=f"[on_policy]\nlmbda = 0.5\n{extra}")
     with pytest.raises(BadInput, match=reason) as refused:
-        recipes.load(recipe)
+        load_module.load(recipe)
     assert "[on_policy]" in refused.value.message

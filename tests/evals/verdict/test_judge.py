@@ -20,8 +20,9 @@ from limbeck.evals.cost.measure import median
 from limbeck.evals.cost.prices import Api, Prices
 from limbeck.evals.stats.noninferiority import Margins, holm
 from limbeck.evals.stats.retention import compare, mean_and_stderr
-from limbeck.evals.verdict.judge import Candidate, Judgement, judge
+from limbeck.evals.verdict.judge import judge
 from limbeck.evals.verdict.page import html, markdown
+from limbeck.evals.verdict.records import Candidate, Judgement
 from limbeck.registry.core.digest import write_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import MAKING, Store

@@ -16,14 +16,7 @@ from limbeck.export.commands.locate import find_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.server.watch import Artifact, Folder, Problem
 from limbeck.registry.core import signing
-from limbeck.registry.core.digest import (
-    MANIFEST,
-    digest_of,
-    read_manifest,
-    told_fields,
-    write_json,
-    write_manifest,
-)
+from limbeck.registry.core.digest import MANIFEST, digest_of, read_manifest, told_fields, write_json, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import attestation

@@ -10,9 +10,10 @@ import pytest
 
 from limbeck.export.artifact.export import export as export_onnx
 from limbeck.export.runtime import static_cache
-from limbeck.export.runtime.batch import Batch, Slot
+from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.prefix_cache import Prefixes, common
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.slot import Slot
 
 ATOL = 2e-5  # nats; another order of adding up
 

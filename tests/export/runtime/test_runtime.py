@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from limbeck.export.runtime import runtime as runtime_module
+from limbeck.export.runtime import session
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from tests.export.export_helpers import Exported, rewrite_manifest
@@ -80,7 +80,7 @@ def test_a_prompt_read_in_pieces_gives_the_same(
 ) -> None:
     ids = runtime.encode("The quick brown fox jumps over the lazy dog.")
     whole = runtime.generate([ids, ids[:4]], max_new_tokens=8)
-    monkeypatch.setattr(runtime_module, "PREFILL_LOGITS", 5 * runtime.vocab_size)
+    monkeypatch.setattr(session, "PREFILL_LOGITS", 5 * runtime.vocab_size)
     pieces = list(runtime.prompt_logits(ids))
     assert {len(piece) for piece in pieces[:-1]} == {5}
     logits = np.concatenate(pieces).astype(np.float64)

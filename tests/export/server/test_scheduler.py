@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.export.runtime.batch import Batch, Slot
+from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.generation import Event
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling, log_softmax
+from limbeck.export.runtime.slot import Slot
 from limbeck.export.server.engine import BEHIND
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, Unavailable

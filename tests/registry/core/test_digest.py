@@ -11,14 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.registry.core.digest import (
-    MANIFEST,
-    folder_digest,
-    json_digest,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from limbeck.registry.core.digest import MANIFEST, folder_digest, json_digest, read_manifest, verify, write_manifest
 from limbeck.registry.core.errors import DamagedArtifact
 from limbeck.registry.core.home import home, tracking_uri, written_whole
 

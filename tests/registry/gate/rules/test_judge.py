@@ -14,18 +14,10 @@ from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate.approvals import signed
 from limbeck.registry.gate.evidence import Evidence, best_card
 from limbeck.registry.gate.rules.judge import judge
-from limbeck.registry.policy.schema import Policy, load
+from limbeck.registry.policy.file import load
+from limbeck.registry.policy.schema import Policy
 from limbeck.registry.provenance.licences import Term
-from limbeck.registry.records import (
-    Approval,
-    Contamination,
-    Estimate,
-    Overlap,
-    Parity,
-    Request,
-    Scorecard,
-    Version,
-)
+from limbeck.registry.records import Approval, Contamination, Estimate, Overlap, Parity, Request, Scorecard, Version
 from tests import ROOT
 
 ONNX = Version(

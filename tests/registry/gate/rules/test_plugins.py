@@ -13,7 +13,8 @@ import pytest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.judge import judge
-from limbeck.registry.policy.schema import Policy, load
+from limbeck.registry.policy.file import load
+from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import Version
 
 VERSION = Version(

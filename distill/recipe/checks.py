@@ -1,0 +1,151 @@
+"""Whether the parts of a recipe fit together, beyond what its schema says of each key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from limbeck.distill.recipe.cache_form import unserved
+from limbeck.distill.recipe.schema import Recipe
+from limbeck.registry.core.toml import Problem
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """What does not fit together in a recipe whose keys are each in order, with the keys it is about."""
+    yield from _check_teacher(recipe)
+    if recipe.crosses_tokenizers:
+        yield from _check_tokenizers(recipe)
+    if recipe.on_policy:
+        yield from _check_on_policy(recipe)
+    yield from _check_controls(recipe)
+
+
+def _objectives_with_teacher(recipe: Recipe) -> list[str]:
+    return [name for name, objective in recipe.objectives.items() if objective.uses_teacher]
+
+
+def _carved_student(recipe: Recipe) -> str | None:
+    return next((name for name, student in recipe.students.items() if student.carve), None)
+
+
+def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
+    teacher = recipe.teacher
+    for name in _objectives_with_teacher(recipe):
+        place = ("objectives", name)
+        if teacher is None:
+            yield Problem(f"objectives.{name} has a divergence but the recipe has no [teacher]", (place,))
+            continue
+        for temperature in (recipe.objectives[name].temperature, *recipe.sweep.temperatures):
+            objective = recipe.objectives[name].model_copy(update={"temperature": temperature})
+            if why := unserved(recipe.cache, objective, teacher.is_endpoint):
+                yield Problem(f"objectives.{name}: {why}", (place,))
+                break
+    if recipe.generate and teacher is None:
+        message = "[generate] has the teacher write the answers and the recipe has no [teacher]"
+        yield Problem(message, (("generate",),))
+    if recipe.tokenizer and teacher and not recipe.crosses_tokenizers:
+        yield Problem(
+            "[tokenizer] with a [teacher] needs what compares across tokenizers: leave [tokenizer] out and the "
+            "students take the teacher's, or set teacher.retell = true",
+            (("tokenizer",),),
+        )
+    carved = _carved_student(recipe)
+    if carved and (teacher is None or teacher.is_endpoint):
+        message = f"students.{carved}.carve cuts from the teacher: [teacher] has to be a local model"
+        yield Problem(message, (("students", carved, "carve"),))
+
+
+def _check_tokenizers(recipe: Recipe) -> Iterator[Problem]:
+    """Of a recipe whose students may have other tokens than the teacher."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return
+    for name in _objectives_with_teacher(recipe):
+        objective = recipe.objectives[name]
+        if objective.layers or (objective.divergence != "chunks" and not teacher.retell):
+            yield Problem(
+                f"objectives.{name} compares token by token, and the students may have other tokens than the "
+                f"teacher: put it in a recipe of its own, or leave its layers out and set teacher.retell = true",
+                (("objectives", name),),
+            )
+    if teacher.retell and teacher.is_endpoint:
+        yield Problem(
+            "teacher.retell needs all that a teacher says of the next token, and an endpoint tells its likeliest "
+            'alone: set divergence = "chunks", which needs its log-probabilities of the text',
+            (("teacher", "retell"),),
+        )
+    if teacher.retell and (recipe.on_policy or recipe.cache.form == "online"):
+        message = 'teacher.retell tells it ahead of the training: leave [on_policy] and cache.form = "online" out'
+        yield Problem(message, (("teacher", "retell"),))
+    if recipe.tokenizer and recipe.generate:
+        message = "[tokenizer] is trained on text that is there, and [generate] has it written: leave one out"
+        yield Problem(message, (("tokenizer",), ("generate",)))
+    carved = _carved_student(recipe)
+    if carved and (recipe.tokenizer or any(student.model for student in recipe.students.values())):
+        message = f"students.{carved}.carve has the teacher's tokens, and the others have their own"
+        yield Problem(message, (("students", carved, "carve"),))
+
+
+def _check_on_policy(recipe: Recipe) -> Iterator[Problem]:
+    place = ("on_policy",)
+    if not _objectives_with_teacher(recipe):
+        message = "[on_policy] has the teacher grade what the student writes: no objective uses a teacher"
+        yield Problem(message, (place,))
+    if recipe.teacher is not None and recipe.teacher.is_endpoint:
+        message = "[on_policy]: an endpoint does not grade each step's text: [teacher] has to be local"
+        yield Problem(message, (place,))
+    if recipe.cache.form not in (None, "online"):
+        yield Problem(
+            f"[on_policy]: the student writes text that no cache has seen, and cache.form is {recipe.cache.form!r}: "
+            f'set cache.form = "online", or leave it out',
+            (place, ("cache", "form")),
+        )
+    for name, objective in recipe.objectives.items():
+        if objective.divergence == "chunks":
+            yield Problem(
+                f"[on_policy]: objectives.{name}.divergence chunks knows the text as it came, and the student "
+                f"writes another: choose another divergence",
+                (("objectives", name),),
+            )
+        if objective.layers and not objective.divergence:
+            message = f"[on_policy]: objectives.{name} has no divergence to grade what the student writes"
+            yield Problem(message, (("objectives", name),))
+
+
+def _check_controls(recipe: Recipe) -> Iterator[Problem]:
+    sweep, place = recipe.sweep, ("sweep", "controls")
+    if sweep.temperatures and not any(objective.divergence for objective in recipe.objectives.values()):
+        message = "sweep.temperatures: no objective has a divergence that a temperature belongs to"
+        yield Problem(message, (("sweep", "temperatures"),))
+    labels = next((control for control in sweep.controls if control != "untrained"), None)
+    if labels and not _objectives_with_teacher(recipe):
+        yield Problem(
+            f"sweep.controls {labels!r} shows what the same labels bring without the teacher, and no objective "
+            f"learns from its distribution: leave it out",
+            (place,),
+        )
+    if labels and recipe.generate:
+        yield Problem(
+            f"sweep.controls {labels!r} learns from labels without the teacher, and with [generate] the teacher "
+            f"writes them: leave it out, or put the control in a recipe of its own over the text as it came",
+            (place,),
+        )
+    if "labels_equal_cost" in sweep.controls:
+        yield from _check_equal_cost(recipe)
+    for control in sweep.controls:
+        if control in recipe.objectives and recipe.objectives[control].uses_teacher:
+            message = f"objectives.{control} has the name of a control: give it another"
+            yield Problem(message, (("objectives", control),))
+
+
+def _check_equal_cost(recipe: Recipe) -> Iterator[Problem]:
+    place = ("sweep", "controls")
+    labels_only = any(not objective.uses_teacher for objective in recipe.objectives.values())
+    if "labels" not in recipe.sweep.controls and not labels_only:
+        message = 'sweep.controls "labels_equal_cost" takes its speed from "labels": put both into sweep.controls'
+        yield Problem(message, (place,))
+    if recipe.teacher and recipe.teacher.usd(10**6, 10**6) and not recipe.budget.usd_per_hour:
+        yield Problem(
+            'sweep.controls "labels_equal_cost" spends the dollars of the endpoint on training, and needs what an '
+            "hour of this machine costs: set budget.usd_per_hour",
+            (place,),
+        )

@@ -1,0 +1,35 @@
+"""Read a recipe from its file, checked as a whole; and where each of its keys was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from limbeck.distill.recipe import checks
+from limbeck.distill.recipe.schema import Recipe
+from limbeck.registry.core import toml
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe; each of `overrides` is `KEY=VALUE`. Raises BadInput with file, line and key."""
+    text = toml.read(path)
+    recipe = toml.loads(text, Recipe, overrides or [], where=str(path))
+    if problems := list(checks.problems(recipe)):
+        raise toml.located(problems, text, where=str(path))
+    return recipe
+
+
+class Source(NamedTuple):
+    """Where a recipe was read from."""
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+    def place(self, *key: str) -> str:
+        """Where `key` was given: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` that did."""
+        name = ".".join(key)
+        override = next((o for o in self.overrides if o.partition("=")[0].strip() == name), None)
+        if override:
+            return f"--set {override}"
+        line = toml.key_lines(self.path.read_text(encoding="utf-8")).get(key)
+        return f"{self.path}:{line}: {name}" if line else f"{self.path}: {name}"

@@ -1,0 +1,66 @@
+"""The identity of a student: a digest of all that decides its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from limbeck.distill.context import Setting
+from limbeck.distill.recipe.grid import Plan
+from limbeck.distill.recipe.schema import Recipe
+from limbeck.distill.students import matching
+from limbeck.registry.core.digest import json_digest
+from limbeck.registry.core.home import home
+
+
+def family_key(setting: Setting, plan: Plan) -> str:
+    """The digest of what a student shares with its controls: start, text and its layout, training, seed."""
+    recipe = setting.recipe
+    student = recipe.students[plan.student]
+    start = student.model_dump(exclude={"training", "licence"})
+    if plan.student in setting.starts:
+        start["model"] = setting.starts[plan.student].digest
+    elif student.carve:
+        start["model"] = setting.teacher.digest if setting.teacher else None
+    return json_digest(
+        {
+            "student": start,
+            "training": recipe.training_of(plan.student).model_dump(
+                exclude={"logging_steps", "save_minutes", "eval_steps"}
+            ),
+            "seed": plan.seed,
+            "blocks": setting.train.digest,
+            "tokenizer": recipe.tokenizer.model_dump() if recipe.tokenizer else None,
+        }
+    )
+
+
+def student_key(setting: Setting, plan: Plan) -> str:
+    """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
+    recipe = setting.recipe
+    uses_teacher = plan.objective.uses_teacher
+    matched = matching.matched(recipe, plan)
+    return json_digest(
+        {
+            "family": family_key(setting, plan),
+            "objective": plan.objective.model_dump(),
+            "budget": _budget(recipe, plan),
+            "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
+            "cache": recipe.cache.model_dump() if uses_teacher else None,
+            "on_policy": recipe.on_policy.model_dump() if recipe.on_policy and uses_teacher else None,
+            # A control that learns as long as others cost, or not at all.
+            "control": plan.control if plan.control != "labels" else None,
+            "matches": [student_key(setting, other) for other in matched],
+        }
+    )
+
+
+def _budget(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What of the budget decides how a student comes out; a price alone does not."""
+    priced = recipe.budget.max_usd or recipe.budget.stop_when or plan.control == "labels_equal_cost"
+    return recipe.budget.model_dump(exclude=None if priced else {"usd_per_hour"})
+
+
+def folder_of(key: str) -> Path:
+    """Where the student of a key has its checkpoints until it is registered."""
+    return home() / "runs" / key[:16]
