@@ -16,7 +16,7 @@ from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models import licence, loading
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
@@ -37,12 +37,12 @@ class Setting(NamedTuple):
     train: Blocks
     heldout: Blocks
     tokenizer: PreTrainedTokenizerBase
-    teacher: Model | None
+    teacher: ResolvedModel | None
     teacher_version: Version | None
-    starts: dict[str, Model]  # of the students that begin pretrained
+    starts: dict[str, ResolvedModel]  # of the students that begin pretrained
     generated: Generated | None = None  # of a text that the teacher wrote
     # Label of the teacher, or of what a student begins as -> licences of its parts (distill.students.licences)
-    inherited: dict[str, tuple[licences.Term, ...]] = {}
+    inherited: dict[str, tuple[licences.LineageLicence, ...]] = {}
 
     @property
     def licence_allows(self) -> bool | None:
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
         asked = self.recipe.teacher
         if asked is None or asked.licence_allows_distillation is not None:
             return asked.licence_allows_distillation if asked else None
-        return licences.allows(self.teacher_licence)
+        return licences.allows_distillation(self.teacher_licence)
 
     @property
     def teacher_licence(self) -> str | None:
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
         asked, teacher = self.recipe.teacher, self.teacher
         if asked is None or asked.licence or teacher is None:
             return asked.licence if asked else None
-        return licences.of_endpoint(asked.model) or licence.of(teacher)
+        return licences.licence_of_endpoint(asked.model) or licence.of(teacher)
 
     @property
     def vocab_size(self) -> int:

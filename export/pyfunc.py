@@ -26,15 +26,15 @@ PARAMS: dict[str, tuple[str, Any]] = {
     "seed": ("long", None),
     "stop": ("string", []),
 }
-TOGETHER = 16  # rows that are decoded at once
+BATCH_ROWS = 16  # rows that are decoded at once
 
 
-def _load_pyfunc(path: str) -> Completions:
+def _load_pyfunc(path: str) -> CompletionModel:
     """What MLflow calls with the artifact's folder. Raises DamagedArtifact where its files are not those it had."""
-    return Completions(Runtime.load(Path(path)))
+    return CompletionModel(Runtime.load(Path(path)))
 
 
-class Completions:
+class CompletionModel:
     """Completes a column of prompts."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -58,8 +58,8 @@ class Completions:
             if not isinstance(prompt, str):
                 raise BadInput(f"row {row} of the column prompt is no text but {prompt!r}")
         texts: list[str] = []
-        for start in range(0, len(prompts), TOGETHER):
+        for start in range(0, len(prompts), BATCH_ROWS):
             own = None if seed is None else int(seed) + start  # else each group would draw alike
-            some = prompts[start : start + TOGETHER]
+            some = prompts[start : start + BATCH_ROWS]
             texts += [done.text for done in self.runtime.generate(some, seed=own, **settings)]
         return pd.DataFrame({"text": texts}, index=table.index)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import click
 
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 
 HERE = Path(__file__).parent
 PROMPT = "def read_config(path):"
 SAMPLING = ("--max-new-tokens", 64, "--temperature", 0.6, "--seed", 0)
 TASKS = ("stdlib_bits_per_byte", "stdlib_next_line", "stdlib_minimal_pairs")
 
-Words = tuple[object, ...]  # a command line after `limbeck`; a path is said as short as it can be from here
+CommandLine = tuple[object, ...]  # a command line after `limbeck`; a path is said as short as it can be from here
 
 
 @click.command()
@@ -38,15 +38,17 @@ def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[s
     began = time.monotonic()
     name = load(recipe, list(overrides)).name
     for number, (title, commands) in enumerate(steps(name, recipe, policy, limit, overrides), 1):
-        say(f"\n[{number}] {title}")
+        print_status(f"\n[{number}] {title}")
         for words in commands:
-            run(words)
-    say(f"\n[{time.monotonic() - began:.0f} s] {name}@production is yours to serve:\n$ limbeck serve {name}@production")
+            run_command(words)
+    print_status(
+        f"\n[{time.monotonic() - began:.0f} s] {name}@production is yours to serve:\n$ limbeck serve {name}@production"
+    )
 
 
 def steps(
     name: str, recipe: Path, policy: Path, limit: int | None, overrides: Sequence[str]
-) -> Iterator[tuple[str, list[Words]]]:
+) -> Iterator[tuple[str, list[CommandLine]]]:
     """The loop, as titles and command lines. A later step names what an earlier one registered."""
     state = Path(os.environ.get("LIMBECK_HOME", ".limbeck"))
     heldout, tasks = state / "data" / name / "heldout.jsonl", state / "tasks" / "stdlib"
@@ -57,7 +59,7 @@ def steps(
         "Students: the teacher runs once, each size is distilled and has a twin trained on labels alone",
         [("distill", recipe, *sets)],
     )
-    teacher, students = registered(name)
+    teacher, students = teacher_and_students(name)
     yield (
         "ONNX: fp32 and int8 of each student, held against PyTorch",
         [("export", *students, "--precision", "fp32,int8", "--texts", heldout)],
@@ -69,7 +71,10 @@ def steps(
             ("eval", name, "--tasks", ",".join(TASKS), "--include-path", tasks, "--against", teacher, *limits),
         ],
     )
-    yield ("What distillation brought: each student against its twin", [("compare", *pair) for pair in twins(name)])
+    yield (
+        "What distillation brought: each student against its twin",
+        [("compare", *pair) for pair in distilled_and_labels_pairs(name)],
+    )
     yield ("Leaderboard: cost against quality", [("leaderboard", name)])
     yield ("Verdict: is the giant a waste here?", [("verdict", name)])
     yield (
@@ -82,7 +87,7 @@ def steps(
     )
 
 
-def registered(name: str) -> tuple[str, list[str]]:
+def teacher_and_students(name: str) -> tuple[str, list[str]]:
     """NAME/VERSION of the newest teacher, and of the students that are compared with it."""
     from limbeck.registry.mlflow.store import Store
 
@@ -92,7 +97,7 @@ def registered(name: str) -> tuple[str, list[str]]:
     return teacher.ref, [student.ref for student in students]
 
 
-def twins(name: str) -> list[tuple[str, str]]:
+def distilled_and_labels_pairs(name: str) -> list[tuple[str, str]]:
     """NAME/VERSION of each distilled student and of its twin: the same student, trained on labels alone."""
     from limbeck.registry.mlflow.store import Store
 
@@ -101,10 +106,10 @@ def twins(name: str) -> list[tuple[str, str]]:
     return [(ref, twin) for ref, twin in pairs if twin and twin != ref]
 
 
-def run(words: Words) -> None:
+def run_command(command_line: CommandLine) -> None:
     """Print a command and run it here; `generate` in a process of its own, as a user of the artifact would."""
-    args = [_short(word) for word in words]
-    say(f"$ limbeck {shlex.join(args)}")
+    args = [_shorten_path(word) for word in command_line]
+    print_status(f"$ limbeck {shlex.join(args)}")
     if args[0] == "generate":
         code = subprocess.run([sys.executable, "-P", "-m", "limbeck", *args]).returncode
     else:
@@ -114,7 +119,7 @@ def run(words: Words) -> None:
         sys.exit(code)
 
 
-def _short(word: object) -> str:
+def _shorten_path(word: object) -> str:
     if isinstance(word, Path) and word.is_absolute() and word.is_relative_to(Path.cwd()):
         return str(word.relative_to(Path.cwd()))
     return str(word)

@@ -27,24 +27,24 @@ class Record(Frozen):
 
     def digest(self) -> str:
         """Hex SHA-256 of the record's JSON; fields that are `later` and say nothing are left out."""
-        return json_digest(said_by(self))
+        return json_digest(digest_content(self))
 
 
-def later(default: Any) -> Any:
+def field_added_later(default: Any) -> Any:
     """A field added to a record after some were kept: at its default it is no part of the digest."""
     return Field(default=default, json_schema_extra={"later": True})
 
 
-def said_by(value: Any) -> Any:
+def digest_content(value: Any) -> Any:
     """A value as its digest takes it: JSON, without what `later` fields do not say."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         silent = {n for n, f in fields.items() if f.json_schema_extra and getattr(value, n) == f.default}
-        return {name: said_by(inner) for name, inner in value if name not in silent}
+        return {name: digest_content(inner) for name, inner in value if name not in silent}
     if isinstance(value, dict):
-        return {key: said_by(inner) for key, inner in value.items()}
+        return {key: digest_content(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [said_by(inner) for inner in value]
+        return [digest_content(inner) for inner in value]
     return to_jsonable_python(value)
 
 
@@ -95,7 +95,9 @@ class Estimate(Record):
     low: float
     high: float
     confidence: float = 0.95
-    freedom: float | None = later(None)  # degrees of freedom of Student's t, where the interval is by it
+    degrees_of_freedom: float | None = field_added_later(
+        None
+    )  # degrees of freedom of Student's t, where the interval is by it
 
 
 class TaskResult(Record):
@@ -112,12 +114,12 @@ class TaskResult(Record):
     group: str | None = None  # the group it is a sub-task of
 
 
-def top_level(tasks: Mapping[str, TaskResult]) -> list[str]:
+def top_level_tasks(tasks: Mapping[str, TaskResult]) -> list[str]:
     """The tasks that belong to no group that is scored too."""
     return [name for name, result in tasks.items() if result.group not in tasks]
 
 
-class Load(Record):
+class BatchCost(Record):
     """Requests of one batch size, all of them the same."""
 
     batch: int
@@ -151,15 +153,17 @@ class Cost(Record):
     requests: int
     threads: int
     machine: str
-    protocol: int = later(1)
-    run: str | None = later(None)  # costs of one run were measured in turn, round by round
-    device: str = later("cpu")  # cpu or cuda
-    price: str | None = later(None)  # where usd_per_hour comes from: name, date and source
-    usd_interval: Estimate | None = later(None)  # of usd_per_million_tokens: the median over rounds
-    p50_interval: Estimate | None = later(None)  # of p50_ms
-    flops_per_token: float | None = later(None)  # mean over a request's tokens, see limbeck.evals.cost.flops
-    peak_device_bytes: int | None = later(None)
-    loads: tuple[Load, ...] = later(())  # by batch size, batch 1 first
+    protocol: int = field_added_later(1)
+    run: str | None = field_added_later(None)  # costs of one run were measured in turn, round by round
+    device: str = field_added_later("cpu")  # cpu or cuda
+    price: str | None = field_added_later(None)  # where usd_per_hour comes from: name, date and source
+    usd_interval: Estimate | None = field_added_later(None)  # of usd_per_million_tokens: the median over rounds
+    p50_interval: Estimate | None = field_added_later(None)  # of p50_ms
+    flops_per_token: float | None = field_added_later(
+        None
+    )  # mean over a request's tokens, see limbeck.evals.cost.flops
+    peak_device_bytes: int | None = field_added_later(None)
+    loads: tuple[BatchCost, ...] = field_added_later(())  # by batch size, batch 1 first
 
     @property
     def setting(self) -> tuple[str, int, int, int, float, int]:
@@ -178,9 +182,9 @@ class Relative(Record):
     difference: dict[str, Estimate]  # student - teacher, in the metric's own units
     cost_ratio: float | None  # usd_per_million_tokens over the teacher's: the median over paired rounds
     speedup: float | None  # teacher's p50_ms over this p50_ms, likewise
-    cost_ratio_interval: Estimate | None = later(None)
-    speedup_interval: Estimate | None = later(None)
-    teacher_cost: Cost | None = later(None)  # of the same run as this scorecard's cost
+    cost_ratio_interval: Estimate | None = field_added_later(None)
+    speedup_interval: Estimate | None = field_added_later(None)
+    teacher_cost: Cost | None = field_added_later(None)  # of the same run as this scorecard's cost
 
 
 class Noninferiority(Record):
@@ -196,7 +200,7 @@ class Noninferiority(Record):
     upper: float  # likewise
     p_value: float  # of the hypothesis that the candidate is worse by the margin or more
     p_holm: float  # corrected for all that was tested
-    alone: Outcome  # of this test alone
+    uncorrected: Outcome  # of this test alone
     verdict: Outcome
     detectable: float  # the smallest margin that these documents show with 80% power, were there no difference
     # Inconclusive: about how many documents would settle it with 80% power, and clusters of them, if the
@@ -205,7 +209,7 @@ class Noninferiority(Record):
     clusters_needed: int | None = None
 
 
-class Answers(Record):
+class AnswerDifferences(Record):
     """How two models' answers differ: a diagnosis, no test of being as good. None where it cannot be told."""
 
     right_to_wrong: int | None  # documents that the reference has right and the candidate wrong; 0/1 scores only
@@ -231,7 +235,7 @@ class ComparedTask(Record):
     retention: Estimate | None  # of what the reference has above chance
     no_retention: str | None  # why it has none
     noninferiority: Noninferiority
-    answers: Answers
+    answers: AnswerDifferences
 
 
 class Flip(Record):
@@ -258,7 +262,7 @@ class ComparedModels(Record):
     retention: Estimate | None  # mean over the tasks that have one
     tasks: tuple[ComparedTask, ...]  # top-level tasks and groups
     over_all: tuple[ComparedTask, ...]  # of each metric that several tasks have: macro, then pooled
-    untold: dict[str, str]  # tasks of which nothing can be told, and why
+    unknown_tasks: dict[str, str]  # tasks of which nothing can be told, and why
     flips: tuple[Flip, ...]  # where they were asked for
 
 
@@ -293,23 +297,23 @@ class Scorecard(Record):
     created: datetime
     cost: Cost | None = None
     relative: Relative | None = None
-    seconds: float | None = later(None)  # that scoring took; what was known already took none
-    contamination: Contamination | None = later(None)  # None: the training text was not at hand
+    seconds: float | None = field_added_later(None)  # that scoring took; what was known already took none
+    contamination: Contamination | None = field_added_later(None)  # None: the training text was not at hand
 
 
-class Making(Record):
+class TrainingCost(Record):
     """What making a student took."""
 
     training_seconds: float  # of all parts of a run that was stopped and resumed; online teacher included
     teacher_seconds: float = 0.0  # of the teacher's forward passes whose logits were stored and learnt from
-    teacher_students: int = 1  # students of the recipe that share those logits; the seconds are not divided
+    students_sharing_teacher: int = 1  # students of the recipe that share those logits; the seconds are not divided
     tokens: int  # seen in training
-    machine: str  # limbeck.registry.core.machine.hardware
+    machine: str  # limbeck.registry.core.machine.describe_hardware
     device: str = "cpu"
     api_input_tokens: int = 0  # sent to and got from a teacher behind an API
     api_output_tokens: int = 0
     api_model: str | None = None
-    api_usd: float | None = later(None)  # what those cost at the recipe's prices; None where it named none
+    api_usd: float | None = field_added_later(None)  # what those cost at the recipe's prices; None where it named none
 
 
 class Parity(Record):
@@ -325,15 +329,15 @@ class Parity(Record):
     bits_per_byte: float
     greedy_identical: bool
     passed: bool  # fp32: all differences <= 1e-3 and greedy_identical; others: nothing is broken outright
-    p99_kl: float | None = later(None)  # 99th percentile over tokens
-    max_kl: float | None = later(None)
+    p99_kl: float | None = field_added_later(None)  # 99th percentile over tokens
+    max_kl: float | None = field_added_later(None)
     # A text alone beside the same text ...: largest difference in log-probability, and mean KL in nats per token
-    batch_diff: float | None = later(None)  # in a batch with others
-    batch_kl: float | None = later(None)
-    left_padding_diff: float | None = later(None)  # in a batch padded on the left, its end token by token
-    left_padding_kl: float | None = later(None)
-    cache_diff: float | None = later(None)  # token by token with the runtime's cache
-    cache_kl: float | None = later(None)
+    batch_diff: float | None = field_added_later(None)  # in a batch with others
+    batch_kl: float | None = field_added_later(None)
+    left_padding_diff: float | None = field_added_later(None)  # in a batch padded on the left, its end token by token
+    left_padding_kl: float | None = field_added_later(None)
+    cache_diff: float | None = field_added_later(None)  # token by token with the runtime's cache
+    cache_kl: float | None = field_added_later(None)
 
 
 class RuleResult(Record):
@@ -358,9 +362,9 @@ class Verdict(Record):
     created: datetime
 
     @property
-    def judgement(self) -> str:
+    def content_digest(self) -> str:
         """The digest of all but the time: the same for two verdicts that say the same."""
-        return json_digest({name: value for name, value in said_by(self).items() if name != "created"})
+        return json_digest({name: value for name, value in digest_content(self).items() if name != "created"})
 
 
 class Request(Record):
@@ -385,8 +389,8 @@ class Approval(Record):
     who: str
     when: datetime
     reason: str
-    key: str | None = later(None)  # public ed25519 key of the approver, base64; None: not signed
-    signature: str | None = later(None)  # over the digest of all other fields, base64
+    key: str | None = field_added_later(None)  # public ed25519 key of the approver, base64; None: not signed
+    signature: str | None = field_added_later(None)  # over the digest of all other fields, base64
 
 
 class LedgerEntry(Record):
@@ -406,20 +410,24 @@ class LedgerEntry(Record):
     reason: str
     previous: str  # hash of the entry before; "" for the first
     hash: str  # over all the other fields but key and signature
-    override: bool = later(False)  # the verdict did not pass: somebody with the permission moved it all the same
-    broken: tuple[str, ...] = later(())  # the rules that an override went over, with their numbers
-    policy: str | None = later(None)  # digest of the policy
-    approvals: tuple[str, ...] = later(())  # digests of the approvals
-    sbom: str | None = later(None)  # digest of the bill of materials of the artifact
-    anchor: str | None = later(None)  # the MLflow run that holds the ledger in place
-    adopted: tuple[str, ...] = later(
+    override: bool = field_added_later(
+        False
+    )  # the verdict did not pass: somebody with the permission moved it all the same
+    overridden_rules: tuple[str, ...] = field_added_later(
+        ()
+    )  # the rules that an override went over, with their numbers
+    policy: str | None = field_added_later(None)  # digest of the policy
+    approvals: tuple[str, ...] = field_added_later(())  # digests of the approvals
+    sbom: str | None = field_added_later(None)  # digest of the bill of materials of the artifact
+    anchor: str | None = field_added_later(None)  # the MLflow run that holds the ledger in place
+    adopted: tuple[str, ...] = field_added_later(
         ()
     )  # of an adopt entry: the problems that it takes as they are, see limbeck.registry.ledger.chain
-    key: str | None = later(None)  # public ed25519 key of who wrote it, base64; None: not signed
-    signature: str | None = later(None)  # over the hash, base64
+    key: str | None = field_added_later(None)  # public ed25519 key of who wrote it, base64; None: not signed
+    signature: str | None = field_added_later(None)  # over the hash, base64
 
 
-class HeldTask(Record):
+class ControlTaskResult(Record):
     """A student less its control on one task, paired by document."""
 
     metric: str
@@ -427,13 +435,13 @@ class HeldTask(Record):
     better: Literal["student", "control"] | None  # beyond the interval; None: not settled
 
 
-class AgainstControl(Record):
+class ControlComparison(Record):
     """A distilled student held against a control: the same student without the teacher."""
 
     student: str  # NAME/VERSION
     control: str
     kind: str  # labels (at equal tokens), labels_equal_cost, untrained
-    tasks: dict[str, HeldTask]  # top-level tasks and groups
+    tasks: dict[str, ControlTaskResult]  # top-level tasks and groups
     outcome: Literal["better", "worse", "mixed", "not settled"]  # over the tasks
     student_tokens: int | None  # that each has seen in training
     control_tokens: int | None
@@ -472,7 +480,7 @@ class LeaderboardRow(Record):
     setting: int | None = None  # 0 is the largest; null: not scored
     differs: str | None = None  # how the setting differs from setting 0, in words
     control: str | None = None  # of distillation, as Version.control
-    against_controls: tuple[AgainstControl, ...] = ()  # of a distilled PyTorch student
+    against_controls: tuple[ControlComparison, ...] = ()  # of a distilled PyTorch student
     # {model, teacher, data, code, base_model}, each an SPDX expression as far as it is stated
     licences: dict[str, str | None] = {}
     licence_allows_distillation: bool | None = None  # as Version's

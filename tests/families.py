@@ -82,13 +82,13 @@ def checkpoint(family: Family, tokenizer_folder: Path, to: Path) -> Path:
 
 def try_family(family: Family, tokenizer_folder: Path, folder: Path) -> tuple[str, Any]:
     """Export the family's model within `folder`: which graph it got, and how that compares with PyTorch."""
-    from limbeck.export.artifact.export import export
-    from limbeck.export.artifact.parity import compare
+    from limbeck.export.artifact.export import export_onnx
+    from limbeck.export.artifact.parity import measure_parity
     from limbeck.registry.core.digest import read_manifest
 
     model = checkpoint(family, tokenizer_folder, folder / "torch")
-    export(model, folder / "onnx")
-    parity = compare(model, folder / "onnx", documents=4, tokens=48, new_tokens=8)
+    export_onnx(model, folder / "onnx")
+    parity = measure_parity(model, folder / "onnx", max_documents=4, max_tokens=48, new_tokens=8)
     return str(read_manifest(folder / "onnx")["graph"]), parity
 
 

@@ -14,14 +14,14 @@ from starlette.exceptions import HTTPException
 from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import Policy
-from limbeck.web.render import page
+from limbeck.web.render import render_page
 from limbeck.web.routes import actions, history, login
 from limbeck.web.routes import pages as reading
-from limbeck.web.security import Guard, Guarded, NotLoggedIn
+from limbeck.web.security import Guard, GuardMiddleware, NotLoggedIn
 from limbeck.web.site import Site, public_address
 
 STATUS: dict[type[Exception], int] = {
-    reading.NotHere: 404,
+    reading.PageNotFound: 404,
     NotLoggedIn: 403,
     Unreachable: 503,
     Refused: 409,
@@ -63,14 +63,14 @@ def create_app(
         app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
 
-    app.add_middleware(Guarded, guard=guard)
-    app.add_exception_handler(LimbeckError, _told)
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _told)
+    app.add_middleware(GuardMiddleware, guard=guard)
+    app.add_exception_handler(LimbeckError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(RequestValidationError, _error_response)
     return app
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
     """What went wrong as a page in plain words, or as JSON where that was asked for."""
     if isinstance(error, HTTPException):
         status, message, fix = error.status_code, str(error.detail), None
@@ -87,4 +87,4 @@ def _told(request: Request, error: Exception) -> Response:
     if reading.wants_json(request):
         return JSONResponse({"error": message, "fix": fix}, status)
     title = TITLES.get(status, "This did not work")
-    return page(request, "error.html", status=status, title=title, message=message, fix=fix)
+    return render_page(request, "error.html", status=status, title=title, message=message, fix=fix)

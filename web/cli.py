@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 
 
 @click.command()
@@ -33,26 +33,28 @@ def ui(
     """
     import uvicorn
 
-    from limbeck.export.server.app import listen
+    from limbeck.export.server.app import open_listener
     from limbeck.registry.mlflow.store import Store
-    from limbeck.registry.policy.file import load
+    from limbeck.registry.policy.file import load_policy
     from limbeck.web.app import create_app
-    from limbeck.web.security import is_loopback, token_asked
+    from limbeck.web.security import is_loopback, token_or_new
 
     given = os.environ.get("LIMBECK_UI_TOKEN")
-    token = token_asked(given)
+    token = token_or_new(given)
     here = Path("policy.toml")
-    policy = load(path or here) if path or here.exists() else None
+    policy = load_policy(path or here) if path or here.exists() else None
     private = not is_loopback(host)
     app = create_app(
         Store(), policy=policy, token=token, mlflow_ui=mlflow_ui, hosts=(host, *allow_host), private=private
     )
-    listener = listen(host, port)
+    listener = open_listener(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    say(address)
+    print_status(address)
     if private:
-        say("others can reach it: reading needs the token too; without TLS before it, the token can be read on the way")
-    say(f"to change anything, log in with the token{f' {token}' if not given else ' of LIMBECK_UI_TOKEN'}")
+        print_status(
+            "others can reach it: reading needs the token too; without TLS before it, the token can be read on the way"
+        )
+    print_status(f"to change anything, log in with the token{f' {token}' if not given else ' of LIMBECK_UI_TOKEN'}")
     if browse:
         click.launch(address)
     # No log of requests: an address may tell of a reason or a search.
@@ -62,6 +64,6 @@ def ui(
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
-        say("stopped")
+        print_status("stopped")
     finally:
         listener.close()

@@ -24,7 +24,7 @@ def _environment() -> Environment:
     pages = FileSystemLoader(Path(__file__).with_name("templates"))
     made = Environment(loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= FILTERS
-    made.globals |= {"model_link": model_link, "version_link": version_link, "query": query}
+    made.globals |= {"model_link": model_link, "version_link": version_link, "query": query_string}
     return made
 
 
@@ -33,7 +33,7 @@ def render(page: str, /, **values: Any) -> str:
     return _environment().get_template(page).render(**values)
 
 
-def page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
+def render_page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
     """The answer to a request: a template that extends base.html.
 
     Args:
@@ -64,7 +64,7 @@ def version_link(ref: str, *rest: str) -> str:
     return model_link(name, version, *rest)
 
 
-def query(**values: Any) -> str:
+def query_string(**values: Any) -> str:
     """`?a=1&b=2`, of what is not None or empty; "" where nothing is left."""
     said = {name: value for name, value in values.items() if value not in (None, "", ())}
     return f"?{urlencode(said, doseq=True)}" if said else ""
@@ -77,7 +77,7 @@ def markdown(text: str) -> tuple[str, Markup]:
     return head or "", Markup(render(body))
 
 
-def _when(moment: datetime) -> str:
+def _format_time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M}"
 
 
@@ -94,7 +94,7 @@ def _count(number: int, word: str) -> str:
 
 
 FILTERS: dict[str, Callable[..., str]] = {
-    "when": _when,
+    "when": _format_time,
     "bytes": _bytes,
     "count": _count,
     "percent": lambda share: f"{share:.1%}",

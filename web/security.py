@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limbeck.registry.core.errors import BadInput, Refused
 
 SESSION_S = 12 * 3600
-TRIES, TRY_S = 5, 60.0  # wrong tokens from one address within so many seconds
-SHORTEST_TOKEN = 16  # characters
+MAX_TRIES, TRY_WINDOW_S = 5, 60.0  # wrong tokens from one address within so many seconds
+MIN_TOKEN_LENGTH = 16  # characters
 MAX_FORM = 2**16  # bytes
 OPEN_PATHS = ("/login", "/static/")  # are read without a session, also where reading asks for one
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -73,18 +73,18 @@ class Guard:
         *,
         hosts: Iterable[str] = (),
         private: bool = False,
-        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.token = token
         self.private = private
-        self.once = Once()
+        self.once_per_form = OncePerForm()
         self._hosts = {host.lower() for host in (*hosts, "localhost", socket.gethostname(), socket.getfqdn())}
-        self._now = now
+        self._now = clock
         self._key = secrets.token_bytes(32)
         # Cookies are shared by all the ports of a host: two servers need two names.
         self.cookie = f"limbeck-{secrets.token_hex(4)}"
-        self._ended: dict[str, int] = {}  # nonces of sessions that were logged out -> when they expire
-        self._wrong: dict[str, deque[float]] = {}  # address -> times of wrong tokens
+        self._logged_out: dict[str, int] = {}  # nonces of sessions that were logged out -> when they expire
+        self._wrong_tokens: dict[str, deque[float]] = {}  # address -> times of wrong tokens
         self._lock = threading.Lock()
 
     # --- sessions
@@ -100,15 +100,17 @@ class Guard:
             Refused: a wrong token, or too many of them.
         """
         with self._lock:
-            wrong = self._wrong.setdefault(address, deque(maxlen=TRIES))
-            if len(wrong) == TRIES and (wait := wrong[0] + TRY_S - self._now()) > 0:
-                raise Refused(f"{TRIES} wrong tokens within a minute", fix=f"wait {wait:.0f} seconds, then try again")
+            wrong = self._wrong_tokens.setdefault(address, deque(maxlen=MAX_TRIES))
+            if len(wrong) == MAX_TRIES and (wait := wrong[0] + TRY_WINDOW_S - self._now()) > 0:
+                raise Refused(
+                    f"{MAX_TRIES} wrong tokens within a minute", fix=f"wait {wait:.0f} seconds, then try again"
+                )
             if self.token is None or not hmac.compare_digest(token.strip().encode(), self.token.encode()):
                 wrong.append(self._now())
-                if len(self._wrong) > 1000:
-                    self._wrong.pop(next(iter(self._wrong)))
+                if len(self._wrong_tokens) > 1000:
+                    self._wrong_tokens.pop(next(iter(self._wrong_tokens)))
                 raise Refused("that is not the token")
-            self._wrong.pop(address)
+            self._wrong_tokens.pop(address)
         value = f"{int(self._now()) + SESSION_S}.{secrets.token_urlsafe(16)}"
         return f"{value}.{self._sign('session', value)}"
 
@@ -118,22 +120,22 @@ class Guard:
         if not hmac.compare_digest(signature.encode(), self._sign("session", value).encode()):
             return None
         expires, _, nonce = value.partition(".")
-        if int(expires) <= self._now() or nonce in self._ended:
+        if int(expires) <= self._now() or nonce in self._logged_out:
             return None
         return Session(nonce, int(expires), self._sign("csrf", value))
 
     def log_out(self, session: Session) -> None:
         """End a session: its cookie is worth nothing from now on."""
         with self._lock:
-            self._ended = {nonce: expires for nonce, expires in self._ended.items() if expires > self._now()}
-            self._ended[session.nonce] = session.expires
+            self._logged_out = {nonce: expires for nonce, expires in self._logged_out.items() if expires > self._now()}
+            self._logged_out[session.nonce] = session.expires
 
     def _sign(self, purpose: str, value: str) -> str:
         return hmac.digest(self._key, f"{purpose}:{value}".encode(), "sha256").hex()
 
     # --- requests
 
-    def known_host(self, host: str) -> bool:
+    def is_known_host(self, host: str) -> bool:
         """Whether a Host header names this server: another site's name that leads here is none of its."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
@@ -148,16 +150,16 @@ class Guard:
         return True  # an address needs no lookup, so nobody can have turned it
 
 
-def token_asked(given: str | None) -> str:
-    """The token that is asked for: `given`, or a new one. Raises BadInput for one that is short."""
-    if not given:
+def token_or_new(token: str | None) -> str:
+    """The token that is asked for: `token`, or a new one. Raises BadInput for one that is short."""
+    if not token:
         return secrets.token_urlsafe(24)
-    if len(given.strip()) < SHORTEST_TOKEN:
+    if len(token.strip()) < MIN_TOKEN_LENGTH:
         raise BadInput(
-            f"LIMBECK_UI_TOKEN has {len(given.strip())} characters, at least {SHORTEST_TOKEN} are asked",
+            f"LIMBECK_UI_TOKEN has {len(token.strip())} characters, at least {MIN_TOKEN_LENGTH} are asked",
             fix="make one: openssl rand -base64 24; or unset it, and one is made at each start",
         )
-    return given.strip()
+    return token.strip()
 
 
 def is_loopback(host: str) -> bool:
@@ -168,14 +170,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def here(path: str | None) -> str:
+def safe_local_path(path: str | None) -> str:
     """A path of these pages to go to after login; "/" for anything that leads elsewhere."""
     if not path or not path.startswith("/") or path[1:2] in ("/", "\\") or any(ord(char) < 32 for char in path):
         return "/"
     return path
 
 
-class Guarded:
+class GuardMiddleware:
     """ASGI middleware: who a request comes from is settled before a page sees it; answers get HEADERS.
 
     Sets `request.state.session`, None for a reader.
@@ -197,10 +199,10 @@ class Guarded:
 
     def _refusal(self, request: Request, session: Session | None) -> ASGIApp | None:
         headers = request.headers
-        if not self.guard.known_host(headers.get("host", "")):
+        if not self.guard.is_known_host(headers.get("host", "")):
             words = "These pages are not served under this name. Add it: limbeck ui --allow-host NAME\n"
             return PlainTextResponse(words, 421)
-        if refused := _foreign(request.method, headers):
+        if refused := _foreign_reason(request.method, headers):
             return PlainTextResponse(f"Refused: {refused}.\n", 403)
         if self.guard.private and session is None and not request.url.path.startswith(OPEN_PATHS):
             if request.method == "GET":
@@ -215,7 +217,7 @@ def login_path(request: Request) -> str:
     return f"/login?next={quote(page, safe='')}"
 
 
-def _foreign(method: str, headers: Headers) -> str | None:
+def _foreign_reason(method: str, headers: Headers) -> str | None:
     """Why a request is not one of these pages' own; None where it is, or where it is a link to one."""
     site = headers.get("sec-fetch-site", "same-origin")
     if method in SAFE_METHODS:
@@ -257,7 +259,7 @@ async def read_form(request: Request) -> dict[str, str]:
     return dict(pairs)
 
 
-async def changing(request: Request) -> dict[str, str]:
+async def require_session_form(request: Request) -> dict[str, str]:
     """A dependency of whatever changes something: the fields of a form that was made for this session.
 
     Raises NotLoggedIn.
@@ -271,15 +273,15 @@ async def changing(request: Request) -> dict[str, str]:
     return form
 
 
-class Once:
+class OncePerForm:
     """A form does what it does once, however often it is sent: later ones get the answer of the first."""
 
     def __init__(self) -> None:
         self._answers: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
-    def run(self, form: str, act: Callable[[], str]) -> str:
-        """The answer of `act`, which is called for the first of the same `form`; the others wait for it."""
+    def run(self, form: str, action: Callable[[], str]) -> str:
+        """The answer of `action`, which is called for the first of the same `form`; the others wait for it."""
         with self._lock:
             answer = self._answers.get(form)
             first = answer is None
@@ -289,7 +291,7 @@ class Once:
                     self._answers.pop(next(iter(self._answers)))
         if first:
             try:
-                answer.set_result(act())
+                answer.set_result(action())
             except BaseException as error:  # nothing was done: it may be tried again
                 with self._lock:
                     self._answers.pop(form, None)

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import Policy
-from limbeck.web.leaderboards import Boards
+from limbeck.web.leaderboards import LeaderboardCache
 from limbeck.web.security import Guard
 
 
@@ -24,9 +24,9 @@ class Site:
     mlflow_ui: str | None = None  # where MLflow's own pages are, without credentials
 
     @cached_property
-    def boards(self) -> Boards:
+    def leaderboards(self) -> LeaderboardCache:
         """The leaderboards of all models."""
-        return Boards(self.store)
+        return LeaderboardCache(self.store)
 
     def run_link(self, run_id: str) -> str | None:
         """The address of a run in MLflow's own pages; None where they are not known."""
@@ -36,7 +36,7 @@ class Site:
         return f"{self.mlflow_ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
 
 
-def site_of(request: Request) -> Site:
+def current_site(request: Request) -> Site:
     """The site that a request is for; a FastAPI dependency."""
     site: Site = request.app.state.site
     return site

@@ -21,8 +21,8 @@ from limbeck.distill.cache import encoding
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.registry.core.digest import file_digest, json_digest
 from limbeck.registry.core.errors import DamagedArtifact
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.terminal import print_status
 
 if TYPE_CHECKING:
     import torch
@@ -88,11 +88,11 @@ class TeacherCache:
         from safetensors.numpy import save_file
 
         path = _file(self.folder, shard)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
             digest = file_digest(temporary)
         # The record comes last: a shard without one is not there.
-        with written_whole(_record(self.folder, shard)) as temporary:
+        with atomic_write(_record(self.folder, shard)) as temporary:
             temporary.write_text(json.dumps({"sha256": digest, "seconds": seconds}) + "\n")
         self._open.pop(shard, None)
 
@@ -217,7 +217,7 @@ def _filling(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=2)
     except Timeout:
-        say(f"  teacher cache: {folder.name} is being filled by another process; waiting for it")
+        print_status(f"  teacher cache: {folder.name} is being filled by another process; waiting for it")
         lock.acquire()
     try:
         yield
@@ -227,7 +227,7 @@ def _filling(folder: Path) -> Iterator[None]:
 
 def _describe(cache: TeacherCache) -> None:
     about = {"settings": cache.settings, "blocks": cache.blocks, "length": cache.length, "shards": cache.shards}
-    with written_whole(cache.folder / "settings.json") as temporary:  # its time tells when the cache was last used
+    with atomic_write(cache.folder / "settings.json") as temporary:  # its time tells when the cache was last used
         temporary.write_text(json.dumps(about | {"about": cache.about}, indent=1) + "\n")
 
 

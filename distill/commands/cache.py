@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.registry.core.terminal import bytes_said, format_option, print_json, print_table, say
+from limbeck.registry.core.terminal import format_bytes, format_option, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from limbeck.distill.cache.inventory import Kept
@@ -31,7 +31,7 @@ def list_(output: str) -> None:
         print_json([_json(each) for each in every])
         return
     columns = ["id", "teacher", "form", "tokens", "size", "bytes a token", "shards", "last used"]
-    print_table(f"teacher caches, {bytes_said(sum(each.disk_bytes for each in every))}", columns, map(_row, every))
+    print_table(f"teacher caches, {format_bytes(sum(each.disk_bytes for each in every))}", columns, map(_row, every))
 
 
 def _row(each: Kept) -> tuple[Any, ...]:
@@ -40,7 +40,7 @@ def _row(each: Kept) -> tuple[Any, ...]:
         each.about.get("teacher"),
         each.form,
         f"{each.tokens:,}",
-        bytes_said(each.disk_bytes),
+        format_bytes(each.disk_bytes),
         f"{each.bytes_per_token:.1f}" if each.bytes_per_token else None,
         each.shards if each.captured == each.shards else f"{each.captured} of {each.shards}",
         f"{each.used:%Y-%m-%d %H:%M}",
@@ -129,12 +129,12 @@ def prune(
     if output == "json":
         print_json([_json(each) | {"removed": removed[each.id]} for each in going])
     else:
-        rows = [(*_row(each)[:3], bytes_said(each.disk_bytes), _fate(removed[each.id], dry_run)) for each in going]
+        rows = [(*_row(each)[:3], format_bytes(each.disk_bytes), _fate(removed[each.id], dry_run)) for each in going]
         print_table("", ["id", "teacher", "form", "size", ""], rows)
     if dry_run:
-        say(f"{bytes_said(sum(each.disk_bytes for each in going))} would be freed")
+        print_status(f"{format_bytes(sum(each.disk_bytes for each in going))} would be freed")
         return
-    say(f"{bytes_said(sum(each.disk_bytes for each in going if removed[each.id]))} freed")
+    print_status(f"{format_bytes(sum(each.disk_bytes for each in going if removed[each.id]))} freed")
 
 
 def _fate(removed: bool, dry_run: bool) -> str:
@@ -161,7 +161,7 @@ def _beyond(every: list[Kept], limit: float) -> set[str]:
 
 
 def _ask(going: list[Kept]) -> None:
-    question = f"Remove {len(going)} caches, {bytes_said(sum(each.disk_bytes for each in going))}?"
+    question = f"Remove {len(going)} caches, {format_bytes(sum(each.disk_bytes for each in going))}?"
     if not sys.stdin.isatty():
         raise BadInput(f"{question} There is no terminal to ask at", fix="say --yes, or look first with --dry-run")
     click.confirm(question, abort=True)

@@ -236,7 +236,7 @@ def write(documents: Iterable[Document], name: str, heldout: float, what: str) -
                 f"{what} leaves no {part} document: it has {text.train_documents + text.heldout_documents} in all",
                 fix=f"give more text, or another data.heldout than {heldout}",
             )
-        before = jsonl.digest_in(folder)
+        before = jsonl.corpus_digest_in(folder)
         if before != text.digest:
             if folder.exists():
                 aside = folder.with_name(f"{name}-{before[:12] if before else 'unknown'}")
@@ -281,7 +281,7 @@ def _write_parts(ordered: Iterable[tuple[Document, bytes]], folder: Path, heldou
 
 def read(path: Path) -> Iterator[Document]:
     """The documents of a corpus file."""
-    return map(_document, jsonl.objects(path))
+    return map(_document, jsonl.read_objects(path))
 
 
 def _document(row: dict[str, Any]) -> Document:

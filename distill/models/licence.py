@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
-from limbeck.registry.provenance.licences import Term
+from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import Version
 
 
-def of(model: Model) -> str | None:
+def of(model: ResolvedModel) -> str | None:
     """The licence of a model, as the registry or its own card states it, or None."""
     return model.version.licence if model.version else licence_of(model.path)
 
@@ -26,18 +26,18 @@ def licence_of(folder: Path) -> str | None:
         return None
     licence = data.get("license_name") if data.license == "other" else data.license
     if isinstance(data.license, list):  # of a data set's parts
-        return licences.joined(map(str, data.license))
+        return licences.join_licences(map(str, data.license))
     return str(licence or data.license) if data.license else None
 
 
-def origin(store: Store, model: Model) -> Version | None:
+def origin(store: Store, model: ResolvedModel) -> Version | None:
     """The version that a model is: as it was named, else the student that has the very files of its folder."""
     if model.version or model.endpoint:
         return model.version
     return next((v for v in store.versions() if v.digest == model.digest and v.kind == "student"), None)
 
 
-def inherited(store: Store, model: Model) -> tuple[Term, ...]:
+def inherited(store: Store, model: ResolvedModel) -> tuple[LineageLicence, ...]:
     """The licences of what went into a model, as far as the registry knows it."""
     version = origin(store, model)
-    return tuple(licences.chain(store, version)) if version else ()
+    return tuple(licences.lineage_licences(store, version)) if version else ()

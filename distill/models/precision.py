@@ -6,8 +6,8 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.machine import hardware
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.machine import describe_hardware
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def uses_bf16(wanted: bool | None, config: PretrainedConfig) -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     hidden, inner = widths(config)
-    key = f"{hardware()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {hidden} x {inner}"
+    key = f"{describe_hardware()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {hidden} x {inner}"
     file = home() / "precision.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def uses_bf16(wanted: bool | None, config: PretrainedConfig) -> bool:
         known = {}
     if key not in known:
         known[key] = measure(hidden, inner)
-        with written_whole(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known[key]["fp32_s"] > GAIN * known[key]["bf16_s"]
 

@@ -12,10 +12,10 @@ from limbeck.registry.core import toml
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read and check a recipe; each of `overrides` is `KEY=VALUE`. Raises BadInput with file, line and key."""
-    text = toml.read(path)
-    recipe = toml.loads(text, Recipe, overrides or [], where=str(path))
+    text = toml.read_toml_text(path)
+    recipe = toml.parse_toml(text, Recipe, overrides or [], source_name=str(path))
     if problems := list(checks.problems(recipe)):
-        raise toml.located(problems, text, where=str(path))
+        raise toml.problems_error(problems, text, source_name=str(path))
     return recipe
 
 

@@ -25,8 +25,8 @@ from limbeck.distill.teacher.signal import teachers_for
 from limbeck.distill.training import distributed
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
@@ -98,8 +98,8 @@ def distill(
     _carry_out(setting, missing, keys, store, students, ray)
     made = [students[plan.label] for plan in plans]
     if to is not None:
-        with written_whole(to) as temporary:
-            shutil.copytree(store.folder(made[0].version), temporary)
+        with atomic_write(to) as temporary:
+            shutil.copytree(store.verified_folder(made[0].version), temporary)
     return made
 
 
@@ -113,9 +113,9 @@ def _check_to(to: Path | None, plans: list[Plan], path: Path) -> None:
 def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], store: Store) -> dict[str, Student]:
     students = {}
     for plan in plans:
-        if there := store.find(setting.recipe.name, engine="torch", recipe_digest=keys[plan.label]):
-            say(f"  {plan.label}: already made, {there.ref}")
-            licences.fill(store, there, terms.of_student(setting, plan))
+        if there := store.find_version(setting.recipe.name, engine="torch", recipe_digest=keys[plan.label]):
+            print_status(f"  {plan.label}: already made, {there.ref}")
+            licences.fill_missing_licences(store, there, terms.of_student(setting, plan))
             students[plan.label] = Student(plan, store.get(there.ref), trained=False)
     return students
 
@@ -134,7 +134,7 @@ def _begin(begin: Begin, setting: Setting, missing: list[str], some_made: bool) 
             fix="leave --resume out to begin; a changed recipe, text or --set makes other students",
         )
     if going_on := [folder for folder in begun if any(folder.glob("checkpoint-*"))]:
-        say(f"  going on from checkpoints: {len(going_on)} of {len(missing)} students")
+        print_status(f"  going on from checkpoints: {len(going_on)} of {len(missing)} students")
 
 
 def _carry_out(
@@ -176,7 +176,7 @@ def _carry_out(
 def _parent(setting: Setting, keys: dict[str, str], store: Store) -> Iterator[Run]:
     """The MLflow run above those of a sweep's students."""
     with store.parent_run(f"{setting.recipe.name} sweep", json_digest(sorted(keys.values()))) as run:
-        run.artifact(setting.source.path, "recipe")
+        run.log_artifact(setting.source.path, "recipe")
         yield run
 
 
@@ -196,5 +196,5 @@ def _make_all(
             if alone or distributed.count() > 1:  # of several processes the others are amid its training
                 raise
             failed[plan.label] = told(plan, error)
-            say(f"  {plan.label}: failed: {failed[plan.label]}")
+            print_status(f"  {plan.label}: failed: {failed[plan.label]}")
     return failed

@@ -25,7 +25,7 @@ from limbeck.distill.teacher.signal import caches_for, chunks_cache, form_of
 from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.core.home import home
 from limbeck.registry.core.machine import available_memory
-from limbeck.registry.core.terminal import bytes_said, say
+from limbeck.registry.core.terminal import format_bytes, print_status
 from limbeck.registry.records import Record
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def check(path: Path, overrides: list[str], store: Store) -> list[Finding]:
     if not recipe.generate:
         keys = {plan.label: student_key(setting, plan) for plan in plans}
         missing = [
-            plan for plan in plans if not store.find(recipe.name, engine="torch", recipe_digest=keys[plan.label])
+            plan
+            for plan in plans
+            if not store.find_version(recipe.name, engine="torch", recipe_digest=keys[plan.label])
         ]
         made = len(plans) - len(missing)
         found.append(_ok("students", f"{len(plans)} in all{f', {made} of them made already' if made else ''}"))
@@ -102,7 +104,7 @@ def settle(findings: Sequence[Finding], yes: bool) -> None:
         if asks and not sys.stdin.isatty():
             raise BadInput(finding.said, fix=f"{finding.fix}; or add --yes to go on all the same")
         if finding.level == "warning":
-            say(f"  warning: {finding.said}")
+            print_status(f"  warning: {finding.said}")
         if asks and not click.confirm("go on all the same?", err=True):
             raise BadInput(finding.said, fix=finding.fix)
 
@@ -284,10 +286,10 @@ def _cache(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         yield _ok("cache", f"the teacher runs online for {online} students")
     for words in _words(setting, plans):
         if tokens := words.missing_tokens():
-            size = bytes_said(words.missing_bytes())
+            size = format_bytes(words.missing_bytes())
             yield _ok("cache", f"{words.what}: miss, {tokens:,} tokens to capture, about {size}")
         else:
-            name, size = words.cache.folder.name, bytes_said(words.cache.disk_bytes())
+            name, size = words.cache.folder.name, format_bytes(words.cache.disk_bytes())
             yield _ok("cache", f"{words.what}: hit, {name}, {size}")
 
 
@@ -308,11 +310,11 @@ def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
 
 def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterator[Finding]:
-    said = f"{what}: about {bytes_said(certain + about)} of the {bytes_said(there)} of {where} that are free"
+    said = f"{what}: about {format_bytes(certain + about)} of the {format_bytes(there)} of {where} that are free"
     fix = "set training.per_device_train_batch_size or data.max_length lower, or gradient_checkpointing = true"
     if certain > there:
         raise BadInput(
-            f"{said}, and {bytes_said(certain)} of it for weights and optimizer", fix="take a larger machine"
+            f"{said}, and {format_bytes(certain)} of it for weights and optimizer", fix="take a larger machine"
         )
     level: Level = "warning" if certain + about > EDGE * there else "ok"
     yield Finding(check="memory", level=level, said=said, fix=fix if level == "warning" else None)
@@ -321,7 +323,7 @@ def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterat
 def _disk(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     needed = forecast.disk(setting, plans) + sum(words.missing_bytes() for words in _words(setting, plans))
     free = shutil.disk_usage(home()).free
-    said = f"about {bytes_said(needed)} of the {bytes_said(free)} that are free in {home()}"
+    said = f"about {format_bytes(needed)} of the {format_bytes(free)} that are free in {home()}"
     if needed > free:
         raise BadInput(f"no room on the disk: {said}", fix="make room, or move the state with LIMBECK_HOME")
     yield _ok("disk", said)

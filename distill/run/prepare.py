@@ -14,9 +14,9 @@ from limbeck.distill.models import licence, loading
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe, Teacher
 from limbeck.distill.teacher import endpoint, generate
-from limbeck.registry.catalog.model_ref import Model, resolve
+from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.store import Store
 
 if TYPE_CHECKING:
@@ -65,20 +65,22 @@ def written(setting: Setting) -> Setting:
 def _laid_out(setting: Setting) -> Setting:
     """With the blocks of its text."""
     text, data, tokenizer = setting.corpus, setting.recipe.data, setting.tokenizer
-    say(
+    print_status(
         f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
         f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
     )
     mixing = _mixing(setting)
     if mixing:
-        say(f"  {', '.join(mixing)}: would see the documents beside one in a block, so each has a block of its own")
+        print_status(
+            f"  {', '.join(mixing)}: would see the documents beside one in a block, so each has a block of its own"
+        )
     alone = bool(mixing)
     with at(setting.source, "data"):
         train = make_blocks(corpus.read(text.train), tokenizer, data.max_length, data.max_tokens, alone=alone)
     with at(setting.source, "data", "heldout"):
         heldout = make_blocks(corpus.read(text.heldout), tokenizer, data.max_length, alone=alone)
     if left_out := train.left_out + heldout.left_out:
-        say(f"  text: {left_out} documents are longer than {data.max_length} tokens and are left out")
+        print_status(f"  text: {left_out} documents are longer than {data.max_length} tokens and are left out")
     return setting._replace(train=train, heldout=heldout)
 
 
@@ -105,9 +107,9 @@ def _tokenizer(
     recipe: Recipe,
     source: Source,
     text: corpus.Corpus,
-    teacher: Model | None,
+    teacher: ResolvedModel | None,
     theirs: PreTrainedTokenizerBase | None,
-    starts: dict[str, Model],
+    starts: dict[str, ResolvedModel],
 ) -> PreTrainedTokenizerBase:
     """The students' tokenizer: the teacher's; where it need not be, a pretrained student's, or one of the text.
 
@@ -142,16 +144,16 @@ def _tokenizer(
     )
 
 
-def _teacher(teacher: Teacher, beside: Path, store: Store) -> Model:
+def _teacher(teacher: Teacher, beside: Path, store: Store) -> ResolvedModel:
     """The teacher that a recipe names. Raises Unreachable for an endpoint that does not answer."""
     if teacher.is_endpoint:
         return endpoint.find(teacher, beside, store)
     return _torch_model(teacher.model, beside, store)
 
 
-def _torch_model(text: str, beside: Path, store: Store) -> Model:
+def _torch_model(text: str, beside: Path, store: Store) -> ResolvedModel:
     """The model that a recipe names: a folder beside it is meant before any other."""
-    model = resolve(str(beside / text) if (beside / text).is_dir() else text, store)
+    model = resolve_model(str(beside / text) if (beside / text).is_dir() else text, store)
     if model.engine == "endpoint":
         raise BadInput(f"{text} is an endpoint", fix="name it by its URL: http://HOST:PORT/v1#NAME")
     if model.engine != "torch":
@@ -179,5 +181,5 @@ def with_teacher(setting: Setting, store: Store) -> Setting:
             params=None if teacher.endpoint else parameters(teacher.path),
             code_version=code_version(),
         )
-        say(f"  teacher: {version.ref}, digest {version.digest[:12]}")
+        print_status(f"  teacher: {version.ref}, digest {version.digest[:12]}")
     return setting._replace(teacher_version=version)

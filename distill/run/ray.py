@@ -22,7 +22,7 @@ from limbeck.distill.students import matching, student
 from limbeck.distill.teacher.signal import teachers_for
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
-from limbeck.registry.core.terminal import quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, quiet_libraries
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Version
 
@@ -75,10 +75,10 @@ def make_all(share: Share, nodes: Sequence[dict[str, Any]], on_made: Callable[[P
             plan = running.pop(first)
             made = _result(first)
             if isinstance(made, Version):
-                say(f"  {plan.label}: {made.ref}")
+                print_status(f"  {plan.label}: {made.ref}")
                 on_made(plan, made)
             else:
-                say(f"  {plan.label}: failed: {made}")
+                print_status(f"  {plan.label}: failed: {made}")
                 failed[plan.label] = made
     except BaseException:
         _stop(list(running))
@@ -125,7 +125,7 @@ def _stop(running: list[Any]) -> None:
     import ray
 
     if running:
-        say(f"  stopping {len(running)} students, each with a checkpoint")
+        print_status(f"  stopping {len(running)} students, each with a checkpoint")
     for reference in running:
         ray.cancel(reference, force=False)
     if running:
@@ -204,7 +204,7 @@ def _checked_nodes(setting: Setting, store: Store) -> list[dict[str, Any]]:
             f"--ray: {len(hosts)} hosts ({', '.join(sorted(hosts))}) cannot write one {store.tracking_uri}",
             fix="start an MLflow server and set MLFLOW_TRACKING_URI to it, here and on every node",
         )
-    say(f"  Ray: {len(nodes)} nodes on {', '.join(sorted(hosts))}")
+    print_status(f"  Ray: {len(nodes)} nodes on {', '.join(sorted(hosts))}")
     return nodes
 
 

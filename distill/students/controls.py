@@ -13,8 +13,8 @@ from limbeck.distill.students.keys import student_key
 from limbeck.distill.students.matching import matched
 from limbeck.distill.training import distributed
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.core.terminal import say
-from limbeck.registry.records import Making
+from limbeck.registry.core.terminal import print_status
+from limbeck.registry.records import TrainingCost
 
 if TYPE_CHECKING:
     from limbeck.distill.context import Setting
@@ -32,12 +32,12 @@ class Cost(NamedTuple):
         return self.training + self.teacher
 
 
-def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Making]]:
+def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, TrainingCost]]:
     """What the matched students took. Raises Refused where one of them was not made."""
     found = []
     for other in matched(setting.recipe, plan):
-        version = store.find(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))
-        making = store.making(version) if version else None
+        version = store.find_version(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))
+        making = store.training_cost(version) if version else None
         if making is None:
             raise Refused(
                 f"{plan.label}: it is as long as {other.label} took, which was not made",
@@ -47,14 +47,14 @@ def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, Maki
     return found
 
 
-def cost(making: Making, recipe: Recipe) -> Cost:
+def cost(making: TrainingCost, recipe: Recipe) -> Cost:
     """What a student cost in all, as seconds of this machine."""
     dollars, hour = making.api_usd or 0.0, recipe.budget.usd_per_hour
     bought = dollars / hour * 3600 if hour else 0.0  # a recipe with both has a price for an hour
     return Cost(making.training_seconds, making.teacher_seconds + bought)
 
 
-def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, Making]]) -> tuple[Training, Budget]:
+def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, TrainingCost]]) -> tuple[Training, Budget]:
     """How long a student trains.
 
     Labels at equal cost train for as many steps as labels at equal tokens would have made in the time of the
@@ -73,7 +73,7 @@ def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, Making]]) ->
     blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.count()
     step = blocks * setting.train.ids.shape[1]
     tokens = labels.tokens * spent.seconds / labels.training_seconds
-    say(
+    print_status(
         f"  {plan.label}: {tokens:,.0f} tokens, in the {spent.seconds:,.0f} s that {dearest.label} cost "
         f"({spent.training:,.0f} s of training, {spent.teacher:,.0f} s of the teacher)"
     )

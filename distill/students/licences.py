@@ -10,7 +10,7 @@ from limbeck.distill.data import corpus
 from limbeck.distill.models import licence
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.provenance import licences
-from limbeck.registry.provenance.licences import Term
+from limbeck.registry.provenance.licences import LineageLicence
 
 if TYPE_CHECKING:
     from limbeck.distill.context import Setting
@@ -29,12 +29,14 @@ def allowed(setting: Setting) -> bool | None:
     """Whether the licences of the teacher, and of all that it learnt from, let a student learn from it."""
     if setting.recipe.teacher is None:
         return None
-    return licences.every([setting.licence_allows, *(t.allows for t in _above(setting) if t.role != "data")])
+    return licences.all_allow(
+        [setting.licence_allows, *(t.allows_distillation for t in _above(setting) if t.role != "data")]
+    )
 
 
 def of_teacher(setting: Setting) -> str | None:
     """The licences of the teacher and of its own teachers, as one expression; None where none is stated."""
-    return licences.joined([setting.teacher_licence, *(t.licence for t in _above(setting) if t.role != "data")])
+    return licences.join_licences([setting.teacher_licence, *(t.licence for t in _above(setting) if t.role != "data")])
 
 
 def of_text(data: Data, beside: Path) -> str | None:
@@ -64,11 +66,11 @@ def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
     text = of_text(setting.recipe.data, setting.source.path.resolve().parent)
     teachers = [of_teacher(setting) if from_teacher else None, *(t.licence for t in begun if t.role != "data")]
     fields: dict[str, Any] = {
-        "licence_allows_distillation": licences.every(
-            [allowed(setting) if from_teacher else True, *(t.allows for t in begun if t.role == "teacher")]
+        "licence_allows_distillation": licences.all_allow(
+            [allowed(setting) if from_teacher else True, *(t.allows_distillation for t in begun if t.role == "teacher")]
         ),
-        "teacher_licence": licences.joined(teachers),
-        "data_licence": licences.joined([text, *(t.licence for t in above if t.role == "data")]),
+        "teacher_licence": licences.join_licences(teachers),
+        "data_licence": licences.join_licences([text, *(t.licence for t in above if t.role == "data")]),
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:
@@ -77,5 +79,5 @@ def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
     return fields
 
 
-def _above(setting: Setting) -> tuple[Term, ...]:
+def _above(setting: Setting) -> tuple[LineageLicence, ...]:
     return setting.inherited.get(setting.teacher.label, ()) if setting.teacher else ()

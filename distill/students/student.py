@@ -26,13 +26,13 @@ from limbeck.distill.teacher.signal import likeliest
 from limbeck.distill.training import distributed
 from limbeck.distill.training.trainer import Job, Trained, train
 from limbeck.registry.core.errors import LimbeckError, Refused
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.machine import hardware
-from limbeck.registry.core.terminal import progress, say
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.machine import describe_hardware
+from limbeck.registry.core.terminal import print_status, progress_bar
 from limbeck.registry.mlflow.run import Run
-from limbeck.registry.mlflow.store import MAKING, Store
+from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
 from limbeck.registry.provenance.cyclonedx import MADE_WITH
-from limbeck.registry.records import Making, Version
+from limbeck.registry.records import TrainingCost, Version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,15 +64,15 @@ def make(
     with store.run(
         f"{recipe.name} {plan.label}", params=_params(setting, plan, training), tags=tags, parent=parent_run
     ) as run:
-        run.artifact(setting.source.path, "recipe")
+        run.log_artifact(setting.source.path, "recipe")
         facts = _train_and_save(setting, plan, (training, budget), teacher, work, run)
         making = _making(setting, plan, teacher, facts)
         numbers = {name: value for name, value in facts.items() if not isinstance(value, str)}
-        run.metrics(numbers | {"teacher_seconds": making.teacher_seconds, "teacher_usd": making.api_usd or 0.0})
+        run.log_metrics(numbers | {"teacher_seconds": making.teacher_seconds, "teacher_usd": making.api_usd or 0.0})
         if setting.generated:
-            run.metrics(setting.generated.metrics())
+            run.log_metrics(setting.generated.metrics())
         packages = {name: installed(name) for name in PACKAGES}
-        run.tags({MAKING: making.model_dump_json(), MADE_WITH: json.dumps(packages)})
+        run.set_tags({TRAINING_COST_TAG: making.model_dump_json(), MADE_WITH: json.dumps(packages)})
         version = store.register(
             recipe.name,
             work / "final",
@@ -94,7 +94,7 @@ def make(
         )
     shutil.rmtree(work, ignore_errors=True)
     stopped = f"; stopped: {facts['stopped']}" if facts.get("stopped") else ""
-    say(
+    print_status(
         f"  {plan.label}: {version.ref}, {facts['heldout_bits_per_byte']:.3f} held-out bits per byte, "
         f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s{stopped}"
     )
@@ -105,7 +105,7 @@ def told(plan: Plan, error: Exception) -> str:
     """What went wrong with a student, in a line; what no one foresaw leaves its traceback in a file."""
     if isinstance(error, LimbeckError):
         return error.message.removeprefix(f"{plan.label}: ")
-    with written_whole(home() / "runs" / f"{plan.label}.error.txt") as temporary:
+    with atomic_write(home() / "runs" / f"{plan.label}.error.txt") as temporary:
         temporary.write_text(traceback.format_exc(), encoding="utf-8")
     return (
         f"{type(error).__name__}: {error}".split("\n")[0] + f" (traceback in {home() / 'runs' / plan.label}.error.txt)"
@@ -133,7 +133,7 @@ def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
     return params
 
 
-def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any]) -> Making:
+def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any]) -> TrainingCost:
     """What the student took. A capture that several students share is counted in full for each of them."""
     import torch
 
@@ -143,16 +143,16 @@ def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any
     device = loading.device()
     words = usage.of(setting, plan)
     shared = grid.plans(recipe) if setting.generated else learns if cache else []
-    return Making(
+    return TrainingCost(
         training_seconds=facts["seconds"],
         teacher_seconds=(cache.seconds() if cache else 0.0) + words.seconds,
-        teacher_students=max(1, len(shared)),
+        students_sharing_teacher=max(1, len(shared)),
         api_input_tokens=words.input_tokens,
         api_output_tokens=words.output_tokens,
         api_model=words.model if words.input_tokens else None,
         api_usd=words.usd,
         tokens=int(facts["tokens"]),
-        machine=hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
+        machine=describe_hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
         device=device,
     )
 
@@ -166,7 +166,7 @@ def _train_and_save(
     else:
         training, budget = (part.model_dump() for part in schedule)
         distributed.tell({"label": plan.label, "training": training, "budget": budget, "folder": str(work)})
-        model, trained = train_one(setting, plan, schedule, teacher, work, run.metrics)
+        model, trained = train_one(setting, plan, schedule, teacher, work, run.log_metrics)
     model = starting.finish(model)
     facts: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
@@ -177,7 +177,7 @@ def _train_and_save(
     }
     if trained.stopped:
         facts["stopped"] = trained.stopped
-        run.tags({"limbeck.stopped": trained.stopped})
+        run.set_tags({"limbeck.stopped": trained.stopped})
     if not math.isfinite(facts["heldout_bits_per_byte"]):
         shutil.rmtree(work)
         raise Refused(
@@ -222,7 +222,7 @@ def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str,
     import torch
 
     model.to(getattr(torch, setting.recipe.students[plan.student].dtype))
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         setting.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card.student_card(setting, plan, facts), encoding="utf-8")
@@ -230,7 +230,7 @@ def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str,
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task(label, total=None, rate="")
 
         def on_progress(now: Progress) -> None:

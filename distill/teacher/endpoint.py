@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from limbeck.distill.teacher.answer_cache import Completions
 from limbeck.registry.catalog import endpoint
-from limbeck.registry.catalog.endpoint import Client, Endpoint
-from limbeck.registry.catalog.model_ref import ENDPOINT, TEXT_FILES, Model, resolve
+from limbeck.registry.catalog.endpoint import Endpoint, EndpointClient
+from limbeck.registry.catalog.model_ref import ENDPOINT, TEXT_FILES, ResolvedModel, resolve_model
 from limbeck.registry.core.digest import MANIFEST, file_digest, folder_digest, json_digest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.home import home, written_whole
+from limbeck.registry.core.home import atomic_write, home
 
 if TYPE_CHECKING:
     from limbeck.distill.recipe.schema import Teacher
@@ -38,11 +38,13 @@ class EndpointTeacher:
         paid: tokens in and out; those of answers that were kept before are added by whoever counts them.
     """
 
-    def __init__(self, model: Model, settings: Teacher, kept: Completions, max_usd: float | None = None) -> None:
+    def __init__(
+        self, model: ResolvedModel, settings: Teacher, kept: Completions, max_usd: float | None = None
+    ) -> None:
         assert model.endpoint is not None
         self.endpoint: Endpoint = model.endpoint
         self.settings, self.kept, self.max_usd = settings, kept, max_usd
-        self.client = Client(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
+        self.client = EndpointClient(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
         self.paid = [0, 0]
         self.refused: list[str] = []  # what was said of requests that were refused and passed over
         self.answered = 0  # requests, by this object
@@ -92,7 +94,7 @@ class EndpointTeacher:
                         self._pay(answer)
             return (read(answer),)
 
-        for number, answer in self.client.concurrently(ask, requests):
+        for number, answer in self.client.map_concurrently(ask, requests):
             if answer is not None:
                 yield number, answer[0]
 
@@ -105,7 +107,7 @@ class EndpointTeacher:
         payload = dict(request["payload"])
         payload[self._length] = payload.pop("max_tokens")
         try:
-            return self.client.ask(request["path"], payload)
+            return self.client.request_json(request["path"], payload)
         except BadInput as error:
             # OpenAI's newer models know it by this name only, and say so.
             if self._length == "max_completion_tokens" or "max_completion_tokens" not in error.message:
@@ -121,7 +123,7 @@ class EndpointTeacher:
                 self.paid[place] += int(usage.get(name) or 0)
 
 
-def find(teacher: Teacher, beside: Path, store: Store) -> Model:
+def find(teacher: Teacher, beside: Path, store: Store) -> ResolvedModel:
     """The model that an endpoint serves, asked for its name; its folder says where it is, and has its tokenizer.
 
     Raises:
@@ -130,11 +132,11 @@ def find(teacher: Teacher, beside: Path, store: Store) -> Model:
     """
     tokenizer = None
     if teacher.tokenizer is None:
-        found = endpoint.find(teacher.model, teacher.num_concurrent)
+        found = endpoint.find_endpoint(teacher.model, teacher.num_concurrent)
     else:
         named = beside / teacher.tokenizer
         text = str(named) if named.is_dir() else teacher.tokenizer
-        model = resolve(teacher.model, store, tokenizer=text, num_concurrent=teacher.num_concurrent)
+        model = resolve_model(teacher.model, store, tokenizer=text, num_concurrent=teacher.num_concurrent)
         assert model.endpoint is not None
         found, tokenizer = model.endpoint, model.path
     files = [path for pattern in TEXT_FILES for path in tokenizer.glob(pattern)] if tokenizer else []
@@ -142,9 +144,9 @@ def find(teacher: Teacher, beside: Path, store: Store) -> Model:
     key = json_digest([found.label, {path.name: file_digest(path) for path in files}])
     folder = home() / "endpoints" / key[:16]
     if not (folder / ENDPOINT).exists():
-        with written_whole(folder) as temporary:
+        with atomic_write(folder) as temporary:
             temporary.mkdir()
             for path in files:
                 shutil.copy(path, temporary / path.name)
             (temporary / ENDPOINT).write_text(json.dumps({"url": found.url, "name": found.name}) + "\n")
-    return Model(folder, folder_digest(folder), found.label, None, "endpoint", found)
+    return ResolvedModel(folder, folder_digest(folder), found.label, None, "endpoint", found)

@@ -19,7 +19,7 @@ from limbeck.distill.teacher.endpoint import EndpointTeacher
 from limbeck.distill.teacher.writers import EndpointWriter, LocalWriter, Request, Writes
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import progress, say
+from limbeck.registry.core.terminal import print_status, progress_bar
 
 if TYPE_CHECKING:
     from limbeck.distill.context import Setting
@@ -102,7 +102,9 @@ def written(setting: Setting) -> tuple[corpus.Corpus, Generated]:
     ended = f"; {TEXT_SHARE:.0%} of budget.max_usd is spent, {unasked} answers were not asked for" if unasked else ""
     ended += f"; {len(refused)} requests were refused, such as: {refused[0]}" if refused else ""
     paid = f", ${facts.usd:.2f} in all" if facts.usd else ""
-    say(f"  teacher's text: {facts.prompts} prompts{left_out}; {sieve.told()}; {made} written now{paid}{ended}")
+    print_status(
+        f"  teacher's text: {facts.prompts} prompts{left_out}; {sieve.told()}; {made} written now{paid}{ended}"
+    )
     if not documents:
         raise BadInput(
             f"no answer of the teacher is left to learn from: {sieve.told()}",
@@ -153,7 +155,7 @@ def _answers(asked: _Asked) -> tuple[list[tuple[Prompt, Answer]], int]:
     """Every prompt with each of its answers, and how many were made now."""
     total = len({digest for _, digests in asked.of_prompt for digest in digests})
     made = 0
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("teacher writes", total=total, completed=total - len(asked.missing), rate="")
         for count in asked.teacher.ask(asked.missing, asked.before):
             made += count

@@ -20,8 +20,8 @@ from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.teacher import chunks, logprobs
 from limbeck.distill.teacher.retokenize import retold_pass
 from limbeck.registry.core.digest import json_digest
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.terminal import progress, say
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.terminal import print_status, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
     if load is None:
         return None
     said = heldout.likeliest(load().to(loading.device()), sample, setting.vocab_size)  # type: ignore[arg-type]
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.save(file, said)
     return said
 
@@ -131,7 +131,7 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
             return retold_pass(load(), setting.teacher_tokenizer(), setting.train, setting.tokenizer, _bf16(setting))
         return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
         captured = fill(caches, lambda *asked: teacher()(*asked), lambda count: bar.advance(task, count))
     for cache in caches:
@@ -145,7 +145,7 @@ def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTr
     def teacher() -> Capture:
         return chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
 
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("teacher cache", total=cache.blocks, rate="")
         captured = cache.fill(lambda blocks: teacher()(blocks), lambda count: bar.advance(task, count))
     _tell(cache, "chunks", captured)
@@ -161,7 +161,7 @@ def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
 
 def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
     tokens = cache.blocks * cache.length
-    say(
+    print_status(
         f"  teacher cache: {kind}, {tokens:,} tokens, {captured * cache.length:,} of them captured now, "
         f"{cache.disk_bytes() / tokens:.0f} bytes a token, {cache.folder.name}"
     )

@@ -13,7 +13,7 @@ from limbeck.distill.models.sampling import Writer
 from limbeck.distill.recipe.schema import Generate
 from limbeck.distill.teacher.answer_cache import Completions
 from limbeck.distill.teacher.endpoint import EndpointTeacher
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import BadInput, Unreachable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LocalWriter:
 
     def __init__(
         self,
-        teacher: Model,
+        teacher: ResolvedModel,
         tokenizer: PreTrainedTokenizerBase,
         generate: Generate,
         by_chat: bool,

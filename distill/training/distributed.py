@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.distill.models.loading import device
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.machine import keep_memory, physical_cores
+from limbeck.registry.core.machine import keep_freed_memory, physical_cores
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ def set_up() -> None:
     otherwise; and memory that is kept."""
     import torch
 
-    keep_memory()
+    keep_freed_memory()
     # Of FSDP: models are whole in every process, a teacher too; and so are checkpoints, for any number of processes.
     os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     if "OMP_NUM_THREADS" not in os.environ:

@@ -81,7 +81,7 @@ def compare(
         print_json(found)
     else:
         _print(found)
-    open_tasks = [row.task for row in found.tasks if row.noninferiority.verdict != "pass"] + list(found.untold)
+    open_tasks = [row.task for row in found.tasks if row.noninferiority.verdict != "pass"] + list(found.unknown_tasks)
     if check and open_tasks:
         raise Refused(f"{found.candidate} is not shown to be as good as {found.reference} on {', '.join(open_tasks)}")
 
@@ -98,7 +98,7 @@ def _print(found: ComparedModels) -> None:
     for row in rows:
         if row.no_retention:
             print(f"{_name(row)}: {row.no_retention}")
-    for task, why in found.untold.items():
+    for task, why in found.unknown_tasks.items():
         print(f"{task}: {why}")
     for flip in found.flips:
         print("\n".join(_flip_lines(flip, a, b)))
@@ -125,7 +125,7 @@ def _settling(test: Noninferiority) -> str | None:
     """What an inconclusive verdict lacks."""
     if test.verdict != "inconclusive":
         return None
-    if test.alone == "pass":
+    if test.uncorrected == "pass":
         return "it passes alone, not beside the others"
     if test.documents_needed is None:
         return "nothing: it is at the margin"

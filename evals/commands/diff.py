@@ -54,7 +54,7 @@ def _print(found: Diff) -> None:
         print_table(f"scores, {quality.harness}", columns, [_score(row) for row in quality.tasks])
         if kept := quality.retention:
             print(f"retention: {a} keeps {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}] of {b}")
-        for task, why in quality.untold.items():
+        for task, why in quality.unknown_tasks.items():
             print(f"{task}: {why}")
     else:
         print(f"scores: {found.no_quality}")

@@ -12,7 +12,7 @@ import click
 from limbeck.evals.cost.prices import Prices, price_options
 from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, headers
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table, quiet_libraries
 
 if TYPE_CHECKING:
     from limbeck.registry.records import Scorecard
@@ -40,7 +40,7 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
         return
     for task in made:
         print(task)
-    say(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {to}")
+    print_status(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {to}")
 
 
 @click.command("eval")
@@ -114,13 +114,13 @@ def evaluate(
     quiet_libraries()
     from limbeck.evals.scores.scorecard import evaluate as run
     from limbeck.evals.tasks.task_set import TaskSet
-    from limbeck.registry.catalog.model_ref import resolve, resolve_all
+    from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
     from limbeck.registry.mlflow.store import Store
 
     prices = Prices.load(prices_file, usd_per_hour)
     http: dict[str, Any] = {"tokenizer": tokenizer, "num_concurrent": num_concurrent}
-    found = resolve_all(models, **http)
-    teacher = resolve(against, **http) if against else None
+    found = resolve_models(models, **http)
+    teacher = resolve_model(against, **http) if against else None
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
     task_set = TaskSet.load(
         [name.strip() for name in names.split(",") if name.strip()],
@@ -149,7 +149,7 @@ def evaluate(
         return
     _print_cards(cards)
     for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
-        say(f"dollars: {words}")
+        print_status(f"dollars: {words}")
 
 
 def _samples(text: str) -> dict[str, list[int]]:
@@ -178,9 +178,9 @@ def _gen_kwargs(text: str) -> dict[str, Any]:
 
 
 def _print_cards(cards: Sequence[Scorecard]) -> None:
-    from limbeck.evals.stats.retention import top_level
+    from limbeck.registry.records import top_level_tasks
 
-    shown = list(dict.fromkeys(task for card in cards for task in top_level(card.tasks)))
+    shown = list(dict.fromkeys(task for card in cards for task in top_level_tasks(card.tasks)))
     columns = ["model", *headers({task: cards[0].tasks[task].metric for task in shown}), "retention", *COST_COLUMNS]
     table = []
     for card in cards:

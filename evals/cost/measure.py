@@ -39,11 +39,11 @@ import numpy as np
 from limbeck.evals.cost.flops import flops_per_token
 from limbeck.evals.cost.runner import Seen, Timed, time_in_turn
 from limbeck.export.runtime.session import CONTEXT_KEYS
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import file_digests
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.machine import available_memory, hardware, physical_cores
-from limbeck.registry.records import Cost, Estimate, Load
+from limbeck.registry.core.machine import available_memory, describe_hardware, physical_cores
+from limbeck.registry.records import BatchCost, Cost, Estimate
 
 PROTOCOL = 2
 BATCHES = (1, 8)
@@ -54,7 +54,7 @@ USD_PER_HOUR = 1.0  # of a cost that is not `priced` yet
 
 
 def measure(
-    models: Sequence[Model],
+    models: Sequence[ResolvedModel],
     *,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
@@ -97,13 +97,13 @@ def measure(
     return costs
 
 
-def groups(models: Sequence[Model], teacher: Model | None = None) -> Iterator[list[Model]]:
+def groups(models: Sequence[ResolvedModel], teacher: ResolvedModel | None = None) -> Iterator[list[ResolvedModel]]:
     """Models in runs that fit in memory at once, `teacher` in each; more than one only where they must.
 
     Reckoned with for each: three times its files (half precision is loaded as float32) and half a gigabyte.
     """
 
-    def needs(model: Model) -> float:
+    def needs(model: ResolvedModel) -> float:
         return 3 * _disk_bytes(model) + 2**29
 
     room = 0.8 * min(available_memory(), _gpu_memory())
@@ -157,7 +157,7 @@ def ratio(a: Cost, b: Cost, batch: int = 1) -> Estimate:
     return scaled(median(np.divide(ours, theirs)), a.usd_per_hour / b.usd_per_hour)
 
 
-def load_of(cost: Cost, batch: int) -> Load:
+def load_of(cost: Cost, batch: int) -> BatchCost:
     """The figures of one batch size. Raises BadInput where it was not measured."""
     for load in cost.loads:
         if load.batch == batch:
@@ -191,11 +191,11 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
     return estimate.model_copy(update={name: getattr(estimate, name) * factor for name in ("value", "low", "high")})
 
 
-def machine(model: Model) -> str:
+def machine(model: ResolvedModel) -> str:
     """This machine and the engine of `model`, in words: processor, cores, GPU, system; versions."""
     libraries = ["torch", "transformers"] if model.engine == "torch" else ["onnxruntime"]
     engine = ", ".join(f"{name} {version(name)}" for name in libraries)
-    return f"{hardware(gpu())}; {engine}"
+    return f"{describe_hardware(gpu())}; {engine}"
 
 
 @functools.cache
@@ -207,7 +207,7 @@ def gpu() -> str | None:
 
 
 def _cost(
-    model: Model, seen: Seen, prompt_tokens: int, new_tokens: int, threads: int, run: str, flops: float | None
+    model: ResolvedModel, seen: Seen, prompt_tokens: int, new_tokens: int, threads: int, run: str, flops: float | None
 ) -> Cost:
     loads = tuple(_load(batch, timed, prompt_tokens, new_tokens) for batch, timed in seen.loads.items())
     one = loads[0]
@@ -232,10 +232,10 @@ def _cost(
     )
 
 
-def _load(batch: int, timed: Timed, prompt_tokens: int, new_tokens: int) -> Load:
+def _load(batch: int, timed: Timed, prompt_tokens: int, new_tokens: int) -> BatchCost:
     p50, p95 = map(float, np.quantile(timed.request_s, [0.5, 0.95]))
     prefill = float(np.median(timed.prefill_s))
-    return Load(
+    return BatchCost(
         batch=batch,
         request_ms=tuple(1000 * seconds for seconds in timed.request_s),
         prefill_tokens_per_s=batch * prompt_tokens / prefill,
@@ -248,7 +248,7 @@ def _load(batch: int, timed: Timed, prompt_tokens: int, new_tokens: int) -> Load
     )
 
 
-def _fitting(models: Sequence[Model], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+def _fitting(models: Sequence[ResolvedModel], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
     """Lengths that every model has room for."""
     for model in models:
         config = json.loads((model.path / "config.json").read_bytes())
@@ -262,7 +262,7 @@ def _fitting(models: Sequence[Model], prompt_tokens: int, new_tokens: int) -> tu
     return prompt_tokens, new_tokens
 
 
-def _disk_bytes(model: Model) -> int:
+def _disk_bytes(model: ResolvedModel) -> int:
     return sum((model.path / name).stat().st_size for name in file_digests(model.path))
 
 

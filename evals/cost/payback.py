@@ -16,7 +16,7 @@ import numpy as np
 from limbeck.evals.cost.measure import in_one_run, load_of, median, priced
 from limbeck.evals.cost.prices import Prices
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.records import Cost, Estimate, Frozen, Making, Record, Scorecard
+from limbeck.registry.records import Cost, Estimate, Frozen, Record, Scorecard, TrainingCost
 
 API = "tokens of the teacher's API"
 
@@ -59,7 +59,7 @@ class Payback(Record):
 
 def payback(
     card: Scorecard,
-    making: Making,
+    making: TrainingCost,
     prices: Prices,
     *,
     tokens_per_day: float | None = None,
@@ -122,9 +122,9 @@ def payback(
     )
 
 
-def making_parts(making: Making, prices: Prices, scoring_seconds: float, scoring_machine: str) -> list[Part]:
+def making_parts(making: TrainingCost, prices: Prices, scoring_seconds: float, scoring_machine: str) -> list[Part]:
     """What making a student cost, part by part; a capture that several students share counts in full."""
-    shared = f", shared by {making.teacher_students} students" if making.teacher_students > 1 else ""
+    shared = f", shared by {making.students_sharing_teacher} students" if making.students_sharing_teacher > 1 else ""
     spent = [
         (f"teacher's forward passes{shared}", making.teacher_seconds, making.machine),
         ("training", making.training_seconds, making.machine),

@@ -104,7 +104,7 @@ class Prices(Frozen):
         Raises:
             BadInput: with file, line and key; a price that is not above zero.
         """
-        several = [toml.load(file, cls) for file in (path, SHIPPED) if file is not None]
+        several = [toml.load_toml(file, cls) for file in (path, SHIPPED) if file is not None]
         machines: dict[str, Machine] = {}
         if usd_per_hour is not None:
             check_price(usd_per_hour)

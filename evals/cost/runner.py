@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Self
 
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.core.machine import one_cpu_per_core
 
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
 class _Worker:
     """One model in a process of its own (`limbeck.evals.cost.worker`)."""
 
-    def __init__(self, model: Model, setting: dict[str, Any]) -> None:
+    def __init__(self, model: ResolvedModel, setting: dict[str, Any]) -> None:
         self.label = model.label
         # A file, since a full pipe would stop it; closed by `__exit__`.
         self._said = TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -92,7 +92,7 @@ class _Worker:
 
 
 def time_in_turn(
-    models: Sequence[Model],
+    models: Sequence[ResolvedModel],
     *,
     batches: Sequence[int],
     prompt_tokens: int,

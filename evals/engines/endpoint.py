@@ -16,7 +16,7 @@ from typing import Any
 
 from limbeck.evals.engines.batches import Scored, batches
 from limbeck.evals.engines.engine import Text
-from limbeck.registry.catalog.endpoint import Client, Endpoint
+from limbeck.registry.catalog.endpoint import Endpoint, EndpointClient
 from limbeck.registry.core.errors import BadInput, Unreachable
 
 PROMPTS = 8  # of one request, at most: what is lost where it fails
@@ -40,7 +40,7 @@ class EndpointEngine:
         self.context = min(text.max_length, endpoint.context or text.max_length)
         self.max_length = self.context - 2
         self.endpoint = endpoint
-        self._client = Client(endpoint.url, endpoint.num_concurrent)
+        self._client = EndpointClient(endpoint.url, endpoint.num_concurrent)
         self._checked = False
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
@@ -56,7 +56,7 @@ class EndpointEngine:
         starts = [0]
         for group in groups:
             starts.append(starts[-1] + len(group))
-        for number, choices in self._client.concurrently(ask, groups):
+        for number, choices in self._client.map_concurrently(ask, groups):
             for index, choice in zip(order[starts[number] :], choices, strict=False):
                 yield index, self._scored(choice, len(prompts[index]), len(pairs[index][1]))
 
@@ -76,7 +76,7 @@ class EndpointEngine:
 
         answers: dict[int, list[Choice]] = {}
         following = 0
-        for number, choices in self._client.concurrently(ask, groups):
+        for number, choices in self._client.map_concurrently(ask, groups):
             answers[number] = choices
             while following in answers:
                 yield from (str(choice.get("text") or "") for choice in answers.pop(following))
@@ -85,7 +85,7 @@ class EndpointEngine:
     def _ask(self, prompts: Sequence[Prompt], **settings: Any) -> list[Choice]:
         """The server's choices, one for each prompt."""
         payload = {"model": self.endpoint.name, "prompt": list(prompts), **settings}
-        answer = self._client.ask("/completions", payload)
+        answer = self._client.request_json("/completions", payload)
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
         except (TypeError, KeyError, ValueError):

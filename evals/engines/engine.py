@@ -14,7 +14,7 @@ from limbeck.evals.engines.batches import CPU_TOKENS, NotANumber, Scored, Work
 from limbeck.evals.engines.onnx_batches import OnnxRows
 from limbeck.evals.engines.torch_batches import TorchRows
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import quiet_libraries
 
@@ -185,7 +185,7 @@ def read_text(folder: Path, label: str, trust_remote_code: bool = False) -> Text
     return Text(config, tokenizer, resolve_max_length(config, tokenizer))
 
 
-def load(model: Model, trust_remote_code: bool = False) -> Engine:
+def load(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
     """The engine for a model: onnxruntime for an ONNX artifact, else PyTorch.
 
     Raises BadInput where transformers cannot load the model or its tokenizer.

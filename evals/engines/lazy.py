@@ -9,15 +9,15 @@ from typing import Any
 from limbeck.evals.engines.batches import Scored
 from limbeck.evals.engines.endpoint import EndpointEngine
 from limbeck.evals.engines.engine import Engine, identity, load, read_text
-from limbeck.registry.catalog.model_ref import Model
-from limbeck.registry.core.terminal import say
+from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.core.terminal import print_status
 
 
-def open_engine(model: Model, trust_remote_code: bool = False) -> Engine:
+def open_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
     """The engine of any model. Raises BadInput where its tokenizer cannot be loaded."""
     if model.endpoint:
         engine = EndpointEngine(model.endpoint, read_text(model.path, model.label, trust_remote_code))
-        say(
+        print_status(
             f"{model.label}: of its context of {engine.context} tokens {engine.max_length} can be used over HTTP; "
             "only of longer texts the scores differ from those of the same model here"
         )
@@ -28,7 +28,7 @@ def open_engine(model: Model, trust_remote_code: bool = False) -> Engine:
 class LazyEngine:
     """See `limbeck.evals.engines.engine.Engine`. A model whose answers are all kept is never loaded."""
 
-    def __init__(self, model: Model, trust_remote_code: bool = False) -> None:
+    def __init__(self, model: ResolvedModel, trust_remote_code: bool = False) -> None:
         self._model = model
         self._trust_remote_code = trust_remote_code
         _, self.tokenizer, self.max_length = read_text(model.path, model.label, trust_remote_code)

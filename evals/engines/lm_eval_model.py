@@ -21,7 +21,7 @@ from limbeck.evals.engines.batches import BATCH_TOKENS, NotANumber, batches
 from limbeck.evals.engines.engine import Engine, Scored
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 
 MAX_GEN_TOKS = 256  # where a task does not say, as HFLM
 
@@ -105,7 +105,7 @@ class LimbeckLM(TemplateLM):
             return str(self.tokenizer.apply_chat_template(chat_history, **settings))
         except TemplateError as error:
             if not self._told_system:
-                say(f"the chat template refuses these messages ({error}): the system message is left out")
+                print_status(f"the chat template refuses these messages ({error}): the system message is left out")
             self._told_system = True
         rest = [message for message in chat_history if message["role"] != "system"]
         try:
@@ -289,7 +289,7 @@ def _say_cut(requests: Sequence[Instance], lengths: Sequence[int], room: int, co
     asked = Counter(request.task_name for request in requests)
     cut = Counter(request.task_name for request, length in zip(requests, lengths, strict=True) if length > room)
     for task, count in cut.items():
-        say(
+        print_status(
             f"{count} of {asked[task]} requests of {task} are longer than the context of {context} tokens "
             "and lost their beginning"
         )

@@ -14,7 +14,7 @@ from limbeck.evals.engines.onnx_graph import FLAT, TREE_MASK, open_session
 from limbeck.evals.engines.probe import IN_HALF, TOLERANCE, Probe
 from limbeck.evals.engines.torch_batches import additive, choose
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.session import NUMPY_TYPES, empty_past
+from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape
 
 
 class OnnxRows:
@@ -80,7 +80,7 @@ class OnnxRows:
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for place, item in enumerate(self._past):
-            past = np.zeros(empty_past(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
+            past = np.zeros(empty_past_shape(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
             whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
             binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
         for name in ["logits", *self._present] if keep else ["logits"]:

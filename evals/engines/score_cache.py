@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 
 WAIT_S = 60  # for another process that writes
 TABLE = "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, value BLOB, checksum BLOB) WITHOUT ROWID"
@@ -80,7 +80,7 @@ class ScoreCache:
             return _connect(self.path)
 
     def _replace(self, error: Exception) -> None:
-        say(f"{self.path} is damaged ({error}): its scores are computed again")
+        print_status(f"{self.path} is damaged ({error}): its scores are computed again")
         for suffix in ("-wal", "-shm", ""):  # the journal first: a new file must not read an old one
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 

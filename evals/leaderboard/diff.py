@@ -9,9 +9,9 @@ from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.evals.leaderboard.ranking import USD
 from limbeck.evals.scores.comparability import cost_difference
 from limbeck.evals.scores.compare import compare
-from limbeck.registry.catalog.lineage import recipe
+from limbeck.registry.catalog.lineage import run_parameters
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import ComparedModels, Cost, Estimate, Record, Version
 
@@ -99,8 +99,8 @@ def _recipes(store: Store, a: Version, b: Version) -> tuple[tuple[Changed, ...],
     found = []
     for version in (a, b):
         try:
-            found.append(recipe(store, version))
-        except NotThere:
+            found.append(run_parameters(store, version))
+        except NotFound:
             return (), f"the run that made {version.ref} is gone"
     for version, parameters in zip((a, b), found, strict=True):
         if not parameters:

@@ -14,13 +14,13 @@ from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.evals.leaderboard.ranking import USD, ranked, sort_keys
 from limbeck.evals.scores.comparability import differences, group
 from limbeck.evals.scores.controls import against_controls
-from limbeck.registry.catalog.lineage import ancestor
+from limbeck.registry.catalog.lineage import made_from_ref
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import say
-from limbeck.registry.records import Estimate, LeaderboardRow, Scorecard, TaskResult, top_level
+from limbeck.registry.core.terminal import print_status
+from limbeck.registry.records import Estimate, LeaderboardRow, Scorecard, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
-    from limbeck.registry.mlflow.findings import Found
+    from limbeck.registry.mlflow.findings import VersionFindings
     from limbeck.registry.mlflow.store import Store
 
 
@@ -48,9 +48,9 @@ def rows(
     Raises:
         BadInput: no such model, task, key, column or value; with the near ones.
     """
-    found = store.found(name)
+    found = store.findings(name)
     if not found:
-        raise store.unknown(name)
+        raise store.not_found_error(name)
     cards = {each.version.version: each.scorecards for each in found}
     groups = group(cards, task)
     if task and not groups:
@@ -71,7 +71,7 @@ def rows(
 
 
 def _with_controls(
-    store: Store, found: Iterable[Found], shown: Sequence[LeaderboardRow], task: str | None
+    store: Store, found: Iterable[VersionFindings], shown: Sequence[LeaderboardRow], task: str | None
 ) -> list[LeaderboardRow]:
     """The rows, those of distilled students held against their controls."""
     versions = [each.version for each in found]
@@ -122,7 +122,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _listed(
-    found: Sequence[Found], groups: Sequence[Mapping[int, Scorecard]], task: str | None
+    found: Sequence[VersionFindings], groups: Sequence[Mapping[int, Scorecard]], task: str | None
 ) -> Iterator[LeaderboardRow]:
     """A row for each version, group by group."""
     left = {each.version.version: each for each in found}
@@ -135,12 +135,12 @@ def _listed(
 
 
 def _row(
-    found: Found, card: Scorecard | None, task: str | None, place: int | None, differs: str | None
+    found: VersionFindings, card: Scorecard | None, task: str | None, place: int | None, differs: str | None
 ) -> LeaderboardRow:
     version = found.version
     relative = card.relative if card else None
     cost = card.cost if card else None
-    shown = {name: card.tasks[name] for name in ([task] if task else top_level(card.tasks))} if card else {}
+    shown = {name: card.tasks[name] for name in ([task] if task else top_level_tasks(card.tasks))} if card else {}
     by_task = {name: _interval(kept) for name, kept in relative.task_retention.items()} if relative else {}
     overall = _interval(relative.retention) if relative and relative.retention else None
     spread = {
@@ -152,7 +152,7 @@ def _row(
     return LeaderboardRow(
         version=version.ref,
         kind=version.kind,
-        parent=ancestor(version),
+        parent=made_from_ref(version),
         recipe=version.recipe,
         precision=version.precision,
         quality={name: _quality(result) for name, result in shown.items()},
@@ -198,7 +198,7 @@ def _say_apart(shown: Sequence[LeaderboardRow]) -> None:
     for alike in by_setting(shown):
         if alike[0].differs:
             more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-            say(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
+            print_status(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
 
 
 def _say_hidden(
@@ -206,11 +206,13 @@ def _say_hidden(
 ) -> None:
     """The tasks that versions are scored on, beside those that are shown."""
     shown = {number: card.tasks.keys() for alike in groups for number, card in alike.items()}
-    every = {number: {name for card in several for name in top_level(card.tasks)} for number, several in cards.items()}
+    every = {
+        number: {name for card in several for name in top_level_tasks(card.tasks)} for number, several in cards.items()
+    }
     hidden = Counter(name for number, names in every.items() for name in names - shown.get(number, names))
     if hidden and not task:
         words = (f"{name} ({count} version{'s' if count > 1 else ''})" for name, count in sorted(hidden.items()))
-        say(f"also scored, to be seen with --task: {', '.join(words)}")
+        print_status(f"also scored, to be seen with --task: {', '.join(words)}")
 
 
 def _check(name: str, among: Collection[str], option: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from limbeck.evals.scores.comparability import differences, group, setting
 from limbeck.evals.scores.compare import Scored
 from limbeck.evals.scores.scorecard import all_kept
-from limbeck.registry.catalog.model_ref import REGISTERED, URL, Model
+from limbeck.registry.catalog.model_ref import REGISTERED, URL, ResolvedModel
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Engine, Scorecard, Version
 
@@ -68,7 +68,7 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
         )
     # Its files, or its server, are not asked: its scores are kept under its digest.
     engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"
-    kept = list(all_kept(Model(Path(against), digest, against, None, engine), None))
+    kept = list(all_kept(ResolvedModel(Path(against), digest, against, None, engine), None))
     if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in kept):
         engine = "onnxruntime"
     return Teacher(against, digest, engine, [Scored(each.card, partial(Path, each.documents)) for each in kept])

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from limbeck.registry.records import Cost, Relative, Scorecard, top_level
+from limbeck.registry.records import Cost, Relative, Scorecard, top_level_tasks
 
 
 class Setting(NamedTuple):
@@ -99,7 +99,7 @@ def differences(cards: Collection[Scorecard], others: Collection[Scorecard], tas
 
 
 def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]:
-    ours, theirs = ([task] if task else top_level(each.tasks) for each in (card, other))
+    ours, theirs = ([task] if task else top_level_tasks(each.tasks) for each in (card, other))
     if set(ours) != set(theirs):
         yield f"scored on {_some(ours)}"
         return

@@ -15,11 +15,11 @@ from limbeck.evals.scores.scorecard import all_kept, evaluate
 from limbeck.evals.stats.diagnostics import COLUMNS, flips
 from limbeck.evals.stats.noninferiority import Margins
 from limbeck.evals.stats.paired_comparison import correct, hold
-from limbeck.evals.stats.retention import leaves, pair, top_level
-from limbeck.registry.catalog.model_ref import REGISTERED, resolve
+from limbeck.evals.stats.retention import leaves, pair
+from limbeck.registry.catalog.model_ref import REGISTERED, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import ComparedModels, Scorecard, TaskResult
+from limbeck.registry.records import ComparedModels, Scorecard, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
     from limbeck.evals.tasks.task_set import TaskSet
@@ -52,10 +52,10 @@ def compare(
     sides = [_Side.of(text, store) for text in (candidate, reference)]
     both = _common(sides[0], sides[1], tasks)
     if both is None and tasks and load:
-        models = [resolve(text, store) for text in (candidate, reference)]
+        models = [resolve_model(text, store) for text in (candidate, reference)]
         card = evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)[0]
         sides = [_Side.of(text, store) for text in (candidate, reference)]
-        both = _common(sides[0], sides[1], top_level(card.tasks))  # a group may have no value of its own
+        both = _common(sides[0], sides[1], top_level_tasks(card.tasks))  # a group may have no value of its own
     if both is None:
         raise BadInput(
             f"{candidate} and {reference} have no common documents: {'; '.join(side.told() for side in sides)}",
@@ -63,7 +63,7 @@ def compare(
         )
     ours, theirs, results = both
     names = sides[0].label, sides[1].label
-    margins.check([*top_level(results), *(result.metric for result in results.values())])
+    margins.check([*top_level_tasks(results), *(result.metric for result in results.values())])
     pairs = pair(documents(ours, results), documents(theirs, results), COLUMNS, names)
     held = hold(pairs, results, margins, names)
     return ComparedModels(
@@ -75,7 +75,7 @@ def compare(
         retention=held.retention,
         tasks=tuple(correct([held.tasks])[0]),
         over_all=tuple(correct([held.over_all])[0]),
-        untold=held.untold,
+        unknown_tasks=held.untold,
         flips=tuple(flips(pairs, most_flips)),
     )
 
@@ -100,12 +100,12 @@ class _Side(NamedTuple):
             version = store.get(text)
             cards = store.scorecards(version)
             return cls(version.ref, [Scored(card, partial(store.documents, version, card)) for card in cards])
-        model = resolve(text, store)
+        model = resolve_model(text, store)
         kept = sorted(all_kept(model, store), key=lambda each: each.card.created)
         return cls(model.label, [Scored(each.card, partial(Path, each.documents)) for each in kept])
 
     def told(self) -> str:
-        known = dict.fromkeys(task for scored in self.scores for task in top_level(scored.card.tasks))
+        known = dict.fromkeys(task for scored in self.scores for task in top_level_tasks(scored.card.tasks))
         return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
 
 

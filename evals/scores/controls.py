@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.evals.scores.compare import compare
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.records import AgainstControl, HeldTask, Making, Version
+from limbeck.registry.records import ControlComparison, ControlTaskResult, TrainingCost, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
@@ -25,7 +25,7 @@ OUTCOMES = {
 }
 
 
-def against_controls(store: Store, versions: Iterable[Version], task: str | None = None) -> list[AgainstControl]:
+def against_controls(store: Store, versions: Iterable[Version], task: str | None = None) -> list[ControlComparison]:
     """Each distilled PyTorch student of `versions` held against the newest control of each kind of its family.
 
     Paired by document, clustered; of those that were scored on the same tasks.
@@ -42,20 +42,20 @@ def against_controls(store: Store, versions: Iterable[Version], task: str | None
     return found
 
 
-def _held(store: Store, student: Version, control: Version, task: str | None) -> AgainstControl | None:
+def _held(store: Store, student: Version, control: Version, task: str | None) -> ControlComparison | None:
     try:
         compared = compare(student.ref, control.ref, [task] if task else (), store=store)
     except BadInput:  # not scored, or not on the same documents
         return None
     sides = {student.ref: "student", control.ref: "control", None: None}
     tasks = {
-        row.task: HeldTask(metric=row.metric, difference=row.difference, better=sides[row.better])
+        row.task: ControlTaskResult(metric=row.metric, difference=row.difference, better=sides[row.better])
         for row in compared.tasks
     }
     better = {each.better for each in tasks.values() if each.better}
     outcomes = {("student",): "better", ("control",): "worse", (): "not settled"}
-    ours, its = (store.making(version) for version in (student, control))
-    return AgainstControl(
+    ours, its = (store.training_cost(version) for version in (student, control))
+    return ControlComparison(
         student=student.ref,
         control=control.ref,
         kind=str(control.control),
@@ -68,11 +68,11 @@ def _held(store: Store, student: Version, control: Version, task: str | None) ->
     )
 
 
-def _seconds(making: Making | None) -> float | None:
+def _seconds(making: TrainingCost | None) -> float | None:
     return making.training_seconds + making.teacher_seconds if making else None
 
 
-def told(held: AgainstControl) -> Iterator[str]:
+def told(held: ControlComparison) -> Iterator[str]:
     """Who beat whom, at which tokens and time; then a line for each task, with the interval of the difference."""
     yield f"{held.student} {OUTCOMES[held.outcome]} {held.control}, {KINDS[held.kind]}{_spent(held)}"
     for task, each in held.tasks.items():
@@ -82,7 +82,7 @@ def told(held: AgainstControl) -> Iterator[str]:
         yield f"  {task}{metric} {interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{settled}"
 
 
-def _spent(held: AgainstControl) -> str:
+def _spent(held: ControlComparison) -> str:
     if held.student_seconds is None or held.control_seconds is None:
         return ""
     return (

@@ -15,7 +15,7 @@ from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.documents import DOCUMENTS, document_table
 from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, metric_of, outermost, quiet_bars
-from limbeck.registry.catalog.model_ref import Model
+from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, Unreachable
 from limbeck.registry.core.terminal import quiet_libraries
@@ -41,7 +41,7 @@ class Scores(NamedTuple):
 
 
 def score(
-    model: Model,
+    model: ResolvedModel,
     tasks: TaskSet,
     *,
     batch_tokens: int | None = None,

@@ -15,26 +15,26 @@ import pyarrow.parquet as parquet
 from limbeck.evals.cost.measure import PROTOCOL, groups, machine, measure, priced, ratio
 from limbeck.evals.cost.prices import Prices
 from limbeck.evals.scores.harness import score
-from limbeck.evals.stats.retention import check_numbers, compare, top_level
+from limbeck.evals.stats.retention import check_numbers, compare
 from limbeck.evals.tasks.contamination import contamination
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import Model
-from limbeck.registry.core.digest import verify, write_manifest
+from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.core.digest import verify_files, write_manifest
 from limbeck.registry.core.errors import DamagedArtifact
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.terminal import progress, say
-from limbeck.registry.records import Contamination, Cost, Estimate, Relative, Scorecard
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.terminal import print_status, progress_bar
+from limbeck.registry.records import Contamination, Cost, Estimate, Relative, Scorecard, top_level_tasks
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
 
 def evaluate(
-    models: Sequence[Model],
+    models: Sequence[ResolvedModel],
     tasks: TaskSet,
     store: Store | None = None,
     *,
-    against: Model | None = None,
+    against: ResolvedModel | None = None,
     cost: bool = True,
     prices: Prices | None = None,
     force: bool = False,
@@ -69,9 +69,9 @@ def evaluate(
     if cost:
         for model in every:
             if model.endpoint:
-                say(f"  {model.label}: what an endpoint costs cannot be measured from here")
+                print_status(f"  {model.label}: what an endpoint costs cannot be measured from here")
 
-    def finish(model: Model, own: Cost | None, teachers: Cost | None) -> None:
+    def finish(model: ResolvedModel, own: Cost | None, teachers: Cost | None) -> None:
         a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
         found = scored[model.label]
         update = {"model": model.label, "created": datetime.now(UTC), "cost": a}
@@ -82,10 +82,10 @@ def evaluate(
             relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
             card = card.model_copy(update={"relative": relative})
             for line in lines - told:
-                say(f"  {line}")
+                print_status(f"  {line}")
             told.update(lines)
         cards[model.label] = _keep(found._replace(card=card), model, store, [*kept[model.label], found])
-        say(f"  {_told(cards[model.label].card)}")
+        print_status(f"  {_told(cards[model.label].card)}")
 
     overlap = _overlaps(every, tasks)
     unknown = []
@@ -106,7 +106,7 @@ def evaluate(
     return [cards[model.label].card for model in every]
 
 
-def _overlaps(models: Sequence[Model], tasks: TaskSet) -> dict[str, Contamination | None]:
+def _overlaps(models: Sequence[ResolvedModel], tasks: TaskSet) -> dict[str, Contamination | None]:
     """How much of the tasks each model's training text holds, where that is at hand; told once for each text."""
     texts: dict[str, list[str]] = {}
     for model in models:
@@ -117,7 +117,7 @@ def _overlaps(models: Sequence[Model], tasks: TaskSet) -> dict[str, Contaminatio
         with _bar("reading the training text", "documents") as on_progress:
             overlap = contamination(tasks, digest, on_progress)
         found |= dict.fromkeys(labels, overlap)
-        say(f"  training text of {', '.join(labels)}: {_overlap_told(overlap)}")
+        print_status(f"  training text of {', '.join(labels)}: {_overlap_told(overlap)}")
     return found
 
 
@@ -136,13 +136,13 @@ class Kept(NamedTuple):
     registered: bool = False
 
 
-def all_kept(model: Model, store: Store | None) -> Iterator[Kept]:
+def all_kept(model: ResolvedModel, store: Store | None) -> Iterator[Kept]:
     """What is kept of these very files: below `home()`, then with the version in MLflow; each oldest first."""
     folders = (path for path in _local(model).glob("*") if (path / "scorecard.json").exists())
     found = []
     for folder in folders:
         try:
-            verify(folder)
+            verify_files(folder)
             card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
         except (DamagedArtifact, ValueError):  # scored again
             continue
@@ -160,7 +160,7 @@ def _find(kept: Sequence[Kept], tasks: TaskSet) -> Kept | None:
     return max(fitting, key=lambda each: each.card.created, default=None)
 
 
-def _keep(own: Kept, model: Model, store: Store | None, kept: Sequence[Kept]) -> Kept:
+def _keep(own: Kept, model: ResolvedModel, store: Store | None, kept: Sequence[Kept]) -> Kept:
     """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
     wanted = bool(store and model.version)
     for each in reversed(kept):
@@ -172,9 +172,9 @@ def _keep(own: Kept, model: Model, store: Store | None, kept: Sequence[Kept]) ->
     return _keep_local(own.card, parquet.read_table(own.documents), model)
 
 
-def _keep_local(card: Scorecard, documents: pa.Table, model: Model) -> Kept:
+def _keep_local(card: Scorecard, documents: pa.Table, model: ResolvedModel) -> Kept:
     folder = _local(model) / card.digest()[:16]
-    with written_whole(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         (part / "scorecard.json").write_text(card.model_dump_json(indent=1))
         parquet.write_table(documents, part / "documents.parquet")
@@ -182,11 +182,11 @@ def _keep_local(card: Scorecard, documents: pa.Table, model: Model) -> Kept:
     return Kept(card, folder / "documents.parquet")
 
 
-def _local(model: Model) -> Path:
+def _local(model: ResolvedModel) -> Path:
     return home() / "scorecards-local" / model.digest
 
 
-def _score(model: Model, tasks: TaskSet, force: bool, trust_remote_code: bool) -> Kept:
+def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code: bool) -> Kept:
     """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
     began = time.monotonic()
     with _bar(f"{model.label}: scoring") as on_progress:
@@ -213,7 +213,9 @@ class _Costs(NamedTuple):
     enough: bool  # measured on this machine, and the teacher's with it
 
 
-def _known_costs(model: Model, kept: Sequence[Kept], teacher: Model | None, teachers: Sequence[Kept]) -> _Costs:
+def _known_costs(
+    model: ResolvedModel, kept: Sequence[Kept], teacher: ResolvedModel | None, teachers: Sequence[Kept]
+) -> _Costs:
     """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
     here = machine(model)
     beside = {each.card.cost.run: each.card.cost for each in teachers if each.card.cost}
@@ -236,7 +238,7 @@ def _known_costs(model: Model, kept: Sequence[Kept], teacher: Model | None, teac
 
 @contextmanager
 def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | None], None]]:
-    with progress() as bar:
+    with progress_bar() as bar:
         row = bar.add_task(label, total=None, rate="")
         began = time.monotonic()
 
@@ -247,7 +249,7 @@ def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | No
         yield on_progress
 
 
-def _relative(own: Kept, scored: Kept, teacher: Model, teachers: Cost | None) -> tuple[Relative, set[str]]:
+def _relative(own: Kept, scored: Kept, teacher: ResolvedModel, teachers: Cost | None) -> tuple[Relative, set[str]]:
     """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
     found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
     said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
@@ -276,7 +278,7 @@ def _relative(own: Kept, scored: Kept, teacher: Model, teachers: Cost | None) ->
 
 def _told(card: Scorecard) -> str:
     """A scorecard in one line."""
-    words = [f"{task} {card.tasks[task].metric} {card.tasks[task].value:.4g}" for task in top_level(card.tasks)]
+    words = [f"{task} {card.tasks[task].metric} {card.tasks[task].value:.4g}" for task in top_level_tasks(card.tasks)]
     if card.relative and (kept := card.relative.retention):
         words.append(f"retention {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]")
     if card.cost:

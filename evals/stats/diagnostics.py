@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from limbeck.registry.records import Answers, Flip
+from limbeck.registry.records import AnswerDifferences, Flip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ COLUMNS = (
 )  # that `limbeck.evals.stats.retention.pair` is asked for
 
 
-def answers(pairs: pd.DataFrame) -> Answers:
+def answers(pairs: pd.DataFrame) -> AnswerDifferences:
     """Over rows of `limbeck.evals.stats.retention.pair`, the student being the candidate, with COLUMNS."""
     from scipy.stats import binomtest
 
@@ -31,7 +31,7 @@ def answers(pairs: pd.DataFrame) -> Answers:
     if np.isin((ours, theirs), (0, 1)).all():
         lost, won = int((ours < theirs).sum()), int((ours > theirs).sum())
         p_value = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-    return Answers(right_to_wrong=lost, wrong_to_right=won, mcnemar_p=p_value, kl=_kl(pairs))
+    return AnswerDifferences(right_to_wrong=lost, wrong_to_right=won, mcnemar_p=p_value, kl=_kl(pairs))
 
 
 def flips(pairs: pd.DataFrame, most: int) -> list[Flip]:

@@ -28,12 +28,12 @@ class Estimated:
         value: the number.
         errors: (C,) float64, what each cluster adds to its error, small-sample factor included; NaN where there
             are fewer than two clusters.
-        freedom: degrees of freedom: the effective number of clusters, less one; at least 1.
+        degrees_of_freedom: the effective number of clusters, less one; at least 1.
     """
 
     value: float
     errors: np.ndarray
-    freedom: float
+    degrees_of_freedom: float
 
     @property
     def stderr(self) -> float:
@@ -42,10 +42,12 @@ class Estimated:
     def interval(self) -> Estimate:
         half = self.quantile((1 + CONFIDENCE) / 2) * self.stderr
         low, high = self.value - half, self.value + half
-        return Estimate(value=self.value, low=low, high=high, confidence=CONFIDENCE, freedom=self.freedom)
+        return Estimate(
+            value=self.value, low=low, high=high, confidence=CONFIDENCE, degrees_of_freedom=self.degrees_of_freedom
+        )
 
     def quantile(self, probability: float) -> float:
-        return float(stdtrit(self.freedom, probability))
+        return float(stdtrit(self.degrees_of_freedom, probability))
 
 
 def mean(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> Estimated:
@@ -68,7 +70,7 @@ def combine(value: float, *terms: tuple[float, Estimated]) -> Estimated:
     errors = np.zeros(max(len(estimate.errors) for _, estimate in terms))
     for derivative, estimate in terms:
         errors[: len(estimate.errors)] += derivative * estimate.errors
-    return Estimated(value, errors, min(estimate.freedom for _, estimate in terms))
+    return Estimated(value, errors, min(estimate.degrees_of_freedom for _, estimate in terms))
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ class Difference:
 
     def interval(self) -> Estimate:
         low, high = self.bounds((1 + CONFIDENCE) / 2)
-        freedom = self.estimate.freedom
-        return Estimate(value=self.estimate.value, low=low, high=high, confidence=CONFIDENCE, freedom=freedom)
+        freedom = self.estimate.degrees_of_freedom
+        return Estimate(
+            value=self.estimate.value, low=low, high=high, confidence=CONFIDENCE, degrees_of_freedom=freedom
+        )
 
     def p_better(self, than: float) -> float:
         """p-value of the one-sided test of "at most `than`"; below 0.05 just where the lower bound is above it."""
         gap = self.estimate.value - self.step - than
-        return float(stdtr(self.estimate.freedom, -self._ratio(gap, than)))
+        return float(stdtr(self.estimate.degrees_of_freedom, -self._ratio(gap, than)))
 
     def stderr_at(self, truth: float) -> float:
         """The standard error were the true difference `truth`, in -1..1 for scores of 0 and 1."""
@@ -152,7 +156,7 @@ def difference(candidate: np.ndarray, reference: np.ndarray, weights: np.ndarray
         if alone := mean(values, weights, apart).stderr:
             effects.append((mean(values, weights, codes).stderr / alone) ** 2)
     # Where both are right, or both wrong, on all: as if the documents of a cluster were all the same.
-    independent = documents / max(1.0, *effects) if effects else min(documents, estimate.freedom + 1)
+    independent = documents / max(1.0, *effects) if effects else min(documents, estimate.degrees_of_freedom + 1)
     return Difference(estimate, independent, 1 / documents)
 
 

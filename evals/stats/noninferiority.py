@@ -89,7 +89,7 @@ def noninferiority(
         upper=upper,
         p_value=p_value,
         p_holm=p_value,
-        alone=outcome,
+        uncorrected=outcome,
         verdict=outcome,
         detectable=advantage.detectable(1 - LEVEL, POWER),
         documents_needed=math.ceil(documents * needed) if needed else None,
@@ -116,7 +116,7 @@ def corrected(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
     """The same tests with Holm's correction over all of them: what no longer passes is inconclusive."""
 
     def verdict(test: Noninferiority, p_holm: float) -> Outcome:
-        return "inconclusive" if test.alone == "pass" and p_holm >= LEVEL else test.alone
+        return "inconclusive" if test.uncorrected == "pass" and p_holm >= LEVEL else test.uncorrected
 
     adjusted = holm([test.p_value for test in tests])
     return [

@@ -10,8 +10,8 @@ import numpy as np
 from limbeck.evals.stats.diagnostics import answers
 from limbeck.evals.stats.estimates import Difference, average
 from limbeck.evals.stats.noninferiority import Margins, corrected, noninferiority
-from limbeck.evals.stats.retention import compare_pairs, leaves, paired, top_level
-from limbeck.registry.records import ComparedTask, Estimate, TaskResult
+from limbeck.evals.stats.retention import compare_pairs, leaves, paired
+from limbeck.registry.records import ComparedTask, Estimate, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins,
         names: of the candidate and of the reference.
     """
     found = compare_pairs(pairs, tasks, names[1])
-    top = top_level(tasks)
+    top = top_level_tasks(tasks)
     subjects: dict[str, _Subject] = {}
     for name in top:
         rows = pairs[pairs["task"].isin(leaves(name, tasks))]

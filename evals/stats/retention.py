@@ -13,7 +13,7 @@ import numpy as np
 
 from limbeck.evals.stats.estimates import Difference, Estimated, codes, combine, difference, mean
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.records import Estimate, TaskResult, top_level
+from limbeck.registry.records import Estimate, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ def compare_pairs(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], referenc
                 f"{sure.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}, so there is "
                 "nothing to keep"
             )
-    top = [retentions[name] for name in top_level(tasks) if name in retentions]
+    top = [retentions[name] for name in top_level_tasks(tasks) if name in retentions]
     average = float(np.mean([estimate.value for estimate in top])) if top else 0.0
     return Comparison(
         retention=combine(average, *((1 / len(top), estimate) for estimate in top)).interval() if top else None,

@@ -20,7 +20,7 @@ import numpy as np
 
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.digest import json_digest
-from limbeck.registry.core.home import home, written_whole
+from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.records import Contamination, Overlap
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def contamination(
 
     Kept below `home()`, since reading a large text takes its time.
     """
-    train = jsonl.training_text(data_digest)
+    train = jsonl.find_training_text(data_digest)
     if train is None:
         return None
     key = json_digest([data_digest, tasks.digest, NGRAM, SHARED])
@@ -52,7 +52,7 @@ def contamination(
         return Contamination.model_validate_json(kept.read_text())
     texts = {name: list(_texts(task, tasks)) for name, task in tasks.tasks.items()}
     found = Contamination(data_digest=data_digest, ngram=NGRAM, tasks=overlaps(texts, _training(train, on_progress)))
-    with written_whole(kept) as temporary:
+    with atomic_write(kept) as temporary:
         temporary.write_text(found.model_dump_json())
     return found
 
@@ -131,7 +131,7 @@ def _overlap(documents: list[tuple[int, np.ndarray]], known: dict[int, _Known]) 
 
 
 def _training(path: Path, on_progress: Callable[[int, None], None]) -> Iterator[str]:
-    for number, row in enumerate(jsonl.objects(path), 1):
+    for number, row in enumerate(jsonl.read_objects(path), 1):
         yield row["text"]
         on_progress(number, None)
 

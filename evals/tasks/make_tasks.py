@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from limbeck.evals.tasks import minimal_pairs
 from limbeck.registry.core.digest import file_digest, json_digest, text_digest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.home import written_whole
-from limbeck.registry.core.jsonl import rows
+from limbeck.registry.core.home import atomic_write
+from limbeck.registry.core.jsonl import read_rows
 
 KINDS = ("bits_per_byte", "next_line", "minimal_pairs")
 RECORD = "limbeck-tasks.json"
@@ -84,7 +84,7 @@ def make(
         return tasks
     if folder.exists() and not known.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
-    with written_whole(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         for kind in KINDS:
             if kind in kinds:
@@ -261,7 +261,7 @@ def _is_python(text: str) -> bool:
 
 def _read(corpus: Path, seed: int) -> list[Document]:
     """The documents of a corpus that are not blank, in the order of a hash of their paths."""
-    documents = [document for document in map(Document._make, rows(corpus)) if document.text.strip()]
+    documents = [document for document in map(Document._make, read_rows(corpus)) if document.text.strip()]
     if not documents:
         raise BadInput(f"{corpus} has no text")
     return sorted(documents, key=lambda document: text_digest(f"{seed}:{document.path}"))

@@ -28,13 +28,13 @@ from limbeck.registry.records import (
     ComparedTask,
     Cost,
     Estimate,
-    Making,
     Outcome,
     Relative,
     Scorecard,
     TaskResult,
+    TrainingCost,
     Version,
-    top_level,
+    top_level_tasks,
 )
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def judge(
     Raises:
         BadInput: no such model or task; a teacher, or candidates, without scores.
     """
-    found = {each.version.ref: each for each in store.found(name)}
+    found = {each.version.ref: each for each in store.findings(name)}
     if not found:
-        raise store.unknown(name)
+        raise store.not_found_error(name)
     every = [card for each in found.values() for card in each.scorecards]
     teacher = find_teacher(store, name, against, every)
     others = {
@@ -78,7 +78,7 @@ def judge(
     card = chosen.teacher.card
     results = {task: result for task, result in card.tasks.items() if not tasks or {task, result.group} & {*tasks}}
     margins_of = margins or Margins()
-    margins_of.check([*top_level(results), *(results[task].metric for task in top_level(results))])
+    margins_of.check([*top_level_tasks(results), *(results[task].metric for task in top_level_tasks(results))])
     setting = _Setting(store, teacher, chosen.teacher, results, margins_of, prices or Prices.load(), tokens_per_day)
     held = [_held(found[ref].version, scored, setting) for ref, scored in chosen.candidates.items()]
     judged = sorted(_judged(held), key=_rank)
@@ -95,12 +95,12 @@ def judge(
         teacher_digest=teacher.digest,
         teacher_engine=teacher.engine,
         asked=tuple(tasks),
-        margins={task: margins_of.of(task, results[task].metric) for task in top_level(results)},
+        margins={task: margins_of.of(task, results[task].metric) for task in top_level_tasks(results)},
         default_margins=margins is None,
         tests=sum(len(each.tasks) for each in judged),
         candidates=tuple(judged),
         left_out=chosen.left_out,
-        other_tasks=tuple(sorted({task for each in every for task in top_level(each.tasks)} - results.keys())),
+        other_tasks=tuple(sorted({task for each in every for task in top_level_tasks(each.tasks)} - results.keys())),
         tokens_per_day=tokens_per_day,
         tasks_digest=card.tasks_digest,
         prompts_digest=card.prompts_digest,
@@ -139,7 +139,7 @@ def _held(version: Version, scored: Scored, setting: _Setting) -> tuple[Candidat
     costs = card.cost, relative.teacher_cost if relative else None
     cost, teacher_cost = (priced(c, *setting.prices.of_machine(c.machine)) if c else None for c in costs)
     ratio, interval = _ratio(cost, relative, setting)
-    making = setting.store.making(version)
+    making = setting.store.training_cost(version)
     candidate = Candidate(
         version=version.ref,
         files=version.digest,
@@ -186,7 +186,7 @@ def _cheaper(ratio: float | None, interval: Estimate | None) -> bool | None:
     return True if high < 1 else False if low >= 1 else None
 
 
-def _payback(card: Scorecard, making: Making | None, setting: _Setting) -> Payback | None:
+def _payback(card: Scorecard, making: TrainingCost | None, setting: _Setting) -> Payback | None:
     """When its making is paid back; None where what it took, or what it saves, is not known."""
     known = setting.api or (card.relative and card.relative.teacher_cost)
     if making is None or card.cost is None or not card.cost.loads or not known:

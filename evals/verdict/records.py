@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 from limbeck.evals.cost.payback import Payback
-from limbeck.registry.records import ComparedTask, Cost, Engine, Estimate, Frozen, Kind, Making, Outcome
+from limbeck.registry.records import ComparedTask, Cost, Engine, Estimate, Frozen, Kind, Outcome, TrainingCost
 
 Answer = Literal["yes", "no", "not settled"]
 
@@ -43,7 +43,7 @@ class Candidate(Frozen):
     cost_ratio_interval: Estimate | None
     speedup: float | None
     speedup_interval: Estimate | None
-    making: Making | None
+    making: TrainingCost | None
     payback: Payback | None
 
 

@@ -95,7 +95,7 @@ def _settle(judgement: Judgement, best: Candidate) -> Iterator[str]:
 def _settle_task(task: ComparedTask, still: Open, tests: int) -> str:
     test = task.noninferiority
     words = f"{task.task}: the difference is {signed(task.difference)}, the margin {test.margin:g}."
-    if test.alone == "pass":
+    if test.uncorrected == "pass":
         words += f" Alone it would pass; corrected for all {tests} tests it does not (p = {test.p_holm:.2g})."
     if still.documents:
         words += f" About {large(still.documents)} documents (now {large(task.documents)}) would settle it and show it "

@@ -15,7 +15,7 @@ from limbeck.registry.core.machine import physical_cores
 
 
 @dataclass(frozen=True)
-class Completed:
+class TimedCompletion:
     """A completion of one prompt, and how fast it was made after a short run to warm up."""
 
     text: str
@@ -46,18 +46,18 @@ def complete_onnx(
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
-) -> Completed:
+) -> TimedCompletion:
     """Complete `prompt` with an ONNX artifact, its files checked (against `digest` too, where given).
 
     Raises BadInput: no artifact, or a prompt that fills the context. DamagedArtifact: other files.
     """
     start = time.perf_counter()
-    runtime = Runtime.load(folder, threads=threads, device=device, expected=digest)
+    runtime = Runtime.load(folder, threads=threads, device=device, expected_digest=digest)
     loaded = time.perf_counter()
     ids = runtime.prompt_ids(prompt)
     runtime.generate([ids[:1]], max_new_tokens=2, ignore_eos=True)
     result = runtime.generate([ids], **vars(sampling))[0]
-    return Completed(
+    return TimedCompletion(
         text=result.text,
         finish_reason=result.finish_reason,
         digest=runtime.digest,
@@ -77,7 +77,7 @@ def complete_torch(
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
-) -> Completed:
+) -> TimedCompletion:
     """Complete `prompt` with a transformers checkpoint; `digest` is that of its files where they were checked.
 
     Raises BadInput: a checkpoint that cannot be loaded, or a prompt that fills the context.
@@ -100,7 +100,7 @@ def complete_torch(
         message = f"the prompt has {ids.shape[1]} tokens and wants room for 1 more; the context is {length}"
         raise BadInput(message, fix="shorten the prompt")
     _set_sampling(model, sampling)
-    clock, ids = _Clock(), ids.to(device)
+    clock, ids = _TokenTimer(), ids.to(device)
     with torch.inference_mode():
         one = torch.ones_like(ids)
         model.generate(ids[:, :1], attention_mask=one[:, :1], max_new_tokens=2, min_new_tokens=2)
@@ -117,7 +117,7 @@ def complete_torch(
     text = text[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
     cuts = [place for place in map(text.find, sampling.stop) if place >= 0]
     ends = eos if isinstance(eos, list) else [eos]
-    return Completed(
+    return TimedCompletion(
         text=text[: min(cuts)] if cuts else text,
         finish_reason="stop" if cuts or new[-1] in ends else "length",
         digest=digest or folder_digest(folder),
@@ -159,7 +159,7 @@ def _set_sampling(model: Any, sampling: Sampling) -> None:
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0, **wanted)
 
 
-class _Clock:
+class _TokenTimer:
     """A transformers streamer that notes when the prompt and each token came."""
 
     def __init__(self) -> None:

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.export.artifact import interop
-from limbeck.export.graph.decoder import write
-from limbeck.export.graph.families import FAMILIES, Unwritable, describe
+from limbeck.export.graph.decoder import write_graph
+from limbeck.export.graph.families import FAMILIES, UnsupportedModel, decoder_from_model
 from limbeck.export.quantize.quantize import quantize
-from limbeck.registry.catalog.model_ref import check_folder
+from limbeck.registry.catalog.model_ref import engine_of_folder
 from limbeck.registry.core.digest import folder_digest, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.home import written_whole
+from limbeck.registry.core.home import atomic_write
 
 if TYPE_CHECKING:
-    from limbeck.export.quantize.quantize import Settings
+    from limbeck.export.quantize.quantize import QuantizationSettings
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "int8-weight", "int4")
 TASK = "text-generation-with-past"
 GRAPH = "model.onnx"
 # All a runtime reads. What else the exporter saves (vocab.json, merges.txt, ...) says the same a second time.
-FILES = {
+RUNTIME_FILES = {
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -42,17 +42,17 @@ FILES = {
 }
 
 
-def export(
+def export_onnx(
     model: Path,
-    out: Path,
+    output_folder: Path,
     precision: str = "fp32",
     *,
-    fp32: Path | None = None,
-    settings: Settings | None = None,
+    fp32_artifact: Path | None = None,
+    settings: QuantizationSettings | None = None,
     fused: bool = True,
     trust_remote_code: bool = False,
 ) -> str:
-    """Write the ONNX artifact of the causal language model in `model` to `out`. Returns its digest.
+    """Write the ONNX artifact of the causal language model in `model` to `output_folder`. Returns its digest.
 
     The folder holds `model.onnx` (with `model.onnx_data` where the weights are large), the configuration, the
     tokenizer and `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
@@ -60,7 +60,7 @@ def export(
     Args:
         model: folder with config.json, safetensors and tokenizer files.
         precision: one of PRECISIONS.
-        fp32: the fp32 artifact of the same model where there is one; a quantised one is made from it.
+        fp32_artifact: the fp32 artifact of the same model where there is one; a quantised one is made from it.
         settings: of the quantization.
         fused: False takes optimum's graph even where the fused one can be written, to compare the two.
         trust_remote_code: run the Python code in the folder, as in transformers.
@@ -69,19 +69,19 @@ def export(
         BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
             or is of an architecture that can be exported in neither way. DamagedArtifact: truncated weights.
     """
-    check_precisions([precision])
-    model, out = Path(model), Path(out)
-    if check_folder(model) != "torch":
+    parse_precisions([precision])
+    model, output_folder = Path(model), Path(output_folder)
+    if engine_of_folder(model) != "torch":
         raise BadInput(f"{model} is an ONNX artifact", fix="export the PyTorch model it came from")
     parent = folder_digest(model)
-    with written_whole(out) as folder:
+    with atomic_write(output_folder) as folder:
         folder.mkdir()
-        if fp32 is not None:
-            if read_manifest(fp32).get("parent") != parent:
-                raise BadInput(f"{fp32} is no export of {model}", fix="leave it away: it will be made again")
-            for name in FILES & {path.name for path in fp32.iterdir()}:
-                shutil.copyfile(fp32 / name, folder / name)
-            graph, kind = fp32 / GRAPH, str(read_manifest(fp32).get("graph", "optimum"))
+        if fp32_artifact is not None:
+            if read_manifest(fp32_artifact).get("parent") != parent:
+                raise BadInput(f"{fp32_artifact} is no export of {model}", fix="leave it away: it will be made again")
+            for name in RUNTIME_FILES & {path.name for path in fp32_artifact.iterdir()}:
+                shutil.copyfile(fp32_artifact / name, folder / name)
+            graph, kind = fp32_artifact / GRAPH, str(read_manifest(fp32_artifact).get("graph", "optimum"))
         else:
             with _quiet():
                 kind = _export_fp32(model, folder, fused, trust_remote_code)
@@ -99,11 +99,11 @@ def export(
             parent=parent,
             made_with=_versions(),
             **made,
-            **interop.describe(folder, kind),
+            **interop.write_interop_files(folder, kind),
         )
 
 
-def check_precisions(precisions: Sequence[str]) -> list[str]:
+def parse_precisions(precisions: Sequence[str]) -> list[str]:
     """The names without blanks around them. Raises BadInput for one that is none."""
     names = [precision.strip() for precision in precisions]
     for name in names:
@@ -133,7 +133,7 @@ def _export_fp32(model: Path, folder: Path, fused: bool, trust_remote_code: bool
         _write_optimum(model, torch_model, folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        if path.name not in FILES and not path.name.startswith(GRAPH):
+        if path.name not in RUNTIME_FILES and not path.name.startswith(GRAPH):
             path.unlink()
     return kind
 
@@ -168,10 +168,10 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 def _write_fused(torch_model: Any, folder: Path) -> bool:
     """Write the fused graph and what else optimum would write; False where the model has no such graph."""
     try:
-        decoder = describe(torch_model)
-    except Unwritable:
+        decoder = decoder_from_model(torch_model)
+    except UnsupportedModel:
         return False
-    write(decoder, folder / GRAPH)
+    write_graph(decoder, folder / GRAPH)
     torch_model.config.save_pretrained(folder)
     torch_model.generation_config.save_pretrained(folder)
     return True

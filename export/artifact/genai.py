@@ -9,9 +9,9 @@ from typing import Any
 from limbeck.export.graph.signature import Tensors
 from limbeck.export.runtime.session import CONTEXT_KEYS
 
-FILE = "genai_config.json"
+CONFIG_FILE = "genai_config.json"
 # model_type of transformers -> `type` of onnxruntime-genai. It has no others of those that have a fused graph.
-TYPES = {
+GENAI_MODEL_TYPES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
@@ -27,7 +27,7 @@ TYPES = {
 }
 
 
-def write_config(folder: Path, tensors: Tensors) -> bool:
+def write_genai_config(folder: Path, tensors: Tensors) -> bool:
     """Write the file into an artifact whose graph is a fused one; False where onnxruntime-genai has no such model.
 
     Args:
@@ -35,7 +35,7 @@ def write_config(folder: Path, tensors: Tensors) -> bool:
         tensors: the graph's, from `limbeck.export.graph.signature`.
     """
     config = _read(folder / "config.json")
-    model_type = TYPES.get(config.get("model_type", ""))
+    model_type = GENAI_MODEL_TYPES.get(config.get("model_type", ""))
     eos = _setting(folder, config, "eos_token_id")
     if model_type is None or eos is None:
         return False
@@ -75,7 +75,7 @@ def write_config(folder: Path, tensors: Tensors) -> bool:
     }
     # Greedy, with the new keys written where the old ones lie, unless a program asks for something else.
     search = {"do_sample": False, "num_beams": 1, "max_length": context, "past_present_share_buffer": True}
-    (folder / FILE).write_text(json.dumps({"model": model, "search": search}, indent=1) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps({"model": model, "search": search}, indent=1) + "\n")
     return True
 
 

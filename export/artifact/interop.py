@@ -7,11 +7,11 @@ from typing import Any
 
 from limbeck.export import pyfunc
 from limbeck.export.artifact import genai
-from limbeck.export.graph.signature import signature
+from limbeck.export.graph.signature import graph_signature
 from limbeck.registry.mlflow import mlmodel
 
 
-def describe(folder: Path, kind: str) -> dict[str, dict[str, str]]:
+def write_interop_files(folder: Path, kind: str) -> dict[str, dict[str, str]]:
     """Write what they read into the artifact in `folder`; gives what its manifest tells of the graph.
 
     That is its `inputs` and `outputs`, name to type and shape: "int64[batch_size, sequence_length]".
@@ -21,12 +21,12 @@ def describe(folder: Path, kind: str) -> dict[str, dict[str, str]]:
     Args:
         kind: of graph: "fused" or "optimum".
     """
-    tensors = signature(folder / "model.onnx")
+    tensors = graph_signature(folder / "model.onnx")
     if kind == "fused":
-        genai.write_config(folder, tensors)
-    mlmodel.write(folder, pyfunc.__name__, pyfunc.PARAMS)
-    return {key: {item["name"]: _said(item) for item in items} for key, items in tensors.items()}
+        genai.write_genai_config(folder, tensors)
+    mlmodel.write_mlmodel(folder, pyfunc.__name__, pyfunc.PARAMS)
+    return {key: {item["name"]: _format_tensor(item) for item in items} for key, items in tensors.items()}
 
 
-def _said(item: dict[str, Any]) -> str:
+def _format_tensor(item: dict[str, Any]) -> str:
     return f"{item['type']}[{', '.join(map(str, item['shape']))}]"

@@ -12,31 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.quantize.sample_texts import PASSAGES
+from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
-from limbeck.export.runtime.session import NUMPY_TYPES, empty_past, positions
+from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, positions_from_mask
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.records import Parity
 
 MAX_LOGPROB_DIFF = 1e-3  # the most an fp32 graph may differ from PyTorch, and from itself, in nats
-SMALL = 20_000_000  # parameters; below, threads wait for each other longer than they work
+SMALL_MODEL_PARAMETERS = 20_000_000  # parameters; below, threads wait for each other longer than they work
 # KL of a text alone from the same text in a batch, padded or cached, at most so many times the precision's own mean KL.
-NOISE = {"int8": 4.0}
-OTHER_NOISE, SMALLEST_KL = 1.0, 1e-5
+KL_LIMIT_FACTORS = {"int8": 4.0}
+DEFAULT_KL_LIMIT_FACTOR, MIN_KL_LIMIT = 1.0, 1e-5
 STEPS = 8  # of a batch padded on the left, with the cache
 PROMPTS = 4  # texts whose beginnings are completed greedily, and run alone, together and with the cache
 
 
-def compare(
+def measure_parity(
     torch_folder: Path,
     onnx_folder: Path,
-    texts: Sequence[str] = PASSAGES,
+    texts: Sequence[str] = SAMPLE_TEXTS,
     *,
-    documents: int = 12,
-    tokens: int = 128,
+    max_documents: int = 12,
+    max_tokens: int = 128,
     new_tokens: int = 24,
     trust_remote_code: bool = False,
 ) -> Parity:
@@ -50,8 +50,8 @@ def compare(
     What an fp32 graph must hold and what any other must hold is said in `faults`.
 
     Args:
-        texts: held-out documents; the first `documents` that have two tokens or more are used.
-        tokens: the most taken from each, from its beginning.
+        texts: held-out documents; the first `max_documents` that have two tokens or more are used.
+        max_tokens: the most taken from each, from its beginning.
         new_tokens: generated for each of four prompts of different lengths.
 
     Raises:
@@ -70,10 +70,10 @@ def compare(
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, do_sample=False
     )
-    small = model.num_parameters() < SMALL
+    small = model.num_parameters() < SMALL_MODEL_PARAMETERS
     runtime = Runtime.load(onnx_folder, threads=1 if small else None)
-    rows = _token_rows(tokenizer, runtime, texts, documents, min(tokens, runtime.max_length))
-    sums = _Sums()
+    rows = _token_rows(tokenizer, runtime, texts, max_documents, min(max_tokens, runtime.max_length))
+    sums = _Totals()
     with torch.inference_mode(), _threads(1 if small else None):
         for row in rows:
             theirs = model(torch.tensor([row])).logits[0].numpy()
@@ -98,17 +98,17 @@ def compare(
         mean_kl=float(np.mean(sums.kl)),
         p99_kl=float(np.quantile(sums.kl, 0.99)),
         max_kl=float(np.max(sums.kl)),
-        top1_agreement=sums.agreed / sums.tokens,
+        top1_agreement=sums.top1_matches / sums.tokens,
         bits_per_byte_reference=sums.nats_reference / math.log(2) / size,
         bits_per_byte=sums.nats / math.log(2) / size,
         greedy_identical=identical,
-        **_invariance(runtime, _uneven(rows)),
+        **_invariance(runtime, _rows_of_unequal_length(rows)),
         passed=False,
     )
-    return parity.model_copy(update={"passed": not faults(parity)})
+    return parity.model_copy(update={"passed": not parity_failures(parity)})
 
 
-def faults(parity: Parity) -> list[str]:
+def parity_failures(parity: Parity) -> list[str]:
     """What an artifact does that it must not, in words; none where it holds.
 
     fp32: log-probabilities within `MAX_LOGPROB_DIFF` of PyTorch's, and those of a text alone, in a batch, padded and
@@ -127,10 +127,12 @@ def faults(parity: Parity) -> list[str]:
         found.append("log-probabilities that are no numbers")
     exact = parity.precision == "fp32"
     if exact and parity.max_logprob_diff > MAX_LOGPROB_DIFF:
-        found.append(f"largest difference in log-probability {parity.max_logprob_diff:.3g}{_most(MAX_LOGPROB_DIFF)}")
+        found.append(
+            f"largest difference in log-probability {parity.max_logprob_diff:.3g}{_format_limit(MAX_LOGPROB_DIFF)}"
+        )
     if exact and not parity.greedy_identical:
         found.append("greedy text differs")
-    limit = max(SMALLEST_KL, NOISE.get(parity.precision, OTHER_NOISE) * parity.mean_kl)
+    limit = max(MIN_KL_LIMIT, KL_LIMIT_FACTORS.get(parity.precision, DEFAULT_KL_LIMIT_FACTOR) * parity.mean_kl)
     for how, difference, kl in (
         ("in a batch", parity.batch_diff, parity.batch_kl),
         ("padded on the left", parity.left_padding_diff, parity.left_padding_kl),
@@ -139,27 +141,27 @@ def faults(parity: Parity) -> list[str]:
         if difference is None or kl is None:
             continue  # a record from before this was measured
         if not math.isfinite(difference) or (exact and difference > MAX_LOGPROB_DIFF):
-            words = f"by {difference:.3g} in log-probability{_most(MAX_LOGPROB_DIFF)}"
+            words = f"by {difference:.3g} in log-probability{_format_limit(MAX_LOGPROB_DIFF)}"
         elif not exact and kl > limit:
-            words = f"by {kl:.3g} nats of KL{_most(limit)}"
+            words = f"by {kl:.3g} nats of KL{_format_limit(limit)}"
         else:
             continue
         found.append(f"a text {how} differs from the same text alone {words}")
     return found
 
 
-def _most(limit: float) -> str:
+def _format_limit(limit: float) -> str:
     return f" (at most {limit:.3g})"
 
 
 @dataclass
-class _Sums:
+class _Totals:
     """Running totals over tokens."""
 
     tokens: int = 0
     max_diff: float = 0.0
     kl: list[float] = field(default_factory=list)  # of each token, in nats
-    agreed: int = 0
+    top1_matches: int = 0
     nats_reference: float = 0.0
     nats: float = 0.0
 
@@ -168,7 +170,7 @@ class _Sums:
         p, q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
         self.tokens += len(row)
         self.compare(p, q)
-        self.agreed += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+        self.top1_matches += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
         steps = np.arange(len(row) - 1)
         self.nats_reference -= float(p[steps, row[1:]].sum())
         self.nats -= float(q[steps, row[1:]].sum())
@@ -180,11 +182,13 @@ class _Sums:
         self.kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
 
 
-def _token_rows(tokenizer: Any, runtime: Runtime, texts: Sequence[str], documents: int, tokens: int) -> list[list[int]]:
+def _token_rows(
+    tokenizer: Any, runtime: Runtime, texts: Sequence[str], max_documents: int, max_tokens: int
+) -> list[list[int]]:
     """Token ids of the beginnings of the texts, by the checkpoint's tokenizer."""
     rows: list[list[int]] = []
     for text in texts:
-        text = text[: 16 * tokens]  # enough for `tokens` tokens of any text; a whole book takes long
+        text = text[: 16 * max_tokens]  # enough for `tokens` tokens of any text; a whole book takes long
         ids = tokenizer(text).input_ids
         if ids != runtime.encode(text):
             raise Refused(
@@ -193,8 +197,8 @@ def _token_rows(tokenizer: Any, runtime: Runtime, texts: Sequence[str], document
                 fix="save the checkpoint's tokenizer anew with transformers, then export again",
             )
         if len(ids) >= 2:
-            rows.append(ids[:tokens])
-        if len(rows) == documents:
+            rows.append(ids[:max_tokens])
+        if len(rows) == max_documents:
             break
     if not rows:
         raise BadInput("no text to compare on: every document has fewer than two tokens")
@@ -207,7 +211,7 @@ def _prompts(rows: list[list[int]], max_length: int) -> list[list[int]]:
     return [row[: max(1, longest >> step)] for step, row in enumerate(rows[:PROMPTS])]
 
 
-def _uneven(rows: list[list[int]]) -> list[list[int]]:
+def _rows_of_unequal_length(rows: list[list[int]]) -> list[list[int]]:
     """Beginnings of the first rows, of unequal length."""
     return [row[: max(2, len(row) * (PROMPTS - step) // PROMPTS)] for step, row in enumerate(rows[:PROMPTS])]
 
@@ -234,7 +238,7 @@ def _invariance(runtime: Runtime, rows: list[list[int]]) -> dict[str, float]:
         ("left_padding", _padded_left(runtime, rows)),
         ("cache", _token_by_token(runtime, rows)),
     ):
-        sums = _Sums()
+        sums = _Totals()
         for row, start, logits in others:
             sums.compare(alone[row][start : start + len(logits)], log_softmax(logits.astype(np.float64)))
         found |= {f"{name}_diff": sums.max_diff, f"{name}_kl": float(np.mean(sums.kl))}
@@ -248,11 +252,11 @@ def _padded_left(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int,
     """
     session = runtime.onnx_session
     tokens, mask = _pad(rows, left=True)
-    place = positions(mask)
+    place = positions_from_mask(mask)
     width = tokens.shape[1]
     takes = session.get_inputs()
     cache = [item for item in takes if item.name.startswith("past_key_values.")]
-    past = [np.zeros(empty_past(item, len(rows)), NUMPY_TYPES[item.type]) for item in cache]
+    past = [np.zeros(empty_past_shape(item, len(rows)), NUMPY_TYPES[item.type]) for item in cache]
     outputs = ["logits", *(item.name.replace("past_key_values.", "present.", 1) for item in cache)]
     first = width - min(STEPS, min(map(len, rows)) - 1)
     for start, end in pairwise([0, *range(first, width + 1)]):
@@ -272,11 +276,11 @@ def _padded_left(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int,
 def _token_by_token(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
     """(row, token, (1, V) logits after it): the first half of each row is read at once, then all go on together."""
     batch = Batch(runtime)
-    slots = [batch.begin(row[: len(row) // 2], len(row) - len(row) // 2) for row in rows]
+    slots = [batch.add_prompt(row[: len(row) // 2], len(row) - len(row) // 2) for row in rows]
     for row, slot in enumerate(slots):
         logits = None
         while logits is None:
-            [logits] = batch.read([slot], len(rows[row]))
+            [logits] = batch.prefill([slot], len(rows[row]))
         yield row, len(rows[row]) // 2 - 1, logits[None]
     for step in range(max(len(row) - len(row) // 2 for row in rows)):
         going = [row for row, ids in enumerate(rows) if len(ids) // 2 + step < len(ids)]
@@ -284,16 +288,16 @@ def _token_by_token(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[i
         for row, logits in zip(going, batch.step([slots[row] for row in going], tokens), strict=True):
             yield row, len(rows[row]) // 2 + step, logits[None].copy()
     for slot in slots:
-        batch.end(slot)
+        batch.remove_slot(slot)
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def _threads(count: int | None) -> Iterator[None]:
     """PyTorch on so many threads within the block; None leaves it as it is."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

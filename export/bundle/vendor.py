@@ -13,20 +13,20 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[3]
 # The command of a bundle's host. What `serve` imports when it is called belongs to it; what another function imports
 # only when that is called (the registry, say) does not.
-ENTRY = {"limbeck.__main__": "", "limbeck.cli": "", "limbeck.export.commands.serve": "serve"}
+ENTRY_POINTS = {"limbeck.__main__": "", "limbeck.cli": "", "limbeck.export.commands.serve": "serve"}
 
 
-def sources() -> dict[str, Path]:
+def source_files() -> dict[str, Path]:
     """The modules that serving takes: path below the root, such as "limbeck/export/server/app.py", -> the file."""
-    found = {_file(module): None for module in _followed()[0]}
+    found = {_file(module): None for module in _follow_imports()[0]}
     return {path.relative_to(ROOT).as_posix(): path for path in found}
 
 
-def requirements(*more: str) -> list[str]:
-    """What those modules import of others, `more`, and what these need in turn: "name==version" as installed here."""
+def pinned_requirements(*extra_modules: str) -> list[str]:
+    """The packages that those modules and `extra_modules` need, as "name==version" lines of what is installed here."""
     distributions = importlib.metadata.packages_distributions()
     pins: dict[str, str] = {}
-    for module in [*_followed()[1], *more]:
+    for module in [*_follow_imports()[1], *extra_modules]:
         for name in distributions.get(module, [module]):
             _pin(name, set(), pins)
     return [f"{name}=={version}" for name, version in sorted(pins.items())]
@@ -44,7 +44,7 @@ def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
             _pin(needed.name, needed.extras, pins)
 
 
-def _followed() -> tuple[list[str], list[str]]:
+def _follow_imports() -> tuple[list[str], list[str]]:
     """The modules of Limbeck, and the top-level names of others' packages."""
     ours: dict[str, None] = {}
     others: dict[str, None] = {}
@@ -58,10 +58,10 @@ def _followed() -> tuple[list[str], list[str]]:
                 ours[part] = None
                 queue.append(part)
 
-    for entry in ENTRY:
+    for entry in ENTRY_POINTS:
         add(entry)
     for module in queue:
-        imports = _Imports(ENTRY.get(module, ""))
+        imports = _Imports(ENTRY_POINTS.get(module, ""))
         imports.visit(ast.parse(_file(module).read_text()))
         for name in imports.names:
             top = name.partition(".")[0]
@@ -80,8 +80,8 @@ def _file(module: str) -> Path:
 class _Imports(ast.NodeVisitor):
     """The names that a module imports when it is imported, and those that its function `called` imports."""
 
-    def __init__(self, called: str) -> None:
-        self.called = called
+    def __init__(self, function: str) -> None:
+        self.function = function
         self.names: list[str] = []
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -91,7 +91,7 @@ class _Imports(ast.NodeVisitor):
         self.names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if node.name == self.called:
+        if node.name == self.function:
             self.generic_visit(node)
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:

@@ -11,14 +11,21 @@ import click
 
 from limbeck.export.commands.options import device_option, threads_option
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import format_option, print_json, print_table, progress, quiet_libraries, say
+from limbeck.registry.core.terminal import (
+    format_option,
+    print_json,
+    print_status,
+    print_table,
+    progress_bar,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from limbeck.export.artifact.variants import Variant
-    from limbeck.export.commands.locate import Found
-    from limbeck.export.quantize.quantize import Settings
+    from limbeck.export.commands.locate import FoundArtifact
+    from limbeck.export.quantize.quantize import QuantizationSettings
     from limbeck.export.runtime.sampling import Sampling
-    from limbeck.registry.catalog.model_ref import Model
+    from limbeck.registry.catalog.model_ref import ResolvedModel
 
 
 @click.command()
@@ -67,57 +74,65 @@ def export(
     id go to FOLDER-onnx/. An fp32 graph that does not give what PyTorch gives is refused (exit code 1).
     """
     quiet_libraries()
-    from limbeck.export.artifact.export import check_precisions
-    from limbeck.export.artifact.variants import read_texts, settings_for
+    from limbeck.export.artifact.export import parse_precisions
+    from limbeck.export.artifact.variants import quantization_settings, read_texts
     from limbeck.export.quantize.quantize import check_device
-    from limbeck.registry.catalog.model_ref import resolve_all
+    from limbeck.registry.catalog.model_ref import resolve_models
 
-    precisions = check_precisions((precision or ("fp32,int8" if device == "cpu" else "fp16,int4")).split(","))
+    precisions = parse_precisions((precision or ("fp32,int8" if device == "cpu" else "fp16,int4")).split(","))
     check_device(precisions, device)
     documents = read_texts(texts) if texts else None
-    found = [model for model in resolve_all(models) if model.engine == "torch"]
+    found = [model for model in resolve_models(models) if model.engine == "torch"]
     if not found:
         raise BadInput(f"{', '.join(models)}: an ONNX artifact already", fix="export the PyTorch model it came from")
     if to and len(found) > 1:
         raise BadInput(f"--to takes one model, not {len(found)}", fix="export them one by one")
     settings = [
-        settings_for(model.version, calibration=calibration, texts=texts, device=device, max_change=max_change)
+        quantization_settings(model.version, calibration=calibration, texts=texts, device=device, max_change=max_change)
         for model in found
     ]
     variants = []
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("export", total=len(found), rate="")
         for model, how in zip(found, settings, strict=True):
             variants += _export(model, precisions, documents, how, to, trust_remote_code)
             bar.advance(task)
     if output == "json":
-        print_json([variant.row() for variant in variants])
+        print_json([variant.to_json() for variant in variants])
         return
     columns = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "top-1", "bits/byte", "greedy", ""]
     print_table("ONNX variants against PyTorch", columns, map(_variant_row, variants))
 
 
 def _export(
-    model: Model,
+    model: ResolvedModel,
     precisions: list[str],
     texts: list[str] | None,
-    settings: Settings,
-    to: Path | None,
+    settings: QuantizationSettings,
+    output_folder: Path | None,
     trust_remote_code: bool,
 ) -> list[Variant]:
     from limbeck.export.artifact.variants import export_folder, export_version
 
-    if model.version and to is None:
+    if model.version and output_folder is None:
         from limbeck.registry.mlflow.store import Store
 
         return export_version(
-            Store(), model.version, precisions, texts, settings, tell=say, trust_remote_code=trust_remote_code
+            Store(),
+            model.version,
+            precisions,
+            texts,
+            settings,
+            report=print_status,
+            trust_remote_code=trust_remote_code,
         )
-    if to is None:
+    if output_folder is None:
         folder = Path(model.label)
         local = folder.is_dir()
-        to = model.path.with_name(model.path.name + "-onnx") if local else Path(folder.name + "-onnx")
-    return export_folder(model.path, to, precisions, texts, settings, tell=say, trust_remote_code=trust_remote_code)
+        output_folder = model.path.with_name(model.path.name + "-onnx") if local else Path(folder.name + "-onnx")
+    return export_folder(
+        model.path, output_folder, precisions, texts, settings, report=print_status, trust_remote_code=trust_remote_code
+    )
 
 
 def _variant_row(variant: Variant) -> tuple[Any, ...]:
@@ -167,13 +182,13 @@ def generate(
     checked first.
     """
     quiet_libraries()
-    from limbeck.export.commands.locate import find
+    from limbeck.export.commands.locate import find_artifact
     from limbeck.export.runtime.sampling import Sampling
 
     request = Sampling(**sampling)
     if prompt is None:
         prompt = sys.stdin.read()
-    results = [_complete(find(name), prompt, request, threads, device) for name in (model, beside) if name]
+    results = [_complete(find_artifact(name), prompt, request, threads, device) for name in (model, beside) if name]
     if output == "json":
         print_json(results)
         return
@@ -183,7 +198,7 @@ def generate(
 
 
 def _complete(
-    found: Found, prompt: str, sampling: Sampling, threads: int | None, device: Literal["cpu", "cuda"]
+    found: FoundArtifact, prompt: str, sampling: Sampling, threads: int | None, device: Literal["cpu", "cuda"]
 ) -> dict[str, Any]:
     from limbeck.export.artifact.complete import complete_onnx, complete_torch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from limbeck.export.commands.options import device_option, threads_option
-from limbeck.registry.core.terminal import format_option, print_json, say
+from limbeck.registry.core.terminal import format_option, print_json, print_status
 
 if TYPE_CHECKING:
     from limbeck.export.runtime.runtime import Runtime
@@ -30,26 +30,28 @@ def deploy(model: str, to: Path, output: str) -> None:
     card of a registered MODEL, sbom.json its bill of materials. Where LIMBECK_TRUSTED_KEYS names a file of keys, one
     of them has to have signed that.
     """
-    from limbeck.export.bundle.deploy import deploy as write
-    from limbeck.export.commands.locate import find_onnx
+    from limbeck.export.bundle.deploy import write_bundle as write
+    from limbeck.export.commands.locate import find_onnx_artifact
 
-    found = find_onnx(model)
+    found = find_onnx_artifact(model)
     told = None
     if found.version:
-        from limbeck.registry.catalog.model_card import card
+        from limbeck.registry.catalog.model_card import model_card
         from limbeck.registry.mlflow.store import Store
 
-        told = card(Store(), found.version)
-    digest = write(found.path, to, digest=found.digest, about={"model": found.name}, card=told, bill=found.bill)
+        told = model_card(Store(), found.version)
+    digest = write(
+        found.path, to, digest=found.digest, manifest_fields={"model": found.name}, model_card=told, sbom=found.sbom
+    )
     if output == "json":
-        sbom = found.bill and found.bill.digest
+        sbom = found.sbom and found.sbom.digest
         said = {"bundle": str(to), "model": found.name, "digest": digest, "sbom": sbom, "signed_by": found.signed_by}
         print_json(said)
         return
     signed = f", signed by {found.signed_by}" if found.signed_by else ""
-    billed = f", bill of materials {found.bill.digest[:12]}{signed}" if found.bill else ", no bill of materials"
+    billed = f", bill of materials {found.sbom.digest[:12]}{signed}" if found.sbom else ", no bill of materials"
     print(f"{to}: {found.name}, digest {digest[:12]}, verified{billed}")
-    say(f"serve it: {to}/start (see {to}/README.md)")
+    print_status(f"serve it: {to}/start (see {to}/README.md)")
 
 
 @click.command()
@@ -83,16 +85,16 @@ def serve(
     one; until then both are in memory, so have room for twice the model. A damaged artifact is refused and the old
     one stays. A folder whose limbeck.json changes is loaded again in the same way, at once on SIGHUP.
     """
-    from limbeck.export.commands.locate import find_onnx
+    from limbeck.export.commands.locate import find_onnx_artifact
     from limbeck.export.runtime.runtime import Runtime
-    from limbeck.export.server.app import listen
+    from limbeck.export.server.app import open_listener
     from limbeck.export.server.app import serve as run
-    from limbeck.export.server.hot_swap import Served
+    from limbeck.export.server.hot_swap import ServedModel
     from limbeck.export.server.requests import Limits
-    from limbeck.export.server.watch import Alias, Artifact, Folder
+    from limbeck.export.server.watch import AliasWatcher, Artifact, FolderWatcher
 
     def load(path: Path, digest: str | None) -> Runtime:
-        return Runtime.load(path, threads=threads, device=device, expected=digest)
+        return Runtime.load(path, threads=threads, device=device, expected_digest=digest)
 
     limits = Limits(
         rows=options["max_num_seqs"],
@@ -102,23 +104,23 @@ def serve(
         new_tokens=options["max_new_tokens"],
         cache_bytes=options["cache_mb"] and options["cache_mb"] * 2**20,
     )
-    follow: Alias | Folder = Alias(model, options["follow_seconds"])
+    follow: AliasWatcher | FolderWatcher = AliasWatcher(model, options["follow_seconds"])
     if Path(model).expanduser().is_dir():
-        here = find_onnx(model)
-        follow = Folder(Artifact(here.path, here.name, here.digest), options["follow_seconds"])
+        here = find_onnx_artifact(model)
+        follow = FolderWatcher(Artifact(here.path, here.name, here.digest), options["follow_seconds"])
     try:
-        found = follow.first()
-        served = Served(model if "@" in model else found.name, found, load, limits)  # a name that stays
-        listener = listen(host, port)
+        found = follow.current_artifact()
+        served = ServedModel(model if "@" in model else found.name, found, load, limits)  # a name that stays
+        listener = open_listener(host, port)
         api_key = os.environ.get("LIMBECK_API_KEY") or None
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
-        say(f"{served.name}, digest {served.current().digest[:12]}, at {address}")
+        print_status(f"{served.name}, digest {served.current().digest[:12]}, at {address}")
         if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            say("no API key is asked for: set LIMBECK_API_KEY to ask for one")
+            print_status("no API key is asked for: set LIMBECK_API_KEY to ask for one")
         run(
             served,
             listener,
-            artifacts=follow.artifacts(),
+            artifacts=follow.watch(),
             api_key=api_key,
             max_body=options["max_body_mb"] * 2**20,
             drain_s=options["drain_seconds"],

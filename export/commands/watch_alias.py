@@ -8,12 +8,12 @@ import signal
 import sys
 from typing import Any
 
-from limbeck.export.commands.locate import find_onnx
+from limbeck.export.commands.locate import find_onnx_artifact
 from limbeck.registry.core.terminal import quiet_libraries
 from limbeck.registry.mlflow.store import Store
 
 
-def main(ref: str, seconds: float) -> None:
+def main(ref: str, interval_s: float) -> None:
     """Print what `ref` means as a line of JSON: now, when it changes, and when it cannot be told.
 
     Ends when standard input does, that is with the server.
@@ -30,7 +30,7 @@ def main(ref: str, seconds: float) -> None:
                 store = store or Store()
                 new = store.get(ref).ref
             if new is None or new != name:
-                found = find_onnx(ref)
+                found = find_onnx_artifact(ref)
                 said = {"path": str(found.path), "name": found.name, "digest": found.digest}
                 name = new
         except Exception as error:  # a registry that is away comes back
@@ -39,7 +39,7 @@ def main(ref: str, seconds: float) -> None:
         if (line := json.dumps(said)) != told:
             print(line, flush=True)
             told = line
-        if select.select([sys.stdin], [], [], seconds)[0]:
+        if select.select([sys.stdin], [], [], interval_s)[0]:
             return
 
 

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET, IR_VERSION = 21, 10
-MASKED = -30000.0  # added to scores of masked positions: exp() of it is 0, float16 holds it, a row of it is no NaN
-SINGLE_FILE = 2**24  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
+MASKED_SCORE = (
+    -30000.0
+)  # added to scores of masked positions: exp() of it is 0, float16 holds it, a row of it is no NaN
+MAX_SINGLE_FILE_BYTES = (
+    2**24
+)  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ class Attention:
     """
 
     qkv: Linear
-    out: Linear
+    output: Linear
     heads: int
     kv_heads: int
-    size: int
+    head_size: int
     scale: float
     rotary: Rotary | None = None
     window: int = -1
@@ -134,7 +138,7 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def write(decoder: Decoder, path: Path) -> None:
+def write_graph(decoder: Decoder, path: Path) -> None:
     """Write the graph to `path`; from 16 MB on its weights lie beside it, in a file with `_data` at its end.
 
     The same decoder gives the same bytes.
@@ -146,7 +150,7 @@ def write(decoder: Decoder, path: Path) -> None:
     onnx.save_model(
         model,
         path,
-        save_as_external_data=size > SINGLE_FILE,
+        save_as_external_data=size > MAX_SINGLE_FILE_BYTES,
         location=f"{path.name}_data",
     )
 
@@ -234,7 +238,7 @@ class _Writer:
         self.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
         seen = self.node("Cast", ["attention_mask"], "mask.seen", to=TensorProto.BOOL)
         added = self.node(
-            "Where", [seen, self.number("mask.zero", 0.0), self.number("mask.masked", MASKED)], "mask.added"
+            "Where", [seen, self.number("mask.zero", 0.0), self.number("mask.masked", MASKED_SCORE)], "mask.added"
         )
         row = self.node("Unsqueeze", [added, self.ints(1, 2)], "mask.row")  # (B, 1, 1, T)
         length = self.node("Shape", ["input_ids"], "input.length", start=1, end=2)
@@ -300,17 +304,19 @@ class _Writer:
             local_window_size=attention.window,
             softcap=attention.softcap,
         )
-        return self.linear(out, attention.out)
+        return self.linear(out, attention.output)
 
     def _split(self, attention: Attention, name: str, qkv: str) -> list[str]:
         """Queries, keys and values by themselves, the first two normed where the family does that."""
         heads = (attention.heads, attention.kv_heads, attention.kv_heads)
         parts = [f"{name}.query", f"{name}.key", f"{name}.value"]
-        self.node("Split", [qkv, self.ints(*(n * attention.size for n in heads))], *parts, axis=-1)
+        self.node("Split", [qkv, self.ints(*(n * attention.head_size for n in heads))], *parts, axis=-1)
         for part, norm in enumerate((attention.q_norm, attention.k_norm)):
-            if norm and len(norm.weight) == attention.size:  # each head by itself
-                each = self.node("Reshape", [parts[part], self.ints(0, 0, -1, attention.size)], f"{parts[part]}.heads")
-                normed, width = self.norm(each, norm), heads[part] * attention.size
+            if norm and len(norm.weight) == attention.head_size:  # each head by itself
+                each = self.node(
+                    "Reshape", [parts[part], self.ints(0, 0, -1, attention.head_size)], f"{parts[part]}.heads"
+                )
+                normed, width = self.norm(each, norm), heads[part] * attention.head_size
                 parts[part] = self.node("Reshape", [normed, self.ints(0, 0, width)], f"{parts[part]}.normed")
             elif norm:
                 parts[part] = self.norm(parts[part], norm)
@@ -377,7 +383,7 @@ def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
     ]
     outputs = [value("logits", TensorProto.FLOAT, batch, new, len(decoder.embedding))]
     for index, layer in enumerate(decoder.layers):
-        heads, size = layer.attention.kv_heads, layer.attention.size
+        heads, size = layer.attention.kv_heads, layer.attention.head_size
         for part in ("key", "value"):
             inputs.append(value(f"past_key_values.{index}.{part}", TensorProto.FLOAT, batch, heads, past, size))
             outputs.append(value(f"present.{index}.{part}", TensorProto.FLOAT, batch, heads, total, size))

@@ -25,23 +25,23 @@ ACTIVATIONS = {
 }
 
 
-class Unwritable(Exception):
+class UnsupportedModel(Exception):
     """The model has a part that the fused graph has no place for."""
 
 
-def describe(model: Any) -> Decoder:
+def decoder_from_model(model: Any) -> Decoder:
     """The description of `model`, a transformers causal language model in float32.
 
     Raises Unwritable for a family that is not in `FAMILIES`, or a member of one with a part of its own.
     """
     family = FAMILIES.get(model.config.model_type)
     if family is None:
-        raise Unwritable(f"no description of the architecture {model.config.model_type!r}")
+        raise UnsupportedModel(f"no description of the architecture {model.config.model_type!r}")
     reader = _Reader(model)
     decoder = family(reader, model)
-    unread = sorted(reader.unread())
+    unread = sorted(reader.unread_parameters())
     if unread:
-        raise Unwritable(f"no place for {unread[0]}")
+        raise UnsupportedModel(f"no place for {unread[0]}")
     return decoder
 
 
@@ -53,7 +53,7 @@ class _Reader:
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._read: set[int] = set()
 
-    def unread(self) -> set[str]:
+    def unread_parameters(self) -> set[str]:
         """Names of the parameters that nobody has asked for."""
         return {name for key, name in self._parameters.items() if key not in self._read}
 
@@ -73,17 +73,19 @@ class _Reader:
             weight, bias = weight * np.float32(scale), None if bias is None else bias * np.float32(scale)
         return Linear(self.name(module), weight, bias)
 
-    def side_by_side(self, name: str, *modules: Any) -> Linear:
+    def concatenate_linears(self, name: str, *modules: Any) -> Linear:
         """Several products of the same input as one."""
         parts = [self.linear(module) for module in modules]
         biases = [np.zeros(p.weight.shape[1], np.float32) if p.bias is None else p.bias for p in parts]
         bias = None if all(p.bias is None for p in parts) else np.concatenate(biases)
         return Linear(name, np.concatenate([p.weight for p in parts], axis=1), bias)
 
-    def rms_norm(self, module: Any, plus: float = 0.0) -> Norm:
+    def rms_norm(self, module: Any, weight_offset: float = 0.0) -> Norm:
         eps = getattr(module, "variance_epsilon", None) or module.eps
         weight = self.array(module.weight)
-        return Norm(self.name(module), weight + np.float32(plus) if plus else weight, None, float(eps))
+        return Norm(
+            self.name(module), weight + np.float32(weight_offset) if weight_offset else weight, None, float(eps)
+        )
 
     def layer_norm(self, module: Any) -> Norm:
         size = module.normalized_shape[0]
@@ -91,15 +93,15 @@ class _Reader:
         bias = np.zeros(size, np.float32) if module.bias is None else self.array(module.bias)
         return Norm(self.name(module), weight, bias, float(module.eps))
 
-    def norm(self, module: Any, plus: float = 0.0) -> Norm:
-        return self.layer_norm(module) if hasattr(module, "normalized_shape") else self.rms_norm(module, plus)
+    def norm(self, module: Any, weight_offset: float = 0.0) -> Norm:
+        return self.layer_norm(module) if hasattr(module, "normalized_shape") else self.rms_norm(module, weight_offset)
 
     def rotary(self, module: Any, positions: int) -> Rotary:
         """The tables of a transformers rotary module, whatever scaling it applies."""
         import torch
 
         if module.rope_type in DYNAMIC_ROTARY:
-            raise Unwritable(f"rotary embedding of type {module.rope_type!r}")
+            raise UnsupportedModel(f"rotary embedding of type {module.rope_type!r}")
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), torch.arange(positions)[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
@@ -115,7 +117,7 @@ class _Reader:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise Unwritable(f"activation {name!r}")
+        raise UnsupportedModel(f"activation {name!r}")
     return ACTIVATIONS[name]
 
 
@@ -126,7 +128,7 @@ def _llama(reader: _Reader, model: Any) -> Decoder:
     plus = 1.0 if gemma else 0.0
     residual = getattr(config, "residual_multiplier", 1.0)
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "clip_qkv", None):
-        raise Unwritable("attention that is not causal, or clipped")
+        raise UnsupportedModel("attention that is not causal, or clipped")
     everywhere = reader.rotary(body.rotary_emb, config.max_position_embeddings)
     local = getattr(body, "rotary_emb_local", None)
     windowed = reader.rotary(local, config.max_position_embeddings) if local is not None else everywhere
@@ -139,11 +141,11 @@ def _llama(reader: _Reader, model: Any) -> Decoder:
         attention = Attention(
             qkv=reader.linear(attn.qkv_proj)
             if hasattr(attn, "qkv_proj")
-            else reader.side_by_side(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
-            out=reader.linear(attn.o_proj, residual),
+            else reader.concatenate_linears(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
+            output=reader.linear(attn.o_proj, residual),
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            size=attn.head_dim,
+            head_size=attn.head_dim,
             scale=float(getattr(attn, "scaling", attn.head_dim**-0.5)),
             rotary=(windowed if window > 0 else everywhere) if rotates else None,
             window=window,
@@ -155,7 +157,7 @@ def _llama(reader: _Reader, model: Any) -> Decoder:
         parallel = getattr(config, "use_parallel_residual", False)  # StableLM: both parts read the same norm
         if parallel:
             norms["before_mlp"] = norms["before_attention"]
-        layers.append(Layer(name, attention, _gated(reader, mlp, config, residual), **norms, parallel=parallel))
+        layers.append(Layer(name, attention, _gated_mlp(reader, mlp, config, residual), **norms, parallel=parallel))
     embedding = body.embed_tokens
     head, head_bias = reader.head(model, embedding)
     return Decoder(
@@ -183,7 +185,7 @@ def _window(config: Any, attn: Any) -> int:
     return -1 if window is None else int(window)
 
 
-def _gated(reader: _Reader, mlp: Any, config: Any, scale: float) -> MLP:
+def _gated_mlp(reader: _Reader, mlp: Any, config: Any, scale: float) -> MLP:
     """An MLP with a gate; Phi-3 keeps the gate and what it gates in one matrix."""
     activation = _activation(getattr(config, "hidden_activation", None) or config.hidden_act)
     down = reader.linear(mlp.down_proj, scale)
@@ -195,12 +197,12 @@ def _gated(reader: _Reader, mlp: Any, config: Any, scale: float) -> MLP:
     return MLP(Linear(f"{name}up_proj", up), down, activation, Linear(f"{name}gate_proj", gate))
 
 
-def _norms(reader: _Reader, layer: Any, plus: float) -> dict[str, Norm | None]:
+def _norms(reader: _Reader, layer: Any, weight_offset: float) -> dict[str, Norm | None]:
     """A layer's norms by their place. Gemma 2 and OLMo 2 have one after each part, and OLMo 2 none before."""
 
     def norm(name: str) -> Norm | None:
         module = getattr(layer, name, None)
-        return None if module is None else reader.norm(module, plus)
+        return None if module is None else reader.norm(module, weight_offset)
 
     if hasattr(layer, "post_feedforward_layernorm"):
         return {
@@ -234,11 +236,11 @@ def _gpt2(reader: _Reader, model: Any) -> Decoder:
 def _opt(reader: _Reader, model: Any) -> Decoder:
     config, body = model.config, model.model.decoder
     if not config.do_layer_norm_before or body.final_layer_norm is None:
-        raise Unwritable("norms after each part only")
+        raise UnsupportedModel("norms after each part only")
     layers = []
     for layer in body.layers:
         name, attn = reader.name(layer), layer.self_attn
-        qkv = reader.side_by_side(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
+        qkv = reader.concatenate_linears(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
         heads = attn.num_heads
         attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, float(attn.scaling))
         activation = _activation(config.activation_function)
@@ -262,7 +264,7 @@ def _gpt_neox(reader: _Reader, model: Any) -> Decoder:
         attn, mlp = layer.attention, layer.mlp
         size = attn.head_size
         attention = Attention(
-            _heads_apart(reader.linear(attn.query_key_value), heads, size),
+            _reorder_qkv(reader.linear(attn.query_key_value), heads, size),
             reader.linear(attn.dense),
             heads,
             heads,
@@ -277,7 +279,7 @@ def _gpt_neox(reader: _Reader, model: Any) -> Decoder:
     return _with_head(reader, model, body.embed_in, layers, body.final_layer_norm)
 
 
-def _heads_apart(linear: Linear, heads: int, size: int) -> Linear:
+def _reorder_qkv(linear: Linear, heads: int, size: int) -> Linear:
     """GPT-NeoX's columns are query, key and value of one head after another; here all queries come first."""
     order = np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2).ravel()
     return Linear(linear.name, linear.weight[:, order], None if linear.bias is None else linear.bias[order])
@@ -290,7 +292,7 @@ def _phi(reader: _Reader, model: Any) -> Decoder:
     for layer in body.layers:
         name, attn, mlp = reader.name(layer), layer.self_attn, layer.mlp
         attention = Attention(
-            reader.side_by_side(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
+            reader.concatenate_linears(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
             reader.linear(attn.dense),
             config.num_attention_heads,
             config.num_key_value_heads,

@@ -10,7 +10,7 @@ import onnx
 Tensors = dict[str, list[dict[str, Any]]]
 
 
-def signature(graph: Path) -> Tensors:
+def graph_signature(graph: Path) -> Tensors:
     """The `inputs` and `outputs` of the ONNX file `graph`, in its order; the weights beside it are not read.
 
     Each is {"name", "type", "shape"}: the type as numpy calls it, in the shape an integer, or the name of a size

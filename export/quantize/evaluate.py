@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.graph.decoder import SINGLE_FILE
+from limbeck.export.graph.decoder import MAX_SINGLE_FILE_BYTES
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import GRAPH
@@ -20,30 +20,32 @@ PROMPT, STEPS, TURNS = 32, 32, 2  # tokens read and decoded to time a step, and 
 
 
 @dataclass(frozen=True)
-class Score:
+class CandidateScore:
     """A candidate against the float32 graph."""
 
     kl: float  # KL(float32 || candidate), mean over tokens, nats
-    change: float  # of the bits per byte, as a share of the float32 graph's
-    expected: float  # the same, were the float32 graph right about its text: `kl` as a share; it varies much less
+    bits_per_byte_change: float  # of the bits per byte, as a share of the float32 graph's
+    expected_change: (
+        float  # the same, were the float32 graph right about its text: `kl` as a share; it varies much less
+    )
     bytes: int
 
     @property
     def loss(self) -> float:
         """What is held against a limit: the larger of the two."""
-        return max(self.change, self.expected)
+        return max(self.bits_per_byte_change, self.expected_change)
 
-    def fields(self) -> dict[str, Any]:
+    def to_manifest(self) -> dict[str, Any]:
         """As the manifest says it."""
         return {
             "kl": self.kl,
-            "bits_per_byte_change": self.change,
-            "expected_change": self.expected,
+            "bits_per_byte_change": self.bits_per_byte_change,
+            "expected_change": self.expected_change,
             "bytes": self.bytes,
         }
 
 
-class Trial:
+class CandidateEvaluator:
     """Texts to choose by, with the float32 graph's log-probabilities of them.
 
     Args:
@@ -65,7 +67,7 @@ class Trial:
         self._reference = [self._logprobs(runtime, row) for row in self._rows]
         self.tokens = sum(map(len, self._rows))
 
-    def score(self, model: Any) -> Score:
+    def score(self, model: Any) -> CandidateScore:
         """Run the candidate over the texts. `model`: onnx.ModelProto."""
         size = self._write(model)
         runtime = Runtime.load(self._scratch, verify=False)
@@ -76,7 +78,7 @@ class Trial:
             steps = np.arange(len(row) - 1)
             nats -= float(q[steps, row[1:]].sum())
             reference -= float(p[steps, row[1:]].sum())
-        return Score(kl / self.tokens, nats / reference - 1, kl / reference, size)
+        return CandidateScore(kl / self.tokens, nats / reference - 1, kl / reference, size)
 
     def decode_ms(self, model: Any) -> float:
         """Milliseconds to decode a token, batch 1: the faster of two turns."""
@@ -93,7 +95,7 @@ class Trial:
     def _write(self, model: Any) -> int:
         for path in self._scratch.glob(f"{GRAPH}*"):
             path.unlink()
-        return save(model, self._scratch / GRAPH)
+        return save_graph(model, self._scratch / GRAPH)
 
     def _logprobs(self, runtime: Runtime, row: list[int]) -> np.ndarray:
         """(T, V) float32 log-probabilities of one text."""
@@ -101,7 +103,7 @@ class Trial:
         return log_softmax(runtime.logits(ids, np.ones_like(ids))[0].astype(np.float64)).astype(np.float32)
 
 
-def save(model: Any, path: Path) -> int:
+def save_graph(model: Any, path: Path) -> int:
     """Write a graph, from 16 MB of weights on with these beside it. Returns the bytes of its weights."""
     import onnx
 
@@ -109,7 +111,11 @@ def save(model: Any, path: Path) -> int:
     whole = onnx.ModelProto()  # saving with external data takes the weights out of what it is given
     whole.CopyFrom(model)
     onnx.save_model(
-        whole, path, save_as_external_data=size > SINGLE_FILE, location=f"{path.name}_data", size_threshold=1024
+        whole,
+        path,
+        save_as_external_data=size > MAX_SINGLE_FILE_BYTES,
+        location=f"{path.name}_data",
+        size_threshold=1024,
     )
     return size
 

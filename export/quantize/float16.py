@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 
-def to_float16(graph: Path) -> Any:
+def load_as_float16(graph: Path) -> Any:
     """The float32 graph in float16. Returns an onnx.ModelProto."""
     import onnx
 
-    return convert(onnx.load(graph))
+    return convert_to_float16(onnx.load(graph))
 
 
-def convert(model: Any) -> Any:
+def convert_to_float16(model: Any) -> Any:
     """All float32 tensors of an onnx.ModelProto become float16, but for the logits, which are cast at the end.
 
     onnxruntime's norms add up in float32 whatever they are given. Where the CPU has no float16 kernel of an operator,

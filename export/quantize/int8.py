@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.quantize.evaluate import save
+from limbeck.export.quantize.evaluate import save_graph
 from limbeck.export.runtime.session import GRAPH
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # one protobuf message ends at 2 GB; leave room for the graph itself
 
 
-def quantize_int8(graph: Path, folder: Path) -> None:
+def quantize_dynamic_int8(graph: Path, folder: Path) -> None:
     """Write `folder/model.onnx`: the fp32 `graph` with int8 weights and activations quantised as it runs.
 
     Every product with a weight becomes MatMulInteger: symmetric int8 weights with one scale per output
@@ -32,7 +32,7 @@ def quantize_int8(graph: Path, folder: Path) -> None:
         op_types_to_quantize=["MatMul"],  # Gemm is turned into MatMul and Add first
         per_channel=True,
         weight_type=QuantType.QInt8,
-        use_external_data_format=_large(graph),
+        use_external_data_format=_exceeds_protobuf_limit(graph),
         extra_options={"DefaultTensorType": TensorProto.FLOAT},  # no shape inference through fused operators
     )
     _finish(temporary, folder)
@@ -62,14 +62,14 @@ def quantize_static_int8(graph: Path, folder: Path, inputs: Iterable[dict[str, n
             return next(self._inputs, None)
 
     # Calibration looks at tensors that the graph declares; what onnx would infer ends at the first fused operator.
-    model = gemm_as_matmul(graph)
+    model = load_with_gemm_as_matmul(graph)
     names = {name for node in model.graph.node if node.op_type == "MatMul" for name in (node.input[0], node.output[0])}
     names -= {item.name for item in (*model.graph.input, *model.graph.output)}
     model.graph.value_info.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(names)
     )
     typed, temporary = folder / "typed.onnx", folder / "quantized.onnx"
-    large = _large(graph)
+    large = _exceeds_protobuf_limit(graph)
     onnx.save_model(model, typed, save_as_external_data=large, location="typed.onnx_data")
     quantize_static(
         typed,
@@ -93,7 +93,7 @@ def quantize_static_int8(graph: Path, folder: Path, inputs: Iterable[dict[str, n
     _finish(temporary, folder)
 
 
-def gemm_as_matmul(graph: Path) -> Any:
+def load_with_gemm_as_matmul(graph: Path) -> Any:
     """The graph with each Gemm as MatMul and Add, and without what was inferred of its tensors."""
     import onnx
     from onnxruntime.quantization.onnx_model import ONNXModel
@@ -104,7 +104,7 @@ def gemm_as_matmul(graph: Path) -> Any:
     return whole.model
 
 
-def _large(graph: Path) -> bool:
+def _exceeds_protobuf_limit(graph: Path) -> bool:
     """A weight file of 2 GB or more lies beside the graph; the quantised one is a quarter of it."""
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*")) > PROTOBUF_LIMIT
 
@@ -118,14 +118,14 @@ def _finish(quantized: Path, folder: Path) -> None:
         path.unlink()
     del model.graph.value_info[:]  # inferred again when the graph is loaded; some of it changes below
     _quantize_embedding(model.graph)
-    save(model, folder / GRAPH)
+    save_graph(model, folder / GRAPH)
 
 
 def _quantize_embedding(graph: Any) -> None:
     """Replace the token embedding (and a head tied to it) by one int8 table, in place."""
     from onnx import TensorProto, helper, numpy_helper
 
-    name = token_embedding(graph)
+    name = find_token_embedding(graph)
     if name is None:
         return
     initializer = next(item for item in graph.initializer if item.name == name)
@@ -172,7 +172,7 @@ def _quantize_embedding(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
-def token_embedding(graph: Any) -> str | None:
+def find_token_embedding(graph: Any) -> str | None:
     """The float table that `input_ids` looks up, if nothing but the lookup and a tied head reads it."""
     floats = {item.name for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
     from_ids = {"input_ids"}  # the ids pass through a Reshape in some graphs

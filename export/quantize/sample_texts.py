@@ -1,6 +1,6 @@
 """Short texts of several kinds, for a comparison where the user names no corpus."""
 
-PASSAGES = (
+SAMPLE_TEXTS = (
     '''def merge(left, right):
     """Merge two sorted lists into one."""
     merged, i, j = [], 0, 0

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.quantize.int8 import gemm_as_matmul, token_embedding
+from limbeck.export.quantize.int8 import find_token_embedding, load_with_gemm_as_matmul
 
-BLOCKS = (128, 64, 32, 16)
+BLOCK_SIZES = (128, 64, 32, 16)
 LAYER = re.compile(r"(?:layers|h|layer|blocks)[./](\d+)[./]([a-z_]+)")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockFormat:
     """How a weight is stored.
 
     Attributes:
@@ -31,25 +31,25 @@ class Blocks:
     """
 
     bits: int
-    block: int
+    block_size: int
     symmetric: bool = False
     accuracy_level: int = 4
 
-    def fields(self) -> dict[str, Any]:
+    def to_manifest(self) -> dict[str, Any]:
         """As the manifest says it."""
         return {
             "bits": self.bits,
-            "block_size": self.block,
+            "block_size": self.block_size,
             "symmetric": self.symmetric,
             "accuracy_level": self.accuracy_level,
         }
 
 
 @dataclass(frozen=True)
-class Product:
+class WeightNode:
     """A product with a constant weight, or the token embedding where `node` is its lookup."""
 
-    node: str  # its output
+    output_name: str  # its output
     weight: str  # the initializer
     outputs_first: bool  # (out, in) rather than (in, out)
     inputs: int
@@ -58,35 +58,35 @@ class Product:
 
 
 @dataclass
-class Weights:
+class GraphWeights:
     """The products of a graph, and their weights as they were quantized so far."""
 
     model: Any  # onnx.ModelProto without its initializers
     tensors: dict[str, Any]  # the initializers
-    products: list[Product]
+    weight_nodes: list[WeightNode]
     embedding: str | None  # table that is looked up, and multiplied with where the head is tied to it
     _packed: dict[tuple[str, int, int, bool], tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, graph: Path) -> Weights:
+    def from_graph(cls, graph: Path) -> GraphWeights:
         """The float32 `graph`, its Gemm nodes as MatMul and Add."""
-        model = gemm_as_matmul(graph)
-        products, embedding = _products(model.graph), token_embedding(model.graph)
+        model = load_with_gemm_as_matmul(graph)
+        products, embedding = _find_weight_nodes(model.graph), find_token_embedding(model.graph)
         tensors = {item.name: item for item in model.graph.initializer}
         del model.graph.initializer[:]
         return cls(model, tensors, products, embedding)
 
     @property
-    def groups(self) -> dict[str, list[Product]]:
+    def groups(self) -> dict[str, list[WeightNode]]:
         """Products by the part of the model that they belong to, in the graph's order."""
-        groups: dict[str, list[Product]] = {}
-        for product in self.products:
+        groups: dict[str, list[WeightNode]] = {}
+        for product in self.weight_nodes:
             groups.setdefault(product.group, []).append(product)
         return groups
 
-    def pack(self, product: Product, blocks: Blocks) -> tuple[np.ndarray, ...]:
+    def pack(self, product: WeightNode, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
         """(N, K / block, bytes) uint8 codes, (N, K / block) float32 scales and, unless symmetric, zero points."""
-        key = (product.weight, blocks.bits, blocks.block, blocks.symmetric)
+        key = (product.weight, blocks.bits, blocks.block_size, blocks.symmetric)
         if key not in self._packed:
             from onnx import numpy_helper
 
@@ -94,31 +94,31 @@ class Weights:
             self._packed[key] = _pack(weight.T if product.outputs_first else weight, blocks)
         return self._packed[key]
 
-    def forget(self) -> None:
+    def clear_packed(self) -> None:
         """Free what was quantized."""
         self._packed.clear()
 
-    def block_for(self, product: Product, blocks: Blocks) -> Blocks | None:
+    def format_for(self, product: WeightNode, blocks: BlockFormat) -> BlockFormat | None:
         """`blocks`, with a block that divides the width of the table that is looked up; None where there is none."""
         if product.weight != self.embedding:
             return blocks
-        for block in BLOCKS:
-            if block <= blocks.block and product.inputs % block == 0:
-                return Blocks(blocks.bits, block, blocks.symmetric, blocks.accuracy_level)
+        for block in BLOCK_SIZES:
+            if block <= blocks.block_size and product.inputs % block == 0:
+                return BlockFormat(blocks.bits, block, blocks.symmetric, blocks.accuracy_level)
         return None
 
-    def quantized(self, plan: Mapping[str, Blocks | None]) -> Any:
+    def quantize(self, plan: Mapping[str, BlockFormat | None]) -> Any:
         """The graph with the weights of each group as `plan` says; None leaves a group in float32."""
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         chosen = {}
-        for product in self.products:
+        for product in self.weight_nodes:
             blocks = plan.get(product.group)
-            blocks = self.block_for(product, blocks) if blocks else None
+            blocks = self.format_for(product, blocks) if blocks else None
             if blocks:
-                chosen[product.node] = (product, blocks)
+                chosen[product.output_name] = (product, blocks)
         nodes, initializers = [], {}
         for node in model.graph.node:
             if node.output[0] in chosen:
@@ -128,7 +128,7 @@ class Weights:
                 nodes += _nodes(node, product, blocks, product.weight == self.embedding)
             else:
                 nodes.append(node)
-        nodes = _read_by_something(nodes, {item.name for item in model.graph.output})
+        nodes = _drop_unused_nodes(nodes, {item.name for item in model.graph.output})
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         read = {name for node in nodes for name in node.input}
@@ -139,9 +139,9 @@ class Weights:
         return model
 
 
-def _products(graph: Any) -> list[Product]:
+def _find_weight_nodes(graph: Any) -> list[WeightNode]:
     tensors = {item.name: item for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
-    table = token_embedding(graph)
+    table = find_token_embedding(graph)
     turned = {  # optimum's head reads the table transposed, the fused graph's after a Reshape to the shape that it has
         node.output[0]: node.input[0]
         for node in graph.node
@@ -160,7 +160,7 @@ def _products(graph: Any) -> list[Product]:
         first, second = tensors[weight].dims
         inputs, outputs = (second, first) if outputs_first else (first, second)
         group = "embedding" if weight == table else _group(node.name or node.output[0])
-        found.append(Product(node.output[0], weight, outputs_first, inputs, outputs, group))
+        found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group))
     return found
 
 
@@ -170,47 +170,47 @@ def _group(name: str) -> str:
     return f"layers.{match[1]}.{match[2]}" if match else "head"
 
 
-def _pack(weight: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, ...]:
+def _pack(weight: np.ndarray, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
     """Round (K, N) float32 to nearest."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
     )
 
-    config = DefaultWeightOnlyQuantConfig(blocks.block, blocks.symmetric, bits=blocks.bits)
+    config = DefaultWeightOnlyQuantConfig(blocks.block_size, blocks.symmetric, bits=blocks.bits)
     codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight))
     return (codes, scales) if blocks.symmetric else (codes, scales, zeros)
 
 
-def _names(product: Product, blocks: Blocks) -> list[str]:
+def _names(product: WeightNode, blocks: BlockFormat) -> list[str]:
     names = [f"{product.weight}_{blocks.bits}bits", f"{product.weight}_{blocks.bits}bits_scales"]
     return names if blocks.symmetric else [*names, f"{product.weight}_{blocks.bits}bits_zeros"]
 
 
-def _tensors(product: Product, blocks: Blocks, packed: tuple[np.ndarray, ...], looked_up: bool) -> list[Any]:
+def _tensors(product: WeightNode, blocks: BlockFormat, packed: tuple[np.ndarray, ...], is_embedding: bool) -> list[Any]:
     from onnx import numpy_helper
 
     tensors = list(packed)
     names = _names(product, blocks)
-    if looked_up:  # the lookup takes a row of the table as one run of bytes, the head as blocks
+    if is_embedding:  # the lookup takes a row of the table as one run of bytes, the head as blocks
         tensors = [packed[0].reshape(len(packed[0]), -1), *packed[1:], np.array(packed[0].shape, np.int64)]
         names = [*names, f"{product.weight}_shape"]
     return [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
 
 
-def _nodes(node: Any, product: Product, blocks: Blocks, looked_up: bool) -> list[Any]:
+def _nodes(node: Any, product: WeightNode, blocks: BlockFormat, is_embedding: bool) -> list[Any]:
     """The quantized form of a MatMul or of the lookup."""
     from onnx import helper
 
     names, out = _names(product, blocks), node.output[0]
-    common: dict[str, Any] = {"domain": "com.microsoft", "bits": blocks.bits, "block_size": blocks.block}
+    common: dict[str, Any] = {"domain": "com.microsoft", "bits": blocks.bits, "block_size": blocks.block_size}
     if node.op_type == "Gather":
         inputs = [names[0], node.input[1], *names[1:]]
         return [
             helper.make_node("GatherBlockQuantized", inputs, [out], node.name, gather_axis=0, quantize_axis=1, **common)
         ]
     before = []
-    if looked_up:
+    if is_embedding:
         blocked = f"{names[0]}_blocked"
         before = [helper.make_node("Reshape", [names[0], f"{product.weight}_shape"], [blocked], blocked)]
         names = [blocked, *names[1:]]
@@ -229,7 +229,7 @@ def _nodes(node: Any, product: Product, blocks: Blocks, looked_up: bool) -> list
     ]
 
 
-def _read_by_something(nodes: list[Any], outputs: set[str]) -> list[Any]:
+def _drop_unused_nodes(nodes: list[Any], outputs: set[str]) -> list[Any]:
     """Without the nodes whose outputs nothing reads any more."""
     kept, read = [], set(outputs)
     for node in reversed(nodes):

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from limbeck.export.runtime.dynamic_cache import Grown
-from limbeck.export.runtime.prefix_cache import Prefixes, common
+from limbeck.export.runtime.dynamic_cache import DynamicCache
+from limbeck.export.runtime.prefix_cache import PrefixCache, common_prefix_length
 from limbeck.export.runtime.slot import Slot
-from limbeck.export.runtime.static_cache import InPlace
+from limbeck.export.runtime.static_cache import StaticCache
 
 if TYPE_CHECKING:
     from limbeck.export.runtime.session import Session
 
-KEPT_TOKENS = 4096  # of texts that have left, for later prompts that begin alike
-LEAST_REUSE = 16  # tokens; fewer are read as fast as they are copied
+PREFIX_CACHE_TOKENS = 4096  # of texts that have left, for later prompts that begin alike
+MIN_REUSED_TOKENS = 16  # tokens; fewer are read as fast as they are copied
 
 
 class Batch:
@@ -30,22 +30,22 @@ class Batch:
             begins alike does not read them again.
     """
 
-    def __init__(self, session: Session, kept_tokens: int = KEPT_TOKENS) -> None:
+    def __init__(self, session: Session, prefix_cache_tokens: int = PREFIX_CACHE_TOKENS) -> None:
         self._slots: list[Slot] = []
-        self._cache: InPlace | Grown = InPlace(session) if session.fused else Grown(session)
+        self._cache: StaticCache | DynamicCache = StaticCache(session) if session.is_fused else DynamicCache(session)
         # On a GPU every reuse would take the cache through main memory.
-        self._prefixes = Prefixes(kept_tokens if session.device == "cpu" else 0)
-        self._reuses = session.device == "cpu"
+        self._prefix_cache = PrefixCache(prefix_cache_tokens if session.device == "cpu" else 0)
+        self._can_reuse = session.device == "cpu"
 
-    def begin(self, prompt: Sequence[int], room: int) -> Slot:
-        """A new row that reads `prompt` and then takes at most `room` tokens. Nothing is computed yet."""
+    def add_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> Slot:
+        """A new row that reads `prompt` and then takes at most `max_new_tokens` tokens. Nothing is computed yet."""
         slot = Slot(tuple(prompt))
         self._cache.add(slot)
         self._slots.append(slot)
         return slot
 
-    def read(self, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
-        """Let each slot see at most `most` more tokens of its prompt; what other texts have read is not counted.
+    def prefill(self, slots: Sequence[Slot], max_tokens: int) -> list[np.ndarray | None]:
+        """Let each slot see at most `max_tokens` more tokens of its prompt; what other texts have read is not counted.
 
         Returns:
             for each slot, (V,) float32 logits after the last token of its prompt; None while some is unread.
@@ -55,15 +55,15 @@ class Batch:
         while waiting:
             now: list[Slot] = []
             for slot in waiting:
-                self._reuse(slot)
-                if not any(self._gains(slot, other) for other in now):
+                self._reuse_prefix(slot)
+                if not any(self._should_wait_for(slot, other) for other in now):
                     now.append(slot)
-            pieces = [slot.prompt[slot.length : slot.length + most] for slot in now]
-            for slot, piece, logits in zip(now, pieces, self._cache.read(now, pieces), strict=True):
+            pieces = [slot.prompt[slot.length : slot.length + max_tokens] for slot in now]
+            for slot, piece, logits in zip(now, pieces, self._cache.prefill(now, pieces), strict=True):
                 slot.length += len(piece)
                 found[slot] = logits
             waiting = [slot for slot in waiting if slot not in now]
-        return [None if slot.unread else found[slot] for slot in slots]
+        return [None if slot.unread_tokens else found[slot] for slot in slots]
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
         """Give each slot, whose prompt is read, its next token.
@@ -73,39 +73,39 @@ class Batch:
         """
         logits = self._cache.step(slots, tokens)
         for slot, token in zip(slots, tokens, strict=True):
-            slot.given.append(token)
+            slot.generated_tokens.append(token)
             slot.length += 1
         return logits
 
-    def end(self, slot: Slot) -> None:
+    def remove_slot(self, slot: Slot) -> None:
         """Let a row go; the next step is without it."""
-        tokens = slot.tokens
-        if self._prefixes.wants(tokens):
-            self._prefixes.keep(tokens, self._cache.copy(slot, slot.length))
+        tokens = slot.cached_tokens
+        if self._prefix_cache.should_store(tokens):
+            self._prefix_cache.store(tokens, self._cache.copy_prefix(slot, slot.length))
         self._cache.remove(slot)
         self._slots.remove(slot)
-        slot.held = False
+        slot.is_active = False
 
-    def _reuse(self, slot: Slot) -> None:
+    def _reuse_prefix(self, slot: Slot) -> None:
         """Take over what another text has of this prompt; its last token is read in any case, for the logits."""
-        if not self._reuses:
+        if not self._can_reuse:
             return
-        before, least = slot.length, slot.length + LEAST_REUSE
+        before, least = slot.length, slot.length + MIN_REUSED_TOKENS
         wanted = slot.prompt[:-1]
-        others = [(other.begins(wanted), other) for other in self._slots if other is not slot]
+        others = [(other.shared_prefix_length(wanted), other) for other in self._slots if other is not slot]
         length, other = max(others, key=lambda pair: pair[0], default=(0, slot))
-        kept, parts = self._prefixes.find(wanted) if len(wanted) >= least else (0, [])
+        kept, parts = self._prefix_cache.find_longest(wanted) if len(wanted) >= least else (0, [])
         if max(length, kept) < least:
             return
         if kept > length:
-            self._cache.extend(slot, parts, kept)
+            self._cache.load_prefix(slot, parts, kept)
         else:
-            self._cache.share(slot, other, length)
+            self._cache.copy_from_slot(slot, other, length)
         slot.length = max(kept, length)
-        slot.cached += slot.length - before
+        slot.reused_tokens += slot.length - before
 
-    def _gains(self, slot: Slot, other: Slot) -> bool:
+    def _should_wait_for(self, slot: Slot, other: Slot) -> bool:
         """Whether `slot` had better wait until `other` has read what both begin with."""
-        if not self._reuses or other.length < slot.length:
+        if not self._can_reuse or other.length < slot.length:
             return False
-        return common(slot.prompt[:-1], other.prompt) >= slot.length + LEAST_REUSE
+        return common_prefix_length(slot.prompt[:-1], other.prompt) >= slot.length + MIN_REUSED_TOKENS

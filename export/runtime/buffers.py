@@ -46,7 +46,7 @@ class Buffer:
         self._value.update_inplace(array)
 
 
-def array_of(value: ort.OrtValue) -> np.ndarray:
+def ortvalue_to_numpy(value: ort.OrtValue) -> np.ndarray:
     """The numbers of a value, good for as long as it is held; copied only where they lie on a GPU."""
     if value.device_name() != "cpu":
         return value.numpy()

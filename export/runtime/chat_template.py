@@ -27,7 +27,7 @@ RENDER_S = 5.0
 MAX_TEXT = 2**24  # characters
 # Put at the end of the turn that is to be continued, and found again in what is rendered.
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
@@ -60,9 +60,9 @@ class ChatTemplate:
         if "default" not in templates:
             return None
         tokens = config | _json(folder / "special_tokens_map.json")
-        named: dict[str, Any] = {name: _content(tokens[name]) for name in SPECIAL if tokens.get(name)}
+        named: dict[str, Any] = {name: _token_text(tokens[name]) for name in SPECIAL_TOKENS if tokens.get(name)}
         more = tokens.get("additional_special_tokens")
-        return cls(templates, named | ({"additional_special_tokens": [*map(_content, more)]} if more else {}))
+        return cls(templates, named | ({"additional_special_tokens": [*map(_token_text, more)]} if more else {}))
 
     def render(
         self,
@@ -90,26 +90,26 @@ class ChatTemplate:
         values = {"messages": turns, "tools": tools, "documents": documents}
         values |= self._special_tokens | settings | {"add_generation_prompt": add_generation_prompt}
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        clock = _Clock()
+        clock = _RenderLimits()
         try:
             if name not in self._compiled:
                 self._compiled[name] = _environment().from_string(self._templates[name])
             text = clock.join(self._compiled[name].generate(values | {"range": partial(_Range, clock)}))
-        except _TooMuch as error:
+        except _LimitExceeded as error:
             raise BadInput(f"the chat template gives more than {error}") from None
         except TemplateError as error:  # also what a template raises by itself
             raise BadInput(f"the chat template refuses these messages: {error.message}") from None
         except Exception as error:  # a template is a program: it may fail in any way
             told = f"{type(error).__name__}: {error}"[:200]
             raise BadInput(f"the chat template fails on these messages: {told}") from None
-        return _to_continue(text, str(messages[-1].get("content") or "")) if continue_final_message else text
+        return _cut_at_continue_mark(text, str(messages[-1].get("content") or "")) if continue_final_message else text
 
 
-class _TooMuch(Exception):
+class _LimitExceeded(Exception):
     """A template's time or room is used up."""
 
 
-class _Clock:
+class _RenderLimits:
     """Ends a template that goes on for too long, wherever it can be asked."""
 
     def __init__(self) -> None:
@@ -117,9 +117,9 @@ class _Clock:
 
     def check(self, size: int = 0) -> None:
         if size > MAX_TEXT:
-            raise _TooMuch(f"{MAX_TEXT} characters")
+            raise _LimitExceeded(f"{MAX_TEXT} characters")
         if time.monotonic() > self._end:
-            raise _TooMuch(f"{RENDER_S:g} s of work")
+            raise _LimitExceeded(f"{RENDER_S:g} s of work")
 
     def join(self, pieces: Iterator[str]) -> str:
         parts, size = [], 0
@@ -129,7 +129,7 @@ class _Clock:
             parts.append(piece)
         return "".join(parts)
 
-    def over(self, items: range) -> Iterator[int]:
+    def check_each(self, items: range) -> Iterator[int]:
         """The items, each looked at."""
         for item in items:
             self.check()
@@ -146,7 +146,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         texts = [side for side in (left, right) if not isinstance(side, (int, float))]
         length = max((len(text) for text in texts), default=1)
         if operator == "*" and texts and numbers and length * max(numbers) > MAX_TEXT:
-            raise _TooMuch(f"{MAX_TEXT} characters")
+            raise _LimitExceeded(f"{MAX_TEXT} characters")
         if operator == "**" and any(abs(number) > 1000 for number in numbers):
             raise SecurityError("a power of this size is not computed")
         return super().call_binop(context, operator, left, right)
@@ -187,11 +187,11 @@ def _environment() -> _Sandbox:
 class _Range:
     """range, whose every step is looked at."""
 
-    def __init__(self, clock: _Clock, *bounds: int) -> None:
+    def __init__(self, clock: _RenderLimits, *bounds: int) -> None:
         self._clock, self._range = clock, range(*bounds)
 
     def __iter__(self) -> Iterator[int]:
-        return self._clock.over(self._range)
+        return self._clock.check_each(self._range)
 
     def __len__(self) -> int:
         return len(self._range)
@@ -203,7 +203,7 @@ class _Range:
         return item in self._range
 
 
-def _to_continue(text: str, last: str) -> str:
+def _cut_at_continue_mark(text: str, last: str) -> str:
     """The rendered text up to the end of its last message, as transformers cuts it."""
     place = text.rfind(MARK.strip())
     if place < 0 or last.strip() not in text:
@@ -212,7 +212,7 @@ def _to_continue(text: str, last: str) -> str:
     return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()
 
 
-def _content(token: str | dict[str, Any]) -> str:
+def _token_text(token: str | dict[str, Any]) -> str:
     """A special token, which tokenizers save as a text or as an object."""
     return token if isinstance(token, str) else str(token["content"])
 

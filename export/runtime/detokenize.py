@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-BROKEN = "\ufffd"  # what a decoder writes for bytes that are no UTF-8 (yet)
+REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder writes for bytes that are no UTF-8 (yet)
 CONTEXT = 5  # prompt tokens decoded along, since some decoders treat the first token of a text differently
 
 
@@ -22,45 +22,45 @@ class Detokenizer:
         self.stopped = False
         self._decode = decode
         self._stop = tuple(stop)
-        self._given = 0  # characters of self.text that were returned
+        self._returned_length = 0  # characters of self.text that were returned
         self._window = list(prompt_ids[-CONTEXT:])  # decoded anew with each token
-        self._known = len(decode(self._window))  # its characters that are in the prompt or self.text
+        self._known_length = len(decode(self._window))  # its characters that are in the prompt or self.text
 
     def add(self, token_id: int) -> str:
         """Take the next token; return the text that is now certain (often "")."""
         self._window.append(token_id)
         decoded = self._decode(self._window)
-        whole = decoded.rstrip(BROKEN)
-        self._take(decoded[self._known : len(whole)])
-        self._known = max(self._known, len(whole))
+        whole = decoded.rstrip(REPLACEMENT_CHARACTER)
+        self._append(decoded[self._known_length : len(whole)])
+        self._known_length = max(self._known_length, len(whole))
         if len(whole) == len(decoded) and len(self._window) > 2 * CONTEXT:
             self._window = self._window[-CONTEXT:]
-            self._known = len(self._decode(self._window))
-        return self._give(len(self.text) if self.stopped else self._certain())
+            self._known_length = len(self._decode(self._window))
+        return self._return_up_to(len(self.text) if self.stopped else self._certain_length())
 
     def finish(self) -> str:
         """The rest, once no token follows: what was held back, broken bytes included."""
         if not self.stopped:
-            self._take(self._decode(self._window)[self._known :])
-        return self._give(len(self.text))
+            self._append(self._decode(self._window)[self._known_length :])
+        return self._return_up_to(len(self.text))
 
-    def _take(self, new: str) -> None:
+    def _append(self, new: str) -> None:
         """Append to `text`, and cut it where a stop string begins."""
         self.text += new
-        found = [self.text.find(stop, self._given) for stop in self._stop] if new else []
+        found = [self.text.find(stop, self._returned_length) for stop in self._stop] if new else []
         found = [position for position in found if position >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
 
-    def _certain(self) -> int:
+    def _certain_length(self) -> int:
         """Length of `text` less a tail that could be the start of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
-        for start in range(max(self._given, len(self.text) - longest), len(self.text)):
+        for start in range(max(self._returned_length, len(self.text) - longest), len(self.text)):
             if any(stop.startswith(self.text[start:]) for stop in self._stop):
                 return start
         return len(self.text)
 
-    def _give(self, end: int) -> str:
-        piece = self.text[self._given : end]
-        self._given = max(self._given, end)
+    def _return_up_to(self, end: int) -> str:
+        piece = self.text[self._returned_length : end]
+        self._returned_length = max(self._returned_length, end)
         return piece

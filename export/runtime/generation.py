@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from limbeck.export.runtime.detokenize import Detokenizer
-from limbeck.export.runtime.sampling import Sampler, Sampling, likeliest, log_softmax
+from limbeck.export.runtime.sampling import Sampler, Sampling, log_softmax, top_tokens
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Event:
+class TokenEvent:
     """One new token of one prompt of a request."""
 
     index: int  # of the prompt
     token_id: int
-    piece: str  # the text that is now certain; often ""
+    text: str  # the text that is now certain; often ""
     finish_reason: Literal["stop", "length"] | None  # None while more follows
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
     cached_tokens: int = 0  # of the prompt, that were not read again; told with its first token
 
 
-class Generation:
+class GenerationState:
     """One prompt of a request while it is completed.
 
     Args:
@@ -56,35 +56,35 @@ class Generation:
         prompt: Sequence[int],
         sampling: Sampling,
         *,
-        room: int,
+        context_left: int,
         eos_token_ids: set[int],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         self.index, self.prompt, self.sampling = index, prompt, sampling
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.last = 0  # the newest token
-        self.most = min(sampling.max_new_tokens, room)
-        self.taken = 0
-        self._ends = set() if sampling.ignore_eos else eos_token_ids
+        self.last_token = 0  # the newest token
+        self.max_new_tokens = min(sampling.max_new_tokens, context_left)
+        self.token_count = 0
+        self._end_token_ids = set() if sampling.ignore_eos else eos_token_ids
         self._sampler = Sampler(sampling, prompt, index)
-        self._text = Detokenizer(decode, prompt, sampling.stop)
+        self._detokenizer = Detokenizer(decode, prompt, sampling.stop)
 
-    def take(self, logits: np.ndarray) -> Event:
+    def choose_token(self, logits: np.ndarray) -> TokenEvent:
         """Choose the next token from (V,) logits."""
-        self.last = token = self._sampler.choose(logits)
-        self.taken += 1
-        ended = token in self._ends
-        piece = "" if ended else self._text.add(token)
-        if ended or self._text.stopped:
+        self.last_token = token = self._sampler.choose(logits)
+        self.token_count += 1
+        ended = token in self._end_token_ids
+        piece = "" if ended else self._detokenizer.add(token)
+        if ended or self._detokenizer.stopped:
             self.finish_reason = "stop"
-        elif self.taken >= self.most:
+        elif self.token_count >= self.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
-            piece += self._text.finish()
+            piece += self._detokenizer.finish()
             # The rest may hold a stop string that was not certain before.
-            self.finish_reason = "stop" if self._text.stopped else self.finish_reason
+            self.finish_reason = "stop" if self._detokenizer.stopped else self.finish_reason
         if self.sampling.logprobs is None:
-            return Event(self.index, token, piece, self.finish_reason)
+            return TokenEvent(self.index, token, piece, self.finish_reason)
         logprobs = log_softmax(logits.astype(np.float64))
-        top = likeliest(logprobs, self.sampling.logprobs)
-        return Event(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)
+        top = top_tokens(logprobs, self.sampling.logprobs)
+        return TokenEvent(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)

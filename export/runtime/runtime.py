@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.runtime.batch import Batch
-from limbeck.export.runtime.generation import Completion, Event, Generation
+from limbeck.export.runtime.generation import Completion, GenerationState, TokenEvent
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.export.runtime.session import Session
 from limbeck.export.runtime.slot import Slot
@@ -38,7 +38,7 @@ class Runtime(Session):
         request = Sampling(**sampling)
         start = time.perf_counter()
         events, times = [], []
-        for event in self.events(ids, request):
+        for event in self.generate_events(ids, request):
             events.append(event)
             times.append(time.perf_counter())
         completions = []
@@ -48,7 +48,7 @@ class Runtime(Session):
             top = [event.top_logprobs for event in own if event.top_logprobs is not None]
             completions.append(
                 Completion(
-                    text="".join(event.piece for event in own),
+                    text="".join(event.text for event in own),
                     token_ids=[event.token_id for event in own],
                     finish_reason=own[-1].finish_reason or "length",
                     prompt_tokens=len(prompt),
@@ -62,41 +62,43 @@ class Runtime(Session):
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
         """The text of one completion, piece by piece as it is generated; whole characters only."""
-        for event in self.events([self.prompt_ids(prompt)], Sampling(**sampling)):
-            if event.piece:
-                yield event.piece
+        for event in self.generate_events([self.prompt_ids(prompt)], Sampling(**sampling)):
+            if event.text:
+                yield event.text
 
-    def events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Event]:
+    def generate_events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[TokenEvent]:
         """The tokens of a request as they come. Every prompt ends with an event that has a finish_reason.
 
         Args:
             prompts: token ids, none empty.
         """
-        batch = Batch(self, kept_tokens=0)
-        going = [(self.generation(index, prompt, sampling), prompt) for index, prompt in enumerate(prompts)]
-        rows = [(row, batch.begin(prompt, row.most)) for row, prompt in going]
-        logits = self._read(batch, [slot for _, slot in rows])
+        batch = Batch(self, prefix_cache_tokens=0)
+        going = [(self.start_generation(index, prompt, sampling), prompt) for index, prompt in enumerate(prompts)]
+        rows = [(row, batch.add_prompt(prompt, row.max_new_tokens)) for row, prompt in going]
+        logits = self._prefill(batch, [slot for _, slot in rows])
         while rows:
             for (row, _), values in zip(rows, logits, strict=True):
-                yield row.take(values)
+                yield row.choose_token(values)
             for row, slot in rows:
                 if row.finish_reason:
-                    batch.end(slot)
+                    batch.remove_slot(slot)
             rows = [(row, slot) for row, slot in rows if not row.finish_reason]
             if rows:
-                logits = list(batch.step([slot for _, slot in rows], [row.last for row, _ in rows]))
+                logits = list(batch.step([slot for _, slot in rows], [row.last_token for row, _ in rows]))
 
-    def _read(self, batch: Batch, slots: list[Slot]) -> list[np.ndarray]:
+    def _prefill(self, batch: Batch, slots: list[Slot]) -> list[np.ndarray]:
         """(V,) logits after each prompt, read in pieces whose logits fit in memory."""
         found: dict[Slot, np.ndarray] = {}
         while unread := [slot for slot in slots if slot not in found]:
-            values = batch.read(unread, self.prefill_tokens)
+            values = batch.prefill(unread, self.max_prefill_tokens)
             found |= {slot: logits for slot, logits in zip(unread, values, strict=True) if logits is not None}
         return [found[slot] for slot in slots]
 
-    def generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> Generation:
+    def start_generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> GenerationState:
         """The state of one prompt of a request while it is completed. Raises BadInput."""
         if (highest := max(sampling.logit_bias, default=0)) >= self.vocab_size:
             raise BadInput(f"logit_bias names token {highest}; the model's are 0 to {self.vocab_size - 1}")
         room = self.max_length - len(prompt)
-        return Generation(index, prompt, sampling, room=room, eos_token_ids=self.eos_token_ids, decode=self.decode)
+        return GenerationState(
+            index, prompt, sampling, context_left=room, eos_token_ids=self.eos_token_ids, decode=self.decode
+        )

@@ -109,14 +109,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def likeliest(logprobs: np.ndarray, count: int) -> dict[int, float]:
+def top_tokens(logprobs: np.ndarray, count: int) -> dict[int, float]:
     """The `count` likeliest tokens of (V,) log-probabilities, best first, with theirs."""
-    tokens = np.arange(len(logprobs)) if count >= len(logprobs) else at_least_the(logprobs, count)
+    tokens = np.arange(len(logprobs)) if count >= len(logprobs) else indices_of_top(logprobs, count)
     best = tokens[np.argsort(-logprobs[tokens], kind="stable")[:count]]
     return {int(token): float(logprobs[token]) for token in best}
 
 
-def at_least_the(values: np.ndarray, count: int) -> np.ndarray:
+def indices_of_top(values: np.ndarray, count: int) -> np.ndarray:
     """Where (V,) values are at least the `count`-th greatest, in order of place: more than `count` where some tie."""
     if count == 0:
         return np.zeros(0, np.int64)
@@ -135,7 +135,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     scores = logits.astype(np.float64) / sampling.temperature
     tokens = np.arange(len(scores))
     if sampling.top_k is not None and sampling.top_k < len(scores):
-        tokens = at_least_the(scores, sampling.top_k)
+        tokens = indices_of_top(scores, sampling.top_k)
         scores = scores[tokens]
     probabilities = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
@@ -153,7 +153,7 @@ def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     count = 64
     while True:
         # Sorted are only as many as it takes: a vocabulary takes milliseconds.
-        best = at_least_the(probabilities, count) if count < len(probabilities) else np.arange(len(probabilities))
+        best = indices_of_top(probabilities, count) if count < len(probabilities) else np.arange(len(probabilities))
         best = best[np.argsort(-probabilities[best], kind="stable")]
         before = np.cumsum(probabilities[best]) - probabilities[best]
         if before[-1] + probabilities[best[-1]] >= top_p or len(best) == len(probabilities):

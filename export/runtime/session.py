@@ -12,7 +12,7 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from limbeck.registry.core.digest import MANIFEST
-from limbeck.registry.core.digest import verify as verify_digest
+from limbeck.registry.core.digest import verify_files as verify_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.machine import physical_cores
 
@@ -56,7 +56,7 @@ class Session:
     ) -> None:
         self.onnx_session = session
         self.device = device
-        self.fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
+        self.is_fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "is_fused"
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config
@@ -73,12 +73,12 @@ class Session:
         logits = session.get_outputs()[0]
         self.vocab_size = int(logits.shape[-1])
         self.logits_type = NUMPY_TYPES.get(logits.type, np.float32)
-        self.past = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
-        self.present = [name.replace("past_key_values.", "present.", 1) for name in self.past]
-        self.takes = inputs.keys() - self.past.keys()
-        unknown = sorted(self.takes - {"input_ids", "attention_mask", "position_ids"})
-        missing = [name for name in ("logits", *self.present) if name not in outputs]
-        if unknown or missing or not self.past:
+        self.past_inputs = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
+        self.present_names = [name.replace("past_key_values.", "present.", 1) for name in self.past_inputs]
+        self.input_names = inputs.keys() - self.past_inputs.keys()
+        unknown = sorted(self.input_names - {"input_ids", "attention_mask", "position_ids"})
+        missing = [name for name in ("logits", *self.present_names) if name not in outputs]
+        if unknown or missing or not self.past_inputs:
             raise BadInput(
                 f"{GRAPH} is no causal language model with a key-value cache: "
                 f"inputs {sorted(inputs)}, outputs {outputs}",
@@ -92,14 +92,14 @@ class Session:
         *,
         threads: int | None = None,
         verify: bool = True,
-        expected: str | None = None,
+        expected_digest: str | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
     ) -> Self:
         """Load the artifact in `folder`.
 
         Args:
             threads: for one operator; the default is one for each physical core this process may use.
-            verify: check the files against limbeck.json (and `expected`, a digest, where given) before they
+            verify: check the files against limbeck.json (and `expected_digest`, a digest, where given) before they
                 are used.
             device: what runs the graph and holds the cache; "cuda" wants onnxruntime-gpu (extra `gpu`).
 
@@ -115,7 +115,7 @@ class Session:
                 f"{folder} is no ONNX artifact: it has no {missing[0]}",
                 fix="make one with `limbeck export MODEL`",
             )
-        digest = verify_digest(folder, expected) if verify else ""
+        digest = verify_digest(folder, expected_digest) if verify else ""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or physical_cores()
         options.inter_op_num_threads = 1
@@ -149,10 +149,10 @@ class Session:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def prompt_ids(self, prompt: str | Sequence[int], *, room: int = 1) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int], *, reserve: int = 1) -> list[int]:
         """Token ids of a prompt; an empty one is the token that begins a text.
 
-        Raises BadInput where an id is none of the model's, or the context has no room for `room` more tokens.
+        Raises BadInput where an id is none of the model's, or the context has no room for `reserve` more tokens.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
@@ -164,9 +164,9 @@ class Session:
             ids = [begin]
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
-        if len(ids) + room > self.max_length:
+        if len(ids) + reserve > self.max_length:
             raise BadInput(
-                f"the prompt has {len(ids)} tokens and wants room for {room} more; the context is {self.max_length}",
+                f"the prompt has {len(ids)} tokens and wants room for {reserve} more; the context is {self.max_length}",
                 fix="shorten the prompt",
             )
         return ids
@@ -181,24 +181,26 @@ class Session:
             (B, T, V) float32; what stands at padded positions has no meaning.
         """
         cache = self.empty_cache(len(input_ids))
-        logits, _ = self.forward(input_ids, attention_mask, positions(attention_mask), cache, grow=False)
+        logits, _ = self.forward(
+            input_ids, attention_mask, positions_from_mask(attention_mask), cache, return_cache=False
+        )
         return logits.astype(np.float32, copy=False)
 
     def prompt_logits(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
         """Logits of one text of T token ids, in pieces that add up to (T, V): a long one takes no more memory."""
         tokens = np.array([prompt], np.int64)
-        for logits, _ in self._pieces(tokens, np.ones_like(tokens)):
+        for logits, _ in self._prefill_chunks(tokens, np.ones_like(tokens)):
             yield logits[0]
 
     @property
-    def prefill_tokens(self) -> int:
+    def max_prefill_tokens(self) -> int:
         """How many tokens of prompts are read at once, for their logits to fit in memory."""
         return max(1, PREFILL_LOGITS // self.vocab_size)
 
-    def _pieces(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
+    def _prefill_chunks(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
         """Read (B, T) tokens in pieces of t tokens: the (B, t, V) logits of each, and the cache after it."""
         batch, width = tokens.shape
-        cache, place = self.empty_cache(batch), positions(mask)
+        cache, place = self.empty_cache(batch), positions_from_mask(mask)
         piece = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
         for start in range(0, width, piece):
             end = min(start + piece, width)
@@ -209,33 +211,36 @@ class Session:
         self,
         tokens: np.ndarray,
         mask: np.ndarray,
-        place: np.ndarray,
+        position_ids: np.ndarray,
         cache: list[ort.OrtValue],
-        grow: bool = True,
+        return_cache: bool = True,
     ) -> tuple[np.ndarray, list[ort.OrtValue]]:
-        """One run of the graph: (B, T, V) logits, and the cache grown by T unless `grow` is False.
+        """One run of the graph: (B, T, V) logits, and the cache grown by T unless `return_cache` is False.
 
         The cache goes from output to input as it is: it never passes through numpy.
         """
         binding = self.onnx_session.io_binding()
-        arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": place}
-        for name in self.takes:
+        arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": position_ids}
+        for name in self.input_names:
             binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name], np.int64))
-        for name, value in zip(self.past, cache, strict=True):
+        for name, value in zip(self.past_inputs, cache, strict=True):
             binding.bind_ortvalue_input(name, value)
-        for name in ["logits", *self.present] if grow else ["logits"]:
+        for name in ["logits", *self.present_names] if return_cache else ["logits"]:
             binding.bind_output(name, "cpu" if name == "logits" else self.device)
         self.onnx_session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), present
 
-    def empty_cache(self, batch: int) -> list[ort.OrtValue]:
+    def empty_cache(self, batch_size: int) -> list[ort.OrtValue]:
         """A cache of length 0 for each layer, in the layout the graph declares."""
         make = ort.OrtValue.ortvalue_from_shape_and_type
-        return [make(empty_past(item, batch), self.type_of(item), self.device, 0) for item in self.past.values()]
+        return [
+            make(empty_past_shape(item, batch_size), self.numpy_type(item), self.device, 0)
+            for item in self.past_inputs.values()
+        ]
 
     @staticmethod
-    def type_of(item: ort.NodeArg) -> Any:
+    def numpy_type(item: ort.NodeArg) -> Any:
         """numpy's type of a graph's input."""
         return NUMPY_TYPES[item.type]
 
@@ -252,12 +257,12 @@ def _check_device(device: str) -> None:
         )
 
 
-def empty_past(item: ort.NodeArg, batch: int) -> list[int]:
+def empty_past_shape(item: ort.NodeArg, batch_size: int) -> list[int]:
     """The shape of a past input of length 0: the sizes the graph leaves open are the batch and the past's length."""
-    return [n if isinstance(n, int) else batch if "batch" in n else 0 for n in item.shape]
+    return [n if isinstance(n, int) else batch_size if "batch" in n else 0 for n in item.shape]
 
 
-def positions(attention_mask: np.ndarray) -> np.ndarray:
+def positions_from_mask(attention_mask: np.ndarray) -> np.ndarray:
     """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers)."""
     return np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
 

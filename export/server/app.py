@@ -19,29 +19,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from limbeck.export.server.admission import Gate, response
+from limbeck.export.server.admission import Admission, error_response
 from limbeck.export.server.completions import APIError
-from limbeck.export.server.hot_swap import Served
+from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.metrics import CONTENT_TYPE
 from limbeck.export.server.requests import Unavailable
-from limbeck.export.server.routes_models import add_model
-from limbeck.export.server.routes_openai import add_completions
-from limbeck.export.server.watch import Artifact, Problem
+from limbeck.export.server.routes_models import add_model_routes
+from limbeck.export.server.routes_openai import add_completion_routes
+from limbeck.export.server.watch import Artifact, WatchProblem
 from limbeck.registry.core.errors import BadInput
 
 MAX_BODY = 2**22  # bytes of one request
 DRAIN_S = 30.0  # how long running requests may take to end after SIGTERM
 # After this long the kernel closes a connection whose client takes nothing, and with it the request ends.
 STALLED_S = 60
-MOST_FILES = 65536
+MAX_OPEN_FILES = 65536
 SEND_BUFFER = 2**17  # bytes that the kernel holds for a slow reader; left to itself it would take megabytes
 
 
 def serve(
-    served: Served,
+    served: ServedModel,
     listener: socket.socket,
     *,
-    artifacts: AsyncIterator[Artifact | Problem] | None = None,
+    artifacts: AsyncIterator[Artifact | WatchProblem] | None = None,
     api_key: str | None = None,
     max_body: int = MAX_BODY,
     drain_s: float = DRAIN_S,
@@ -58,7 +58,7 @@ def serve(
     logging.basicConfig(format="%(levelname)s: %(message)s")
     _allow_many_files()
     config = uvicorn.Config(
-        application(served, api_key, max_body),
+        create_app(served, api_key, max_body),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,
@@ -67,7 +67,7 @@ def serve(
     asyncio.run(_Server(config, drain_s).run_with(served, listener, artifacts))
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """A socket bound to `host` and `port` (0: a free one). Raises BadInput where it cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -83,42 +83,42 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def application(served: Served, api_key: str | None = None, max_body: int = MAX_BODY) -> Gate:
+def create_app(served: ServedModel, api_key: str | None = None, max_body: int = MAX_BODY) -> Admission:
     """The server as an ASGI application."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    gate = Gate(api, served.metrics, api_key, max_body)
+    gate = Admission(api, served.metrics, api_key, max_body)
     _add_state(api, served, gate)
-    add_completions(api, served)
-    add_model(api, served)
+    add_completion_routes(api, served)
+    add_model_routes(api, served)
 
     @api.exception_handler(APIError)
     async def refused(request: Request, error: APIError) -> Response:
-        return response(error)
+        return error_response(error)
 
     @api.exception_handler(Unavailable)
     async def unavailable(request: Request, error: Unavailable) -> Response:
-        return response(APIError(error.status, str(error), code=error.code), error.retry_after)
+        return error_response(APIError(error.status, str(error), code=error.code), error.retry_after)
 
     @api.exception_handler(BadInput)
     async def bad_input(request: Request, error: BadInput) -> Response:
-        return response(APIError(400, error.message))
+        return error_response(APIError(400, error.message))
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return response(_invalid(error))
+        return error_response(_validation_error(error))
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return response(APIError(error.status_code, str(error.detail)))
+        return error_response(APIError(error.status_code, str(error.detail)))
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return response(APIError(500, "the server failed on this request"))
+        return error_response(APIError(500, "the server failed on this request"))
 
     return gate
 
 
-def _add_state(api: FastAPI, served: Served, gate: Gate) -> None:
+def _add_state(api: FastAPI, served: ServedModel, gate: Admission) -> None:
     """What those who run the server ask."""
 
     @api.get("/health")
@@ -127,7 +127,7 @@ def _add_state(api: FastAPI, served: Served, gate: Gate) -> None:
 
     @api.get("/ready")
     async def ready() -> Response:
-        if gate.draining:
+        if gate.is_draining:
             return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})
         return JSONResponse({"status": "ready", "version": served.current().version})
 
@@ -145,11 +145,11 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run_with(
-        self, served: Served, listener: socket.socket, artifacts: AsyncIterator[Artifact | Problem] | None
+        self, served: ServedModel, listener: socket.socket, artifacts: AsyncIterator[Artifact | WatchProblem] | None
     ) -> None:
         """Serve, and follow `artifacts` meanwhile."""
         self._loop = asyncio.get_running_loop()
-        following = artifacts and asyncio.ensure_future(served.follow(artifacts))
+        following = artifacts and asyncio.ensure_future(served.swap_on_changes(artifacts))
         try:
             await self.serve(sockets=[listener])
         finally:
@@ -159,16 +159,16 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         gate = self.config.app
-        assert isinstance(gate, Gate)
-        if gate.draining or self._loop is None:
+        assert isinstance(gate, Admission)
+        if gate.is_draining or self._loop is None:
             super().handle_exit(sig, frame)
         else:
-            gate.draining = True
+            gate.is_draining = True
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(gate)))
 
-    async def _drain(self, gate: Gate) -> None:
+    async def _drain(self, gate: Admission) -> None:
         end = asyncio.get_running_loop().time() + self._drain_s
-        while gate.running and asyncio.get_running_loop().time() < end:
+        while gate.running_requests and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
@@ -176,12 +176,12 @@ class _Server(uvicorn.Server):
 def _allow_many_files() -> None:
     """Each connection is an open file; the usual limit is 1,024 where up to the hard one may be asked for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _invalid(error: RequestValidationError) -> APIError:
+def _validation_error(error: RequestValidationError) -> APIError:
     """The first field that pydantic found wrong."""
     found = error.errors()
     where = found[0]["loc"][1:2]

@@ -15,28 +15,36 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from limbeck.export.runtime.chat_template import ChatTemplate
-from limbeck.export.runtime.detokenize import BROKEN
-from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER
+from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.completions import APIError, Delta, Settings, checked_ids, encode, of_event, token_name
+from limbeck.export.server.completions import (
+    APIError,
+    Delta,
+    GenerationRequest,
+    delta_of_event,
+    encode,
+    encode_prompt,
+    token_name,
+)
 from limbeck.export.server.scheduler import Scheduler
 from limbeck.registry.core.errors import BadInput
 
-Object = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class Conversation:
     """Messages, and how the template makes a prompt of them."""
 
-    messages: Annotated[list[Object], MinLen(1)]
-    tools: list[Object] | None = None
-    documents: list[Object] | None = None  # as in vLLM, and so the three below
+    messages: Annotated[list[JsonObject], MinLen(1)]
+    tools: list[JsonObject] | None = None
+    documents: list[JsonObject] | None = None  # as in vLLM, and so the three below
     add_generation_prompt: bool | None = None  # True, unless the last message is continued
     continue_final_message: bool | None = None
-    chat_template_kwargs: Object | None = None
+    chat_template_kwargs: JsonObject | None = None
 
-    def text(self, template: ChatTemplate | None) -> str:
+    def render(self, template: ChatTemplate | None) -> str:
         """What the model reads. Raises APIError."""
         if template is None:
             raise APIError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
@@ -71,7 +79,7 @@ class ResponseFormat:
 
 
 @dataclass(kw_only=True)
-class ChatRequest(Conversation, Settings):
+class ChatRequest(Conversation, GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -86,17 +94,17 @@ class ChatRequest(Conversation, Settings):
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
-    def prompt(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
+    def prompt_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
         """Token ids of the prompt. Raises APIError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(400, "top_logprobs is given without logprobs", "top_logprobs")
         if self.tool_choice == "none":
             self.tools = None
         # The template writes the special tokens: none is added.
-        ids = encode(runtime, self.text(template), False, "messages")
-        return checked_ids(runtime, ids, 1, "messages")
+        ids = encode(runtime, self.render(template), False, "messages")
+        return encode_prompt(runtime, ids, 1, "messages")
 
-    def length(self, scheduler: Scheduler, prompt: list[int]) -> int:
+    def max_new_tokens(self, scheduler: Scheduler, prompt: list[int]) -> int:
         """The most new tokens of a choice."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
@@ -106,17 +114,17 @@ class ChatRequest(Conversation, Settings):
         return min(room, scheduler.limits.new_tokens or room)
 
 
-class ChatForm:
+class ChatFormatter:
     """How an answer of /v1/chat/completions is written."""
 
-    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def opening(self, index: int) -> Object | None:
+    def first_chunk(self, index: int) -> JsonObject | None:
         """What a streamed choice begins with."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def part(self, delta: Delta) -> Object:
+    def chunk(self, delta: Delta) -> JsonObject:
         """A piece of a streamed choice."""
         content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
         return {
@@ -126,7 +134,7 @@ class ChatForm:
             "finish_reason": delta.finish_reason,
         }
 
-    def whole(self, delta: Delta) -> Object:
+    def choice(self, delta: Delta) -> JsonObject:
         """A choice that is not streamed."""
         message = {"role": "assistant", "content": delta.text}
         return {
@@ -137,28 +145,32 @@ class ChatForm:
         }
 
 
-async def deltas(scheduler: Scheduler, body: ChatRequest, prompt: list[int]) -> AsyncGenerator[Delta]:
+async def stream_deltas(scheduler: Scheduler, body: ChatRequest, prompt: list[int]) -> AsyncGenerator[Delta]:
     """All choices, bit by bit, in the order they are made."""
-    sampling = body.sampling(body.length(scheduler, prompt), body.top_logprobs or 0 if body.logprobs else None)
+    sampling = body.to_sampling(
+        body.max_new_tokens(scheduler, prompt), body.top_logprobs or 0 if body.logprobs else None
+    )
     async with aclosing(scheduler.generate([prompt] * (body.n or 1), sampling)) as events:
         async for event in events:
             logprobs = {"content": [_logprob(scheduler.runtime, body, event)]} if body.logprobs else None
-            yield of_event(event, body.n or 1, logprobs)
+            yield delta_of_event(event, body.n or 1, logprobs)
 
 
-def _logprob(runtime: Runtime, body: ChatRequest, event: Event) -> Object:
+def _logprob(runtime: Runtime, body: ChatRequest, event: TokenEvent) -> JsonObject:
     """A token, its log-probability and the likeliest in its place, in the form of chat."""
 
-    def row(token: int, logprob: float | None) -> Object:
+    def row(token: int, logprob: float | None) -> JsonObject:
         text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-        whole = None if BROKEN in text else list(text.encode())  # of a part of a character they are not known here
+        whole = (
+            None if REPLACEMENT_CHARACTER in text else list(text.encode())
+        )  # of a part of a character they are not known here
         return {"token": token_name(runtime, body, token), "logprob": logprob, "bytes": whole}
 
     top = [row(*pair) for pair in (event.top_logprobs or {}).items()]
     return {**row(event.token_id, event.logprob), "top_logprobs": top}
 
 
-def _message(place: int, message: Object) -> Object:
+def _message(place: int, message: JsonObject) -> JsonObject:
     """A message as templates know it: its content a text, the arguments of calls as objects. Raises APIError."""
 
     def refused(why: str) -> APIError:
@@ -177,11 +189,11 @@ def _message(place: int, message: Object) -> Object:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise refused("tool_calls has to be a list of objects")
     if calls:
-        return {**message, "content": content, "tool_calls": [_call(call) for call in calls]}
+        return {**message, "content": content, "tool_calls": [_parse_call_arguments(call) for call in calls]}
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
-def _call(call: Object) -> Object:
+def _parse_call_arguments(call: JsonObject) -> JsonObject:
     """OpenAI's clients write arguments as JSON in a text; templates expect the object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):

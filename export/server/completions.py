@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
-from limbeck.export.runtime.detokenize import BROKEN, Detokenizer
-from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER, Detokenizer
+from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
-from limbeck.export.server.scheduler import Scheduler, Scored
+from limbeck.export.server.scheduler import Scheduler, TokenLogprob
 from limbeck.registry.core.errors import BadInput
 
 MAX_CHOICES = 128  # prompts times n
@@ -28,7 +28,7 @@ Bias = Annotated[float, Ge(-100), Le(100)]
 
 
 @dataclass(kw_only=True)
-class Settings:
+class GenerationRequest:
     """What requests of every kind may ask of generation. A field that is null has its default."""
 
     model: str | None = None
@@ -55,7 +55,7 @@ class Settings:
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
+    def to_sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
         """What is asked of generation; for 0 new tokens it is asked of nobody."""
         return Sampling(
             max_new_tokens=max(1, max_new_tokens),
@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclass(kw_only=True)
-class CompletionRequest(Settings):
+class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -99,7 +99,7 @@ class CompletionRequest(Settings):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
-    def length(self) -> int:
+    def max_new_tokens(self) -> int:
         """The most new tokens of a choice."""
         return 16 if self.max_tokens is None else self.max_tokens
 
@@ -117,7 +117,7 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
+def encode_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
     """The token ids of the prompts. Raises APIError."""
     prompts, n = body.prompts(), body.n or 1
     if body.best_of not in (None, n):
@@ -125,9 +125,9 @@ def token_ids(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
     if not 1 <= len(prompts) * n <= MAX_CHOICES:
         message = f"{len(prompts)} prompts with n={n}: 1 to {MAX_CHOICES} choices are served at once"
         raise APIError(400, message, "prompt")
-    if body.length() == 0 and not body.echo:
+    if body.max_new_tokens() == 0 and not body.echo:
         raise APIError(400, "max_tokens is 0, and there is no echo: nothing is asked for", "max_tokens")
-    return [checked_ids(runtime, prompt, min(1, body.length()), "prompt") for prompt in prompts]
+    return [encode_prompt(runtime, prompt, min(1, body.max_new_tokens()), "prompt") for prompt in prompts]
 
 
 def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) -> list[int]:
@@ -138,14 +138,14 @@ def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) ->
         raise APIError(400, "the text is not valid Unicode", param) from None
 
 
-def checked_ids(runtime: Runtime, prompt: str | Sequence[int], room: int, param: str) -> list[int]:
-    """Token ids of a prompt that the context has room for, and for `room` more tokens. Raises APIError."""
+def encode_prompt(runtime: Runtime, prompt: str | Sequence[int], reserve: int, param: str) -> list[int]:
+    """Token ids of a prompt that the context has room for, and for `reserve` more tokens. Raises APIError."""
     ids = encode(runtime, prompt, True, param) if isinstance(prompt, str) else prompt
-    if len(ids) + room > runtime.max_length:
+    if len(ids) + reserve > runtime.max_length:
         message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
-        raise APIError(400, f"{message} and wants room for {room} more", param, "context_length_exceeded")
+        raise APIError(400, f"{message} and wants room for {reserve} more", param, "context_length_exceeded")
     try:
-        return runtime.prompt_ids(ids, room=room)
+        return runtime.prompt_ids(ids, reserve=reserve)
     except BadInput as error:
         raise APIError(400, error.message, param) from None
 
@@ -154,22 +154,22 @@ def checked_ids(runtime: Runtime, prompt: str | Sequence[int], room: int, param:
 class Usage:
     """The tokens of a request."""
 
-    prompt: int
-    completion: int = 0
-    cached: int = 0  # of the prompt, not read again since an earlier one began alike
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, not read again since an earlier one began alike
 
-    def count(self, delta: Delta) -> None:
+    def add(self, delta: Delta) -> None:
         """Add what a choice grew by."""
-        self.completion += delta.new_tokens
-        self.cached += delta.cached_tokens
+        self.completion_tokens += delta.new_tokens
+        self.cached_tokens += delta.cached_tokens
 
-    def row(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """In OpenAI's form."""
         return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -185,26 +185,26 @@ class Delta:
     cached_tokens: int = 0  # of the prompt; told once for each prompt
 
 
-def of_event(event: Event, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
+def delta_of_event(event: TokenEvent, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
     """A new token of a request with `n` choices for each prompt."""
     cached = 0 if event.index % n else event.cached_tokens
-    return Delta(event.index, event.piece, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
+    return Delta(event.index, event.text, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
 
 
-class TextForm:
+class CompletionFormatter:
     """How an answer of /v1/completions is written."""
 
-    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+    id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
         """What a streamed choice begins with."""
         return None
 
-    def part(self, delta: Delta) -> dict[str, Any]:
+    def chunk(self, delta: Delta) -> dict[str, Any]:
         """A piece of a streamed choice."""
-        return self.whole(delta)
+        return self.choice(delta)
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
+    def choice(self, delta: Delta) -> dict[str, Any]:
         """A choice that is not streamed."""
         return {
             "index": delta.index,
@@ -214,7 +214,9 @@ class TextForm:
         }
 
 
-async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]) -> AsyncGenerator[Delta]:
+async def stream_deltas(
+    scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]
+) -> AsyncGenerator[Delta]:
     """All choices, bit by bit, in the order they are made. The streamed answer and the whole one are both this."""
     runtime = scheduler.runtime
     n = body.n or 1
@@ -225,24 +227,26 @@ async def deltas(scheduler: Scheduler, body: CompletionRequest, prompts: list[li
             text = given if isinstance(given, str) else runtime.decode(prompt)
             logprobs = None
             if body.logprobs is not None:
-                logprobs = _of_prompt(runtime, prompt, await scheduler.score(prompt, body.logprobs), body)
+                logprobs = _format_prompt_logprobs(
+                    runtime, prompt, await scheduler.prompt_logprobs(prompt, body.logprobs), body
+                )
             for index in range(place * n, place * n + n):
                 lengths[index] = len(text)
-                yield Delta(index, text, None if body.length() else "length", logprobs)
-    if body.length() == 0:
+                yield Delta(index, text, None if body.max_new_tokens() else "max_new_tokens", logprobs)
+    if body.max_new_tokens() == 0:
         return
-    async with aclosing(scheduler.generate(rows, body.sampling(body.length(), body.logprobs))) as events:
+    async with aclosing(scheduler.generate(rows, body.to_sampling(body.max_new_tokens(), body.logprobs))) as events:
         async for event in events:
             logprobs = None
             if event.logprob is not None:
                 top = event.top_logprobs or None
                 logprobs = _logprobs(runtime, body, [event.token_id], [event.logprob], [top], [lengths[event.index]])
-            lengths[event.index] += len(event.piece)
-            yield of_event(event, n, logprobs)
+            lengths[event.index] += len(event.text)
+            yield delta_of_event(event, n, logprobs)
 
 
-def _of_prompt(
-    runtime: Runtime, prompt: list[int], scores: Sequence[Scored], body: CompletionRequest
+def _format_prompt_logprobs(
+    runtime: Runtime, prompt: list[int], scores: Sequence[TokenLogprob], body: CompletionRequest
 ) -> dict[str, list[Any]]:
     """What the model says of a prompt, in OpenAI's form."""
     text = Detokenizer(runtime.decode, [])
@@ -259,12 +263,12 @@ def _logprobs(
     body: CompletionRequest,
     ids: Sequence[int],
     values: Sequence[float | None],
-    tops: Sequence[dict[int, float] | None],
+    top_logprobs: Sequence[dict[int, float] | None],
     offsets: Sequence[int],
 ) -> dict[str, list[Any]]:
     """Tokens and their log-probabilities in OpenAI's form."""
     named: list[dict[str, float] | None] = []
-    for token, value, top in zip(ids, values, tops, strict=True):
+    for token, value, top in zip(ids, values, top_logprobs, strict=True):
         # OpenAI's list holds the chosen token too, where it is not among the likeliest.
         shown = {**top, token: value} if top and value is not None else {}
         named.append({token_name(runtime, body, other): p for other, p in shown.items()} or None)
@@ -276,9 +280,9 @@ def _logprobs(
     }
 
 
-def token_name(runtime: Runtime, body: Settings, token: int) -> str:
+def token_name(runtime: Runtime, body: GenerationRequest, token: int) -> str:
     """A token alone: its text, or its name in the vocabulary where it is no whole character; or its id."""
     if body.return_tokens_as_token_ids:
         return f"token_id:{token}"
     text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-    return runtime.tokenizer.id_to_token(token) or text if BROKEN in text else text
+    return runtime.tokenizer.id_to_token(token) or text if REPLACEMENT_CHARACTER in text else text

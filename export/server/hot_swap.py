@@ -16,13 +16,13 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits
 from limbeck.export.server.scheduler import Scheduler
-from limbeck.export.server.watch import Artifact, Problem
+from limbeck.export.server.watch import Artifact, WatchProblem
 
 log = logging.getLogger("limbeck.serve")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedArtifact:
     """An artifact in memory. A request takes one and keeps it to its end."""
 
     scheduler: Scheduler
@@ -32,7 +32,7 @@ class Loaded:
     template: ChatTemplate | None = None  # None where the model has none
 
 
-class Served:
+class ServedModel:
     """The model that a server serves under `name`.
 
     New requests go to the newest artifact; those that run end on the one they began with, which is freed then. Until
@@ -46,7 +46,7 @@ class Served:
     def __init__(
         self,
         name: str,
-        first: Artifact,
+        artifact: Artifact,
         load: Callable[[Path, str | None], Runtime],
         limits: Limits | None = None,
         metrics: Metrics | None = None,
@@ -55,49 +55,53 @@ class Served:
         self.limits = limits or Limits()
         self.metrics = metrics or Metrics()
         self._load = load
-        self._current = self._take(first, load(first.path, first.digest), ChatTemplate.read(first.path))
+        self._current = self._start_scheduler(
+            artifact, load(artifact.path, artifact.digest), ChatTemplate.read(artifact.path)
+        )
 
-    def current(self) -> Loaded:
+    def current(self) -> LoadedArtifact:
         """What a new request takes."""
         return self._current
 
-    async def follow(self, artifacts: AsyncIterator[Artifact | Problem]) -> None:
+    async def swap_on_changes(self, artifacts: AsyncIterator[Artifact | WatchProblem]) -> None:
         """Serve each artifact that comes, in place of the one before, unless it cannot be loaded."""
         async for found in artifacts:
-            if isinstance(found, Problem):
-                self._refuse(found.name, found.message)
+            if isinstance(found, WatchProblem):
+                self._report_refused(found.name, found.message)
             else:
                 await self.swap(found)
 
-    async def swap(self, found: Artifact) -> None:
-        """Serve `found` from now on; where it is damaged or cannot be loaded, go on as before and say so."""
-        if found.digest == self._current.digest:
+    async def swap(self, artifact: Artifact) -> None:
+        """Serve `artifact` from now on; where it is damaged or cannot be loaded, go on as before and say so."""
+        if artifact.digest == self._current.digest:
             old = self._current
-            self._current = self._show(found.name, old.scheduler, old.digest, old.template)
+            self._current = self._publish(artifact.name, old.scheduler, old.digest, old.template)
             return
         try:
-            runtime = await asyncio.to_thread(self._load, found.path, found.digest)
-            template = ChatTemplate.read(found.path)
+            runtime = await asyncio.to_thread(self._load, artifact.path, artifact.digest)
+            template = ChatTemplate.read(artifact.path)
         except Exception as error:  # whatever is wrong with it, what is served goes on
-            self._refuse(found.name, str(error))
+            self._report_refused(artifact.name, str(error))
             return
-        log.warning("%s, digest %s, takes the place of %s", found.name, runtime.digest[:12], self._current.version)
-        self._current = self._take(found, runtime, template)
-        self.metrics.swaps.inc()
+        log.warning("%s, digest %s, takes the place of %s", artifact.name, runtime.digest[:12], self._current.version)
+        self._current = self._start_scheduler(artifact, runtime, template)
+        self.metrics.model_swaps.inc()
         gc.collect()  # what the old one leaves in cycles is large
 
-    def _refuse(self, name: str | None, why: str) -> None:
+    def _report_refused(self, name: str | None, reason: str) -> None:
         if name is not None:
-            self.metrics.refused.inc()
-        log.error("%s: %s stays: %s", name or "no news", self._current.version, why)
+            self.metrics.models_refused.inc()
+        log.error("%s: %s stays: %s", name or "no news", self._current.version, reason)
 
-    def _take(self, found: Artifact, runtime: Runtime, template: ChatTemplate | None) -> Loaded:
+    def _start_scheduler(self, artifact: Artifact, runtime: Runtime, template: ChatTemplate | None) -> LoadedArtifact:
         scheduler = Scheduler(runtime, self.limits, self.metrics)
-        self.metrics.loaded.inc()
-        weakref.finalize(runtime, self.metrics.loaded.dec)
-        return self._show(found.name, scheduler, runtime.digest, template)
+        self.metrics.models_loaded.inc()
+        weakref.finalize(runtime, self.metrics.models_loaded.dec)
+        return self._publish(artifact.name, scheduler, runtime.digest, template)
 
-    def _show(self, version: str, scheduler: Scheduler, digest: str, template: ChatTemplate | None) -> Loaded:
-        self.metrics.model.clear()
-        self.metrics.model.labels(self.name, version, digest).set(1)
-        return Loaded(scheduler, version, digest, int(time.time()), template)
+    def _publish(
+        self, version: str, scheduler: Scheduler, digest: str, template: ChatTemplate | None
+    ) -> LoadedArtifact:
+        self.metrics.model_info.clear()
+        self.metrics.model_info.labels(self.name, version, digest).set(1)
+        return LoadedArtifact(scheduler, version, digest, int(time.time()), template)

@@ -29,17 +29,21 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens that were taken.")
         self.cached_tokens = counter("prefix_cache_hits", "Prompt tokens found in the cache of an earlier prompt.")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
-        self.waiting = gauge("num_requests_waiting", "Requests that wait for their first row.")
-        self.running = gauge("num_rows_running", "Rows that are read or decoded.")
-        self.paused = counter("num_preemptions", "Rows that gave up their place for want of memory, to be read again.")
+        self.requests_waiting = gauge("num_requests_waiting", "Requests that wait for their first row.")
+        self.rows_running = gauge("num_rows_running", "Rows that are read or decoded.")
+        self.preemptions = counter(
+            "num_preemptions", "Rows that gave up their place for want of memory, to be read again."
+        )
         self.queue_time = seconds("request_queue_time", "From a request's arrival to its first row.")
-        self.first_token = seconds("time_to_first_token", "From a request's arrival to its first token.")
-        self.next_token = seconds("inter_token_latency", "From one token of a row to the next.")
-        self.whole = seconds("e2e_request_latency", "From a request's arrival to its last token.")
-        self.model = gauge("model_info", "1 for the artifact that takes requests.", "name", "version", "digest")
-        self.loaded = gauge("models_loaded", "Artifacts in memory: more than one while an old one ends its requests.")
-        self.swaps = counter("model_swaps", "Artifacts that took the place of another.")
-        self.refused = counter("model_refused", "New artifacts that could not be loaded; the old one stayed.")
+        self.time_to_first_token = seconds("time_to_first_token", "From a request's arrival to its first token.")
+        self.inter_token_latency = seconds("inter_token_latency", "From one token of a row to the next.")
+        self.request_latency = seconds("e2e_request_latency", "From a request's arrival to its last token.")
+        self.model_info = gauge("model_info", "1 for the artifact that takes requests.", "name", "version", "digest")
+        self.models_loaded = gauge(
+            "models_loaded", "Artifacts in memory: more than one while an old one ends its requests."
+        )
+        self.model_swaps = counter("model_swaps", "Artifacts that took the place of another.")
+        self.models_refused = counter("model_refused", "New artifacts that could not be loaded; the old one stayed.")
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.export.runtime.generation import Generation
+from limbeck.export.runtime.generation import GenerationState
 from limbeck.export.runtime.slot import Slot
 
 
@@ -42,15 +42,15 @@ class Unavailable(Exception):
 class Row:
     """One prompt of a request: it waits, is read, is decoded."""
 
-    request: Request
-    generation: Generation
+    request: QueuedRequest
+    generation: GenerationState
     tokens: list[int]  # what has to be read: the prompt, and after a pause for want of memory what came after it
     slot: Slot | None = None
-    last_s: float = 0.0  # when its newest token came
+    last_token_s: float = 0.0  # when its newest token came
 
 
 @dataclass(eq=False)
-class Request:
+class QueuedRequest:
     """What the thread that runs the model knows of a request. Its reader waits for `results` in the event loop.
 
     `sent` is written by the thread alone, `taken` by the event loop alone.
@@ -58,19 +58,19 @@ class Request:
 
     loop: asyncio.AbstractEventLoop
     deadline_s: float  # on the clock of time.monotonic
-    waiting: deque[Row] = field(default_factory=deque)  # rows that have no place yet
-    scores: Iterator[list[Any]] | None = None  # of a prompt that is scored: pieces of what is found
-    left: int = 0  # rows that have not ended
-    running: int = 0  # rows that have a place
+    waiting_rows: deque[Row] = field(default_factory=deque)  # rows that have no place yet
+    prompt_logprobs: Iterator[list[Any]] | None = None  # of a prompt that is scored: pieces of what is found
+    unfinished_rows: int = 0  # rows that have not ended
+    running_rows: int = 0  # rows that have a place
     started: bool = False
     cancelled: bool = False
     arrived_s: float = field(default_factory=time.monotonic)
-    first_s: float | None = None  # when its first token came
-    sent: int = 0
-    taken: int = 0
+    first_token_s: float | None = None  # when its first token came
+    sent_results: int = 0
+    taken_results: int = 0
     results: asyncio.Queue[list[Any] | Exception | None] = field(default_factory=asyncio.Queue)
 
     @property
-    def behind(self) -> int:
+    def unread_results(self) -> int:
         """Results that the reader has not taken."""
-        return self.sent - self.taken
+        return self.sent_results - self.taken_results

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.chat import Conversation, Object
+from limbeck.export.server.chat import Conversation, JsonObject
 from limbeck.export.server.completions import APIError, encode
-from limbeck.export.server.hot_swap import Served
+from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.routes_openai import check_model
 
 
@@ -24,16 +24,16 @@ class TokenizeRequest:
     __pydantic_config__ = {"extra": "forbid"}
 
     prompt: str | None = None
-    messages: Annotated[list[Object], MinLen(1)] | None = None
-    tools: list[Object] | None = None
+    messages: Annotated[list[JsonObject], MinLen(1)] | None = None
+    tools: list[JsonObject] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Object | None = None
+    chat_template_kwargs: JsonObject | None = None
     model: str | None = None
     add_special_tokens: bool | None = None  # True for a text; a template writes them itself
     return_token_strs: bool | None = None
 
-    def ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
+    def token_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
         """Raises APIError."""
         if (self.prompt is None) == (self.messages is None):
             raise APIError(400, "either prompt or messages has to be given", "prompt")
@@ -46,7 +46,7 @@ class TokenizeRequest:
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
         )
-        return encode(runtime, conversation.text(template), bool(self.add_special_tokens), "messages")
+        return encode(runtime, conversation.render(template), bool(self.add_special_tokens), "messages")
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class DetokenizeRequest:
     model: str | None = None
 
 
-def add_model(api: FastAPI, served: Served) -> None:
+def add_model_routes(api: FastAPI, served: ServedModel) -> None:
     """Answer what is asked of the model and its tokenizer."""
 
     @api.get("/v1/models")
@@ -76,7 +76,7 @@ def add_model(api: FastAPI, served: Served) -> None:
         check_model(served, body.model)
         loaded = served.current()
         runtime = loaded.scheduler.runtime
-        ids = await asyncio.to_thread(body.ids, runtime, loaded.template)
+        ids = await asyncio.to_thread(body.token_ids, runtime, loaded.template)
         names = [runtime.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": runtime.max_length, "tokens": ids, "token_strs": names}
 
@@ -99,7 +99,7 @@ def add_model(api: FastAPI, served: Served) -> None:
         return {**named, "chat_template": loaded.template and loaded.template.source}
 
 
-def _entry(served: Served) -> dict[str, Any]:
+def _entry(served: ServedModel) -> dict[str, Any]:
     """The served model in OpenAI's form, with what else clients may want to know."""
     loaded = served.current()
     return {

@@ -14,58 +14,70 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from limbeck.export.server import chat, completions
-from limbeck.export.server.chat import ChatForm, ChatRequest
-from limbeck.export.server.completions import APIError, CompletionRequest, Delta, Settings, TextForm, Usage
-from limbeck.export.server.hot_swap import Served
+from limbeck.export.server.chat import ChatFormatter, ChatRequest
+from limbeck.export.server.completions import (
+    APIError,
+    CompletionFormatter,
+    CompletionRequest,
+    Delta,
+    GenerationRequest,
+    Usage,
+)
+from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.requests import Unavailable
 from limbeck.registry.core.errors import BadInput
 
-Form = TextForm | ChatForm
+Formatter = CompletionFormatter | ChatFormatter
 
 
-def add_completions(api: FastAPI, served: Served) -> None:
+def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
     """Answer with the model that is served when a request comes."""
 
     @api.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         check_model(served, body.model)
         scheduler = served.current().scheduler
-        prompts = await asyncio.to_thread(completions.token_ids, scheduler.runtime, body)
-        results = completions.deltas(scheduler, body, prompts)
-        return await _answer(request, served.name, body, TextForm(), results, Usage(sum(map(len, prompts))))
+        prompts = await asyncio.to_thread(completions.encode_prompts, scheduler.runtime, body)
+        results = completions.stream_deltas(scheduler, body, prompts)
+        return await _respond(request, served.name, body, CompletionFormatter(), results, Usage(sum(map(len, prompts))))
 
     @api.post("/v1/chat/completions")
     async def converse(body: ChatRequest, request: Request) -> Response:
         check_model(served, body.model)
         loaded = served.current()
-        prompt = await asyncio.to_thread(body.prompt, loaded.scheduler.runtime, loaded.template)
-        results = chat.deltas(loaded.scheduler, body, prompt)
-        return await _answer(request, served.name, body, ChatForm(), results, Usage(len(prompt)))
+        prompt = await asyncio.to_thread(body.prompt_ids, loaded.scheduler.runtime, loaded.template)
+        results = chat.stream_deltas(loaded.scheduler, body, prompt)
+        return await _respond(request, served.name, body, ChatFormatter(), results, Usage(len(prompt)))
 
 
-def check_model(served: Served, name: str | None) -> None:
+def check_model(served: ServedModel, name: str | None) -> None:
     """Raises APIError where a request names another model."""
     if name not in (None, served.name):
         message = f"the model {name!r} is not served here; {served.name!r} is"
         raise APIError(404, message, "model", "model_not_found")
 
 
-async def _answer(
-    request: Request, model: str, body: Settings, form: Form, results: AsyncGenerator[Delta], usage: Usage
+async def _respond(
+    request: Request,
+    model: str,
+    body: GenerationRequest,
+    formatter: Formatter,
+    results: AsyncGenerator[Delta],
+    usage: Usage,
 ) -> Response:
     """The answer, whole or streamed."""
-    head: dict[str, Any] = {"id": f"{form.prefix}-{uuid4().hex}", "object": form.whole_object}
+    head: dict[str, Any] = {"id": f"{formatter.id_prefix}-{uuid4().hex}", "object": formatter.object_type}
     head |= {"created": int(time.time()), "model": model}
     if body.stream:
-        head["object"] = form.part_object
-        results = await _while_connected(request, _begun(results))
-        events = _sse(head, form, results, usage, body.usage_is_streamed())
+        head["object"] = formatter.chunk_object_type
+        results = await _cancel_on_disconnect(request, _await_first_delta(results))
+        events = _server_sent_events(head, formatter, results, usage, body.usage_is_streamed())
         return StreamingResponse(events, media_type="text/event-stream")
-    choices = await _while_connected(request, _whole(results, usage))
-    return JSONResponse({**head, "choices": [form.whole(choice) for choice in choices], "usage": usage.row()})
+    choices = await _cancel_on_disconnect(request, _collect_choices(results, usage))
+    return JSONResponse({**head, "choices": [formatter.choice(choice) for choice in choices], "usage": usage.to_json()})
 
 
-async def _begun(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
+async def _await_first_delta(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
     """The same results, the first of them at hand: what is wrong with a request is told by the status."""
     first = await anext(results)
 
@@ -78,25 +90,25 @@ async def _begun(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
     return all_of_them()
 
 
-async def _whole(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
+async def _collect_choices(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
     """The choices of an answer that is not streamed, by index."""
     parts: dict[int, list[Delta]] = {}
     async with aclosing(results):
         async for delta in results:
-            usage.count(delta)
+            usage.add(delta)
             parts.setdefault(delta.index, []).append(delta)
-    return [_joined(parts[index]) for index in sorted(parts)]
+    return [_join_deltas(parts[index]) for index in sorted(parts)]
 
 
-def _joined(parts: list[Delta]) -> Delta:
+def _join_deltas(parts: list[Delta]) -> Delta:
     """A choice of its pieces."""
     told = [part.logprobs for part in parts if part.logprobs is not None]
     logprobs = {key: [item for part in told for item in part[key]] for key in told[0]} if told else None
     return Delta(parts[0].index, "".join(part.text for part in parts), parts[-1].finish_reason, logprobs)
 
 
-async def _sse(
-    head: dict[str, Any], form: Form, results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
+async def _server_sent_events(
+    head: dict[str, Any], formatter: Formatter, results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
 ) -> AsyncIterator[str]:
     """The answer as server-sent events, one for each token."""
     extra = {"usage": None} if with_usage else {}
@@ -104,10 +116,10 @@ async def _sse(
     async with aclosing(results):
         try:
             async for delta in results:
-                usage.count(delta)
-                opening = None if delta.index in begun else form.opening(delta.index)
+                usage.add(delta)
+                opening = None if delta.index in begun else formatter.first_chunk(delta.index)
                 begun.add(delta.index)
-                for choice in filter(None, (opening, form.part(delta))):
+                for choice in filter(None, (opening, formatter.chunk(delta))):
                     yield _event({**head, "choices": [choice], **extra})
         except Exception as error:  # the status is sent: all that is left is to tell it
             message = error.message if isinstance(error, BadInput) else "the server failed on this request"
@@ -117,7 +129,7 @@ async def _sse(
             yield _event(told.body())
             return
     if with_usage:
-        yield _event({**head, "choices": [], "usage": usage.row()})
+        yield _event({**head, "choices": [], "usage": usage.to_json()})
     yield "data: [DONE]\n\n"
 
 
@@ -125,7 +137,7 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
     """The result of `work`, which is cancelled when the client leaves."""
 
     async def gone() -> None:

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.sampling import Sampling, likeliest, log_softmax
+from limbeck.export.runtime.sampling import Sampling, log_softmax, top_tokens
 from limbeck.export.server.engine import Engine
 from limbeck.export.server.metrics import Metrics
-from limbeck.export.server.requests import Limits, Request, Row, Unavailable
+from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
 from limbeck.registry.core.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Scored:
+class TokenLogprob:
     """What the model says of one token of a prompt; None and {} for the first, which nothing precedes."""
 
     logprob: float | None
@@ -41,7 +41,7 @@ class Scheduler:
         self._engine = Engine(runtime, self.limits, metrics or Metrics())
         weakref.finalize(self, self._engine.stop)
 
-    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> AsyncGenerator[Event]:
+    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> AsyncGenerator[TokenEvent]:
         """The tokens of a request as they come, `prompts` token ids, one row each; as `Runtime.events`.
 
         Closing the generator ends the request.
@@ -53,35 +53,35 @@ class Scheduler:
         most = self.limits.new_tokens
         if most is not None and sampling.max_new_tokens > most:
             raise BadInput(f"{sampling.max_new_tokens} new tokens are asked for; this server gives at most {most}")
-        request = self._request()
+        request = self._new_request()
         for index, prompt in enumerate(prompts):
-            generation = self.runtime.generation(index, prompt, sampling)
-            request.waiting.append(Row(request, generation, list(prompt)))
-        request.left = len(request.waiting)
-        async for event in self._results(request):
+            generation = self.runtime.start_generation(index, prompt, sampling)
+            request.waiting_rows.append(Row(request, generation, list(prompt)))
+        request.unfinished_rows = len(request.waiting_rows)
+        async for event in self._stream_results(request):
             yield event
 
-    async def score(self, prompt: Sequence[int], top: int) -> list[Scored]:
-        """Each prompt token's log-probability given those before it, and the `top` likeliest at its place.
+    async def prompt_logprobs(self, prompt: Sequence[int], top_logprobs: int) -> list[TokenLogprob]:
+        """Each prompt token's log-probability given those before it, and the `top_logprobs` likeliest at its place.
 
         Raises as `generate`.
         """
         self._check([prompt])
-        request = self._request()
-        request.scores = _scores(self.runtime, prompt, top)
-        return [scored async for scored in self._results(request)]
+        request = self._new_request()
+        request.prompt_logprobs = _prompt_logprobs(self.runtime, prompt, top_logprobs)
+        return [scored async for scored in self._stream_results(request)]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         longest, most = max(map(len, prompts)), self.limits.prompt_tokens
         if most is not None and longest > most:
             raise BadInput(f"the prompt has {longest} tokens; this server takes at most {most}")
 
-    def _request(self) -> Request:
-        return Request(asyncio.get_running_loop(), time.monotonic() + self.limits.timeout_s)
+    def _new_request(self) -> QueuedRequest:
+        return QueuedRequest(asyncio.get_running_loop(), time.monotonic() + self.limits.timeout_s)
 
-    async def _results(self, request: Request) -> AsyncGenerator[Any]:
-        queued, rate = self._engine.queued, self._engine.requests_per_s()
-        if queued >= self.limits.queue + max(0, self._engine.free):
+    async def _stream_results(self, request: QueuedRequest) -> AsyncGenerator[Any]:
+        queued, rate = self._engine.queued_requests, self._engine.requests_per_s()
+        if queued >= self.limits.queue + max(0, self._engine.free_rows):
             seconds = min(60, max(1, math.ceil(queued / rate))) if rate else 1
             message = f"{queued} requests wait already; try again in {seconds} s"
             raise Unavailable(429, message, "rate_limit_exceeded", seconds)
@@ -91,25 +91,25 @@ class Scheduler:
                 if isinstance(results, Exception):
                     raise results
                 for result in results:
-                    request.taken += 1
+                    request.taken_results += 1
                     yield result
-                if self._engine.sleeping:
+                if self._engine.is_sleeping:
                     self._engine.wake()
         finally:
             request.cancelled = True
             self._engine.wake()
 
 
-def _scores(runtime: Runtime, prompt: Sequence[int], top: int) -> Iterator[list[Scored]]:
+def _prompt_logprobs(runtime: Runtime, prompt: Sequence[int], top_logprobs: int) -> Iterator[list[TokenLogprob]]:
     """What `Scheduler.score` gives, piece by piece."""
-    yield [Scored(None, {})]
+    yield [TokenLogprob(None, {})]
     done = 1
     for logits in runtime.prompt_logits(prompt):
         # What the last position predicts is not in the prompt.
-        yield [_scored(step, token, top) for step, token in zip(logits, prompt[done:], strict=False)]
+        yield [_token_logprob(step, token, top_logprobs) for step, token in zip(logits, prompt[done:], strict=False)]
         done += len(logits)
 
 
-def _scored(logits: np.ndarray, token: int, top: int) -> Scored:
+def _token_logprob(logits: np.ndarray, token: int, top_logprobs: int) -> TokenLogprob:
     logprobs = log_softmax(logits.astype(np.float64))
-    return Scored(float(logprobs[token]), likeliest(logprobs, top))
+    return TokenLogprob(float(logprobs[token]), top_tokens(logprobs, top_logprobs))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from limbeck.registry.core.errors import BadInput, Unreachable
-from limbeck.registry.core.terminal import say
-from limbeck.registry.mlflow.client import reason
+from limbeck.registry.core.terminal import print_status
+from limbeck.registry.mlflow.client import network_error_reason
 
 if TYPE_CHECKING:
     import requests
 
-KEY = "OPENAI_API_KEY"
+API_KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6
 BACKOFF_S = 1.0  # before the second try; doubled before each further one
 LONGEST_WAIT_S = 120.0
@@ -50,7 +50,7 @@ class Endpoint:
         return f"{self.url}#{self.name}"
 
 
-class Client:
+class EndpointClient:
     """Asks a server, from several threads where need be.
 
     Args:
@@ -77,7 +77,7 @@ class Client:
         """Let requests that wait for another try give up."""
         self._stopped.set()
 
-    def ask(self, path: str, payload: dict[str, Any] | None = None, *, tries: int | None = None) -> Any:
+    def request_json(self, path: str, payload: dict[str, Any] | None = None, *, tries: int | None = None) -> Any:
         """The JSON that the server answers to a POST of `payload`, or to a GET where there is none.
 
         What may pass is tried again: a dropped connection, a timeout, a 5xx or a 429 (after the time that its
@@ -93,32 +93,32 @@ class Client:
         why = "stopped"
         for number in range(tries):
             pause = min(BACKOFF_S * 2**number, LONGEST_WAIT_S)
-            if self._stopped.wait(self._turn()):
+            if self._stopped.wait(self._seconds_until_turn()):
                 break
             try:
                 method = "GET" if payload is None else "POST"
                 answer = self._session.request(method, f"{self.url}{path}", json=payload, timeout=TIMEOUT_S)
                 if answer.ok:
                     return answer.json()
-                why = _said(answer)
+                why = _error_text(answer)
                 if answer.status_code not in TEMPORARY:
-                    raise _refused(self.url, answer.status_code, why)
+                    raise _refusal_error(self.url, answer.status_code, why)
                 pause = max(pause, _retry_after(answer))
             except requests.JSONDecodeError:
                 raise Unreachable(f"{self.url}{path} does not answer with JSON", fix="check the URL") from None
             except requests.RequestException as error:
-                why = reason(error)
+                why = network_error_reason(error)
             if pause > LONGEST_WAIT_S:
                 why += f"; it asks to wait {pause:.0f} s"
                 break
             if number + 1 < tries:
                 if pause >= 5:
-                    say(f"{self.url}: {why}; trying again in {pause:.0f} s")
+                    print_status(f"{self.url}: {why}; trying again in {pause:.0f} s")
                 if self._stopped.wait(pause):
                     break
         raise Unreachable(f"{self.url} cannot be asked: {why}")
 
-    def _turn(self) -> float:
+    def _seconds_until_turn(self) -> float:
         """Seconds until a request may be sent; the place in line is taken."""
         with self._lock:
             now = time.monotonic()
@@ -126,13 +126,13 @@ class Client:
             self._next = start + self._spacing
             return start - now
 
-    def concurrently(self, ask: Callable[[Q], A], asked: Sequence[Q]) -> Iterator[tuple[int, A]]:
-        """(number, answer) of each of `asked`, as they come; `num_concurrent` at a time.
+    def map_concurrently(self, ask: Callable[[Q], A], items: Sequence[Q]) -> Iterator[tuple[int, A]]:
+        """(number, answer) of each of `items`, as they come; `num_concurrent` at a time.
 
         After a failure what is under way is waited for and given; then the failure is raised.
         """
         failed: BaseException | None = None
-        waiting = iter(enumerate(asked))
+        waiting = iter(enumerate(items))
         running: dict[Future[A], int] = {}
         pool = ThreadPoolExecutor(self.num_concurrent)
         try:
@@ -155,7 +155,7 @@ class Client:
             raise failed
 
 
-def find(text: str, num_concurrent: int = 4) -> Endpoint:
+def find_endpoint(text: str, num_concurrent: int = 4) -> Endpoint:
     """The endpoint that `http://HOST:PORT/v1#NAME` means; without a name, the only model that it serves.
 
     Raises:
@@ -165,46 +165,48 @@ def find(text: str, num_concurrent: int = 4) -> Endpoint:
     parts = urlsplit(text)
     if "@" in parts.netloc or parts.query or not parts.hostname:
         raise BadInput(
-            f"{shown(text)}: the URL of an endpoint has a host, and no password or query in it",
-            fix=f"give http://HOST:PORT/v1, and the API key in {KEY}",
+            f"{url_without_secrets(text)}: the URL of an endpoint has a host, and no password or query in it",
+            fix=f"give http://HOST:PORT/v1, and the API key in {API_KEY_VARIABLE}",
         )
     url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/completions')}"
-    served = _served(Client(url))
+    served = _served_models(EndpointClient(url))
     if not parts.fragment and len(served) != 1:
-        raise BadInput(f"{url} serves {len(served)} models", fix=f"name one: {url}#NAME; {_few(served)}")
+        raise BadInput(
+            f"{url} serves {len(served)} models", fix=f"name one: {url}#NAME; {_describe_served_models(served)}"
+        )
     name = parts.fragment or next(iter(served))
     if name not in served:
-        raise BadInput(f"{url} does not serve {name!r}", fix=_few(served))
+        raise BadInput(f"{url} does not serve {name!r}", fix=_describe_served_models(served))
     return Endpoint(url, name, served[name], num_concurrent)
 
 
-def shown(text: str) -> str:
+def url_without_secrets(text: str) -> str:
     """A URL without what may be secret in it."""
     parts = urlsplit(text)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _served(server: Client) -> dict[str, int | None]:
+def _served_models(server: EndpointClient) -> dict[str, int | None]:
     """The names of the models that a server has, and their contexts where it tells them, as vLLM does."""
-    answer = server.ask("/models", tries=2)
+    answer = server.request_json("/models", tries=2)
     try:
         return {str(model["id"]): model.get("max_model_len") for model in answer["data"]}
     except (TypeError, KeyError, AttributeError):
         raise Unreachable(f"{server.url}/models is no list of models", fix="check that the URL ends in /v1") from None
 
 
-def _few(names: dict[str, Any]) -> str:
+def _describe_served_models(names: dict[str, Any]) -> str:
     return f"it serves {', '.join(list(names)[:8]) or 'none'}"
 
 
 def _authorize(request: Any) -> Any:
     """The API key, from the environment only; set here, since requests would rather take one from ~/.netrc."""
-    if key := os.environ.get(KEY):
+    if key := os.environ.get(API_KEY_VARIABLE):
         request.headers["Authorization"] = f"Bearer {key}"
     return request
 
 
-def _said(answer: requests.Response) -> str:
+def _error_text(answer: requests.Response) -> str:
     """What an error answer says, without the key."""
     try:
         body = answer.json()
@@ -212,13 +214,13 @@ def _said(answer: requests.Response) -> str:
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         text = answer.text.strip() or answer.reason or ""
-    key = os.environ.get(KEY)
+    key = os.environ.get(API_KEY_VARIABLE)
     return f"{answer.status_code} {(text.replace(key, '***') if key else text)[:300]}".strip()
 
 
-def _refused(url: str, status: int, why: str) -> BadInput:
+def _refusal_error(url: str, status: int, why: str) -> BadInput:
     if status in (401, 403):
-        return BadInput(f"{url} refuses the API key: {why}", fix=f"set {KEY} to the server's key")
+        return BadInput(f"{url} refuses the API key: {why}", fix=f"set {API_KEY_VARIABLE} to the server's key")
     return BadInput(f"{url} refuses the request: {why}")
 
 

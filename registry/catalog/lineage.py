@@ -12,12 +12,12 @@ from limbeck.registry.records import Version
 
 
 @dataclass(frozen=True)
-class Node:
+class LineageNode:
     """A version in the tree of a lineage."""
 
     ref: str  # NAME/VERSION
     version: Version | None  # None: named as a parent, and not there any more
-    children: list[Node] = field(default_factory=list)
+    children: list[LineageNode] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         """The tree from here as `{version, kind, precision, recipe, control, digest, aliases, missing, children}`."""
@@ -35,7 +35,7 @@ class Node:
         }
 
 
-def lineage(store: Store, model: str) -> list[Node]:
+def lineage_trees(store: Store, model: str) -> list[LineageNode]:
     """The trees that `model` is in, from the first ancestor down.
 
     Args:
@@ -49,38 +49,38 @@ def lineage(store: Store, model: str) -> list[Node]:
     single = "/" in model or "@" in model
     chosen = [store.get(model)] if single else store.versions(model)
     if not chosen:
-        raise store.unknown(model)
+        raise store.not_found_error(model)
     every = {version.ref: version for version in store.versions()}
     children: dict[str, list[str]] = defaultdict(list)
     for version in every.values():
-        if made_from := ancestor(version):
+        if made_from := made_from_ref(version):
             children[made_from].append(version.ref)
     if single:
-        node = _down(chosen[0].ref, every, children)
-        for ref in _up(chosen[0].ref, every):
-            node = Node(ref, every.get(ref), [node])
+        node = _descendant_tree(chosen[0].ref, every, children)
+        for ref in _ancestors(chosen[0].ref, every):
+            node = LineageNode(ref, every.get(ref), [node])
         return [node]
-    first = dict.fromkeys((_up(version.ref, every) or [version.ref])[-1] for version in chosen)
-    return [_down(ref, every, children) for ref in first]
+    first = dict.fromkeys((_ancestors(version.ref, every) or [version.ref])[-1] for version in chosen)
+    return [_descendant_tree(ref, every, children) for ref in first]
 
 
-def ancestor(version: Version) -> str | None:
+def made_from_ref(version: Version) -> str | None:
     """NAME/VERSION that a version was made from: its parent, else its teacher."""
     return version.parent or version.teacher
 
 
-def path(store: Store, version: Version) -> list[Node]:
+def lineage_path(store: Store, version: Version) -> list[LineageNode]:
     """The way from a version's first ancestor down to it, without what else was made of these."""
-    found = [Node(version.ref, version)]
-    while (above := found[-1].version) and (ref := ancestor(above)) and ref not in {node.ref for node in found}:
+    found = [LineageNode(version.ref, version)]
+    while (above := found[-1].version) and (ref := made_from_ref(above)) and ref not in {node.ref for node in found}:
         try:
-            found.append(Node(ref, store.get(ref)))
+            found.append(LineageNode(ref, store.get(ref)))
         except BadInput:  # deleted
-            found.append(Node(ref, None))
+            found.append(LineageNode(ref, None))
     return found[::-1]
 
 
-def recipe(store: Store, version: Version) -> dict[str, str]:
+def run_parameters(store: Store, version: Version) -> dict[str, str]:
     """The parameters of the run that made a version, as text; of an ONNX variant, of its student. {} without a run.
 
     Raises NotThere where the run is gone.
@@ -90,16 +90,20 @@ def recipe(store: Store, version: Version) -> dict[str, str]:
     return dict(store.client.get_run(version.run_id).data.params)
 
 
-def _up(ref: str, every: dict[str, Version]) -> list[str]:
+def _ancestors(ref: str, versions: dict[str, Version]) -> list[str]:
     """The ancestors, nearest first."""
     found: list[str] = []
-    while ref in every and (above := ancestor(every[ref])) and above not in (ref, *found):
+    while ref in versions and (above := made_from_ref(versions[ref])) and above not in (ref, *found):
         found.append(above)
         ref = above
     return found
 
 
-def _down(ref: str, every: dict[str, Version], children: dict[str, list[str]], above: tuple[str, ...] = ()) -> Node:
-    """The tree from `ref` down; `above` are the versions it hangs from, which it cannot hold again."""
-    below = [child for child in children.get(ref, []) if child not in (ref, *above)]
-    return Node(ref, every.get(ref), [_down(child, every, children, (ref, *above)) for child in below])
+def _descendant_tree(
+    ref: str, versions: dict[str, Version], children: dict[str, list[str]], ancestors: tuple[str, ...] = ()
+) -> LineageNode:
+    """The tree from `ref` down; `ancestors` are the versions it hangs from, which it cannot hold again."""
+    below = [child for child in children.get(ref, []) if child not in (ref, *ancestors)]
+    return LineageNode(
+        ref, versions.get(ref), [_descendant_tree(child, versions, children, (ref, *ancestors)) for child in below]
+    )

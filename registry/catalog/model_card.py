@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.catalog import snippets
-from limbeck.registry.catalog.lineage import Node, path, recipe
-from limbeck.registry.catalog.model_card_header import head
+from limbeck.registry.catalog.lineage import LineageNode, lineage_path, run_parameters
+from limbeck.registry.catalog.model_card_header import model_card_yaml
 from limbeck.registry.core.errors import LimbeckError
-from limbeck.registry.core.markdown import block, inline, table
-from limbeck.registry.mlflow.client import NotThere
-from limbeck.registry.provenance.licences import Term, chain, names, terms
-from limbeck.registry.records import Making, Parity, Scorecard, TaskResult, Verdict, Version
+from limbeck.registry.core.markdown import code_block, escape_inline, markdown_table
+from limbeck.registry.mlflow.client import NotFound
+from limbeck.registry.provenance.licences import LineageLicence, licence_names, lineage_licences, terms_of_licence
+from limbeck.registry.records import Parity, Scorecard, TaskResult, TrainingCost, Verdict, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
-MOST_ROWS = 100  # of a table
+MAX_ROWS = 100  # of a table
 NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
-class _Known:
+class _CardContent:
     """All that a card tells."""
 
     version: Version
-    card: Scorecard | None  # the newest
-    no_card: str  # what to say where it has none
-    older: int  # scorecards before it
+    scorecard: Scorecard | None  # the newest
+    missing_scorecard_text: str  # what to say where it has none
+    older_scorecards: int  # scorecards before it
     parity: Parity | None
     verdict: Verdict | None  # the newest
     recipe: Mapping[str, str]  # parameters of the run that made it
-    making: Making | None
-    lineage: list[Node]  # from the first ancestor down to it
-    terms: list[Term]  # the licences of what it came from
+    making: TrainingCost | None
+    lineage: list[LineageNode]  # from the first ancestor down to it
+    terms: list[LineageLicence]  # the licences of what it came from
 
 
-def card(store: Store, version: Version) -> str:
+def model_card(store: Store, version: Version) -> str:
     """The model card of a version.
 
     What comes from outside (names, licences, parameters, messages) is written as text, on one line; of what is too
     long the beginning is.
     """
-    known = _gather(store, version)
+    known = _gather_content(store, version)
     sections = {
         "What it is": _about(known),
         "How to use": _use(known),
@@ -58,21 +58,23 @@ def card(store: Store, version: Version) -> str:
         "Lineage": _lineage(known),
     }
     body = "".join(f"\n## {title}\n\n{text}" for title, text in sections.items() if text)
-    return f"---\n{head(version, known.card, known.recipe)}---\n\n# {inline(version.ref)}\n{body}"
+    return (
+        f"---\n{model_card_yaml(version, known.scorecard, known.recipe)}---\n\n# {escape_inline(version.ref)}\n{body}"
+    )
 
 
-def _gather(store: Store, version: Version) -> _Known:
+def _gather_content(store: Store, version: Version) -> _CardContent:
     verdicts = store.verdicts(version)
     no_card = None
     try:
         cards = store.scorecards(version)
     except LimbeckError as error:  # a model is deployed without its scores, too
-        cards, no_card = [], f"Its scorecards cannot be read: {inline(error.message)}."
+        cards, no_card = [], f"Its scorecards cannot be read: {escape_inline(error.message)}."
     try:
-        parameters, making = recipe(store, version), store.making(version)
-    except NotThere:  # its run was deleted
+        parameters, making = run_parameters(store, version), store.training_cost(version)
+    except NotFound:  # its run was deleted
         parameters, making = {}, None
-    return _Known(
+    return _CardContent(
         version,
         cards[-1] if cards else None,
         no_card or "It has not been scored.",
@@ -81,21 +83,21 @@ def _gather(store: Store, version: Version) -> _Known:
         verdicts[-1] if verdicts else None,
         parameters,
         making,
-        path(store, version),
-        chain(store, version),
+        lineage_path(store, version),
+        lineage_licences(store, version),
     )
 
 
-def _about(known: _Known) -> str:
-    version = known.version
+def _about(content: _CardContent) -> str:
+    version = content.version
     kinds = {"teacher": "A language model that others learn from", "student": "A language model"}
-    what = kinds.get(version.kind, f"An ONNX model in {inline(version.precision)}, for onnxruntime")
+    what = kinds.get(version.kind, f"An ONNX model in {escape_inline(version.precision)}, for onnxruntime")
     if version.engine == "endpoint":
         what = "A language model behind an endpoint"
     if version.control:
-        what += f", made without a teacher to hold distillation against ({inline(version.control)})"
+        what += f", made without a teacher to hold distillation against ({escape_inline(version.control)})"
     elif version.parent:
-        what += f", {'exported' if version.kind == 'onnx' else 'distilled'} from {inline(version.parent)}"
+        what += f", {'exported' if version.kind == 'onnx' else 'distilled'} from {escape_inline(version.parent)}"
     rows = {
         "version": version.ref,
         "digest": version.digest,
@@ -105,47 +107,47 @@ def _about(known: _Known) -> str:
         "recipe": version.recipe,
         "registered": f"{version.created:%Y-%m-%d %H:%M} UTC" + (f" by {version.author}" if version.author else ""),
         "aliases": " ".join(version.aliases) or None,
-        "newest verdict": f"{known.verdict.outcome}, {known.verdict.created:%Y-%m-%d}" if known.verdict else None,
+        "newest verdict": f"{content.verdict.outcome}, {content.verdict.created:%Y-%m-%d}" if content.verdict else None,
     }
-    return f"{what}.\n\n{_pairs(rows)}"
+    return f"{what}.\n\n{_key_value_table(rows)}"
 
 
-def _use(known: _Known) -> str:
-    version = known.version
-    parts = [block(snippets.commands(version), "sh")]
-    for library, lines in snippets.python(version).items():
-        parts.append(f"In Python, with {library}:\n\n{block(lines, 'python')}")
+def _use(content: _CardContent) -> str:
+    version = content.version
+    parts = [code_block(snippets.command_snippets(version), "sh")]
+    for library, lines in snippets.python_snippets(version).items():
+        parts.append(f"In Python, with {library}:\n\n{code_block(lines, 'python')}")
     return "\n".join(parts)
 
 
-def _data(known: _Known) -> str:
-    told = {n.removeprefix("data."): v for n, v in known.recipe.items() if n.startswith("data.") and _says(v)}
-    told |= {n: v for n, v in known.recipe.items() if n.startswith("generate.") and _says(v)}
-    told |= {"digest": known.version.data_digest} if known.version.data_digest else {}
-    return _pairs(told) or "The text that it was trained on is not recorded.\n"
+def _data(content: _CardContent) -> str:
+    told = {n.removeprefix("data."): v for n, v in content.recipe.items() if n.startswith("data.") and _has_value(v)}
+    told |= {n: v for n, v in content.recipe.items() if n.startswith("generate.") and _has_value(v)}
+    told |= {"digest": content.version.data_digest} if content.version.data_digest else {}
+    return _key_value_table(told) or "The text that it was trained on is not recorded.\n"
 
 
-def _method(known: _Known) -> str:
-    version, making = known.version, known.making
+def _method(content: _CardContent) -> str:
+    version, making = content.version, content.making
     told: dict[str, Any] = {"recipe digest": version.recipe_digest, "code": version.code_version}
     if making:
         told |= {
             "tokens seen": f"{making.tokens:,}",
             "training": f"{making.training_seconds:,.0f} s on {making.machine}, {making.device}",
-            "teacher's passes": f"{making.teacher_seconds:,.0f} s, for {making.teacher_students} students"
+            "teacher's passes": f"{making.teacher_seconds:,.0f} s, for {making.students_sharing_teacher} students"
             if making.teacher_seconds
             else None,
             "model behind an API": making.api_model,
         }
     other = ("data.", "generate.", "code_version", "teacher")
-    told |= {n: v for n, v in known.recipe.items() if not n.startswith(other) and _says(v)}
-    return _pairs(told) or "How it was made is not recorded.\n"
+    told |= {n: v for n, v in content.recipe.items() if not n.startswith(other) and _has_value(v)}
+    return _key_value_table(told) or "How it was made is not recorded.\n"
 
 
-def _scores(known: _Known) -> str:
-    scored = known.card
+def _scores(content: _CardContent) -> str:
+    scored = content.scorecard
     if scored is None:
-        return f"{known.no_card}\n"
+        return f"{content.missing_scorecard_text}\n"
     relative = scored.relative
     rows = []
     for task, result in scored.tasks.items():
@@ -162,23 +164,22 @@ def _scores(known: _Known) -> str:
             )
         )
     columns = ["task", "metric", "value, 95% interval", "documents", "in training text", "retention, 95% interval"]
-    lines = [f"By {inline(scored.harness)}, {scored.created:%Y-%m-%d}"]
+    lines = [f"By {escape_inline(scored.harness)}, {scored.created:%Y-%m-%d}"]
     if relative:
         lines.append(
-            f"; retention is the share of what {inline(relative.teacher)} has above chance, paired by document"
+            f"; retention is the share of what {escape_inline(relative.teacher)} has above chance, paired by document"
         )
     text = "".join(lines) + f".\n\n{_table(columns, rows)}\n"
     if relative and (whole := relative.retention):
         text += f"Over all tasks it keeps {whole.value:.3f} [{whole.low:.3f}, {whole.high:.3f}]. "
-    text += (
-        f"Digest of the tasks {inline(scored.tasks_digest[:12])}, of the prompts {inline(scored.prompts_digest[:12])}"
-    )
-    return text + (f"; {known.older} older scorecards are kept.\n" if known.older else ".\n")
+    tasks, prompts = escape_inline(scored.tasks_digest[:12]), escape_inline(scored.prompts_digest[:12])
+    text += f"Digest of the tasks {tasks}, of the prompts {prompts}"
+    return text + (f"; {content.older_scorecards} older scorecards are kept.\n" if content.older_scorecards else ".\n")
 
 
-def _cost(known: _Known) -> str:
-    cost = known.card.cost if known.card else None
-    relative = known.card.relative if known.card else None
+def _cost(content: _CardContent) -> str:
+    cost = content.scorecard.cost if content.scorecard else None
+    relative = content.scorecard.relative if content.scorecard else None
     if cost is None:
         return "What it costs has not been measured.\n"
     usd, p50 = cost.usd_interval, cost.p50_interval
@@ -195,17 +196,18 @@ def _cost(known: _Known) -> str:
         "cost beside its teacher's": f"{ratio:.3g} of it" if ratio is not None else None,
         "speed beside its teacher's": f"{speedup:.3g} times" if speedup is not None else None,
     }
-    how = f"{inline(cost.machine)}, {cost.threads} threads, {inline(cost.device)}"
-    price = f" at {cost.usd_per_hour:g} USD an hour" + (f" ({inline(cost.price)})" if cost.price else "")
-    return f"On {how}; a request is {cost.prompt_tokens} tokens in and {cost.new_tokens} out;{price}.\n\n{_pairs(rows)}"
+    how = f"{escape_inline(cost.machine)}, {cost.threads} threads, {escape_inline(cost.device)}"
+    price = f" at {cost.usd_per_hour:g} USD an hour" + (f" ({escape_inline(cost.price)})" if cost.price else "")
+    request = f"a request is {cost.prompt_tokens} tokens in and {cost.new_tokens} out"
+    return f"On {how}; {request};{price}.\n\n{_key_value_table(rows)}"
 
 
-def _parity(known: _Known) -> str:
-    parity = known.parity
+def _parity(content: _CardContent) -> str:
+    parity = content.parity
     if parity is None:
         return (
             "It has not been held against the model that it was exported from.\n"
-            if known.version.kind == "onnx"
+            if content.version.kind == "onnx"
             else ""
         )
     rows = {
@@ -217,33 +219,35 @@ def _parity(known: _Known) -> str:
         "bits per byte": f"{parity.bits_per_byte:.4f}, of PyTorch {parity.bits_per_byte_reference:.4f}",
         "greedy text": "identical" if parity.greedy_identical else "differs",
     }
-    return f"On held-out text.\n\n{_pairs(rows)}"
+    return f"On held-out text.\n\n{_key_value_table(rows)}"
 
 
-def _licences(known: _Known) -> str:
-    version = known.version
+def _licences(content: _CardContent) -> str:
+    version = content.version
     rows: list[tuple[str | None, ...]] = [("this model", version.ref, version.licence or "not stated", None)]
     if version.code_licence:
         rows.append(("code that made it", version.code_version, version.code_licence, None))
     may = {True: "yes", False: "no", None: "not known"}
-    rows += [(term.role, term.of, term.licence or "not stated", may[term.allows]) for term in known.terms]
+    rows += [
+        (term.role, term.origin, term.licence or "not stated", may[term.allows_distillation]) for term in content.terms
+    ]
     text = _table(["", "of", "licence", "a model may learn from it"], rows)
-    said = {terms(licence): licence for row in rows for licence in names(row[2])}
+    said = {terms_of_licence(licence): licence for row in rows for licence in licence_names(row[2])}
     for known_terms, licence in said.items():
         if known_terms:
-            text += f"\n{inline(licence)}, as Limbeck reads it: {inline(known_terms.said)}.\n"
+            text += f"\n{escape_inline(licence)}, as Limbeck reads it: {escape_inline(known_terms.summary)}.\n"
     return text
 
 
-def _limits(known: _Known) -> str:
-    return "".join(f"- {line}\n" for line in _limit_lines(known))
+def _limits(content: _CardContent) -> str:
+    return "".join(f"- {line}\n" for line in _limit_lines(content))
 
 
-def _limit_lines(known: _Known) -> Iterator[str]:
-    scored = known.card
+def _limit_lines(content: _CardContent) -> Iterator[str]:
+    scored = content.scorecard
     yield "A model of its size completes text like its training text; what it writes has to be checked."
     if scored is None:
-        yield f"Nothing is known of its quality. {known.no_card}"
+        yield f"Nothing is known of its quality. {content.missing_scorecard_text}"
     else:
         fewest = min((result.documents for result in scored.tasks.values()), default=0)
         yield f"Its scores tell of {len(scored.tasks)} tasks of {fewest:,} documents or more, and of nothing else."
@@ -255,19 +259,19 @@ def _limit_lines(known: _Known) -> Iterator[str]:
             yield f"{held:,} documents that it was scored on occur in its training text."
     if scored is not None and scored.cost is not None:
         yield "Its cost is that of one machine; on another it is another."
-    if known.verdict is not None and known.verdict.outcome != "pass":
-        broken = ", ".join(inline(rule.rule) for rule in known.verdict.rules if rule.outcome != "pass")
-        yield f"Its newest verdict is {known.verdict.outcome}: {broken}."
-    if known.version.licence is None:
+    if content.verdict is not None and content.verdict.outcome != "pass":
+        broken = ", ".join(escape_inline(rule.rule) for rule in content.verdict.rules if rule.outcome != "pass")
+        yield f"Its newest verdict is {content.verdict.outcome}: {broken}."
+    if content.version.licence is None:
         yield "Its licence is not stated."
 
 
-def _lineage(known: _Known) -> str:
+def _lineage(content: _CardContent) -> str:
     rows = [
         (node.ref, node.version.kind, node.version.precision, node.version.digest)
         if node.version
         else (node.ref, "not there any more", None, None)
-        for node in known.lineage
+        for node in content.lineage
     ]
     return "From the first ancestor down.\n\n" + _table(["version", "kind", "precision", "digest"], rows)
 
@@ -279,14 +283,14 @@ def _interval(result: TaskResult) -> str:
     return f" [{result.value - half:.4f}, {result.value + half:.4f}]"
 
 
-def _pairs(rows: Mapping[str, Any]) -> str:
+def _key_value_table(rows: Mapping[str, Any]) -> str:
     return _table(["", ""], [pair for pair in rows.items() if pair[1] is not None])
 
 
 def _table(columns: list[str], rows: list[Any]) -> str:
-    left = len(rows) - MOST_ROWS
-    return table(columns, rows[:MOST_ROWS]) + (f"\nand {left:,} more\n" if left > 0 else "")
+    left = len(rows) - MAX_ROWS
+    return markdown_table(columns, rows[:MAX_ROWS]) + (f"\nand {left:,} more\n" if left > 0 else "")
 
 
-def _says(value: str) -> bool:
+def _has_value(value: str) -> bool:
     return value not in ("", "None")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 MOST_RESULTS = 100  # tasks
-NAMED = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # a hub id, or NAME/VERSION
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # a hub id, or NAME/VERSION
 # Licences that the hub knows by these names; others are `other`, with a name.
 LICENCES = """
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
@@ -24,11 +24,11 @@ mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl post
 """
 
 
-def head(version: Version, card: Scorecard | None, recipe: Mapping[str, str]) -> str:
+def model_card_yaml(version: Version, scorecard: Scorecard | None, recipe: Mapping[str, str]) -> str:
     """The fields as YAML, without the lines `---` around them.
 
     Args:
-        card: the scorecard whose results are told.
+        scorecard: the scorecard whose results are told.
         recipe: the parameters of the run that made the version.
     """
     from huggingface_hub import ModelCardData
@@ -37,7 +37,7 @@ def head(version: Version, card: Scorecard | None, recipe: Mapping[str, str]) ->
     library = {"torch": "transformers", "onnxruntime": "onnx"}.get(version.engine)
     learnt = version.kind != "teacher" and version.control is None
     fields = _licence(version.licence) | {
-        "base_model": _named(version.base_model) or _named(version.parent),
+        "base_model": _hub_name(version.base_model) or _hub_name(version.parent),
         "base_model_relation": "quantized" if onnx and version.precision != "fp32" else None,
         "library_name": library,
         "pipeline_tag": "text-generation",
@@ -47,9 +47,9 @@ def head(version: Version, card: Scorecard | None, recipe: Mapping[str, str]) ->
             *(["onnx", one_line(version.precision)] if onnx else []),
         ],
         "model_name": one_line(version.ref),
-        "eval_results": list(_results(card)) if card else None,
+        "eval_results": list(_results(scorecard)) if scorecard else None,
     }
-    if recipe.get("data.source") == "dataset" and (dataset := _named(recipe.get("data.path"))):
+    if recipe.get("data.source") == "dataset" and (dataset := _hub_name(recipe.get("data.path"))):
         fields["datasets"] = [dataset]
     told = {name: value for name, value in fields.items() if value is not None}
     return ModelCardData(**told).to_yaml(original_order=list(told)) + "\n"
@@ -62,14 +62,14 @@ def _licence(licence: str | None) -> dict[str, Any]:
     return {"license": known} if known in LICENCES.split() else {"license": "other", "license_name": one_line(licence)}
 
 
-def _named(text: str | None) -> str | None:
+def _hub_name(text: str | None) -> str | None:
     """A name that others can follow; none of a folder."""
-    return text if text and NAMED.fullmatch(text) else None
+    return text if text and HUB_NAME.fullmatch(text) else None
 
 
-def _results(card: Scorecard) -> Iterator[EvalResult]:
-    relative = card.relative
-    for task, result in list(card.tasks.items())[:MOST_RESULTS]:
+def _results(scorecard: Scorecard) -> Iterator[EvalResult]:
+    relative = scorecard.relative
+    for task, result in list(scorecard.tasks.items())[:MOST_RESULTS]:
         of = task, result.task_hash
         args = {"documents": result.documents} | ({} if result.stderr is None else {"stderr": _short(result.stderr)})
         yield _result(*of, result.metric, result.metric, result.value, args)

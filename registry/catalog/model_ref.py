@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.catalog import endpoint
-from limbeck.registry.core.digest import MANIFEST, file_digest, json_digest, verify
+from limbeck.registry.core.digest import MANIFEST, file_digest, json_digest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Unreachable
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Engine, Version
@@ -29,7 +29,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
-class Model:
+class ResolvedModel:
     """An artifact at hand: its folder, and what it is called.
 
     Of an endpoint the folder is that of its tokenizer, and the digest is over URL, name and tokenizer: what the
@@ -48,14 +48,14 @@ class Model:
         return _has_tokenizer(self.path)
 
 
-def resolve(
+def resolve_model(
     text: str,
     store: Store | None = None,
     *,
     revision: str | None = None,
     tokenizer: str | None = None,
     num_concurrent: int = 4,
-) -> Model:
+) -> ResolvedModel:
     """The model that `text` means.
 
     In this order: an endpoint's URL; a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only
@@ -84,12 +84,12 @@ def resolve(
         return _local(folder, text)
     if REGISTERED.fullmatch(text):
         store = store or _default_store()
-        return registered(store.get(text), store)
+        return load_registered_version(store.get(text), store)
     if "/" not in text:
         store = store or _default_store()
         if versions := store.versions(text):
             if len(versions) == 1:
-                return registered(versions[0], store)
+                return load_registered_version(versions[0], store)
             numbers = ", ".join(version.ref for version in versions[-8:])
             raise BadInput(f"{text} has {len(versions)} versions", fix=f"name one of them: {numbers}")
         if folder.is_dir():
@@ -102,39 +102,39 @@ def resolve(
     return _local(_snapshot(text, revision), text)
 
 
-def resolve_all(
+def resolve_models(
     texts: Iterable[str], store: Store | None = None, *, tokenizer: str | None = None, num_concurrent: int = 4
-) -> list[Model]:
+) -> list[ResolvedModel]:
     """As `resolve`, for several; a registered NAME alone stands for all its versions, oldest first."""
-    models: dict[str, Model] = {}
+    models: dict[str, ResolvedModel] = {}
     for text in texts:
         found = []
         if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
             store = store or _default_store()
-            found = [registered(version, store) for version in store.versions(text)]
+            found = [load_registered_version(version, store) for version in store.versions(text)]
             if len(found) > 1:  # an endpoint whose tokenizer is not known can only be asked for text
                 found = [model for model in found if not model.endpoint or model.has_tokenizer]
-        for model in found or [resolve(text, store, tokenizer=tokenizer, num_concurrent=num_concurrent)]:
+        for model in found or [resolve_model(text, store, tokenizer=tokenizer, num_concurrent=num_concurrent)]:
             models.setdefault(model.label, model)
     return list(models.values())
 
 
-def registered(version: Version, store: Store) -> Model:
+def load_registered_version(version: Version, store: Store) -> ResolvedModel:
     """A registered version as a Model; its files are fetched where they lie elsewhere, and verified.
 
     An endpoint is not asked whether it is there.
     """
-    folder = store.folder(version)
+    folder = store.verified_folder(version)
     found = None
     if version.engine == "endpoint":
         said = _json(folder, ENDPOINT)
         if not (isinstance(said.get("name"), str) and URL.match(str(said.get("url")))):
             raise DamagedArtifact(folder, [f"{ENDPOINT} names no endpoint"])
         found = endpoint.Endpoint(said["url"], said["name"])
-    return Model(folder, version.digest, version.ref, version, version.engine, found)
+    return ResolvedModel(folder, version.digest, version.ref, version, version.engine, found)
 
 
-def check_folder(folder: Path) -> Engine:
+def engine_of_folder(folder: Path) -> Engine:
     """Which engine runs the model in `folder`: onnxruntime where *.onnx files are, else torch.
 
     Raises BadInput where it is no model that Limbeck runs, DamagedArtifact where its weights are truncated.
@@ -200,27 +200,27 @@ def _folder(text: str) -> Path:
     return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder
 
 
-def _local(folder: Path, label: str) -> Model:
-    engine = check_folder(folder)
-    return Model(folder.resolve(), verify(folder), label, None, engine)
+def _local(folder: Path, label: str) -> ResolvedModel:
+    engine = engine_of_folder(folder)
+    return ResolvedModel(folder.resolve(), verify_files(folder), label, None, engine)
 
 
-def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurrent: int) -> Model:
+def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurrent: int) -> ResolvedModel:
     if tokenizer is None:
         raise BadInput(
-            f"{endpoint.shown(text)} is an endpoint, which has no files",
+            f"{endpoint.url_without_secrets(text)} is an endpoint, which has no files",
             fix="to score it, give its tokenizer: --tokenizer MODEL",
         )
     folder = _folder(tokenizer)
     if not folder.is_dir():
         hub_id = not REGISTERED.fullmatch(tokenizer) and "/" in tokenizer and HUB_ID.fullmatch(tokenizer)
-        folder = _snapshot(tokenizer, None, TEXT_FILES) if hub_id else resolve(tokenizer, store).path
+        folder = _snapshot(tokenizer, None, TEXT_FILES) if hub_id else resolve_model(tokenizer, store).path
     if not _has_tokenizer(folder):
         raise BadInput(f"{tokenizer} has no tokenizer", fix="give --tokenizer the model that the endpoint serves")
-    found = endpoint.find(text, num_concurrent)
+    found = endpoint.find_endpoint(text, num_concurrent)
     files = sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern) if path.name != MANIFEST})
     digest = json_digest([found.url, found.name, {path.name: file_digest(path) for path in files}])
-    return Model(folder.resolve(), digest, found.label, None, "endpoint", found)
+    return ResolvedModel(folder.resolve(), digest, found.label, None, "endpoint", found)
 
 
 def _has_tokenizer(folder: Path) -> bool:

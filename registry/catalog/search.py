@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.mlflow.filters import Condition, parse
+from limbeck.registry.mlflow.filters import Condition, parse_filter
 from limbeck.registry.records import Cost, Version
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ METRIC = re.compile(r"\s*([^<>=!`]+?)\s*(<=|>=|!=|=|<|>)\s*(\S+)\s*")
 SORTABLE = ("version", "created", "kind", "recipe", "precision", "params", "licence", "author")
 
 
-class Hit(NamedTuple):
+class SearchHit(NamedTuple):
     """A version that was found."""
 
     ref: str  # NAME/VERSION
@@ -40,7 +40,7 @@ class Query:
     limit: int | None = None
 
 
-def conditions(
+def build_conditions(
     fields: Mapping[str, str | None], tags: Sequence[str] = (), metrics: Sequence[str] = (), text: str = ""
 ) -> tuple[Condition, ...]:
     """The conditions that options stand for.
@@ -53,7 +53,7 @@ def conditions(
 
     Raises BadInput, naming what cannot be read.
     """
-    found = list(parse(text))
+    found = list(parse_filter(text))
     for field, value in fields.items():
         if value is not None:
             found.append(Condition("tag", f"limbeck.{field}", "ILIKE" if field == "licence" else "=", value))
@@ -80,7 +80,7 @@ def metric_name(text: str) -> str:
     return f"cost.{text}" if text in Cost.model_fields else text
 
 
-def search(store: Store, name: str | None, query: Query) -> list[Hit]:
+def search_versions(store: Store, name: str | None, query: Query) -> list[SearchHit]:
     """The versions of `name`, or of all models, that `query` asks for; by name and oldest first where it has no order.
 
     One whose tags cannot be read is there too, where the query does not ask for what it lacks.
@@ -90,32 +90,32 @@ def search(store: Store, name: str | None, query: Query) -> list[Hit]:
     key = (query.sort or "").removeprefix("-")
     metric = metric_name(key) if key and key not in SORTABLE else None
     found = []
-    for listed, version in store.listing(name, query.conditions, [metric] if metric else []):
+    for listed, version in store.versions_or_errors(name, query.conditions, [metric] if metric else []):
         if query.alias is not None and query.alias not in listed.aliases:
             continue
         if isinstance(version, Version):
             if (query.since and version.created < query.since) or (query.until and version.created >= query.until):
                 continue
-            found.append(Hit(version.ref, version, None, listed.metrics))
+            found.append(SearchHit(version.ref, version, None, listed.metrics))
         elif not (query.since or query.until):
             why = version.message.partition(" is unreadable: ")[2] or version.message
-            found.append(Hit(f"{listed.name}/{listed.version}", None, why, listed.metrics))
+            found.append(SearchHit(f"{listed.name}/{listed.version}", None, why, listed.metrics))
     if not found:
         _check_metrics(store, name, {*([metric] if metric else []), *_metrics_of(query)})
     if query.sort:
-        found = _ordered(found, key, metric, query.sort.startswith("-"))
+        found = _sort_hits(found, key, metric, query.sort.startswith("-"))
     return found[: query.limit]
 
 
 def _metrics_of(query: Query) -> list[str]:
-    return [condition.key for condition in query.conditions if condition.of == "metric"]
+    return [condition.key for condition in query.conditions if condition.kind == "metric"]
 
 
 def _check_metrics(store: Store, name: str | None, metrics: set[str]) -> None:
     """Raises BadInput for a metric that no version has: it is a slip, not a search without a result."""
     if not metrics:
         return
-    there = {metric for listed, _ in store.listing(name, (), metrics) for metric in listed.metrics}
+    there = {metric for listed, _ in store.versions_or_errors(name, (), metrics) for metric in listed.metrics}
     if missing := sorted(metrics - there):
         raise BadInput(
             f"no version has a metric {missing[0]!r}",
@@ -123,19 +123,19 @@ def _check_metrics(store: Store, name: str | None, metrics: set[str]) -> None:
         )
 
 
-def _ordered(found: list[Hit], key: str, metric: str | None, backwards: bool) -> list[Hit]:
+def _sort_hits(found: list[SearchHit], key: str, metric: str | None, descending: bool) -> list[SearchHit]:
     """By a field or metric; what has none comes last."""
 
-    def value(hit: Hit) -> Any:
+    def value(hit: SearchHit) -> Any:
         if metric:
             return hit.metrics.get(metric)
         return getattr(hit.version, key, None)
 
     known = [hit for hit in found if value(hit) is not None]
-    return sorted(known, key=value, reverse=backwards) + [hit for hit in found if value(hit) is None]
+    return sorted(known, key=value, reverse=descending) + [hit for hit in found if value(hit) is None]
 
 
-def day(text: str) -> datetime:
+def parse_date(text: str) -> datetime:
     """A date, or a date and time, in UTC where it names no zone. Raises BadInput."""
     try:
         given = datetime.fromisoformat(text)

@@ -7,7 +7,7 @@ import shlex
 from limbeck.registry.records import Version
 
 
-def commands(version: Version) -> list[str]:
+def command_snippets(version: Version) -> list[str]:
     """The commands that make something of a version."""
     ref = shlex.quote(version.ref)
     if version.kind == "onnx":
@@ -21,7 +21,7 @@ def commands(version: Version) -> list[str]:
     return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]
 
 
-def python(version: Version) -> dict[str, list[str]]:
+def python_snippets(version: Version) -> dict[str, list[str]]:
     """Library -> lines of Python that complete a prompt; none of an endpoint.
 
     The files are found through MLflow: `MLFLOW_TRACKING_URI` says where.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.core.terminal import format_option, indented, print_json, print_table
+from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_table
 
 
 @click.command()
@@ -14,13 +14,15 @@ from limbeck.registry.core.terminal import format_option, indented, print_json, 
 @format_option
 def doctor(deep: bool, clean: bool, output: str) -> None:
     """What is installed, reachable, and what is wrong. Exit code 1 where something is wrong."""
-    from limbeck.registry.doctor import examine
+    from limbeck.registry.doctor import run_checks
 
-    checks = list(examine(deep=deep, clean=clean))
+    checks = list(run_checks(deep=deep, clean=clean))
     if output == "json":
         print_json([check.json() for check in checks])
     else:
-        print_table("", ["", "what", "found"], [(check.state, check.what, check.found) for check in checks])
+        print_table("", ["", "subject", "found"], [(check.state, check.subject, check.found) for check in checks])
     wrong = [check for check in checks if check.state == "wrong"]
     if wrong:
-        raise Refused("\n".join([f"{len(wrong)} things are wrong:", *indented(f"{c.what}: {c.fix}" for c in wrong)]))
+        raise Refused(
+            "\n".join([f"{len(wrong)} things are wrong:", *indent_lines(f"{c.subject}: {c.fix}" for c in wrong)])
+        )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from limbeck.registry.commands.history import print_entries, tell_overrides
+from limbeck.registry.commands.history import print_entries, report_overrides
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import format_option, indented, print_json, print_table, say
+from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from limbeck.registry.gate.promotion import Candidate, Promotion
@@ -30,15 +30,15 @@ policy_option = click.option(
 )
 
 
-def judged_by(store: Store, name: str, alias: str, path: Path | None) -> Policy | None:
+def policy_for_alias(store: Store, name: str, alias: str, path: Path | None) -> Policy | None:
     """The policy that holds for an alias: the one that protects it, else that of `path` or ./policy.toml, else None."""
-    from limbeck.registry.gate.protection import governing, policy_of
-    from limbeck.registry.policy.file import load
+    from limbeck.registry.gate.protection import governing_policy, protecting_policy
+    from limbeck.registry.policy.file import load_policy
 
-    given = load(path) if path else None
-    if policy_of(store, name, alias) is not None:
-        return governing(store, name, alias, given)
-    return given or (load(POLICY) if POLICY.exists() else None)
+    given = load_policy(path) if path else None
+    if protecting_policy(store, name, alias) is not None:
+        return governing_policy(store, name, alias, given)
+    return given or (load_policy(POLICY) if POLICY.exists() else None)
 
 
 @click.command()
@@ -66,7 +66,7 @@ def promote(
 
     store = _store()
     name = store.get(model).name if "/" in model or "@" in model else model
-    policy = judged_by(store, name, alias, path)
+    policy = policy_for_alias(store, name, alias, path)
     if policy is None:
         raise BadInput("no policy to judge by: there is no policy.toml here", fix="give one: --policy FILE")
     if override:
@@ -76,52 +76,57 @@ def promote(
     except Vetoed as veto:
         if output == "json":
             print_json(_promotion_json(alias, veto.candidates))
-        veto.fix = veto.fix or _may_override(store, model, alias, policy)
+        veto.fix = veto.fix or _override_hint(store, model, alias, policy)
         raise
     if output == "json":
         print_json(
             _promotion_json(alias, done.candidates)
-            | {"chosen": done.chosen.ref, "from_version": done.before, "moved": bool(done.entry), "entry": done.entry}
+            | {
+                "chosen": done.chosen.ref,
+                "from_version": done.previous_version,
+                "moved": bool(done.entry),
+                "entry": done.entry,
+            }
         )
     else:
         _print_candidates(done.candidates)
-    if done.before == done.chosen.version:
-        say(f"{done.name}@{alias} is {done.chosen.ref} already")
+    if done.previous_version == done.chosen.version:
+        print_status(f"{done.name}@{alias} is {done.chosen.ref} already")
     else:
-        was = f"{done.name}/{done.before}" if done.before is not None else "nothing"
-        say(f"{done.name}@{alias} {'would be' if dry_run else 'is now'} {done.chosen.ref} (it was {was})")
-        _tell_override(done)
+        was = f"{done.name}/{done.previous_version}" if done.previous_version is not None else "nothing"
+        print_status(f"{done.name}@{alias} {'would be' if dry_run else 'is now'} {done.chosen.ref} (it was {was})")
+        _report_override(done)
 
 
-def _may_override(store: Store, model: str, alias: str, policy: Policy) -> str | None:
+def _override_hint(store: Store, model: str, alias: str, policy: Policy) -> str | None:
     """The way past the gate, told only to those who may go it."""
-    from limbeck.registry.gate.protection import may_override
+    from limbeck.registry.gate.protection import can_override
     from limbeck.registry.mlflow import identity
 
     if "/" not in model and "@" not in model:
         return None
     version = store.get(model)
-    if not may_override(policy, identity.user(store.tracking_uri), store, version.name):
+    if not can_override(policy, identity.current_user(store.tracking_uri), store, version.name):
         return None
     return f"you may all the same: limbeck promote {version.ref} --to {alias} --override --reason ..."
 
 
 def _warn_unprotected(store: Store, name: str, alias: str) -> None:
     """An override by a policy that anybody could have brought is worth little."""
-    from limbeck.registry.gate.protection import policy_of
+    from limbeck.registry.gate.protection import protecting_policy
 
-    if policy_of(store, name, alias) is None:
-        say(
+    if protecting_policy(store, name, alias) is None:
+        print_status(
             f"warning: {name}@{alias} is not protected, so the policy that lets you override is one you brought\n"
             f"  limbeck protect {name} --alias {alias} --policy FILE"
         )
 
 
-def _tell_override(done: Promotion) -> None:
-    chosen = next(candidate for candidate in done.candidates if candidate.version == done.chosen)
+def _report_override(promotion: Promotion) -> None:
+    chosen = next(candidate for candidate in promotion.candidates if candidate.version == promotion.chosen)
     if chosen.verdict.outcome != "pass":
-        broken = [f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in chosen.failing]
-        say("\n".join([f"OVERRIDE: {done.chosen.ref} does not pass the policy:", *indented(broken)]))
+        broken = [f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in chosen.failing_rules]
+        print_status("\n".join([f"OVERRIDE: {promotion.chosen.ref} does not pass the policy:", *indent_lines(broken)]))
 
 
 def _promotion_json(alias: str, candidates: list[Candidate]) -> dict[str, Any]:
@@ -134,7 +139,9 @@ def _promotion_json(alias: str, candidates: list[Candidate]) -> dict[str, Any]:
         "candidates": [
             {
                 "version": c.version.ref,
-                "usd_per_million_tokens": c.card.cost.usd_per_million_tokens if c.card and c.card.cost else None,
+                "usd_per_million_tokens": c.scorecard.cost.usd_per_million_tokens
+                if c.scorecard and c.scorecard.cost
+                else None,
                 "verdict": c.verdict,
             }
             for c in candidates
@@ -148,9 +155,9 @@ def _print_candidates(candidates: list[Candidate]) -> None:
             c.version.ref,
             c.version.recipe,
             c.version.precision,
-            f"{c.price:.4g}" if c.card and c.card.cost else None,
+            f"{c.usd_per_million_tokens:.4g}" if c.scorecard and c.scorecard.cost else None,
             c.verdict.outcome,
-            "\n".join(f"{rule.rule}: {rule.message}" for rule in c.failing) or None,
+            "\n".join(f"{rule.rule}: {rule.message}" for rule in c.failing_rules) or None,
         )
         for c in candidates
     ]
@@ -176,9 +183,9 @@ def rollback(name: str, alias: str, reason: str, adopt: bool, output: str) -> No
         print_json(entry)
     else:
         print_entries(name, [entry])
-    tell_overrides([entry])
+    report_overrides([entry])
     now = f"is {name}/{entry.to_version} again" if entry.to_version is not None else "is taken away"
-    say(f"{name}@{alias} {now} (it was {name}/{entry.from_version})")
+    print_status(f"{name}@{alias} {now} (it was {name}/{entry.from_version})")
 
 
 @click.command()
@@ -194,30 +201,32 @@ def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str,
     The policy is kept with the model. Only those in its [override] people, and who set it, may change or remove
     it; each change is an entry of the ledger.
     """
-    from limbeck.registry.gate.protection import asked, policy_of
+    from limbeck.registry.gate.protection import policy_settings, protecting_policy
     from limbeck.registry.gate.protection import protect as run
-    from limbeck.registry.policy.file import load
+    from limbeck.registry.policy.file import load_policy
 
     store = _store()
     if path and remove:
         raise BadInput("--policy and --remove say opposite things", fix="give one of them")
     if path is None and not remove:
-        policy = policy_of(store, name, alias)
+        policy = protecting_policy(store, name, alias)
         if output == "json":
             print_json({"alias": alias, "digest": policy and policy.digest(), "policy": policy})
         elif policy:
-            print_table(f"{name}@{alias} is protected by {policy.digest()[:12]}", ["key", "value"], asked(policy))
+            print_table(
+                f"{name}@{alias} is protected by {policy.digest()[:12]}", ["key", "value"], policy_settings(policy)
+            )
         else:
-            say(f"{name}@{alias} is not protected; give it a policy: --policy FILE")
+            print_status(f"{name}@{alias} is not protected; give it a policy: --policy FILE")
         return
-    entry = run(store, name, alias, load(path) if path else None, reason=reason)
+    entry = run(store, name, alias, load_policy(path) if path else None, reason=reason)
     if output == "json":
         print_json(entry)
     if entry is None:
-        say(f"{name}@{alias} is protected by this policy already")
+        print_status(f"{name}@{alias} is protected by this policy already")
     else:
         held = f"is protected by {entry.policy[:12]} from now on" if entry.policy else "is not protected any more"
-        say(f"{name}@{alias} {held}")
+        print_status(f"{name}@{alias} {held}")
 
 
 def _store() -> Store:

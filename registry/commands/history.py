@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.registry.core.terminal import format_option, indented, print_json, print_table, say
+from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from limbeck.registry.ledger.chain import Ledger
@@ -31,47 +31,47 @@ def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str
         raise BadInput("--reason is for --adopt")
     store = Store()
     if adopt:
-        audit.adopt(store, name, reason=reason)
-    book = audit.read(store, name)
+        audit.adopt_problems(store, name, reason=reason)
+    book = audit.audit_ledger(store, name)
     entries = [entry for entry in book.entries if alias in (None, entry.alias)]
     if alias is not None and not entries and alias not in book.aliases:
         known = sorted({entry.alias for entry in book.entries} | book.aliases.keys())
         raise BadInput(f"{name} never had an alias {alias!r}", fix=f"it had {', '.join(known) or 'none'}")
     if output == "json":
-        told = {"problems": book.problems(), "adopted": book.settled()}
+        told = {"problems": book.problems(), "adopted": book.remaining_adopted_problems()}
         print_json({"name": name, "aliases": book.aliases, "entries": entries} | told)
     else:
         print_entries(name, entries)
-    _tell(book, entries)
+    _print_notes(book, entries)
     problems = book.problems()
     if verify and problems:
         raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]),
+            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
             fix=f"to take it as it is: limbeck models history {name} --adopt --reason ...",
         )
     if problems:
-        say("\n".join(["not as it should be:", *indented(problems)]))
+        print_status("\n".join(["not as it should be:", *indent_lines(problems)]))
     elif verify:
-        say(f"{len(book.entries)} {'entry' if len(book.entries) == 1 else 'entries'}, each in its place")
+        print_status(f"{len(book.entries)} {'entry' if len(book.entries) == 1 else 'entries'}, each in its place")
 
 
-def _tell(book: Ledger, entries: Iterable[LedgerEntry]) -> None:
+def _print_notes(ledger_snapshot: Ledger, entries: Iterable[LedgerEntry]) -> None:
     """What a table of moves is too narrow for (stderr)."""
-    tell_overrides(entries)
-    for alias in sorted({entry.alias for entry in book.entries}):
-        if (begun := book.unfinished(alias)) and not book.moved(alias):
-            say(f"entry {begun.sequence} is not carried out yet; the next promotion or rollback does it")
-    if settled := book.settled():
-        say("\n".join(["was not as it should be:", *indented(settled)]))
+    report_overrides(entries)
+    for alias in sorted({entry.alias for entry in ledger_snapshot.entries}):
+        if (begun := ledger_snapshot.unfinished_move(alias)) and not ledger_snapshot.external_move_problem(alias):
+            print_status(f"entry {begun.sequence} is not carried out yet; the next promotion or rollback does it")
+    if settled := ledger_snapshot.remaining_adopted_problems():
+        print_status("\n".join(["was not as it should be:", *indent_lines(settled)]))
 
 
-def tell_overrides(entries: Iterable[LedgerEntry]) -> None:
+def report_overrides(entries: Iterable[LedgerEntry]) -> None:
     """Say which entries are of a version that did not pass, and what it did not pass (stderr)."""
     for entry in entries:
         if entry.override:
             put = f"{entry.who} put {entry.alias} on {entry.name}/{entry.to_version}, which did not pass:"
             words = f"OVERRIDE: in entry {entry.sequence} {put}"
-            say("\n".join([words, *indented(entry.broken)]))
+            print_status("\n".join([words, *indent_lines(entry.overridden_rules)]))
 
 
 def print_entries(name: str, entries: Iterable[LedgerEntry]) -> None:

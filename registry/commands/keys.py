@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.terminal import print_status
 
 name_option = click.option("--name", help="Whose key it is.  [default: who you are to Limbeck]")
 
@@ -21,9 +21,11 @@ def new(file: Path, name: str | None) -> None:
     """Make a private key in FILE, which nobody else may read, and print its line for a file of trusted keys."""
     from limbeck.registry.core import signing
 
-    print(_line(signing.new(file), name))
-    say(f"sign with it: export {signing.KEY_FILE}={shlex.quote(str(file.resolve()))}")
-    say(f"who is to trust it puts the line above into a file, and that file's name into {signing.TRUSTED}")
+    print(_trusted_key_line(signing.create_key(file), name))
+    print_status(f"sign with it: export {signing.KEY_FILE_VARIABLE}={shlex.quote(str(file.resolve()))}")
+    print_status(
+        f"who is to trust it puts the line above into a file, and that file's name into {signing.TRUSTED_KEYS_VARIABLE}"
+    )
 
 
 @click.command()
@@ -36,15 +38,17 @@ def show(file: Path | None, name: str | None) -> None:
     """
     from limbeck.registry.core import signing
 
-    configured = os.environ.get(signing.KEY_FILE)
+    configured = os.environ.get(signing.KEY_FILE_VARIABLE)
     if file is None and not configured:
-        raise BadInput(f"no key is configured: {signing.KEY_FILE} is not set", fix="make one: limbeck keys new FILE")
-    print(_line(signing.public_key(signing.load(file or Path(str(configured)))), name))
+        raise BadInput(
+            f"no key is configured: {signing.KEY_FILE_VARIABLE} is not set", fix="make one: limbeck keys new FILE"
+        )
+    print(_trusted_key_line(signing.public_key(signing.load_private_key(file or Path(str(configured)))), name))
 
 
-def _line(key: str, name: str | None) -> str:
-    from limbeck.registry.mlflow.identity import user
+def _trusted_key_line(key: str, name: str | None) -> str:
+    from limbeck.registry.mlflow.identity import current_user
 
     # Without the state folder, which a host that only keeps a key need not have.
-    who = name or user(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    who = name or current_user(os.environ.get("MLFLOW_TRACKING_URI", ""))
     return f"{key} {' '.join(who.split())}"

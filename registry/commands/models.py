@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import format_option, indented, print_json, print_table, say, write_report
+from limbeck.registry.core.terminal import (
+    format_option,
+    indent_lines,
+    print_json,
+    print_status,
+    print_table,
+    write_report,
+)
 
 if TYPE_CHECKING:
-    from limbeck.registry.catalog.lineage import Node
-    from limbeck.registry.catalog.search import Hit
+    from limbeck.registry.catalog.lineage import LineageNode
+    from limbeck.registry.catalog.search import SearchHit
     from limbeck.registry.mlflow.store import Store
     from limbeck.registry.records import Scorecard, Version
 
@@ -50,18 +57,18 @@ def list_(
     **fields: str | None,
 ) -> None:
     """The versions of NAME, or of all models; those of which everything holds that is asked."""
-    from limbeck.registry.catalog.search import Query, conditions, day, search
+    from limbeck.registry.catalog.search import Query, build_conditions, parse_date, search_versions
 
     store = _store()
     try:
-        asked = conditions(fields, tags, metrics, query)
+        asked = build_conditions(fields, tags, metrics, query)
     except BadInput as error:
         raise BadInput(f"--filter {query!r}: {error.message}", fix=error.fix) if query else error from None
-    earliest, latest = (day(text) if text else None for text in (since, until))
-    hits = search(store, name, Query(asked, earliest, latest, alias, sort, limit))
+    earliest, latest = (parse_date(text) if text else None for text in (since, until))
+    hits = search_versions(store, name, Query(asked, earliest, latest, alias, sort, limit))
     narrowed = asked or since or until or alias
     if name and not hits and not narrowed:
-        raise store.unknown(name)
+        raise store.not_found_error(name)
     if output == "json":
         print_json([_plain(hit) for hit in hits])
         return
@@ -70,14 +77,14 @@ def list_(
     print_table("versions", columns + shown, [_cells(hit, shown) for hit in hits])
 
 
-def _plain(hit: Hit) -> dict[str, Any]:
+def _plain(hit: SearchHit) -> dict[str, Any]:
     if hit.version is None:
         name, _, number = hit.ref.rpartition("/")
         return {"name": name, "version": int(number), "unreadable": hit.unreadable}
     return hit.version.model_dump(mode="json") | ({"metrics": hit.metrics} if hit.metrics else {})
 
 
-def _cells(hit: Hit, metrics: list[str]) -> tuple[Any, ...]:
+def _cells(hit: SearchHit, metrics: list[str]) -> tuple[Any, ...]:
     values = tuple(f"{hit.metrics[metric]:.4g}" if metric in hit.metrics else None for metric in metrics)
     if hit.version is None:
         return (hit.ref, f"unreadable: {hit.unreadable}", *[None] * 7, *values)
@@ -85,7 +92,7 @@ def _cells(hit: Hit, metrics: list[str]) -> tuple[Any, ...]:
 
 
 def _row(version: Version) -> tuple[Any, ...]:
-    from limbeck.registry.catalog.lineage import ancestor
+    from limbeck.registry.catalog.lineage import made_from_ref
 
     return (
         version.ref,
@@ -93,7 +100,7 @@ def _row(version: Version) -> tuple[Any, ...]:
         version.recipe,
         version.precision,
         f"{version.params:,}" if version.params is not None else None,
-        ancestor(version),
+        made_from_ref(version),
         " ".join(version.aliases),
         f"{version.created:%Y-%m-%d %H:%M}",
         version.digest[:12],
@@ -105,8 +112,8 @@ def _row(version: Version) -> tuple[Any, ...]:
 @format_option
 def show(ref: str, output: str) -> None:
     """All that is known of the version REF: NAME/VERSION or NAME@ALIAS."""
-    from limbeck.registry.catalog.lineage import path
-    from limbeck.registry.catalog.snippets import commands, python
+    from limbeck.registry.catalog.lineage import lineage_path
+    from limbeck.registry.catalog.snippets import command_snippets, python_snippets
 
     store = _store()
     version = store.get(ref)
@@ -116,42 +123,42 @@ def show(ref: str, output: str) -> None:
     files = _files(store, version)
     if output == "json":
         about: dict[str, Any] = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files}
-        about |= {"lineage": [node.ref for node in path(store, version)]}
-        about |= {"use": commands(version), "python": python(version)}
-        about |= _asked(store, version)
+        about |= {"lineage": [node.ref for node in lineage_path(store, version)]}
+        about |= {"use": command_snippets(version), "python": python_snippets(version)}
+        about |= _requests_and_sbom(store, version)
         print_json(version.model_dump(mode="json") | about)
         return
     fields = version.model_dump(exclude={"name", "version", "aliases"}, exclude_none=True)
     fields["created"] = f"{version.created:%Y-%m-%d %H:%M:%S}"
     fields["aliases"] = " ".join(version.aliases) or None
     if version.engine == "endpoint":
-        from limbeck.registry.catalog.model_ref import registered
+        from limbeck.registry.catalog.model_ref import load_registered_version
 
-        fields["endpoint"] = registered(version, store).endpoint.label  # type: ignore[union-attr]
+        fields["endpoint"] = load_registered_version(version, store).endpoint.label  # type: ignore[union-attr]
     print_table(version.ref, ["field", "value"], fields.items())
     if files:
         print_table("files", ["file", "bytes"], [(file, f"{size:,}") for file, size in files.items()])
     if cards:
-        _print_card(cards[-1])
+        _print_scorecard(cards[-1])
         if len(cards) > 1:
-            say(f"  and {len(cards) - 1} older scorecards; --format json has them all")
+            print_status(f"  and {len(cards) - 1} older scorecards; --format json has them all")
     if parity:
         figures = parity.model_dump(exclude={"reference", "precision"}, exclude_none=True)
-        print_table("against PyTorch, on held-out text", ["field", "value"], _rounded(figures))
+        print_table("against PyTorch, on held-out text", ["field", "value"], _format_figures(figures))
     if verdicts:
         rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
         print_table(f"newest verdict: {verdicts[-1].outcome}", ["rule", "outcome", "numbers"], rules)
         if len(verdicts) > 1:
-            say(f"  and {len(verdicts) - 1} older verdicts; --format json has them all")
-    if asked := _asked(store, version):
-        print_table("asked and answered", ["what", "is"], _asked_rows(asked))
-    print_table("lineage", ["version", "kind", "digest"], map(_step, path(store, version)))
-    print_table("use it", ["command"], [(line,) for line in commands(version)])
-    for library, lines in python(version).items():
-        print(f"\nin Python, with {library}:\n" + "\n".join(indented(lines)))
+            print_status(f"  and {len(verdicts) - 1} older verdicts; --format json has them all")
+    if asked := _requests_and_sbom(store, version):
+        print_table("asked and answered", ["what", "is"], _request_rows(asked))
+    print_table("lineage", ["version", "kind", "digest"], map(_step, lineage_path(store, version)))
+    print_table("use it", ["command"], [(line,) for line in command_snippets(version)])
+    for library, lines in python_snippets(version).items():
+        print(f"\nin Python, with {library}:\n" + "\n".join(indent_lines(lines)))
 
 
-def _asked(store: Store, version: Version) -> dict[str, Any]:
+def _requests_and_sbom(store: Store, version: Version) -> dict[str, Any]:
     """The requests for aliases with their answers, and the digest of the bill of materials; what there is of these."""
     from limbeck.registry.gate import approvals
     from limbeck.registry.provenance import attestation
@@ -159,37 +166,37 @@ def _asked(store: Store, version: Version) -> dict[str, Any]:
     found: dict[str, Any] = {}
     requests = [each.request for each in approvals.open_requests(store, version.name)]
     if own := [request for request in requests if request.version == version.version]:
-        answers = {request.alias: approvals.find(store, version, request.alias)[1] for request in own}
+        answers = {request.alias: approvals.request_and_answers(store, version, request.alias)[1] for request in own}
         found["requests"] = [{"request": each, "answers": answers[each.alias]} for each in own]
-    if bill := attestation.find(store, version):
+    if bill := attestation.find_sbom(store, version):
         found["bill_of_materials"] = bill.digest
     return found
 
 
-def _asked_rows(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for each in asked.get("requests", ()):
+def _request_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for each in found.get("requests", ()):
         request = each["request"]
         yield f"{request.alias} is asked for by {request.who}", request.reason
         for answer in each["answers"]:
             yield f"  {answer.answer} by {answer.who}", answer.reason
-    if "bill_of_materials" in asked:
-        yield "bill of materials", asked["bill_of_materials"]
+    if "bill_of_materials" in found:
+        yield "bill of materials", found["bill_of_materials"]
 
 
-def _step(node: Node) -> tuple[str, str, str | None]:
+def _step(node: LineageNode) -> tuple[str, str, str | None]:
     known = node.version
     return (node.ref, known.kind, known.digest[:12]) if known else (node.ref, "not there any more", None)
 
 
 def _files(store: Store, version: Version) -> dict[str, int] | None:
     """Path -> bytes, of a version whose files are on this machine; None of others, which are not fetched for it."""
-    folder = store.at_hand(version)
+    folder = store.find_local_folder(version)
     if folder is None:
         return None
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _print_card(card: Scorecard) -> None:
+def _print_scorecard(card: Scorecard) -> None:
     relative = card.relative
     rows = []
     for task, result in card.tasks.items():
@@ -204,10 +211,10 @@ def _print_card(card: Scorecard) -> None:
     print_table(f"scored {card.created:%Y-%m-%d %H:%M} with {card.harness}{against}", columns, rows)
     if card.cost:
         figures = {k: v for k, v in card.cost.model_dump().items() if isinstance(v, int | float | str)}
-        print_table("cost", ["figure", "value"], _rounded(figures))
+        print_table("cost", ["figure", "value"], _format_figures(figures))
 
 
-def _rounded(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _format_figures(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Figures as a table shows them: counts with commas, measured numbers to four digits."""
 
     def said(value: Any) -> Any:
@@ -226,7 +233,7 @@ def lineage(model: str, output: str) -> None:
 
     NAME/VERSION or NAME@ALIAS: the way up to its teacher, and all that was made of it. NAME: every tree.
     """
-    from limbeck.registry.catalog.lineage import lineage as trees
+    from limbeck.registry.catalog.lineage import lineage_trees as trees
 
     found = trees(_store(), model)
     if output == "json":
@@ -241,13 +248,13 @@ def lineage(model: str, output: str) -> None:
 @click.option("--output", "file", type=click.Path(path_type=Path), help="A file instead of stdout, such as README.md.")
 def card(ref: str, file: Path | None) -> None:
     """The model card of REF, NAME/VERSION or NAME@ALIAS: Hugging Face's Markdown, written from the records."""
-    from limbeck.registry.catalog.model_card import card as write
+    from limbeck.registry.catalog.model_card import model_card as write
 
     store = _store()
     write_report(write(store, store.get(ref)), file)
 
 
-def _tree_rows(node: Node, before: str = "", branch: str = "", below: str = "") -> Iterator[tuple[Any, ...]]:
+def _tree_rows(node: LineageNode, before: str = "", branch: str = "", below: str = "") -> Iterator[tuple[Any, ...]]:
     known = node.version
     label = before + branch + node.ref
     if known is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.core.terminal import format_option, print_json, print_table, say
+from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table
 
 
 @click.command()
@@ -21,26 +21,26 @@ def check(file: Path, ref: str | None, alias: str, output: str) -> None:
     Exit code 2 for a policy that cannot be used, that asks nothing or that no model can pass; with --model, 1
     where the version does not pass.
     """
-    from limbeck.registry.policy.describe import told
-    from limbeck.registry.policy.file import load
+    from limbeck.registry.policy.describe import describe_policy
+    from limbeck.registry.policy.file import load_policy
 
-    policy = load(file)
-    rules = list(told(policy))
+    policy = load_policy(file)
+    rules = list(describe_policy(policy))
     if ref is None:
         if output == "json":
             print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": None})
         else:
             print_table(str(file), ["rule", "what it asks"], rules)
-        say(f"a policy in order, {policy.digest()[:12]}")
+        print_status(f"a policy in order, {policy.digest()[:12]}")
         return
 
-    from limbeck.registry.gate.evidence import gather
-    from limbeck.registry.gate.rules.judge import judge
+    from limbeck.registry.gate.evidence import gather_evidence
+    from limbeck.registry.gate.rules.judge import apply_policy
     from limbeck.registry.mlflow.store import Store
 
     store = Store()
     version = store.get(ref)
-    verdict = judge(policy, gather(store, version, policy, alias))
+    verdict = apply_policy(policy, gather_evidence(store, version, policy, alias))
     if output == "json":
         print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": verdict})
     else:
@@ -48,4 +48,4 @@ def check(file: Path, ref: str | None, alias: str, output: str) -> None:
         print_table(f"{version.ref} by {file}", ["rule", "outcome", "with the numbers"], rows)
     if verdict.outcome != "pass":
         raise Refused(f"{version.ref} does not pass: {verdict.outcome}")
-    say(f"{version.ref} passes")
+    print_status(f"{version.ref} passes")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
-from limbeck.registry.core.terminal import say, write_report
+from limbeck.registry.core.terminal import print_status, write_report
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
-    from limbeck.registry.provenance.sbom import Bill
+    from limbeck.registry.provenance.sbom import Sbom
     from limbeck.registry.records import Version
 
 
@@ -32,42 +32,42 @@ def sbom(model: str, output: Path | None, attest: bool, verify: bool) -> None:
 
     store = Store()
     version = store.get(model)
-    found = attestation.named(store, model)
+    found = attestation.sbom_of_ref(store, model)
     if attest and "@" in model and found is not None:  # the one that the ledger names stays the alias's own
-        found = attestation.sign(store, version, found)
+        found = attestation.sign_sbom(store, version, found)
     elif attest:
-        found = attestation.find(store, version, attestation.attest(store, version))
+        found = attestation.find_sbom(store, version, attestation.attest(store, version))
     if verify:
-        _verified(store, version, found)
+        _print_verification(store, version, found)
         return
     if found is None:
-        found = attestation.written(store, version)
-        say(f"{version.ref} has none yet; this one is neither kept nor signed: --attest does both")
+        found = attestation.build_sbom(store, version)
+        print_status(f"{version.ref} has none yet; this one is neither kept nor signed: --attest does both")
     _write(found, output)
 
 
-def _verified(store: Store, version: Version, found: Bill | None) -> None:
+def _print_verification(store: Store, version: Version, found: Sbom | None) -> None:
     """Tell what holds of a kept bill; raises what does not."""
     from limbeck.registry.core import signing
     from limbeck.registry.provenance import sbom as bill
 
     if found is None:
         raise BadInput(f"{version.ref} has no bill of materials", fix=f"limbeck models sbom {version.ref} --attest")
-    store.folder(version)
-    signer = bill.check(found, version.digest, version.ref)
+    store.verified_folder(version)
+    signer = bill.verify_sbom(found, version.digest, version.ref)
     print(f"{version.ref}: bill of materials {found.digest}, of these very files")
     if signer is not None:
         print(f"signed by {signer}")
         return
     for signature in found.signatures:
-        if not signing.verify(found.signed, signature, signature.key):
+        if not signing.verify_signature(found.signed_bytes, signature, signature.key):
             raise DamagedArtifact(version.ref, [f"the signature of {signature.key} does not fit its bill of materials"])
-        print(f"signed with {signature.key}, which is held against no list: {signing.TRUSTED} is not set")
+        print(f"signed with {signature.key}, which is held against no list: {signing.TRUSTED_KEYS_VARIABLE} is not set")
     if not found.signatures:
         print("not signed")
 
 
-def _write(found: Bill, output: Path | None) -> None:
+def _write(found: Sbom, output: Path | None) -> None:
     write_report(found.text, output)
     if output is not None and found.signatures:
-        write_report(found.signatures_text(), output.with_suffix(".signatures.json"))
+        write_report(found.signatures_json(), output.with_suffix(".signatures.json"))

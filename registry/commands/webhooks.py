@@ -7,27 +7,29 @@ from typing import TYPE_CHECKING
 
 import click
 
-from limbeck.registry.core.terminal import format_option, print_json, print_table, say
+from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
-    from limbeck.registry.mlflow.webhooks import Hook
+    from limbeck.registry.mlflow.webhooks import Webhook
 
-ON = ("promoted", "withdrawn", "registered", "new-model", "tagged")  # limbeck.registry.mlflow.webhooks.EVENTS
+EVENT_NAMES = ("promoted", "withdrawn", "registered", "new-model", "tagged")  # limbeck.registry.mlflow.webhooks.EVENTS
 
 
 @click.command("list")
 @format_option
 def list_(output: str) -> None:
     """The webhooks of the server."""
-    from limbeck.registry.mlflow.webhooks import hooks
+    from limbeck.registry.mlflow.webhooks import list_webhooks
 
-    _print(hooks(_store()), output)
+    _print(list_webhooks(_store()), output)
 
 
 @click.command()
 @click.argument("url")
-@click.option("--on", "on", type=click.Choice(ON), multiple=True, required=True, help="What to tell of; repeatable.")
+@click.option(
+    "--on", "on", type=click.Choice(EVENT_NAMES), multiple=True, required=True, help="What to tell of; repeatable."
+)
 @format_option
 def add(url: str, on: tuple[str, ...], output: str) -> None:
     """Have the server tell URL of what happens, after it has happened: a notice cannot veto.
@@ -38,10 +40,10 @@ def add(url: str, on: tuple[str, ...], output: str) -> None:
     from limbeck.registry.mlflow import webhooks
 
     secret = os.environ.get("LIMBECK_HOOK_SECRET") or None
-    made = webhooks.add(_store(), url, list(dict.fromkeys(on)), secret)
+    made = webhooks.add_webhook(_store(), url, list(dict.fromkeys(on)), secret)
     _print([made], output)
     if secret is None:
-        say("its notices are not signed: LIMBECK_HOOK_SECRET is not set")
+        print_status("its notices are not signed: LIMBECK_HOOK_SECRET is not set")
 
 
 @click.command()
@@ -50,8 +52,8 @@ def remove(hook: str) -> None:
     """Send no more notices by the webhook of the id HOOK."""
     from limbeck.registry.mlflow import webhooks
 
-    webhooks.remove(_store(), hook)
-    say(f"hook {hook} is removed")
+    webhooks.remove_webhook(_store(), hook)
+    print_status(f"hook {hook} is removed")
 
 
 @click.command()
@@ -60,14 +62,14 @@ def test(hook: str) -> None:
     """Have the server send an example by the webhook of the id HOOK now."""
     from limbeck.registry.mlflow import webhooks
 
-    say(f"hook {hook} answers {webhooks.test(_store(), hook)}")
+    print_status(f"hook {hook} answers {webhooks.send_test_notice(_store(), hook)}")
 
 
-def _print(found: list[Hook], output: str) -> None:
+def _print(found: list[Webhook], output: str) -> None:
     if output == "json":
         print_json([hook._asdict() for hook in found])
     else:
-        rows = [(hook.id, hook.url, " ".join(hook.on), "yes" if hook.active else "no") for hook in found]
+        rows = [(hook.id, hook.url, " ".join(hook.events), "yes" if hook.active else "no") for hook in found]
         print_table("", ["hook", "address", "tells of", "active"], rows)
 
 

@@ -14,7 +14,7 @@ from limbeck.registry.core.errors import DamagedArtifact
 MANIFEST = "limbeck.json"
 # Written after the artifact is made, the first two from the records, the last by MLflow where it loads a registered
 # version: they are no part of what it is.
-NOT_CONTENT = {MANIFEST, "README.md", "registered_model_meta"}
+NON_CONTENT_FILES = {MANIFEST, "README.md", "registered_model_meta"}
 
 
 def text_digest(text: str | bytes) -> str:
@@ -38,14 +38,14 @@ def file_digests(folder: Path) -> dict[str, str]:
 
     Raises DamagedArtifact where it holds anything else than files and folders.
     """
-    if problems := list(_no_content(folder)):
+    if problems := list(_invalid_paths(folder)):
         raise DamagedArtifact(folder, problems)
     paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
     names = {p.relative_to(folder).as_posix(): p for p in paths}
-    return {name: file_digest(path) for name, path in names.items() if name not in NOT_CONTENT}
+    return {name: file_digest(path) for name, path in names.items() if name not in NON_CONTENT_FILES}
 
 
-def _no_content(folder: Path) -> Iterator[str]:
+def _invalid_paths(folder: Path) -> Iterator[str]:
     """What a folder may not hold: links that lead out of it, links to folders, and what is no file, such as a pipe.
 
     The files of the Hugging Face cache are links to `../../blobs`: these are followed.
@@ -65,17 +65,17 @@ def _no_content(folder: Path) -> Iterator[str]:
             yield f"{name} is neither a file nor a folder"
 
 
-def digest_of(files: dict[str, str]) -> str:
+def artifact_digest(files: dict[str, str]) -> str:
     """The digest of an artifact from its files' digests."""
     return text_digest("".join(f"{name}\0{files[name]}\n" for name in sorted(files)))
 
 
 def folder_digest(folder: Path) -> str:
     """The digest that identifies the artifact in `folder`: 64 hex digits."""
-    return digest_of(file_digests(folder))
+    return artifact_digest(file_digests(folder))
 
 
-def verify(folder: Path, expected: str | None = None) -> str:
+def verify_files(folder: Path, expected: str | None = None) -> str:
     """Check the files below `folder` against its manifest, and against `expected` where given.
 
     Returns the digest. Raises DamagedArtifact, naming the files that are missing, changed or extra.
@@ -84,8 +84,8 @@ def verify(folder: Path, expected: str | None = None) -> str:
     actual = file_digests(folder)
     manifest_file = folder / MANIFEST
     manifest = read_manifest(folder) if manifest_file.exists() else {}
-    problems = differences(actual, manifest.get("files", actual))
-    digest = digest_of(actual)
+    problems = describe_file_differences(actual, manifest.get("files", actual))
+    digest = artifact_digest(actual)
     if not problems and expected is not None and digest != expected:
         problems = [f"digest is {digest[:12]}, expected {expected[:12]}"]
     if problems:
@@ -93,7 +93,7 @@ def verify(folder: Path, expected: str | None = None) -> str:
     return digest
 
 
-def differences(actual: dict[str, str], recorded: dict[str, str]) -> list[str]:
+def describe_file_differences(actual: dict[str, str], recorded: dict[str, str]) -> list[str]:
     """What is wrong with files, given their digests and those that they should have."""
     problems = [f"{name} is missing" for name in sorted(recorded.keys() - actual.keys())]
     problems += [f"{name} was added" for name in sorted(actual.keys() - recorded.keys())]
@@ -107,7 +107,7 @@ def differences(actual: dict[str, str], recorded: dict[str, str]) -> list[str]:
 def write_manifest(folder: Path, **fields: Any) -> str:
     """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`; gives the digest."""
     files = file_digests(folder)
-    digest = digest_of(files)
+    digest = artifact_digest(files)
     write_json(Path(folder) / MANIFEST, {"format": 1, "digest": digest, "files": files, **fields})
     return digest
 
@@ -117,7 +117,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def told_fields(manifest: dict[str, Any]) -> dict[str, Any]:
+def extra_manifest_fields(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says besides what `write_manifest` finds in the files."""
     return {key: value for key, value in manifest.items() if key not in ("format", "digest", "files")}
 

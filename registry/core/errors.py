@@ -8,12 +8,12 @@ from pathlib import Path
 SECRET = re.compile(r"(?<=://)[^/\s]*(?=@)|(?<=[?&]password=)[^&\s]+")  # of an address
 
 
-def redacted(text: str) -> str:
+def redact_urls(text: str) -> str:
     """A text whose addresses say neither user nor password: `http://***@host/`."""
     return SECRET.sub("***", text)
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Somebody else's text without the control characters that could rewrite the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
@@ -30,8 +30,8 @@ class LimbeckError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        self.message = printable(redacted(message))
-        self.fix = printable(redacted(fix)) if fix else fix
+        self.message = escape_unprintable(redact_urls(message))
+        self.fix = escape_unprintable(redact_urls(fix)) if fix else fix
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ def tracking_uri() -> str:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its name only if the block ends well.
 
     Works for files and for folders; nothing half-written is ever seen under `target`.

@@ -18,7 +18,7 @@ from limbeck.registry.core.home import home
 KEYS = ("path", "text")
 
 
-def objects(corpus: Path, keys: Sequence[str] = KEYS, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def read_objects(corpus: Path, keys: Sequence[str] = KEYS, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The object in each line, in order; of the first `limit` lines where given.
 
     Raises BadInput for a file that cannot be read, and for a line without one of the keys, naming it.
@@ -40,12 +40,12 @@ def objects(corpus: Path, keys: Sequence[str] = KEYS, limit: int | None = None) 
         raise BadInput(f"{corpus} cannot be read: {error}") from None
 
 
-def rows(corpus: Path, keys: Sequence[str] = KEYS, limit: int | None = None) -> Iterator[tuple[str, ...]]:
+def read_rows(corpus: Path, keys: Sequence[str] = KEYS, limit: int | None = None) -> Iterator[tuple[str, ...]]:
     """The values of `keys` in each line, as `objects`."""
-    return (tuple(str(row[key]) for key in keys) for row in objects(corpus, keys, limit))
+    return (tuple(str(row[key]) for key in keys) for row in read_objects(corpus, keys, limit))
 
 
-def digest_in(folder: Path) -> str | None:
+def corpus_digest_in(folder: Path) -> str | None:
     """The digest of the text in a folder; None where there is none that is whole."""
     try:
         return str(json.loads((folder / "corpus.json").read_text())["digest"])
@@ -53,7 +53,7 @@ def digest_in(folder: Path) -> str | None:
         return None
 
 
-def training_text(digest: str) -> Path | None:
+def find_training_text(digest: str) -> Path | None:
     """The training text that a version's `data_digest` names, where it lies below `home()`; else None."""
     folders = sorted((home() / "data").glob("[!.]*"))
-    return next((folder / "train.jsonl" for folder in folders if digest_in(folder) == digest), None)
+    return next((folder / "train.jsonl" for folder in folders if corpus_digest_in(folder) == digest), None)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 
-def proc(path: str) -> str:
+def read_proc_file(path: str) -> str:
     """The text of a file of /proc, or nothing where there is no such file."""
     try:
         return Path(path).read_text()
@@ -17,13 +17,13 @@ def proc(path: str) -> str:
         return ""
 
 
-def cpu_bf16() -> list[str]:
+def cpu_bf16_flags() -> list[str]:
     """The processor's flags for bfloat16 matrix products: AVX512-BF16, AMX; empty where it has none."""
-    flags = set(re.findall(r"\w+", proc("/proc/cpuinfo").partition("flags")[2].partition("\n")[0]))
+    flags = set(re.findall(r"\w+", read_proc_file("/proc/cpuinfo").partition("flags")[2].partition("\n")[0]))
     return sorted(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def hardware(gpu: str | None = None) -> str:
+def describe_hardware(gpu: str | None = None) -> str:
     """This machine in words: processor, physical cores, the GPU's name where one is given, system."""
     parts = [_processor(), f"{physical_cores()} cores", gpu, f"{platform.system()} {platform.machine()}"]
     return ", ".join(part for part in parts if part)
@@ -50,13 +50,13 @@ def one_cpu_per_core() -> list[int]:
 
 def available_memory() -> int:
     """Bytes of main memory that can be had without swapping: the machine's, or less where a cgroup allows less."""
-    found = re.search(r"MemAvailable:\s+(\d+)", proc("/proc/meminfo"))
+    found = re.search(r"MemAvailable:\s+(\d+)", read_proc_file("/proc/meminfo"))
     free = int(found[1]) * 1024 if found else 2**63
-    limit, used = (proc(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    limit, used = (read_proc_file(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let freed memory be used again at once: glibc would give large pieces back and have each page zeroed anew.
 
     Of a loss over 32,000 tokens and 2,040 positions on one core that is a third to a half of the time.
@@ -71,7 +71,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def _processor() -> str:
-    for line in proc("/proc/cpuinfo").splitlines():
+    for line in read_proc_file("/proc/cpuinfo").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -10,30 +10,30 @@ LONGEST = 300  # characters of one text
 SPECIAL = re.compile(r"[\\`*{}\[\]<>|#&~$!^]|(?<![^\W_])_|_(?![^\W_])")
 
 
-def one_line(value: Any, longest: int = LONGEST) -> str:
+def one_line(value: Any, max_length: int = LONGEST) -> str:
     """A text without line breaks and without characters that are not printed; what is too long is cut, and said."""
-    text = _printed(re.sub(r"\s+", " ", str(value)).strip())
-    return text if len(text) <= longest else f"{text[:longest]} ... (cut, {len(text):,} characters)"
+    text = _escape_unprintable(re.sub(r"\s+", " ", str(value)).strip())
+    return text if len(text) <= max_length else f"{text[:max_length]} ... (cut, {len(text):,} characters)"
 
 
-def inline(value: Any, longest: int = LONGEST) -> str:
+def escape_inline(value: Any, max_length: int = LONGEST) -> str:
     """A text within a line of Markdown or a cell of a table."""
-    return SPECIAL.sub(r"\\\g<0>", one_line(value, longest)).replace("://", ":\\//")
+    return SPECIAL.sub(r"\\\g<0>", one_line(value, max_length)).replace("://", ":\\//")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as GitHub writes it; None is shown as a dash. Empty without rows."""
-    lines = [[("-" if cell is None else inline(cell)) or " " for cell in row] for row in rows]
+    lines = [[("-" if cell is None else escape_inline(cell)) or " " for cell in row] for row in rows]
     if not lines:
         return ""
-    lines = [[inline(column) for column in columns], ["---"] * len(columns), *lines]
+    lines = [[escape_inline(column) for column in columns], ["---"] * len(columns), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def block(lines: Iterable[str], language: str = "") -> str:
+def code_block(lines: Iterable[str], language: str = "") -> str:
     """Lines of code."""
-    return f"```{language}\n" + "".join(f"{_printed(line)}\n" for line in lines) + "```\n"
+    return f"```{language}\n" + "".join(f"{_escape_unprintable(line)}\n" for line in lines) + "```\n"
 
 
-def _printed(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -24,9 +24,9 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-KEY_FILE, TRUSTED = "LIMBECK_SIGNING_KEY", "LIMBECK_TRUSTED_KEYS"
+KEY_FILE_VARIABLE, TRUSTED_KEYS_VARIABLE = "LIMBECK_SIGNING_KEY", "LIMBECK_TRUSTED_KEYS"
 # What may be signed, as the first line of what is signed.
-SBOM, APPROVAL, LEDGER = b"limbeck-sbom-v1\n", b"limbeck-approval-v1\n", b"limbeck-ledger-v1\n"
+SBOM_DOMAIN, APPROVAL_DOMAIN, LEDGER_DOMAIN = b"limbeck-sbom-v1\n", b"limbeck-approval-v1\n", b"limbeck-ledger-v1\n"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 
@@ -46,22 +46,22 @@ def sign(data: bytes) -> Signature | None:
     Raises:
         BadInput: a key file that is missing, that others may read, or that holds no such key.
     """
-    if not data.startswith((SBOM, APPROVAL, LEDGER)):
+    if not data.startswith((SBOM_DOMAIN, APPROVAL_DOMAIN, LEDGER_DOMAIN)):
         raise ValueError("what is signed begins with its kind")
-    file = os.environ.get(KEY_FILE)
+    file = os.environ.get(KEY_FILE_VARIABLE)
     if not file:
         return None
-    private = load(Path(file))
+    private = load_private_key(Path(file))
     return Signature(public_key(private), _text(private.sign(data)))
 
 
-def verify(data: bytes, signature: Signature, key: str) -> bool:
+def verify_signature(data: bytes, signature: Signature, key: str) -> bool:
     """Whether `signature` is one over `data` by the public key `key` (base64)."""
     try:
         from cryptography.exceptions import InvalidSignature
     except ModuleNotFoundError:
         raise BadInput(
-            f"{TRUSTED} is set, and cryptography, which checks signatures, is not installed",
+            f"{TRUSTED_KEYS_VARIABLE} is set, and cryptography, which checks signatures, is not installed",
             fix="pip install cryptography",
         ) from None
 
@@ -74,12 +74,12 @@ def verify(data: bytes, signature: Signature, key: str) -> bool:
     return True
 
 
-def trusted() -> dict[str, str] | None:
+def read_trusted_keys() -> dict[str, str] | None:
     """Public key, base64 -> the name of whose it is; None where `LIMBECK_TRUSTED_KEYS` is not set.
 
     Raises BadInput, with the line, for a file that is missing or that holds something else.
     """
-    file = os.environ.get(TRUSTED)
+    file = os.environ.get(TRUSTED_KEYS_VARIABLE)
     if not file:
         return None
     form = "each line is a key and a name, as `limbeck keys show` prints them"
@@ -87,7 +87,7 @@ def trusted() -> dict[str, str] | None:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise BadInput(f"{TRUSTED} names {file}, which cannot be read: {why}", fix=form) from None
+        raise BadInput(f"{TRUSTED_KEYS_VARIABLE} names {file}, which cannot be read: {why}", fix=form) from None
     keys = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -101,11 +101,11 @@ def trusted() -> dict[str, str] | None:
             raise BadInput(f"{file}:{number}: the key has no name", fix=form)
         keys[key] = name.strip()
     if not keys:
-        raise BadInput(f"{file}, which {TRUSTED} names, has no key", fix=form)
+        raise BadInput(f"{file}, which {TRUSTED_KEYS_VARIABLE} names, has no key", fix=form)
     return keys
 
 
-def new(file: Path) -> str:
+def create_key(file: Path) -> str:
     """Make a private key in `file`, for its owner's eyes alone. Returns the public key, base64.
 
     Raises BadInput where `file` is there already or cannot be written.
@@ -126,7 +126,7 @@ def new(file: Path) -> str:
     return public_key(private)
 
 
-def load(file: Path) -> Ed25519PrivateKey:
+def load_private_key(file: Path) -> Ed25519PrivateKey:
     """The private key in a PEM file. Raises BadInput, also where others than its owner may read it."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from limbeck.registry.core.errors import BadInput, printable
-from limbeck.registry.core.home import written_whole
+from limbeck.registry.core.errors import BadInput, escape_unprintable
+from limbeck.registry.core.home import atomic_write
 
 MANY = 100  # rows of a table
 LONGEST = 5000  # characters of a cell
@@ -27,9 +27,9 @@ format_option = click.option(
 )
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Tell what is being done (stderr, so that stdout stays machine-readable)."""
-    print(printable(text), file=sys.stderr, flush=True)
+    print(escape_unprintable(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -43,14 +43,14 @@ def write_report(text: str, file: Path | None) -> None:
         print(text, end="")
         return
     try:
-        with written_whole(file) as part:
+        with atomic_write(file) as part:
             part.write_text(text, encoding="utf-8")
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         raise BadInput(f"{file} cannot be written: {error.strerror}", fix="choose another --output") from error
     print(os.path.relpath(file))
 
 
-def bytes_said(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in words: `38.9 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
@@ -109,10 +109,10 @@ def _print_many(title: str, columns: list[str], cells: list[list[str]]) -> None:
 def _cell(value: Any) -> str:
     """A value as a table shows it; what is too long is cut, and said."""
     text = str(value)
-    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (cut, {len(text):,} characters)")
+    return escape_unprintable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (cut, {len(text):,} characters)")
 
 
-def progress() -> Any:
+def progress_bar() -> Any:
     """A rich progress bar with rate and time left, on stderr, gone when done."""
     from rich.console import Console
     from rich.progress import (
@@ -153,6 +153,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def indented(lines: Iterable[str]) -> list[str]:
+def indent_lines(lines: Iterable[str]) -> list[str]:
     """Lines that belong to the one above."""
     return [f"  {line}" for line in lines]

@@ -32,16 +32,16 @@ class Problem(NamedTuple):
     fix: str | None = None
 
 
-def load(path: Path | str, model: type[Model], overrides: list[str] | tuple[str, ...] = ()) -> Model:
+def load_toml(path: Path | str, model: type[Model], overrides: list[str] | tuple[str, ...] = ()) -> Model:
     """The TOML file at `path` as a `model`, after `overrides` (`KEY=VALUE`) have been put in.
 
     A KEY is dotted, with numbers for places in a list (`students.0.label`); a VALUE is a TOML value, and
     what is no TOML value is taken as a string. Raises BadInput with every problem found, each with its line.
     """
-    return loads(read(path), model, overrides, where=str(path))
+    return parse_toml(read_toml_text(path), model, overrides, source_name=str(path))
 
 
-def read(path: Path | str) -> str:
+def read_toml_text(path: Path | str) -> str:
     """The text of a file. Raises BadInput where there is none."""
     path = Path(path)
     try:
@@ -57,17 +57,17 @@ def read(path: Path | str) -> str:
         raise BadInput(f"{path}: {error.strerror or error}") from None
 
 
-def loads(
-    text: str, model: type[Model], overrides: list[str] | tuple[str, ...] = (), *, where: str = "<text>"
+def parse_toml(
+    text: str, model: type[Model], overrides: list[str] | tuple[str, ...] = (), *, source_name: str = "<text>"
 ) -> Model:
-    """As `load`, from a string; `where` is the name that errors give it."""
+    """As `load`, from a string; `source_name` is the name that errors give it."""
     try:
         data = tomllib.loads(text)
     except RecursionError:
-        raise BadInput(f"{where}: its values are nested too deep") from None
+        raise BadInput(f"{source_name}: its values are nested too deep") from None
     except tomllib.TOMLDecodeError as error:
         found = re.match(r"(.*) \(at line (\d+), column (\d+)\)$", str(error))
-        message = f"{where}:{found[2]}: {found[1]} (column {found[3]})" if found else f"{where}: {error}"
+        message = f"{source_name}:{found[2]}: {found[1]} (column {found[3]})" if found else f"{source_name}: {error}"
         raise BadInput(message, fix="the file has to be TOML: https://toml.io") from None
     given: dict[Key, str] = {}
     for override in overrides:
@@ -78,19 +78,19 @@ def loads(
         lines = key_lines(text)
         problems: dict[str, str | None] = {}
         for details in error.errors():
-            message, fix = _problem(details, data, model, lines, given, where)
+            message, fix = _problem(details, data, model, lines, given, source_name)
             problems.setdefault(message, fix)
         fixes = list(dict.fromkeys(fix for fix in problems.values() if fix))
         raise BadInput("\n".join(problems), fix="\n  ".join(fixes) or None) from None
 
 
-def located(problems: Sequence[Problem], text: str, where: str = "<text>") -> BadInput:
+def problems_error(problems: Sequence[Problem], text: str, source_name: str = "<text>") -> BadInput:
     """The error that tells of problems, each with the lines of its keys."""
     lines = key_lines(text)
     told = []
     for problem in problems:
         places = sorted({line for key in problem.keys if (line := _nearest(lines, key)) is not None})
-        told.append(f"{where}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
+        told.append(f"{source_name}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
     fixes = list(dict.fromkeys(problem.fix for problem in problems if problem.fix))
     return BadInput("\n".join(told), fix="\n  ".join(fixes) or None)
 
@@ -134,17 +134,17 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def _problem(
-    details: Any, data: Any, model: type[BaseModel], lines: dict[Key, int], given: dict[Key, str], where: str
+    details: Any, data: Any, model: type[BaseModel], lines: dict[Key, int], given: dict[Key, str], source_name: str
 ) -> tuple[str, str | None]:
     """One pydantic error as (message, fix)."""
-    key = _key_of(details["loc"], data, missing=details["type"] == "missing")
+    key = _key_path(details["loc"], data, missing=details["type"] == "missing")
     name = ".".join(map(str, key))
-    place = where
+    place = source_name
     override, line = _nearest(given, key), _nearest(lines, key)
     if override is not None:
         place = f"--set {override}"
     elif line is not None:
-        place = f"{where}:{line}"
+        place = f"{source_name}:{line}"
     if details["type"] == "extra_forbidden":
         known = _fields(model, key[:-1])
         near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
@@ -153,13 +153,18 @@ def _problem(
         return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), fix
     if details["type"] == "missing":
         return f"{place}: {name} is missing", None
-    return f"{place}: {name}: {words(details)}" if name else f"{place}: {words(details, shown=False)}", None
+    return (
+        f"{place}: {name}: {describe_error(details)}"
+        if name
+        else f"{place}: {describe_error(details, show_value=False)}",
+        None,
+    )
 
 
-def words(details: Any, shown: bool = True) -> str:
-    """What one pydantic error says of a value; with the value where it is `shown`."""
+def describe_error(details: Any, show_value: bool = True) -> str:
+    """What one pydantic error says of a value; with the value where it is `show_value`."""
     message = re.sub(r"^Value error, ", "", details["msg"])
-    if not shown or details["type"] == "value_error":
+    if not show_value or details["type"] == "value_error":
         return message
     value = details.get("input")
     said = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
@@ -176,7 +181,7 @@ def _nearest(values: Mapping[Key, Value], key: Key) -> Value | None:
     return next((values[key[:n]] for n in range(len(key), 0, -1) if key[:n] in values), None)
 
 
-def _key_of(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
+def _key_path(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
     """Pydantic's location without what is no key of the file (the tags of unions, of validators)."""
     key: list[str | int] = []
     for place, part in enumerate(location):

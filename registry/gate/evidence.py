@@ -13,7 +13,7 @@ from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import CostLimits, LicenceRules, Policy
 from limbeck.registry.provenance import licences
-from limbeck.registry.provenance.licences import Term
+from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import Approval, Parity, Request, Scorecard, Version
 
 
@@ -22,36 +22,38 @@ class Evidence:
     """All that is known of a version when it is judged."""
 
     version: Version  # the candidate; the scorecard has to be of its very files
-    card: Scorecard | None
+    scorecard: Scorecard | None
     parity: Parity | None = None  # how an ONNX variant compares with its PyTorch model
     teacher_digest: str | None = None  # of its teacher; the scorecard has to be relative to that very teacher
     parent_digest: str | None = None  # of its parent; the parity has to be with that very model
     alias: str = "production"  # that is to point at it
     request: Request | None = None  # the newest that asks for this alias to point at it
     approvals: tuple[Approval, ...] = ()  # the answers to it, oldest first
-    void: tuple[str, ...] = ()  # requests and answers that count for nothing, and why
-    terms: tuple[Term, ...] = ()  # the licences along its lineage, where the policy asks for them
-    documents: Callable[[], Path] | None = None  # gives the parquet of the scorecard's documents
-    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ignored_records: tuple[str, ...] = ()  # requests and answers that count for nothing, and why
+    lineage_licences: tuple[LineageLicence, ...] = ()  # the licences along its lineage, where the policy asks for them
+    load_documents: Callable[[], Path] | None = None  # gives the parquet of the scorecard's documents
+    judged_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
-def gather(store: Store, version: Version, policy: Policy, alias: str) -> Evidence:
+def gather_evidence(store: Store, version: Version, policy: Policy, alias: str) -> Evidence:
     """What the store knows of a version, with the scorecard that answers the most of what the policy asks."""
-    return gather_all(store, [version], policy, alias)[0]
+    return gather_evidence_for_versions(store, [version], policy, alias)[0]
 
 
-def gather_all(store: Store, versions: Sequence[Version], policy: Policy, alias: str) -> list[Evidence]:
+def gather_evidence_for_versions(
+    store: Store, versions: Sequence[Version], policy: Policy, alias: str
+) -> list[Evidence]:
     """The same of versions of one name, each read once: their tags in one query, and what they came from."""
     tags = store.tags(versions)
     refs = {ref for version in versions for ref in (version.teacher, version.parent) if ref}
     digests = {ref: store.get(ref).digest for ref in sorted(refs)}
-    entries = log.entries(store, versions[0].name) if policy.approvals.needed and versions else []
+    entries = log.read_entries(store, versions[0].name) if policy.approvals.needed and versions else []
 
     def evidence(version: Version) -> Evidence:
         known = tags[version.ref]
         teacher_digest = digests[version.teacher] if version.teacher else None
-        card = best_card(policy, version, store.scorecards(version, known), teacher_digest)
-        asked = approvals.read(version, known, entries, alias) if policy.approvals.needed else None
+        card = best_scorecard(policy, version, store.scorecards(version, known), teacher_digest)
+        asked = approvals.approval_state_from_tags(version, known, entries, alias) if policy.approvals.needed else None
         return Evidence(
             version,
             card,
@@ -61,20 +63,20 @@ def gather_all(store: Store, versions: Sequence[Version], policy: Policy, alias:
             alias=alias,
             request=asked.request if asked else None,
             approvals=asked.answers if asked else (),
-            void=asked.void if asked else (),
-            terms=tuple(licences.chain(store, version)) if _asks_licences(policy) else (),
-            documents=partial(store.documents, version, card) if card else None,
+            ignored_records=asked.ignored_records if asked else (),
+            lineage_licences=tuple(licences.lineage_licences(store, version)) if _needs_licences(policy) else (),
+            load_documents=partial(store.documents, version, card) if card else None,
         )
 
     return [evidence(version) for version in versions]
 
 
-def _asks_licences(policy: Policy) -> bool:
+def _needs_licences(policy: Policy) -> bool:
     return policy.licence != LicenceRules() or policy.lineage.require_distillation_licence
 
 
-def best_card(
-    policy: Policy, version: Version, cards: Sequence[Scorecard], teacher_digest: str | None = None
+def best_scorecard(
+    policy: Policy, version: Version, scorecards: Sequence[Scorecard], teacher_digest: str | None = None
 ) -> Scorecard | None:
     """The scorecard to judge by: the newest that answers all the policy asks, else the newest; or None.
 
@@ -96,4 +98,4 @@ def best_card(
             and (card.contamination is not None or policy.lineage.max_contamination is None)
         )
 
-    return next((card for card in reversed(cards) if answers(card)), cards[-1] if cards else None)
+    return next((card for card in reversed(scorecards) if answers(card)), scorecards[-1] if scorecards else None)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.registry.core.terminal import indented
+from limbeck.registry.core.terminal import indent_lines
 from limbeck.registry.gate import protection
-from limbeck.registry.gate.evidence import Evidence, gather_all
-from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.gate.evidence import Evidence, gather_evidence_for_versions
+from limbeck.registry.gate.rules.judge import apply_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
 from limbeck.registry.ledger.lock import with_alias_lock
@@ -29,16 +29,16 @@ class Candidate:
 
     version: Version
     verdict: Verdict
-    card: Scorecard | None
+    scorecard: Scorecard | None
     approvals: tuple[str, ...] = ()  # digests
 
     @property
-    def price(self) -> float:
+    def usd_per_million_tokens(self) -> float:
         """Dollars per million tokens; infinite where it was not measured."""
-        return self.card.cost.usd_per_million_tokens if self.card and self.card.cost else float("inf")
+        return self.scorecard.cost.usd_per_million_tokens if self.scorecard and self.scorecard.cost else float("inf")
 
     @property
-    def failing(self) -> list[RuleResult]:
+    def failing_rules(self) -> list[RuleResult]:
         """The rules that do not pass."""
         return [rule for rule in self.verdict.rules if rule.outcome != "pass"]
 
@@ -51,7 +51,7 @@ class Promotion:
     alias: str
     candidates: list[Candidate]  # cheapest first
     chosen: Version
-    before: int | None  # the version that the alias pointed at
+    previous_version: int | None  # the version that the alias pointed at
     entry: LedgerEntry | None  # None: a dry run, or the alias was there already
 
 
@@ -59,11 +59,11 @@ class Vetoed(Refused):
     """No candidate passes the policy; `candidates` are the nearest first."""
 
     def __init__(self, candidates: list[Candidate], alias: str, *, fix: str | None = None) -> None:
-        nearest = sorted(candidates, key=lambda c: (len(c.failing), c.price, c.version.version))
+        nearest = sorted(candidates, key=lambda c: (len(c.failing_rules), c.usd_per_million_tokens, c.version.version))
         lines = [f"nothing is promoted to {alias}:"]
         for candidate in nearest[:NEAREST]:
             lines.append(f"  {candidate.version.ref}: {candidate.verdict.outcome}")
-            lines += [f"    {rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing]
+            lines += [f"    {rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing_rules]
         if len(nearest) > NEAREST:
             lines.append(f"  and {len(nearest) - NEAREST} more that are further from passing")
         super().__init__("\n".join(lines), fix=fix)
@@ -81,7 +81,7 @@ def promote(
     dry_run: bool = False,
     adopt: bool = False,
     override: bool = False,
-    expected: str | None = None,
+    expected_verdict: str | None = None,
 ) -> Promotion:
     """Point an alias at a version that passes a policy.
 
@@ -94,47 +94,47 @@ def promote(
             that pass.
         alias: such as `production`.
         policy: the rules; None for those that the alias is protected by.
-        who: kept in the ledger; `limbeck.registry.mlflow.identity.user` where None.
+        who: kept in the ledger; `limbeck.registry.mlflow.identity.current_user` where None.
         reason: kept in the ledger.
         dry_run: judge, and write nothing.
         adopt: where the alias was moved through MLflow itself, or the ledger was tampered with: go on,
             and write the alias as it is found into the ledger first.
         override: move to a named version that does not pass, too, if the policy lets `who` do that.
-        expected: `Verdict.judgement` of the verdict that a person was shown.
+        expected_verdict: `Verdict.judgement` of the verdict that a person was shown.
 
     Raises:
         Vetoed: no candidate passes; with each failing rule and its numbers.
-        Refused: the alias is not where the ledger says, the verdict is not the `expected` one, no permission.
+        Refused: the alias is not where the ledger says, the verdict is not the `expected_verdict` one, no permission.
         BadInput: no such version, no ONNX variant, an alias that cannot be used, no policy.
         DamagedArtifact: the files of the chosen version are not those that were scored.
     """
     log.check_alias(alias)
-    if override and not (_named(model) and reason.strip()):
+    if override and not (_names_one_version(model) and reason.strip()):
         raise BadInput("an override is for one named version, and says why", fix="NAME/VERSION --override --reason ...")
     versions = _candidates(store, model)
     name = versions[0].name
-    who = who or identity.user(store.tracking_uri)
+    who = who or identity.current_user(store.tracking_uri)
 
     def once() -> Promotion:
-        book = _checked(store, name, alias, who, adopt=adopt, dry_run=dry_run)
-        governing = protection.governing(store, name, alias, policy, book=book)
-        known = gather_all(store, versions, governing, alias)
-        candidates = [_judged(store, governing, evidence, keep=not dry_run) for evidence in known]
-        candidates.sort(key=lambda candidate: (candidate.price, candidate.version.version))
-        if expected is not None:
-            _still_said(candidates, expected)
+        book = _consistent_ledger(store, name, alias, who, adopt=adopt, dry_run=dry_run)
+        governing = protection.governing_policy(store, name, alias, policy, ledger_snapshot=book)
+        known = gather_evidence_for_versions(store, versions, governing, alias)
+        candidates = [_judge_candidate(store, governing, evidence, save_verdict=not dry_run) for evidence in known]
+        candidates.sort(key=lambda candidate: (candidate.usd_per_million_tokens, candidate.version.version))
+        if expected_verdict is not None:
+            _check_expected_verdict(candidates, expected_verdict)
         chosen = next((candidate for candidate in candidates if candidate.verdict.outcome == "pass"), None)
         if chosen is None:
             if not override:
                 raise Vetoed(candidates, alias)
-            chosen = _overridden(store, name, alias, who, governing, candidates[0])
-        store.folder(chosen.version)  # the very files, again
+            chosen = _check_override(store, name, alias, who, governing, candidates[0])
+        store.verified_folder(chosen.version)  # the very files, again
         before, entry = book.aliases.get(alias), None
         if not dry_run and before != chosen.version.version:
-            entry = log.append(
+            entry = log.append_entry(
                 store,
                 name,
-                after=book,
+                based_on=book,
                 who=who,
                 alias=alias,
                 action="promote",
@@ -144,12 +144,12 @@ def promote(
                 verdict=chosen.verdict.digest(),
                 reason=reason,
                 override=chosen.verdict.outcome != "pass",
-                broken=_broken(chosen),
+                overridden_rules=_failing_rule_texts(chosen),
                 policy=governing.digest(),
                 approvals=chosen.approvals,
                 sbom=attestation.attest(store, chosen.version),
             )
-            if refused := log.carry_out(store, entry, who=who):
+            if refused := log.apply_or_revert(store, entry, who=who):
                 raise refused
         return Promotion(name, alias, candidates, chosen.version, before, entry)
 
@@ -164,37 +164,38 @@ def rollback(
     who: str | None = None,
     reason: str = "",
     adopt: bool = False,
-    seen: str | None = None,
+    expected_last_entry: str | None = None,
 ) -> LedgerEntry:
     """Point an alias at the version before, as the ledger knows it; its files are verified first.
 
     Rolling back the first promotion takes the alias away (`to_version` is None in the entry).
 
     Args:
-        seen: hash of the last entry about the alias that a person was shown.
+        expected_last_entry: hash of the last entry about the alias that a person was shown.
 
     Raises:
-        Refused: nothing to go back to, the alias is not where the ledger says, or there is an entry after `seen`.
+        Refused: nothing to go back to, the alias is not where the ledger says, or there is an entry after
+            `expected_last_entry`.
         BadInput: no such model, or the version before was deleted.
         DamagedArtifact: the version before is damaged; the alias stays.
     """
     log.check_alias(alias)
-    who = who or identity.user(store.tracking_uri)
-    log.read(store, name)  # no lock for a name that is not there
+    who = who or identity.current_user(store.tracking_uri)
+    log.read_ledger(store, name)  # no lock for a name that is not there
 
     def once() -> LedgerEntry:
-        book = _checked(store, name, alias, who, adopt=adopt)
-        last = book.last(alias)
-        if seen is not None and last is not None and last.hash != seen:
+        book = _consistent_ledger(store, name, alias, who, adopt=adopt)
+        last = book.last_move(alias)
+        if expected_last_entry is not None and last is not None and last.hash != expected_last_entry:
             raise Refused(f"{name}@{alias} was moved by {last.who} meanwhile", fix="look again, then roll back")
-        target = way_back(book, alias)
+        target = rollback_target(book, alias)
         before = store.get(f"{name}/{target}") if target is not None else None
         if before is not None:
-            store.folder(before)
-        entry = log.append(
+            store.verified_folder(before)
+        entry = log.append_entry(
             store,
             name,
-            after=book,
+            based_on=book,
             who=who,
             alias=alias,
             action="rollback",
@@ -203,83 +204,89 @@ def rollback(
             artifact=before.digest if before else None,
             verdict=None,
             reason=reason,
-            **_promoted_as(book, alias, target),
+            **_promotion_fields(book, alias, target),
         )
-        if refused := log.carry_out(store, entry, who=who):
+        if refused := log.apply_or_revert(store, entry, who=who):
             raise refused
         return entry
 
     return with_alias_lock(store, name, once)
 
 
-def way_back(book: Ledger, alias: str) -> int | None:
+def rollback_target(ledger_snapshot: Ledger, alias: str) -> int | None:
     """The version before; None where the alias was nowhere. Raises Refused where it is not known."""
-    history = book.history(alias)
+    history = ledger_snapshot.version_history(alias)
     if not history:
-        raise Refused(f"{book.name} has no promotion to {alias} to roll back")
+        raise Refused(f"{ledger_snapshot.name} has no promotion to {alias} to roll back")
     # Over a gap that was adopted, the first version that is left need not be the first that was.
-    if history[-1] != book.aliases.get(alias) or (len(history) == 1 and book.adopted):
+    if history[-1] != ledger_snapshot.aliases.get(alias) or (len(history) == 1 and ledger_snapshot.adopted_problems):
         raise Refused(
-            f"the ledger of {book.name} does not tell where {alias} was before",
-            fix=f"name the version: limbeck promote {book.name}/VERSION --to {alias} --adopt",
+            f"the ledger of {ledger_snapshot.name} does not tell where {alias} was before",
+            fix=f"name the version: limbeck promote {ledger_snapshot.name}/VERSION --to {alias} --adopt",
         )
     return history[-2] if len(history) > 1 else None
 
 
-def _promoted_as(book: Ledger, alias: str, target: int | None) -> dict[str, Any]:
+def _promotion_fields(ledger_snapshot: Ledger, alias: str, target: int | None) -> dict[str, Any]:
     """What the promotion that a rollback goes back to said of its version: an override stays one."""
-    origin = next((e for e in reversed(book.moves(alias)) if e.to_version == target and e.action == "promote"), None)
-    return {field: getattr(origin, field) for field in ("override", "broken", "sbom")} if origin and target else {}
+    origin = next(
+        (e for e in reversed(ledger_snapshot.moves(alias)) if e.to_version == target and e.action == "promote"), None
+    )
+    return (
+        {field: getattr(origin, field) for field in ("override", "overridden_rules", "sbom")}
+        if origin and target
+        else {}
+    )
 
 
-def _checked(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> Ledger:
+def _consistent_ledger(store: Store, name: str, alias: str, who: str, *, adopt: bool, dry_run: bool = False) -> Ledger:
     """The ledger, where what a killed process began is finished; refuses to go on over what somebody else did."""
-    book = log.read(store, name) if dry_run else log.settle(store, name, who=who)
+    book = log.read_ledger(store, name) if dry_run else log.finish_pending_moves(store, name, who=who)
     problems = book.problems(alias)
     if not problems:
         return book
     if not adopt:
         raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indented(problems)]),
+            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
             fix=f"look at: limbeck models history {name}; to go on from what is there, add --adopt",
         )
     if dry_run:
         return book
-    log.adopt(store, name, alias, who=who, reason="; ".join(problems)[: log.LONGEST_REASON])
-    return log.read(store, name)
+    log.adopt_alias(store, name, alias, who=who, reason="; ".join(problems)[: log.LONGEST_REASON])
+    return log.read_ledger(store, name)
 
 
-def _overridden(store: Store, name: str, alias: str, who: str, policy: Policy, candidate: Candidate) -> Candidate:
+def _check_override(store: Store, name: str, alias: str, who: str, policy: Policy, candidate: Candidate) -> Candidate:
     """A candidate that does not pass, for somebody who may promote it all the same. Raises Refused."""
-    if why := protection.barred(policy, who, store, name):
+    if why := protection.override_refusal(policy, who, store, name):
         raise Vetoed([candidate], alias, fix=f"it is not overridden: {why}")
     return candidate
 
 
-def _broken(candidate: Candidate) -> tuple[str, ...]:
+def _failing_rule_texts(candidate: Candidate) -> tuple[str, ...]:
     """The rules that an override goes over, cut so that all of them fit into an entry."""
-    said = [f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing]
+    said = [f"{rule.rule} ({rule.outcome}): {rule.message}" for rule in candidate.failing_rules]
     room = LONGEST_BROKEN // max(len(said), 1)
     return tuple(words if len(words) <= room else words[: room - 3] + "..." for words in said)
 
 
-def _still_said(candidates: list[Candidate], expected: str) -> None:
+def _check_expected_verdict(candidates: list[Candidate], expected_verdict: str) -> None:
     """Raises Refused unless a verdict says what a person was shown."""
-    if all(candidate.verdict.judgement != expected for candidate in candidates):
+    if all(candidate.verdict.content_digest != expected_verdict for candidate in candidates):
         lines = [f"the verdict on {c.version.ref} is now another than the one shown" for c in candidates]
         raise Refused("\n".join(lines), fix="look at the verdict again")
 
 
-def _named(model: str) -> bool:
+def _names_one_version(model: str) -> bool:
     return "/" in model or "@" in model
 
 
 def _candidates(store: Store, model: str) -> list[Version]:
-    if _named(model):
+    if _names_one_version(model):
         return [store.get(model)]
     versions = store.versions(model)
     if not versions:
-        raise store.unknown(model)
+        raise store.not_found_error(model)
     variants = [version for version in versions if version.kind == "onnx"]
     if not variants:
         raise BadInput(
@@ -289,7 +296,9 @@ def _candidates(store: Store, model: str) -> list[Version]:
     return variants
 
 
-def _judged(store: Store, policy: Policy, evidence: Evidence, keep: bool) -> Candidate:
-    version, verdict = evidence.version, judge(policy, evidence)
+def _judge_candidate(store: Store, policy: Policy, evidence: Evidence, save_verdict: bool) -> Candidate:
+    version, verdict = evidence.version, apply_policy(policy, evidence)
     approvals = tuple(answer.digest() for answer in evidence.approvals if answer.answer == "approve")
-    return Candidate(version, store.add_verdict(version, verdict) if keep else verdict, evidence.card, approvals)
+    return Candidate(
+        version, store.add_verdict(version, verdict) if save_verdict else verdict, evidence.scorecard, approvals
+    )

@@ -20,69 +20,73 @@ from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import LedgerEntry
 
 
-def policy_of(store: Store, name: str, alias: str) -> Policy | None:
+def protecting_policy(store: Store, name: str, alias: str) -> Policy | None:
     """The policy that an alias is protected by; None where it is not.
 
     Raises:
         Refused: the policy is not what the ledger says that it is.
         BadInput: no such model.
     """
-    return policy_in(log.read(store, name), alias)
+    return protecting_policy_in(log.read_ledger(store, name), alias)
 
 
-def policy_in(book: Ledger, alias: str) -> Policy | None:
+def protecting_policy_in(ledger_snapshot: Ledger, alias: str) -> Policy | None:
     """The same, from a ledger that was read already."""
-    entry = stored.protecting(book.entries, alias)
-    return stored.read(book.tags, entry.policy or "") if entry else None
+    entry = stored.protection_entry(ledger_snapshot.entries, alias)
+    return stored.read_stored_policy(ledger_snapshot.tags, entry.policy or "") if entry else None
 
 
-def governing(store: Store, name: str, alias: str, policy: Policy | None, *, book: Ledger | None = None) -> Policy:
+def governing_policy(
+    store: Store, name: str, alias: str, policy: Policy | None, *, ledger_snapshot: Ledger | None = None
+) -> Policy:
     """The policy that a promotion is judged by: the one that protects the alias, else the given one.
 
     Args:
-        book: the ledger of `name`, where it was read already.
+        ledger_snapshot: the ledger of `name`, where it was read already.
 
     Raises:
         Refused: the alias is protected by another policy than the given one, or by one that was tampered with.
         BadInput: there is neither.
     """
-    holds = policy_in(book or log.read(store, name), alias)
+    holds = protecting_policy_in(ledger_snapshot or log.read_ledger(store, name), alias)
     if holds is None and policy is None:
         raise BadInput(f"{name}@{alias} is protected by no policy, and none is given", fix="give one: --policy FILE")
     if holds is None or policy is None:
         return holds or policy  # type: ignore[return-value]
     if policy.digest() != holds.digest():
         raise Refused(
-            "\n".join([f"{name}@{alias} is protected by another policy:", *differences(holds, policy)]),
+            "\n".join([f"{name}@{alias} is protected by another policy:", *policy_differences(holds, policy)]),
             fix=f"leave out --policy; to change the one that holds: limbeck protect {name} --alias {alias}",
         )
     return holds
 
 
-def differences(holds: Policy, given: Policy) -> list[str]:
+def policy_differences(current: Policy, given: Policy) -> list[str]:
     """What a given policy asks otherwise than the one that holds, a line for each."""
-    was, now = (dict(asked(policy)) for policy in (holds, given))
+    was, now = (dict(policy_settings(policy)) for policy in (current, given))
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    return [f"  {key}: it says {_said(was.get(key))}, the given one {_said(now.get(key))}" for key in keys]
+    return [
+        f"  {key}: it says {_format_value(was.get(key))}, the given one {_format_value(now.get(key))}" for key in keys
+    ]
 
 
-def asked(policy: Policy) -> Iterator[tuple[str, Any]]:
+def policy_settings(policy: Policy) -> Iterator[tuple[str, Any]]:
     """(`section.key`, value) of all that a policy asks."""
     return ((key, value) for key, value in _flat(policy.model_dump(mode="json")) if value not in (None, []))
 
 
-def barred(policy: Policy, who: str, store: Store, name: str) -> str | None:
+def override_refusal(policy: Policy, who: str, store: Store, name: str) -> str | None:
     """Why somebody may not override a verdict by this policy; None where they may."""
     if not policy.override.people:
         return "the policy lets nobody override it: it has no [override] people"
     if who not in policy.override.people:
         return f"the policy lets {_names(policy.override.people)} override it, not {who}"
-    return _unmanaged(store, name)
+    return _missing_permission(store, name)
 
 
-def may_override(policy: Policy, who: str, store: Store, name: str) -> bool:
+def can_override(policy: Policy, who: str, store: Store, name: str) -> bool:
     """Whether somebody may promote what did not pass this policy."""
-    return barred(policy, who, store, name) is None
+    return override_refusal(policy, who, store, name) is None
 
 
 def protect(
@@ -101,27 +105,27 @@ def protect(
         BadInput: no such model, an alias that cannot be used.
     """
     log.check_alias(alias)
-    who = who or identity.user(store.tracking_uri)
-    log.read(store, name)  # no lock for a name that is not there
+    who = who or identity.current_user(store.tracking_uri)
+    log.read_ledger(store, name)  # no lock for a name that is not there
     with alias_lock(store, name):
-        book = log.settle(store, name, who=who)
-        holds = stored.protecting(book.entries, alias)
+        book = log.finish_pending_moves(store, name, who=who)
+        holds = stored.protection_entry(book.entries, alias)
         if policy is None and holds is None:
             raise BadInput(f"{name}@{alias} is not protected")
         same = policy is not None and holds is not None and policy.digest() == holds.policy
-        if not same and (why := _may_not_change(store, book, holds, who)):
+        if not same and (why := _change_refusal(store, book, holds, who)):
             raise Refused(f"the policy of {name}@{alias} stays: {why}")
-        for key, part in (stored.tags_of(policy) if policy else {}).items():
+        for key, part in (stored.policy_tags(policy) if policy else {}).items():
             store.client.set_registered_model_tag(name, key, part)
         if same:
             return None
-        if moved := book.moved(alias):
+        if moved := book.external_move_problem(alias):
             raise Refused(moved, fix=f"look at: limbeck models history {name} --verify")
         now = book.aliases.get(alias)
-        entry = log.append(
+        entry = log.append_entry(
             store,
             name,
-            after=book,  # who may change it was told from there
+            based_on=book,  # who may change it was told from there
             who=who,
             alias=alias,
             action="protect",
@@ -132,25 +136,25 @@ def protect(
             reason=reason,
             policy=policy.digest() if policy else None,
         )
-        log.apply(store, entry)
+        log.apply_entry(store, entry)
         return entry
 
 
-def _may_not_change(store: Store, book: Ledger, holds: LedgerEntry | None, who: str) -> str | None:
+def _change_refusal(store: Store, ledger_snapshot: Ledger, protection: LedgerEntry | None, who: str) -> str | None:
     """Why somebody may not say which policy protects an alias; None where they may."""
-    if holds is not None and who != holds.who:
+    if protection is not None and who != protection.who:
         try:
-            allowed = stored.read(book.tags, holds.policy or "").override.people
+            allowed = stored.read_stored_policy(ledger_snapshot.tags, protection.policy or "").override.people
         except Refused:
             allowed = ()  # who may is not known any more, but for who protected it
         if who not in allowed:
-            return f"{_names((holds.who, *allowed))} may change it, not {who}"
-    return _unmanaged(store, book.name)
+            return f"{_names((protection.who, *allowed))} may change it, not {who}"
+    return _missing_permission(store, ledger_snapshot.name)
 
 
-def _unmanaged(store: Store, name: str) -> str | None:
+def _missing_permission(store: Store, name: str) -> str | None:
     """What to say where MLflow's server has accounts and does not let this one manage the model."""
-    if identity.manages(store.tracking_uri, name) is False:
+    if identity.can_manage(store.tracking_uri, name) is False:
         return f"{store.tracking_uri} does not give you MANAGE on {name}"
     return None
 
@@ -164,7 +168,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "nothing" if value in (None, []) else str(value)
 
 

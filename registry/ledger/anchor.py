@@ -16,105 +16,105 @@ from weakref import WeakKeyDictionary
 
 from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.core.home import home
-from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 
 EXPERIMENT = "limbeck-ledger"
-ROOT = "limbeck.root"  # the experiment's tag that names the root run
+ROOT_RUN_TAG = "limbeck.root"  # the experiment's tag that names the root run
 
-_KNOWN: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run: never another
+_RUN_IDS: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run: never another
 
 
 class Anchor(NamedTuple):
     """The run that holds the ledger of a registered model in place."""
 
-    run: str
+    run_id: str
     hashes: dict[int, str]  # sequence number -> hash of the entry that it belongs to
     deleted: bool  # nothing can be entered then; what was entered can be read still
 
 
-def find(store: Store, name: str) -> Anchor | None:
+def find_anchor(store: Store, name: str) -> Anchor | None:
     """The anchor of a registered model; None where nothing was ever entered."""
-    known = _KNOWN.setdefault(store, {})
+    known = _RUN_IDS.setdefault(store, {})
     if name not in known:
-        root = _root(store)
+        root = _find_root_run(store)
         found = store.client.get_run(root).data.params.get(name) if root else None
         if found is None:
             return None
         known[name] = found
     try:
         run = store.client.get_run(known[name])
-    except NotThere:
+    except NotFound:
         return Anchor(known.pop(name), {}, deleted=True)
     hashes = {int(key): value for key, value in run.data.params.items() if key.isdecimal()}
     return Anchor(run.info.run_id, hashes, run.info.lifecycle_stage != "active")
 
 
-def made(store: Store, name: str) -> Anchor:
+def ensure_anchor(store: Store, name: str) -> Anchor:
     """The anchor of a registered model, made if it is missing."""
-    if there := find(store, name):
+    if there := find_anchor(store, name):
         return there
-    root = _root(store) or _made_root(store)
+    root = _find_root_run(store) or _create_root_run(store)
     experiment = store.client.get_run(root).info.experiment_id
     run = store.client.create_run(experiment, run_name=f"ledger of {name}").info.run_id
     store.client.set_terminated(run)
-    if _written_once(store, root, name, run) != run:
+    if _write_param_once(store, root, name, run) != run:
         store.client.delete_run(run)
-    there = find(store, name)
+    there = find_anchor(store, name)
     assert there is not None
     return there
 
 
-def enter(store: Store, run: str, number: int, digest: str) -> bool:
+def claim_sequence_number(store: Store, run_id: str, number: int, digest: str) -> bool:
     """Make the entry of a hash the one of a number; False where another is already."""
-    return _written_once(store, run, f"{number:06d}", digest) == digest
+    return _write_param_once(store, run_id, f"{number:06d}", digest) == digest
 
 
-def enter_all(store: Store, run: str, hashes: dict[int, str]) -> None:
+def anchor_existing_hashes(store: Store, run_id: str, hashes: dict[int, str]) -> None:
     """Enter what a ledger of before there were anchors holds; number -> hash."""
     params = {f"{number:06d}": digest for number, digest in hashes.items()}
-    store.client.log_params(run, params)
+    store.client.log_params(run_id, params)
 
 
-def _written_once(store: Store, run: str, key: str, value: str) -> str:
+def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
     """The value that a parameter has from now on: the given one, or that of whoever was first."""
     try:
-        store.client.log_param(run, key, value)
+        store.client.log_param(run_id, key, value)
         return value
     except LimbeckError as error:
-        there = store.client.get_run(run)
+        there = store.client.get_run(run_id)
         if there.info.lifecycle_stage != "active":
-            raise _deleted(run) from error
+            raise _deleted_run_error(run_id) from error
         if key not in there.data.params:
             raise
         return str(there.data.params[key])
 
 
-def _root(store: Store) -> str | None:
+def _find_root_run(store: Store) -> str | None:
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
-    return experiment.tags.get(ROOT) if experiment else None
+    return experiment.tags.get(ROOT_RUN_TAG) if experiment else None
 
 
-def _made_root(store: Store) -> str:
+def _create_root_run(store: Store) -> str:
     """The root run, in an experiment that takes its name when all is there; the first one to take it stays."""
     client = store.client
     where = None if store.is_server else str(home() / "artifacts")
     draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=where)
     run = client.create_run(draft, run_name="ledgers").info.run_id
     client.set_terminated(run)
-    client.set_experiment_tag(draft, ROOT, run)
+    client.set_experiment_tag(draft, ROOT_RUN_TAG, run)
     try:
         client.rename_experiment(draft, EXPERIMENT)
     except LimbeckError:  # somebody was first
         client.delete_experiment(draft)
-        if (root := _root(store)) is None:
+        if (root := _find_root_run(store)) is None:
             raise
         return root
     return str(run)
 
 
-def _deleted(run: str) -> BadInput:
+def _deleted_run_error(run_id: str) -> BadInput:
     return BadInput(
-        f"the MLflow run {run}, which holds the ledger in place, was deleted",
-        fix=f"put it back: mlflow runs restore --run-id {run}",
+        f"the MLflow run {run_id}, which holds the ledger in place, was deleted",
+        fix=f"put it back: mlflow runs restore --run-id {run_id}",
     )

@@ -32,7 +32,7 @@ def with_alias_lock(store: Store, name: str, move: Callable[[], T]) -> T:
         for attempt in range(ATTEMPTS):
             try:
                 return move()
-            except log.Overtaken:  # the move has to look at everything again
+            except log.ConcurrentMove:  # the move has to look at everything again
                 if attempt == ATTEMPTS - 1:
                     raise
                 time.sleep(random.uniform(0.05, 0.5))

@@ -25,8 +25,15 @@ from typing import Any
 from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Refused
 from limbeck.registry.ledger import anchor
-from limbeck.registry.ledger.chain import APPLIED, MOVING, Ledger, hash_of, key_of, name_of
-from limbeck.registry.mlflow.client import Forbidden, NotThere
+from limbeck.registry.ledger.chain import (
+    APPLIED_TAG_PREFIX,
+    MOVING_MARK_PREFIX,
+    Ledger,
+    compute_entry_hash,
+    entry_tag,
+    problem_id,
+)
+from limbeck.registry.mlflow.client import Forbidden, NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import LedgerEntry
 
@@ -37,7 +44,7 @@ LONGEST_ENTRY = 5000  # characters; what a tag of a registered model holds
 TRIES = 10  # of what another machine comes in between of
 
 
-class Overtaken(Refused):
+class ConcurrentMove(Refused):
     """Another machine wrote to the ledger since it was read: what was about to be written is not there."""
 
     def __init__(self, name: str) -> None:
@@ -47,82 +54,84 @@ class Overtaken(Refused):
         )
 
 
-def read(store: Store, name: str) -> Ledger:
+def read_ledger(store: Store, name: str) -> Ledger:
     """The ledger of a registered model. Raises BadInput where there is no such model."""
-    held = anchor.find(store, name)
+    held = anchor.find_anchor(store, name)
     for _ in range(TRIES):
         try:
             model = store.client.get_registered_model(name)
-        except NotThere:
-            raise store.unknown(name) from None
+        except NotFound:
+            raise store.not_found_error(name) from None
         aliases = {alias: int(number) for alias, number in model.aliases.items()}
         book = Ledger(name, dict(model.tags), aliases, held)
         # What is not in the anchor may have come into it between the two calls, and its alias may have moved.
-        if not book.pending or held == (held := anchor.find(store, name)):
+        if not book.pending_tags or held == (held := anchor.find_anchor(store, name)):
             return book
     raise LimbeckError(f"others are writing to the ledger of {name} all the time", fix="try again later")
 
 
-def entries(store: Store, name: str) -> list[LedgerEntry]:
+def read_entries(store: Store, name: str) -> list[LedgerEntry]:
     """The entries of a registered model, first to last."""
-    return read(store, name).entries
+    return read_ledger(store, name).entries
 
 
-def append(store: Store, name: str, *, after: Ledger | None = None, **fields: Any) -> LedgerEntry:
+def append_entry(store: Store, name: str, *, based_on: Ledger | None = None, **fields: Any) -> LedgerEntry:
     """Write an entry at the end; the alias is moved by `apply`, after.
 
     Args:
         store: where the ledger is.
         name: the registered model.
-        after: the ledger as it was read, where the entry says what follows from it; None for wherever it ends.
+        based_on: the ledger as it was read, where the entry says what follows from it; None for wherever it ends.
         fields: of LedgerEntry, less `sequence`, `when`, `name`, `previous`, `hash` and `anchor`.
 
     Raises:
         BadInput: a reason of more than 2,000 characters, or an entry that is too long.
-        Overtaken: there is an entry after those of `after`.
+        Overtaken: there is an entry after those of `based_on`.
     """
     if len(fields.get("reason", "")) > LONGEST_REASON:
         raise BadInput(f"the reason has {len(fields['reason'])} characters, at most {LONGEST_REASON} are kept")
-    for _ in range(1 if after else TRIES):
-        book = after or read(store, name)
-        run = _anchored(store, book)
+    for _ in range(1 if based_on else TRIES):
+        book = based_on or read_ledger(store, name)
+        run = _ensure_anchored(store, book)
         draft = LedgerEntry(
-            sequence=book.length + 1,
+            sequence=book.last_sequence + 1,
             when=datetime.now(UTC),
             name=name,
-            previous=book.end,
+            previous=book.last_hash,
             hash="",
             anchor=run,
             **fields,
         )
-        entry = _signed(draft.model_copy(update={"hash": hash_of(draft)}))
-        text, key = entry.model_dump_json(), key_of(entry.sequence, entry.hash)
+        entry = _sign_entry(draft.model_copy(update={"hash": compute_entry_hash(draft)}))
+        text, key = entry.model_dump_json(), entry_tag(entry.sequence, entry.hash)
         if len(text) > LONGEST_ENTRY:
             raise BadInput(f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="say it shorter")
         store.client.set_registered_model_tag(name, key, text)
-        if anchor.enter(store, run, entry.sequence, entry.hash):
-            for other in book.pending:  # of a process that was killed before it could enter it
+        if anchor.claim_sequence_number(store, run, entry.sequence, entry.hash):
+            for other in book.pending_tags:  # of a process that was killed before it could enter it
                 store.client.delete_registered_model_tag(name, other)
             return entry
         store.client.delete_registered_model_tag(name, key)
-    raise Overtaken(name)
+    raise ConcurrentMove(name)
 
 
-def _signed(entry: LedgerEntry) -> LedgerEntry:
+def _sign_entry(entry: LedgerEntry) -> LedgerEntry:
     """The entry with a signature over its hash, where a key is configured."""
-    made = signing.sign(signing.LEDGER + entry.hash.encode())
+    made = signing.sign(signing.LEDGER_DOMAIN + entry.hash.encode())
     return entry.model_copy(update={"key": made.key, "signature": made.signature}) if made else entry
 
 
-def _anchored(store: Store, book: Ledger) -> str:
+def _ensure_anchored(store: Store, ledger_snapshot: Ledger) -> str:
     """The run of the anchor; entries of before there were anchors are entered in it."""
-    there = book.anchor or anchor.made(store, book.name)
-    if not there.hashes and book.entries:
-        anchor.enter_all(store, there.run, {entry.sequence: entry.hash for entry in reversed(book.entries)})
-    return there.run
+    there = ledger_snapshot.anchor or anchor.ensure_anchor(store, ledger_snapshot.name)
+    if not there.hashes and ledger_snapshot.entries:
+        anchor.anchor_existing_hashes(
+            store, there.run_id, {entry.sequence: entry.hash for entry in reversed(ledger_snapshot.entries)}
+        )
+    return there.run_id
 
 
-def apply(store: Store, entry: LedgerEntry) -> None:
+def apply_entry(store: Store, entry: LedgerEntry) -> None:
     """Move the alias as an entry says, and mark the entry as made.
 
     On another machine somebody may have finished this entry and written the next meanwhile: then this is its move
@@ -131,117 +140,117 @@ def apply(store: Store, entry: LedgerEntry) -> None:
     """
     while entry.action != "protect":
         name, alias = entry.name, entry.alias
-        store.client.set_registered_model_tag(name, APPLIED + alias, MOVING + entry.hash)
+        store.client.set_registered_model_tag(name, APPLIED_TAG_PREFIX + alias, MOVING_MARK_PREFIX + entry.hash)
         if entry.action != "adopt":
-            _point(store, name, alias, entry.to_version)
-        store.client.set_registered_model_tag(name, APPLIED + alias, entry.hash)
-        last = read(store, name).last(alias)
+            _set_alias(store, name, alias, entry.to_version)
+        store.client.set_registered_model_tag(name, APPLIED_TAG_PREFIX + alias, entry.hash)
+        last = read_ledger(store, name).last_move(alias)
         if last is None or last.hash == entry.hash:
             return
         if last.action == "adopt":
-            _point(store, name, alias, last.to_version)
+            _set_alias(store, name, alias, last.to_version)
         entry = last
 
 
-def carry_out(store: Store, entry: LedgerEntry, *, who: str) -> Forbidden | None:
+def apply_or_revert(store: Store, entry: LedgerEntry, *, who: str) -> Forbidden | None:
     """As `apply`; a move that the server does not let `who` make is taken back by an entry, and the refusal given.
 
     MLflow asks for more to take an alias away (MANAGE) than to write an entry (EDIT).
     """
     try:
-        apply(store, entry)
+        apply_entry(store, entry)
     except Forbidden as error:
-        apply(store, _taken_back(store, read(store, entry.name), entry, who, error.message))
+        apply_entry(store, _append_reversal(store, read_ledger(store, entry.name), entry, who, error.message))
         return error
     return None
 
 
-def _point(store: Store, name: str, alias: str, number: int | None) -> None:
+def _set_alias(store: Store, name: str, alias: str, number: int | None) -> None:
     if number is None:
         store.client.delete_registered_model_alias(name, alias)
     else:
         store.client.set_registered_model_alias(name, alias, str(number))
 
 
-def settle(store: Store, name: str, *, who: str) -> Ledger:
+def finish_pending_moves(store: Store, name: str, *, who: str) -> Ledger:
     """Finish the moves that a killed process left unfinished, and clear what it never entered.
 
     Where the files that such an entry points at are gone or damaged by now, the alias stays where it is, and
     an entry of `who` says so. Returns the ledger as it is then.
     """
-    book = read(store, name)
-    begun = [alias for alias in sorted({entry.alias for entry in book.entries}) if book.unfinished(alias)]
-    if not (begun or book.strays):
+    book = read_ledger(store, name)
+    begun = [alias for alias in sorted({entry.alias for entry in book.entries}) if book.unfinished_move(alias)]
+    if not (begun or book.stray_tags):
         return book
-    for key in book.strays:
+    for key in book.stray_tags:
         store.client.delete_registered_model_tag(name, key)
     for alias in begun:
-        entry = book.unfinished(alias)
-        if entry is None or book.moved(alias):
+        entry = book.unfinished_move(alias)
+        if entry is None or book.external_move_problem(alias):
             continue
         if entry.to_version is not None and book.aliases.get(alias) != entry.to_version:
             try:
-                store.folder(store.get(f"{name}/{entry.to_version}"))
+                store.verified_folder(store.get(f"{name}/{entry.to_version}"))
             except (DamagedArtifact, BadInput) as error:
-                entry = _taken_back(store, book, entry, who, error.message)
-        carry_out(store, entry, who=who)
-        book = read(store, name)
-    return read(store, name)
+                entry = _append_reversal(store, book, entry, who, error.message)
+        apply_or_revert(store, entry, who=who)
+        book = read_ledger(store, name)
+    return read_ledger(store, name)
 
 
-def _taken_back(store: Store, book: Ledger, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
+def _append_reversal(store: Store, ledger_snapshot: Ledger, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
     """The entry that leaves an alias where `entry` was about to take it from."""
-    return append(
+    return append_entry(
         store,
         entry.name,
-        after=book,
+        based_on=ledger_snapshot,
         who=who,
         alias=entry.alias,
         action="rollback" if entry.action == "promote" else "adopt",
         from_version=entry.to_version,
         to_version=entry.from_version,
-        artifact=_digest(store, entry.name, entry.from_version),
+        artifact=_artifact_digest_or_none(store, entry.name, entry.from_version),
         verdict=None,
         reason=f"entry {entry.sequence} was never carried out: {why}"[:LONGEST_REASON],
     )
 
 
-def adopt(
-    store: Store, name: str, alias: str, *, who: str, reason: str, also: Sequence[str] = ()
+def adopt_alias(
+    store: Store, name: str, alias: str, *, who: str, reason: str, extra_problems: Sequence[str] = ()
 ) -> LedgerEntry | None:
     """Write an alias into the ledger as MLflow has it, and what else is wrong as it is: later it is not told anew.
 
     Args:
-        also: further problems that are taken as they are.
+        extra_problems: further problems that are taken as they are.
 
     Returns:
         The entry; None where there is nothing to adopt.
     """
-    book = read(store, name)
-    moved = book.moved(alias)
-    rest = [problem for problem in [*book.problems(alias), *also] if problem != moved]
+    book = read_ledger(store, name)
+    moved = book.external_move_problem(alias)
+    rest = [problem for problem in [*book.problems(alias), *extra_problems] if problem != moved]
     if moved is None and not rest:
         return None
-    last, now = book.last(alias), book.aliases.get(alias)
-    entry = append(
+    last, now = book.last_move(alias), book.aliases.get(alias)
+    entry = append_entry(
         store,
         name,
-        after=book,
+        based_on=book,
         who=who,
         alias=alias,
         action="adopt",
         from_version=last.to_version if last else None,
         to_version=now,
-        artifact=_digest(store, name, now),
+        artifact=_artifact_digest_or_none(store, name, now),
         verdict=None,
         reason=reason,
-        adopted=tuple(dict.fromkeys(name_of(problem) for problem in rest)),
+        adopted=tuple(dict.fromkeys(problem_id(problem) for problem in rest)),
     )
-    apply(store, entry)
+    apply_entry(store, entry)
     return entry
 
 
-def _digest(store: Store, name: str, number: int | None) -> str | None:
+def _artifact_digest_or_none(store: Store, name: str, number: int | None) -> str | None:
     try:
         return store.get(f"{name}/{number}").digest if number is not None else None
     except BadInput:  # deleted, or a version that Limbeck did not register

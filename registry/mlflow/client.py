@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from limbeck.registry.core.errors import BadInput, LimbeckError, Unreachable
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.core.terminal import say
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.core.terminal import print_status
 
 Found = TypeVar("Found")
 
-QUIET = {
+QUIET_ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -35,15 +35,17 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # MLflow tries again in silence: `Client` does, and tells
 }
 PROBE_SECONDS = 4.0
-PATIENCE = 30.0  # seconds for a server that was there a moment ago; `mlflow server` takes some ten to start again
+RETRY_SECONDS = 30.0  # seconds for a server that was there a moment ago; `mlflow server` takes some ten to start again
 # What MLflow says where it keeps the error itself to itself, as for a folder that could not be fetched.
-UNANSWERED = re.compile(r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out")
-NO_STORAGE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
+NO_ANSWER_PATTERN = re.compile(
+    r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out"
+)
+STORAGE_DOWN_ERRORS = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}
 PARAMS_PER_CALL = 100  # MLflow refuses more
 LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
 
 
-def connect(tracking_uri: str) -> Client:
+def connect(tracking_uri: str) -> RetryingMlflowClient:
     """A client of the tracking store at `tracking_uri`.
 
     A server is asked for its health first, and a SQLite file that is not there is made.
@@ -51,15 +53,15 @@ def connect(tracking_uri: str) -> Client:
     """
     if is_server(tracking_uri):
         probe(tracking_uri)
-    for name, value in QUIET.items():
+    for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if path := sqlite_file(tracking_uri):
-        with _in_words(tracking_uri):
+        with _translate_errors(tracking_uri):
             _make_database(path)
             # MLflow would try a file that cannot be opened again and again, for minutes.
             with closing(sqlite3.connect(path, timeout=20)) as database:
                 database.execute("PRAGMA schema_version")
-    return Client(tracking_uri)
+    return RetryingMlflowClient(tracking_uri)
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
@@ -92,13 +94,13 @@ def probe(tracking_uri: str) -> float:
     except requests.exceptions.Timeout:
         raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
     except requests.exceptions.RequestException as error:
-        raise _unreachable(tracking_uri, reason(error)) from None
+        raise _unreachable(tracking_uri, network_error_reason(error)) from None
     if answer.status_code >= 500:
         raise _unreachable(tracking_uri, f"it answers {answer.status_code} {answer.reason}")
     return time.monotonic() - start
 
 
-def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
+def get_rest_json(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
     """Ask an MLflow server what MLflow's client has no method for.
 
     Args:
@@ -117,10 +119,10 @@ def asked(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, A
         found = answer.json() if is_json else None
         return answer.status_code, found if isinstance(found, dict) else {}
 
-    return patiently(tracking_uri, ask)
+    return call_with_retries(tracking_uri, ask)
 
 
-def patiently(tracking_uri: str, what: Callable[[], Found]) -> Found:
+def call_with_retries(tracking_uri: str, call: Callable[[], Found]) -> Found:
     """What a call gives; what goes wrong in it comes as a LimbeckError.
 
     A server that does not answer, or answers that it cannot, is asked again for `PATIENCE` seconds, at growing
@@ -129,8 +131,8 @@ def patiently(tracking_uri: str, what: Callable[[], Found]) -> Found:
     until, pause, locked = 0.0, 0.5, 0
     while True:
         try:
-            with _in_words(tracking_uri):
-                return what()
+            with _translate_errors(tracking_uri):
+                return call()
         except Locked:
             locked += 1
             if locked == LOCKED_TRIES:
@@ -139,15 +141,15 @@ def patiently(tracking_uri: str, what: Callable[[], Found]) -> Found:
         except Unreachable as error:
             now = time.monotonic()
             if not until:
-                until = now + PATIENCE
-                say(f"{error.message}; trying again for {PATIENCE:.0f} s")
+                until = now + RETRY_SECONDS
+                print_status(f"{error.message}; trying again for {RETRY_SECONDS:.0f} s")
             if now >= until:
                 raise
             time.sleep(min(pause * random.uniform(0.8, 1.2), max(until - now, 0.1)))  # not all clients at once
             pause = min(2 * pause, 5.0)
 
 
-class Client:
+class RetryingMlflowClient:
     """MLflow's client: same methods, each called `patiently`."""
 
     def __init__(self, tracking_uri: str) -> None:
@@ -162,7 +164,7 @@ class Client:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            return patiently(self._tracking_uri, lambda: getattr(self._client, name)(*args, **named))
+            return call_with_retries(self._tracking_uri, lambda: getattr(self._client, name)(*args, **named))
 
         return call
 
@@ -176,34 +178,34 @@ class Client:
 
     def create_model_version(self, *args: Any, **named: Any) -> Any:
         """As MLflow's, and not tried again: what seems lost may have arrived, and would then be there twice."""
-        with _in_words(self._tracking_uri):
+        with _translate_errors(self._tracking_uri):
             return self._client.create_model_version(*args, **named)
 
-    def download(self, uri: str, to: Path) -> Path:
-        """Fetch the file or folder at an artifact URI into the folder `to`. Returns where it lies."""
+    def download(self, uri: str, folder: Path) -> Path:
+        """Fetch the file or folder at an artifact URI into the folder `folder`. Returns where it lies."""
 
         def fetch() -> Path:
             from mlflow.artifacts import download_artifacts
 
-            to.mkdir(parents=True, exist_ok=True)
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._tracking_uri))
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=self._tracking_uri))
 
-        return patiently(self._tracking_uri, fetch)
+        return call_with_retries(self._tracking_uri, fetch)
 
-    def send(self, file: Path, uri: str, folder: str | None = None) -> None:
+    def upload_file(self, file: Path, uri: str, folder: str | None = None) -> None:
         """Put a file at an artifact URI, below `folder` where given."""
-        patiently(self._tracking_uri, lambda: self._artifacts(uri).log_artifact(str(file), folder))
+        call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).log_artifact(str(file), folder))
 
     def delete_files(self, uri: str) -> None:
         """Take away all files below an artifact URI."""
-        patiently(self._tracking_uri, lambda: self._artifacts(uri).delete_artifacts())
+        call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).delete_artifacts())
 
-    def sizes(self, uri: str) -> dict[str, int]:
+    def file_sizes(self, uri: str) -> dict[str, int]:
         """The files below an artifact URI: POSIX path -> bytes."""
 
         def below(folder: str | None = None) -> dict[str, int]:
             sizes: dict[str, int] = {}
-            for found in patiently(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
+            for found in call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
                 sizes |= below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
             return sizes
 
@@ -215,11 +217,11 @@ class Client:
         return get_artifact_repository(uri, tracking_uri=self._tracking_uri)
 
 
-class NotThere(BadInput):
+class NotFound(BadInput):
     """MLflow has no such experiment, run, model, version or alias."""
 
 
-class AlreadyThere(BadInput):
+class AlreadyExists(BadInput):
     """MLflow has one of this name."""
 
 
@@ -232,20 +234,20 @@ class Locked(LimbeckError):
 
 
 @contextmanager
-def _in_words(tracking_uri: str) -> Iterator[None]:
+def _translate_errors(tracking_uri: str) -> Iterator[None]:
     """Turn what MLflow, its database and its network raise into LimbeckErrors."""
     try:
         yield
     except LimbeckError:
         raise
     except Exception as error:
-        translated = _translated(error, tracking_uri)
+        translated = _to_limbeck_error(error, tracking_uri)
         if translated is error:
             raise
         raise translated from error
 
 
-def _translated(error: Exception, tracking_uri: str) -> Exception:
+def _to_limbeck_error(error: Exception, tracking_uri: str) -> Exception:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -266,15 +268,15 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
             f"{tracking_uri}: the tracking database cannot be used ({detail})",
             fix="check the file and its permissions, or move it away to begin with a new one",
         )
-    if said := _refusal(chain, tracking_uri) or _storage(chain):
+    if said := _permission_error(chain, tracking_uri) or _storage(chain):
         return said
-    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain) or UNANSWERED.search(text):
-        return _unreachable(tracking_uri, reason(error))
+    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain) or NO_ANSWER_PATTERN.search(text):
+        return _unreachable(tracking_uri, network_error_reason(error))
     code = getattr(error, "error_code", "")
     if code == "RESOURCE_DOES_NOT_EXIST":
-        return NotThere(text)
+        return NotFound(text)
     if code == "RESOURCE_ALREADY_EXISTS":
-        return AlreadyThere(text)
+        return AlreadyExists(text)
     if code == "INVALID_PARAMETER_VALUE":
         return BadInput(text)
     if "out-of-date database schema" in text:
@@ -287,7 +289,7 @@ def _translated(error: Exception, tracking_uri: str) -> Exception:
     return error
 
 
-def _refusal(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
+def _permission_error(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
     """What to say where a server, or the storage behind it, answered that this user may not; else None."""
     text = str(chain[0])
     answers = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
@@ -305,7 +307,7 @@ def _refusal(chain: list[BaseException], tracking_uri: str) -> LimbeckError | No
             fix="ask its administrator for EDIT on the model and on the experiment: docs/team.md",
         )
     if refused := [a for a in answers if a and 400 <= a < 500 and a not in (408, 429)]:
-        return (NotThere if 404 in refused else LimbeckError)(f"{tracking_uri}: {text[:500]}")
+        return (NotFound if 404 in refused else LimbeckError)(f"{tracking_uri}: {text[:500]}")
     return None
 
 
@@ -314,7 +316,9 @@ def _storage(chain: list[BaseException]) -> LimbeckError | None:
     if not any(type(e).__module__.startswith(("boto", "s3transfer")) for e in chain):
         return None
     text = str(chain[0])
-    if any(type(e).__name__ in NO_STORAGE for e in chain) or re.search(r"\((InternalError|SlowDown|5\d\d)\)", text):
+    if any(type(e).__name__ in STORAGE_DOWN_ERRORS for e in chain) or re.search(
+        r"\((InternalError|SlowDown|5\d\d)\)", text
+    ):
         return Unreachable(f"the artifact store does not answer: {text[:200]}", fix="is AWS_ENDPOINT_URL right?")
     return LimbeckError(
         f"the artifact store refused: {text[:500]}",
@@ -334,7 +338,7 @@ def _unreachable(tracking_uri: str, why: str) -> Unreachable:
     )
 
 
-def reason(error: Exception) -> str:
+def network_error_reason(error: Exception) -> str:
     """The plain words within a requests exception."""
     text = str(error)
     for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):
@@ -358,7 +362,7 @@ def _make_database(path: Path) -> None:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         _quiet_logs()
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
             store.engine.dispose()
 

@@ -28,7 +28,7 @@ TOKEN = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 AND = re.compile(r"\s+AND(?=\s)", re.IGNORECASE)
-OF: dict[str, Literal["attribute", "tag", "metric"]] = {
+KINDS: dict[str, Literal["attribute", "tag", "metric"]] = {
     "": "attribute", "attribute": "attribute", "tag": "tag", "tags": "tag", "metrics": "metric",
 }  # fmt: skip
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -40,8 +40,8 @@ NUMERIC = ("=", "!=", "<", "<=", ">", ">=")
 TEXT = ("=", "!=", "LIKE", "ILIKE")
 
 
-class Searched(Protocol):
-    """What a condition is tried on: a version as `limbeck.registry.mlflow.listing.Listed`."""
+class SearchableVersion(Protocol):
+    """What a condition is tried on: a version as `limbeck.registry.mlflow.listing.ListedVersion`."""
 
     @property
     def name(self) -> str: ...
@@ -60,39 +60,43 @@ class Searched(Protocol):
 class Condition(NamedTuple):
     """One comparison."""
 
-    of: Literal["attribute", "tag", "metric"]
+    kind: Literal["attribute", "tag", "metric"]
     key: str
     op: str  # in capital letters
     value: Value  # a number of a metric and of version_number; several texts of IN
 
     def __str__(self) -> str:
-        key = {"attribute": self.key, "tag": f"tags.`{self.key}`", "metric": f"metrics.`{self.key}`"}[self.of]
-        value = f"({', '.join(map(_said, self.value))})" if isinstance(self.value, tuple) else _said(self.value)
+        key = {"attribute": self.key, "tag": f"tags.`{self.key}`", "metric": f"metrics.`{self.key}`"}[self.kind]
+        value = (
+            f"({', '.join(map(_quote_value, self.value))})"
+            if isinstance(self.value, tuple)
+            else _quote_value(self.value)
+        )
         return f"{key} {self.op} {value}"
 
     @property
-    def sayable(self) -> bool:
+    def is_expressible(self) -> bool:
         """Whether MLflow's language has a way to write it."""
         texts = self.value if isinstance(self.value, tuple) else (self.value,)
         both = any("\\" in text or ("'" in text and '"' in text) for text in texts if isinstance(text, str))
         return "`" not in self.key and not both
 
-    def holds(self, version: Searched) -> bool:
+    def matches(self, version: SearchableVersion) -> bool:
         """Whether it holds of a version; what the version does not have holds nothing.
 
         As MLflow has it in SQLite, ILIKE takes capital letters of ASCII, and of ASCII alone, as small ones.
         """
-        own = self._own(version)
+        own = self._value_in(version)
         if own is None:
             return False
         if self.op in ("LIKE", "ILIKE"):
             return bool(_pattern(str(self.value), self.op == "ILIKE").fullmatch(str(own)))
         return COMPARISONS[self.op](own, self.value)
 
-    def _own(self, version: Searched) -> str | float | None:
-        if self.of == "tag":
+    def _value_in(self, version: SearchableVersion) -> str | float | None:
+        if self.kind == "tag":
             return version.tags.get(self.key)
-        if self.of == "metric":
+        if self.kind == "metric":
             return version.metrics.get(self.key)
         attributes: dict[str, str | int | None] = {
             "name": version.name,
@@ -103,7 +107,7 @@ class Condition(NamedTuple):
         return attributes[self.key]
 
 
-def parse(text: str) -> tuple[Condition, ...]:
+def parse_filter(text: str) -> tuple[Condition, ...]:
     """The conditions of a filter; none of an empty one.
 
     Raises BadInput, with the place, where it cannot be read.
@@ -114,11 +118,11 @@ def parse(text: str) -> tuple[Condition, ...]:
         if found:
             joined = AND.match(text, place)
             if joined is None:
-                raise _wrong(text, place, "AND is missing")
+                raise _filter_error(text, place, "AND is missing")
             place = joined.end()
         match = TOKEN.match(text, place)
         if match is None:
-            raise _wrong(text, place, "this is no comparison")
+            raise _filter_error(text, place, "this is no comparison")
         found.append(_condition(text, match))
         place = match.end()
     return tuple(found)
@@ -126,18 +130,18 @@ def parse(text: str) -> tuple[Condition, ...]:
 
 def _condition(text: str, match: re.Match[str]) -> Condition:
     of, key, op, value = (match[part] or "" for part in ("of", "key", "op", "value"))
-    if of.lower() not in OF:
-        raise _wrong(text, match.start("of"), f"{of!r} is none of tags, metrics, attribute")
-    kind, key, op = OF[of.lower()], key.strip('`"'), " ".join(op.upper().split())
+    if of.lower() not in KINDS:
+        raise _filter_error(text, match.start("of"), f"{of!r} is none of tags, metrics, attribute")
+    kind, key, op = KINDS[of.lower()], key.strip('`"'), " ".join(op.upper().split())
     if kind == "attribute" and key not in ATTRIBUTES:
-        raise _wrong(
+        raise _filter_error(
             text, match.start("key"), f"{key!r} is none of {', '.join(ATTRIBUTES)}; a tag is written tags.`KEY`"
         )
     numeric = kind == "metric" or ATTRIBUTES.get(key if kind == "attribute" else "") is int
     lists = ("IN", "NOT IN") if kind == "attribute" and key in ("name", "run_id") else ()
     operators = NUMERIC if numeric else (*TEXT, *lists)
     if op not in operators:
-        raise _wrong(text, match.start("op"), f"{op} is none of {', '.join(operators)}, which compare {key}")
+        raise _filter_error(text, match.start("op"), f"{op} is none of {', '.join(operators)}, which compare {key}")
     return Condition(kind, key, op, _value(text, match, value, numeric, op in lists))
 
 
@@ -150,19 +154,19 @@ def _value(text: str, match: re.Match[str], value: str, numeric: bool, several: 
             listed = None
         values = listed if isinstance(listed, tuple) else (listed,)
         if not all(isinstance(each, str) for each in values):
-            raise _wrong(text, place, "this is no list such as ('a', 'b')")
+            raise _filter_error(text, place, "this is no list such as ('a', 'b')")
         return values
     if numeric:
         try:
             return float(value.strip("'\""))
         except ValueError:
-            raise _wrong(text, place, f"{value} is no number") from None
+            raise _filter_error(text, place, f"{value} is no number") from None
     if value[0] not in "'\"":
-        raise _wrong(text, place, f"{value} is a text here: put it in quotes")
+        raise _filter_error(text, place, f"{value} is a text here: put it in quotes")
     return value[1:-1]
 
 
-def _wrong(text: str, place: int, why: str) -> BadInput:
+def _filter_error(text: str, place: int, why: str) -> BadInput:
     place += len(text[place:]) - len(text[place:].lstrip())
     here = text[place : place + 30] or "the end"
     return BadInput(
@@ -171,19 +175,19 @@ def _wrong(text: str, place: int, why: str) -> BadInput:
     )
 
 
-def said(conditions: Iterable[Condition]) -> str:
+def to_filter_string(conditions: Iterable[Condition]) -> str:
     """The conditions in MLflow's language."""
     return " and ".join(map(str, conditions))
 
 
-def _said(value: str | float) -> str:
+def _quote_value(value: str | float) -> str:
     if isinstance(value, str):
         return f'"{value}"' if "'" in value else f"'{value}'"
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def _pattern(like: str, any_case: bool) -> re.Pattern[str]:
+def _pattern(like: str, ignore_case: bool) -> re.Pattern[str]:
     """The pattern of LIKE: % is any text, _ any character."""
     parts = {"%": ".*", "_": "."}
-    flags = re.DOTALL | (re.IGNORECASE | re.ASCII if any_case else re.NOFLAG)
+    flags = re.DOTALL | (re.IGNORECASE | re.ASCII if ignore_case else re.NOFLAG)
     return re.compile("".join(parts.get(c) or re.escape(c) for c in like), flags)

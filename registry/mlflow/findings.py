@@ -19,18 +19,18 @@ from pydantic import ValidationError
 
 from limbeck.registry.core.digest import file_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
-from limbeck.registry.core.home import home, written_whole
-from limbeck.registry.mlflow.client import Client
+from limbeck.registry.core.home import atomic_write, home
+from limbeck.registry.mlflow.client import RetryingMlflowClient
 from limbeck.registry.mlflow.run import Run
 from limbeck.registry.records import Parity, Scorecard, Verdict, Version
 
-TAG = "limbeck."
+TAG_PREFIX = "limbeck."
 LARGEST = 20_000_000  # bytes of a scorecard
 POINTER = {"digest": r"[0-9a-f]{64}", "run_id": r"[0-9a-f]{32}", "file": r"[0-9a-f]{64}", "documents": r"[0-9a-f]{64}"}
 Kept = TypeVar("Kept", Parity, Verdict)
 
 
-class Found(NamedTuple):
+class VersionFindings(NamedTuple):
     """A version and what was found out about it, each newest last."""
 
     version: Version
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 class Findings:
     """The part of `limbeck.registry.mlflow.store.Store` that keeps scorecards, parity and verdicts."""
 
-    client: Client
+    client: RetryingMlflowClient
     run: Callable[..., AbstractContextManager[Run]]
 
     def add_scorecard(self, version: Version, card: Scorecard, documents: Path) -> None:
@@ -50,25 +50,25 @@ class Findings:
         Its numbers are logged as metrics of the run and of the version's LoggedModel. Idempotent.
         """
         digest = card.digest()
-        key = f"{TAG}scorecard.{digest[:16]}"
-        tags = self._tags(version)
+        key = f"{TAG_PREFIX}scorecard.{digest[:16]}"
+        tags = self._read_tags(version)
         if key in tags:
             return
         about = {"version": version.ref, "digest": version.digest, "tasks": card.tasks_digest}
-        named = {TAG + name: value for name, value in about.items()}
+        named = {TAG_PREFIX + name: value for name, value in about.items()}
         with TemporaryDirectory() as temporary, self.run(f"score {version.ref}", tags=named) as run:
             file = Path(temporary) / "scorecard.json"
             file.write_text(card.model_dump_json(indent=1))
-            run.artifact(file)
+            run.log_artifact(file)
             written = file_digest(file)
             parquet = Path(temporary) / "documents.parquet"
             shutil.copyfile(documents, parquet)
-            run.artifact(parquet)
-            run.metrics(_metrics(card), model_id=tags.get(TAG + "model_id"))
-            with written_whole(_cached(digest, file.name)) as part:  # here nobody has to fetch it
+            run.log_artifact(parquet)
+            run.log_metrics(_metrics(card), model_id=tags.get(TAG_PREFIX + "model_id"))
+            with atomic_write(_cached(digest, file.name)) as part:  # here nobody has to fetch it
                 shutil.copyfile(file, part)
         pointer = {"digest": digest, "run_id": run.id, "file": written, "documents": file_digest(documents)}
-        self._tag(version, key, json.dumps(pointer | {"created": card.created.isoformat()}))
+        self._write_tag(version, key, json.dumps(pointer | {"created": card.created.isoformat()}))
 
     def scorecards(self, version: Version, tags: Mapping[str, str] | None = None) -> list[Scorecard]:
         """The scorecards of a version, newest last. Each is read from MLflow once, then from `home()`.
@@ -78,78 +78,78 @@ class Findings:
 
         Raises DamagedArtifact where one is not what was recorded.
         """
-        return self._scorecards(version, self._tags(version) if tags is None else tags)
+        return self._load_scorecards(version, self._read_tags(version) if tags is None else tags)
 
-    def _scorecards(self, version: Version, tags: Mapping[str, str]) -> list[Scorecard]:
+    def _load_scorecards(self, version: Version, tags: Mapping[str, str]) -> list[Scorecard]:
         cards = []
-        for key, value in _tagged(tags, "scorecard.").items():
+        for key, value in _tags_with_prefix(tags, "scorecard.").items():
             pointer = _pointer(version.ref, key, value)
             # Scorecards of before have no digest of their file, but one of their fields.
             digest_of, digest = (
                 (file_digest, pointer["file"]) if "file" in pointer else (_card_digest, pointer["digest"])
             )
             what = f"the scorecard of {version.ref}"
-            path = self._fetched(pointer, "scorecard.json", digest_of, digest, what)
+            path = self._fetch_file(pointer, "scorecard.json", digest_of, digest, what)
             try:
                 cards.append(_read(path))
             except ValueError as error:
                 raise DamagedArtifact(what, [f"it cannot be read: {error}"]) from None
         return sorted(cards, key=lambda card: card.created)
 
-    def _found(self, version: Version, tags: Mapping[str, str]) -> Found:
-        return Found(version, self._scorecards(version, tags), _verdicts(version.ref, tags))
+    def _to_findings(self, version: Version, tags: Mapping[str, str]) -> VersionFindings:
+        return VersionFindings(version, self._load_scorecards(version, tags), _verdicts(version.ref, tags))
 
     def documents(self, version: Version, card: Scorecard) -> Path:
         """The local parquet file of a scorecard's documents.
 
         Raises BadInput where there is none, DamagedArtifact where it is not what was recorded.
         """
-        for key, value in _tagged(self._tags(version), f"scorecard.{card.digest()[:16]}").items():
+        for key, value in _tags_with_prefix(self._read_tags(version), f"scorecard.{card.digest()[:16]}").items():
             pointer = _pointer(version.ref, key, value)
             what = f"the documents of {version.ref}"
-            return self._fetched(pointer, "documents.parquet", file_digest, pointer["documents"], what)
+            return self._fetch_file(pointer, "documents.parquet", file_digest, pointer["documents"], what)
         raise BadInput(f"{version.ref} has no such scorecard", fix=f"limbeck eval {version.ref} --tasks ...")
 
     def add_parity(self, version: Version, parity: Parity) -> None:
         """Keep how an ONNX variant compares with its PyTorch model."""
-        self._tag(version, TAG + "parity", parity.model_dump_json())
+        self._write_tag(version, TAG_PREFIX + "parity", parity.model_dump_json())
 
     def parity(self, version: Version, tags: Mapping[str, str] | None = None) -> Parity | None:
         """The parity kept for a version, or None. `tags`: of the version, where they are known."""
-        tags = self._tags(version) if tags is None else tags
-        value = tags.get(TAG + "parity")
-        return None if value is None else _record(Parity, version.ref, TAG + "parity", value)
+        tags = self._read_tags(version) if tags is None else tags
+        value = tags.get(TAG_PREFIX + "parity")
+        return None if value is None else _record(Parity, version.ref, TAG_PREFIX + "parity", value)
 
     def add_verdict(self, version: Version, verdict: Verdict) -> Verdict:
         """Keep a verdict. One that says the same as a kept one is not kept again: that one is given back."""
         for kept in self.verdicts(version):
             if kept == verdict.model_copy(update={"created": kept.created}):
                 return kept
-        self._tag(version, f"{TAG}verdict.{verdict.digest()[:16]}", verdict.model_dump_json())
+        self._write_tag(version, f"{TAG_PREFIX}verdict.{verdict.digest()[:16]}", verdict.model_dump_json())
         return verdict
 
     def verdicts(self, version: Version) -> list[Verdict]:
         """The verdicts on a version, newest last. Raises BadInput where one was changed."""
-        return _verdicts(version.ref, self._tags(version))
+        return _verdicts(version.ref, self._read_tags(version))
 
-    def _tags(self, version: Version) -> dict[str, str]:
+    def _read_tags(self, version: Version) -> dict[str, str]:
         return dict(self.client.get_model_version(version.name, str(version.version)).tags)
 
-    def _tag(self, version: Version, key: str, value: str) -> None:
+    def _write_tag(self, version: Version, key: str, value: str) -> None:
         self.client.set_model_version_tag(version.name, str(version.version), key, value)
 
-    def _fetched(
-        self, pointer: dict[str, str], file: str, digest_of: Callable[[Path], str], digest: str, what: str
+    def _fetch_file(
+        self, pointer: dict[str, str], file: str, compute_digest: Callable[[Path], str], digest: str, label: str
     ) -> Path:
         """An artifact of a scorecard's run, kept in `home()`; fetched again where it was damaged there."""
         cached = _cached(pointer["digest"], file)
-        if cached.exists() and digest_of(cached) == digest:
+        if cached.exists() and compute_digest(cached) == digest:
             return cached
         uri = self.client.get_run(pointer["run_id"]).info.artifact_uri
-        with TemporaryDirectory() as temporary, written_whole(cached) as part:
+        with TemporaryDirectory() as temporary, atomic_write(cached) as part:
             shutil.copyfile(self.client.download(f"{uri}/{file}", Path(temporary)), part)
-            if digest_of(part) != digest:
-                raise DamagedArtifact(what, [f"{uri}/{file} is not what was recorded"])
+            if compute_digest(part) != digest:
+                raise DamagedArtifact(label, [f"{uri}/{file} is not what was recorded"])
         return cached
 
 
@@ -157,16 +157,16 @@ def _cached(digest: str, file: str) -> Path:
     return home() / "scorecards" / digest / file
 
 
-def _tagged(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {key: value for key, value in tags.items() if key.startswith(TAG + prefix)}
+def _tags_with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {key: value for key, value in tags.items() if key.startswith(TAG_PREFIX + prefix)}
 
 
 def _verdicts(ref: str, tags: Mapping[str, str]) -> list[Verdict]:
     verdicts = []
-    for key, value in _tagged(tags, "verdict.").items():
+    for key, value in _tags_with_prefix(tags, "verdict.").items():
         verdict = _record(Verdict, ref, key, value)
-        if key != f"{TAG}verdict.{verdict.digest()[:16]}":
-            raise _changed(ref, key)
+        if key != f"{TAG_PREFIX}verdict.{verdict.digest()[:16]}":
+            raise _changed_tag_error(ref, key)
         verdicts.append(verdict)
     return sorted(verdicts, key=lambda verdict: verdict.created)
 
@@ -175,7 +175,7 @@ def _record(record: type[Kept], ref: str, key: str, value: str) -> Kept:
     try:
         return record.model_validate_json(value)
     except ValidationError:
-        raise _changed(ref, key) from None
+        raise _changed_tag_error(ref, key) from None
 
 
 def _pointer(ref: str, key: str, value: str) -> dict[str, str]:
@@ -185,12 +185,12 @@ def _pointer(ref: str, key: str, value: str) -> dict[str, str]:
         sound = all(re.fullmatch(POINTER[name], pointer[name]) for name in POINTER if name in pointer or name != "file")
     except (ValueError, TypeError, KeyError, RecursionError):
         sound = False
-    if not sound or key != f"{TAG}scorecard.{pointer['digest'][:16]}":
-        raise _changed(ref, key)
+    if not sound or key != f"{TAG_PREFIX}scorecard.{pointer['digest'][:16]}":
+        raise _changed_tag_error(ref, key)
     return pointer
 
 
-def _changed(ref: str, key: str) -> BadInput:
+def _changed_tag_error(ref: str, key: str) -> BadInput:
     return BadInput(
         f"the tag {key} of {ref} is not as Limbeck wrote it: it was changed through MLflow itself",
         fix="put it right in MLflow, or delete it there and do again what it tells of",

@@ -13,7 +13,7 @@ CURRENT = "/api/2.0/mlflow/users/current"
 PERMISSION = "/api/3.0/mlflow/users/permissions/get"
 
 
-def user(tracking_uri: str) -> str:
+def current_user(tracking_uri: str) -> str:
     """The name of whoever runs this process: what versions, requests, approvals and the ledger carry.
 
     On an MLflow server with accounts it is the name that the server knows; on one without,
@@ -21,36 +21,36 @@ def user(tracking_uri: str) -> str:
     """
     known = None
     if client.is_server(tracking_uri):
-        known = (_account(tracking_uri) or {}).get("username") or os.environ.get("MLFLOW_TRACKING_USERNAME")
+        known = (_current_account(tracking_uri) or {}).get("username") or os.environ.get("MLFLOW_TRACKING_USERNAME")
     try:
         return known or os.environ.get("LIMBECK_USER") or getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return f"uid {os.getuid()}"
 
 
-def manages(tracking_uri: str, name: str) -> bool | None:
+def can_manage(tracking_uri: str, name: str) -> bool | None:
     """Whether an MLflow server gives this user MANAGE on a registered model; None where nobody has an account."""
     if not client.is_server(tracking_uri):
         return None
-    account = _account(tracking_uri)
+    account = _current_account(tracking_uri)
     if not account:
         return None if account is None else False
     if account.get("is_admin"):
         return True
     asked = {"username": account["username"], "resource_type": "registered_model", "resource_id": name}
-    status, answer = client.asked(tracking_uri, PERMISSION, **asked)
+    status, answer = client.get_rest_json(tracking_uri, PERMISSION, **asked)
     return status == 200 and answer.get("permission") == "MANAGE"
 
 
-def _account(tracking_uri: str) -> dict[str, Any] | None:
+def _current_account(tracking_uri: str) -> dict[str, Any] | None:
     """What the server knows of this user; {} where it does not let them in, None where it has no accounts."""
     names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-    return _account_of(tracking_uri, *(os.environ.get(name) for name in names))
+    return _fetch_account(tracking_uri, *(os.environ.get(name) for name in names))
 
 
 @lru_cache  # a password takes a server up to half a second
-def _account_of(tracking_uri: str, *credentials: str | None) -> dict[str, Any] | None:
-    status, answer = client.asked(tracking_uri, CURRENT)
+def _fetch_account(tracking_uri: str, *credentials: str | None) -> dict[str, Any] | None:
+    status, answer = client.get_rest_json(tracking_uri, CURRENT)
     if status == 404:
         return None
     return answer.get("user", {}) if status == 200 else {}

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from limbeck.registry.mlflow.client import Client, NotThere, sqlite_file
-from limbeck.registry.mlflow.filters import Condition, said
+from limbeck.registry.mlflow.client import NotFound, RetryingMlflowClient, sqlite_file
+from limbeck.registry.mlflow.filters import Condition, to_filter_string
 
 SCHEMA = "dc11669786a5"  # as MLflow 3.17 marks its database (alembic)
 VERSIONS = """
@@ -35,7 +35,7 @@ EXPERIMENT = "limbeck"  # of the LoggedModels
 ALIASES = "SELECT name, version, alias FROM registered_model_aliases WHERE workspace = 'default' ORDER BY alias"
 
 
-class Listed(NamedTuple):
+class ListedVersion(NamedTuple):
     """A model version as MLflow keeps it."""
 
     name: str
@@ -48,28 +48,28 @@ class Listed(NamedTuple):
     metrics: dict[str, float] = {}  # those that were asked for: the newest value of each
 
 
-def listed(
-    client: Client,
+def list_versions(
+    client: RetryingMlflowClient,
     tracking_uri: str,
     name: str | None = None,
     conditions: Sequence[Condition] = (),
     metrics: Iterable[str] = (),
-) -> list[Listed]:
+) -> list[ListedVersion]:
     """The versions that have tags, of `name` or of all models, by name and oldest first.
 
     Args:
         conditions: that all hold of them.
         metrics: to give besides those that the conditions are about.
     """
-    wanted = {*metrics, *(condition.key for condition in conditions if condition.of == "metric")}
+    wanted = {*metrics, *(condition.key for condition in conditions if condition.kind == "metric")}
     file = sqlite_file(tracking_uri)
     found = _from_sqlite(file, name, wanted) if file else None
     if found is None:
         found = _from_mlflow(client, name, conditions, wanted)
-    return [each for each in found if all(condition.holds(each) for condition in conditions)]
+    return [each for each in found if all(condition.matches(each) for condition in conditions)]
 
 
-def _from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> list[Listed] | None:
+def _from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> list[ListedVersion] | None:
     """All versions; None where the database is not one of SCHEMA."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as database:
@@ -83,7 +83,7 @@ def _from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> l
             rows = database.execute(VERSIONS, {"name": name})
             return [
                 _with_metrics(
-                    Listed(
+                    ListedVersion(
                         model,
                         version,
                         source,
@@ -101,26 +101,26 @@ def _from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> l
 
 
 def _from_mlflow(
-    client: Client, name: str | None, conditions: Sequence[Condition] = (), metrics: Iterable[str] = ()
-) -> list[Listed]:
+    client: RetryingMlflowClient, name: str | None, conditions: Sequence[Condition] = (), metrics: Iterable[str] = ()
+) -> list[ListedVersion]:
     """As MLflow finds them: those of which the conditions hold, and others where it cannot be asked for that."""
-    asked = [condition for condition in conditions if condition.sayable]
+    asked = [condition for condition in conditions if condition.is_expressible]
     own = [Condition("attribute", "name", "=", name)] if name else []
     versions = [
         version
         for version in _pages(
             client.search_model_versions,
-            said([*own, *(condition for condition in asked if condition.of != "metric")]),
+            to_filter_string([*own, *(condition for condition in asked if condition.kind != "metric")]),
             order_by=["name ASC", "version_number ASC"],
         )
         if version.tags
     ]
-    values = _metrics(client, [condition for condition in asked if condition.of == "metric"], metrics)
+    values = _metrics(client, [condition for condition in asked if condition.kind == "metric"], metrics)
     # MLflow's search leaves the aliases out.
-    aliases = {model: aliases_of(client, model) for model in {version.name for version in versions}}
+    aliases = {model: read_aliases(client, model) for model in {version.name for version in versions}}
     return [
         _with_metrics(
-            Listed(
+            ListedVersion(
                 v.name,
                 int(v.version),
                 v.source,
@@ -135,7 +135,9 @@ def _from_mlflow(
     ]
 
 
-def _metrics(client: Client, conditions: Sequence[Condition], metrics: Iterable[str]) -> dict[str, dict[str, float]]:
+def _metrics(
+    client: RetryingMlflowClient, conditions: Sequence[Condition], metrics: Iterable[str]
+) -> dict[str, dict[str, float]]:
     """Metric -> the id of a LoggedModel -> its newest value; of LoggedModels of which the conditions once held."""
     values: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
     experiment = client.get_experiment_by_name(EXPERIMENT) if values else None
@@ -145,25 +147,25 @@ def _metrics(client: Client, conditions: Sequence[Condition], metrics: Iterable[
     def search(asked: str, **page: Any) -> Any:
         return client.search_logged_models([experiment.experiment_id], asked, **page)
 
-    for model in _pages(search, said(conditions)):
+    for model in _pages(search, to_filter_string(conditions)):
         for metric in sorted(model.metrics or (), key=lambda metric: (metric.timestamp, metric.step)):
             if metric.key in values:
                 values[metric.key][model.model_id] = metric.value
     return values
 
 
-def _pages(search: Callable[..., Any], asked: str, **options: Any) -> Iterator[Any]:
+def _pages(search: Callable[..., Any], filter_string: str, **options: Any) -> Iterator[Any]:
     """All that a search of MLflow's finds."""
     token = None
     while True:
-        page = search(asked, max_results=1000, page_token=token, **options)
+        page = search(filter_string, max_results=1000, page_token=token, **options)
         yield from page
         token = page.token
         if not token:
             return
 
 
-def _with_metrics(version: Listed, values: Mapping[str, Mapping[str, float]]) -> Listed:
+def _with_metrics(version: ListedVersion, values: Mapping[str, Mapping[str, float]]) -> ListedVersion:
     """The version with its own of the values."""
     if not values:
         return version
@@ -171,16 +173,16 @@ def _with_metrics(version: Listed, values: Mapping[str, Mapping[str, float]]) ->
     return version._replace(metrics={metric: of[model] for metric, of in values.items() if model in of})
 
 
-def aliases_of(client: Client, name: str) -> dict[str, int]:
+def read_aliases(client: RetryingMlflowClient, name: str) -> dict[str, int]:
     """Alias -> version number, of a registered model; empty where there is no such model."""
     try:
         aliases = client.get_registered_model(name).aliases
-    except NotThere:
+    except NotFound:
         return {}
     return {alias: int(number) for alias, number in aliases.items()}
 
 
-def told(error: Exception) -> str:
+def describe_read_error(error: Exception) -> str:
     """Why the tags or the date of a version cannot be read, in words."""
     if not isinstance(error, ValidationError):
         return f"its date is none ({error})"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILE = "MLmodel"
+MLMODEL_FILE = "MLmodel"
 
 
-def write(folder: Path, loader: str, params: Mapping[str, tuple[str, Any]]) -> None:
+def write_mlmodel(folder: Path, loader: str, params: Mapping[str, tuple[str, Any]]) -> None:
     """Write the file into an artifact that completes prompts: a column `prompt` in, a column `text` out.
 
     It says nothing of when and where it was made, so that the same artifact has the same digest each time.
@@ -37,4 +37,4 @@ def write(folder: Path, loader: str, params: Mapping[str, tuple[str, Any]]) -> N
         utc_time_created="",
     )
     del model.utc_time_created
-    (folder / FILE).write_text(model.to_yaml())
+    (folder / MLMODEL_FILE).write_text(model.to_yaml())

@@ -15,16 +15,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.registry.core.terminal import bytes_said, say
-from limbeck.registry.mlflow.client import Client, NotThere
+from limbeck.registry.core.terminal import format_bytes, print_status
+from limbeck.registry.mlflow.client import NotFound, RetryingMlflowClient
 from limbeck.registry.records import Version
 
 LARGE = 50_000_000  # bytes that are told of where there is no progress bar
-SAME = ("name", "digest", "parent", "recipe", "recipe_digest")  # of a version: what makes it the same upload
-LATE = timedelta(days=1)  # an upload that nobody goes on with
+SAME_UPLOAD_FIELDS = (
+    "name",
+    "digest",
+    "parent",
+    "recipe",
+    "recipe_digest",
+)  # of a version: what makes it the same upload
+ABANDONED_AFTER = timedelta(days=1)  # an upload that nobody goes on with
 
 
-def begin(client: Client, experiment: str, version: Version, tags: Mapping[str, str]) -> Any:
+def begin_upload(client: RetryingMlflowClient, experiment: str, version: Version, tags: Mapping[str, str]) -> Any:
     """The LoggedModel that a version's files go to: one that was begun for the very same version, else a new one.
 
     Args:
@@ -32,7 +38,7 @@ def begin(client: Client, experiment: str, version: Version, tags: Mapping[str, 
         tags: `limbeck.*` of the version to be.
     """
     tags = {**tags, "limbeck.name": version.name}
-    same = {key: tags.get(key) for key in (f"limbeck.{field}" for field in SAME)}
+    same = {key: tags.get(key) for key in (f"limbeck.{field}" for field in SAME_UPLOAD_FIELDS)}
     asked = f"tags.`limbeck.digest` = '{version.digest}' AND tags.`limbeck.name` = '{version.name}'"
     for found in client.search_logged_models(experiment_ids=[experiment], filter_string=asked):
         if {key: found.tags.get(key) for key in same} == same:
@@ -46,51 +52,53 @@ def begin(client: Client, experiment: str, version: Version, tags: Mapping[str, 
     )
 
 
-def send(client: Client, folder: Path, uri: str, what: str, *, again: bool = False) -> int:
+def upload_folder(client: RetryingMlflowClient, folder: Path, uri: str, label: str, *, resend_all: bool = False) -> int:
     """Bring the files of a folder to an artifact URI, less those that are there in their size.
 
     Args:
-        what: that the files are of, for the user.
-        again: all of them, whatever is there.
+        label: that the files are of, for the user.
+        resend_all: all of them, whatever is there.
 
     Returns:
         The number of files that were sent.
     """
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    there = {} if again else client.sizes(uri)
+    there = {} if resend_all else client.file_sizes(uri)
     missing = {name: path for name, path in files.items() if there.get(name) != path.stat().st_size}
     sizes = {name: path.stat().st_size for name, path in missing.items()}
     if len(missing) < len(files):
-        say(f"{what}: {len(files) - len(missing)} of {len(files)} files are there already")
+        print_status(f"{label}: {len(files) - len(missing)} of {len(files)} files are there already")
     sent = 0
     reading: list[Path] = []
-    with told(f"sending {what}", sum(sizes.values()), lambda: sent + sum(map(_read_of, reading))):
+    with transfer_progress(f"sending {label}", sum(sizes.values()), lambda: sent + sum(map(_bytes_read, reading))):
         for name, path in missing.items():
             reading[:] = [path]
-            client.send(path, uri, os.path.dirname(name) or None)
+            client.upload_file(path, uri, os.path.dirname(name) or None)
             reading.clear()
             sent += sizes[name]
     return len(missing)
 
 
-def fetch(client: Client, uri: str, to: Path, what: str) -> Path:
-    """Fetch the files below an artifact URI into the folder `to`. Returns where they lie."""
-    size = sum(client.sizes(uri).values())
-    with told(what, size, lambda: sum(p.stat().st_size for p in to.rglob("*") if p.is_file())):
-        return client.download(uri, to)
+def download_folder(client: RetryingMlflowClient, uri: str, folder: Path, label: str) -> Path:
+    """Fetch the files below an artifact URI into the folder `folder`. Returns where they lie."""
+    size = sum(client.file_sizes(uri).values())
+    with transfer_progress(label, size, lambda: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())):
+        return client.download(uri, folder)
 
 
-class Unfinished(NamedTuple):
+class UnfinishedUpload(NamedTuple):
     """An upload that was begun and never became a version."""
 
     model_id: str
     uri: str
     name: str  # of the registered model
-    begun: datetime
+    started_at: datetime
     size: int  # bytes
 
 
-def unfinished(client: Client, experiments: list[str], registered: set[str]) -> list[Unfinished]:
+def unfinished_uploads(
+    client: RetryingMlflowClient, experiments: list[str], registered: set[str]
+) -> list[UnfinishedUpload]:
     """The uploads that nobody went on with for a day, oldest first.
 
     Args:
@@ -105,30 +113,30 @@ def unfinished(client: Client, experiments: list[str], registered: set[str]) -> 
         token = page.token
         if not token:
             break
-    late = [m for m in found if _when(m.last_updated_timestamp) < datetime.now(UTC) - LATE]
+    late = [m for m in found if _when(m.last_updated_timestamp) < datetime.now(UTC) - ABANDONED_AFTER]
     return sorted(
         (
-            Unfinished(
+            UnfinishedUpload(
                 m.model_id,
                 m.artifact_location,
                 m.tags.get("limbeck.name", m.name),
                 _when(m.creation_timestamp),
-                sum(client.sizes(m.artifact_location).values()),
+                sum(client.file_sizes(m.artifact_location).values()),
             )
             for m in late
         ),
-        key=lambda each: each.begun,
+        key=lambda each: each.started_at,
     )
 
 
-def discard(client: Client, model_id: str, uri: str) -> None:
+def discard_upload(client: RetryingMlflowClient, model_id: str, uri: str) -> None:
     """Take away a LoggedModel that became no version, and its files.
 
     Raises Forbidden where a server does not let this user delete.
     """
     folder = uri.removesuffix("/artifacts")
     if folder.endswith(f"/{model_id}"):
-        with suppress(FileNotFoundError, NotThere):
+        with suppress(FileNotFoundError, NotFound):
             client.delete_files(folder)  # first, as it may be the disk that is full
     client.delete_logged_model(model_id)
 
@@ -138,8 +146,8 @@ def _when(milliseconds: int) -> datetime:
 
 
 @contextmanager
-def told(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
-    """A progress bar of bytes with rate and time left, of what `done` says, while the block runs.
+def transfer_progress(label: str, size: int, bytes_done: Callable[[], int]) -> Iterator[None]:
+    """A progress bar of bytes with rate and time left, of what `bytes_done` says, while the block runs.
 
     Where there is no terminal, what is large is told in one line.
     """
@@ -149,18 +157,18 @@ def told(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
     console = Console(stderr=True)
     if not console.is_terminal:
         if size >= LARGE:
-            say(f"{what} ({bytes_said(size)})")
+            print_status(f"{label} ({format_bytes(size)})")
         yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     over = threading.Event()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(what, total=size)
+        task = bar.add_task(label, total=size)
 
         def watch() -> None:
             while not over.wait(0.3):
                 with suppress(OSError):
-                    bar.update(task, completed=done())
+                    bar.update(task, completed=bytes_done())
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -171,7 +179,7 @@ def told(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
             thread.join()
 
 
-def _read_of(path: Path) -> int:
+def _bytes_read(path: Path) -> int:
     """How many bytes of a file this process has read: MLflow does not tell. 0 where the system does not say."""
     with suppress(OSError):
         for number in os.listdir("/proc/self/fd"):

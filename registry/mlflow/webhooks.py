@@ -10,8 +10,8 @@ import ipaddress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from limbeck.registry.core.errors import BadInput, LimbeckError, redacted
-from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.core.errors import BadInput, LimbeckError, redact_urls
+from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 
 # what happens -> MLflow's event
@@ -24,16 +24,16 @@ EVENTS = {
 }
 
 
-class Hook(NamedTuple):
+class Webhook(NamedTuple):
     """A webhook, without its secret: MLflow's server does not give that away."""
 
     id: str
     url: str
-    on: tuple[str, ...]  # of EVENTS, or MLflow's own word
+    events: tuple[str, ...]  # of EVENTS, or MLflow's own word
     active: bool
 
 
-def hooks(store: Store) -> list[Hook]:
+def list_webhooks(store: Store) -> list[Webhook]:
     """The webhooks of a server, oldest first."""
     _check_server(store)
     found: list[Any] = []
@@ -44,14 +44,14 @@ def hooks(store: Store) -> list[Hook]:
         token = page.token
         if not token:
             break
-    return [_hook(each) for each in sorted(found, key=lambda each: each.creation_timestamp)]
+    return [_to_webhook(each) for each in sorted(found, key=lambda each: each.creation_timestamp)]
 
 
-def add(store: Store, url: str, on: list[str], secret: str | None) -> Hook:
-    """Have notices of the events `on` sent to `url`.
+def add_webhook(store: Store, url: str, event_names: list[str], secret: str | None) -> Webhook:
+    """Have notices of the events `event_names` sent to `url`.
 
     Args:
-        on: of EVENTS.
+        event_names: of EVENTS.
         secret: that notices are signed with (HMAC-SHA256); None: they are not signed.
 
     Raises:
@@ -60,48 +60,50 @@ def add(store: Store, url: str, on: list[str], secret: str | None) -> Hook:
     """
     _check_server(store)
     _check_url(url)
-    if same := [each for each in hooks(store) if each.url == redacted(url) and set(each.on) == set(on)]:
+    if same := [
+        each for each in list_webhooks(store) if each.url == redact_urls(url) and set(each.events) == set(event_names)
+    ]:
         raise BadInput(f"hook {same[0].id} is there already", fix=f"limbeck hooks remove {same[0].id}")
-    events = [EVENTS[word] for word in on]
-    return _hook(store.client.create_webhook("limbeck-" + "-".join(on), url, events, secret=secret))
+    events = [EVENTS[word] for word in event_names]
+    return _to_webhook(store.client.create_webhook("limbeck-" + "-".join(event_names), url, events, secret=secret))
 
 
-def remove(store: Store, hook: str) -> None:
+def remove_webhook(store: Store, webhook_id: str) -> None:
     """Send no more notices by the webhook of this id."""
     _check_server(store)
     try:
-        store.client.delete_webhook(hook)
-    except NotThere:
-        raise _unknown(hook) from None
+        store.client.delete_webhook(webhook_id)
+    except NotFound:
+        raise _unknown_webhook_error(webhook_id) from None
 
 
-def test(store: Store, hook: str) -> int:
+def send_test_notice(store: Store, webhook_id: str) -> int:
     """Have the server send an example by a webhook now. Returns the HTTP status of the answer.
 
     Raises LimbeckError where there was none, or one that is no success.
     """
     _check_server(store)
     try:
-        result = store.client.test_webhook(hook)
-    except NotThere:
-        raise _unknown(hook) from None
+        result = store.client.test_webhook(webhook_id)
+    except NotFound:
+        raise _unknown_webhook_error(webhook_id) from None
     if not result.success:
         answer = f"it answers {result.response_status}" if result.response_status else result.error_message
         raise LimbeckError(
-            f"hook {hook}: {answer}",
+            f"hook {webhook_id}: {answer}",
             fix="the server has to reach it; MLflow sends to public addresses alone, see docs/team.md",
         )
     return int(result.response_status)
 
 
-def _unknown(hook: str) -> BadInput:
-    return BadInput(f"there is no hook {hook}", fix="limbeck hooks list")
+def _unknown_webhook_error(webhook_id: str) -> BadInput:
+    return BadInput(f"there is no hook {webhook_id}", fix="limbeck hooks list")
 
 
-def _hook(found: Any) -> Hook:
+def _to_webhook(found: Any) -> Webhook:
     words = {event: word for word, event in EVENTS.items()}
     on = tuple(words.get(str(event), str(event)) for event in found.events)
-    return Hook(found.webhook_id, redacted(found.url), on, str(found.status) == "ACTIVE")
+    return Webhook(found.webhook_id, redact_urls(found.url), on, str(found.status) == "ACTIVE")
 
 
 def _check_server(store: Store) -> None:

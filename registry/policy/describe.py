@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from limbeck.registry.policy.plugins import find
-from limbeck.registry.policy.schema import Policy, Quality
+from limbeck.registry.policy.plugins import find_plugin
+from limbeck.registry.policy.schema import Policy, QualityRules
 
 COST = {
     "cost_ratio": "dollars per million tokens over the teacher's",
@@ -25,7 +25,7 @@ PARITY = {
 }
 
 
-def told(policy: Policy) -> Iterator[tuple[str, str]]:
+def describe_policy(policy: Policy) -> Iterator[tuple[str, str]]:
     """Each rule of a policy and what it asks; at the end, who may go over it."""
     yield from _quality(policy.quality)
     yield from _limits("cost", COST, policy.cost.model_dump(exclude_none=True))
@@ -43,31 +43,31 @@ def told(policy: Policy) -> Iterator[tuple[str, str]]:
     yield from _limits("parity", PARITY, parity)
     yield from _people(policy)
     for name, options in policy.rules.items():
-        plugin = find(name)
+        plugin = find_plugin(name)
         given = ", ".join(f"{key} = {value}" for key, value in options.items())
-        words = f"{plugin.told() or 'a rule in Python'} ({plugin.package})"
+        words = f"{plugin.summary() or 'a rule in Python'} ({plugin.package})"
         yield f"rules.{name}", words + (f": {given}" if given else "")
     people = policy.override.people
     yield "override", f"{', '.join(people)} may go over it" if people else "nobody may go over it"
 
 
-def _quality(asked: Quality) -> Iterator[tuple[str, str]]:
-    at = f", held against the lower end of its {asked.confidence * 100:g}% interval"
-    if asked.tasks:
-        yield "quality.tasks", f"it was scored on {', '.join(asked.tasks)}"
-    if asked.min_documents is not None:
-        yield "quality.min_documents", f"on at least {asked.min_documents:,} documents of each task"
-    if asked.max_age_days is not None:
-        yield "quality.max_age_days", f"at most {asked.max_age_days:g} days ago"
-    if asked.min_retention is not None:
-        words = f"at least {asked.min_retention:g} of the teacher's quality, mean over the tasks"
+def _quality(rules: QualityRules) -> Iterator[tuple[str, str]]:
+    at = f", held against the lower end of its {rules.confidence * 100:g}% interval"
+    if rules.tasks:
+        yield "quality.tasks", f"it was scored on {', '.join(rules.tasks)}"
+    if rules.min_documents is not None:
+        yield "quality.min_documents", f"on at least {rules.min_documents:,} documents of each task"
+    if rules.max_age_days is not None:
+        yield "quality.max_age_days", f"at most {rules.max_age_days:g} days ago"
+    if rules.min_retention is not None:
+        words = f"at least {rules.min_retention:g} of the teacher's quality, mean over the tasks"
         yield "quality.min_retention", words + at
-    for task, limit in asked.min_task_retention.items():
+    for task, limit in rules.min_task_retention.items():
         yield f"quality.min_task_retention.{task}", f"at least {limit:g} of the teacher's quality on {task}{at}"
-    for key, margin in asked.margin.items():
+    for key, margin in rules.margin.items():
         words = f"worse than the teacher by less than {margin:g} on {key}, a task or a metric of tasks"
         yield f"quality.margin.{key}", words + at
-    if not (asked.min_retention is not None or asked.min_task_retention or asked.margin):
+    if not (rules.min_retention is not None or rules.min_task_retention or rules.margin):
         yield "quality", "nothing is asked of how good it is"
 
 

@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.toml import Problem, words
+from limbeck.registry.core.toml import Problem, describe_error
 
 GROUP = "limbeck.rules"
 LONGEST = 2000  # characters of a message
-BROKEN = (Exception, SystemExit)  # what a rule may do instead of answering; Ctrl-C is the user's
+RULE_FAILURES = (Exception, SystemExit)  # what a rule may do instead of answering; Ctrl-C is the user's
 
 
-class Plugin(NamedTuple):
+class RulePlugin(NamedTuple):
     """A rule that is installed."""
 
     name: str
@@ -45,12 +45,12 @@ class Plugin(NamedTuple):
     options: type[BaseModel]
     package: str  # its distribution, with the version
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What the rule asks, in the first line of its docstring."""
         return (inspect.getdoc(self.rule) or "").strip().partition("\n")[0]
 
 
-def find(name: str) -> Plugin:
+def find_plugin(name: str) -> RulePlugin:
     """The rule of a name. Raises BadInput where none is installed, or it cannot be used."""
     installed = entry_points(group=GROUP)
     found = {f"{_package(each)} ({each.value})": each for each in installed if each.name == name}
@@ -65,24 +65,24 @@ def find(name: str) -> Plugin:
     what = f"the rule {name} of {_package(entry)}"
     try:
         rule = entry.load()
-    except BROKEN as error:
+    except RULE_FAILURES as error:
         raise BadInput(
-            f"{what} cannot be imported: {_said(error)}", fix="install it again, or another version"
+            f"{what} cannot be imported: {_format_exception(error)}", fix="install it again, or another version"
         ) from None
     if not callable(rule):
         raise BadInput(f"{what} is no callable but a {type(rule).__name__}")
     try:
-        return Plugin(name, rule, _options(rule), _package(entry))
-    except BROKEN as error:
-        raise BadInput(f"{what}: its options cannot be told: {_said(error)}") from None
+        return RulePlugin(name, rule, _options(rule), _package(entry))
+    except RULE_FAILURES as error:
+        raise BadInput(f"{what}: its options cannot be told: {_format_exception(error)}") from None
 
 
-def problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+def plugin_problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     """What is wrong with the `[rules.NAME]` tables of a policy."""
     for name, options in rules.items():
         key = ("rules", name)
         try:
-            plugin = find(name)
+            plugin = find_plugin(name)
         except BadInput as error:
             yield Problem(error.message, (key,), error.fix)
             continue
@@ -91,8 +91,10 @@ def problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
         except ValidationError as error:
             for details in error.errors():
                 yield _problem(plugin, details)
-        except BROKEN as error:
-            yield Problem(f"the options of {name} ({plugin.package}) cannot be checked: {_said(error)}", (key,))
+        except RULE_FAILURES as error:
+            yield Problem(
+                f"the options of {name} ({plugin.package}) cannot be checked: {_format_exception(error)}", (key,)
+            )
 
 
 def _options(rule: Callable[..., Any]) -> type[BaseModel]:
@@ -116,7 +118,7 @@ def _options(rule: Callable[..., Any]) -> type[BaseModel]:
     return model
 
 
-def _problem(plugin: Plugin, details: Any) -> Problem:
+def _problem(plugin: RulePlugin, details: Any) -> Problem:
     """One pydantic error of a rule's options."""
     key = ("rules", plugin.name, *details["loc"])
     name = ".".join(map(str, key))
@@ -127,14 +129,14 @@ def _problem(plugin: Plugin, details: Any) -> Problem:
         return Problem(message, (key,), f"options of {plugin.name} ({plugin.package}): {known}")
     if details["type"] == "missing":
         return Problem(f"{name} is missing", (key,), f"options of {plugin.name} ({plugin.package}): {known}")
-    return Problem(f"{name}: {words(details)}", (key,))
+    return Problem(f"{name}: {describe_error(details)}", (key,))
 
 
 def _package(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
-def _said(error: BaseException) -> str:
+def _format_exception(error: BaseException) -> str:
     return _cut(f"{type(error).__name__}: {error}".rstrip(": "))
 
 

@@ -73,37 +73,37 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from limbeck.registry.records import Frozen, Record, later
+from limbeck.registry.records import Frozen, Record, field_added_later
 
 Retention = Annotated[float, Field(ge=0, le=1.5)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class Quality(Frozen):
+class QualityRules(Frozen):
     """How much of the teacher's quality has to be kept."""
 
     min_retention: Retention | None = None
     tasks: tuple[Name, ...] = ()
     min_documents: int | None = Field(default=None, ge=1)
     min_task_retention: dict[str, Retention] = {}
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = later(0.95)
-    margin: dict[str, Above0] = later({})
-    max_age_days: Above0 | None = later(None)
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = field_added_later(0.95)
+    margin: dict[str, Positive] = field_added_later({})
+    max_age_days: Positive | None = field_added_later(None)
 
 
 class CostLimits(Frozen):
     """How much it may cost to run."""
 
-    max_cost_ratio: Above0 | None = None
-    max_p95_ms: Above0 | None = None
+    max_cost_ratio: Positive | None = None
+    max_p95_ms: Positive | None = None
     max_disk_bytes: int | None = Field(default=None, gt=0)
     max_peak_rss_bytes: int | None = Field(default=None, gt=0)
-    min_decode_tokens_per_s: Above0 | None = None
-    max_usd_per_million_tokens: Above0 | None = later(None)
-    max_p50_ms: Above0 | None = later(None)
-    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = later(None)
+    min_decode_tokens_per_s: Positive | None = None
+    max_usd_per_million_tokens: Positive | None = field_added_later(None)
+    max_p50_ms: Positive | None = field_added_later(None)
+    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = field_added_later(None)
 
 
 class ParityLimits(Frozen):
@@ -112,8 +112,8 @@ class ParityLimits(Frozen):
     required: bool = True
     max_mean_kl: float | None = Field(default=None, ge=0)
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    max_p99_kl: NotNegative | None = later(None)
-    max_bits_per_byte_increase: NotNegative | None = later(None)
+    max_p99_kl: NonNegative | None = field_added_later(None)
+    max_bits_per_byte_increase: NonNegative | None = field_added_later(None)
 
 
 class LineageRules(Frozen):
@@ -140,7 +140,7 @@ class ApprovalRules(Frozen):
     keys: dict[str, str] = {}  # name -> public key of ed25519, base64; empty: approvals need no signature
 
 
-class Override(Frozen):
+class OverrideRules(Frozen):
     """Who may go over the gate's veto."""
 
     people: tuple[Name, ...] = ()
@@ -149,11 +149,11 @@ class Override(Frozen):
 class Policy(Record):
     """The rules of one gate."""
 
-    quality: Quality = Quality()
+    quality: QualityRules = QualityRules()
     cost: CostLimits = CostLimits()
     parity: ParityLimits = ParityLimits()
-    lineage: LineageRules = later(LineageRules())
-    licence: LicenceRules = later(LicenceRules())
-    approvals: ApprovalRules = later(ApprovalRules())
-    override: Override = later(Override())
-    rules: dict[str, dict[str, Any]] = later({})  # of `limbeck.registry.policy.plugins`: name -> options
+    lineage: LineageRules = field_added_later(LineageRules())
+    licence: LicenceRules = field_added_later(LicenceRules())
+    approvals: ApprovalRules = field_added_later(ApprovalRules())
+    override: OverrideRules = field_added_later(OverrideRules())
+    rules: dict[str, dict[str, Any]] = field_added_later({})  # of `limbeck.registry.policy.plugins`: name -> options

@@ -14,24 +14,24 @@ from limbeck.registry.core.digest import text_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.signing import Signature
 from limbeck.registry.ledger import log
-from limbeck.registry.mlflow.findings import TAG
+from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import cyclonedx
-from limbeck.registry.provenance.sbom import Bill, check_subject
+from limbeck.registry.provenance.sbom import Sbom, check_sbom_subject
 from limbeck.registry.records import Version
 
-KEPT, SIGNED = TAG + "sbom.", TAG + "sbom-signature."
+SBOM_TAG_PREFIX, SIGNATURE_TAG_PREFIX = TAG_PREFIX + "sbom.", TAG_PREFIX + "sbom-signature."
 LONGEST = 100_000  # characters that MLflow takes in a tag
 
 
-def bill(store: Store, version: Version) -> dict[str, Any]:
+def sbom_json(store: Store, version: Version) -> dict[str, Any]:
     """What went into a version, as CycloneDX 1.6 JSON. Its files are verified; raises DamagedArtifact."""
-    return cyclonedx.bill(store, version)
+    return cyclonedx.cyclonedx_document(store, version)
 
 
-def written(store: Store, version: Version) -> Bill:
+def build_sbom(store: Store, version: Version) -> Sbom:
     """The bill of a version as text; neither kept nor signed."""
-    return Bill(json.dumps(bill(store, version), indent=1, ensure_ascii=False) + "\n")
+    return Sbom(json.dumps(sbom_json(store, version), indent=1, ensure_ascii=False) + "\n")
 
 
 def attest(store: Store, version: Version) -> str:
@@ -43,38 +43,38 @@ def attest(store: Store, version: Version) -> str:
         DamagedArtifact: the version's files are not those recorded.
         BadInput: a key that cannot be used, or more files than a bill has room for; nothing is kept then.
     """
-    made = written(store, version)
+    made = build_sbom(store, version)
     if len(made.text) > LONGEST:
         raise BadInput(f"{version.ref}: its bill of materials has {len(made.text):,} characters, at most {LONGEST:,}")
-    signature = signing.sign(made.signed)  # a key that cannot be used leaves nothing behind
-    if find(store, version, made.digest) is None:
-        _tag(store, version, KEPT + made.digest[:16], made.text)
+    signature = signing.sign(made.signed_bytes)  # a key that cannot be used leaves nothing behind
+    if find_sbom(store, version, made.digest) is None:
+        _tag(store, version, SBOM_TAG_PREFIX + made.digest[:16], made.text)
     _keep(store, version, made, signature)
     return made.digest
 
 
-def sign(store: Store, version: Version, kept: Bill) -> Bill:
+def sign_sbom(store: Store, version: Version, sbom: Sbom) -> Sbom:
     """A kept bill with the signature of the key that is configured, if one is; that is kept with it.
 
     Raises DamagedArtifact where the bill is not of the version's very files.
     """
-    store.folder(version)
-    check_subject(kept, version.digest, version.ref)
-    signature = signing.sign(kept.signed)
+    store.verified_folder(version)
+    check_sbom_subject(sbom, version.digest, version.ref)
+    signature = signing.sign(sbom.signed_bytes)
     if signature is None:
-        return kept
-    _keep(store, version, kept, signature)
-    others = tuple(each for each in kept.signatures if each.key != signature.key)
-    return kept._replace(signatures=(*others, signature))
+        return sbom
+    _keep(store, version, sbom, signature)
+    others = tuple(each for each in sbom.signatures if each.key != signature.key)
+    return sbom._replace(signatures=(*others, signature))
 
 
-def _keep(store: Store, version: Version, made: Bill, signature: Signature | None) -> None:
+def _keep(store: Store, version: Version, sbom: Sbom, signature: Signature | None) -> None:
     if signature is not None:
-        key = f"{SIGNED}{made.digest[:16]}.{text_digest(signature.key)[:16]}"
+        key = f"{SIGNATURE_TAG_PREFIX}{sbom.digest[:16]}.{text_digest(signature.key)[:16]}"
         _tag(store, version, key, json.dumps(signature._asdict()))
 
 
-def find(store: Store, version: Version, digest: str | None = None) -> Bill | None:
+def find_sbom(store: Store, version: Version, digest: str | None = None) -> Sbom | None:
     """The bill that is kept with a version: that of a digest, else the newest; None where there is none.
 
     Raises DamagedArtifact for one that was changed.
@@ -82,12 +82,12 @@ def find(store: Store, version: Version, digest: str | None = None) -> Bill | No
     tags = store.client.get_model_version(version.name, str(version.version)).tags
     bills = []
     for key, text in tags.items():
-        if not key.startswith(KEPT) or (digest and key != KEPT + digest[:16]):
+        if not key.startswith(SBOM_TAG_PREFIX) or (digest and key != SBOM_TAG_PREFIX + digest[:16]):
             continue
         try:
-            short, made = key.removeprefix(KEPT), json.loads(text)["metadata"]["timestamp"]
-            signed = [json.loads(value) for k, value in tags.items() if k.startswith(f"{SIGNED}{short}.")]
-            found = Bill(text, tuple(Signature(each["key"], each["signature"]) for each in signed))
+            short, made = key.removeprefix(SBOM_TAG_PREFIX), json.loads(text)["metadata"]["timestamp"]
+            signed = [json.loads(value) for k, value in tags.items() if k.startswith(f"{SIGNATURE_TAG_PREFIX}{short}.")]
+            found = Sbom(text, tuple(Signature(each["key"], each["signature"]) for each in signed))
         except (ValueError, KeyError, TypeError):
             raise DamagedArtifact(f"the bill of materials of {version.ref}", ["it cannot be read"]) from None
         if not found.digest.startswith(short) or (digest and found.digest != digest):
@@ -96,17 +96,17 @@ def find(store: Store, version: Version, digest: str | None = None) -> Bill | No
     return max(bills, key=lambda each: each[0])[1] if bills else None
 
 
-def named(store: Store, ref: str) -> Bill | None:
+def sbom_of_ref(store: Store, ref: str) -> Sbom | None:
     """The bill of what `NAME/VERSION` or `NAME@ALIAS` means; of an alias the one that its promotion wrote down.
 
     Raises DamagedArtifact where that one is changed or gone.
     """
     version = store.get(ref)
     _, _, alias = ref.partition("@")
-    last = log.read(store, version.name).last(alias) if alias else None
+    last = log.read_ledger(store, version.name).last_move(alias) if alias else None
     if last is None or last.sbom is None or last.to_version != version.version:
-        return find(store, version)
-    found = find(store, version, last.sbom)
+        return find_sbom(store, version)
+    found = find_sbom(store, version, last.sbom)
     if found is None:
         raise DamagedArtifact(
             f"the bill of materials of {version.ref}",

@@ -15,16 +15,16 @@ from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid5
 
-from limbeck.registry.core.digest import digest_of, file_digests, json_digest, read_manifest
+from limbeck.registry.core.digest import artifact_digest, file_digests, json_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
-from limbeck.registry.mlflow.findings import TAG
+from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Scorecard, Verdict, Version
 
 Json = dict[str, Any]
 
-MADE_WITH = TAG + "made_with"  # a tag of the run that made a version: package -> version, as JSON
+MADE_WITH = TAG_PREFIX + "made_with"  # a tag of the run that made a version: package -> version, as JSON
 COMMIT = re.compile(r"\+g([0-9a-f]{7,40})$")  # in the code version of a clone that has no changes
 Z95 = 1.959964  # half of a 95% interval, in standard errors
 # As SPDX spells what the hub writes small; others are given by name.
@@ -37,12 +37,12 @@ SPDX = {
 }  # fmt: skip
 
 
-def bill(store: Store, version: Version) -> Json:
+def cyclonedx_document(store: Store, version: Version) -> Json:
     """What went into a version, whose files are verified first. Raises DamagedArtifact."""
-    folder = store.folder(version)
+    folder = store.verified_folder(version)
     manifest = read_manifest(folder)
     files = manifest.get("files") or file_digests(folder)
-    if digest_of(files) != version.digest:
+    if artifact_digest(files) != version.digest:
         raise DamagedArtifact(version.ref, ["its manifest lists other files"])
     verdict = next((each for each in reversed(store.verdicts(version)) if each.artifact == version.digest), None)
     card = _card(store, version, verdict)
@@ -89,7 +89,7 @@ def _components(store: Store, version: Version, manifest: Json) -> tuple[dict[st
         if now.parent:
             with suppress(BadInput):  # it is not there any more
                 above = store.get(now.parent)
-        parts = [_model(above)] if above else [_gone(now.parent)] if now.parent else []
+        parts = [_model(above)] if above else [_missing_component(now.parent)] if now.parent else []
         if now.kind == "onnx":
             parts += _packages(manifest.get("made_with", {}) if now is version else {})
         if now.kind != "onnx" or above is None:  # what a student is made from its variants only repeat
@@ -115,7 +115,7 @@ def _ref(version: Version) -> str:
     return f"model:{version.ref}"
 
 
-def _gone(ref: str) -> Json:
+def _missing_component(ref: str) -> Json:
     named = {"type": "machine-learning-model", "bom-ref": f"model:{ref}", "name": ref}
     return named | {"description": "It is not in the registry any more."}
 
@@ -127,7 +127,7 @@ def _model(version: Version) -> Json:
         "name": version.name,
         "version": str(version.version),
         **_hash(version.digest),
-        **_licensed(version.licence),
+        **_licence_field(version.licence),
         "properties": _properties(
             kind=version.kind,
             engine=version.engine,
@@ -149,20 +149,20 @@ def _ingredients(version: Version, params: Mapping[str, str], tags: Mapping[str,
         path, source = (params.get(f"data.{key}", "None") for key in ("path", "source"))
         named = next((each for each in (path, source) if each != "None"), "text")
         data = {"type": "data", "bom-ref": f"data:{version.data_digest}", "name": named, "data": [{"type": "dataset"}]}
-        yield data | _hash(version.data_digest) | _licensed(version.data_licence)
+        yield data | _hash(version.data_digest) | _licence_field(version.data_licence)
     if version.recipe_digest:
         kind = {"type": "data", "bom-ref": f"recipe:{version.recipe_digest}", "data": [{"type": "configuration"}]}
         yield kind | {"name": f"recipe {version.recipe}"} | _hash(version.recipe_digest)
     if version.base_model:
         base = {"type": "machine-learning-model", "bom-ref": f"base:{version.base_model}", "name": version.base_model}
         hashed = _hash(version.base_model_digest) if version.base_model_digest else {}
-        yield base | hashed | _licensed(version.base_model_licence)
+        yield base | hashed | _licence_field(version.base_model_licence)
     if version.code_version:
         name, _, number = version.code_version.partition(" ")
         code = {"type": "application", "bom-ref": f"code:{version.code_version}", "name": name, "version": number}
         commit = COMMIT.search(version.code_version)
         clean = {"pedigree": {"commits": [{"uid": commit[1]}]}} if commit else {}
-        yield code | _licensed(version.code_licence) | clean
+        yield code | _licence_field(version.code_licence) | clean
     yield from _packages(json.loads(tags.get(MADE_WITH, "{}")))
 
 
@@ -210,10 +210,15 @@ def _hash(digest: str) -> Json:
     return {"hashes": [{"alg": "SHA-256", "content": digest}]}
 
 
-def _licensed(licence: str | None) -> Json:
-    each = [{"id": SPDX[name.lower()]} if name.lower() in SPDX else {"name": name} for name in licences.names(licence)]
+def _licence_field(licence: str | None) -> Json:
+    each = [
+        {"id": SPDX[name.lower()]} if name.lower() in SPDX else {"name": name}
+        for name in licences.licence_names(licence)
+    ]
     return {"licenses": [{"license": one} for one in each]} if each else {}
 
 
 def _properties(**values: Any) -> list[Json]:
-    return [{"name": f"{TAG.rstrip('.')}:{name}", "value": str(v)} for name, v in values.items() if v is not None]
+    return [
+        {"name": f"{TAG_PREFIX.rstrip('.')}:{name}", "value": str(v)} for name, v in values.items() if v is not None
+    ]

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from limbeck.registry.records import Version
 
 
-class Terms(NamedTuple):
+class LicenceTerms(NamedTuple):
     """Whether a licence allows a student to learn from a model's outputs, on which terms, and where that is said."""
 
-    allows: bool
-    said: str
+    allows_distillation: bool
+    summary: str
     source: str
 
 
@@ -38,63 +38,63 @@ TERMS = {
     **dict.fromkeys(
         ["apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0",
          "cc-by-sa-4.0", "mpl-2.0", "lgpl-3.0", "gpl-3.0", "agpl-3.0", "odc-by", "psf-2.0"],
-        Terms(True, _FREE, _SPDX),
+        LicenceTerms(True, _FREE, _SPDX),
     ),
     **dict.fromkeys(
         ["cc-by-nc-4.0", "cc-by-nc-sa-4.0"],
-        Terms(True, "for purposes that are not commercial", "https://creativecommons.org/licenses/"),
+        LicenceTerms(True, "for purposes that are not commercial", "https://creativecommons.org/licenses/"),
     ),
     **dict.fromkeys(
         ["openrail", "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
          "creativeml-openrail-m"],
-        Terms(True, _RAIL, "https://www.licenses.ai/"),
+        LicenceTerms(True, _RAIL, "https://www.licenses.ai/"),
     ),
-    "llama2": Terms(
+    "llama2": LicenceTerms(
         False,
         "outputs may not be used to improve another large language model than Llama 2 and its derivatives (1.b.v)",
         "https://ai.meta.com/llama/license/",
     ),
-    "llama3": Terms(
+    "llama3": LicenceTerms(
         False,
         "outputs may not be used to improve another large language model than Llama 3 and its derivatives (1.b.v)",
         "https://www.llama.com/llama3/license/",
     ),
     **{
-        f"llama{version}": Terms(
+        f"llama{version}": LicenceTerms(
             True,
             'a model trained on outputs has a name that begins with "Llama", and says "Built with Llama" (1.b.i)',
             f"https://www.llama.com/llama{version.replace('.', '_')}/license/",
         )
         for version in ("3.1", "3.2", "3.3", "4")
     },
-    "gemma": Terms(
+    "gemma": LicenceTerms(
         True,
         "a model distilled from Gemma or its outputs is a model derivative: Gemma's terms go with it (1.1, 3.1)",
         "https://ai.google.dev/gemma/terms",
     ),
-    "deepseek": Terms(
+    "deepseek": LicenceTerms(
         True,
         "distillation is allowed; a derivative passes on the use restrictions",
         "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL",
     ),
-    "qwen": Terms(
+    "qwen": LicenceTerms(
         True,
         'a model trained on outputs and distributed says "Built with Qwen" or "Improved using Qwen"',
         "https://huggingface.co/Qwen/Qwen2.5-72B-Instruct/blob/main/LICENSE",
     ),
-    "qwen-research": Terms(
+    "qwen-research": LicenceTerms(
         True,
         'for research alone; a model trained on outputs says "Built with Qwen" or "Improved using Qwen"',
         "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE",
     ),
-    "tongyi-qianwen": Terms(
+    "tongyi-qianwen": LicenceTerms(
         False,
         "outputs may not be used to improve another large language model than Tongyi Qianwen and its derivatives",
         "https://github.com/QwenLM/Qwen/blob/main/Tongyi%20Qianwen%20LICENSE%20AGREEMENT",
     ),
-    "openai": Terms(False, _COMPETING, "https://openai.com/policies/row-terms-of-use/"),
-    "anthropic": Terms(False, _COMPETING, "https://www.anthropic.com/legal/commercial-terms"),
-    "gemini": Terms(False, _COMPETING, "https://ai.google.dev/gemini-api/terms"),
+    "openai": LicenceTerms(False, _COMPETING, "https://openai.com/policies/row-terms-of-use/"),
+    "anthropic": LicenceTerms(False, _COMPETING, "https://www.anthropic.com/legal/commercial-terms"),
+    "gemini": LicenceTerms(False, _COMPETING, "https://ai.google.dev/gemini-api/terms"),
 }  # fmt: skip
 
 
@@ -106,17 +106,17 @@ HOSTS = {
 }
 
 
-def of_endpoint(url: str) -> str | None:
+def licence_of_endpoint(url: str) -> str | None:
     """The name in `TERMS` of the provider behind an endpoint; None where it is none of those known."""
     return HOSTS.get(urlsplit(url).hostname or "")
 
 
-def terms(licence: str | None) -> Terms | None:
+def terms_of_licence(licence: str | None) -> LicenceTerms | None:
     """What is known of a licence, however its name is spelt (`Apache 2.0`); None where nothing is."""
-    return _BY_NAME.get(_plain(licence)) if licence else None
+    return _BY_NAME.get(_normalise_name(licence)) if licence else None
 
 
-def allows(licence: str | None) -> bool | None:
+def allows_distillation(licence: str | None) -> bool | None:
     """Whether a licence allows training on the outputs of a model that is under it; None where that is not known.
 
     Of an expression all of AND have to, and one of OR.
@@ -124,15 +124,15 @@ def allows(licence: str | None) -> bool | None:
     if not licence:
         return None
     if len(either := _split(licence, "OR")) > 1:
-        answers = [allows(each) for each in either]
+        answers = [allows_distillation(each) for each in either]
         return True if True in answers else None if None in answers else False
-    if len(each := names(licence)) > 1:
-        return every(allows(name) for name in each)
-    known = terms(_bare(licence))
-    return known.allows if known else None
+    if len(each := licence_names(licence)) > 1:
+        return all_allow(allows_distillation(name) for name in each)
+    known = terms_of_licence(_strip_brackets(licence))
+    return known.allows_distillation if known else None
 
 
-def within(licence: str | None, allowed: Collection[str]) -> bool | None:
+def is_allowed(licence: str | None, allowed: Collection[str]) -> bool | None:
     """Whether a licence is one of those that are allowed, however these are spelt; None where it is not stated.
 
     Of an expression all of AND have to be, and one of OR.
@@ -140,60 +140,62 @@ def within(licence: str | None, allowed: Collection[str]) -> bool | None:
     if not licence:
         return None
     if len(either := _split(licence, "OR")) > 1:
-        return any(within(each, allowed) for each in either)
-    if len(each := names(licence)) > 1:
-        return all(within(name, allowed) for name in each)
-    return _plain(_bare(licence)) in {_plain(name) for name in allowed}
+        return any(is_allowed(each, allowed) for each in either)
+    if len(each := licence_names(licence)) > 1:
+        return all(is_allowed(name, allowed) for name in each)
+    return _normalise_name(_strip_brackets(licence)) in {_normalise_name(name) for name in allowed}
 
 
-def every(answers: Iterable[bool | None]) -> bool | None:
+def all_allow(answers: Iterable[bool | None]) -> bool | None:
     """Whether all allow: False where one forbids, else None where one is not known."""
     given = list(answers)
     return False if False in given else None if None in given else True
 
 
-def names(licence: str | None) -> list[str]:
+def licence_names(licence: str | None) -> list[str]:
     """The licences that hold all at once: what AND joins in an expression; none of None."""
     if not licence or len(_split(licence, "OR")) > 1:
         return [licence] if licence else []
-    return [_bare(part) for part in _split(licence, "AND")]
+    return [_strip_brackets(part) for part in _split(licence, "AND")]
 
 
-def joined(licences: Iterable[str | None]) -> str | None:
+def join_licences(licences: Iterable[str | None]) -> str | None:
     """All of the licences as one expression, each once; None where there is none."""
-    each = {_plain(name): name for licence in licences for name in names(licence)}
+    each = {_normalise_name(name): name for licence in licences for name in licence_names(licence)}
     if len(each) < 2:
         return next(iter(each.values()), None)
     return " AND ".join(f"({name})" if len(_split(name, "OR")) > 1 else name for name in each.values())
 
 
-class Term(NamedTuple):
+class LineageLicence(NamedTuple):
     """A licence that a version is under because of what went into it, or into what it learnt from."""
 
     role: Literal["teacher", "data", "base model"]
     version: str  # NAME/VERSION that was made from it
-    of: str  # NAME/VERSION of the teacher, the digest of the data, or the pretrained model that the version began as
+    origin: (
+        str  # NAME/VERSION of the teacher, the digest of the data, or the pretrained model that the version began as
+    )
     licence: str | None  # None: not stated
-    allows: bool | None  # whether a model may learn from it; None: not known
+    allows_distillation: bool | None  # whether a model may learn from it; None: not known
 
 
-def chain(store: Store, version: Version) -> list[Term]:
+def lineage_licences(store: Store, version: Version) -> list[LineageLicence]:
     """The licence of every teacher and of all data along a version's lineage, the first ancestor's first.
 
     A version that was distilled from a student is under the terms of that student's teacher too. What an ancestor
     that is not there any more came from is not known: it is a teacher without a licence.
     """
-    lines: list[list[Term]] = []
+    lines: list[list[LineageLicence]] = []
     while True:
-        parent = _there(store, version.parent)
+        parent = _version_or_none(store, version.parent)
         if version.kind != "onnx" or parent is None:  # a variant is under what its student is
-            lines.append(list(_terms(version, parent)))
+            lines.append(list(_own_licences(version, parent)))
         if parent is None or parent.ref == version.ref or len(lines) > LONGEST:
             return [term for line in reversed(lines) for term in line]
         version = parent
 
 
-def fill(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
+def fill_missing_licences(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
     """Record with a version, and with its ONNX variants, what was not known of its licences when they were made.
 
     What is recorded stays as it is: who knows better makes the version anew.
@@ -211,22 +213,26 @@ def fill(store: Store, version: Version, fields: Mapping[str, str | bool | None]
 LONGEST = 1000  # ancestors
 
 
-def _terms(version: Version, parent: Version | None) -> Iterator[Term]:
+def _own_licences(version: Version, parent: Version | None) -> Iterator[LineageLicence]:
     """What a version itself adds."""
     if version.parent and version.kind != "teacher":  # a teacher's parent is the version that it is a copy of
         stated = version.teacher_licence or (parent.licence if parent else None)
         allowed = version.licence_allows_distillation
-        yield Term("teacher", version.ref, version.parent, stated, allows(stated) if allowed is None else allowed)
+        yield LineageLicence(
+            "teacher", version.ref, version.parent, stated, allows_distillation(stated) if allowed is None else allowed
+        )
     if version.parent and parent is None:
-        yield Term("teacher", version.ref, f"{version.parent}, which is gone", None, None)
+        yield LineageLicence("teacher", version.ref, f"{version.parent}, which is gone", None, None)
     if version.base_model:
         stated = version.base_model_licence
-        yield Term("base model", version.ref, version.base_model, stated, allows(stated))
+        yield LineageLicence("base model", version.ref, version.base_model, stated, allows_distillation(stated))
     if version.data_digest:
-        yield Term("data", version.ref, version.data_digest, version.data_licence, allows(version.data_licence))
+        yield LineageLicence(
+            "data", version.ref, version.data_digest, version.data_licence, allows_distillation(version.data_licence)
+        )
 
 
-def _there(store: Store, ref: str | None) -> Version | None:
+def _version_or_none(store: Store, ref: str | None) -> Version | None:
     try:
         return store.get(ref) if ref else None
     except BadInput:
@@ -235,17 +241,17 @@ def _there(store: Store, ref: str | None) -> Version | None:
 
 def _split(expression: str, operator: str) -> list[str]:
     """An expression at an operator that stands in no brackets; brackets within brackets are not told apart."""
-    return re.split(rf"\s+{operator}\s+(?![^()]*\))", _bare(expression))
+    return re.split(rf"\s+{operator}\s+(?![^()]*\))", _strip_brackets(expression))
 
 
-def _bare(expression: str) -> str:
+def _strip_brackets(expression: str) -> str:
     """Without brackets around the whole."""
     inner = re.fullmatch(r"\s*\(([^()]*)\)\s*", expression)
     return (inner[1] if inner else expression).strip()
 
 
-def _plain(licence: str) -> str:
+def _normalise_name(licence: str) -> str:
     return re.sub(r"licen[cs]e|version|[\s_,-]+", "", licence.lower())
 
 
-_BY_NAME = {_plain(name): each for name, each in TERMS.items()}
+_BY_NAME = {_normalise_name(name): each for name, each in TERMS.items()}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.registry.core.machine import physical_cores
-from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 
 VOCABULARY = 32_000
 PROMPT, NEW, ROUNDS = 64, 64, 4
@@ -41,7 +41,7 @@ def main(threads: int | None = None) -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         params = make_llama(folder / "torch")
-        say(f"a random Llama of {params / 1e6:.0f}M parameters")
+        print_status(f"a random Llama of {params / 1e6:.0f}M parameters")
         artifacts = make_artifacts(folder)
         for count in [threads] if threads else sorted({1, physical_cores()}):
             decode(folder / "torch", artifacts, count)
@@ -50,17 +50,19 @@ def main(threads: int | None = None) -> None:
 
 def make_artifacts(folder: Path) -> dict[str, Path]:
     """The model in each precision, by its name."""
-    from limbeck.export.artifact.export import export
-    from limbeck.export.quantize.evaluate import save
-    from limbeck.export.quantize.weight_only import Blocks, Weights
+    from limbeck.export.artifact.export import export_onnx
+    from limbeck.export.quantize.evaluate import save_graph
+    from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 
     made = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
-    export(folder / "torch", made["fp32"])
-    export(folder / "torch", made["int8"], "int8", fp32=made["fp32"])
-    weights = Weights.read(made["fp32"] / "model.onnx")
+    export_onnx(folder / "torch", made["fp32"])
+    export_onnx(folder / "torch", made["int8"], "int8", fp32_artifact=made["fp32"])
+    weights = GraphWeights.from_graph(made["fp32"] / "model.onnx")
     for name, bits in (("int8-weight", 8), ("int4", 4)):  # no search: it looks for quality, and here is none
         shutil.copytree(made["fp32"], made[name], ignore=shutil.ignore_patterns("model.onnx*", "limbeck.json"))
-        save(weights.quantized(dict.fromkeys(weights.groups, Blocks(bits, 32, False, 4))), made[name] / "model.onnx")
+        save_graph(
+            weights.quantize(dict.fromkeys(weights.groups, BlockFormat(bits, 32, False, 4))), made[name] / "model.onnx"
+        )
     return made
 
 
@@ -129,7 +131,7 @@ def genai_generate(artifact: Path, prompt: list[int], threads: int) -> Run | Non
     try:
         import onnxruntime_genai as genai
     except ImportError:
-        say("onnxruntime-genai is not installed: it is left out")
+        print_status("onnxruntime-genai is not installed: it is left out")
         return None
     config = genai.Config(str(artifact))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def measure(size: Size, blocks: Blocks, temporary: str) -> None:
     for form in forms:
         rate = blocks.ids.size / apart(lambda form=form: filled(size, blocks, form))  # type: ignore[misc]
         bytes_a_token = cache_of(size, blocks, form).disk_bytes() / blocks.ids.size
-        say(f"teacher cache, {form}: {rate:,.0f} tokens/s to capture, once; {bytes_a_token:.1f} bytes a token")
+        print_status(f"teacher cache, {form}: {rate:,.0f} tokens/s to capture, once; {bytes_a_token:.1f} bytes a token")
     ways: dict[str, Way] = {
         PLAIN: lambda: by_transformers(size, blocks, temporary),
         "cross-entropy, Limbeck": limbeck(Objective(labels=1.0), None),

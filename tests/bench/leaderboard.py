@@ -25,7 +25,7 @@ from typing import Any
 
 from limbeck.registry.core.digest import file_digest
 from limbeck.registry.core.home import home
-from limbeck.registry.core.terminal import print_table, say
+from limbeck.registry.core.terminal import print_status, print_table
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Cost, Estimate, Relative, Scorecard, TaskResult, Version
 
@@ -42,7 +42,7 @@ def main(largest: int = SIZES[-1]) -> None:
         with TemporaryDirectory() as temporary:
             os.environ["LIMBECK_HOME"] = temporary
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-            say(f"{size:,} versions of {TASKS} tasks")
+            print_status(f"{size:,} versions of {TASKS} tasks")
             make(size)
             before = os.times()
             whole = [command() for _ in range(ROUNDS)]

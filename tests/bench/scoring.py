@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 
 VOCABULARY, CONTEXT, ROUNDS = 32_000, 1024, 3
 BATCH_SIZES = (1, 4, 16, 64)
@@ -42,8 +42,8 @@ def main(threads: int | None = None) -> None:
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 
     from limbeck.evals.engines.engine import load
-    from limbeck.export.artifact.export import export
-    from limbeck.registry.catalog.model_ref import resolve
+    from limbeck.export.artifact.export import export_onnx
+    from limbeck.registry.catalog.model_ref import resolve_model
     from limbeck.registry.core.machine import physical_cores
 
     threads = threads or physical_cores()
@@ -52,9 +52,9 @@ def main(threads: int | None = None) -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         params, tokenizer = make_llama(folder / "torch")
-        say(f"a random Llama of {params / 1e6:.0f}M parameters, {threads} threads")
-        export(folder / "torch", folder / "onnx")
-        ours = {name: load(resolve(str(folder / name))) for name in ("torch", "onnx")}
+        print_status(f"a random Llama of {params / 1e6:.0f}M parameters, {threads} threads")
+        export_onnx(folder / "torch", folder / "onnx")
+        ours = {name: load(resolve_model(str(folder / name))) for name in ("torch", "onnx")}
         hflm = HFLM(pretrained=str(folder / "torch"), device="cpu", dtype="float32", batch_size=1)
         peer = ONNXRuntimeLM(str(folder / "onnx"), max_length=CONTEXT)
 

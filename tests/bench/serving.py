@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 
 LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients: requests of all of them together
@@ -47,18 +47,20 @@ class Answer(NamedTuple):
 def main(*precisions: str) -> None:
     """Measure and print two tables."""
     quiet_libraries()
-    from limbeck.export.artifact.export import PRECISIONS, export
+    from limbeck.export.artifact.export import PRECISIONS, export_onnx
 
     wanted = precisions or tuple(name for name in ("fp32", "int4") if name in PRECISIONS)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         params = make_llama(folder / "torch", LARGE)
-        say(f"a random Llama of {params / 1e6:.0f}M parameters; server and clients share {os.cpu_count()} processors")
+        print_status(
+            f"a random Llama of {params / 1e6:.0f}M parameters; server and clients share {os.cpu_count()} processors"
+        )
         rows = []
-        export(folder / "torch", folder / "fp32")
+        export_onnx(folder / "torch", folder / "fp32")
         for precision in wanted:
             if precision != "fp32":
-                export(folder / "torch", folder / precision, precision, fp32=folder / "fp32")
+                export_onnx(folder / "torch", folder / precision, precision, fp32_artifact=folder / "fp32")
             rows += loads(folder / precision, precision)
         columns = [
             "precision",
@@ -74,7 +76,7 @@ def main(*precisions: str) -> None:
         ]
         print_table(f"{PROMPT} prompt tokens, {NEW} new, streamed; milliseconds", columns, rows)
         make_llama(folder / "small", SMALL)
-        export(folder / "small", folder / "short")
+        export_onnx(folder / "small", folder / "short")
         print_table(f"{SHORT} short requests, 8 clients", ["after", "resident MB"], short_requests(folder / "short"))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from limbeck.registry.core.terminal import print_table, quiet_libraries, say
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def main() -> None:
                 began = time.perf_counter()
                 train(Job(student, blocks, heldout, objective, training, said_by, folder, seed, vocabulary))
                 found[way].append(measure(student, teacher, heldout, vocabulary))
-                say(f"{way}, seed {seed}: {found[way][-1]}, {time.perf_counter() - began:.0f} s")
+                print_status(f"{way}, seed {seed}: {found[way][-1]}, {time.perf_counter() - began:.0f} s")
         itself = measure(teacher, teacher, heldout, vocabulary)
     mean = {way: Quality._make(np.mean(each, axis=0)) for way, each in found.items()}
     dense = mean["every logit, teacher online"]

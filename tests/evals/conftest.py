@@ -41,11 +41,11 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     made: dict[Path, Path] = {}
 
     def of(folder: Path) -> Path:
-        from limbeck.export.artifact.export import export
+        from limbeck.export.artifact.export import export_onnx
 
         if folder not in made:
             made[folder] = tmp_path_factory.mktemp("onnx") / folder.name
-            export(folder, made[folder], "fp32")
+            export_onnx(folder, made[folder], "fp32")
         return made[folder]
 
     return of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.export.artifact.export import export
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.variants import export_folder
 from limbeck.export.runtime.runtime import Runtime
 from tests.conftest import make_model
@@ -48,5 +48,5 @@ def boundless(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     """An artifact whose texts may grow for as long as a test runs."""
     folder = tmp_path_factory.mktemp("boundless")
     model = make_model(folder / "torch", tokenizer_folder, "llama", max_position_embeddings=200_000)
-    export(model, folder / "fp32")
+    export_onnx(model, folder / "fp32")
     return folder / "fp32"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.export.artifact.variants import Variant
-from limbeck.registry.core.digest import read_manifest, told_fields, write_manifest
+from limbeck.registry.core.digest import extra_manifest_fields, read_manifest, write_manifest
 
 
 class Exported(NamedTuple):
@@ -25,7 +25,7 @@ class Exported(NamedTuple):
 
 def rewrite_manifest(folder: Path) -> None:
     """Make the manifest say what the files are now."""
-    write_manifest(folder, **told_fields(read_manifest(folder)))
+    write_manifest(folder, **extra_manifest_fields(read_manifest(folder)))
 
 
 def corrupt_one_weight(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from limbeck.export.pyfunc import PARAMS, TOGETHER
+from limbeck.export.pyfunc import BATCH_ROWS, PARAMS
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.registry.core.digest import folder_digest
@@ -60,8 +60,8 @@ def test_it_completes_a_column_of_prompts(model: Any, runtime: Runtime) -> None:
     told = model.predict(table, params={"max_new_tokens": 8})
     assert list(told["text"]) == wanted
     assert list(told.index) == [5, 3, 9]
-    many = PROMPTS * TOGETHER
-    assert list(model.predict({"prompt": many}, params={"max_new_tokens": 8})["text"]) == wanted * TOGETHER
+    many = PROMPTS * BATCH_ROWS
+    assert list(model.predict({"prompt": many}, params={"max_new_tokens": 8})["text"]) == wanted * BATCH_ROWS
     with pytest.raises(BadInput, match="row 1 of the column prompt is no text but nan"):
         model.predict(pd.DataFrame({"prompt": ["x", float("nan")]}))
     ends = wanted[0][3]
@@ -70,12 +70,12 @@ def test_it_completes_a_column_of_prompts(model: Any, runtime: Runtime) -> None:
 
 
 def test_a_seed_gives_the_same_draws_and_each_row_its_own(model: Any) -> None:
-    rows = {"prompt": ["x"] * (TOGETHER + 2)}
+    rows = {"prompt": ["x"] * (BATCH_ROWS + 2)}
     settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 7}
     first, again = (list(model.predict(rows, params=settings)["text"]) for _ in range(2))
     assert first == again
     assert first != list(model.predict(rows, params=settings | {"seed": 8})["text"])
-    assert first[:2] != first[TOGETHER:]
+    assert first[:2] != first[BATCH_ROWS:]
 
 
 def test_its_signature_tells_what_can_be_set(model: Any) -> None:
@@ -95,13 +95,13 @@ def test_its_signature_tells_what_can_be_set(model: Any) -> None:
 
 
 def test_mlflow_leaves_the_version_as_it_was(model: Any, version: Version, store: Store) -> None:
-    assert folder_digest(store.folder(version)) == version.digest
+    assert folder_digest(store.verified_folder(version)) == version.digest
 
 
 def test_a_damaged_version_is_not_loaded(version: Version, store: Store) -> None:
     import mlflow
 
-    folder = store.folder(version)
+    folder = store.verified_folder(version)
     with open(folder / "MLmodel", "a") as file:
         file.write("# more\n")
     with pytest.raises(DamagedArtifact, match="MLmodel has sha256"):

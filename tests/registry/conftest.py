@@ -19,11 +19,11 @@ import pytest
 
 from limbeck.registry.core.home import home
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.policy.schema import CostLimits, Policy, Quality
+from limbeck.registry.policy.schema import CostLimits, Policy, QualityRules
 from limbeck.registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
 from tests.conftest import make_cost
 
-POLICY = Policy(quality=Quality(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))
+POLICY = Policy(quality=QualityRules(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))
 
 
 @pytest.fixture

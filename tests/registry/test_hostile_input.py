@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from limbeck.registry.catalog.model_ref import resolve
-from limbeck.registry.core.digest import file_digest, folder_digest, read_manifest, verify, write_manifest
+from limbeck.registry.catalog.model_ref import resolve_model
+from limbeck.registry.core.digest import file_digest, folder_digest, read_manifest, verify_files, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
 from limbeck.registry.core.terminal import LONGEST, print_table
 from limbeck.registry.gate import approvals
 from limbeck.registry.gate.promotion import promote
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.provenance.attestation import KEPT as BILL
+from limbeck.registry.provenance.attestation import SBOM_TAG_PREFIX as BILL
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still, make_artifact, make_still
 
@@ -48,8 +48,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
         (documents := folder / "documents.parquet").write_bytes(b"documents")
         still = make_still(Store(), partial(make_artifact, folder / "made"), documents)
         still.score(still.variants["fp32"])
-        approvals.request(still.store, "still/3", "production", who="bob", reason="new")
-        approvals.answer(still.store, "still/3", "production", "approve", who="eve", reason="fine")
+        approvals.request_approval(still.store, "still/3", "production", who="bob", reason="new")
+        approvals.answer_request(still.store, "still/3", "production", "approve", who="eve", reason="fine")
         promote(still.store, "still/3", "production", POLICY, reason="first")
         yield still
 
@@ -114,7 +114,7 @@ def is_clean(text: str) -> bool:
 )
 def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Result]) -> None:
     with pytest.raises(BadInput, match="is no name for a model"):
-        still.store.register(name, still.store.folder(still.student), kind="student")
+        still.store.register(name, still.store.verified_folder(still.student), kind="student")
     for command in (("models", "show", f"{name}/1"), ("promote", name), ("models", "history", name)):
         code, out, err = limbeck(*command)
         assert (code, out) == (2, "")
@@ -122,12 +122,12 @@ def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Res
 
 
 def test_names_that_are_long_or_twins(still: Still) -> None:
-    store, folder = still.store, still.store.folder(still.student)
+    store, folder = still.store, still.store.verified_folder(still.student)
     long = store.register("ж" * 200, folder, kind="student")  # its lock's name has to fit into a folder
     assert store.get(f"{long.name}/1") == long
     store.register(NFC, folder, kind="student")
     store.register("Still", folder, kind="student")
-    assert {"Still", "still", NFC} <= set(store.names())
+    assert {"Still", "still", NFC} <= set(store.model_names())
     assert len(store.versions("Still")) == 1  # another model
     with pytest.raises(BadInput, match="no model is registered"):
         store.get(f"{NFD}/1")
@@ -192,7 +192,7 @@ def test_what_is_no_file(
 ) -> None:
     monkeypatch.chdir(folder)
     harm(folder)
-    for refuse in (folder_digest, verify, partial(still.store.register, "odd", kind="student")):
+    for refuse in (folder_digest, verify_files, partial(still.store.register, "odd", kind="student")):
         with pytest.raises(DamagedArtifact, match=words):
             refuse(folder)
     assert still.store.versions("odd") == []
@@ -202,24 +202,24 @@ def test_a_pipe_instead_of_a_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     with pytest.raises(BadInput, match=r"no config\.json"):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
 def test_links_that_stay_within_are_copied(still: Still, folder: Path) -> None:
     (folder / "alias.json").symlink_to("config.json")
     os.link(folder / "config.json", folder / "hard.json")
-    made = still.store.folder(still.store.register("linked", folder, kind="student"))
+    made = still.store.verified_folder(still.store.register("linked", folder, kind="student"))
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in made.iterdir())
     assert (made / "alias.json").read_text() == (made / "hard.json").read_text() == (folder / "config.json").read_text()
 
 
 def test_a_link_in_the_store_is_not_followed(still: Still) -> None:
-    file = still.store.folder(still.student) / "config.json"
+    file = still.store.verified_folder(still.student) / "config.json"
     aside = file.rename(file.parents[1] / "config.json")  # the same content, elsewhere
     try:
         file.symlink_to(aside)
         with pytest.raises(DamagedArtifact, match=r"config\.json is a link out of the folder"):
-            still.store.folder(still.student)
+            still.store.verified_folder(still.student)
     finally:
         aside.replace(file)
 
@@ -238,7 +238,7 @@ def test_manifests_that_lie(folder: Path, files: object, words: str) -> None:
     (folder.parent / "x").write_text("x")
     (folder / "limbeck.json").write_text(json.dumps({"format": 1, "files": files}))
     with pytest.raises(DamagedArtifact, match=words):
-        verify(folder)
+        verify_files(folder)
 
 
 def test_json_that_is_nested_too_deep(folder: Path) -> None:
@@ -249,17 +249,17 @@ def test_json_that_is_nested_too_deep(folder: Path) -> None:
     (folder / "limbeck.json").unlink()
     (folder / "config.json").write_text(deep)
     with pytest.raises(DamagedArtifact, match=r"config\.json is not JSON"):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("size", [0, 10, 2**40, 2**63])
 def test_safetensors_whose_header_lies(folder: Path, size: int) -> None:
     save_file({"a": np.zeros(4, np.float32)}, folder / "model.safetensors")
-    resolve(str(folder))
+    resolve_model(str(folder))
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + content[8:])
     with pytest.raises(DamagedArtifact, match=r"model\.safetensors: "):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
@@ -267,7 +267,7 @@ def test_an_index_that_is_none(folder: Path, index: str) -> None:
     save_file({"a": np.zeros(4, np.float32)}, folder / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(DamagedArtifact, match=r"model\.safetensors\.index\.json"):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("said", ["[]", "{}", '{"url": "file:///etc/passwd", "name": "x"}', '{"url": "http://x"}'])
@@ -275,7 +275,7 @@ def test_an_endpoint_that_is_none(still: Still, folder: Path, said: str) -> None
     (folder / "endpoint.json").write_text(said)
     made = still.store.register("asked", folder, kind="teacher", engine="endpoint")
     with pytest.raises(DamagedArtifact, match=r"endpoint\.json"):
-        resolve(made.ref, still.store)
+        resolve_model(made.ref, still.store)
 
 
 @contextmanager
@@ -317,8 +317,8 @@ def test_a_source_elsewhere(still: Still, source: str, limbeck: Callable[..., Re
     tamper("UPDATE model_versions SET source = ? WHERE version = 3", source)
     version = still.store.get("still/3")
     with pytest.raises(DamagedArtifact, match="where Limbeck keeps none"):
-        still.store.folder(version)
-    assert still.store.at_hand(version) is None
+        still.store.verified_folder(version)
+    assert still.store.find_local_folder(version) is None
     code, _, err = limbeck("promote", "still/3", "--to", "staging")
     assert (code, is_clean(err)) == (2, True)
     assert still.store.aliases("still") == {"production": 3}

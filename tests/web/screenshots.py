@@ -19,7 +19,7 @@ WIDTH, LARGEST = 1280, 200_000  # pixels, bytes
 
 def main() -> None:
     """Start `limbeck ui`, log in, and take docs/leaderboard.png and docs/promote.png."""
-    if NAME not in Store().names():
+    if NAME not in Store().model_names():
         sys.exit(f"{NAME} is not registered here: run `limbeck quickstart` first, or set LIMBECK_HOME")
     command = [sys.executable, "-m", "limbeck", "ui", "--port", "0", "--policy", str(ROOT / "quickstart/policy.toml")]
     environment = os.environ | {"LIMBECK_UI_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}

@@ -10,7 +10,17 @@ from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.web.security import SESSION_S, TRY_S, Guard, Guarded, Once, Session, here, is_loopback, token_asked
+from limbeck.web.security import (
+    SESSION_S,
+    TRY_WINDOW_S,
+    Guard,
+    GuardMiddleware,
+    OncePerForm,
+    Session,
+    is_loopback,
+    safe_local_path,
+    token_or_new,
+)
 
 TOKEN = "a token that only tests know"
 OWN = {"Origin": "http://127.0.0.1:8600"}
@@ -36,7 +46,7 @@ def guarded(guard: Guard, address: str = "http://127.0.0.1:8600") -> TestClient:
     def login() -> str:
         return "the form"
 
-    app.add_middleware(Guarded, guard=guard)
+    app.add_middleware(GuardMiddleware, guard=guard)
     return TestClient(app, base_url=address, follow_redirects=False)
 
 
@@ -49,7 +59,7 @@ def session(guard: Guard) -> tuple[str, Session]:
 
 def test_a_session_is_for_the_token_ends_and_can_be_ended() -> None:
     clock = Clock()
-    guard = Guard(TOKEN, now=clock)
+    guard = Guard(TOKEN, clock=clock)
     with pytest.raises(Refused, match="not the token"):
         guard.log_in(TOKEN + "x", "a")
     cookie, mine = session(guard)
@@ -84,14 +94,14 @@ def test_without_a_token_nobody_gets_in() -> None:
 
 def test_guessing_is_slow() -> None:
     clock = Clock()
-    guard = Guard(TOKEN, now=clock)
+    guard = Guard(TOKEN, clock=clock)
     for _ in range(5):
         with pytest.raises(Refused, match="not the token"):
             guard.log_in("wrong", "a")
     with pytest.raises(Refused, match="wait 60 seconds"):
         guard.log_in(TOKEN, "a")  # the right one too: else guessing would not be slow
     assert guard.session(guard.log_in(TOKEN, "another address"))
-    clock.time += TRY_S
+    clock.time += TRY_WINDOW_S
     assert guard.session(guard.log_in(TOKEN, "a"))
 
 
@@ -164,17 +174,17 @@ def test_two_servers_of_one_machine_share_no_cookie() -> None:
 
 
 def test_where_login_leads() -> None:
-    assert here("/models/a/1?x=1#y") == "/models/a/1?x=1#y"
+    assert safe_local_path("/models/a/1?x=1#y") == "/models/a/1?x=1#y"
     for elsewhere in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", None, "/a\nb"):
-        assert here(elsewhere) == "/"
+        assert safe_local_path(elsewhere) == "/"
 
 
 def test_tokens() -> None:
-    assert token_asked(None) != token_asked(None)
-    assert len(token_asked("")) >= 32
-    assert token_asked(f" {TOKEN}\n") == TOKEN
+    assert token_or_new(None) != token_or_new(None)
+    assert len(token_or_new("")) >= 32
+    assert token_or_new(f" {TOKEN}\n") == TOKEN
     with pytest.raises(BadInput, match="has 5 characters, at least 16"):
-        token_asked("short")
+        token_or_new("short")
 
 
 def test_loopback() -> None:
@@ -183,7 +193,7 @@ def test_loopback() -> None:
 
 
 def test_a_form_acts_once_and_again_only_after_an_error() -> None:
-    once, acts, ready = Once(), [], Barrier(8)
+    once, acts, ready = OncePerForm(), [], Barrier(8)
 
     def act() -> str:
         acts.append(1)

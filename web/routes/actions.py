@@ -18,67 +18,67 @@ from limbeck.evals.leaderboard.diff import Diff, diff
 from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
 from limbeck.registry.gate import approvals, promotion
 from limbeck.registry.records import LedgerEntry, Version
-from limbeck.web.render import model_link, page, query, version_link
-from limbeck.web.routes.pages import looking
-from limbeck.web.security import NotLoggedIn, Session, changing
-from limbeck.web.site import Site, site_of
+from limbeck.web.render import model_link, query_string, render_page, version_link
+from limbeck.web.routes.pages import not_found_as_404
+from limbeck.web.security import NotLoggedIn, Session, require_session_form
+from limbeck.web.site import Site, current_site
 from limbeck.web.views import gate
-from limbeck.web.views.gate import PRODUCTION, Door
+from limbeck.web.views.gate import PRODUCTION, AliasGate
 
 router = APIRouter()
-OfSite = Annotated[Site, Depends(site_of)]
-Sent = Annotated[dict[str, str], Depends(changing)]
-FIGURES = ("usd_per_million_tokens", "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes")
+SiteDependency = Annotated[Site, Depends(current_site)]
+SentForm = Annotated[dict[str, str], Depends(require_session_form)]
+COST_FIGURES = ("usd_per_million_tokens", "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes")
 
 
 # --- promote
 
 
 @router.get("/models/{name}/promote")
-def choose(request: Request, name: str, site: OfSite, alias: str = PRODUCTION) -> Response:
+def choose_version(request: Request, name: str, site: SiteDependency, alias: str = PRODUCTION) -> Response:
     """The versions that may be promoted, each with the gate's verdict."""
-    with looking():
-        door = gate.door(site, name, alias)
-    known, others = gate.candidates(site, door) if door.policy else ([], 0)
-    return _page(request, "choose.html", door, "promote", known=known, others=others)
+    with not_found_as_404():
+        door = gate.read_alias_gate(site, name, alias)
+    known, others = gate.cheapest_candidates(site, door) if door.policy else ([], 0)
+    return _alias_page(request, "choose.html", door, "promote", known=known, others=others)
 
 
 @router.get("/models/{name}/{number}/promote")
-def look(request: Request, name: str, number: int, site: OfSite, alias: str = PRODUCTION) -> Response:
+def show_promotion(request: Request, name: str, number: int, site: SiteDependency, alias: str = PRODUCTION) -> Response:
     """What the gate says of a version, what it would replace, who asked and who approved."""
-    return _look(request, site, name, number, alias)
+    return _promotion_page(request, site, name, number, alias)
 
 
 @router.post("/models/{name}/{number}/promote")
-def promote(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+def promote(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
     """Promote it, if the gate still says what the page showed."""
     alias, reason, override = _field(sent, "alias"), sent.get("reason", ""), "override" in sent
 
     def act() -> str:
-        door, version = _of(site, name, number, alias)
+        door, version = _alias_and_version(site, name, number, alias)
         if override and sent.get("confirm", "").strip() != version.ref:
             raise BadInput(f"to go over the verdict, type {version.ref} in the form")
-        if door.seen != _field(sent, "seen"):
+        if door.last_entry_hash != _field(sent, "last_entry_hash"):
             raise Refused(f"{name}@{alias} was moved meanwhile", fix="look again at what is replaced, then promote")
         done = promotion.promote(
             site.store,
             version.ref,
             alias,
-            door.given,
-            who=door.who,
+            door.fallback_policy,
+            who=door.user,
             reason=reason,
             override=override,
-            expected=_field(sent, "judgement"),
+            expected_verdict=_field(sent, "judgement"),
         )
         return _history(name, done.entry)
 
     try:
-        return _once(request, site, sent, act)
+        return _act_once(request, site, sent, act)
     except LimbeckError as error:
-        return _look(request, site, name, number, alias, error, reason)
+        return _promotion_page(request, site, name, number, alias, error, reason)
 
 
-def _look(
+def _promotion_page(
     request: Request,
     site: Site,
     name: str,
@@ -87,20 +87,22 @@ def _look(
     error: LimbeckError | None = None,
     reason: str = "",
 ) -> Response:
-    door, version = _of(site, name, number, alias)
-    candidate = gate.judged(site, door, version)
+    door, version = _alias_and_version(site, name, number, alias)
+    candidate = gate.judge_candidate(site, door, version)
     verdict = candidate.verdict if candidate else None
-    asked = gate.asked_about(site, door, version)
-    present = f"{name}/{door.present}" if door.present is not None else None
-    why = list(_why_not(request.state.session, door))
-    if door.present == number:
+    asked = gate.approval_state(site, door, version)
+    present = f"{name}/{door.current_version}" if door.current_version is not None else None
+    why = list(_obstacles(request.state.session, door))
+    if door.current_version == number:
         why.append(f"{alias} is {version.ref} already")
-    may_override = bool(verdict and verdict.outcome != "pass" and not why) and gate.barred(site, door) is None
+    may_override = (
+        bool(verdict and verdict.outcome != "pass" and not why) and gate.override_obstacle(site, door) is None
+    )
     if door.policy is None and not door.problem:
         why.append("no policy judges this alias")
     if verdict and verdict.outcome != "pass":
         why.append(f"the verdict is {verdict.outcome}")
-    return _page(
+    return _alias_page(
         request,
         "promote.html",
         door,
@@ -109,9 +111,9 @@ def _look(
         version=version,
         verdict=verdict,
         asked=asked,
-        no_say=gate.no_say(door, asked),
+        no_say=gate.answer_obstacle(door, asked),
         present=present,
-        changes=_changes(site, version, present) if present and door.present != number else None,
+        changes=_changes(site, version, present) if present and door.current_version != number else None,
         why=why,
         may_override=may_override,
         reason=reason,
@@ -127,7 +129,7 @@ def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | Non
     costs = [
         (COSTS[row.figure], row.b, row.a, row.ratio)
         for row in found.cost
-        if row.figure in FIGURES and (row.a is not None or row.b is not None)
+        if row.figure in COST_FIGURES and (row.a is not None or row.b is not None)
     ]
     tasks = found.quality.tasks if found.quality else ()
     return {"costs": costs, "tasks": tasks, "no_quality": found.no_quality, "no_cost": found.no_cost}
@@ -137,38 +139,40 @@ def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | Non
 
 
 @router.get("/models/{name}/rollback")
-def look_back(request: Request, name: str, site: OfSite, alias: str = PRODUCTION) -> Response:
+def show_rollback(request: Request, name: str, site: SiteDependency, alias: str = PRODUCTION) -> Response:
     """Where a rollback leads, and what the verdict on that was."""
-    return _look_back(request, site, name, alias)
+    return _rollback_page(request, site, name, alias)
 
 
 @router.post("/models/{name}/rollback")
-def roll_back(request: Request, name: str, site: OfSite, sent: Sent) -> Response:
+def roll_back(request: Request, name: str, site: SiteDependency, sent: SentForm) -> Response:
     """Roll back, if the alias was not moved since the page was shown."""
     alias, reason = _field(sent, "alias"), sent.get("reason", "").strip()
 
     def act() -> str:
         if not reason:
             raise BadInput("a rollback needs a reason")
-        with looking():
-            door = gate.door(site, name, alias)
-        entry = promotion.rollback(site.store, name, alias, who=door.who, reason=reason, seen=_field(sent, "seen"))
+        with not_found_as_404():
+            door = gate.read_alias_gate(site, name, alias)
+        entry = promotion.rollback(
+            site.store, name, alias, who=door.user, reason=reason, expected_last_entry=_field(sent, "seen")
+        )
         return _history(name, entry)
 
     try:
-        return _once(request, site, sent, act)
+        return _act_once(request, site, sent, act)
     except LimbeckError as error:
-        return _look_back(request, site, name, alias, error, reason)
+        return _rollback_page(request, site, name, alias, error, reason)
 
 
-def _look_back(
+def _rollback_page(
     request: Request, site: Site, name: str, alias: str, error: LimbeckError | None = None, reason: str = ""
 ) -> Response:
-    with looking():
-        door = gate.door(site, name, alias)
-    back = gate.step_back(door)
+    with not_found_as_404():
+        door = gate.read_alias_gate(site, name, alias)
+    back = gate.rollback_target_with_entry(door)
     target, entry = back or (None, None)
-    why = list(_why_not(request.state.session, door))
+    why = list(_obstacles(request.state.session, door))
     if back is None:
         why.append(f"nothing was promoted to {alias} that could be rolled back")
     version = None
@@ -177,8 +181,8 @@ def _look_back(
             version = site.store.get(f"{name}/{target}")
         except BadInput as gone:
             why.append(str(gone))
-    verdict = gate.verdict_of(site, version, entry) if version else None
-    return _page(
+    verdict = gate.verdict_of_entry(site, version, entry) if version else None
+    return _alias_page(
         request,
         "rollback.html",
         door,
@@ -197,103 +201,115 @@ def _look_back(
 
 
 @router.get("/requests")
-def requests(request: Request, site: OfSite) -> Response:
+def list_requests(request: Request, site: SiteDependency) -> Response:
     """What is asked for and was neither carried out nor rejected, of all models."""
-    return page(request, "requests.html", requests=approvals.open_requests(site.store))
+    return render_page(request, "requests.html", requests=approvals.open_requests(site.store))
 
 
 @router.post("/models/{name}/{number}/request")
-def ask(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+def request_promotion(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
     """Ask that an alias may point at a version."""
     alias, reason = _field(sent, "alias"), sent.get("reason", "")
 
     def act() -> str:
-        door, version = _of(site, name, number, alias)
-        approvals.request(site.store, version.ref, alias, who=door.who, reason=reason)
-        return version_link(version.ref, "promote") + query(alias=alias) + "#asked"
+        door, version = _alias_and_version(site, name, number, alias)
+        approvals.request_approval(site.store, version.ref, alias, who=door.user, reason=reason)
+        return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
 
     try:
-        return _once(request, site, sent, act)
+        return _act_once(request, site, sent, act)
     except LimbeckError as error:
-        return _look(request, site, name, number, alias, error)
+        return _promotion_page(request, site, name, number, alias, error)
 
 
 @router.post("/models/{name}/{number}/answer")
-def answer(request: Request, name: str, number: int, site: OfSite, sent: Sent) -> Response:
+def answer_request(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
     """Approve or reject the request that the page showed, with the verdict that it showed."""
     alias = _field(sent, "alias")
 
     def act() -> str:
-        door, version = _of(site, name, number, alias)
+        door, version = _alias_and_version(site, name, number, alias)
         said = _field(sent, "said")
         if said not in ("approve", "reject"):
             raise BadInput(f"an answer is approve or reject, not {said!r}")
-        asked = gate.asked_about(site, door, version)
-        candidate = gate.judged(site, door, version)
+        asked = gate.approval_state(site, door, version)
+        candidate = gate.judge_candidate(site, door, version)
         verdict = candidate.verdict if candidate else None
         if asked.request is None or asked.request.digest() != sent.get("request"):
             raise Refused("another request is open now than the one that was shown", fix="look again, then answer")
-        if (verdict.judgement if verdict else "") != sent.get("judgement"):
+        if (verdict.content_digest if verdict else "") != sent.get("content_digest"):
             raise Refused("the verdict is another one now than the one that was shown", fix="look again, then answer")
-        approvals.answer(
+        approvals.answer_request(
             site.store,
             version.ref,
             alias,
             "approve" if said == "approve" else "reject",
-            who=door.who,
+            who=door.user,
             reason=sent.get("reason", ""),
             verdict=verdict,
         )
-        return version_link(version.ref, "promote") + query(alias=alias) + "#asked"
+        return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
 
     try:
-        return _once(request, site, sent, act)
+        return _act_once(request, site, sent, act)
     except LimbeckError as error:
-        return _look(request, site, name, number, alias, error)
+        return _promotion_page(request, site, name, number, alias, error)
 
 
 # --- what they share
 
 
-def _of(site: Site, name: str, number: int, alias: str) -> tuple[Door, Version]:
-    with looking():
-        return gate.door(site, name, alias), site.store.get(f"{name}/{number}")
+def _alias_and_version(site: Site, name: str, number: int, alias: str) -> tuple[AliasGate, Version]:
+    with not_found_as_404():
+        return gate.read_alias_gate(site, name, alias), site.store.get(f"{name}/{number}")
 
 
-def _why_not(session: Session | None, door: Door) -> list[str]:
+def _obstacles(session: Session | None, alias_gate: AliasGate) -> list[str]:
     """Why nothing can be pressed, whatever the verdict."""
-    return (["you are not logged in"] if session is None else []) + ([door.problem] if door.problem else [])
+    return (["you are not logged in"] if session is None else []) + ([alias_gate.problem] if alias_gate.problem else [])
 
 
-def _once(request: Request, site: Site, sent: dict[str, str], act: Callable[[], str]) -> Response:
-    """Go where `act` says; the same form sent again goes there too, and nothing is done twice."""
-    _field(sent, "once")
-    form = "&".join([request.url.path, *(f"{name}={value}" for name, value in sorted(sent.items()))])
-    return RedirectResponse(site.guard.once.run(form, act), 303)
+def _act_once(request: Request, site: Site, form_fields: dict[str, str], action: Callable[[], str]) -> Response:
+    """Go where `action` says; the same form sent again goes there too, and nothing is done twice."""
+    _field(form_fields, "once")
+    form = "&".join([request.url.path, *(f"{name}={value}" for name, value in sorted(form_fields.items()))])
+    return RedirectResponse(site.guard.once_per_form.run(form, action), 303)
 
 
-def _page(
-    request: Request, template: str, door: Door, here: str, error: LimbeckError | None = None, **values: Any
+def _alias_page(
+    request: Request,
+    template: str,
+    alias_gate: AliasGate,
+    current_crumb: str,
+    error: LimbeckError | None = None,
+    **values: Any,
 ) -> Response:
     """A page of one alias; with an error, that is said on top."""
     if isinstance(error, NotLoggedIn | Unreachable):
         raise error
     status = 200 if error is None else 400 if isinstance(error, BadInput) else 409
-    aliases = sorted({PRODUCTION, door.alias, *door.book.aliases, *(entry.alias for entry in door.book.entries)})
-    crumbs = [("Models", "/"), (door.name, model_link(door.name)), (here, None)]
-    shared = {"door": door, "aliases": aliases, "crumbs": crumbs, "once": secrets.token_urlsafe(9)}
+    aliases = sorted(
+        {
+            PRODUCTION,
+            alias_gate.alias,
+            *alias_gate.ledger.aliases,
+            *(entry.alias for entry in alias_gate.ledger.entries),
+        }
+    )
+    crumbs = [("Models", "/"), (alias_gate.name, model_link(alias_gate.name)), (current_crumb, None)]
+    shared = {"door": alias_gate, "aliases": aliases, "crumbs": crumbs, "once": secrets.token_urlsafe(9)}
     if error is not None:
         shared |= {"flash": str(error), "flash_kind": "problem"}
-    return page(request, template, status=status, **shared | values)
+    return render_page(request, template, status=status, **shared | values)
 
 
 def _history(name: str, entry: LedgerEntry | None) -> str:
-    return model_link(name, "history") + query(entry=entry.sequence if entry else None)
+    return model_link(name, "history") + query_string(entry=entry.sequence if entry else None)
 
 
-def _field(sent: dict[str, str], name: str) -> str:
+def _field(form_fields: dict[str, str], name: str) -> str:
     """A field that every form of these pages has; it may be empty."""
     try:
-        return sent[name]
+        return form_fields[name]
     except KeyError:
         raise BadInput(f"the form has no field {name!r}", fix="load the page again") from None

@@ -8,25 +8,25 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
 
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.mlflow.identity import user
-from limbeck.web.render import page
-from limbeck.web.security import SESSION_S, NotLoggedIn, changing, here, read_form
-from limbeck.web.site import Site, site_of
+from limbeck.registry.mlflow.identity import current_user
+from limbeck.web.render import render_page
+from limbeck.web.security import SESSION_S, NotLoggedIn, read_form, require_session_form, safe_local_path
+from limbeck.web.site import Site, current_site
 
 router = APIRouter()
-OfSite = Annotated[Site, Depends(site_of)]
+SiteDependency = Annotated[Site, Depends(current_site)]
 
 
 @router.get("/login")
-def form(request: Request, site: OfSite, next: str = "/") -> Response:
+def form(request: Request, site: SiteDependency, next: str = "/") -> Response:
     """The form that asks for the token."""
-    return _form(request, site, here(next))
+    return _form(request, site, safe_local_path(next))
 
 
 @router.post("/login")
-def log_in(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depends(read_form)]) -> Response:
+def log_in(request: Request, site: SiteDependency, sent: Annotated[dict[str, str], Depends(read_form)]) -> Response:
     """A session for the token; back to the page that led here."""
-    to = here(sent.get("next"))
+    to = safe_local_path(sent.get("next"))
     try:
         cookie = site.guard.log_in(sent.get("token", ""), request.client.host if request.client else "")
     except Refused as refused:
@@ -44,7 +44,9 @@ def log_in(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depen
 
 
 @router.post("/logout")
-def log_out(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depends(changing)]) -> Response:
+def log_out(
+    request: Request, site: SiteDependency, sent: Annotated[dict[str, str], Depends(require_session_form)]
+) -> Response:
     """The session ends, on the server too."""
     if request.state.session is None:
         raise NotLoggedIn("you are not logged in")
@@ -55,7 +57,7 @@ def log_out(request: Request, site: OfSite, sent: Annotated[dict[str, str], Depe
 
 
 def _form(request: Request, site: Site, to: str, problem: str | None = None, status: int = 200) -> Response:
-    return page(
+    return render_page(
         request,
         "login.html",
         status=status,
@@ -64,5 +66,5 @@ def _form(request: Request, site: Site, to: str, problem: str | None = None, sta
         private=site.guard.private,
         next=to,
         problem=problem,
-        who=user(site.store.tracking_uri),
+        who=current_user(site.store.tracking_uri),
     )

@@ -16,26 +16,26 @@ from limbeck.evals.leaderboard import page as leaderboard_page
 from limbeck.evals.leaderboard.diff import diff
 from limbeck.evals.leaderboard.page import View
 from limbeck.evals.leaderboard.ranking import USD
-from limbeck.registry.catalog.lineage import lineage
-from limbeck.registry.catalog.model_card import card as model_card
+from limbeck.registry.catalog.lineage import lineage_trees
+from limbeck.registry.catalog.model_card import model_card as model_card
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Version
 from limbeck.web import leaderboards
-from limbeck.web.render import markdown, model_link, page
-from limbeck.web.site import Site, site_of
+from limbeck.web.render import markdown, model_link, render_page
+from limbeck.web.site import Site, current_site
 from limbeck.web.views import differences, overview
 from limbeck.web.views import search as searching
 from limbeck.web.views import version as version_page
-from limbeck.web.views.plots import drawn
-from limbeck.web.views.version_data import ModelPage
+from limbeck.web.views.plots import draw_lineage_if_small
+from limbeck.web.views.version_data import VersionData
 
 router = APIRouter()
-OfSite = Annotated[Site, Depends(site_of)]
-Place = Annotated[int, Query(alias="page", ge=1)]
-Number = Annotated[int, Path(ge=1, lt=10**9)]
+SiteDependency = Annotated[Site, Depends(current_site)]
+PageNumber = Annotated[int, Query(alias="page", ge=1)]
+VersionNumber = Annotated[int, Path(ge=1, lt=10**9)]
 
 
-class NotHere(BadInput):
+class PageNotFound(BadInput):
     """An address of a model, version or alias that is not there."""
 
 
@@ -45,53 +45,55 @@ def wants_json(request: Request) -> bool:
 
 
 @contextmanager
-def looking() -> Iterator[None]:
+def not_found_as_404() -> Iterator[None]:
     """What cannot be found within the block answers 404."""
     try:
         yield
     except BadInput as error:
-        raise NotHere(error.message, fix=error.fix) from error
+        raise PageNotFound(error.message, fix=error.fix) from error
 
 
 @router.get("/")
-def index(request: Request, site: OfSite) -> Response:
+def index(request: Request, site: SiteDependency) -> Response:
     """All registered models."""
     found = overview.models(site)
     if wants_json(request):
-        return JSONResponse([model.json() for model in found])
-    return page(request, "index.html", models=found)
+        return JSONResponse([model.to_json() for model in found])
+    return render_page(request, "index.html", models=found)
 
 
 @router.get("/versions")
-def search(request: Request, site: OfSite, q: str = "", sort: str = "", place: Place = 1) -> Response:
+def search(request: Request, site: SiteDependency, q: str = "", sort: str = "", place: PageNumber = 1) -> Response:
     """The versions of all models that a line asks for."""
     return _versions(request, site, None, q, sort, place)
 
 
 @router.get("/models/{name}/versions")
-def versions(request: Request, site: OfSite, name: str, q: str = "", sort: str = "", place: Place = 1) -> Response:
+def versions(
+    request: Request, site: SiteDependency, name: str, q: str = "", sort: str = "", place: PageNumber = 1
+) -> Response:
     """The versions of a model that a line asks for; all where there is none."""
     return _versions(request, site, name, q, sort, place)
 
 
-def _versions(request: Request, site: Site, name: str | None, q: str, sort: str, place: int) -> Response:
+def _versions(request: Request, site: Site, name: str | None, q: str, sort: str, page_number: int) -> Response:
     if name:
-        with looking():
-            found = searching.versions(site.store, name, q, sort, place)
+        with not_found_as_404():
+            found = searching.search_page(site.store, name, q, sort, page_number)
     else:
-        found = searching.versions(site.store, None, q, sort, place)
+        found = searching.search_page(site.store, None, q, sort, page_number)
     if wants_json(request):
         shown = [hit._asdict() | {"version": hit.version and hit.version.model_dump(mode="json")} for hit in found.hits]
         return JSONResponse(shown)
     where = crumbs(name, "versions") if name else [("Models", "/"), ("Search", None)]
     metrics = sorted({metric for hit in found.hits for metric in hit.metrics})
-    return page(request, "versions.html", name=name, found=found, q=q, sort=sort, metrics=metrics, crumbs=where)
+    return render_page(request, "versions.html", name=name, found=found, q=q, sort=sort, metrics=metrics, crumbs=where)
 
 
 @router.get("/models/{name}")
 def leaderboard(
     request: Request,
-    site: OfSite,
+    site: SiteDependency,
     name: str,
     task: str = "",
     cost: str = USD,
@@ -100,82 +102,102 @@ def leaderboard(
     precision: str = "",
     sort: str = "",
     reverse: bool = False,
-    place: Place = 1,
+    place: PageNumber = 1,
 ) -> Response:
     """Cost against quality of a model's versions; each choice is in the address."""
-    with looking():
-        every = site.boards.rows(name)
+    with not_found_as_404():
+        every = site.leaderboards.rows(name)
     view = View(task, cost, kind, recipe, precision, sort, reverse)
-    found = leaderboards.board(name, every, view, place)
+    found = leaderboards.leaderboard_page(name, every, view, place)
     if wants_json(request):
         return JSONResponse([row.model_dump(mode="json") for row in found.rows if view.shows(row)])
-    return page(request, "model.html", name=name, board=found, address=leaderboards.address, crumbs=crumbs(name))
+    return render_page(
+        request, "model.html", name=name, board=found, address=leaderboards.page_address, crumbs=crumbs(name)
+    )
 
 
 @router.get("/models/{name}/lineage")
-def trees(request: Request, site: OfSite, name: str) -> Response:
+def lineage_page(request: Request, site: SiteDependency, name: str) -> Response:
     """The trees of all versions of a model."""
-    with looking():
-        found = lineage(site.store, name)
+    with not_found_as_404():
+        found = lineage_trees(site.store, name)
     if wants_json(request):
         return JSONResponse([tree.json() for tree in found])
-    return page(request, "lineage.html", name=name, trees=found, graph=drawn(found), crumbs=crumbs(name, "lineage"))
+    return render_page(
+        request,
+        "lineage.html",
+        name=name,
+        trees=found,
+        graph=draw_lineage_if_small(found),
+        crumbs=crumbs(name, "lineage"),
+    )
 
 
 @router.get("/models/{name}/{number}")
 def version(
-    request: Request, site: OfSite, name: str, number: Number, curve: Annotated[list[str] | None, Query()] = None
+    request: Request,
+    site: SiteDependency,
+    name: str,
+    number: VersionNumber,
+    curve: Annotated[list[str] | None, Query()] = None,
 ) -> Response:
     """All that is known of a version.
 
     Args:
         curve: the metrics whose curves are shown; some that matter most where none is named.
     """
-    about = ModelPage(site.store, exact(site, name, number))
+    about = VersionData(site.store, version_or_404(site, name, number))
     if wants_json(request):
-        return JSONResponse(about.json())
-    return page(request, "version.html", crumbs=crumbs(name, str(number)), **version_page.values(site, about, curve))
+        return JSONResponse(about.to_json())
+    return render_page(
+        request,
+        "version.html",
+        crumbs=crumbs(name, str(number)),
+        **version_page.version_page_values(site, about, curve),
+    )
 
 
 @router.get("/models/{name}/{number}/card")
-def card(request: Request, site: OfSite, name: str, number: Number) -> Response:
+def card(request: Request, site: SiteDependency, name: str, number: VersionNumber) -> Response:
     """The model card; as it is with `?format=md`."""
-    found = exact(site, name, number)
+    found = version_or_404(site, name, number)
     text = model_card(site.store, found)
     if request.query_params.get("format") == "md":
         return PlainTextResponse(text, media_type="text/markdown; charset=utf-8")
     if wants_json(request):
         return JSONResponse({"version": found.ref, "card": text})
     head, body = markdown(text)
-    return page(request, "card.html", version=found, head=head, body=body, crumbs=crumbs(name, str(number), "card"))
+    return render_page(
+        request, "card.html", version=found, head=head, body=body, crumbs=crumbs(name, str(number), "card")
+    )
 
 
 @router.get("/models/{name}/{number}/flips")
 def flips(
     request: Request,
-    site: OfSite,
+    site: SiteDependency,
     name: str,
-    number: Number,
+    number: VersionNumber,
     against: str = "",
     task: str = "",
-    place: Place = 1,
+    place: PageNumber = 1,
 ) -> Response:
     """The documents on which a version and another one differ, the largest difference first.
 
     Args:
         against: NAME/VERSION or NAME@ALIAS; the teacher where it is not named.
     """
-    found = exact(site, name, number)
-    differing = differences.flips(site.store, found, against, task, place)
+    found = version_or_404(site, name, number)
+    differing = differences.flips_page(site.store, found, against, task, place)
     if wants_json(request):
         return JSONResponse([flip.model_dump(mode="json") for flip in differing.flips])
     where = crumbs(name, str(number), "where it differs")
-    return page(request, "flips.html", version=found, differing=differing, task=task, crumbs=where)
+    return render_page(request, "flips.html", version=found, differing=differing, task=task, crumbs=where)
 
 
 @router.get("/compare")
 def compare(
-    request: Request, site: OfSite, a: str = "", b: str = "", v: Annotated[list[str] | None, Query()] = None
+    request: Request, site: SiteDependency, a: str = "", b: str = "", v: Annotated[list[str] | None, Query()] = None
 ) -> Response:
     """Two versions side by side.
 
@@ -186,17 +208,19 @@ def compare(
     a, b = (each.strip() for each in [*(v or []), a, b, ""][:2])
     where = [("Models", "/"), ("Compare", None)]
     if not (a and b):
-        return page(request, "compare.html", a=a, b=b, found=None, crumbs=where)
-    with looking():
+        return render_page(request, "compare.html", a=a, b=b, found=None, crumbs=where)
+    with not_found_as_404():
         found = diff(site.store, a, b)
     if wants_json(request):
         return JSONResponse(found.model_dump(mode="json"))
-    return page(request, "compare.html", a=a, b=b, found=found, **differences.drawn(site.store, found), crumbs=where)
+    return render_page(
+        request, "compare.html", a=a, b=b, found=found, **differences.comparison_values(site.store, found), crumbs=where
+    )
 
 
-def exact(site: Site, name: str, number: int) -> Version:
+def version_or_404(site: Site, name: str, number: int) -> Version:
     """The version NAME/NUMBER. Raises NotHere."""
-    with looking():
+    with not_found_as_404():
         return site.store.get(f"{name}/{number}")
 
 
@@ -207,6 +231,6 @@ def crumbs(*path: str) -> list[tuple[str, str | None]]:
 
 
 @router.get("/static/page.{kind}")
-def shared(kind: Literal["css", "js"]) -> Response:
+def leaderboard_asset(kind: Literal["css", "js"]) -> Response:
     """The look and the plot of the leaderboard, which as one file has them too."""
     return FileResponse(leaderboard_page.STYLE if kind == "css" else leaderboard_page.SCRIPT)

@@ -6,113 +6,123 @@ from dataclasses import dataclass
 
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.gate import approvals, protection
-from limbeck.registry.gate.evidence import gather
-from limbeck.registry.gate.promotion import Candidate, way_back
-from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.gate.evidence import gather_evidence
+from limbeck.registry.gate.promotion import Candidate, rollback_target
+from limbeck.registry.gate.rules.judge import apply_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.log import Ledger
-from limbeck.registry.mlflow.identity import user
+from limbeck.registry.mlflow.identity import current_user
 from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import LedgerEntry, Verdict, Version
 from limbeck.web.site import Site
 
 PRODUCTION = "production"
-MOST = 30  # candidates that are judged for one page
+MAX_CANDIDATES = 30  # candidates that are judged for one page
 
 
 @dataclass(frozen=True)
-class Door:
+class AliasGate:
     """An alias of a model: where it is, what judges for it, who stands before it."""
 
     name: str
     alias: str
-    who: str  # as whom anything is done here
-    book: Ledger
+    user: str  # as whom anything is done here
+    ledger: Ledger
     policy: Policy | None  # None: nothing judges, so nothing passes
-    protected: bool  # by the policy
+    is_protected: bool  # by the policy
     problem: str | None  # why nothing can move
 
     @property
-    def present(self) -> int | None:
+    def current_version(self) -> int | None:
         """The version that the alias points at."""
-        return self.book.aliases.get(self.alias)
+        return self.ledger.aliases.get(self.alias)
 
     @property
-    def given(self) -> Policy | None:
+    def fallback_policy(self) -> Policy | None:
         """The policy to hand to `limbeck.registry.gate.promotion.promote`: None where the alias has one of its own."""
-        return None if self.protected else self.policy
+        return None if self.is_protected else self.policy
 
     @property
-    def seen(self) -> str:
+    def last_entry_hash(self) -> str:
         """Hash of the last entry about the alias; "" where there is none."""
-        last = self.book.last(self.alias)
+        last = self.ledger.last_move(self.alias)
         return last.hash if last else ""
 
 
-def door(site: Site, name: str, alias: str) -> Door:
+def read_alias_gate(site: Site, name: str, alias: str) -> AliasGate:
     """Raises BadInput: no such model, an alias that cannot be used."""
     log.check_alias(alias)
-    book = log.read(site.store, name)
+    book = log.read_ledger(site.store, name)
     problems = book.problems(alias)
     policy, protected = site.policy, False
     try:
-        own = protection.policy_in(book, alias)
+        own = protection.protecting_policy_in(book, alias)
         policy, protected = own or site.policy, own is not None
     except Refused as refused:
         policy = None
         problems = [refused.message, *problems]
-    return Door(name, alias, user(site.store.tracking_uri), book, policy, protected, "\n".join(problems) or None)
+    return AliasGate(
+        name, alias, current_user(site.store.tracking_uri), book, policy, protected, "\n".join(problems) or None
+    )
 
 
-def judged(site: Site, door: Door, version: Version) -> Candidate | None:
+def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Candidate | None:
     """A version with its verdict as of now; None where nothing judges."""
-    if door.policy is None:
+    if alias_gate.policy is None:
         return None
-    evidence = gather(site.store, version, door.policy, door.alias)
-    return Candidate(version, judge(door.policy, evidence), evidence.card)
+    evidence = gather_evidence(site.store, version, alias_gate.policy, alias_gate.alias)
+    return Candidate(version, apply_policy(alias_gate.policy, evidence), evidence.scorecard)
 
 
-def candidates(site: Site, door: Door) -> tuple[list[Candidate], int]:
+def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candidate], int]:
     """The cheapest MOST of the scored ONNX variants, judged, cheapest first; and how many were not judged."""
-    variants = [found for found in site.store.found(door.name) if found.version.kind == "onnx"]
+    variants = [found for found in site.store.findings(alias_gate.name) if found.version.kind == "onnx"]
     price = {
         found.version: min(card.cost.usd_per_million_tokens if card.cost else float("inf") for card in found.scorecards)
         for found in variants
         if found.scorecards
     }
-    cheapest = sorted(price, key=lambda version: (price[version], version.version))[:MOST]
-    known = [candidate for version in cheapest if (candidate := judged(site, door, version))]
+    cheapest = sorted(price, key=lambda version: (price[version], version.version))[:MAX_CANDIDATES]
+    known = [candidate for version in cheapest if (candidate := judge_candidate(site, alias_gate, version))]
     return known, len(variants) - len(known)
 
 
-def asked_about(site: Site, door: Door, version: Version) -> approvals.Asked:
+def approval_state(site: Site, alias_gate: AliasGate, version: Version) -> approvals.ApprovalState:
     """What was asked and answered about the version and the alias."""
-    return approvals.about(site.store, version, door.alias)
+    return approvals.load_approval_state(site.store, version, alias_gate.alias)
 
 
-def no_say(door: Door, asked: approvals.Asked) -> str | None:
+def answer_obstacle(alias_gate: AliasGate, approval: approvals.ApprovalState) -> str | None:
     """Why an answer of whoever runs this would not count; None where it would, or nothing is asked."""
-    return approvals.no_say(asked.version, asked.request, door.policy, door.who) if asked.request else None
+    return (
+        approvals.ineligibility_reason(approval.version, approval.request, alias_gate.policy, alias_gate.user)
+        if approval.request
+        else None
+    )
 
 
-def barred(site: Site, door: Door) -> str | None:
+def override_obstacle(site: Site, alias_gate: AliasGate) -> str | None:
     """Why whoever runs this may not override a verdict; None where they may."""
-    if door.policy is None:
+    if alias_gate.policy is None:
         return "no policy says who may"
-    return protection.barred(door.policy, door.who, site.store, door.name)
+    return protection.override_refusal(alias_gate.policy, alias_gate.user, site.store, alias_gate.name)
 
 
-def step_back(door: Door) -> tuple[int | None, LedgerEntry | None] | None:
+def rollback_target_with_entry(alias_gate: AliasGate) -> tuple[int | None, LedgerEntry | None] | None:
     """The version that a rollback leads to, with the entry that had put the alias there; None: there is none."""
     try:
-        target = way_back(door.book, door.alias)
+        target = rollback_target(alias_gate.ledger, alias_gate.alias)
     except Refused:
         return None
-    by = [e for e in door.book.entries if e.alias == door.alias and e.to_version == target and e.action != "rollback"]
+    by = [
+        e
+        for e in alias_gate.ledger.entries
+        if e.alias == alias_gate.alias and e.to_version == target and e.action != "rollback"
+    ]
     return target, by[-1] if by and target is not None else None
 
 
-def verdict_of(site: Site, version: Version, entry: LedgerEntry | None) -> Verdict | None:
+def verdict_of_entry(site: Site, version: Version, entry: LedgerEntry | None) -> Verdict | None:
     """The verdict that an entry names; None where it names none, or it is gone."""
     if entry is None or entry.verdict is None:
         return None

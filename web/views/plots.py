@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from limbeck.registry.catalog.lineage import Node
+from limbeck.registry.catalog.lineage import LineageNode
 from limbeck.registry.records import Estimate
 from limbeck.web.render import version_link
 
-MOST_POINTS = 300  # of a curve; more are thinned out
-MOST_NODES = 300  # of a lineage
+MAX_POINTS = 300  # of a curve; more are thinned out
+MAX_NODES = 300  # of a lineage
 
 
 # --- intervals
 
 
-def interval(
+def draw_interval(
     estimate: Estimate, low: float, high: float, *, marks: Sequence[float] = (), kind: str = "student"
 ) -> Markup:
     """A dot and a bar on an axis.
@@ -44,7 +44,7 @@ def interval(
     ).format(kind, words, lines, drawn.format(*ends, at(estimate.value)))
 
 
-def span(estimates: Sequence[Estimate], *more: float) -> tuple[float, float]:
+def axis_range(estimates: Sequence[Estimate], *more: float) -> tuple[float, float]:
     """The ends of an axis that has room for all of them."""
     values = [v for e in estimates for v in (e.low, e.high) if math.isfinite(v)] + list(more)
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -66,12 +66,12 @@ COLOURS = ("student", "teacher", "onnx")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 200, 52, 24, 10, 10
 
 
-def curves(title: str, several: Sequence[Series]) -> Markup:
+def draw_curves(title: str, series: Sequence[Series]) -> Markup:
     """Lines over steps; the dots tell their values to curves.js, and to those who hover without it."""
-    known = [(each.label, _thinned(each.points)) for each in several]
+    known = [(each.label, _thin_points(each.points)) for each in series]
     steps = [step for _, points in known for step, _ in points]
     values = [value for _, points in known for _, value in points]
-    (left, right), (low, high) = (min(steps), max(steps)), span([], min(values), max(values))
+    (left, right), (low, high) = (min(steps), max(steps)), axis_range([], min(values), max(values))
 
     def place(step: int, value: float) -> tuple[float, float]:
         across = (step - left) / (right - left) if right > left else 0.5
@@ -107,9 +107,9 @@ def _text(x: float, y: float, anchor: str, words: str) -> Markup:
     return Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, words)
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _thin_points(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most about MOST_POINTS of them, the last included."""
-    every = -(-len(points) // MOST_POINTS)
+    every = -(-len(points) // MAX_POINTS)
     return [*points[:-1:every], points[-1]]
 
 
@@ -127,18 +127,18 @@ BOX, GAP, ROW = 178, 46, 58  # widths of a node and between two, height of a lin
 
 
 class _Placed(NamedTuple):
-    node: Node
+    node: LineageNode
     x: float
     y: float
     above: tuple[float, float] | None
 
 
-def lineage(trees: Sequence[Node], here: str | None = None) -> Markup:
+def draw_lineage(trees: Sequence[LineageNode], current_ref: str | None = None) -> Markup:
     """Trees from left to right, each version with a link to its page.
 
     Args:
-        trees: of `limbeck.registry.catalog.lineage.lineage`.
-        here: NAME/VERSION that is marked.
+        trees: of `limbeck.registry.catalog.lineage.lineage_trees`.
+        current_ref: NAME/VERSION that is marked.
     """
     placed: list[_Placed] = []
     rows = 0.0
@@ -152,21 +152,21 @@ def lineage(trees: Sequence[Node], here: str | None = None) -> Markup:
         for each in placed
         if each.above
     )
-    boxes = Markup("").join(_box(each, here) for each in placed)
+    boxes = Markup("").join(_box(each, current_ref) for each in placed)
     size = Markup('width="{0:.0f}" height="{1:.0f}" viewBox="0 0 {0:.0f} {1:.0f}"').format(width, rows * ROW + 2)
     return Markup('<svg class="lineage" {} role="group" aria-label="Lineage">{}{}</svg>').format(size, lines, boxes)
 
 
-def drawn(trees: Sequence[Node], here: str | None = None) -> Markup | None:
+def draw_lineage_if_small(trees: Sequence[LineageNode], current_ref: str | None = None) -> Markup | None:
     """As `lineage`; None where there are too many versions, or none."""
-    return lineage(trees, here) if 0 < _count(trees) <= MOST_NODES else None
+    return draw_lineage(trees, current_ref) if 0 < _count(trees) <= MAX_NODES else None
 
 
-def _count(trees: Sequence[Node]) -> int:
+def _count(trees: Sequence[LineageNode]) -> int:
     return sum(1 + _count(tree.children) for tree in trees)
 
 
-def _place(node: Node, depth: int, row: float, placed: list[_Placed]) -> tuple[float, float]:
+def _place(node: LineageNode, depth: int, row: float, placed: list[_Placed]) -> tuple[float, float]:
     """Where a node lies: in the middle of what was made of it. Returns its y and the next free row."""
     x = depth * (BOX + GAP) + 1
     ys, mine = [], len(placed)
@@ -183,7 +183,7 @@ def _place(node: Node, depth: int, row: float, placed: list[_Placed]) -> tuple[f
     return own, row
 
 
-def _box(placed: _Placed, here: str | None) -> Markup:
+def _box(placed: _Placed, current_ref: str | None) -> Markup:
     node, known = placed.node, placed.node.version
     top = placed.y - 23
     name = node.ref if len(node.ref) <= 22 else "…" + node.ref[-21:]
@@ -191,7 +191,7 @@ def _box(placed: _Placed, here: str | None) -> Markup:
     aliases = ", ".join(known.aliases)[:16] if known else ""
     room = 26 - len(aliases)
     shown = about if len(about) <= room else about[: room - 1] + "…"
-    classes = f"{known.kind if known else 'gone'}{' here' if node.ref == here else ''}"
+    classes = f"{known.kind if known else 'gone'}{' here' if node.ref == current_ref else ''}"
     drawn = Markup(
         '<rect x="{0:.0f}" y="{1:.0f}" width="{2}" height="46" rx="8"/>'
         '<text class="ref" x="{3:.0f}" y="{4:.0f}">{5}</text><text class="tick" x="{3:.0f}" y="{6:.0f}">{7}</text>{8}'
@@ -214,5 +214,5 @@ def _box(placed: _Placed, here: str | None) -> Markup:
         return Markup('<g class="node {}">{}</g>').format(classes, drawn)
     words = f"{node.ref}, {about}{', ' + aliases if aliases else ''}"
     link = Markup('<a class="node {}" href="{}" aria-label="{}"{}>{}</a>')
-    current = Markup(' aria-current="true"') if node.ref == here else ""
+    current = Markup(' aria-current="true"') if node.ref == current_ref else ""
     return link.format(classes, version_link(node.ref), words, current, drawn)

@@ -6,27 +6,27 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from limbeck.registry.catalog.search import Hit, Query, conditions, day, search
+from limbeck.registry.catalog.search import Query, SearchHit, build_conditions, parse_date, search_versions
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Version
 
-PAGE = 100
+VERSIONS_PER_PAGE = 100
 FIELDS = ("kind", "recipe", "precision", "parent", "teacher", "licence", "author")
 CONDITION = re.compile(r"([\w.@-]+)(<=|>=|!=|=|<|>)(\S+)")
 FILTER = re.compile(r"\s*(tags|tag|metrics|metric|attributes|name)\b\s*[.=!<>`]|`", re.IGNORECASE)
 
 
-class Versions(NamedTuple):
+class SearchPage(NamedTuple):
     """The versions of one page of a search."""
 
-    hits: Sequence[Hit]
+    hits: Sequence[SearchHit]
     total: int
     number: int  # of the page, from 1
     pages: int
 
 
-def versions(store: Store, name: str | None, text: str, sort: str, number: int) -> Versions:
+def search_page(store: Store, name: str | None, text: str, sort: str, page_number: int) -> SearchPage:
     """Those of `name`, or of all models, that a line asks for.
 
     Args:
@@ -37,18 +37,20 @@ def versions(store: Store, name: str | None, text: str, sort: str, number: int) 
     Raises:
         BadInput: a condition that cannot be read; no such model.
     """
-    asked, words = _asked(text, sort)
-    found = [hit for hit in search(store, name, asked) if all(word in _said(hit) for word in words)]
+    asked, words = _parse_search(text, sort)
+    found = [hit for hit in search_versions(store, name, asked) if all(word in _searchable_text(hit) for word in words)]
     if name and not found and not text.strip():
-        raise store.unknown(name)
-    pages = max(1, -(-len(found) // PAGE))
-    number = min(max(number, 1), pages)
-    return Versions(found[(number - 1) * PAGE : number * PAGE], len(found), number, pages)
+        raise store.not_found_error(name)
+    pages = max(1, -(-len(found) // VERSIONS_PER_PAGE))
+    page_number = min(max(page_number, 1), pages)
+    return SearchPage(
+        found[(page_number - 1) * VERSIONS_PER_PAGE : page_number * VERSIONS_PER_PAGE], len(found), page_number, pages
+    )
 
 
-def _asked(text: str, sort: str) -> tuple[Query, list[str]]:
+def _parse_search(text: str, sort: str) -> tuple[Query, list[str]]:
     if FILTER.match(text):
-        return Query(conditions({}, text=text), sort=sort or None), []
+        return Query(build_conditions({}, text=text), sort=sort or None), []
     fields: dict[str, str | None] = {}
     more: dict[str, str] = {}
     metrics, words = [], []
@@ -63,14 +65,14 @@ def _asked(text: str, sort: str) -> tuple[Query, list[str]]:
         else:
             metrics.append(part)
     try:
-        asked = conditions(fields, metrics=metrics)
+        asked = build_conditions(fields, metrics=metrics)
     except BadInput as error:
         raise BadInput(error.message.replace("--metric ", ""), fix="write retention>=0.9") from None
-    since, until = (day(more[key]) if key in more else None for key in ("since", "until"))
+    since, until = (parse_date(more[key]) if key in more else None for key in ("since", "until"))
     return Query(asked, since, until, more.get("alias"), sort or None), words
 
 
-def _said(hit: Hit) -> str:
+def _searchable_text(hit: SearchHit) -> str:
     """What words are looked for in."""
     version: Version | None = hit.version
     if version is None:

@@ -1,4 +1,4 @@
-"""The page of a version: what is drawn and put in words of `limbeck.web.views.version_data.ModelPage`."""
+"""The page of a version: what is drawn and put in words of `limbeck.web.views.version_data.VersionData`."""
 
 from __future__ import annotations
 
@@ -8,61 +8,61 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from limbeck.evals.leaderboard.columns import COSTS
-from limbeck.registry.catalog.lineage import ancestor
+from limbeck.registry.catalog.lineage import made_from_ref
 from limbeck.registry.gate import approvals
 from limbeck.registry.ledger import log
 from limbeck.registry.records import Estimate, Overlap, Scorecard, TaskResult, Version
-from limbeck.web.render import query, version_link
+from limbeck.web.render import query_string, version_link
 from limbeck.web.site import Site
 from limbeck.web.views import plots
-from limbeck.web.views.version_data import CURVES, ModelPage
+from limbeck.web.views.version_data import MAIN_CURVES, VersionData
 
 
 class Link(NamedTuple):
     """Words that lead somewhere."""
 
-    words: str
-    link: str
+    text: str
+    address: str
 
 
-class Score(NamedTuple):
+class TaskScore(NamedTuple):
     """A task of the newest scorecard."""
 
     task: str
     result: TaskResult
-    kept: Estimate | None
-    drawn: Markup
+    retention: Estimate | None
+    plot: Markup
     overlap: Overlap | None
 
 
-def values(site: Site, about: ModelPage, wanted: list[str] | None) -> dict[str, Any]:
+def version_page_values(site: Site, data: VersionData, curve_names: list[str] | None) -> dict[str, Any]:
     """What the template version.html takes.
 
     Args:
-        wanted: the metrics whose curves are shown; None: those that matter most.
+        curve_names: the metrics whose curves are shown; None: those that matter most.
     """
-    version = about.version
-    names = [name for name in about.metrics if name in CURVES] if wanted is None else wanted
-    series = about.curves(names)
-    relative = about.card.relative if about.card else None
+    version = data.version
+    names = [name for name in data.metrics if name in MAIN_CURVES] if curve_names is None else curve_names
+    series = data.curves(names)
+    relative = data.card.relative if data.card else None
     return {
         "version": version,
-        "about": about,
-        "facts": list(_facts(about)),
-        "scores": list(_scores(about.card)) if about.card else [],
-        "costs": list(_costs(about.card)) if about.card else [],
-        "flips_link": version_link(version.ref, "flips") + query(against=relative.teacher if relative else None),
+        "about": data,
+        "facts": list(_facts(data)),
+        "scores": list(_scores(data.card)) if data.card else [],
+        "costs": list(_costs(data.card)) if data.card else [],
+        "flips_link": version_link(version.ref, "flips") + query_string(against=relative.teacher if relative else None),
         "requests": list(_requests(site, version)),
-        "graph": plots.drawn(about.lineage, version.ref),
-        "curves": [(each.label, plots.curves(each.label, [each])) for each in series],
+        "graph": plots.draw_lineage_if_small(data.lineage, version.ref),
+        "curves": [(each.label, plots.draw_curves(each.label, [each])) for each in series],
         "shown_curves": {each.label for each in series},
-        "chosen": wanted is not None,
-        "run_link": site.run_link(version.run_id) if version.run_id and about.metrics else None,
+        "chosen": curve_names is not None,
+        "run_link": site.run_link(version.run_id) if version.run_id and data.metrics else None,
     }
 
 
-def _facts(about: ModelPage) -> Iterator[tuple[str, str | Link]]:
-    version = about.version
+def _facts(data: VersionData) -> Iterator[tuple[str, str | Link]]:
+    version = data.version
     yield "kind", {"onnx": "ONNX variant"}.get(version.kind, version.kind)
     yield "runs in", version.engine
     yield "precision", version.precision
@@ -70,11 +70,11 @@ def _facts(about: ModelPage) -> Iterator[tuple[str, str | Link]]:
         yield "recipe", version.recipe + (f", a control: {version.control}" if version.control else "")
     if version.params is not None:
         yield "parameters", f"{version.params:,}"
-    for words, ref in (("made from", ancestor(version)), ("teacher", version.teacher)):
+    for words, ref in (("made from", made_from_ref(version)), ("teacher", version.teacher)):
         if ref:
             yield words, Link(ref, version_link(ref))
-    if about.making:
-        yield "training", f"{about.making.tokens:,} tokens in {about.making.training_seconds:,.0f} s"
+    if data.making:
+        yield "training", f"{data.making.tokens:,} tokens in {data.making.training_seconds:,.0f} s"
     yield "registered", f"{version.created:%Y-%m-%d %H:%M}" + (f" by {version.author}" if version.author else "")
     if version.code_version:
         yield "code", version.code_version
@@ -84,26 +84,28 @@ def _facts(about: ModelPage) -> Iterator[tuple[str, str | Link]]:
         yield "recipe's digest", version.recipe_digest[:16]
 
 
-def _scores(card: Scorecard) -> Iterator[Score]:
-    kept = card.relative.task_retention if card.relative else {}
-    low, high = plots.span([*kept.values()], 0.0, 1.0)
-    for task, result in card.tasks.items():
+def _scores(scorecard: Scorecard) -> Iterator[TaskScore]:
+    kept = scorecard.relative.task_retention if scorecard.relative else {}
+    low, high = plots.axis_range([*kept.values()], 0.0, 1.0)
+    for task, result in scorecard.tasks.items():
         share = kept.get(task)
-        drawn = plots.interval(share, low, high, marks=(0.0, 1.0)) if share else Markup("")
-        yield Score(task, result, share, drawn, card.contamination.tasks.get(task) if card.contamination else None)
+        drawn = plots.draw_interval(share, low, high, marks=(0.0, 1.0)) if share else Markup("")
+        yield TaskScore(
+            task, result, share, drawn, scorecard.contamination.tasks.get(task) if scorecard.contamination else None
+        )
 
 
-def _costs(card: Scorecard) -> Iterator[tuple[str, str, str | None]]:
-    teacher = card.relative.teacher_cost if card.relative else None
+def _costs(scorecard: Scorecard) -> Iterator[tuple[str, str, str | None]]:
+    teacher = scorecard.relative.teacher_cost if scorecard.relative else None
     for key, column in COSTS.items():
-        value = column.cell(getattr(card.cost, key, None))
+        value = column.cell(getattr(scorecard.cost, key, None))
         if value is not None:
             yield column.title, value, column.cell(getattr(teacher, key, None))
 
 
-def _requests(site: Site, version: Version) -> Iterator[approvals.Asked]:
+def _requests(site: Site, version: Version) -> Iterator[approvals.ApprovalState]:
     """What was asked for this version, alias by alias."""
-    for alias in sorted({"production", *version.aliases, *log.read(site.store, version.name).aliases}):
-        asked = approvals.about(site.store, version, alias)
+    for alias in sorted({"production", *version.aliases, *log.read_ledger(site.store, version.name).aliases}):
+        asked = approvals.load_approval_state(site.store, version, alias)
         if asked.request:
             yield asked

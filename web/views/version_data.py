@@ -10,30 +10,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from limbeck.registry.catalog import snippets
-from limbeck.registry.catalog.lineage import Node, lineage, recipe
+from limbeck.registry.catalog.lineage import LineageNode, lineage_trees, run_parameters
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, Unreachable
-from limbeck.registry.mlflow.client import NotThere
+from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
-from limbeck.registry.records import Making, Parity, Scorecard, Verdict, Version
+from limbeck.registry.records import Parity, Scorecard, TrainingCost, Verdict, Version
 from limbeck.web.views.plots import Series
 
 Found = TypeVar("Found")
-CURVES = ("loss", "heldout_sample_bits_per_byte", "heldout_bits_per_byte", "learning_rate", "agreement")  # shown first
-MOST_CURVES = 24
+MAIN_CURVES = (
+    "loss",
+    "heldout_sample_bits_per_byte",
+    "heldout_bits_per_byte",
+    "learning_rate",
+    "agreement",
+)  # shown first
+MAX_CURVES = 24
 
 
 @dataclass
-class ModelPage:
+class VersionData:
     """A version's page; each part is read when it is asked for."""
 
     store: Store
     version: Version
     problems: dict[str, LimbeckError] = field(default_factory=dict)  # part -> why it cannot be shown
 
-    def _part(self, name: str, read: Callable[[], Found], without: Found) -> Found:
-        """What `read` gives; `without`, and the problem, where the registry has it damaged or not at all."""
+    def _read_part(self, name: str, read: Callable[[], Found], default: Found) -> Found:
+        """What `read` gives; `default`, and the problem, where the registry has it damaged or not at all."""
         try:
             return read()
         except Unreachable:
@@ -43,12 +49,12 @@ class ModelPage:
         except ValueError as error:  # a record that was tampered with
             why = str(error).partition("\n")[0]
             self.problems[name] = DamagedArtifact(self.version.ref, [f"a record of its {name} cannot be read: {why}"])
-        return without
+        return default
 
     @cached_property
     def scorecards(self) -> list[Scorecard]:
         """Newest last."""
-        return self._part("scorecards", lambda: self.store.scorecards(self.version), [])
+        return self._read_part("scorecards", lambda: self.store.scorecards(self.version), [])
 
     @property
     def card(self) -> Scorecard | None:
@@ -57,49 +63,49 @@ class ModelPage:
 
     @cached_property
     def parity(self) -> Parity | None:
-        return self._part("parity", lambda: self.store.parity(self.version), None)
+        return self._read_part("parity", lambda: self.store.parity(self.version), None)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
         """Newest last."""
-        return self._part("verdicts", lambda: self.store.verdicts(self.version), [])
+        return self._read_part("verdicts", lambda: self.store.verdicts(self.version), [])
 
     @cached_property
-    def making(self) -> Making | None:
-        return self._part("making", lambda: self.store.making(self.version), None)
+    def making(self) -> TrainingCost | None:
+        return self._read_part("training_cost", lambda: self.store.training_cost(self.version), None)
 
     @cached_property
     def recipe(self) -> dict[str, str]:
-        return self._part("recipe", lambda: recipe(self.store, self.version), {})
+        return self._read_part("recipe", lambda: run_parameters(self.store, self.version), {})
 
     @cached_property
-    def lineage(self) -> list[Node]:
-        return self._part("lineage", lambda: lineage(self.store, self.version.ref), [])
+    def lineage(self) -> list[LineageNode]:
+        return self._read_part("lineage", lambda: lineage_trees(self.store, self.version.ref), [])
 
     @cached_property
-    def licences(self) -> list[licences.Term]:
-        return self._part("licences", lambda: licences.chain(self.store, self.version), [])
+    def licences(self) -> list[licences.LineageLicence]:
+        return self._read_part("licences", lambda: licences.lineage_licences(self.store, self.version), [])
 
     @cached_property
-    def files(self) -> list[File]:
-        return self._part("files", lambda: files(self.store, self.version), [])
+    def files(self) -> list[VersionFile]:
+        return self._read_part("files", lambda: files(self.store, self.version), [])
 
     @cached_property
     def metrics(self) -> list[str]:
         """The metrics that its training logged, those to show first in front."""
-        return self._part("curves", lambda: metrics(self.store, self.version), [])
+        return self._read_part("curves", lambda: training_metrics(self.store, self.version), [])
 
     def curves(self, names: list[str]) -> list[Series]:
         """The curves of some of `metrics`; those with a single point are none."""
-        wanted = [name for name in names if name in self.metrics][:MOST_CURVES]
-        return self._part("curves", lambda: curves(self.store, self.version, wanted), [])
+        wanted = [name for name in names if name in self.metrics][:MAX_CURVES]
+        return self._read_part("curves", lambda: training_curves(self.store, self.version, wanted), [])
 
     @property
-    def use(self) -> tuple[list[str], dict[str, list[str]]]:
+    def usage(self) -> tuple[list[str], dict[str, list[str]]]:
         """Commands of Limbeck, and lines of Python by library."""
-        return snippets.commands(self.version), snippets.python(self.version)
+        return snippets.command_snippets(self.version), snippets.python_snippets(self.version)
 
-    def json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `limbeck models show --format json`, and what else the page has."""
         return self.version.model_dump(mode="json") | {
             "scorecards": [card.model_dump(mode="json") for card in self.scorecards],
@@ -111,13 +117,13 @@ class ModelPage:
             "licences": [term._asdict() for term in self.licences],
             "files": [{"name": file.name, "bytes": file.size, "digest": file.digest} for file in self.files],
             "curves": {series.label: series.points for series in self.curves(self.metrics)},
-            "use": self.use[0],
+            "usage": self.usage[0],
             "problems": {part: str(error) for part, error in self.problems.items()},
         }
 
 
 @dataclass(frozen=True)
-class File:
+class VersionFile:
     """A file of a version."""
 
     name: str
@@ -125,32 +131,32 @@ class File:
     digest: str | None  # hex SHA-256, as its manifest says
 
 
-def files(store: Store, version: Version) -> list[File]:
+def files(store: Store, version: Version) -> list[VersionFile]:
     """The files of a version that is at hand; they are not fetched, nor verified, for a page. Links lead nowhere."""
-    folder = store.at_hand(version)
+    folder = store.find_local_folder(version)
     if folder is None:
         return []
     said: Mapping[str, str] = read_manifest(folder).get("files") or {}
     return [_file(folder, path, said) for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
 
 
-def _file(folder: Path, path: Path, said: Mapping[str, str]) -> File:
+def _file(folder: Path, path: Path, digests: Mapping[str, str]) -> VersionFile:
     name = path.relative_to(folder).as_posix()
-    return File(name, path.lstat().st_size, said.get(name))
+    return VersionFile(name, path.lstat().st_size, digests.get(name))
 
 
-def metrics(store: Store, version: Version) -> list[str]:
+def training_metrics(store: Store, version: Version) -> list[str]:
     """The metrics of the run that made a version; [] where there is none."""
     if version.run_id is None:
         return []
     try:
         names = store.client.get_run(version.run_id).data.metrics
-    except NotThere:
+    except NotFound:
         return []
-    return sorted(names, key=lambda name: (CURVES.index(name) if name in CURVES else len(CURVES), name))
+    return sorted(names, key=lambda name: (MAIN_CURVES.index(name) if name in MAIN_CURVES else len(MAIN_CURVES), name))
 
 
-def curves(store: Store, version: Version, names: list[str]) -> list[Series]:
+def training_curves(store: Store, version: Version, names: list[str]) -> list[Series]:
     """Metrics over steps, of those that were logged more than once."""
     found = []
     for name in names:

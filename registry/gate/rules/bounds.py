@@ -9,28 +9,28 @@ from limbeck.registry.records import Estimate, Outcome, RuleResult
 POWER = 0.8  # with which the documents that are said to settle a rule do so
 
 
-def rule(name: str, outcome: Outcome, message: str) -> RuleResult:
+def rule_result(name: str, outcome: Outcome, message: str) -> RuleResult:
     """What a rule says."""
     return RuleResult(rule=name, outcome=outcome, message=message)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def bounded(what: str, value: float, limit: float, *, most: bool) -> tuple[Outcome, str]:
+def check_bound(label: str, value: float, limit: float, *, is_maximum: bool) -> tuple[Outcome, str]:
     """A number that was measured, held against its limit."""
-    good = value <= limit if most else value >= limit
-    asked = f"at {'most' if most else 'least'} {number(limit)} is asked"
-    return "pass" if good else "fail", f"{what} {number(value)}, {asked}"
+    good = value <= limit if is_maximum else value >= limit
+    asked = f"at {'most' if is_maximum else 'least'} {format_number(limit)} is asked"
+    return "pass" if good else "fail", f"{label} {format_number(value)}, {asked}"
 
 
-def side(low: float, high: float, limit: float) -> Outcome:
+def interval_outcome(low: float, high: float, limit: float) -> Outcome:
     """Where an interval of something of which more is better lies; inconclusive where it is not a number."""
     return "pass" if low >= limit else "fail" if high < limit else "inconclusive"
 
 
-def at_confidence(estimate: Estimate, confidence: float, *, wilson: bool = False) -> Estimate | None:
+def estimate_at_confidence(estimate: Estimate, confidence: float, *, wilson: bool = False) -> Estimate | None:
     """An estimate with its interval at another confidence; None where that cannot be told.
 
     Each side is scaled by the ratio of the quantiles of Student's t, at the degrees of freedom that were kept with
@@ -44,10 +44,10 @@ def at_confidence(estimate: Estimate, confidence: float, *, wilson: bool = False
     if confidence == estimate.confidence:
         return estimate
     wider = confidence > estimate.confidence
-    if not 0 < estimate.confidence < 1 or (wider and estimate.freedom is None):
+    if not 0 < estimate.confidence < 1 or (wider and estimate.degrees_of_freedom is None):
         return None
-    scale = _quantile((1 + confidence) / 2, estimate.freedom) / _quantile(
-        (1 + estimate.confidence) / 2, estimate.freedom
+    scale = _quantile((1 + confidence) / 2, estimate.degrees_of_freedom) / _quantile(
+        (1 + estimate.confidence) / 2, estimate.degrees_of_freedom
     )
     if wider and wilson:
         scale *= scale
@@ -55,7 +55,7 @@ def at_confidence(estimate: Estimate, confidence: float, *, wilson: bool = False
     return estimate.model_copy(update={"low": low, "high": high, "confidence": confidence})
 
 
-def settled_by(estimate: Estimate, limit: float, documents: int) -> str:
+def describe_documents_needed(estimate: Estimate, limit: float, documents: int) -> str:
     """About how many documents settle on which side of a limit an estimate is, in words.
 
     With POWER, if the estimate stays what it is and errors fall with the square root of the documents.
@@ -69,7 +69,10 @@ def settled_by(estimate: Estimate, limit: float, documents: int) -> str:
         return "it lies at the limit itself: no number of documents settles on which side"
     # The side that reaches across the limit.
     reach = estimate.value - estimate.low if estimate.value > limit else estimate.high - estimate.value
-    both = _quantile((1 + estimate.confidence) / 2, estimate.freedom), _quantile(POWER, estimate.freedom)
+    both = (
+        _quantile((1 + estimate.confidence) / 2, estimate.degrees_of_freedom),
+        _quantile(POWER, estimate.degrees_of_freedom),
+    )
     times = (sum(both) / both[0] * reach / gap) ** 2
     needed = math.ceil(documents * times)
     words = f"about {needed:,} documents in place of {documents:,} would settle it"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.bounds import rule
+from limbeck.registry.gate.rules.bounds import rule_result
 from limbeck.registry.policy.schema import LicenceRules, LineageRules
 from limbeck.registry.provenance import licences
-from limbeck.registry.provenance.licences import Term
+from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import RuleResult
 
 # What a policy names -> the role of a term of the lineage, where a recipe states it, and who has none.
@@ -19,81 +19,83 @@ ROLES = {
 }
 
 
-def lineage(asked: LineageRules, evidence: Evidence) -> Iterator[RuleResult]:
+def lineage_results(rules: LineageRules, evidence: Evidence) -> Iterator[RuleResult]:
     """What the rules on lineage say."""
-    version, card = evidence.version, evidence.card
-    if asked.require_distillation_licence:
-        yield _distillation(evidence)
-    if asked.max_contamination is None or card is None or card.artifact != version.digest:
+    version, card = evidence.version, evidence.scorecard
+    if rules.require_distillation_licence:
+        yield _distillation_result(evidence)
+    if rules.max_contamination is None or card is None or card.artifact != version.digest:
         return
     name, found = "lineage.max_contamination", card.contamination
     if found is None:
         words = "its overlap with the training text has not been measured"
-        yield rule(name, "inconclusive", f"{words}; run limbeck eval {version.ref} where that text lies")
+        yield rule_result(name, "inconclusive", f"{words}; run limbeck eval {version.ref} where that text lies")
         return
     for task, overlap in found.tasks.items():
         words = f"{overlap.contaminated} of {overlap.documents} documents of {task} occur in the training text"
-        words += f" ({overlap.share:.4f}), at most {asked.max_contamination:.4f} is asked"
-        yield rule(f"{name}.{task}", "pass" if overlap.share <= asked.max_contamination else "fail", words)
+        words += f" ({overlap.share:.4f}), at most {rules.max_contamination:.4f} is asked"
+        yield rule_result(f"{name}.{task}", "pass" if overlap.share <= rules.max_contamination else "fail", words)
 
 
-def _distillation(evidence: Evidence) -> RuleResult:
-    name, teachers = "lineage.require_distillation_licence", _terms(evidence, "teacher")
+def _distillation_result(evidence: Evidence) -> RuleResult:
+    name, teachers = "lineage.require_distillation_licence", _licences_of_role(evidence, "teacher")
     if not teachers:
-        return rule(name, "pass", "it was distilled from no other model")
-    if forbidding := [term for term in teachers if term.allows is False]:
-        words = "; ".join(f"to learn from {term.of}: its licence forbids it{_named(term)}" for term in forbidding)
-        return rule(name, "fail", words)
-    if unknown := [term.of for term in teachers if term.allows is None]:
+        return rule_result(name, "pass", "it was distilled from no other model")
+    if forbidding := [term for term in teachers if term.allows_distillation is False]:
+        words = "; ".join(
+            f"to learn from {term.origin}: its licence forbids it{_licence_note(term)}" for term in forbidding
+        )
+        return rule_result(name, "fail", words)
+    if unknown := [term.origin for term in teachers if term.allows_distillation is None]:
         words = "; ".join(f"whether the licence of {of} lets a student learn from it is not known" for of in unknown)
         fix = "say so in the recipe: teacher.licence_allows_distillation, and distil again"
-        return rule(name, "inconclusive", f"{words}; {fix}")
-    words = ", ".join(dict.fromkeys(term.of for term in teachers))
-    return rule(name, "pass", f"to learn from {words}: the licence allows it")
+        return rule_result(name, "inconclusive", f"{words}; {fix}")
+    words = ", ".join(dict.fromkeys(term.origin for term in teachers))
+    return rule_result(name, "pass", f"to learn from {words}: the licence allows it")
 
 
-def licence(asked: LicenceRules, evidence: Evidence) -> Iterator[RuleResult]:
+def licence_results(rules: LicenceRules, evidence: Evidence) -> Iterator[RuleResult]:
     """What the rules on licences say."""
     for kind, (role, key, none) in ROLES.items():
-        allowed = getattr(asked, kind)
+        allowed = getattr(rules, kind)
         if allowed is None:
             continue
-        terms = _terms(evidence, role)
+        terms = _licences_of_role(evidence, role)
         if not terms:
-            yield rule(f"licence.{kind}", "pass", none)
+            yield rule_result(f"licence.{kind}", "pass", none)
         for term in terms:
             what = (
                 f"the training text of {term.version}"
                 if role == "data"
-                else f"{term.of}, the {role} of {term.version},"
+                else f"{term.origin}, the {role} of {term.version},"
             )
-            yield _allowed(f"licence.{kind}", what, term.licence, allowed, key)
-    if asked.code is not None:
-        yield _allowed(
-            "licence.code", "the code that made it", evidence.version.code_licence, asked.code, "code_licence"
+            yield _licence_result(f"licence.{kind}", what, term.licence, allowed, key)
+    if rules.code is not None:
+        yield _licence_result(
+            "licence.code", "the code that made it", evidence.version.code_licence, rules.code, "code_licence"
         )
 
 
-def _allowed(name: str, what: str, stated: str | None, allowed: tuple[str, ...], key: str) -> RuleResult:
-    within = licences.within(stated, allowed)
+def _licence_result(name: str, subject: str, stated: str | None, allowed: tuple[str, ...], key: str) -> RuleResult:
+    within = licences.is_allowed(stated, allowed)
     if within is None:
-        return rule(name, "inconclusive", f"the licence of {what} is not known; say it in the recipe: {key}")
-    words = f"{what} is under {stated}, allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
-    return rule(name, "pass" if within else "fail", words)
+        return rule_result(name, "inconclusive", f"the licence of {subject} is not known; say it in the recipe: {key}")
+    words = f"{subject} is under {stated}, allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
+    return rule_result(name, "pass" if within else "fail", words)
 
 
-def _terms(evidence: Evidence, role: str) -> list[Term]:
+def _licences_of_role(evidence: Evidence, role: str) -> list[LineageLicence]:
     """The terms of a role; those of a teacher that the lineage says nothing about are not known."""
     version = evidence.version
-    terms = [term for term in evidence.terms if term.role == role]
+    terms = [term for term in evidence.lineage_licences if term.role == role]
     if not terms and role == "teacher" and version.teacher is not None:
         allows = version.licence_allows_distillation
-        terms = [Term("teacher", version.ref, version.teacher, version.teacher_licence, allows)]
+        terms = [LineageLicence("teacher", version.ref, version.teacher, version.teacher_licence, allows)]
     if not terms and role == "data" and version.kind != "teacher":
-        terms = [Term("data", version.ref, "", version.data_licence, None)]
+        terms = [LineageLicence("data", version.ref, "", version.data_licence, None)]
     return terms
 
 
-def _named(term: Term) -> str:
-    known = licences.terms(term.licence)
-    return f" ({term.licence}: {known.said})" if term.licence and known and not known.allows else ""
+def _licence_note(term: LineageLicence) -> str:
+    known = licences.terms_of_licence(term.licence)
+    return f" ({term.licence}: {known.summary})" if term.licence and known and not known.allows_distillation else ""

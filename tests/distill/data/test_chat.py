@@ -292,10 +292,10 @@ def test_a_recipe_over_conversations(
     assert "1 documents are longer than 64 tokens and are left out" in done.err
     distilled, twin = (store.get(f"tiny/{number}") for number in (2, 3))
     assert (distilled.licence_allows_distillation, twin.licence_allows_distillation) == (False, True)
-    train = jsonl.training_text(str(distilled.data_digest))
+    train = jsonl.find_training_text(str(distilled.data_digest))
     assert train is not None
     assert next(corpus.read(train)).messages[2]["content"].startswith("return")
-    saved = AutoTokenizer.from_pretrained(store.folder(distilled))
+    saved = AutoTokenizer.from_pretrained(store.verified_folder(distilled))
     assert saved.apply_chat_template(TALK[:2], tokenize=False) == "system: be brief\nuser: add 1 and 2\n"
 
 

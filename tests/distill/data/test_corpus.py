@@ -135,15 +135,15 @@ def test_other_text_of_the_same_name_is_kept_for_the_versions_made_from_it(limbe
         return corpus.prepare(Data(path="a.txt"), tmp_path, "a")
 
     first, second = prepared(0), prepared(1)
-    assert jsonl.training_text(second.digest) == second.train == first.train
-    kept = jsonl.training_text(first.digest)
+    assert jsonl.find_training_text(second.digest) == second.train == first.train
+    kept = jsonl.find_training_text(first.digest)
     assert kept is not None
     assert kept != first.train
     assert next(corpus.read(kept)).text in lines_of_text(2000, 0)
     assert prepared(0).digest == first.digest  # and back, and forth
     assert prepared(1).digest == second.digest
-    assert jsonl.training_text(first.digest) == kept
-    assert jsonl.training_text("0" * 64) is None
+    assert jsonl.find_training_text(first.digest) == kept
+    assert jsonl.find_training_text("0" * 64) is None
 
 
 def test_documents_of_one_path_stay_together_and_in_order(limbeck_home: Path) -> None:

@@ -17,11 +17,11 @@ from limbeck.distill.students.licences import of_text
 from limbeck.export.artifact.variants import export_version
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.gate.evidence import gather
+from limbeck.registry.gate.evidence import gather_evidence
 from limbeck.registry.gate.promotion import promote
-from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.gate.rules.judge import apply_policy
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.policy.schema import LineageRules, Policy, Quality
+from limbeck.registry.policy.schema import LineageRules, Policy, QualityRules
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
 from tests.conftest import Result
@@ -76,11 +76,11 @@ def taught(
     return teach
 
 
-RULE = Policy(quality=Quality(min_retention=0), lineage=LineageRules(require_distillation_licence=True))
+RULE = Policy(quality=QualityRules(min_retention=0), lineage=LineageRules(require_distillation_licence=True))
 
 
 def judged(store: Store, version: Version) -> tuple[str, str]:
-    rules = judge(RULE, gather(store, version, RULE, "production")).rules
+    rules = apply_policy(RULE, gather_evidence(store, version, RULE, "production")).rules
     return next((each.outcome, each.message) for each in rules if each.rule == "lineage.require_distillation_licence")
 
 
@@ -91,7 +91,7 @@ def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
     assert (first.teacher_licence, first.data_licence, first.code_licence) == ("openai", "CC-BY-4.0", "Apache-2.0")
     assert (first.licence_allows_distillation, judged(store, first)[0]) == (False, "fail")
     # Named by its folder, as a stranger's model would be; it is known by its files all the same.
-    laundered = shutil.copytree(store.folder(first), tmp_path / "laundered")
+    laundered = shutil.copytree(store.verified_folder(first), tmp_path / "laundered")
     second = taught(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
     assert (second.teacher_licence, second.data_licence) == ("mit AND openai", "MIT AND CC-BY-4.0")
     assert second.licence_allows_distillation is False
@@ -99,7 +99,7 @@ def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
     variant = store.get(exported.model)
     assert (variant.teacher_licence, variant.data_licence) == (second.teacher_licence, second.data_licence)
     for version in (second, variant):
-        terms = licences.chain(store, version)
+        terms = licences.lineage_licences(store, version)
         assert [(t.role, t.version, t.licence) for t in terms] == [
             ("teacher", first.ref, "openai"),
             ("data", first.ref, "CC-BY-4.0"),
@@ -130,7 +130,7 @@ def test_what_a_student_began_as_is_recorded(store: Store, taught: Callable[...,
     student = taught(tiny_llama, "base", *stated, student=tiny_llama)
     assert (student.base_model, student.base_model_licence) == (str(tiny_llama), "llama3")
     assert student.base_model_digest == folder_digest(tiny_llama)
-    assert ("base model", "llama3") in [(term.role, term.licence) for term in licences.chain(store, student)]
+    assert ("base model", "llama3") in [(term.role, term.licence) for term in licences.lineage_licences(store, student)]
 
 
 def test_the_licence_of_a_data_set_is_that_of_its_card(tmp_path: Path) -> None:

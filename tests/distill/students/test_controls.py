@@ -19,7 +19,7 @@ from limbeck.distill.students import initialise, matching
 from limbeck.distill.students.controls import Cost, cost, schedule
 from limbeck.distill.students.keys import student_key
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Making, Version
+from limbeck.registry.records import TrainingCost, Version
 from tests.distill.conftest import DISTILLED
 
 WriteRecipe = Callable[..., Path]
@@ -27,8 +27,8 @@ Limbeck = Callable[..., Any]
 ALL = 'controls = ["labels", "labels_equal_cost", "untrained"]\n'
 
 
-def making(seconds: float, tokens: int, **more: Any) -> Making:
-    return Making(training_seconds=seconds, tokens=tokens, machine="a test", **more)
+def making(seconds: float, tokens: int, **more: Any) -> TrainingCost:
+    return TrainingCost(training_seconds=seconds, tokens=tokens, machine="a test", **more)
 
 
 def test_a_sweep_carries_its_controls(
@@ -52,7 +52,7 @@ def test_a_sweep_carries_its_controls(
     for version in made.values():
         assert store.client.get_run(version.run_id).data.tags.get("limbeck.control") == version.control
 
-    taken = {label: store.making(version) for label, version in made.items()}
+    taken = {label: store.training_cost(version) for label, version in made.items()}
     distilled, labels, longer = (
         taken[label] for label in ("small-distilled", "small-labels", "small-labels-equal-cost")
     )
@@ -67,13 +67,13 @@ def test_a_sweep_carries_its_controls(
     assert f"in the {spent:,.0f} s that small-distilled cost" in done.err
     assert taken["small-untrained"]
     assert (taken["small-untrained"].tokens, taken["small-untrained"].training_seconds) == (0, 0)
-    assert "no training" in (store.folder(made["small-untrained"]) / "README.md").read_text()
-    assert "at equal cost" in (store.folder(made["small-labels-equal-cost"]) / "README.md").read_text()
+    assert "no training" in (store.verified_folder(made["small-untrained"]) / "README.md").read_text()
+    assert "at equal cost" in (store.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
 
     # The untrained one is where the others begin.
     setting = prepare(load.load(path), Source(path), store)
     start = initialise.make(setting, grid.plans(setting.recipe)[0]).state_dict()
-    saved = load_file(store.folder(made["small-untrained"]) / "model.safetensors")
+    saved = load_file(store.verified_folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
     again = json.loads(limbeck("distill", path, "--format", "json").out)
     assert [each["trained"] for each in again] == [False] * 4

@@ -33,7 +33,7 @@ from limbeck.distill.teacher.endpoint import EndpointTeacher
 from limbeck.distill.teacher.logprobs import Echo
 from limbeck.distill.teacher.signal import capture, chunks_cache
 from limbeck.registry.catalog import endpoint as endpoint_module
-from limbeck.registry.catalog.model_ref import Model, resolve
+from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput, Unreachable
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -51,10 +51,10 @@ ASK = ["data.path=questions.jsonl", "data.prompt_column=question"]
 @pytest.fixture(scope="module")
 def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`limbeck serve` of tiny_llama's ONNX artifact; it wants the key."""
-    from limbeck.export.artifact.export import export
+    from limbeck.export.artifact.export import export_onnx
 
     folder = tmp_path_factory.mktemp("onnx") / "tiny"
-    export(tiny_llama, folder, "fp32")
+    export_onnx(tiny_llama, folder, "fp32")
     with serving(folder, KEY) as server:
         yield server
 
@@ -247,7 +247,7 @@ def test_dollars_are_counted_and_end_the_asking(
     again = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
     assert "already made, tiny/2" in again.err
     assert len(front.posts) == asked
-    making = store.making(store.get("tiny/2"))
+    making = store.training_cost(store.get("tiny/2"))
     assert making
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     sent = sum(len(tokenizer(body["prompt"])["input_ids"]) for body in front.posts)
@@ -380,7 +380,7 @@ def test_students_learn_from_its_likeliest_tokens(
     assert (teacher.kind, teacher.engine, teacher.params) == ("teacher", "endpoint", None)
     assert student["parent"] == student["teacher"] == "tiny/1"
     asked = len(front.posts)
-    making = store.making(store.get("tiny/2"))
+    making = store.training_cost(store.get("tiny/2"))
     assert making
     sent = sum(len(prompt) for body in front.posts[1:] for prompt in body["prompt"])
     assert making.api_input_tokens == sent
@@ -389,7 +389,7 @@ def test_students_learn_from_its_likeliest_tokens(
     done = limbeck("distill", recipe, *args, *sets("training.max_steps=2"))
     assert (done.code, len(front.posts)) == (0, asked)
     # The registered teacher is the endpoint, with the tokenizer.
-    found = resolve("tiny/1", store)
+    found = resolve_model("tiny/1", store)
     assert found.endpoint
     assert (found.endpoint.url, found.has_tokenizer) == (front.url, True)
     shown = limbeck("models", "show", "tiny/1")
@@ -411,7 +411,7 @@ def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
     done = limbeck("distill", recipe, *sets("data.max_tokens=640"))
     assert done.code == 0, done.err
     student = store.get("tiny/2")
-    assert len(AutoTokenizer.from_pretrained(store.folder(student))) == 270
+    assert len(AutoTokenizer.from_pretrained(store.verified_folder(student))) == 270
     asked = len(front.posts)
     assert asked > 0
     assert all(isinstance(prompt, str) for body in front.posts for prompt in body["prompt"])
@@ -478,7 +478,7 @@ def test_a_block_that_does_not_fit_the_servers_context(store: Store, front: Fron
     blocks = make_blocks([Document("", lines_of_text(40))], tokenizer, 64)
     found = endpoint.find(Teacher(model=front.url), Path(), store)
     assert found.endpoint
-    narrow = Model(
+    narrow = ResolvedModel(
         found.path, "", "", None, "endpoint", endpoint_module.Endpoint(front.url, found.endpoint.name, context=64)
     )
     with pytest.raises(BadInput, match="a context of 64 tokens and a block takes 65"):

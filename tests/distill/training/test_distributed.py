@@ -41,7 +41,7 @@ def check_equal(store: Store, curves: slice) -> None:
     losses = [[m.value for m in store.client.get_metric_history(v.run_id, "loss")] for v in versions]
     assert len(losses[0]) == 3
     assert losses[0][curves] == pytest.approx(losses[1][curves], abs=2e-4)
-    made, expected = (load_file(store.folder(version) / "model.safetensors") for version in versions)
+    made, expected = (load_file(store.verified_folder(version) / "model.safetensors") for version in versions)
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(made[name], tensor, atol=2e-5, rtol=1e-3)

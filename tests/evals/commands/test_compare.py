@@ -17,7 +17,7 @@ from limbeck.evals.stats.noninferiority import Margins, holm
 from limbeck.evals.stats.paired_comparison import correct, hold
 from limbeck.evals.stats.retention import compare, pair
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import registered
+from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import ComparedModels, Version
 from tests.conftest import make_model
@@ -76,7 +76,7 @@ def test_over_all_is_of_the_tasks_of_one_metric(three_tasks: Any) -> None:
     assert held.retention == found.retention
     assert one.difference == found.difference["one"]
     assert by_name["bits"].better == "m/1"  # fewer bits per byte
-    assert by_name["bits"].noninferiority.alone == "fail"
+    assert by_name["bits"].noninferiority.uncorrected == "fail"
 
 
 def test_macro_counts_that_tasks_share_files() -> None:
@@ -130,7 +130,7 @@ def versions(store: Store, folders: list[Path]) -> list[Version]:
 @pytest.fixture
 def scored(store: Store, versions: list[Version], text_tasks: Path) -> None:
     tasks = TaskSet.load(NAMES, [text_tasks])
-    evaluate([registered(version, store) for version in versions], tasks, store, cost=False)
+    evaluate([load_registered_version(version, store) for version in versions], tasks, store, cost=False)
 
 
 def compared(limbeck: Callable[..., Any], *args: object) -> ComparedModels:

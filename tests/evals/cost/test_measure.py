@@ -27,7 +27,7 @@ from limbeck.evals.cost.measure import (
     priced,
     ratio,
 )
-from limbeck.registry.catalog.model_ref import Model, resolve
+from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.digest import file_digests, folder_digest
 from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.records import Cost, Engine
@@ -36,8 +36,8 @@ from tests.conftest import make_model
 BRIEF: dict[str, Any] = dict(batches=(1, 2), rounds=4, threads=1, prompt_tokens=16, new_tokens=8)
 
 
-def model_in(folder: Path, engine: Engine = "torch") -> Model:
-    return Model(folder, folder_digest(folder), str(folder), None, engine)
+def model_in(folder: Path, engine: Engine = "torch") -> ResolvedModel:
+    return ResolvedModel(folder, folder_digest(folder), str(folder), None, engine)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def costs(tiny_llama: Path, onnx_llama: Path) -> list[Cost]:
     """Of tiny_llama and of its ONNX export, measured in one run while this process holds 300 MB."""
     held = bytearray(300_000_000)
     held[::4096] = b"x" * len(held[::4096])
-    return measure([resolve(str(tiny_llama)), resolve(str(onnx_llama))], **BRIEF)
+    return measure([resolve_model(str(tiny_llama)), resolve_model(str(onnx_llama))], **BRIEF)
 
 
 def test_what_is_known_of_each(costs: list[Cost], tiny_llama: Path) -> None:
@@ -234,12 +234,12 @@ def test_no_operations_where_the_model_is_unknown(tmp_path: Path) -> None:
 def test_models_that_do_not_fit_together_are_measured_in_several_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of(label: str, gigabytes: float) -> Model:
+    def of(label: str, gigabytes: float) -> ResolvedModel:
         folder = tmp_path / label
         folder.mkdir()
         with open(folder / "model.safetensors", "wb") as file:
             file.truncate(int(gigabytes * 1e6))
-        return Model(folder, label, label, None, "torch")
+        return ResolvedModel(folder, label, label, None, "torch")
 
     teacher, *students = of("teacher", 2), of("a", 1), of("b", 1), of("c", 3), of("d", 1)
     monkeypatch.setattr("limbeck.evals.cost.measure._gpu_memory", lambda: float("inf"))
@@ -333,7 +333,7 @@ def test_on_a_gpu(tiny_llama: Path) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    (cost,) = measure([resolve(str(tiny_llama))], **BRIEF)
+    (cost,) = measure([resolve_model(str(tiny_llama))], **BRIEF)
     assert cost.device == "cuda"
     assert torch.cuda.get_device_name(0) in cost.machine
     assert cost.peak_device_bytes

@@ -11,7 +11,7 @@ from limbeck.evals.cost.measure import median
 from limbeck.evals.cost.payback import Payback, Span, break_even, making_parts, payback, saving
 from limbeck.evals.cost.prices import Api, Machine, Prices
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.records import Cost, Estimate, Load, Making, Relative, Scorecard
+from limbeck.registry.records import BatchCost, Cost, Estimate, Relative, Scorecard, TrainingCost
 
 PRICES = Prices(
     machines={
@@ -25,13 +25,15 @@ PRICES = Prices(
     },
 )
 # 100 s of teacher and 400 s of training at 0.002 dollars a second.
-MAKING = Making(training_seconds=400, teacher_seconds=100, teacher_students=2, tokens=10, machine="GPU, 8 cores")
+MAKING = TrainingCost(
+    training_seconds=400, teacher_seconds=100, students_sharing_teacher=2, tokens=10, machine="GPU, 8 cores"
+)
 
 
 def cost(rounds: list[float], run: str | None = "r", **changes: Any) -> Cost:
     """Batch 1 and 4 of 75 tokens in, 25 out; `rounds` in milliseconds; a batch of 4 takes twice as long as one."""
     loads = tuple(
-        Load(
+        BatchCost(
             batch=batch,
             request_ms=tuple(factor * ms for ms in rounds),
             prefill_tokens_per_s=1,

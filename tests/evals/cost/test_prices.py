@@ -11,7 +11,7 @@ import pytest
 
 from limbeck.evals.cost.prices import SHIPPED, Prices
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.machine import hardware
+from limbeck.registry.core.machine import describe_hardware
 
 MINE = """\
 [machines."our server"]
@@ -66,7 +66,7 @@ def test_a_price_on_the_command_line_is_before_any_file(mine: Path) -> None:
 def test_the_shipped_file() -> None:
     prices = Prices.load()
     assert list(prices.machines)[-1] == "no price known"  # it matches everything
-    assert prices.of_machine(hardware()).usd_per_hour > 0
+    assert prices.of_machine(describe_hardware()).usd_per_hour > 0
     found = prices.of_machine("an unknown processor, 2 cores, Linux x86_64")
     assert found.is_placeholder
     assert found.usd_per_hour == 0.1
@@ -129,7 +129,7 @@ def test_eval_says_which_price_it_used(
     given = ("eval", onnx_llama, "--tasks", "text_next_line", "--include-path", text_tasks, "--limit", 2)
     done = limbeck(*given)
     assert done.code == 0
-    assert f"dollars: {Prices.load().of_machine(hardware()).words}\n" in done.err
+    assert f"dollars: {Prices.load().of_machine(describe_hardware()).words}\n" in done.err
     mine.write_text(MINE.replace('"apple m\\\\d"', '""'))
     done = limbeck(*given, "--prices", mine)
     assert "dollars: laptop, 0.05 USD/h (2026-01-02, bought)" in done.err

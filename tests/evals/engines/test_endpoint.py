@@ -24,7 +24,7 @@ from limbeck.evals.scores import scorecard
 from limbeck.evals.scores.harness import score
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog import endpoint
-from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput, Unreachable
 from tests.conftest import Result
 from tests.evals.scores.test_harness import questions, write_task
@@ -175,7 +175,7 @@ def pairs(prefix: str) -> list[tuple[str, str]]:
 def test_scores_and_texts_are_those_of_hflm(name: str, folders: dict[str, Path], servers: dict[str, Served]) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    model = resolve(servers[name].url, tokenizer=str(folders[name]))
+    model = resolve_model(servers[name].url, tokenizer=str(folders[name]))
     engine = open_engine(model)
     assert engine.max_length == 126
     ours = LimbeckLM(engine, batch_tokens=300)
@@ -207,7 +207,7 @@ def test_scores_and_texts_are_those_of_hflm(name: str, folders: dict[str, Path],
 
 
 def test_samples_of_one_prompt_differ(tiny_llama: Path, served: Served) -> None:
-    lm = LimbeckLM(open_engine(resolve(served.url, tokenizer=str(tiny_llama))))
+    lm = LimbeckLM(open_engine(resolve_model(served.url, tokenizer=str(tiny_llama))))
     asked = [("def add(", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8})] * 4
     assert len(set(lm.generate_until(instances("generate_until", asked)))) > 1
 
@@ -255,9 +255,9 @@ def test_an_endpoint_is_held_against_the_model_it_serves(
 
 def test_failures_that_pass_are_tried_again(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
-    local = score(resolve(str(tiny_llama)), TaskSet.load(["sums", "say"], [folder]))
+    local = score(resolve_model(str(tiny_llama)), TaskSet.load(["sums", "say"], [folder]))
     flaky.script = ["503", "ok", "500", "drop", "cut", "ok", "429:0", "429", "ok", "502", "cut", "408"]
-    model = resolve(flaky.url, tokenizer=str(tiny_llama), num_concurrent=3)
+    model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=3)
     scores = score(model, TaskSet.load(["sums", "say"], [folder]))
     assert flaky.script == []
     for ours, theirs in zip(scores.documents.to_pylist(), local.documents.to_pylist(), strict=True):
@@ -268,7 +268,7 @@ def test_failures_that_pass_are_tried_again(tmp_path: Path, tiny_llama: Path, fl
 def test_retry_after_is_waited_for(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
     flaky.script = ["429:1"]
-    model = resolve(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
+    model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
     score(model, TaskSet.load(["say"], [folder], limit=1))
     (began, refused, body), (again, answered, same) = flaky.posts
     assert (refused, answered, body) == ("429:1", "ok", same)
@@ -305,7 +305,7 @@ def test_an_endpoint_that_dies_half_way_is_resumed(
 
 def test_texts_are_kept_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
-    model = resolve(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
+    model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
     flaky.dead_after = 1
     with pytest.raises(Unreachable, match="of 20 requests 8 are answered"):
         score(model, TaskSet.load(["say"], [folder]))
@@ -318,7 +318,9 @@ def test_a_server_that_makes_no_new_token_is_read_alike(tiny_llama: Path, served
     flaky.change = ended
     asked = [("def add(a, b):\n", "    return a + b"), ("The quick brown", " fox")]
     ours, theirs = (
-        LimbeckLM(open_engine(resolve(url, tokenizer=str(tiny_llama)))).loglikelihood(instances("loglikelihood", asked))
+        LimbeckLM(open_engine(resolve_model(url, tokenizer=str(tiny_llama)))).loglikelihood(
+            instances("loglikelihood", asked)
+        )
         for url in (flaky.url, served.url)
     )
     assert ours == theirs
@@ -375,19 +377,19 @@ def test_another_tokenizer_is_noticed(tmp_path: Path, tiny_llama: Path, served: 
     vocabulary = changed["model"]["vocab"]
     vocabulary["e"], vocabulary["o"] = vocabulary["o"], vocabulary["e"]
     (other / "tokenizer.json").write_text(json.dumps(changed))
-    lm = LimbeckLM(open_engine(resolve(served.url, tokenizer=str(other))))
+    lm = LimbeckLM(open_engine(resolve_model(served.url, tokenizer=str(other))))
     with pytest.raises(BadInput, match="has another tokenizer"):
         lm.loglikelihood(instances("loglikelihood", [("a", "b")]))
 
 
 def test_the_digest_is_of_url_name_and_tokenizer(served: Served, flaky: Flaky, folders: dict[str, Path]) -> None:
-    first = resolve(served.url, tokenizer=str(folders["plain"]))
+    first = resolve_model(served.url, tokenizer=str(folders["plain"]))
     assert first.endpoint is not None
-    again = resolve(f"{served.url}/completions#{first.endpoint.name}", tokenizer=str(folders["plain"]))
+    again = resolve_model(f"{served.url}/completions#{first.endpoint.name}", tokenizer=str(folders["plain"]))
     assert (again.digest, again.label) == (first.digest, first.label)
     others = [
-        resolve(served.url, tokenizer=str(folders["bos"])),
-        resolve(flaky.url, tokenizer=str(folders["plain"])),
-        resolve(str(folders["plain"])),
+        resolve_model(served.url, tokenizer=str(folders["bos"])),
+        resolve_model(flaky.url, tokenizer=str(folders["plain"])),
+        resolve_model(str(folders["plain"])),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 4

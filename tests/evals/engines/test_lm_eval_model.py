@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from limbeck.evals.engines.engine import Engine, load
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
-from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import TEXT
 
@@ -83,7 +83,7 @@ def reference(folder: Path, references: dict[Path, Reference]) -> Reference:
 
 @pytest.fixture(params=["torch", "onnxruntime"])
 def engine(request: pytest.FixtureRequest, folder: Path, onnx: Any) -> Engine:
-    model = resolve(str(folder if request.param == "torch" else onnx(folder)))
+    model = resolve_model(str(folder if request.param == "torch" else onnx(folder)))
     assert model.engine == request.param
     return load(model)
 
@@ -131,14 +131,16 @@ def test_context_prefix_and_special_tokens_are_those_of_hflm(reference: Referenc
 
 
 def test_the_bos_model_adds_bos(tiny_llama_bos: Path, tiny_llama: Path) -> None:
-    begins = [LimbeckLM(load(resolve(str(folder)))).tok_encode("def")[0] for folder in (tiny_llama_bos, tiny_llama)]
-    bos = load(resolve(str(tiny_llama_bos))).tokenizer.bos_token_id
+    begins = [
+        LimbeckLM(load(resolve_model(str(folder)))).tok_encode("def")[0] for folder in (tiny_llama_bos, tiny_llama)
+    ]
+    bos = load(resolve_model(str(tiny_llama_bos))).tokenizer.bos_token_id
     assert begins[0] == bos
     assert begins[1] != bos
 
 
 def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dict[Path, Reference]) -> None:
-    lm = LimbeckLM(load(resolve(str(tiny_llama))))
+    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
     theirs = references.setdefault(tiny_llama, Reference(tiny_llama)).lm
     template = (
         "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -150,7 +152,7 @@ def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dic
 
 
 def test_requests_with_the_same_input_run_once(tiny_llama: Path) -> None:
-    engine = load(resolve(str(tiny_llama)))
+    engine = load(resolve_model(str(tiny_llama)))
     done: list[int] = []
     lm = LimbeckLM(engine, on_requests=done.append)
     letters = [("Answer:", choice) for choice in "ABCD"]
@@ -161,18 +163,18 @@ def test_requests_with_the_same_input_run_once(tiny_llama: Path) -> None:
 
 
 def test_a_choice_longer_than_the_context_is_refused(tiny_llama: Path) -> None:
-    lm = LimbeckLM(load(resolve(str(tiny_llama))))
+    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
     with pytest.raises(BadInput, match=r"\d{3} tokens.*allows 1 to 128"):
         lm.loglikelihood(instances("loglikelihood", [("def", LONG)]))
 
 
 def test_no_room_to_generate_is_refused(tiny_llama: Path) -> None:
-    lm = LimbeckLM(load(resolve(str(tiny_llama))))
+    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
     with pytest.raises(BadInput, match=r"up to 256 tokens.* 128"):
         lm.generate_until(instances("generate_until", [("def", {"until": ["\n"]})]))
 
 
 def test_a_setting_that_onnx_cannot_do_is_refused(tiny_llama: Path, onnx: Any) -> None:
-    lm = LimbeckLM(load(resolve(str(onnx(tiny_llama)))))
+    lm = LimbeckLM(load(resolve_model(str(onnx(tiny_llama)))))
     with pytest.raises(BadInput, match="num_beams"):
         lm.generate_until(instances("generate_until", [("def", {"max_gen_toks": 4, "num_beams": 3})]))

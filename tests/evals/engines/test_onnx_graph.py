@@ -15,7 +15,7 @@ from limbeck.evals.engines.batches import Pair
 from limbeck.evals.engines.engine import OnnxEngine, load
 from limbeck.evals.engines.onnx_graph import open_session
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.catalog.model_ref import resolve_model
 
 KINDS = ["fp32", "optimum", "int8", "int4", "fp16", "int8-static"]
 
@@ -28,7 +28,7 @@ def artifact(
     made: dict[tuple[str, str], Path] = {}
 
     def of(name: str, kind: str) -> Path:
-        from limbeck.export.artifact.export import export
+        from limbeck.export.artifact.export import export_onnx
 
         if (name, kind) not in made:
             model, out = request.getfixturevalue(name), tmp_path_factory.mktemp("fused") / kind
@@ -37,7 +37,7 @@ def artifact(
             elif kind == "int4":
                 four_bits(onnx(model), out)
             else:
-                export(model, out, "fp32" if kind == "optimum" else kind, fused=kind != "optimum")
+                export_onnx(model, out, "fp32" if kind == "optimum" else kind, fused=kind != "optimum")
             made[name, kind] = out
         return made[name, kind]
 
@@ -84,7 +84,7 @@ def alone(folder: Path, pairs: list[Pair]) -> np.ndarray:
 
 
 def engine_of(folder: Path) -> OnnxEngine:
-    engine = load(resolve(str(folder)))
+    engine = load(resolve_model(str(folder)))
     assert isinstance(engine, OnnxEngine)
     return engine
 

@@ -12,7 +12,7 @@ from limbeck.evals.engines import batches
 from limbeck.evals.engines.batches import NotANumber, Pair, Work
 from limbeck.evals.engines.engine import Engine, load
 from limbeck.evals.engines.prefix_tree import Group, Inputs
-from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.catalog.model_ref import resolve_model
 from tests.conftest import make_model
 
 LIMIT = 2**40
@@ -187,7 +187,7 @@ def test_windows_go_without_masks() -> None:
 def engine(request: pytest.FixtureRequest, onnx: Any) -> Engine:
     name, kind = request.param.split("-")
     folder = request.getfixturevalue(name)
-    return load(resolve(str(folder if kind == "torch" else onnx(folder))))
+    return load(resolve_model(str(folder if kind == "torch" else onnx(folder))))
 
 
 def plain(folder: Path, pairs: list[Pair], max_length: int = 128) -> list[tuple[float, bool]]:
@@ -241,7 +241,7 @@ def test_only_a_model_that_gives_the_same_numbers_shares(
     tmp_path: Path, tokenizer_folder: Path, onnx: Any, model_type: str, kind: str, shares: bool
 ) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, model_type)
-    engine = load(resolve(str(folder if kind == "torch" else onnx(folder))))
+    engine = load(resolve_model(str(folder if kind == "torch" else onnx(folder))))
     pairs = pairs_of(random_texts(1, 40, 90))
     check(dict(engine.scores(pairs, 300)), plain(folder, pairs, engine.max_length))
     assert (engine.work.forward < 1.5 * engine.work.least) == shares
@@ -249,7 +249,7 @@ def test_only_a_model_that_gives_the_same_numbers_shares(
 
 def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, "mistral", sliding_window=64)
-    engine = load(resolve(str(folder)))
+    engine = load(resolve_model(str(folder)))
     texts = [[*range(20, 40), *end] for end in random_texts(1, 12, 8)]
     long = [[*range(1, 100), *end] for end in random_texts(2, 6, 8)]
     pairs = pairs_of([*texts, *long])
@@ -259,10 +259,10 @@ def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenize
 
 
 def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) -> None:
-    from limbeck.export.artifact.export import export
+    from limbeck.export.artifact.export import export_onnx
 
-    export(tiny_llama, tmp_path / "int8", "int8")
-    engine = load(resolve(str(tmp_path / "int8")))
+    export_onnx(tiny_llama, tmp_path / "int8", "int8")
+    engine = load(resolve_model(str(tmp_path / "int8")))
     pairs = pairs_of(random_texts(0, 40, 60))
     found = dict(engine.scores(pairs, 300))
     assert engine.work.forward < 1.5 * engine.work.least
@@ -274,7 +274,7 @@ def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_only_what_is_predicted_passes_through_the_head(tiny_llama: Path) -> None:
-    engine = load(resolve(str(tiny_llama)))
+    engine = load(resolve_model(str(tiny_llama)))
     context = list(range(20, 60))
     # Three choices, two of which begin alike.
     pairs: list[Pair] = [(context, [5, 6, 7]), (context, [5, 6, 9]), (context, [8])]
@@ -292,11 +292,11 @@ def test_exported_graphs_have_the_form_that_sharing_needs(
     request: pytest.FixtureRequest, tmp_path: Path, onnx: Any, name: str, precision: str
 ) -> None:
     from limbeck.evals.engines.onnx_graph import open_session
-    from limbeck.export.quantize.int8 import quantize_int8
+    from limbeck.export.quantize.int8 import quantize_dynamic_int8
 
     graph = onnx(request.getfixturevalue(name))
     if precision == "int8":
-        quantize_int8(graph / "model.onnx", tmp_path)
+        quantize_dynamic_int8(graph / "model.onnx", tmp_path)
         graph = tmp_path
     session, quantizes = open_session(graph)
     assert {"flat", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
@@ -316,7 +316,7 @@ def test_what_is_no_number_is_told_by_its_pair(tiny_llama: Path, tmp_path: Path,
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "nan")
-    engine = load(resolve(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))
+    engine = load(resolve_model(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))
     start = list(range(20, 50))
     with pytest.raises(NotANumber) as raised:
         list(engine.scores([(start, [3]), (start, [3, 4]), ([*start, 77], [5]), (start, [3, 5])], 300))
@@ -324,7 +324,7 @@ def test_what_is_no_number_is_told_by_its_pair(tiny_llama: Path, tmp_path: Path,
 
 
 def test_generation_and_scores_take_turns(tiny_llama: Path, onnx: Any) -> None:
-    engine = load(resolve(str(onnx(tiny_llama))))
+    engine = load(resolve_model(str(onnx(tiny_llama))))
     pair: Pair = ([1, 2, 3], [4, 5])
     before = list(engine.scores([pair], 300))
     text = list(engine.generate([[1, 2, 3]], 4, []))

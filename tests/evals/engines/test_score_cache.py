@@ -23,7 +23,7 @@ from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
 from limbeck.evals.scores.harness import Scores, score
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import Model, resolve
+from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
 from tests.conftest import make_model
@@ -37,10 +37,10 @@ def home(limbeck_home: Path) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_llama: Path) -> Model:
+def model(tmp_path: Path, tiny_llama: Path) -> ResolvedModel:
     """A model of this test's own, so that its weights can be taken away."""
     shutil.copytree(tiny_llama, tmp_path / "model")
-    return resolve(str(tmp_path / "model"))
+    return resolve_model(str(tmp_path / "model"))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def load(folder: Path) -> TaskSet:
     return TaskSet.load(NAMES, [folder], limit=6)
 
 
-def cache_file(home: Path, model: Model) -> Path:
+def cache_file(home: Path, model: ResolvedModel) -> Path:
     return home / "scores" / f"{model.digest}.sqlite"
 
 
@@ -74,7 +74,7 @@ def numbers(scores: Scores) -> list[float]:
     return [number for row in rows for number in (row["value"], *(row["choice_logprobs"] or []))]
 
 
-def test_scoring_again_needs_no_weights(text_tasks: Path, model: Model) -> None:
+def test_scoring_again_needs_no_weights(text_tasks: Path, model: ResolvedModel) -> None:
     tasks = load(text_tasks)
     first = score(model, tasks)
     (model.path / "model.safetensors").unlink()
@@ -87,7 +87,7 @@ def test_scoring_again_needs_no_weights(text_tasks: Path, model: Model) -> None:
         score(model, tasks, force=True)
 
 
-def test_a_higher_limit_runs_the_new_documents_only(text_tasks: Path, model: Model, asked: list[int]) -> None:
+def test_a_higher_limit_runs_the_new_documents_only(text_tasks: Path, model: ResolvedModel, asked: list[int]) -> None:
     score(model, TaskSet.load(["text_next_line"], [text_tasks], limit=3))
     assert asked == [12]  # four choices each
     more = score(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8))
@@ -98,9 +98,9 @@ def test_a_higher_limit_runs_the_new_documents_only(text_tasks: Path, model: Mod
 
 
 def test_a_second_model_never_sees_the_first_ones_answers(
-    text_tasks: Path, model: Model, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    text_tasks: Path, model: ResolvedModel, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = resolve(str(make_model(tmp_path / "other", tokenizer_folder, "llama", seed=5)))
+    other = resolve_model(str(make_model(tmp_path / "other", tokenizer_folder, "llama", seed=5)))
     tasks = load(text_tasks)
     first, second = score(model, tasks), score(other, tasks)
     monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "alone"))
@@ -108,7 +108,7 @@ def test_a_second_model_never_sees_the_first_ones_answers(
     assert answers(second) != answers(first)
 
 
-def test_the_key_has_the_task_the_harness_and_the_engine(model: Model, asked: list[int]) -> None:
+def test_the_key_has_the_task_the_harness_and_the_engine(model: ResolvedModel, asked: list[int]) -> None:
     def ask(task: str = "t", harness: str = "lm-eval 1", kind: str = "loglikelihood", **changes: Any) -> None:
         engine = LazyEngine(model)
         for name, value in changes.items():
@@ -131,7 +131,7 @@ def test_the_key_has_the_task_the_harness_and_the_engine(model: Model, asked: li
 
 
 def test_a_run_that_stops_goes_on_where_it_was(
-    text_tasks: Path, model: Model, asked: list[int], monkeypatch: pytest.MonkeyPatch
+    text_tasks: Path, model: ResolvedModel, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = TaskSet.load(["text_next_line"], [text_tasks])
     scores = TorchEngine.scores
@@ -155,7 +155,7 @@ def test_a_run_that_stops_goes_on_where_it_was(
 
 @pytest.mark.parametrize("damage", ["value", "null", "text"])
 def test_a_damaged_answer_is_run_again(
-    text_tasks: Path, model: Model, home: Path, asked: list[int], damage: str
+    text_tasks: Path, model: ResolvedModel, home: Path, asked: list[int], damage: str
 ) -> None:
     tasks = load(text_tasks)
     first = score(model, tasks)
@@ -171,7 +171,7 @@ def test_a_damaged_answer_is_run_again(
 
 @pytest.mark.parametrize("damage", ["header", "middle", "empty"])
 def test_a_damaged_file_is_replaced(
-    text_tasks: Path, model: Model, home: Path, capsys: pytest.CaptureFixture[str], damage: str
+    text_tasks: Path, model: ResolvedModel, home: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     tasks = load(text_tasks)
     first = score(model, tasks)
@@ -187,7 +187,7 @@ def test_a_damaged_file_is_replaced(
     assert capsys.readouterr().err.count("is damaged") == (damage != "empty")
 
 
-def test_force_replaces_what_is_kept(text_tasks: Path, model: Model, home: Path) -> None:
+def test_force_replaces_what_is_kept(text_tasks: Path, model: ResolvedModel, home: Path) -> None:
     tasks = load(text_tasks)
     true = score(model, tasks)
     database = sqlite3.connect(cache_file(home, model))
@@ -214,7 +214,7 @@ def generations(count: int, **settings: Any) -> list[Instance]:
 def test_generated_texts_are_kept_and_each_sample_by_its_number(
     tmp_path: Path, tiny_llama: Path, onnx: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    model = resolve(str(tiny_llama if engine == "torch" else onnx(tiny_llama)))
+    model = resolve_model(str(tiny_llama if engine == "torch" else onnx(tiny_llama)))
 
     def texts(requests: list[Instance]) -> list[str]:
         with ScoreCache(model.digest) as cache:
@@ -262,7 +262,7 @@ with ScoreCache("shared") as cache:
             assert found == [[n / 7, True] if n <= end else None for n in range(300)]
 
 
-def test_where_nothing_can_be_kept_is_told(home: Path, model: Model, text_tasks: Path) -> None:
+def test_where_nothing_can_be_kept_is_told(home: Path, model: ResolvedModel, text_tasks: Path) -> None:
     cache_file(home, model).mkdir(parents=True)
     with pytest.raises(BadInput, match=r"scores cannot be kept in .*\.sqlite: unable to open"):
         score(model, load(text_tasks))

@@ -13,8 +13,8 @@ import pytest
 
 from limbeck.evals.leaderboard.rows import rows
 from limbeck.evals.scores.controls import against_controls
-from limbeck.registry.mlflow.store import MAKING, Store
-from limbeck.registry.records import Making, Version
+from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
+from limbeck.registry.records import TrainingCost, Version
 from tests.evals.leaderboard_helpers import make_card
 from tests.evals.stats.test_retention import documents
 
@@ -30,8 +30,8 @@ def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
         with store.run(label) as made:
-            making = Making(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
-            made.tags({MAKING: making.model_dump_json()})
+            making = TrainingCost(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
+            made.tags({TRAINING_COST_TAG: making.model_dump_json()})
         given = {"kind": "student", "recipe": label, "family": "f", "run_id": made.id} | fields
         version = store.register("m", folder, **given)
         values = [level + 0.02 * ((place * 7) % 5 - 2) + 0.1 * (place % 3) for place in range(48)]

@@ -15,7 +15,7 @@ from limbeck.evals.scores.harness import Scores, score
 from limbeck.evals.tasks.documents import DOCUMENTS
 from limbeck.evals.tasks.make_tasks import make
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import resolve
+from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
 from tests.conftest import make_model
@@ -54,7 +54,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
 
 @pytest.fixture(scope="module")
 def scores(tasks: TaskSet, llama: Path) -> Scores:
-    return score(resolve(str(llama)), tasks)
+    return score(resolve_model(str(llama)), tasks)
 
 
 def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **config: Any) -> None:
@@ -124,7 +124,7 @@ def test_groups_chance_and_clusters_are_told(scores: Scores, sources: Path) -> N
 
 def test_onnx_scores_as_pytorch_does(tasks: TaskSet, scores: Scores, llama: Path, onnx: Any) -> None:
     seen: list[tuple[int, int]] = []
-    other = score(resolve(str(onnx(llama))), tasks, on_progress=lambda done, total: seen.append((done, total)))
+    other = score(resolve_model(str(onnx(llama))), tasks, on_progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (tasks.requests, tasks.requests)
     assert other.prompts_digest == scores.prompts_digest
     ours, theirs = other.documents.to_pandas(), scores.documents.to_pandas()
@@ -147,7 +147,7 @@ def test_the_digest_is_of_documents_and_settings_not_of_places(folder: Path, tmp
 
 
 def test_a_limit_takes_the_first_documents(folder: Path, tiny_llama: Path) -> None:
-    few = score(resolve(str(tiny_llama)), TaskSet.load(["std_bits_per_byte"], [folder], limit=3))
+    few = score(resolve_model(str(tiny_llama)), TaskSet.load(["std_bits_per_byte"], [folder], limit=3))
     assert few.documents["doc_id"].to_pylist() == [0, 1, 2]
 
 
@@ -157,7 +157,7 @@ def test_examples_are_put_before_a_question(tmp_path: Path, tiny_llama: Path) ->
     plain, shown = (TaskSet.load(["sums", "fixed"], [tmp_path], num_fewshot=count) for count in (None, 2))
     assert shown.digest != plain.digest
     assert shown.task_hashes["fixed"] == plain.task_hashes["fixed"]
-    model = resolve(str(tiny_llama))
+    model = resolve_model(str(tiny_llama))
     twice = [score(model, shown) for _ in range(2)]
     assert twice[0].prompts_digest == twice[1].prompts_digest != score(model, plain).prompts_digest
 
@@ -169,7 +169,7 @@ def test_a_group_of_unequal_tasks_is_the_mean_of_their_means(tmp_path: Path, tin
     metrics = [{"metric": "acc", "weight_by_size": False}]
     group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": metrics}
     (tmp_path / "both.yaml").write_text(json.dumps(group))
-    scores = score(resolve(str(tiny_llama)), TaskSet.load(["both"], [tmp_path]))
+    scores = score(resolve_model(str(tiny_llama)), TaskSet.load(["both"], [tmp_path]))
     means = [scores.tasks[name].value for name in ("one", "two")]
     assert means[0] != means[1]
     assert scores.tasks["both"].value == pytest.approx(np.mean(means))
@@ -197,13 +197,13 @@ def test_generated_answers_may_all_be_wrong(tmp_path: Path, tiny_llama: Path, on
     )  # fmt: skip
     tasks = TaskSet.load(["answers"], [tmp_path])
     for model in (tiny_llama, onnx_llama):
-        scores = score(resolve(str(model)), tasks)
+        scores = score(resolve_model(str(model)), tasks)
         result = scores.tasks["answers"]
         assert (result.value, result.chance, result.documents) == (0.0, 0.0, 4)
 
 
 def rows_of(folder: Path, name: str, model: Path) -> list[dict[str, Any]]:
-    return score(resolve(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
+    return score(resolve_model(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
 
 
 def test_choices_and_what_was_taken_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
@@ -262,7 +262,10 @@ def test_perplexity_gives_way_to_bits_per_byte(tmp_path: Path, tiny_llama: Path)
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_choice": None}
     write_task(tmp_path, "text", [{"text": "Hello."}], **rolling, doc_to_target="{{text}}", metric_list=metrics)
     write_task(tmp_path, "words", [{"text": "Hi."}], **rolling, doc_to_target="{{text}}", metric_list=metrics[:1])
-    assert score(resolve(str(tiny_llama)), TaskSet.load(["text"], [tmp_path])).tasks["text"].metric == "bits_per_byte"
+    assert (
+        score(resolve_model(str(tiny_llama)), TaskSet.load(["text"], [tmp_path])).tasks["text"].metric
+        == "bits_per_byte"
+    )
     with pytest.raises(BadInput, match=r"words has no metric that is a mean.*word_perplexity"):
         TaskSet.load(["words"], [tmp_path])
 
@@ -309,7 +312,7 @@ def test_blimp_is_a_yaml_away(tmp_path: Path, tiny_llama: Path) -> None:
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
     }
     (tmp_path / "blimp.yaml").write_text(json.dumps(group))
-    scores = score(resolve(str(tiny_llama)), TaskSet.load(["blimp_part"], [tmp_path], limit=20))
+    scores = score(resolve_model(str(tiny_llama)), TaskSet.load(["blimp_part"], [tmp_path], limit=20))
     assert scores.tasks["blimp_part"].documents == 40
     assert scores.tasks["blimp_part"].chance == 0.5
     assert members(scores, "blimp_part") == ["blimp_part::causative", "blimp_part::passive_1"]

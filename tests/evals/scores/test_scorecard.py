@@ -17,7 +17,7 @@ from limbeck.evals.scores import scorecard
 from limbeck.evals.scores.scorecard import evaluate
 from limbeck.evals.stats.retention import compare
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import Model, registered, resolve
+from limbeck.registry.catalog.model_ref import ResolvedModel, load_registered_version, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -37,22 +37,22 @@ def other_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 
 
 @pytest.fixture
-def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) -> list[Model]:
+def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) -> list[ResolvedModel]:
     """A registered teacher, its ONNX export, and a student."""
     teacher = store.register("m", tiny_llama, kind="teacher")
     onnx = store.register("m", onnx_llama, kind="onnx", engine="onnxruntime", parent=teacher.ref, params=1000)
     student = store.register("m", other_llama, kind="student", teacher=teacher.ref, recipe="other")
-    return [registered(version, store) for version in (teacher, onnx, student)]
+    return [load_registered_version(version, store) for version in (teacher, onnx, student)]
 
 
 @pytest.fixture
 def quick(
     store: Store, onnx_llama: Path, other_llama: Path, tiny_gpt2: Path, onnx: Callable[[Path], Path]
-) -> list[Model]:
+) -> list[ResolvedModel]:
     """A registered teacher and two students, all ONNX: their processes are loaded in a moment."""
     folders = [onnx_llama, onnx(other_llama), onnx(tiny_gpt2)]
     versions = [store.register("m", folder, kind="onnx", engine="onnxruntime") for folder in folders]
-    return [registered(version, store) for version in versions]
+    return [load_registered_version(version, store) for version in versions]
 
 
 @pytest.fixture
@@ -61,11 +61,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     score, measure = scorecard.score, scorecard.measure
 
-    def scoring(model: Model, *args: Any, **more: Any) -> Any:
+    def scoring(model: ResolvedModel, *args: Any, **more: Any) -> Any:
         seen.append(f"score {model.label}")
         return score(model, *args, **more)
 
-    def measuring(models: list[Model], **more: Any) -> Any:
+    def measuring(models: list[ResolvedModel], **more: Any) -> Any:
         seen.append(f"measure {' '.join(model.label for model in models)}")
         return measure(models, **more, prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
 
@@ -79,7 +79,7 @@ def at(usd_per_hour: float) -> Prices:
     return Prices.load(usd_per_hour=usd_per_hour)
 
 
-def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store, calls: list[str]) -> None:
+def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]) -> None:
     teacher, onnx, student = models
     cards = evaluate([onnx, teacher], tasks, store, against=teacher, prices=at(0.2))
     assert [card.model for card in cards] == ["m/1", "m/2"]
@@ -144,7 +144,7 @@ def test_teacher_and_students(models: list[Model], tasks: TaskSet, store: Store,
 
 
 def test_a_teacher_named_later_needs_no_forward_run(
-    models: list[Model], tasks: TaskSet, store: Store, calls: list[str]
+    models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
 ) -> None:
     teacher, _, student = models
     bare = evaluate([teacher, student], tasks, store, cost=False)
@@ -168,7 +168,7 @@ def tasks_folder(tasks: TaskSet) -> Path:
 
 
 def test_a_ratio_is_of_costs_measured_in_one_run(
-    quick: list[Model], tasks: TaskSet, store: Store, calls: list[str]
+    quick: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
 ) -> None:
     teacher, one, other = quick
     alone = evaluate([one], tasks, store)
@@ -206,14 +206,14 @@ def test_a_ratio_is_of_costs_measured_in_one_run(
 
 
 def test_where_memory_holds_two_models_at_once(
-    quick: list[Model], tasks: TaskSet, store: Store, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    quick: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher is timed beside each candidate; what a run found is kept before the next one begins."""
     teacher, one, other = quick
     monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: 0)
     measuring = scorecard.measure
 
-    def killed(given: list[Model], **more: Any) -> Any:
+    def killed(given: list[ResolvedModel], **more: Any) -> Any:
         if other in given:
             raise KeyboardInterrupt
         return measuring(given, **more)
@@ -231,7 +231,7 @@ def test_where_memory_holds_two_models_at_once(
 
 
 def test_a_kill_loses_nothing_finished(
-    models: list[Model],
+    models: list[ResolvedModel],
     tasks: TaskSet,
     store: Store,
     calls: list[str],
@@ -240,7 +240,7 @@ def test_a_kill_loses_nothing_finished(
     _, onnx, student = models
     scoring = scorecard.score
 
-    def killed(model: Model, *args: Any, **more: Any) -> Any:
+    def killed(model: ResolvedModel, *args: Any, **more: Any) -> Any:
         if model == student:
             raise KeyboardInterrupt
         return scoring(model, *args, **more)
@@ -260,7 +260,7 @@ def test_a_kill_loses_nothing_finished(
 def test_a_folder_is_scored_once_and_a_damaged_score_again(
     limbeck_home: Path, onnx_llama: Path, tasks: TaskSet, calls: list[str]
 ) -> None:
-    model = resolve(str(onnx_llama))
+    model = resolve_model(str(onnx_llama))
     first = evaluate([model], tasks, cost=False)
     assert evaluate([model], tasks, cost=False) == first
     assert len(calls) == 1
@@ -282,7 +282,7 @@ def test_scores_that_are_no_numbers_are_refused(
     weights["model.norm.weight"][:] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*gives NaN"):
-        evaluate([resolve(str(folder))], tasks, cost=False)
+        evaluate([resolve_model(str(folder))], tasks, cost=False)
     assert not list(limbeck_home.rglob("scorecard.json"))
 
 
@@ -299,7 +299,7 @@ def evaluated(limbeck: Callable[..., Any], text_tasks: Path) -> Callable[..., An
     return run
 
 
-def test_eval_of_a_name_is_of_all_its_versions(models: list[Model], evaluated: Callable[..., Any]) -> None:
+def test_eval_of_a_name_is_of_all_its_versions(models: list[ResolvedModel], evaluated: Callable[..., Any]) -> None:
     import json
 
     done = evaluated("m", "--against", "m/1", "--format", "json")

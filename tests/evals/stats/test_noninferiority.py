@@ -38,8 +38,8 @@ def test_independent_documents_equal_a_one_sided_t_test() -> None:
         assert found.lower == pytest.approx(expected.confidence_interval(0.95).low, rel=1e-9)
         less = stats.ttest_1samp(candidate - reference, -margin, alternative="less")
         assert found.upper == pytest.approx(less.confidence_interval(0.95).high, rel=1e-9)
-        assert (found.alone == "pass") == (expected.pvalue < 0.05)
-        assert (found.alone == "fail") == (less.pvalue < 0.05)
+        assert (found.uncorrected == "pass") == (expected.pvalue < 0.05)
+        assert (found.uncorrected == "fail") == (less.pvalue < 0.05)
 
 
 def test_lower_is_better_is_the_same_test_turned() -> None:
@@ -48,7 +48,7 @@ def test_lower_is_better_is_the_same_test_turned() -> None:
     straight, turned = judged(of_values(a, b), 0.3), judged(of_values(-a, -b), 0.3, higher_is_better=False)
     assert turned.model_dump() == pytest.approx(straight.model_dump())
     worse = judged(of_values(b + 1.0, b + 0.01 * a), 0.3, higher_is_better=False)  # one bit per byte more
-    assert worse.alone == "fail"
+    assert worse.uncorrected == "fail"
 
 
 def binary(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,12 +69,12 @@ def test_where_answers_only_get_worse_the_bound_is_wilsons(lost: int) -> None:
 def test_no_changed_answer_is_no_proof() -> None:
     same = binary((30, 0, 0, 10))
     found = judged(of_values(*same), 0.01)
-    assert found.alone == "inconclusive"
+    assert found.uncorrected == "inconclusive"
     assert found.lower < -0.01
-    assert judged(of_values(*binary((3000, 0, 0, 1000))), 0.01).alone == "pass"
+    assert judged(of_values(*binary((3000, 0, 0, 1000))), 0.01).uncorrected == "pass"
     # All of it in two files tells less; all right, nothing tells how alike a file's documents are.
     files = np.repeat([0, 1], 1000)
-    assert judged(of_values(np.ones(2000), np.ones(2000), files), 0.01).alone == "inconclusive"
+    assert judged(of_values(np.ones(2000), np.ones(2000), files), 0.01).uncorrected == "inconclusive"
 
 
 def test_the_verdict_is_that_of_the_p_value_and_of_the_bounds() -> None:
@@ -86,11 +86,11 @@ def test_the_verdict_is_that_of_the_p_value_and_of_the_bounds() -> None:
         candidate = np.where(random.random(120) < random.uniform(0.6, 1), reference, random.random(120) < 0.6)
         between, margin = of_values(candidate.astype(float), reference, clusters), random.uniform(0.005, 0.3)
         found = judged(between, margin)
-        assert (found.p_value < 0.05) == (found.lower > -margin) == (found.alone == "pass")
-        assert (found.upper < -margin) == (found.alone == "fail")
+        assert (found.p_value < 0.05) == (found.lower > -margin) == (found.uncorrected == "pass")
+        assert (found.upper < -margin) == (found.uncorrected == "fail")
         interval = between.interval()
         assert interval.low <= found.lower <= interval.value <= found.upper <= interval.high
-        seen.add(found.alone)
+        seen.add(found.uncorrected)
     assert seen == {"pass", "fail", "inconclusive"}
 
 
@@ -131,7 +131,7 @@ def draw(
 def passes(drawn: tuple[np.ndarray, np.ndarray, np.ndarray], margin: float) -> float:
     candidates, references, codes = drawn
     of = [of_values(*pair, codes) for pair in zip(candidates, references, strict=True)]
-    return float(np.mean([judged(each, margin).alone == "pass" for each in of]))
+    return float(np.mean([judged(each, margin).uncorrected == "pass" for each in of]))
 
 
 SETTINGS = [
@@ -197,7 +197,7 @@ def test_so_many_documents_settle_it_four_times_in_five() -> None:
     answers = (328, 31, 24, 117)  # 500 documents, two in each cluster; the candidate is 1.4 points worse
     between = of_values(*binary(answers))
     found = judged(between, 0.03, documents=500, clusters=250)
-    assert found.alone == "inconclusive"
+    assert found.uncorrected == "inconclusive"
     assert found.documents_needed is not None
     assert found.clusters_needed == pytest.approx(found.documents_needed / 2, abs=1)
     drawn = draw(np.random.default_rng(7), np.ones(found.documents_needed, int), 7 / 500, 1 - 55 / 500, 0.0, 300)
@@ -207,7 +207,7 @@ def test_so_many_documents_settle_it_four_times_in_five() -> None:
 
 def test_a_difference_at_the_margin_is_never_settled() -> None:
     found = judged(of_values(*binary((50, 10, 0, 40))), 0.1)
-    assert found.alone == "inconclusive"
+    assert found.uncorrected == "inconclusive"
     assert found.documents_needed is None
 
 
@@ -241,7 +241,7 @@ def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
     just = 1.8 * noise.std(ddof=1) / 10 - 0.05  # p is 0.037
     clear, near, bad = (of_values(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
     alone = [judged(each, 0.05) for each in (clear, near, bad)]
-    assert [test.alone for test in alone] == ["pass", "pass", "fail"]
+    assert [test.uncorrected for test in alone] == ["pass", "pass", "fail"]
     found = corrected(alone)
     assert [test.verdict for test in found] == ["pass", "inconclusive", "fail"]
     assert [test.p_holm for test in found] == holm([test.p_value for test in alone])

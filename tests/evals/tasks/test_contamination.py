@@ -13,7 +13,7 @@ import pytest
 from limbeck.evals.scores.scorecard import evaluate
 from limbeck.evals.tasks.contamination import contamination, overlaps
 from limbeck.evals.tasks.task_set import TaskSet
-from limbeck.registry.catalog.model_ref import registered
+from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
@@ -157,7 +157,7 @@ def test_text_that_is_not_at_hand_or_no_text(
     training_text("some text")
     found = contamination(tasks, DIGEST)
     shutil.rmtree(folder)
-    assert jsonl.training_text(DIGEST) is None
+    assert jsonl.find_training_text(DIGEST) is None
     assert found is not None
     assert contamination(tasks, DIGEST) is None
 
@@ -172,7 +172,7 @@ def test_eval_keeps_the_overlap_with_the_scorecard(
 ) -> None:
     tasks = load(f"output_type: loglikelihood\n{KINDS['loglikelihood']}", ROWS)
     version = store.register("m", tiny_llama, kind="student", data_digest=DIGEST)
-    model = registered(version, store)
+    model = load_registered_version(version, store)
     (card,) = evaluate([model], tasks, store, cost=False)
     assert card.contamination is None
     assert "not at hand" in capsys.readouterr().err

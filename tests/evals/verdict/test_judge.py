@@ -25,15 +25,15 @@ from limbeck.evals.verdict.page import html, markdown
 from limbeck.evals.verdict.records import Candidate, Judgement
 from limbeck.registry.core.digest import write_manifest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.mlflow.store import MAKING, Store
-from limbeck.registry.records import Cost, Load, Making, Relative, Scorecard, TaskResult, Version
+from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
+from limbeck.registry.records import BatchCost, Cost, Relative, Scorecard, TaskResult, TrainingCost, Version
 
 DOCUMENTS = 2000
 MS = [100.0, 101, 99, 100, 102, 98]  # the teacher's requests
 WIDE = Margins(default=0.02)
 
 OLD = {"protocol": 1, "run": None, "loads": ()}  # of a cost that was measured by the first protocol
-MADE = Making(training_seconds=3600, tokens=10, machine="a test machine, 2 cores")
+MADE = TrainingCost(training_seconds=3600, tokens=10, machine="a test machine, 2 cores")
 
 Scores = dict[str, np.ndarray]
 Add = Callable[..., Version]
@@ -88,7 +88,7 @@ def results(scores: Scores) -> dict[str, TaskResult]:
 def cost(factor: float, **changes: Any) -> Cost:
     """Requests of batch 1 and of batch 8 that take `factor` times as long as the teacher's."""
     loads = tuple(
-        Load(
+        BatchCost(
             batch=batch,
             request_ms=tuple(factor * ms for ms in MS),
             prefill_tokens_per_s=1e3,
@@ -151,7 +151,7 @@ def add(store: Store, tmp_path: Path) -> Add:
         card, made, one_group = fields.pop("card", {}), fields.pop("made", None), fields.pop("one_group", ())
         if made:
             with store.run("train") as training:
-                store.client.set_tag(training.id, MAKING, made.model_dump_json())
+                store.client.set_tag(training.id, TRAINING_COST_TAG, made.model_dump_json())
             fields["run_id"] = training.id
         folder = tmp_path / f"{name}-{len(store.versions(name))}"
         folder.mkdir()
@@ -275,7 +275,7 @@ def test_the_correction_is_over_candidates_too(store: Store, add: Add) -> None:
     found = judge(store, "m", margins=allowed)
     [task] = candidate(found, close).tasks
     assert (found.answer, found.candidate, found.tests) == ("not settled", close.ref, 4)
-    assert (task.noninferiority.alone, task.noninferiority.verdict) == ("pass", "inconclusive")
+    assert (task.noninferiority.uncorrected, task.noninferiority.verdict) == ("pass", "inconclusive")
     p_values = [each.tasks[0].noninferiority.p_value for each in found.candidates]
     assert [each.tasks[0].noninferiority.p_holm for each in found.candidates] == pytest.approx(holm(p_values))
     [words] = found.settle

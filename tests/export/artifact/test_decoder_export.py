@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from limbeck.export.artifact.export import export
-from limbeck.export.artifact.parity import compare
+from limbeck.export.artifact.export import export_onnx
+from limbeck.export.artifact.parity import measure_parity
 from limbeck.export.graph import decoder
-from limbeck.export.graph.families import Unwritable, describe
+from limbeck.export.graph.families import UnsupportedModel, decoder_from_model
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import make_model
@@ -36,7 +36,7 @@ def signature(folder: Path) -> list[tuple[str, str, list[Any]]]:
 @pytest.fixture(scope="module")
 def fused(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused") / "fp32"
-    export(tiny_llama, folder)
+    export_onnx(tiny_llama, folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def dynamic(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A model of a family that can be written, but for its rotary embedding; and its artifact."""
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     model = make_model(tmp_path_factory.mktemp("dynamic") / "torch", tokenizer_folder, "llama", rope_scaling=scaling)
-    export(model, model.with_name("onnx"))
+    export_onnx(model, model.with_name("onnx"))
     return model, model.with_name("onnx")
 
 
@@ -55,7 +55,7 @@ def test_the_graph_says_that_it_is_fused(fused: Path) -> None:
 
 
 def test_a_graph_made_again_has_the_same_bytes(fused: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    export(tiny_llama, tmp_path / "again")
+    export_onnx(tiny_llama, tmp_path / "again")
     assert (tmp_path / "again/model.onnx").read_bytes() == (fused / "model.onnx").read_bytes()
 
 
@@ -63,7 +63,7 @@ def test_a_member_that_cannot_be_written_gets_optimums_graph(dynamic: tuple[Path
     model, folder = dynamic
     assert read_manifest(folder)["graph"] == "optimum"
     assert session(folder).get_modelmeta().custom_metadata_map == {}
-    assert compare(model, folder, documents=2, tokens=32, new_tokens=4).passed
+    assert measure_parity(model, folder, max_documents=2, max_tokens=32, new_tokens=4).passed
 
 
 def test_both_graphs_have_the_same_inputs_and_outputs(fused: Path, dynamic: tuple[Path, Path]) -> None:
@@ -73,15 +73,15 @@ def test_both_graphs_have_the_same_inputs_and_outputs(fused: Path, dynamic: tupl
 
 
 def test_a_quantised_variant_has_the_graph_it_is_made_from(fused: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    export(tiny_llama, tmp_path / "int8", "int8", fp32=fused)
+    export_onnx(tiny_llama, tmp_path / "int8", "int8", fp32_artifact=fused)
     assert read_manifest(tmp_path / "int8")["graph"] == "fused"
 
 
 def test_large_weights_lie_in_a_file_of_their_own(
     fused: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "SINGLE_FILE", 1000)
-    export(tiny_llama, tmp_path / "fp32")
+    monkeypatch.setattr(decoder, "MAX_SINGLE_FILE_BYTES", 1000)
+    export_onnx(tiny_llama, tmp_path / "fp32")
     assert (tmp_path / "fp32/model.onnx_data").stat().st_size > 50_000
     assert "model.onnx_data" in read_manifest(tmp_path / "fp32")["files"]
     feed = {"input_ids": np.array([[5, 9]]), "attention_mask": np.array([[1, 1]]), "position_ids": np.array([[0, 1]])}
@@ -104,15 +104,15 @@ def test_large_weights_lie_in_a_file_of_their_own(
 )
 def test_a_part_without_a_place_is_named(model_type: str, changes: dict[str, Any], why: str) -> None:
     config = AutoConfig.for_model(model_type, **SIZES | {"pad_token_id": 0} | changes)
-    with pytest.raises(Unwritable, match=why):
-        describe(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UnsupportedModel, match=why):
+        decoder_from_model(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_parameter_that_nobody_reads_is_noticed() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
     model.model.layers[0].self_attn.gate = torch.nn.Linear(4, 4)
-    with pytest.raises(Unwritable, match=r"no place for model\.layers\.0\.self_attn\.gate"):
-        describe(model)
+    with pytest.raises(UnsupportedModel, match=r"no place for model\.layers\.0\.self_attn\.gate"):
+        decoder_from_model(model)
 
 
 def test_a_model_that_optimum_trips_over_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -121,5 +121,5 @@ def test_a_model_that_optimum_trips_over_is_refused(tokenizer_folder: Path, tmp_
     )
     model = checkpoint(Family("Falcon 40B", "falcon", config), tokenizer_folder, tmp_path / "torch")
     with pytest.raises(BadInput, match="optimum cannot export this falcon model"):
-        export(model, tmp_path / "onnx")
+        export_onnx(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from limbeck.export.artifact import variants
-from limbeck.export.artifact.export import export
-from limbeck.export.artifact.parity import compare
+from limbeck.export.artifact.export import export_onnx
+from limbeck.export.artifact.parity import measure_parity
 from limbeck.export.artifact.variants import export_folder, export_version
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.registry.core.digest import read_manifest, verify
+from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.mlflow.store import Store
 from tests.export.export_helpers import Exported, corrupt_one_weight
@@ -45,20 +45,20 @@ def test_every_family_in_int8_is_smaller_and_its_difference_is_reported(family: 
 
 def test_an_artifact_is_what_its_manifest_says(llama: Exported) -> None:
     manifest = read_manifest(llama.int8)
-    assert verify(llama.int8, manifest["digest"]) == llama.variants[1].digest
+    assert verify_files(llama.int8, manifest["digest"]) == llama.variants[1].digest
     assert (manifest["kind"], manifest["engine"], manifest["precision"]) == ("onnx", "onnxruntime", "int8")
     assert manifest["parity"]["reference"] == manifest["parent"]
 
 
 def test_an_export_made_again_has_the_same_digest(llama: Exported, tmp_path: Path) -> None:
-    again = [export(llama.torch, tmp_path / "fp32"), export(llama.torch, tmp_path / "int8", "int8")]
+    again = [export_onnx(llama.torch, tmp_path / "fp32"), export_onnx(llama.torch, tmp_path / "int8", "int8")]
     assert again == [variant.digest for variant in llama.variants]
 
 
 def test_a_changed_weight_fails_parity(llama: Exported, tmp_path: Path) -> None:
     shutil.copytree(llama.fp32, tmp_path / "fp32")
     corrupt_one_weight(tmp_path / "fp32")
-    parity = compare(llama.torch, tmp_path / "fp32")
+    parity = measure_parity(llama.torch, tmp_path / "fp32")
     assert not parity.passed
     assert parity.max_logprob_diff > 1e-3
 
@@ -84,12 +84,12 @@ def test_another_tokenizer_is_refused(llama: Exported, tmp_path: Path) -> None:
     (tmp_path / "fp32/tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "fp32/limbeck.json").unlink()
     with pytest.raises(Refused, match="splits a text differently"):
-        compare(llama.torch, tmp_path / "fp32")
+        measure_parity(llama.torch, tmp_path / "fp32")
 
 
 def test_what_is_there_is_not_made_again(llama: Exported) -> None:
     told: list[str] = []
-    again = export_folder(llama.torch, llama.fp32.parent, ["fp32", "int8"], tell=told.append)
+    again = export_folder(llama.torch, llama.fp32.parent, ["fp32", "int8"], report=told.append)
     assert [variant.new for variant in again] == [False, False]
     assert [variant.digest for variant in again] == [variant.digest for variant in llama.variants]
     assert all("already exported" in line for line in told)
@@ -99,7 +99,7 @@ def test_another_model_takes_the_place_of_an_older_export(llama: Exported, tiny_
     shutil.copytree(llama.fp32, tmp_path / "fp32")
     (made,) = export_folder(tiny_gpt2, tmp_path, ["fp32"])
     assert made.new
-    assert Runtime.load(tmp_path / "fp32", expected=made.digest).config["model_type"] == "gpt2"
+    assert Runtime.load(tmp_path / "fp32", expected_digest=made.digest).config["model_type"] == "gpt2"
 
 
 def test_a_folder_of_something_else_is_left_alone(llama: Exported, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
     assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8")
     assert (version.parent, version.licence, version.params) == ("coder/1", "MIT", 12)
     assert store.parity(version) == made[1].parity
-    assert read_manifest(store.folder(version))["lineage"]["model"] == "coder/1"
+    assert read_manifest(store.verified_folder(version))["lineage"]["model"] == "coder/1"
     again = export_version(store, teacher, ["fp32", "int8"])
     assert [(variant.model, variant.new) for variant in again] == [("coder/2", False), ("coder/3", False)]
     assert len(store.versions("coder")) == 3
@@ -134,7 +134,7 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def refused(model: Path, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        export(model, model.parent / "out")
+        export_onnx(model, model.parent / "out")
     assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
@@ -163,16 +163,16 @@ def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
 
 def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is an ONNX artifact"):
-        export(llama.fp32, tmp_path / "out")
+        export_onnx(llama.fp32, tmp_path / "out")
 
 
 def test_an_unknown_precision_is_refused(llama: Exported, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="use one of: fp32, fp16, int8"):
-        export(llama.torch, tmp_path / "out", "int3")
+        export_onnx(llama.torch, tmp_path / "out", "int3")
 
 
 def test_a_quantised_graph_is_not_made_from_another_models_fp32(
     llama: Exported, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match="is no export of"):
-        export(tiny_gpt2, tmp_path / "out", "int8", fp32=llama.fp32)
+        export_onnx(tiny_gpt2, tmp_path / "out", "int8", fp32_artifact=llama.fp32)

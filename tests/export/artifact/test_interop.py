@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from limbeck.export.artifact import genai
-from limbeck.export.artifact.export import export
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from tests.export.export_helpers import Exported
@@ -28,9 +28,9 @@ def artifact(
     """An artifact with each kind of graph, and one with weights in 4 bits; nobody writes to it."""
     folder = llama.fp32 if request.param == "fused" else tmp_path_factory.mktemp("other") / "onnx"
     if request.param == "optimum":
-        export(llama.torch, folder, fused=False)
+        export_onnx(llama.torch, folder, fused=False)
     elif request.param == "int4":
-        export(llama.torch, folder, "int4", fp32=llama.fp32)
+        export_onnx(llama.torch, folder, "int4", fp32_artifact=llama.fp32)
     before = folder_digest(folder)
     yield folder
     assert folder_digest(folder) == before
@@ -91,14 +91,14 @@ def test_optimum_runs_it_in_left_padded_batches_too(artifact: Path, expected: li
         assert texts == [expected[PROMPTS.index(prompt)] for prompt in prompts]
 
 
-READ_BY_GENAI = [family for family in FAMILIES if family.model_type in genai.TYPES]
+READ_BY_GENAI = [family for family in FAMILIES if family.model_type in genai.GENAI_MODEL_TYPES]
 
 
 @pytest.mark.parametrize("family", READ_BY_GENAI, ids=lambda family: family.name.split(",")[0])
 def test_onnxruntime_genai_runs_it(family: Family, tokenizer_folder: Path, tmp_path: Path) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     artifact = tmp_path / "onnx"
-    digest = export(checkpoint(family, tokenizer_folder, tmp_path / "torch"), artifact)
+    digest = export_onnx(checkpoint(family, tokenizer_folder, tmp_path / "torch"), artifact)
     _compare_with_genai(og, artifact)
     assert folder_digest(artifact) == digest
 
@@ -131,7 +131,7 @@ def _compare_with_genai(og: Any, artifact: Path) -> None:
 def test_what_onnxruntime_genai_cannot_read_tells_it_nothing(
     llama: Exported, tiny_gpt2: Path, artifact: Path, tmp_path: Path
 ) -> None:
-    export(tiny_gpt2, tmp_path / "gpt2")
-    assert not (tmp_path / "gpt2" / genai.FILE).exists()
-    assert (artifact / genai.FILE).exists() == (read_manifest(artifact)["graph"] == "fused")
-    assert (llama.int8 / genai.FILE).read_bytes() == (llama.fp32 / genai.FILE).read_bytes()
+    export_onnx(tiny_gpt2, tmp_path / "gpt2")
+    assert not (tmp_path / "gpt2" / genai.CONFIG_FILE).exists()
+    assert (artifact / genai.CONFIG_FILE).exists() == (read_manifest(artifact)["graph"] == "fused")
+    assert (llama.int8 / genai.CONFIG_FILE).read_bytes() == (llama.fp32 / genai.CONFIG_FILE).read_bytes()

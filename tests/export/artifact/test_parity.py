@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.export.artifact.parity import compare, faults
-from limbeck.export.artifact.variants import check
-from limbeck.export.quantize.sample_texts import PASSAGES
+from limbeck.export.artifact.parity import measure_parity, parity_failures
+from limbeck.export.artifact.variants import require_parity
+from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.records import Parity
@@ -29,7 +29,7 @@ def test_the_numbers_are_those_of_torch(llama: Exported) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama.torch, dtype=torch.float32).eval()
     runtime = Runtime.load(llama.int8, threads=1)
     kl, agreed, differences, nats, reference = [], [], [], [], []
-    for row in ([runtime.encode(text)[:48]] for text in PASSAGES[:4]):
+    for row in ([runtime.encode(text)[:48]] for text in SAMPLE_TEXTS[:4]):
         with torch.inference_mode():
             theirs = model(torch.tensor(row)).logits[0].log_softmax(-1)
         ours = torch.from_numpy(runtime.logits(np.array(row), np.ones((1, 48), np.int64))[0]).log_softmax(-1)
@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_torch(llama: Exported) -> None:
         differences.append((ours - theirs).abs().max())
         nats.append(functional.nll_loss(ours[:-1], torch.tensor(row[0][1:])).item() * 47)
         reference.append(functional.nll_loss(theirs[:-1], torch.tensor(row[0][1:])).item() * 47)
-    found = compare(llama.torch, llama.int8, **FEW)
+    found = measure_parity(llama.torch, llama.int8, **FEW)
     all_kl = torch.cat(kl).double()
     assert found.tokens == 4 * 48
     assert found.mean_kl == pytest.approx(all_kl.mean().item(), rel=1e-3)
@@ -49,7 +49,7 @@ def test_the_numbers_are_those_of_torch(llama: Exported) -> None:
     ratio = sum(nats) / sum(reference)
     assert abs(ratio - 1) > 1e-5
     assert found.bits_per_byte / found.bits_per_byte_reference == pytest.approx(ratio, abs=1e-6)
-    text = [runtime.tokenizer.decode(runtime.encode(text)[1:48]) for text in PASSAGES[:4]]
+    text = [runtime.tokenizer.decode(runtime.encode(text)[1:48]) for text in SAMPLE_TEXTS[:4]]
     size = sum(len(part.encode()) for part in text)
     assert found.bits_per_byte == pytest.approx(sum(nats) / np.log(2) / size, rel=0.01)
 
@@ -135,10 +135,10 @@ def test_a_graph_that_is_wrong_outright_is_refused_in_every_precision(
     damage(model.graph)
     onnx.save_model(model, folder / "model.onnx")
     rewrite_manifest(folder)
-    parity = compare(llama.torch, folder, **FEW)
+    parity = measure_parity(llama.torch, folder, **FEW)
     assert not parity.passed
     with pytest.raises(Refused, match="does not give what PyTorch gives") as refused:
-        check(parity, "coder")
+        require_parity(parity, "coder")
     assert all(word in str(refused.value) for word in words)
 
 
@@ -148,7 +148,7 @@ def test_what_a_precision_may_do(llama: Exported) -> None:
     assert int8 is not None
 
     def found(parity: Parity, **changes: Any) -> list[str]:
-        return faults(parity.model_copy(update=changes))
+        return parity_failures(parity.model_copy(update=changes))
 
     assert found(fp32) == found(int8) == []
     assert "greedy" in found(fp32, greedy_identical=False)[0]
@@ -173,4 +173,4 @@ def test_a_record_from_before_is_read(llama: Exported) -> None:
     }
     old = Parity.model_validate(parity.model_dump(exclude=new))
     assert old.batch_diff is None
-    assert faults(old) == []
+    assert parity_failures(old) == []

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.export.bundle.deploy import deploy
-from limbeck.export.bundle.vendor import requirements
+from limbeck.export.bundle.deploy import write_bundle
+from limbeck.export.bundle.vendor import pinned_requirements
 from limbeck.export.runtime.runtime import Runtime
 from tests.conftest import Result
 from tests.export.export_helpers import Exported
@@ -43,7 +43,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process on such a host."""
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(HOST)
-    allowed = " ".join(pin.split("==")[0] for pin in requirements())
+    allowed = " ".join(pin.split("==")[0] for pin in pinned_requirements())
     kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     return kept | {"PYTHON": sys.executable, "PYTHONPATH": str(site), "ALLOWED": allowed, "OMP_NUM_THREADS": "1"}
 
@@ -51,7 +51,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def bundle(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("host") / "a bundle"
-    deploy(llama.fp32, folder, about={"model": "coder/3"})
+    write_bundle(llama.fp32, folder, manifest_fields={"model": "coder/3"})
     return folder
 
 

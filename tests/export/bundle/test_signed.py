@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 
 from limbeck.export.bundle import bundle as bundles
-from limbeck.export.bundle.deploy import deploy
-from limbeck.export.bundle.vendor import requirements
-from limbeck.export.commands.locate import find_onnx
+from limbeck.export.bundle.deploy import write_bundle
+from limbeck.export.bundle.vendor import pinned_requirements
+from limbeck.export.commands.locate import find_onnx_artifact
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.watch import Artifact, Folder, Problem
+from limbeck.export.server.watch import Artifact, FolderWatcher, WatchProblem
 from limbeck.registry.core import signing
-from limbeck.registry.core.digest import MANIFEST, digest_of, read_manifest, told_fields, write_json, write_manifest
+from limbeck.registry.core.digest import (
+    MANIFEST,
+    artifact_digest,
+    extra_manifest_fields,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import attestation
@@ -28,10 +35,10 @@ from tests.export.export_helpers import Exported
 @pytest.fixture
 def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A key that signs, and the file that lists it as ada's."""
-    public = signing.new(tmp_path / "ada.pem")
+    public = signing.create_key(tmp_path / "ada.pem")
     (tmp_path / "trusted").write_text(f"{public} ada\n")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
-    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
     return tmp_path / "trusted"
 
 
@@ -53,19 +60,19 @@ def bundle(registered: Store, limbeck: Callable[..., Result], tmp_path: Path) ->
 
 def rehashed(bundle: Path) -> None:
     """As somebody would who changes files of a bundle and makes its manifests fit."""
-    write_manifest(bundle / bundles.MODEL, **told_fields(read_manifest(bundle / bundles.MODEL)))
-    files = bundles.own_files(bundle)
-    write_json(bundle / MANIFEST, read_manifest(bundle) | {"digest": digest_of(files), "files": files})
+    write_manifest(bundle / bundles.MODEL_FOLDER, **extra_manifest_fields(read_manifest(bundle / bundles.MODEL_FOLDER)))
+    files = bundles.bundle_file_digests(bundle)
+    write_json(bundle / MANIFEST, read_manifest(bundle) | {"digest": artifact_digest(files), "files": files})
 
 
 def test_a_signed_bundle_is_served(bundle: Path, registered: Store) -> None:
-    found = find_onnx(str(bundle))
+    found = find_onnx_artifact(str(bundle))
     assert found.signed_by == "ada"
-    assert found.bill == attestation.named(registered, "coder/1")
-    assert Runtime.load(found.path, threads=1, expected=found.digest).digest == registered.get("coder/1").digest
+    assert found.sbom == attestation.sbom_of_ref(registered, "coder/1")
+    assert Runtime.load(found.path, threads=1, expected_digest=found.digest).digest == registered.get("coder/1").digest
     pins = (bundle / "requirements.txt").read_text().splitlines()
     assert any(pin.startswith("cryptography==") for pin in pins)
-    assert not any(pin.startswith("cryptography==") for pin in requirements())  # not where nothing is signed
+    assert not any(pin.startswith("cryptography==") for pin in pinned_requirements())  # not where nothing is signed
 
 
 def test_changed_weights_whose_manifests_fit(bundle: Path) -> None:
@@ -73,50 +80,50 @@ def test_changed_weights_whose_manifests_fit(bundle: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     rehashed(bundle)
     with pytest.raises(DamagedArtifact, match="bill of materials is of other files"):
-        find_onnx(str(bundle))
+        find_onnx_artifact(str(bundle))
 
 
 def test_a_changed_file_alone(bundle: Path) -> None:
-    found = find_onnx(str(bundle))
+    found = find_onnx_artifact(str(bundle))
     (bundle / "model/config.json").write_text("{}")
     with pytest.raises(DamagedArtifact, match=r"config\.json has sha256"):
-        Runtime.load(found.path, threads=1, expected=found.digest)
+        Runtime.load(found.path, threads=1, expected_digest=found.digest)
 
 
 def test_a_changed_bill(bundle: Path) -> None:
-    text = (bundle / bills.FILE).read_text()
-    (bundle / bills.FILE).write_text(text.replace("coder", "other", 1))
+    text = (bundle / bills.SBOM_FILE).read_text()
+    (bundle / bills.SBOM_FILE).write_text(text.replace("coder", "other", 1))
     with pytest.raises(DamagedArtifact, match=r"sbom\.json has sha256"):
-        find_onnx(str(bundle))
+        find_onnx_artifact(str(bundle))
     rehashed(bundle)
     with pytest.raises(DamagedArtifact, match="the signature of ada does not fit"):
-        find_onnx(str(bundle))
+        find_onnx_artifact(str(bundle))
 
 
 def test_the_bill_of_another_version(bundle: Path, registered: Store) -> None:
-    other = attestation.named(registered, "coder/2")
+    other = attestation.sbom_of_ref(registered, "coder/2")
     assert other is not None
-    bills.write(bundle, other)
+    bills.write_sbom(bundle, other)
     rehashed(bundle)
     with pytest.raises(DamagedArtifact, match="is of other files"):
-        find_onnx(str(bundle))
+        find_onnx_artifact(str(bundle))
 
 
 def test_a_bill_or_a_signature_that_is_gone(bundle: Path) -> None:
-    (bundle / bills.SIGNATURES).unlink()
+    (bundle / bills.SIGNATURES_FILE).unlink()
     rehashed(bundle)
     with pytest.raises(BadInput, match="is not signed"):
-        find_onnx(str(bundle))
-    (bundle / bills.FILE).unlink()
+        find_onnx_artifact(str(bundle))
+    (bundle / bills.SBOM_FILE).unlink()
     rehashed(bundle)
     with pytest.raises(BadInput, match="has no bill of materials"):
-        find_onnx(str(bundle))
+        find_onnx_artifact(str(bundle))
 
 
 def test_a_key_that_is_not_trusted(
     bundle: Path, trusted: Path, tmp_path: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trusted.write_text(f"{signing.new(tmp_path / 'ben.pem')} ben\n")
+    trusted.write_text(f"{signing.create_key(tmp_path / 'ben.pem')} ben\n")
     for command in (
         ("serve", bundle, "--port", 0),
         ("serve", "coder/1", "--port", 0),
@@ -128,31 +135,31 @@ def test_a_key_that_is_not_trusted(
     trusted.unlink()
     gone = limbeck("serve", bundle, "--port", 0)
     assert (gone.code, "trusted, which cannot be read" in gone.err) == (2, True)
-    monkeypatch.delenv(signing.TRUSTED)
-    assert find_onnx(str(bundle)).signed_by is None
+    monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE)
+    assert find_onnx_artifact(str(bundle)).signed_by is None
 
 
 def test_a_folder_without_a_bill(llama: Exported, trusted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="has no bill of materials"):
-        find_onnx(str(llama.fp32))
-    monkeypatch.delenv(signing.TRUSTED)
-    assert find_onnx(str(llama.fp32)).bill is None
+        find_onnx_artifact(str(llama.fp32))
+    monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE)
+    assert find_onnx_artifact(str(llama.fp32)).sbom is None
 
 
 def test_a_bundle_that_is_replaced_under_a_server(bundle: Path, llama: Exported, tmp_path: Path) -> None:
-    found = find_onnx(str(bundle))
-    watched = Folder(Artifact(found.path, found.name, found.digest), 1.0)
-    assert isinstance(watched._look(), Artifact)
+    found = find_onnx_artifact(str(bundle))
+    watched = FolderWatcher(Artifact(found.path, found.name, found.digest), 1.0)
+    assert isinstance(watched._read_artifact(), Artifact)
     shutil.rmtree(bundle)
-    deploy(llama.int8, bundle)  # nobody signed that
-    refused = watched._look()
-    assert isinstance(refused, Problem)
+    write_bundle(llama.int8, bundle)  # nobody signed that
+    refused = watched._read_artifact()
+    assert isinstance(refused, WatchProblem)
     assert "has no bill of materials" in refused.message
 
 
 def test_deploy_tells_the_bill(registered: Store, limbeck: Callable[..., Result], tmp_path: Path) -> None:
     done = limbeck("deploy", "coder/2", "--to", tmp_path / "b", "--format", "json")
-    bill = attestation.named(registered, "coder/2")
+    bill = attestation.sbom_of_ref(registered, "coder/2")
     assert bill is not None
     told = json.loads(done.out)
     assert (told["sbom"], told["signed_by"]) == (bill.digest, "ada")

@@ -99,8 +99,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from limbeck.export.graph.decoder import write
-    from limbeck.export.graph.families import describe
+    from limbeck.export.graph.decoder import write_graph
+    from limbeck.export.graph.families import decoder_from_model
 
     model_type, sizes = MODELS[request.param]
     config = AutoConfig.for_model(model_type, **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"), 0))
@@ -112,7 +112,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.2 if parameter.ndim == 2 else parameter + 0.2 * noise)
     path = tmp_path_factory.mktemp("decoder") / "model.onnx"
-    write(describe(model), path)
+    write_graph(decoder_from_model(model), path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return Pair(model, ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))

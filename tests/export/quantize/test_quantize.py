@@ -13,15 +13,15 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from limbeck.export.artifact.export import PRECISIONS, export
-from limbeck.export.artifact.parity import compare
-from limbeck.export.artifact.variants import export_folder, settings_for
-from limbeck.export.quantize.evaluate import Score, Trial, save
-from limbeck.export.quantize.float16 import to_float16
-from limbeck.export.quantize.mixed_precision import choose
-from limbeck.export.quantize.quantize import Settings
-from limbeck.export.quantize.sample_texts import PASSAGES
-from limbeck.export.quantize.weight_only import Blocks, Weights
+from limbeck.export.artifact.export import PRECISIONS, export_onnx
+from limbeck.export.artifact.parity import measure_parity
+from limbeck.export.artifact.variants import export_folder, quantization_settings
+from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore, save_graph
+from limbeck.export.quantize.float16 import load_as_float16
+from limbeck.export.quantize.mixed_precision import choose_plan
+from limbeck.export.quantize.quantize import QuantizationSettings
+from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
+from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import BadInput
@@ -36,7 +36,7 @@ IDS = np.arange(5, 45)[None]
 def concatenating(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """GPT-2 (biases, learned positions, tied head) and optimum's graph of it."""
     folder = tmp_path_factory.mktemp("optimum") / "fp32"
-    export(tiny_gpt2, folder, fused=False)
+    export_onnx(tiny_gpt2, folder, fused=False)
     return tiny_gpt2, folder
 
 
@@ -53,7 +53,7 @@ def logits(folder: Path, ids: np.ndarray = IDS) -> np.ndarray:
 def with_graph(artifact: Path, model: onnx.ModelProto, to: Path) -> Path:
     """A copy of an artifact with another graph."""
     shutil.copytree(artifact, to)
-    save(model, to / "model.onnx")
+    save_graph(model, to / "model.onnx")
     rewrite_manifest(to)
     return to
 
@@ -61,8 +61,8 @@ def with_graph(artifact: Path, model: onnx.ModelProto, to: Path) -> Path:
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_every_precision_of_every_graph_holds(pair: tuple[Path, Path], precision: str, tmp_path: Path) -> None:
     torch, fp32 = pair
-    export(torch, tmp_path / "out", precision, fp32=fp32)
-    parity = compare(torch, tmp_path / "out", documents=4, tokens=48, new_tokens=8)
+    export_onnx(torch, tmp_path / "out", precision, fp32_artifact=fp32)
+    parity = measure_parity(torch, tmp_path / "out", max_documents=4, max_tokens=48, new_tokens=8)
     assert parity.passed
     assert parity.precision == precision
     assert 0 < parity.mean_kl < {"fp16": 1e-5, "int8-static": 0.1, "int8-weight": 1e-3, "int4": 0.3}[precision]
@@ -74,9 +74,9 @@ def test_every_precision_of_every_graph_holds(pair: tuple[Path, Path], precision
     assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def unpacked(weights: Weights, weight: str, blocks: Blocks) -> np.ndarray:
+def unpacked(weights: GraphWeights, weight: str, blocks: BlockFormat) -> np.ndarray:
     """(in, out) float32 that the codes of a weight stand for, by the definition of MatMulNBits."""
-    product = next(item for item in weights.products if item.weight == weight)
+    product = next(item for item in weights.weight_nodes if item.weight == weight)
     codes, scales, *zeros = weights.pack(product, blocks)
     if blocks.bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
@@ -95,11 +95,11 @@ def unpacked(weights: Weights, weight: str, blocks: Blocks) -> np.ndarray:
 def test_the_graph_computes_with_the_weights_its_codes_stand_for(
     pair: tuple[Path, Path], bits: int, symmetric: bool, tmp_path: Path
 ) -> None:
-    blocks = Blocks(bits, 32, symmetric, accuracy_level=0)
-    weights = Weights.read(pair[1] / "model.onnx")
-    quantized = with_graph(pair[1], weights.quantized(dict.fromkeys(weights.groups, blocks)), tmp_path / "quantized")
+    blocks = BlockFormat(bits, 32, symmetric, accuracy_level=0)
+    weights = GraphWeights.from_graph(pair[1] / "model.onnx")
+    quantized = with_graph(pair[1], weights.quantize(dict.fromkeys(weights.groups, blocks)), tmp_path / "quantize")
     plain = onnx.load(pair[1] / "model.onnx")
-    by_name = {product.weight: product for product in weights.products}
+    by_name = {product.weight: product for product in weights.weight_nodes}
     for tensor in plain.graph.initializer:
         if tensor.name in by_name:
             values = unpacked(weights, tensor.name, blocks)
@@ -111,8 +111,8 @@ def test_the_graph_computes_with_the_weights_its_codes_stand_for(
 
 
 def test_no_product_with_a_weight_is_left_out_and_a_tied_table_is_stored_once(llama: Exported) -> None:
-    weights = Weights.read(llama.fp32 / "model.onnx")
-    graph = weights.quantized(dict.fromkeys(weights.groups, Blocks(4, 32))).graph
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+    graph = weights.quantize(dict.fromkeys(weights.groups, BlockFormat(4, 32))).graph
     ops = [node.op_type for node in graph.node]
     assert "MatMul" not in ops
     assert "FusedMatMul" not in ops
@@ -125,44 +125,46 @@ def test_no_product_with_a_weight_is_left_out_and_a_tied_table_is_stored_once(ll
 
 
 def test_a_table_whose_width_no_block_divides_stays_as_it_is(llama: Exported) -> None:
-    weights = Weights.read(llama.fp32 / "model.onnx")
-    product = next(item for item in weights.products if item.weight == weights.embedding)
-    assert weights.block_for(product, Blocks(4, 128)) == Blocks(4, 32)  # 32 wide
-    odd = type(product)(product.node, product.weight, True, 40, product.outputs, product.group)
-    assert weights.block_for(odd, Blocks(4, 128)) is None
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+    product = next(item for item in weights.weight_nodes if item.weight == weights.embedding)
+    assert weights.format_for(product, BlockFormat(4, 128)) == BlockFormat(4, 32)  # 32 wide
+    odd = type(product)(product.output_name, product.weight, True, 40, product.outputs, product.group)
+    assert weights.format_for(odd, BlockFormat(4, 128)) is None
 
 
 @pytest.fixture(scope="module")
-def trial(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    return Trial(llama.fp32, tmp_path_factory.mktemp("trial"), PASSAGES, tokens=128)
+def trial(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> CandidateEvaluator:
+    return CandidateEvaluator(llama.fp32, tmp_path_factory.mktemp("trial"), SAMPLE_TEXTS, tokens=128)
 
 
-def test_a_trial_scores_a_graph_as_parity_does(llama: Exported, trial: Trial, tmp_path: Path) -> None:
+def test_a_trial_scores_a_graph_as_parity_does(llama: Exported, trial: CandidateEvaluator, tmp_path: Path) -> None:
     same = trial.score(onnx.load(llama.fp32 / "model.onnx"))
     assert same.kl == pytest.approx(0, abs=1e-6)
-    assert same.change == pytest.approx(0, abs=1e-6)
-    weights = Weights.read(llama.fp32 / "model.onnx")
-    model = weights.quantized(dict.fromkeys(weights.groups, Blocks(4, 32)))
-    long = Trial(llama.fp32, tmp_path, PASSAGES[:3], tokens=10_000)
+    assert same.bits_per_byte_change == pytest.approx(0, abs=1e-6)
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+    model = weights.quantize(dict.fromkeys(weights.groups, BlockFormat(4, 32)))
+    long = CandidateEvaluator(llama.fp32, tmp_path, SAMPLE_TEXTS[:3], tokens=10_000)
     score = long.score(model)
-    parity = compare(llama.torch, with_graph(llama.fp32, model, tmp_path / "int4"), PASSAGES[:3])
+    parity = measure_parity(llama.torch, with_graph(llama.fp32, model, tmp_path / "int4"), SAMPLE_TEXTS[:3])
     assert long.tokens == parity.tokens
     assert score.kl == pytest.approx(parity.mean_kl, rel=1e-3)
-    assert score.change == pytest.approx(parity.bits_per_byte / parity.bits_per_byte_reference - 1, abs=1e-5)
+    assert score.bits_per_byte_change == pytest.approx(
+        parity.bits_per_byte / parity.bits_per_byte_reference - 1, abs=1e-5
+    )
     assert trial.decode_ms(model) > 0
 
 
 def test_a_loss_is_what_text_shows_or_what_the_model_expects() -> None:
-    assert Score(kl=0.1, change=-0.2, expected=0.05, bytes=1).loss == 0.05
-    assert Score(kl=0.1, change=0.2, expected=0.05, bytes=1).loss == 0.2
+    assert CandidateScore(kl=0.1, bits_per_byte_change=-0.2, expected_change=0.05, bytes=1).loss == 0.05
+    assert CandidateScore(kl=0.1, bits_per_byte_change=0.2, expected_change=0.05, bytes=1).loss == 0.2
 
 
-def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, trial: Trial) -> None:
-    weights = Weights.read(llama.fp32 / "model.onnx")
-    free = choose(weights, trial, 4, most=1e9)
+def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, trial: CandidateEvaluator) -> None:
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+    free = choose_plan(weights, trial, 4, max_loss=1e9)
     assert "kept_in_8_bits" not in free.record
     assert {blocks.bits for blocks in free.plan.values()} == {4}
-    all_kept = choose(weights, trial, 4, most=1e-9)
+    all_kept = choose_plan(weights, trial, 4, max_loss=1e-9)
     assert {blocks.bits for blocks in all_kept.plan.values()} == {8}
     curve = all_kept.record["kept_in_8_bits"]
     assert curve[0]["part"] is None
@@ -173,7 +175,7 @@ def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, tr
     gain = {part: (curve[0]["kl"] - one["kl"]) / (one["bytes"] - curve[0]["bytes"]) for part, one in alone.items()}
     assert [point["part"] for point in curve[1:]] == sorted(gain, key=lambda part: -gain[part])
     limit = min(max(one["expected_change"], one["bits_per_byte_change"]) for one in free.record["tried"]) / 2
-    some = choose(weights, trial, 4, most=limit)
+    some = choose_plan(weights, trial, 4, max_loss=limit)
     *before, last = [
         max(point["expected_change"], point["bits_per_byte_change"]) for point in some.record["kept_in_8_bits"]
     ]
@@ -182,7 +184,13 @@ def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, tr
 
 
 def test_the_search_tries_blocks_symmetry_and_accuracy_and_says_so(llama: Exported, tmp_path: Path) -> None:
-    export(llama.torch, tmp_path / "int4", "int4", fp32=llama.fp32, settings=Settings(source="a test", max_change=1e9))
+    export_onnx(
+        llama.torch,
+        tmp_path / "int4",
+        "int4",
+        fp32_artifact=llama.fp32,
+        settings=QuantizationSettings(text_source="a test", max_change=1e9),
+    )
     made = read_manifest(tmp_path / "int4")["quantization"]
     tried = [(one["block_size"], one["symmetric"], one["accuracy_level"]) for one in made["tried"]]
     assert {(block, symmetric, 4) for block in (32, 64, 128) for symmetric in (False, True)} < set(tried)
@@ -195,8 +203,14 @@ def test_the_search_tries_blocks_symmetry_and_accuracy_and_says_so(llama: Export
 
 
 def test_static_scales_cover_what_the_calibration_text_gave(llama: Exported, tmp_path: Path) -> None:
-    text = PASSAGES[1]
-    export(llama.torch, tmp_path / "out", "int8-static", fp32=llama.fp32, settings=Settings([text], "a test"))
+    text = SAMPLE_TEXTS[1]
+    export_onnx(
+        llama.torch,
+        tmp_path / "out",
+        "int8-static",
+        fp32_artifact=llama.fp32,
+        settings=QuantizationSettings([text], "a test"),
+    )
     assert read_manifest(tmp_path / "out")["quantization"]["calibration"] == "a test"
     tensors = {
         item.name: numpy_helper.to_array(item) for item in onnx.load(tmp_path / "out/model.onnx").graph.initializer
@@ -215,7 +229,7 @@ def test_static_scales_cover_what_the_calibration_text_gave(llama: Exported, tmp
 
 
 def test_float16_keeps_its_cache_in_float16_and_its_logits_in_float32(llama: Exported) -> None:
-    graph = to_float16(llama.fp32 / "model.onnx").graph
+    graph = load_as_float16(llama.fp32 / "model.onnx").graph
     kinds = {item.name: item.type.tensor_type.elem_type for item in (*graph.input, *graph.output)}
     assert kinds["logits"] == onnx.TensorProto.FLOAT
     assert kinds["input_ids"] == onnx.TensorProto.INT64
@@ -224,7 +238,13 @@ def test_float16_keeps_its_cache_in_float16_and_its_logits_in_float32(llama: Exp
 
 
 def test_for_cuda_int4_keeps_activations_in_float16_and_int8_is_refused(llama: Exported, tmp_path: Path) -> None:
-    export(llama.torch, tmp_path / "int4", "int4", fp32=llama.fp32, settings=Settings(device="cuda", max_change=1e9))
+    export_onnx(
+        llama.torch,
+        tmp_path / "int4",
+        "int4",
+        fp32_artifact=llama.fp32,
+        settings=QuantizationSettings(device="cuda", max_change=1e9),
+    )
     graph = onnx.load(tmp_path / "int4/model.onnx").graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"} == {
@@ -235,7 +255,13 @@ def test_for_cuda_int4_keeps_activations_in_float16_and_int8_is_refused(llama: E
     assert "decode_ms" not in read_manifest(tmp_path / "int4")["quantization"]["tried"][0]
     assert np.isfinite(logits(tmp_path / "int4")).all()
     with pytest.raises(BadInput, match="int8-static is for the CPU"):
-        export(llama.torch, tmp_path / "int8", "int8-static", fp32=llama.fp32, settings=Settings(device="cuda"))
+        export_onnx(
+            llama.torch,
+            tmp_path / "int8",
+            "int8-static",
+            fp32_artifact=llama.fp32,
+            settings=QuantizationSettings(device="cuda"),
+        )
     assert not (tmp_path / "int8").exists()
 
 
@@ -265,13 +291,15 @@ def test_a_graph_without_constant_weights_is_refused(llama: Exported, tmp_path: 
     del graph.graph.node[3:]
     artifact = with_graph(llama.fp32, graph, tmp_path / "fp32")
     with pytest.raises(BadInput, match="no product with a constant weight to store in 4 bits"):
-        export(llama.torch, tmp_path / "out", "int4", fp32=artifact)
+        export_onnx(llama.torch, tmp_path / "out", "int4", fp32_artifact=artifact)
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8-static"])
 def test_text_without_tokens_is_no_text_to_quantize_by(llama: Exported, precision: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no text to"):
-        export(llama.torch, tmp_path / "out", precision, fp32=llama.fp32, settings=Settings(["", ""]))
+        export_onnx(
+            llama.torch, tmp_path / "out", precision, fp32_artifact=llama.fp32, settings=QuantizationSettings(["", ""])
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,11 +307,11 @@ def test_int4_is_made_again_where_it_may_lose_more(llama: Exported, tmp_path: Pa
     told: list[str] = []
     shutil.copytree(llama.fp32, tmp_path / "fp32")
     for most, new in ((1e9, True), (1e9, False), (1e-9, True)):
-        settings = Settings(max_change=most)
-        (made,) = export_folder(llama.torch, tmp_path, ["int4"], PASSAGES[:2], settings, tell=told.append)
+        settings = QuantizationSettings(max_change=most)
+        (made,) = export_folder(llama.torch, tmp_path, ["int4"], SAMPLE_TEXTS[:2], settings, report=told.append)
         assert made.new is new
     assert made.quantization is not None
-    assert "kept_in_8_bits" in made.row()["quantization"]
+    assert "kept_in_8_bits" in made.to_json()["quantization"]
     assert any("embedding in 8 bits" in line for line in told)
     assert not any("fp32: exporting" in line for line in told)
 
@@ -306,10 +334,10 @@ def test_text_to_quantize_by_is_what_is_nearest(
         ({"texts": heldout}, known, ["trained on"]),
         ({"texts": heldout}, unknown, ["held out"]),
         ({"texts": heldout}, None, ["held out"]),
-        ({}, unknown, list(PASSAGES)),
+        ({}, unknown, list(SAMPLE_TEXTS)),
     ]
     for options, version, texts in cases:
-        assert list(settings_for(version, **options).texts) == texts, (options, version)  # type: ignore[arg-type]
+        assert list(quantization_settings(version, **options).texts) == texts, (options, version)  # type: ignore[arg-type]
 
 
 def test_the_command_makes_each_precision_and_says_how(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from limbeck.export.runtime.detokenize import BROKEN, Detokenizer
+from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER, Detokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
     assert len(ids) > len(TEXT)  # many characters are of two tokens and more
     detokenizer = Detokenizer(tokenizer.decode, tokenizer.encode("# ").ids)
     pieces = [detokenizer.add(token) for token in ids]
-    assert all(BROKEN not in piece for piece in pieces)
+    assert all(REPLACEMENT_CHARACTER not in piece for piece in pieces)
     assert "".join(pieces) + detokenizer.finish() == TEXT == detokenizer.text
 
 

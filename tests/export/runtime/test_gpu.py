@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from limbeck.export.artifact.export import export
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import BadInput
 
@@ -19,7 +19,7 @@ ON_GPU = "CUDAExecutionProvider" in ort.get_available_providers()
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and onnxruntime-gpu: `make test-gpu`")
 @pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("fp32", False), ("fp16", True)])
 def test_a_gpu_gives_what_the_cpu_gives(tiny_llama: Path, tmp_path: Path, precision: str, fused: bool) -> None:
-    export(tiny_llama, tmp_path / precision, precision, fused=fused)
+    export_onnx(tiny_llama, tmp_path / precision, precision, fused=fused)
     cpu, gpu = (Runtime.load(tmp_path / precision, device=device) for device in ("cpu", "cuda"))
     prompts = [[5, 6, 7], [9] * 40, [3, 1, 4, 1, 5], [5, 6, 7]]
     settings = dict(max_new_tokens=30, logprobs=1, ignore_eos=True)

@@ -176,7 +176,7 @@ def test_a_flipped_bit_is_found_before_the_graph_is_loaded(copy: Path) -> None:
 
 def test_another_digest_than_expected_is_damage(copy: Path) -> None:
     with pytest.raises(DamagedArtifact, match="expected 000000000000"):
-        Runtime.load(copy, expected="0" * 64)
+        Runtime.load(copy, expected_digest="0" * 64)
 
 
 def test_a_missing_file_is_named(copy: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from limbeck.export.runtime.sampling import Sampler, Sampling, candidates, likeliest, log_softmax
+from limbeck.export.runtime.sampling import Sampler, Sampling, candidates, log_softmax, top_tokens
 from limbeck.registry.core.errors import BadInput
 
 LOGITS = np.random.default_rng(0).normal(size=200).astype(np.float32) * 3
@@ -111,9 +111,9 @@ def test_log_softmax_is_scipys_even_for_great_logits() -> None:
 
 
 def test_likeliest_are_in_order() -> None:
-    assert likeliest(np.array([-3.0, -1.0, -2.0, -1.0]), 3) == {1: -1.0, 3: -1.0, 2: -2.0}
-    assert likeliest(LOGITS, 0) == {}
-    assert list(likeliest(LOGITS, 20)) == np.argsort(-LOGITS)[:20].tolist()
+    assert top_tokens(np.array([-3.0, -1.0, -2.0, -1.0]), 3) == {1: -1.0, 3: -1.0, 2: -2.0}
+    assert top_tokens(LOGITS, 0) == {}
+    assert list(top_tokens(LOGITS, 20)) == np.argsort(-LOGITS)[:20].tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 
-from limbeck.export.artifact.export import export
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from tests.export.export_helpers import Exported, Served, rewrite_manifest, serving
@@ -35,7 +35,7 @@ def client(served: Served) -> openai.OpenAI:
 def endless(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model whose context does not end: its server is busy for as long as a client asks it to be."""
     folder = tmp_path_factory.mktemp("endless") / "endless"
-    export(llama.torch, folder, fused=False)  # a fused graph has its positions in a table
+    export_onnx(llama.torch, folder, fused=False)  # a fused graph has its positions in a table
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**8}))
     rewrite_manifest(folder)

@@ -19,8 +19,8 @@ import pytest
 from fastapi import FastAPI, Request
 
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.admission import Gate
-from limbeck.export.server.app import listen
+from limbeck.export.server.admission import Admission
+from limbeck.export.server.app import open_listener
 from limbeck.export.server.metrics import Metrics
 from tests.conftest import TEXT
 from tests.export.export_helpers import Served, serving
@@ -185,7 +185,7 @@ def test_sigterm_lets_what_runs_and_waits_end_and_tells_others(boundless: Path) 
 
 
 def test_small_pieces_are_sent_at_once_and_a_slow_reader_fills_no_megabytes() -> None:
-    with listen("127.0.0.1", 0) as listener:
+    with open_listener("127.0.0.1", 0) as listener:
         with socket.create_connection(listener.getsockname()):
             accepted, _ = listener.accept()
         with accepted:
@@ -196,7 +196,7 @@ def test_small_pieces_are_sent_at_once_and_a_slow_reader_fills_no_megabytes() ->
 @pytest.mark.parametrize("pieces", [0, 1])
 def test_a_body_that_does_not_come_whole_is_408(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of a body that stalls is not waited for."""
-    monkeypatch.setattr("limbeck.export.server.admission.BODY_S", 0.1)
+    monkeypatch.setattr("limbeck.export.server.admission.BODY_TIMEOUT_S", 0.1)
     api = FastAPI()
 
     @api.post("/v1/completions")
@@ -212,8 +212,8 @@ def test_a_body_that_does_not_come_whole_is_408(pieces: int, monkeypatch: pytest
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(api, Metrics(), None, 100)
+    gate = Admission(api, Metrics(), None, 100)
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     asyncio.run(gate(scope, receive, send))
     assert sent[0]["status"] == 408
-    assert gate.running == 0
+    assert gate.running_requests == 0

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from limbeck.export.runtime.batch import Batch
-from limbeck.export.runtime.generation import Event
+from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling, log_softmax
 from limbeck.export.runtime.slot import Slot
-from limbeck.export.server.engine import BEHIND
+from limbeck.export.server.engine import MAX_UNREAD_RESULTS
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, Unavailable
 from limbeck.export.server.scheduler import Scheduler
@@ -35,7 +35,7 @@ def run(work: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(asyncio.wait_for(work(), 20))
 
 
-async def tokens(results: AsyncGenerator[Event], rows: int = 1) -> list[list[int]]:
+async def tokens(results: AsyncGenerator[TokenEvent], rows: int = 1) -> list[list[int]]:
     """The token ids of each row."""
     out: list[list[int]] = [[] for _ in range(rows)]
     async for event in results:
@@ -45,7 +45,7 @@ async def tokens(results: AsyncGenerator[Event], rows: int = 1) -> list[list[int
 
 def alone(runtime: Runtime, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
-    for event in runtime.events(prompts, sampling):
+    for event in runtime.generate_events(prompts, sampling):
         out[event.index].append(event.token_id)
     return out
 
@@ -123,13 +123,13 @@ def test_a_request_of_many_rows_locks_nobody_out(endless: Runtime) -> None:
 
 def test_a_long_prompt_holds_up_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a long prompt is read, piece by piece, others are read and decoded."""
-    read = Batch.read
+    read = Batch.prefill
 
     def slowly(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
-        time.sleep(0.0002 * sum(min(slot.unread, most) for slot in slots))
+        time.sleep(0.0002 * sum(min(slot.unread_tokens, most) for slot in slots))
         return read(self, slots, most)
 
-    monkeypatch.setattr(Batch, "read", slowly)
+    monkeypatch.setattr(Batch, "prefill", slowly)
     done: list[str] = []
 
     async def one(scheduler: Scheduler, name: str, prompt: list[int], new: int) -> None:
@@ -192,8 +192,8 @@ def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(endless: Runtime)
             for _ in range(3):
                 await tokens(scheduler.generate([[2]], Sampling(max_new_tokens=300, ignore_eos=True)))
             made = metrics.registry.get_sample_value("limbeck:generation_tokens_total")
-            assert made < 900 + BEHIND + 20  # a row that did not pause would have made another 900
-            for _ in range(3 * BEHIND):  # it goes on when it is read again
+            assert made < 900 + MAX_UNREAD_RESULTS + 20  # a row that did not pause would have made another 900
+            for _ in range(3 * MAX_UNREAD_RESULTS):  # it goes on when it is read again
                 await anext(unread)
 
     run(slow)
@@ -208,7 +208,7 @@ def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(en
         scheduler = Scheduler(endless)
         async with aclosing(scheduler.generate([[1]], ENDLESS)) as other:
             await anext(other)
-            return await scheduler.score(prompt, 2)
+            return await scheduler.prompt_logprobs(prompt, 2)
 
     first, *rest = run(score)
     assert (first.logprob, first.top_logprobs) == (None, {})
@@ -220,14 +220,14 @@ def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(en
 
 def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(endless, [[5, 6, 7]], Sampling(max_new_tokens=80))
-    read, step = Batch.read, Batch.step
+    read, step = Batch.prefill, Batch.step
 
     def fail_on_9(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
         if any(9 in slot.prompt for slot in slots):
             raise MemoryError("no room")
         return read(self, slots, most)
 
-    monkeypatch.setattr(Batch, "read", fail_on_9)
+    monkeypatch.setattr(Batch, "prefill", fail_on_9)
 
     async def both() -> None:
         scheduler = Scheduler(endless)
@@ -252,7 +252,7 @@ def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
         with pytest.raises(BadInput, match="prompt has 4 tokens; this server takes at most 3"):
             await anext(scheduler.generate([[1], [1] * 4], Sampling(max_new_tokens=1)))
         with pytest.raises(BadInput, match="at most 3"):
-            await scheduler.score([1] * 4, 0)
+            await scheduler.prompt_logprobs([1] * 4, 0)
         with pytest.raises(BadInput, match="6 new tokens"):
             await anext(scheduler.generate([[1]], Sampling(max_new_tokens=6)))
         assert len((await tokens(scheduler.generate([[1] * 3], Sampling(max_new_tokens=5, ignore_eos=True))))[0]) == 5

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from limbeck.export.artifact.export import export
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.gate.promotion import rollback
 from limbeck.registry.ledger import log as ledger
@@ -32,7 +32,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     """Two artifacts that say different things."""
     folder = tmp_path_factory.mktemp("two")
     for seed in (0, 1):
-        export(make_model(folder / f"torch{seed}", tokenizer_folder, "llama", seed=seed), folder / f"fp32-{seed}")
+        export_onnx(make_model(folder / f"torch{seed}", tokenizer_folder, "llama", seed=seed), folder / f"fp32-{seed}")
     two = folder / "fp32-0", folder / "fp32-1"
     assert said(two[0]) != said(two[1])
     return two
@@ -75,10 +75,10 @@ def move(store: Store, version: Version) -> None:
     """Promote, as the ledger has it, without the verdict of a policy."""
     before = store.aliases(version.name).get("production")
     moved = dict(from_version=before, to_version=version.version, artifact=version.digest)
-    entry = ledger.append(
+    entry = ledger.append_entry(
         store, version.name, who="a test", alias="production", action="promote", verdict=None, reason="", **moved
     )
-    ledger.apply(store, entry)
+    ledger.apply_entry(store, entry)
 
 
 def test_an_alias_is_followed_through_promotion_damage_and_rollback(
@@ -89,7 +89,7 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
         for i, folder in enumerate(artifacts)
     )
     move(store, first)
-    expected = {version.ref: said(store.folder(version)) for version in (first, second)}
+    expected = {version.ref: said(store.verified_folder(version)) for version in (first, second)}
     with serving("coder@production", "", "--follow-seconds", 0.1) as served:
 
         def version() -> str:
@@ -102,7 +102,7 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
             until(lambda: version() == second.ref and texts[-1] == expected[second.ref])
             rollback(store, "coder", "production")
             until(lambda: version() == first.ref and texts[-1] == expected[first.ref])
-            (store.folder(second) / "model.onnx").write_bytes(b"damaged")
+            (store.verified_folder(second) / "model.onnx").write_bytes(b"damaged")
             move(store, second)
             until(lambda: metric(served, "model_refused_total") == 1)
             del texts[:]

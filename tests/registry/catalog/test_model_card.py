@@ -7,7 +7,7 @@ from collections.abc import Callable
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from limbeck.registry.catalog.model_card import card
+from limbeck.registry.catalog.model_card import model_card
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import Result
 from tests.registry.conftest import Still
@@ -17,7 +17,7 @@ HOSTILE = "x | <script>alert(1)</script>\n---\n# gotcha\n[a](javascript:b) `c`"
 
 def test_a_program_reads_it(scored: Still, limbeck: Callable[..., Result]) -> None:
     text = limbeck("models", "card", "still/4").out
-    assert text == card(scored.store, scored.variants["int8"])
+    assert text == model_card(scored.store, scored.variants["int8"])
     data = ModelCard(text).data
     assert (data.base_model, data.base_model_relation, data.library_name) == ("still/2", "quantized", "onnx")
     results = {(each.dataset_name, each.metric_type): each for each in data.eval_results}
@@ -31,7 +31,7 @@ def test_a_program_reads_it(scored: Still, limbeck: Callable[..., Result]) -> No
 
 
 def test_one_that_is_not_scored(still: Still) -> None:
-    text = card(still.store, still.student)
+    text = model_card(still.store, still.student)
     assert ModelCard(text).data.eval_results is None
     assert "It has not been scored." in text
     assert "Its licence is not stated." in text
@@ -41,7 +41,7 @@ def test_nobodys_text_breaks_out(scored: Still) -> None:
     store = scored.store
     for field in ("licence", "recipe", "author", "code_version", "teacher_licence"):
         store.client.set_model_version_tag("still", "4", f"limbeck.{field}", HOSTILE + "y" * 5000)
-    text = card(Store(), store.get("still/4"))
+    text = model_card(Store(), store.get("still/4"))
     data = ModelCard(text).data
     assert data.license == "other"
     assert data.license_name.startswith("x | <script>alert(1)</script> --- # gotcha")

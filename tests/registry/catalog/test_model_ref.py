@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.registry.catalog.model_ref import resolve, resolve_all
+from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
 from limbeck.registry.core.digest import folder_digest, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Unreachable
 from limbeck.registry.mlflow.store import Store
@@ -21,90 +21,90 @@ def llama(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_needs_no_store(llama: Path, limbeck_home: Path) -> None:
-    model = resolve(str(llama))
+    model = resolve_model(str(llama))
     assert (model.path, model.label, model.version, model.engine) == (llama, str(llama), None, "torch")
     assert model.digest == folder_digest(llama)
-    assert resolve("llama").label == "llama"  # as the user wrote it, from the current folder
+    assert resolve_model("llama").label == "llama"  # as the user wrote it, from the current folder
     assert not limbeck_home.exists()
 
 
 def test_registered_versions(llama: Path, store: Store, make_folder: Callable[..., Path]) -> None:
     first = store.register("still", llama, kind="student")
-    assert resolve("still", store).version == first  # the only one
+    assert resolve_model("still", store).version == first  # the only one
     second = store.register("still", make_folder("b", onnx=True), kind="onnx", engine="onnxruntime")
     store.client.set_registered_model_alias("still", "production", "2")
     for text in ("still/2", "still@production", "models:/still/2", "models:/still@production"):
-        model = resolve(text, store)
+        model = resolve_model(text, store)
         assert (model.label, model.digest, model.engine) == ("still/2", second.digest, "onnxruntime")
         assert (model.path / "model.onnx").is_file()
     with pytest.raises(BadInput, match="2 versions"):
-        resolve("still", store)
-    everything = resolve_all(["still", "still/2", str(llama)], store)
+        resolve_model("still", store)
+    everything = resolve_models(["still", "still/2", str(llama)], store)
     assert [model.label for model in everything] == ["still/1", "still/2", str(llama)]
 
 
 def test_unknown_names_get_the_near_one(llama: Path, store: Store) -> None:
     store.register("still", llama, kind="student")
     with pytest.raises(BadInput, match="did you mean still"):
-        resolve("stil/1", store)
+        resolve_model("stil/1", store)
     with pytest.raises(BadInput, match="it has 1"):
-        resolve("still/7", store)
+        resolve_model("still/7", store)
     with pytest.raises(BadInput, match=r"no alias 'prod'\n.*limbeck promote"):
-        resolve("still@prod", store)
+        resolve_model("still@prod", store)
 
 
 def test_a_hub_id_without_a_hub(store: Store) -> None:
     with pytest.raises(Unreachable, match="no local folder and no registered model"):
-        resolve("someone/some-model", store)
+        resolve_model("someone/some-model", store)
     with pytest.raises(LimbeckError, match="is no model"):
-        resolve("what is this?", store)
+        resolve_model("what is this?", store)
 
 
 @pytest.mark.parametrize("text", ["./gone", "/gone/too", "gone/"])
 def test_a_path_that_is_not_there(text: str, limbeck_home: Path) -> None:
     with pytest.raises(BadInput, match="no such folder"):
-        resolve(text)
+        resolve_model(text)
 
 
 def test_folders_that_are_no_model(llama: Path, tmp_path: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     with pytest.raises(BadInput, match=r"pickle files only \(pytorch_model.bin\)"):
-        resolve(str(llama))
+        resolve_model(str(llama))
     (llama / "pytorch_model.bin").unlink()
     with pytest.raises(BadInput, match=r"no \*.safetensors"):
-        resolve(str(llama))
+        resolve_model(str(llama))
     (llama / "config.json").unlink()
     with pytest.raises(BadInput, match=r"no config\.json"):
-        resolve(str(llama))
+        resolve_model(str(llama))
     (llama / "adapter_config.json").write_text("{}")
     with pytest.raises(BadInput, match="adapter"):
-        resolve(str(llama))
+        resolve_model(str(llama))
 
 
 def test_truncated_weights(llama: Path) -> None:
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(DamagedArtifact, match=r"model\.safetensors"):
-        resolve(str(llama))
+        resolve_model(str(llama))
 
 
 def test_a_missing_shard(llama: Path) -> None:
     index = '{"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}'
     (llama / "model.safetensors.index.json").write_text(index)
     with pytest.raises(DamagedArtifact, match=r"model-00002\.safetensors is missing"):
-        resolve(str(llama))
+        resolve_model(str(llama))
 
 
 def test_files_that_are_not_those_of_the_manifest(llama: Path) -> None:
     write_manifest(llama)
-    assert resolve(str(llama)).digest == folder_digest(llama)
+    assert resolve_model(str(llama)).digest == folder_digest(llama)
     tokenizer = llama / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     with pytest.raises(DamagedArtifact, match=r"tokenizer\.json has sha256"):
-        resolve(str(llama))
+        resolve_model(str(llama))
 
 
 def test_a_config_that_is_no_json(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(DamagedArtifact, match=r"config.json is not JSON"):
-        resolve(str(llama))
+        resolve_model(str(llama))

@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow import listing
-from limbeck.registry.mlflow.filters import parse
+from limbeck.registry.mlflow.filters import parse_filter
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import Result
 from tests.registry.conftest import Still
@@ -39,16 +39,16 @@ def test_both_ways_find_the_same(scored: Still, limbeck_home: Path) -> None:
     store = scored.store
     store.client.set_model_version_tag("still", "2", "limbeck.note", "it's")
     for text, expected in FILTERS.items():
-        conditions = parse(text)
+        conditions = parse_filter(text)
         metrics = {condition.key for condition in conditions if condition.of == "metric"}
         direct = listing._from_sqlite(limbeck_home / "mlflow.db", None, metrics)
         assert direct is not None
         asked = listing._from_mlflow(store.client, None, conditions, metrics)
-        holding = [version for version in direct if all(each.holds(version) for each in conditions)]
+        holding = [version for version in direct if all(each.matches(version) for each in conditions)]
         assert [version.version for version in holding] == expected, text
         if not metrics:
             assert asked == holding, text  # MLflow alone says the same
-        assert [version for version in asked if all(each.holds(version) for each in conditions)] == holding, text
+        assert [version for version in asked if all(each.matches(version) for each in conditions)] == holding, text
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_both_ways_find_the_same(scored: Still, limbeck_home: Path) -> None:
 )
 def test_a_filter_that_cannot_be_read_is_told_with_its_place(text: str, words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        parse(text)
+        parse_filter(text)
 
 
 def found(limbeck: Limbeck, *options: str) -> list[int]:

@@ -80,6 +80,6 @@ def test_an_alias_moved_behind_our_back(scored: Still, limbeck: Limbeck, policy:
 
 def test_history_tells_of_an_unfinished_move(scored: Still, limbeck: Limbeck) -> None:
     fields = dict(from_version=None, to_version=3, artifact=None, verdict=None, reason="")
-    log.append(scored.store, "still", who="me", alias="production", action="promote", **fields)
+    log.append_entry(scored.store, "still", who="me", alias="production", action="promote", **fields)
     told = limbeck("models", "history", "still")
     assert (told.code, "entry 1 is not carried out yet" in told.err) == (0, True)

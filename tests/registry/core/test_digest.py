@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.registry.core.digest import MANIFEST, folder_digest, json_digest, read_manifest, verify, write_manifest
+from limbeck.registry.core.digest import (
+    MANIFEST,
+    folder_digest,
+    json_digest,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from limbeck.registry.core.errors import DamagedArtifact
-from limbeck.registry.core.home import home, tracking_uri, written_whole
+from limbeck.registry.core.home import atomic_write, home, tracking_uri
 
 
 def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
@@ -26,7 +33,7 @@ def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     assert folder_digest(tmp_path) == digest
     (tmp_path / "README.md").write_text("a card is no part of it")
-    assert write_manifest(tmp_path, name="still") == digest == folder_digest(tmp_path) == verify(tmp_path, digest)
+    assert write_manifest(tmp_path, name="still") == digest == folder_digest(tmp_path) == verify_files(tmp_path, digest)
     manifest = read_manifest(tmp_path)
     assert (manifest["digest"], manifest["name"], sorted(manifest["files"])) == (digest, "still", ["b", "below/a"])
     (tmp_path / "b").rename(tmp_path / "c")
@@ -45,7 +52,7 @@ def test_what_is_damaged_is_named(make_folder: Callable[..., Path]) -> None:
     (folder / "new").write_text("x")
     (folder / "config.json").write_text("{}")
     with pytest.raises(DamagedArtifact) as damaged:
-        verify(folder)
+        verify_files(folder)
     for words in ("gone is missing", "new was added", "config.json has sha256 44136fa355b3, recorded "):
         assert words in damaged.value.message
 
@@ -55,29 +62,29 @@ def test_a_damaged_manifest(make_folder: Callable[..., Path], content: str) -> N
     folder = make_folder("a")
     (folder / MANIFEST).write_text(content)
     with pytest.raises(DamagedArtifact, match=r"no JSON object|not JSON"):
-        verify(folder)
+        verify_files(folder)
 
 
 def stopped_halfway(file: Path) -> None:
-    with written_whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("half of tw")
         raise KeyboardInterrupt
 
 
 def test_written_whole(tmp_path: Path) -> None:
     file, folder = tmp_path / "below" / "file", tmp_path / "folder"
-    with written_whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("one")
         assert not file.exists()
     with pytest.raises(KeyboardInterrupt):
         stopped_halfway(file)
     assert file.read_text() == "one"
     for content in ("one", "two"):
-        with written_whole(folder) as part:
+        with atomic_write(folder) as part:
             part.mkdir()
             (part / content).touch()
         assert os.listdir(folder) == [content]
-    with pytest.raises(FileNotFoundError), written_whole(folder) as part:
+    with pytest.raises(FileNotFoundError), atomic_write(folder) as part:
         shutil.copytree(tmp_path / "absent", part)
     assert os.listdir(folder) == ["two"]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["below", "file", "folder", "two"]

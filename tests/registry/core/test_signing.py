@@ -22,17 +22,17 @@ from cryptography.hazmat.primitives.serialization import (
 
 from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.signing import APPROVAL, SBOM, Signature
+from limbeck.registry.core.signing import APPROVAL_DOMAIN, SBOM_DOMAIN, Signature
 from tests.conftest import Result
 
-DATA = SBOM + b"what went in"
+DATA = SBOM_DOMAIN + b"what went in"
 
 
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The public key of a private one that is configured."""
-    public = signing.new(tmp_path / "key.pem")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "key.pem"))
+    public = signing.create_key(tmp_path / "key.pem")
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "key.pem"))
     return public
 
 
@@ -40,15 +40,17 @@ def test_what_is_signed_is_verified_and_nothing_else(key: str, tmp_path: Path) -
     made = signing.sign(DATA)
     assert made is not None
     assert made.key == key
-    assert signing.verify(DATA, made, key)
-    assert not signing.verify(DATA + b".", made, key)
-    assert not signing.verify(APPROVAL + DATA.removeprefix(SBOM), made, key)  # one kind is not another
-    other = signing.new(tmp_path / "other.pem")
-    assert not signing.verify(DATA, made, other)
-    assert not signing.verify(DATA, made._replace(key=other), other)
+    assert signing.verify_signature(DATA, made, key)
+    assert not signing.verify_signature(DATA + b".", made, key)
+    assert not signing.verify_signature(
+        APPROVAL_DOMAIN + DATA.removeprefix(SBOM_DOMAIN), made, key
+    )  # one kind is not another
+    other = signing.create_key(tmp_path / "other.pem")
+    assert not signing.verify_signature(DATA, made, other)
+    assert not signing.verify_signature(DATA, made._replace(key=other), other)
     for text in ("", "!!", made.signature[:-4], "é" * 88, made.signature + "\n"):
-        assert not signing.verify(DATA, made._replace(signature=text), key)
-    assert not signing.verify(DATA, Signature("AAAA", made.signature), "AAAA")
+        assert not signing.verify_signature(DATA, made._replace(signature=text), key)
+    assert not signing.verify_signature(DATA, Signature("AAAA", made.signature), "AAAA")
 
 
 def test_a_signature_is_what_others_make_with_the_key(key: str, tmp_path: Path) -> None:
@@ -66,25 +68,25 @@ def test_what_has_no_kind_is_not_signed(key: str) -> None:
 
 def test_nothing_is_signed_where_no_key_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, ""):
-        monkeypatch.delenv(signing.KEY_FILE, raising=False)
+        monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
         if value is not None:
-            monkeypatch.setenv(signing.KEY_FILE, value)
+            monkeypatch.setenv(signing.KEY_FILE_VARIABLE, value)
         assert signing.sign(DATA) is None
 
 
 def test_a_key_is_its_owners_alone_and_is_never_overwritten(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        signing.new(tmp_path / "key.pem")
+        signing.create_key(tmp_path / "key.pem")
     finally:
         os.umask(old)
     before = (tmp_path / "key.pem").read_bytes()
     assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
     with pytest.raises(BadInput, match="is there already"):
-        signing.new(tmp_path / "key.pem")
+        signing.create_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").read_bytes() == before
     with pytest.raises(BadInput, match="cannot be written: No such file"):
-        signing.new(tmp_path / "nowhere" / "key.pem")
+        signing.create_key(tmp_path / "nowhere" / "key.pem")
 
 
 def pem(private: Ed25519PrivateKey, password: bytes | None = None) -> bytes:
@@ -116,7 +118,7 @@ def test_a_key_that_cannot_be_used(
     if content is not None:
         file.write_bytes(content)
         file.chmod(mode)
-    monkeypatch.setenv(signing.KEY_FILE, str(file))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(file))
     with pytest.raises(BadInput, match=words) as caught:
         signing.sign(DATA)
     assert str(file) in caught.value.message
@@ -124,13 +126,13 @@ def test_a_key_that_cannot_be_used(
 
 
 def test_whom_to_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(signing.TRUSTED, raising=False)
-    assert signing.trusted() is None
-    ada, ben = (signing.new(tmp_path / f"{name}.pem") for name in "ab")
+    monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE, raising=False)
+    assert signing.read_trusted_keys() is None
+    ada, ben = (signing.create_key(tmp_path / f"{name}.pem") for name in "ab")
     file = tmp_path / "trusted"
     file.write_text(f"# ours\n\n{ada} ada@example.org\n  {ben}   Ben of the still \n")
-    monkeypatch.setenv(signing.TRUSTED, str(file))
-    assert signing.trusted() == {ada: "ada@example.org", ben: "Ben of the still"}
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(file))
+    assert signing.read_trusted_keys() == {ada: "ada@example.org", ben: "Ben of the still"}
 
 
 @pytest.mark.parametrize(
@@ -150,9 +152,9 @@ def test_a_file_of_trusted_keys_that_cannot_be_used(
 ) -> None:
     if content is not None:
         (tmp_path / "trusted").write_bytes(content)
-    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
     with pytest.raises(BadInput, match=words):
-        signing.trusted()
+        signing.read_trusted_keys()
 
 
 def test_keys_are_made_and_shown_by_commands(
@@ -162,12 +164,12 @@ def test_keys_are_made_and_shown_by_commands(
     assert made.code == 0
     assert "LIMBECK_SIGNING_KEY='" in made.err
     (tmp_path / "trusted").write_text(made.out)
-    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
-    assert signing.trusted() == {made.out.split()[0]: "ada"}
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
+    assert signing.read_trusted_keys() == {made.out.split()[0]: "ada"}
     assert limbeck("keys", "show", "my key.pem", "--name", "ada").out == made.out
-    monkeypatch.delenv(signing.KEY_FILE, raising=False)
+    monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
     assert "LIMBECK_SIGNING_KEY is not set" in limbeck("keys", "show").err
-    monkeypatch.setenv(signing.KEY_FILE, "my key.pem")
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, "my key.pem")
     assert limbeck("keys", "show", "--name", "ada").out == made.out
     assert limbeck("keys", "new", "my key.pem").code == 2
     assert not limbeck_home.exists()  # a place that only keeps a key

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.toml import key_lines, load, loads
+from limbeck.registry.core.toml import key_lines, load_toml, parse_toml
 
 
 class Strict(BaseModel):
@@ -60,14 +60,14 @@ volume = 3
 
 def problem(text: str, *overrides: str) -> str:
     with pytest.raises(BadInput) as caught:
-        loads(text, Still, overrides, where="still.toml")
+        parse_toml(text, Still, overrides, source_name="still.toml")
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
 def test_a_valid_file(tmp_path: Path) -> None:
     (tmp_path / "still.toml").write_text(TEXT)
-    still = load(tmp_path / "still.toml", Still)
+    still = load_toml(tmp_path / "still.toml", Still)
     assert still.vessels[1] == Vessel(label="receiver", volume=3)
     assert still.furnace == Furnace(fuel="char\ncoal")
 
@@ -128,21 +128,21 @@ def test_text_that_is_no_toml() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "still.toml").write_bytes(b'name = "\xff"')
     with pytest.raises(BadInput, match="byte 8 is not UTF-8"):
-        load(tmp_path / "still.toml", Still)
+        load_toml(tmp_path / "still.toml", Still)
     with pytest.raises(BadInput, match=r"no such file\n.*did you mean .*still\.toml"):
-        load(tmp_path / "stil.toml", Still)
+        load_toml(tmp_path / "stil.toml", Still)
     with pytest.raises(BadInput):
-        load(tmp_path, Still)
+        load_toml(tmp_path, Still)
 
 
 def test_overrides_take_toml_values_and_bare_words() -> None:
     overrides = ["heat=1", "furnace.fuel=peat", "vessels.1.volume=7", 'name="a=b"', "vessels.0.metal=steel"]
-    still = loads(TEXT, Still, overrides)
+    still = parse_toml(TEXT, Still, overrides)
     assert (still.heat, still.name) == (1.0, "a=b")
     assert still.furnace == Furnace(fuel="peat")
     assert [vessel.volume for vessel in still.vessels] == [1, 7]
     assert still.vessels[0].metal == "steel"
-    assert loads('name = "a"', Still, ["furnace.fuel=gas"]).furnace == Furnace(fuel="gas")
+    assert parse_toml('name = "a"', Still, ["furnace.fuel=gas"]).furnace == Furnace(fuel="gas")
 
 
 def test_a_bad_override_names_itself_and_not_a_line() -> None:

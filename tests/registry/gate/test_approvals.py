@@ -28,15 +28,15 @@ ASKS_BOB = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people
 def _as_ann(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who makes and asks in these tests is ann; nothing is signed."""
     monkeypatch.setenv("LIMBECK_USER", "ann")
-    monkeypatch.delenv(signing.KEY_FILE, raising=False)
+    monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
 
 
 def ask(still: Still, number: int = 3, who: str = "ann") -> None:
-    approvals.request(still.store, f"still/{number}", "production", who=who, reason="smaller")
+    approvals.request_approval(still.store, f"still/{number}", "production", who=who, reason="smaller")
 
 
 def say(still: Still, who: str, answer: approvals.Answer = "approve", number: int = 3) -> None:
-    approvals.answer(still.store, f"still/{number}", "production", answer, who=who, reason="looked")
+    approvals.answer_request(still.store, f"still/{number}", "production", answer, who=who, reason="looked")
 
 
 def try_to_promote(still: Still, policy: Policy = ASKS_BOB) -> str | None:
@@ -62,12 +62,12 @@ def test_an_approval_opens_the_gate(scored: Still) -> None:
     other = promote(scored.store, "still/3", "production", POLICY).entry
     assert other is not None
     version = scored.variants["fp32"]
-    request, answers = approvals.find(scored.store, version, "production")
+    request, answers = approvals.request_and_answers(scored.store, version, "production")
     assert request is not None
     assert [answer.who for answer in answers] == ["bob"]
     assert (request.artifact, request.reason) == (version.digest, "smaller")
-    assert approvals.find(scored.store, version, "staging") == (None, ())
-    assert approvals.find(scored.store, scored.variants["int8"], "production") == (None, ())
+    assert approvals.request_and_answers(scored.store, version, "staging") == (None, ())
+    assert approvals.request_and_answers(scored.store, scored.variants["int8"], "production") == (None, ())
 
 
 def test_whose_answer_does_not_count(scored: Still) -> None:
@@ -82,18 +82,18 @@ def test_whose_answer_does_not_count(scored: Still) -> None:
     ]:
         with pytest.raises(Refused, match=why):
             say(scored, who)
-    assert tags(scored, scored.variants["fp32"], approvals.APPROVAL) == {}
+    assert tags(scored, scored.variants["fp32"], approvals.APPROVAL_TAG_PREFIX) == {}
     (waits,) = approvals.open_requests(scored.store)
-    assert (waits.needed, waits.waiting, waits.approved_by) == (1, ("bob",), ())
+    assert (waits.needed, waits.eligible_approvers, waits.approved_by) == (1, ("bob",), ())
 
 
 def test_the_newest_answer_counts_and_none_is_lost(scored: Still) -> None:
     ask(scored)
     say(scored, "bob")
     say(scored, "bob", "reject")
-    assert len(tags(scored, scored.variants["fp32"], approvals.APPROVAL)) == 2
-    asked = approvals.about(scored.store, scored.variants["fp32"], "production")
-    assert (asked.rejected, [a.answer for a in asked.answers]) == (True, ["approve", "reject"])
+    assert len(tags(scored, scored.variants["fp32"], approvals.APPROVAL_TAG_PREFIX)) == 2
+    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (asked.is_rejected, [a.answer for a in asked.answers]) == (True, ["approve", "reject"])
     assert approvals.open_requests(scored.store) == []
     assert "bob" in (try_to_promote(scored) or "")
     say(scored, "carol")  # a rejection stands until who rejected changes their mind
@@ -101,8 +101,8 @@ def test_the_newest_answer_counts_and_none_is_lost(scored: Still) -> None:
     say(scored, "bob")
     assert try_to_promote(scored) is None
     ask(scored)  # anew: nobody has answered that
-    asked = approvals.about(scored.store, scored.variants["fp32"], "production")
-    assert (asked.answers, len(asked.earlier)) == ((), 4)
+    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (asked.answers, len(asked.earlier_answers)) == ((), 4)
     assert try_to_promote(scored)
 
 
@@ -114,8 +114,8 @@ def test_a_request_ends_where_the_alias_leaves_the_version(scored: Still) -> Non
     assert approvals.open_requests(scored.store, "still") == []
     rollback(scored.store, "still", "production", reason="slow")
     assert "ended when production was moved off the version" in (try_to_promote(scored) or "")
-    asked = approvals.about(scored.store, scored.variants["fp32"], "production")
-    assert (asked.request, len(asked.ended)) == (None, 1)
+    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (asked.request, len(asked.ended_requests)) == (None, 1)
     assert approvals.open_requests(scored.store) == []
     ask(scored)  # after the alias left
     say(scored, "carol")
@@ -127,15 +127,15 @@ def test_other_files_need_another_approval(scored: Still) -> None:
     say(scored, "bob")
     scored.store.client.set_model_version_tag("still", "3", "limbeck.digest", scored.variants["int8"].digest)
     version = scored.store.get("still/3")
-    assert approvals.find(scored.store, version, "production") == (None, ())
-    (problem,) = approvals.about(scored.store, version, "production").problems
+    assert approvals.request_and_answers(scored.store, version, "production") == (None, ())
+    (problem,) = approvals.load_approval_state(scored.store, version, "production").problems
     assert problem.startswith("the request of ann (")
     assert f"is of other files: {scored.variants['fp32'].digest[:12]}" in problem
     with pytest.raises(BadInput, match="is of other files"):
         say(scored, "bob")
 
 
-@pytest.mark.parametrize("what", [approvals.REQUEST, approvals.APPROVAL])
+@pytest.mark.parametrize("what", [approvals.REQUEST_TAG_PREFIX, approvals.APPROVAL_TAG_PREFIX])
 def test_what_was_tampered_with_counts_for_nothing(scored: Still, what: str) -> None:
     ask(scored)
     say(scored, "bob")
@@ -143,8 +143,8 @@ def test_what_was_tampered_with_counts_for_nothing(scored: Still, what: str) -> 
     ((key, value),) = tags(scored, version, what).items()
     for changed in (json.dumps(json.loads(value) | {"who": "carol"}), "no JSON"):
         scored.store.client.set_model_version_tag("still", "3", key, changed)
-        assert approvals.find(scored.store, version, "production")[1] == ()
-        (problem,) = approvals.about(scored.store, version, "production").problems
+        assert approvals.request_and_answers(scored.store, version, "production")[1] == ()
+        (problem,) = approvals.load_approval_state(scored.store, version, "production").problems
         assert "counts for nothing" in problem
         assert problem in (try_to_promote(scored) or "")
     scored.store.client.set_model_version_tag("still", "3", key, value)
@@ -152,7 +152,7 @@ def test_what_was_tampered_with_counts_for_nothing(scored: Still, what: str) -> 
 
 
 def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {who: signing.new(tmp_path / f"{who}.pem") for who in ("bob", "carol")}
+    keys = {who: signing.create_key(tmp_path / f"{who}.pem") for who in ("bob", "carol")}
     rules = ApprovalRules(needed=1, people=("bob", "carol"), keys={"bob": keys["bob"]})
     policy = POLICY.model_copy(update={"approvals": rules})
     ask(scored)
@@ -161,29 +161,29 @@ def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.Monke
     protect(scored.store, "still", "production", policy)
     with pytest.raises(Refused, match="it is not signed"):
         say(scored, "bob")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "carol.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "carol.pem"))
     with pytest.raises(Refused, match="it is signed by"):
         say(scored, "bob")
     with pytest.raises(Refused, match="has no key of carol"):
         say(scored, "carol")
     assert try_to_promote(scored, policy)
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "bob.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "bob.pem"))
     say(scored, "bob")
     assert try_to_promote(scored, policy) is None
 
-    _, answers = approvals.find(scored.store, scored.variants["fp32"], "production")
+    _, answers = approvals.request_and_answers(scored.store, scored.variants["fp32"], "production")
     good = answers[-1]
     signature = signing.Signature(str(good.key), str(good.signature))
-    assert signing.verify(approvals.signed(good), signature, keys["bob"])
+    assert signing.verify_signature(approvals.signature_payload(good), signature, keys["bob"])
     # Somebody with the database, and without the key, writes a new yes under its own digest.
     version = scored.variants["fp32"]
-    for key in tags(scored, version, approvals.APPROVAL):
+    for key in tags(scored, version, approvals.APPROVAL_TAG_PREFIX):
         scored.store.client.delete_model_version_tag("still", "3", key)
     for changed in ({"reason": "forged"}, {"when": datetime.now(UTC)}):
         forged = good.model_copy(update=changed)
-        key = approvals.APPROVAL + forged.digest()[:16]
+        key = approvals.APPROVAL_TAG_PREFIX + forged.digest()[:16]
         scored.store.client.set_model_version_tag("still", "3", key, forged.model_dump_json())
-        assert approvals.find(scored.store, version, "production")[1] == (forged,)
+        assert approvals.request_and_answers(scored.store, version, "production")[1] == (forged,)
         assert try_to_promote(scored, policy)
         scored.store.client.delete_model_version_tag("still", "3", key)
 
@@ -191,22 +191,24 @@ def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_cannot_be_asked(scored: Still) -> None:
     store = scored.store
     with pytest.raises(BadInput, match="a request needs a reason"):
-        approvals.request(store, "still/3", "production", reason=" ")
+        approvals.request_approval(store, "still/3", "production", reason=" ")
     with pytest.raises(BadInput, match="at most 2000 are kept"):
-        approvals.request(store, "still/3", "production", reason="x" * (log.LONGEST_REASON + 1))
+        approvals.request_approval(store, "still/3", "production", reason="x" * (log.LONGEST_REASON + 1))
     with pytest.raises(BadInput, match="reserved by MLflow"):
-        approvals.request(store, "still/3", "latest", reason="x")
+        approvals.request_approval(store, "still/3", "latest", reason="x")
     with pytest.raises(BadInput, match="has no version 9"):
-        approvals.request(store, "still/9", "production", reason="x")
+        approvals.request_approval(store, "still/9", "production", reason="x")
     with pytest.raises(BadInput, match='no model is registered as "still'):
         approvals.open_requests(store, "still' OR")
     ask(scored)
     with pytest.raises(BadInput, match="a rejection needs a reason"):
-        approvals.answer(store, "still/3", "production", "reject", who="bob", reason="")
+        approvals.answer_request(store, "still/3", "production", "reject", who="bob", reason="")
     shown = approvals.open_requests(store)[0].request.digest()
     ask(scored, who="carol")
     with pytest.raises(Refused, match="carol asks for still/3 anew"):
-        approvals.answer(store, "still/3", "production", "approve", who="bob", reason="", expected=shown)
+        approvals.answer_request(
+            store, "still/3", "production", "approve", who="bob", reason="", expected_request=shown
+        )
 
 
 def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate import approvals, audit
 from limbeck.registry.gate.promotion import promote, rollback
-from limbeck.registry.ledger.chain import key_of
-from limbeck.registry.policy.schema import ApprovalRules, Override, Policy
+from limbeck.registry.ledger.chain import entry_tag
+from limbeck.registry.policy.schema import ApprovalRules, OverrideRules, Policy
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
 
@@ -24,8 +24,8 @@ VERIFY = ("models", "history", "still", "--verify")
 @pytest.fixture
 def promoted(scored: Still) -> Still:
     """`production` is at 4, with a verdict, an approval and a bill of materials."""
-    approvals.request(scored.store, "still/4", "production", who="bob", reason="smaller")
-    approvals.answer(scored.store, "still/4", "production", "approve", who="ada", reason="as good")
+    approvals.request_approval(scored.store, "still/4", "production", who="bob", reason="smaller")
+    approvals.answer_request(scored.store, "still/4", "production", "approve", who="ada", reason="as good")
     asked = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people=("ada",))})
     promote(scored.store, "still/4", "production", asked, who="carl")
     return scored
@@ -38,13 +38,13 @@ def test_what_an_entry_names(promoted: Still, what: str, change: str) -> None:
     prefix = f"limbeck.{'sbom' if what == 'bill of materials' else what}."
     tags = client.get_model_version("still", "4").tags
     (key,) = (key for key in tags if key.startswith(prefix))
-    assert audit.read(promoted.store, "still").problems() == []
+    assert audit.audit_ledger(promoted.store, "still").problems() == []
     if change == "gone":
         client.delete_model_version_tag("still", "4", key)
     else:
         changed = tags[key].replace("still/4", "still/5").replace("as good", "as bad")
         client.set_model_version_tag("still", "4", key, changed if change == "changed" else "no JSON")
-    (problem,) = audit.read(promoted.store, "still").problems()
+    (problem,) = audit.audit_ledger(promoted.store, "still").problems()
     assert problem.startswith(f"the {what} ")
     assert "of version 4, which entry 1 is about, " in problem
     assert ("is gone" if change == "gone" else "was changed: it is ") in problem
@@ -54,16 +54,16 @@ def test_the_digest_that_an_entry_names(promoted: Still) -> None:
     promoted.store.client.set_model_version_tag("still", "4", "limbeck.digest", "f" * 64)
     was = promoted.variants["int8"].digest[:12]
     words = f"the digest of version 4, which entry 1 is about, was {was} and is ffffffffffff"
-    assert audit.read(promoted.store, "still").problems() == [words]
+    assert audit.audit_ledger(promoted.store, "still").problems() == [words]
 
 
 def test_versions_that_were_deleted(promoted: Still) -> None:
     """One that is served no more may go; one that is takes its alias with it."""
     promote(promoted.store, "still/3", "production", POLICY)
     promoted.store.client.delete_model_version("still", "4")
-    assert audit.read(promoted.store, "still").problems() == []
+    assert audit.audit_ledger(promoted.store, "still").problems() == []
     promoted.store.client.delete_model_version("still", "3")
-    assert "production points at no version" in audit.read(promoted.store, "still").problems()[0]
+    assert "production points at no version" in audit.audit_ledger(promoted.store, "still").problems()[0]
 
 
 def test_adopting(promoted: Still, limbeck: Limbeck) -> None:
@@ -86,9 +86,9 @@ def test_adopting(promoted: Still, limbeck: Limbeck) -> None:
     ]
     assert (told["problems"], len(told["adopted"])) == ([], 1)
     assert limbeck("models", "history", "still", "--adopt", "--reason", "again").code == 0
-    assert len(audit.read(promoted.store, "still").entries) == 3  # nothing was left to adopt
+    assert len(audit.audit_ledger(promoted.store, "still").entries) == 3  # nothing was left to adopt
     with pytest.raises(BadInput, match="needs a reason"):
-        audit.adopt(promoted.store, "still", reason=" ")
+        audit.adopt_problems(promoted.store, "still", reason=" ")
 
 
 def test_all_that_was_dropped(promoted: Still, limbeck: Limbeck) -> None:
@@ -98,7 +98,7 @@ def test_all_that_was_dropped(promoted: Still, limbeck: Limbeck) -> None:
         client.delete_registered_model_tag("still", key)
     assert "entry 1 (" in limbeck(*VERIFY).err
     assert limbeck(*VERIFY, "--adopt", "--reason", "lost").code == 0
-    (entry,) = audit.read(promoted.store, "still").entries
+    (entry,) = audit.audit_ledger(promoted.store, "still").entries
     assert (entry.sequence, entry.to_version) == (2, 4)
 
 
@@ -106,13 +106,13 @@ def test_one_alias(promoted: Still, limbeck: Limbeck) -> None:
     promote(promoted.store, "still/3", "staging", POLICY)
     shown = json.loads(limbeck("models", "history", "still", "--alias", "staging", "--format", "json").out)
     assert [entry["alias"] for entry in shown["entries"]] == ["staging"]
-    assert shown["entries"][0]["previous"] == audit.read(promoted.store, "still").entries[0].hash
+    assert shown["entries"][0]["previous"] == audit.audit_ledger(promoted.store, "still").entries[0].hash
     result = limbeck("models", "history", "still", "--alias", "stagging")
     assert (result.code, "it had production, staging" in result.err) == (2, True)
 
 
 def test_an_override_is_loud(scored: Still, limbeck: Limbeck) -> None:
-    lax = POLICY.model_copy(update={"override": Override(people=("ada",))})
+    lax = POLICY.model_copy(update={"override": OverrideRules(people=("ada",))})
     assert isinstance(lax, Policy)
     promote(scored.store, "still/5", "production", lax, who="ada", override=True, reason="a demo")
     shown = limbeck(*VERIFY)
@@ -130,20 +130,20 @@ def test_an_override_is_loud(scored: Still, limbeck: Limbeck) -> None:
 
 def test_signed_entries(scored: Still, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even a chain that was written anew together with its anchor has no signature."""
-    key = signing.new(tmp_path / "key.pem")
-    other = signing.new(tmp_path / "other.pem")
+    key = signing.create_key(tmp_path / "key.pem")
+    other = signing.create_key(tmp_path / "other.pem")
     trusted = tmp_path / "trusted"
     trusted.write_text(f"{key} ada\n")
     promote(scored.store, "still/3", "production", POLICY)
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "key.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "key.pem"))
     promote(scored.store, "still/4", "production", POLICY)
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "other.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "other.pem"))
     rollback(scored.store, "still", "production")
-    assert audit.read(scored.store, "still").problems() == []
-    monkeypatch.setenv(signing.TRUSTED, str(trusted))
+    assert audit.audit_ledger(scored.store, "still").problems() == []
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(trusted))
     told = ["entry 1 is not signed", f"entry 3 is signed by a key that is not trusted: {other}"]
-    assert audit.read(scored.store, "still").problems() == told
-    second = audit.read(scored.store, "still").entries[1]
-    forged = second.model_copy(update={"signature": audit.read(scored.store, "still").entries[2].signature})
-    scored.store.client.set_registered_model_tag("still", key_of(2, second.hash), forged.model_dump_json())
-    assert f"entry 2 is not what the key {key} has signed" in audit.read(scored.store, "still").problems()
+    assert audit.audit_ledger(scored.store, "still").problems() == told
+    second = audit.audit_ledger(scored.store, "still").entries[1]
+    forged = second.model_copy(update={"signature": audit.audit_ledger(scored.store, "still").entries[2].signature})
+    scored.store.client.set_registered_model_tag("still", entry_tag(2, second.hash), forged.model_dump_json())
+    assert f"entry 2 is not what the key {key} has signed" in audit.audit_ledger(scored.store, "still").problems()

@@ -9,7 +9,7 @@ from limbeck.registry.core.home import home
 from limbeck.registry.gate.promotion import Vetoed, promote, rollback
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.client import Forbidden
-from limbeck.registry.mlflow.identity import user
+from limbeck.registry.mlflow.identity import current_user
 from limbeck.registry.records import Version
 from tests.registry.conftest import POLICY, Still
 
@@ -19,30 +19,30 @@ def production(still: Still) -> int | None:
 
 
 def damage(still: Still, version: Version) -> None:
-    (still.store.folder(version) / "model.onnx").write_text("damaged")
+    (still.store.verified_folder(version) / "model.onnx").write_text("damaged")
 
 
 def sound(still: Still) -> bool:
-    return log.read(still.store, "still").problems() == []
+    return log.read_ledger(still.store, "still").problems() == []
 
 
 def test_a_version_that_passes(scored: Still) -> None:
     int8 = scored.variants["int8"]
     done = promote(scored.store, int8.ref, "production", POLICY, who="ada", reason="smaller")
-    assert (done.chosen, done.before, production(scored)) == (int8, None, int8.version)
-    (entry,) = log.entries(scored.store, "still")
+    assert (done.chosen, done.previous_version, production(scored)) == (int8, None, int8.version)
+    (entry,) = log.read_entries(scored.store, "still")
     assert done.entry == entry
     assert (entry.who, entry.reason, entry.action, entry.artifact) == ("ada", "smaller", "promote", int8.digest)
     (verdict,) = scored.store.verdicts(int8)
     assert (verdict.outcome, verdict.artifact, verdict.digest()) == ("pass", int8.digest, entry.verdict)
     again = promote(scored.store, "still@production", "production", POLICY)
-    assert (again.chosen.ref, again.before, again.entry) == (int8.ref, int8.version, None)
-    assert log.entries(scored.store, "still") == [entry]
+    assert (again.chosen.ref, again.previous_version, again.entry) == (int8.ref, int8.version, None)
+    assert log.read_entries(scored.store, "still") == [entry]
 
 
 def test_the_cheapest_that_passes(scored: Still) -> None:
     done = promote(scored.store, "still", "production", POLICY)
-    assert [(c.version.precision, c.price, c.verdict.outcome) for c in done.candidates] == [
+    assert [(c.version.precision, c.usd_per_million_tokens, c.verdict.outcome) for c in done.candidates] == [
         ("int4", 0.5, "fail"),
         ("int8", 1.0, "pass"),
         ("fp32", 2.0, "pass"),
@@ -60,13 +60,13 @@ def test_a_torch_version_goes_through_the_same_gate(still: Still) -> None:
 
 def test_what_does_not_pass_moves_nothing(scored: Still) -> None:
     promote(scored.store, "still", "production", POLICY)
-    before = log.entries(scored.store, "still")
+    before = log.read_entries(scored.store, "still")
     int4 = scored.variants["int4"]
     words = r"still/5: fail\n.*min_retention \(fail\): retention 0\.5000 \[0\.4000, 0\.6000\], at least 0\.8000"
     with pytest.raises(Refused, match=words) as refused:
         promote(scored.store, int4.ref, "production", POLICY)
     assert refused.value.exit_code == 1
-    assert (production(scored), log.entries(scored.store, "still")) == (scored.variants["int8"].version, before)
+    assert (production(scored), log.read_entries(scored.store, "still")) == (scored.variants["int8"].version, before)
     assert [verdict.outcome for verdict in scored.store.verdicts(int4)] == ["fail"]  # the veto is kept
 
 
@@ -78,7 +78,7 @@ def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
     assert [c.version.precision for c in veto.value.candidates] == ["int8", "fp32", "int4"]
     assert "still/4: inconclusive" in veto.value.message.split("\n")[1]
     assert "cost_ratio 0.9, at most 0.5 is asked" in veto.value.message
-    assert (production(still), log.entries(still.store, "still")) == (None, [])
+    assert (production(still), log.read_entries(still.store, "still")) == (None, [])
 
 
 def test_what_was_not_scored_is_told_how(still: Still) -> None:
@@ -89,12 +89,12 @@ def test_what_was_not_scored_is_told_how(still: Still) -> None:
 def test_a_dry_run_writes_nothing(scored: Still) -> None:
     done = promote(scored.store, "still", "production", POLICY, dry_run=True)
     assert (done.chosen.precision, done.entry, production(scored)) == ("int8", None, None)
-    assert scored.store.verdicts(done.chosen) == log.entries(scored.store, "still") == []
+    assert scored.store.verdicts(done.chosen) == log.read_entries(scored.store, "still") == []
     scored.store.client.set_registered_model_alias("still", "production", "1")
     with pytest.raises(Refused, match="somebody moved it"):  # as the real one would be
         promote(scored.store, "still", "production", POLICY, dry_run=True)
     promote(scored.store, "still", "production", POLICY, dry_run=True, adopt=True)
-    assert log.entries(scored.store, "still") == []
+    assert log.read_entries(scored.store, "still") == []
 
 
 def test_damaged_files_are_refused_and_the_alias_stays(scored: Still) -> None:
@@ -102,7 +102,7 @@ def test_damaged_files_are_refused_and_the_alias_stays(scored: Still) -> None:
     damage(scored, scored.variants["int8"])
     with pytest.raises(DamagedArtifact):
         promote(scored.store, "still", "production", POLICY)
-    assert (production(scored), len(log.entries(scored.store, "still"))) == (3, 1)
+    assert (production(scored), len(log.read_entries(scored.store, "still"))) == (3, 1)
 
 
 def test_rolling_back(scored: Still) -> None:
@@ -128,7 +128,7 @@ def test_no_way_back_to_damaged_files(scored: Still) -> None:
     damage(scored, scored.variants["fp32"])
     with pytest.raises(DamagedArtifact):
         rollback(scored.store, "still", "production")
-    assert (production(scored), len(log.entries(scored.store, "still"))) == (4, 2)
+    assert (production(scored), len(log.read_entries(scored.store, "still"))) == (4, 2)
 
 
 def test_an_alias_moved_behind_our_back(scored: Still) -> None:
@@ -141,10 +141,10 @@ def test_an_alias_moved_behind_our_back(scored: Still) -> None:
     ):
         with pytest.raises(Refused, match=r"points at version 5, but the ledger says version 3.*\n.*--adopt"):
             act(False)
-        assert (production(scored), len(log.entries(store, "still"))) == (5, 1)
+        assert (production(scored), len(log.read_entries(store, "still"))) == (5, 1)
     promote(store, "still/3", "staging", POLICY)  # another alias goes on
     promote(store, "still/4", "production", POLICY, adopt=True, who="ada")
-    adopted, promoted = log.entries(store, "still")[-2:]
+    adopted, promoted = log.read_entries(store, "still")[-2:]
     assert (adopted.action, adopted.from_version, adopted.to_version, adopted.who) == ("adopt", 3, 5, "ada")
     assert "somebody moved it" in adopted.reason
     assert (promoted.from_version, promoted.to_version, production(scored)) == (5, 4, 4)
@@ -197,24 +197,24 @@ def test_nothing_to_choose_from(still: Still) -> None:
 
 def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_USER", "ada")
-    assert user("sqlite:///x.db") == "ada"
+    assert current_user("sqlite:///x.db") == "ada"
     monkeypatch.delenv("LIMBECK_USER")
     monkeypatch.setenv("LOGNAME", "grace")
-    assert user("sqlite:///x.db") == "grace"
+    assert current_user("sqlite:///x.db") == "grace"
 
 
 def test_the_verdict_that_was_shown(scored: Still) -> None:
     """What a person pressed a button for is what is done, or nothing is."""
     shown = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
     later = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
-    assert shown.judgement == later.judgement
+    assert shown.content_digest == later.content_digest
     assert shown.digest() != later.digest()  # another time
     scored.score(scored.variants["int8"], usd=0.9)
     with pytest.raises(Refused, match="the verdict on still/4 is now another than the one shown"):
-        promote(scored.store, "still/4", "production", POLICY, expected=shown.judgement)
+        promote(scored.store, "still/4", "production", POLICY, expected_verdict=shown.content_digest)
     assert production(scored) is None
     now = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
-    assert promote(scored.store, "still/4", "production", POLICY, expected=now.judgement).entry
+    assert promote(scored.store, "still/4", "production", POLICY, expected_verdict=now.content_digest).entry
 
 
 @pytest.mark.parametrize(("model", "reason"), [("still", "why"), ("still/5", " ")])
@@ -223,7 +223,7 @@ def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, r
         promote(scored.store, model, "production", POLICY, override=True, reason=reason)
     with pytest.raises(Vetoed, match="the policy lets nobody override it"):
         promote(scored.store, "still/5", "production", POLICY, override=True, reason="why")
-    assert (production(scored), log.entries(scored.store, "still")) == (None, [])
+    assert (production(scored), log.read_entries(scored.store, "still")) == (None, [])
 
 
 def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch
             rollback(scored.store, "still", "production", who="bob")
     assert production(scored) == 4
     assert sound(scored)
-    entries = log.entries(scored.store, "still")
+    entries = log.read_entries(scored.store, "still")
     assert [(e.action, e.to_version) for e in entries] == [("promote", 4), ("rollback", None), ("adopt", 4)]
     assert "entry 2 was never carried out: it does not let bob do this" in entries[-1].reason
     assert rollback(scored.store, "still", "production", who="ada").to_version is None

@@ -11,31 +11,31 @@ import pytest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.gate import protection
 from limbeck.registry.gate.promotion import promote, rollback
-from limbeck.registry.gate.protection import governing, policy_of, protect
+from limbeck.registry.gate.protection import governing_policy, protect, protecting_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow import identity
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy import stored
-from limbeck.registry.policy.schema import Override, Policy
+from limbeck.registry.policy.schema import OverrideRules, Policy
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
 
 Limbeck = Callable[..., Result]
-STRICT = POLICY.model_copy(update={"override": Override(people=("carol",))})
+STRICT = POLICY.model_copy(update={"override": OverrideRules(people=("carol",))})
 LAX = Policy.model_validate({"quality": {"min_retention": 0.1}})
 
 
 def kept(store: Store) -> dict[str, str]:
     tags = store.client.get_registered_model("still").tags
-    return {key: value for key, value in tags.items() if key.startswith(stored.PREFIX)}
+    return {key: value for key, value in tags.items() if key.startswith(stored.POLICY_TAG_PREFIX)}
 
 
 def test_the_policy_that_holds(scored: Still) -> None:
     store = scored.store
-    assert policy_of(store, "still", "production") is None
-    assert governing(store, "still", "production", LAX) == LAX
+    assert protecting_policy(store, "still", "production") is None
+    assert governing_policy(store, "still", "production", LAX) == LAX
     with pytest.raises(BadInput, match="protected by no policy, and none is given"):
-        governing(store, "still", "production", None)
+        governing_policy(store, "still", "production", None)
     with pytest.raises(BadInput, match="no model is registered as 'stil'"):
         protect(store, "stil", "production", STRICT)
     promote(store, "still/3", "production", LAX)
@@ -43,8 +43,12 @@ def test_the_policy_that_holds(scored: Still) -> None:
     assert entry is not None
     assert (entry.action, entry.who, entry.from_version, entry.to_version) == ("protect", "ann", 3, 3)
     assert entry.policy == STRICT.digest()
-    assert policy_of(store, "still", "production") == governing(store, "still", "production", None) == STRICT
-    assert policy_of(store, "still", "staging") is None
+    assert (
+        protecting_policy(store, "still", "production")
+        == governing_policy(store, "still", "production", None)
+        == STRICT
+    )
+    assert protecting_policy(store, "still", "staging") is None
     with pytest.raises(Refused) as refused:
         promote(store, "still/5", "production", LAX)
     assert "  quality.min_retention: it says 0.8, the given one 0.1\n" in str(refused.value)
@@ -54,7 +58,7 @@ def test_the_policy_that_holds(scored: Still) -> None:
     assert promote(store, "still/4", "production", None).chosen.version == 4
     promote(store, "still/5", "staging", LAX)  # another alias
     assert rollback(store, "still", "production").to_version == 3  # needs no verdict
-    assert log.read(store, "still").problems() == []
+    assert log.read_ledger(store, "still").problems() == []
 
 
 def test_who_may_change_it(scored: Still) -> None:
@@ -63,16 +67,16 @@ def test_who_may_change_it(scored: Still) -> None:
     for policy in (LAX, None):
         with pytest.raises(Refused, match="ann or carol may change it, not bob"):
             protect(store, "still", "production", policy, who="bob")
-    assert policy_of(store, "still", "production") == STRICT
+    assert protecting_policy(store, "still", "production") == STRICT
     assert protect(store, "still", "production", STRICT, who="bob") is None  # says nothing new
     assert protect(store, "still", "production", LAX, who="carol") is not None
     with pytest.raises(Refused, match="carol may change it, not ann"):
         protect(store, "still", "production", None, who="ann")
     assert protect(store, "still", "production", None, who="carol") is not None
-    assert policy_of(store, "still", "production") is None
+    assert protecting_policy(store, "still", "production") is None
     with pytest.raises(BadInput, match="is not protected"):
         protect(store, "still", "production", None, who="carol")
-    assert [entry.policy for entry in log.entries(store, "still")] == [STRICT.digest(), LAX.digest(), None]
+    assert [entry.policy for entry in log.read_entries(store, "still")] == [STRICT.digest(), LAX.digest(), None]
 
 
 def test_a_policy_changed_behind_our_back(scored: Still) -> None:
@@ -87,26 +91,26 @@ def test_a_policy_changed_behind_our_back(scored: Still) -> None:
         for policy in (None, LAX, STRICT):
             with pytest.raises(Refused, match="is gone" if changed is None else "was changed through MLflow itself"):
                 promote(store, "still/5", "production", policy, adopt=True)
-        (problem,) = log.read(store, "still").problems()
+        (problem,) = log.read_ledger(store, "still").problems()
         assert problem.startswith("production is protected, but the policy")
         with pytest.raises(Refused, match="ann may change it, not carol"):
             protect(store, "still", "production", LAX, who="carol")
     assert protect(store, "still", "production", STRICT, who="bob") is None  # puts it back
-    assert policy_of(store, "still", "production") == STRICT
-    assert log.read(store, "still").problems() == []
+    assert protecting_policy(store, "still", "production") == STRICT
+    assert log.read_ledger(store, "still").problems() == []
 
 
 def test_a_long_policy_is_kept_whole(scored: Still) -> None:
     names = tuple(f"somebody-number-{number}" for number in range(600))
-    long = POLICY.model_copy(update={"override": Override(people=names)})
+    long = POLICY.model_copy(update={"override": OverrideRules(people=names)})
     protect(scored.store, "still", "production", long)
     parts = kept(scored.store)
     assert len(parts) == 4
     assert max(map(len, parts.values())) <= 5000  # what MLflow's databases hold
-    assert policy_of(scored.store, "still", "production") == long
+    assert protecting_policy(scored.store, "still", "production") == long
     scored.store.client.delete_registered_model_tag("still", max(parts))
     with pytest.raises(Refused, match="its digest does not fit"):
-        policy_of(scored.store, "still", "production")
+        protecting_policy(scored.store, "still", "production")
 
 
 def test_a_policy_of_a_newer_limbeck() -> None:
@@ -115,17 +119,17 @@ def test_a_policy_of_a_newer_limbeck() -> None:
     value = {"quality": {"min_retention": 0.5}, "telepathy": {"required": True}}
     tags = {f"limbeck.policy.{json_digest(value)[:16]}.000": json.dumps(value)}
     with pytest.raises(Refused, match="rules that this version of Limbeck does not know"):
-        stored.read(tags, json_digest(value))
+        stored.read_stored_policy(tags, json_digest(value))
 
 
 def test_who_may_override(scored: Still) -> None:
     store = scored.store
-    assert protection.barred(POLICY, "carol", store, "still") == (
+    assert protection.override_refusal(POLICY, "carol", store, "still") == (
         "the policy lets nobody override it: it has no [override] people"
     )
-    assert protection.barred(STRICT, "ann", store, "still") == "the policy lets carol override it, not ann"
-    assert protection.may_override(STRICT, "carol", store, "still")
-    assert identity.manages(store.tracking_uri, "still") is None  # a database has no accounts
+    assert protection.override_refusal(STRICT, "ann", store, "still") == "the policy lets carol override it, not ann"
+    assert protection.can_override(STRICT, "carol", store, "still")
+    assert identity.can_manage(store.tracking_uri, "still") is None  # a database has no accounts
     for who, policy in (("ann", STRICT), ("carol", POLICY)):
         with pytest.raises(Refused, match="the policy lets"):
             promote(store, "still/5", "production", policy, who=who, override=True, reason="now")
@@ -136,11 +140,11 @@ def test_who_may_override(scored: Still) -> None:
     done = promote(store, "still/5", "production", STRICT, who="carol", override=True, reason="now").entry
     assert done is not None
     assert (done.override, done.reason, done.policy) == (True, "now", STRICT.digest())
-    (broken,) = done.broken
+    (broken,) = done.overridden_rules
     assert broken.startswith("quality.min_retention (fail): retention 0.5000")
     fine = promote(store, "still/4", "production", STRICT, who="ann", override=True, reason="now").entry
     assert fine is not None
-    assert (fine.override, fine.broken) == (False, ())  # it passes: nothing to go over
+    assert (fine.override, fine.overridden_rules) == (False, ())  # it passes: nothing to go over
 
 
 def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.Monke
     assert json.loads(done.out)["entry"]["override"] is True
     assert "OVERRIDE: still/5 does not pass the policy:\n  quality.min_retention (fail)" in done.err
     assert "warning" not in done.err
-    weights = scored.store.folder(scored.variants["fp32"]) / "model.onnx"
+    weights = scored.store.verified_folder(scored.variants["fp32"]) / "model.onnx"
     weights.write_text("damaged")
     limbeck("protect", "still", "--policy", "policy.toml")
     damaged = limbeck("promote", "still/3", "--override", "--reason", "now")

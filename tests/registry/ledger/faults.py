@@ -63,7 +63,7 @@ def child(asked: dict[str, Any], number: int) -> dict[str, Any]:
     """Do what is asked, and say what came of it."""
     home = asked["home"] + (str(number) if asked["home"].endswith("/") else "")
     os.environ.update(LIMBECK_HOME=home, MLFLOW_TRACKING_URI=asked["uri"])
-    client.PATIENCE = 0.5
+    client.RETRY_SECONDS = 0.5
     said: dict[str, Any] = {"code": 0, "said": "", "hashes": []}
     store = Store()
     if asked.get("look"):
@@ -90,7 +90,7 @@ def child(asked: dict[str, Any], number: int) -> dict[str, Any]:
 
 def look(store: Store) -> dict[str, Any]:
     """Where the alias is, and what the ledger says."""
-    book = log.read(store, "still")
+    book = log.read_ledger(store, "still")
     entries = [[entry.hash, entry.to_version] for entry in book.entries]
     return {"at": book.aliases.get("production"), "problems": book.problems(), "entries": entries}
 

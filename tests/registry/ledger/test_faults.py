@@ -122,20 +122,20 @@ def check_all(answers: Answers, book: Ledger) -> None:
 def test_many_at_once_on_one_machine(ask: Callable[..., Answers], scored: Still) -> None:
     """The lock of the machine puts them in order."""
     answers = ask(do="promote", turns=2, **{"at once": 4})
-    check_all(answers, ledger.read(scored.store, "still"))
+    check_all(answers, ledger.read_ledger(scored.store, "still"))
     assert {answer["code"] for answer in answers} == {0}
 
 
 def test_many_at_once_on_several_machines(ask: Callable[..., Answers], scored: Still, tmp_path: Path) -> None:
     """Each has a state folder, and so a lock, of its own: the anchor puts them in order."""
     answers = ask(do="promote", turns=1, home=f"{tmp_path}/machine-", **{"at once": 4})
-    check_all(answers, ledger.read(scored.store, "still"))
+    check_all(answers, ledger.read_ledger(scored.store, "still"))
 
 
 def test_a_full_disk(ask: Callable[..., Answers], scored: Still) -> None:
     """The database has no page left, from any step on: told so, and the alias is where it was."""
     promote(scored.store, "still/3", "production", POLICY)
-    before = ledger.read(scored.store, "still").entries
+    before = ledger.read_ledger(scored.store, "still").entries
     database, kept = home() / "mlflow.db", home() / "kept.db"
     shutil.copy(database, kept)
     refused = 0
@@ -226,7 +226,7 @@ def test_twenty_at_once_through_a_server(
     ask: Callable[..., Answers], served: Served, remote: Store, tmp_path: Path
 ) -> None:
     answers = ask(do="promote", turns=1, uri=served.uri, home=f"{tmp_path}/machine-", **{"at once": 20})
-    check_all(answers, ledger.read(remote, "still"))
+    check_all(answers, ledger.read_ledger(remote, "still"))
     rollback(remote, "still", "production")
 
 
@@ -234,7 +234,7 @@ def test_twenty_at_once_through_a_server(
 def test_twenty_at_once_on_one_database(ask: Callable[..., Answers], scored: Still, tmp_path: Path) -> None:
     for folder in (str(home()), f"{tmp_path}/machine-"):
         answers = ask(do="promote", turns=1, home=folder, **{"at once": 20})
-        book = ledger.read(scored.store, "still")
+        book = ledger.read_ledger(scored.store, "still")
         assert book.problems() == []
         entered = {entry.hash for entry in book.entries}
         assert all(set(answer["hashes"]) <= entered for answer in answers)
@@ -246,7 +246,7 @@ def test_a_server_that_dies_and_returns(ask: Callable[..., Answers], served: Ser
     """Killed before each call of a promotion that changes something."""
     promote(remote, "still/3", "production", POLICY)
     for step in range(1, 20):
-        before = ledger.read(remote, "still")
+        before = ledger.read_ledger(remote, "still")
         to = 7 - before.aliases["production"]  # 3 and 4 in turn
         (answer,) = ask(do="promote", to=to, die=step, kill=served.process.pid, uri=served.uri)
         if answer["code"] == 0:
@@ -255,10 +255,10 @@ def test_a_server_that_dies_and_returns(ask: Callable[..., Answers], served: Ser
         assert (answer["code"], "does not answer" in answer["said"]) == (2, True)
         served.process.wait(30)
         served.start()
-        seen = ledger.read(remote, "still")
+        seen = ledger.read_ledger(remote, "still")
         assert (seen.problems(), seen.entries[: len(before.entries)]) == ([], before.entries)
         assert seen.aliases["production"] in (3, 4)
         promote(remote, f"still/{to}", "production", POLICY)  # the same command again
-        after = ledger.read(remote, "still")
+        after = ledger.read_ledger(remote, "still")
         assert (after.problems(), after.aliases["production"], len(after.entries)) == ([], to, len(before.entries) + 1)
     assert step >= 6

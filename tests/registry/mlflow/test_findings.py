@@ -13,7 +13,7 @@ from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.home import home
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.gate.rules.judge import apply_policy
 from limbeck.registry.records import Cost, Estimate, Parity, Relative, Scorecard
 from tests.registry.conftest import POLICY, Still
 
@@ -91,11 +91,11 @@ def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., 
     store.add_parity(version, newer)
     assert store.parity(version) == newer
     assert store.parity(still.student) is None
-    first = judge(POLICY, Evidence(version, None, newer))
+    first = apply_policy(POLICY, Evidence(version, None, newer))
     assert store.add_verdict(version, first) == first
-    again = judge(POLICY, Evidence(version, None, newer))
+    again = apply_policy(POLICY, Evidence(version, None, newer))
     assert store.add_verdict(version, again) == first  # says the same
-    other = judge(POLICY, Evidence(version, still.score(version), newer))
+    other = apply_policy(POLICY, Evidence(version, still.score(version), newer))
     store.add_verdict(version, other)
     assert store.verdicts(version) == [first, other]
     assert (first.outcome, other.outcome) == ("inconclusive", "pass")

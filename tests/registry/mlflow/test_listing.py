@@ -10,9 +10,9 @@ from contextlib import closing
 from pathlib import Path
 
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import judge
+from limbeck.registry.gate.rules.judge import apply_policy
 from limbeck.registry.mlflow import listing
-from limbeck.registry.mlflow.listing import listed
+from limbeck.registry.mlflow.listing import list_versions
 from limbeck.registry.mlflow.store import Store
 from tests.registry.conftest import POLICY, Still
 
@@ -34,7 +34,9 @@ def test_read_directly_and_through_mlflow(scored: Still, limbeck_home: Path) -> 
     store.client.delete_model_version("foreign", "3")
     directly = {name: listing._from_sqlite(limbeck_home / "mlflow.db", name) for name in (None, "still", "nothing")}
     for name, found in directly.items():
-        assert found == listing._from_mlflow(store.client, name) == listed(store.client, store.tracking_uri, name)
+        assert (
+            found == listing._from_mlflow(store.client, name) == list_versions(store.client, store.tracking_uri, name)
+        )
     everything = directly[None]
     assert everything is not None
     assert [(v.name, v.version) for v in everything] == [("foreign", 1), *(("still", n) for n in range(1, 6))]
@@ -54,14 +56,14 @@ def test_another_schema_is_left_to_mlflow(scored: Still, limbeck_home: Path) -> 
 
 def test_all_that_was_found(scored: Still) -> None:
     store, int8 = scored.store, scored.variants["int8"]
-    verdict = store.add_verdict(int8, judge(POLICY, Evidence(int8, None, store.parity(int8))))
-    found = {each.version.ref: each for each in store.found("still")}
+    verdict = store.add_verdict(int8, apply_policy(POLICY, Evidence(int8, None, store.parity(int8))))
+    found = {each.version.ref: each for each in store.findings("still")}
     assert [each.version for each in found.values()] == store.versions("still")
     assert found[int8.ref].verdicts == [verdict]
     assert found[int8.ref].scorecards == store.scorecards(int8)
     assert len(found[int8.ref].scorecards) == 1
     assert found[scored.student.ref][1:] == ([], [])
-    assert store.found("nothing") == []
+    assert store.findings("nothing") == []
 
 
 def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
@@ -75,9 +77,9 @@ def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
 
 def test_old_pointers_have_no_digest_of_the_file(scored: Still) -> None:
     store, int8 = scored.store, scored.variants["int8"]
-    (key, value), *_ = [(k, v) for k, v in store._tags(int8).items() if k.startswith("limbeck.scorecard.")]
+    (key, value), *_ = [(k, v) for k, v in store._read_tags(int8).items() if k.startswith("limbeck.scorecard.")]
     pointer = json.loads(value)
     del pointer["file"]
     before = Store().scorecards(int8)
-    store._tag(int8, key, json.dumps(pointer))
+    store._write_tag(int8, key, json.dumps(pointer))
     assert Store().scorecards(int8) == before

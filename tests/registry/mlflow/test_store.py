@@ -34,15 +34,15 @@ def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolde
     assert store.get("still/1") == made
     assert (made.ref, made.digest, made.parent, made.params) == ("still/1", folder_digest(folder), "still/9", 7)
     shutil.rmtree(folder)
-    assert folder_digest(store.folder(made)) == made.digest
-    assert store.at_hand(made) == store.folder(made)
+    assert folder_digest(store.verified_folder(made)) == made.digest
+    assert store.find_local_folder(made) == store.verified_folder(made)
     assert store.client.get_model_version("still", "1").tags["colour"] == "red"
 
 
 def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolder) -> None:
     first = store.register("still", make_folder("a"), kind="student", parent="still/9")
     assert store.register("still", make_folder("b") / ".." / "a", kind="student", parent="still/9") == first
-    other = store.register("still", store.folder(first), kind="student", parent="still/8")
+    other = store.register("still", store.verified_folder(first), kind="student", parent="still/8")
     assert (other.version, other.digest) == (2, first.digest)  # of another parent: another version
     assert len(leftovers(store)) == 2 * 2
 
@@ -56,9 +56,9 @@ def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
     assert [v.aliases for v in store.versions("still")] == [(), ("production",)]
     assert store.versions("still")[1] == store.get("still@production") == store.get("models:/still/2")
     assert store.versions("kettle") == store.versions(filter_string="tags.`limbeck.precision` = 'int8'") == [third]
-    assert store.find("still", recipe="small").ref == second.ref  # the newest
-    assert store.find("still", recipe="large") is None
-    assert store.names() == ["kettle", "still"]
+    assert store.find_version("still", recipe="small").ref == second.ref  # the newest
+    assert store.find_version("still", recipe="large") is None
+    assert store.model_names() == ["kettle", "still"]
     assert store.aliases("still") == {"production": 2}
     assert store.aliases("nothing") == {}
     assert store.versions("it's' or name='still") == []
@@ -114,14 +114,14 @@ def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeF
 
 def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder) -> None:
     version = store.register("still", make_folder("a"), kind="student")
-    weights = store.folder(version) / "model.safetensors"
+    weights = store.verified_folder(version) / "model.safetensors"
     weights.write_text(weights.read_text()[:-1])
     with pytest.raises(DamagedArtifact, match="digest is"):
-        store.folder(version)
+        store.verified_folder(version)
     shutil.rmtree(weights.parent)
     with pytest.raises(DamagedArtifact, match="still/1 is damaged: its files are gone"):
-        store.folder(version)
-    assert store.at_hand(version) is None
+        store.verified_folder(version)
+    assert store.find_local_folder(version) is None
 
 
 def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: MakeFolder) -> None:
@@ -183,8 +183,8 @@ def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None
 
 def test_how_a_run_ends(store: Store) -> None:
     with store.run("good", params={"a b!": 1}, tags={"t": "x"}) as run:
-        run.metrics({"loss": 0.5}, step=3)
-        run.tags({"more": 2})
+        run.log_metrics({"loss": 0.5}, step=3)
+        run.set_tags({"more": 2})
     kept = store.client.get_run(run.id)
     assert (kept.info.status, kept.data.params, kept.data.metrics) == ("FINISHED", {"a b_": "1"}, {"loss": 0.5})
     assert (kept.data.tags["t"], kept.data.tags["more"]) == ("x", "2")

@@ -121,11 +121,11 @@ def test_the_whole_gate_through_a_server(
     int8 = scored.variants["int8"]
     assert store.get(int8.ref) == int8
     assert not store.is_local(int8)
-    folder = store.folder(int8)
+    folder = store.verified_folder(int8)
     assert folder.is_relative_to(home() / "artifacts-cache")
     assert folder_digest(folder) == int8.digest
     (folder / "model.onnx").write_text("damaged here")
-    assert folder_digest(store.folder(int8)) == int8.digest  # fetched again
+    assert folder_digest(store.verified_folder(int8)) == int8.digest  # fetched again
 
     promote(store, "still/3", "production", POLICY)
     promote(store, "still", "production", POLICY)
@@ -133,11 +133,11 @@ def test_the_whole_gate_through_a_server(
     rollback(store, "still", "production")
     store.client.set_registered_model_alias("still", "production", "5")
     assert limbeck("models", "history", "still", "--verify").code == 1
-    ledger.adopt(store, "still", "production", who="me", reason="")
-    assert ledger.read(store, "still").problems() == []
+    ledger.adopt_alias(store, "still", "production", who="me", reason="")
+    assert ledger.read_ledger(store, "still").problems() == []
 
     shutil.rmtree(home())  # another machine
-    found = {each.version.ref: each for each in Store().found("still")}  # fetched
+    found = {each.version.ref: each for each in Store().findings("still")}  # fetched
     assert found[int8.ref].scorecards == Store().scorecards(int8) == scored.store.scorecards(int8)
     assert found[int8.ref].version == store.get(int8.ref)
     listed = limbeck("models", "list", "still")
@@ -149,14 +149,14 @@ def test_the_whole_gate_through_a_server(
         file.write_text("damaged there")
     shutil.rmtree(home() / "artifacts-cache")
     with pytest.raises(DamagedArtifact):
-        store.folder(int8)
+        store.verified_folder(int8)
     assert not (home() / "artifacts-cache" / int8.digest).exists()
 
 
 @pytest.fixture
 def proxy(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     """A way to the server that can be cut; nobody has patience, for the tests' sake."""
-    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 1.0)
     with flaky(server.uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
         yield proxy
@@ -191,7 +191,7 @@ def test_an_upload_goes_on_where_the_server_died(
     assert "upload fp32: 3 of 5 files are there already\n" in told
     assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
     assert len(proxy.puts) == 5 + 5  # and once more, all of them
-    assert folder_digest(Store().folder(version)) == version.digest == folder_digest(files)
+    assert folder_digest(Store().verified_folder(version)) == version.digest == folder_digest(files)
 
 
 def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
@@ -210,7 +210,7 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     version = Store().register("killed", files, kind="student")
     assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
     assert proxy.puts[:2] == first
-    assert folder_digest(Store().folder(version)) == version.digest
+    assert folder_digest(Store().verified_folder(version)) == version.digest
 
 
 @pytest.mark.slow
@@ -223,14 +223,14 @@ def test_uploads_that_nobody_went_on_with(
         Store().register("given-up", files, kind="student")
     proxy.cut_after = None
     assert "given-up" not in limbeck("doctor").out  # it may be going on elsewhere
-    monkeypatch.setattr(transfer, "LATE", timedelta(0))
+    monkeypatch.setattr(transfer, "ABANDONED_AFTER", timedelta(0))
     assert "upload of given-up" in limbeck("doctor").out
     here = len(list(server.files.rglob("part-0.safetensors")))
     assert "taken away" in limbeck("doctor", "--clean").out
     assert len(list(server.files.rglob("part-0.safetensors"))) == here - 1
     assert "given-up" not in limbeck("doctor").out
     shutil.rmtree(home() / "artifacts-cache")
-    assert folder_digest(Store().folder(kept)) == kept.digest
+    assert folder_digest(Store().verified_folder(kept)) == kept.digest
 
 
 def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
@@ -243,16 +243,16 @@ def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: P
 def test_a_busy_server_is_asked_again(
     proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "PATIENCE", 20.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 20.0)
     store = Store()
     for status in (429, 503):
         proxy.answers = [status]
-        store.names()
+        store.model_names()
         assert f"it answers {status}; trying again for 20 s" in capsys.readouterr().err
-    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.3)
     proxy.answers = [503] * 20
     with pytest.raises(Unreachable, match="it answers 503"):
-        store.names()
+        store.model_names()
 
 
 def test_a_secret_in_the_address_is_never_said(
@@ -263,7 +263,7 @@ def test_a_secret_in_the_address_is_never_said(
     said = []
     for command in (["doctor", "--format", "json"], ["doctor"], ["models", "show", "nothing/1"]):
         said.append(limbeck(*command))
-    monkeypatch.setattr(client, "PATIENCE", 0.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret.rpartition(":")[0] + f":{free_port()}")
     said += [limbeck("doctor", "--format", "json"), limbeck("models", "list")]
     for result in said:

@@ -28,20 +28,20 @@ from limbeck.registry.provenance import licences
     ],
 )
 def test_what_is_known_of_a_licence(licence: str | None, allows: bool | None) -> None:
-    assert licences.allows(licence) is allows
+    assert licences.allows_distillation(licence) is allows
 
 
 def test_each_entry_says_where_it_is_from() -> None:
     for name in licences.TERMS:
-        terms = licences.terms(name.upper())
+        terms = licences.terms_of_licence(name.upper())
         assert terms is not None
-        assert terms.said
+        assert terms.summary
         assert terms.source.startswith("https://")
 
 
 def test_the_terms_of_an_endpoint() -> None:
-    assert licences.of_endpoint("https://api.openai.com/v1#gpt-4o") == "openai"
-    assert licences.of_endpoint("http://127.0.0.1:8000/v1#student") is None
+    assert licences.licence_of_endpoint("https://api.openai.com/v1#gpt-4o") == "openai"
+    assert licences.licence_of_endpoint("http://127.0.0.1:8000/v1#student") is None
 
 
 @pytest.mark.parametrize(
@@ -59,22 +59,25 @@ def test_the_terms_of_an_endpoint() -> None:
     ],
 )
 def test_several_licences(licence: str | None, names: list[str], allows: bool | None) -> None:
-    assert licences.names(licence) == names
-    assert licences.allows(licence) is allows
+    assert licences.licence_names(licence) == names
+    assert licences.allows_distillation(licence) is allows
 
 
 def test_licences_are_joined_each_once() -> None:
-    assert licences.joined([None, "MIT", "mit AND openai", None, "PSF-2.0 OR GPL-3.0"]) == (
+    assert licences.join_licences([None, "MIT", "mit AND openai", None, "PSF-2.0 OR GPL-3.0"]) == (
         "mit AND openai AND (PSF-2.0 OR GPL-3.0)"
     )
-    assert licences.joined([None]) is None
-    assert licences.joined(["MIT OR GPL-3.0"]) == "MIT OR GPL-3.0"
+    assert licences.join_licences([None]) is None
+    assert licences.join_licences(["MIT OR GPL-3.0"]) == "MIT OR GPL-3.0"
 
 
 def test_the_chain_ends_where_an_ancestor_is_gone(store: Store, make_folder: Callable[..., Path]) -> None:
     teacher = store.register("a", make_folder("t"), kind="teacher", licence="mit")
     told = {"teacher_licence": "mit", "licence_allows_distillation": True}
     student = store.register("a", make_folder("s"), kind="student", parent=teacher.ref, **told)
-    assert [(t.of, t.allows) for t in licences.chain(store, student)] == [("a/1", True)]
+    assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [("a/1", True)]
     store.client.delete_model_version("a", "1")
-    assert [(t.of, t.allows) for t in licences.chain(store, student)] == [("a/1", True), ("a/1, which is gone", None)]
+    assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [
+        ("a/1", True),
+        ("a/1, which is gone", None),
+    ]

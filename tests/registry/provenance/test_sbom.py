@@ -20,7 +20,7 @@ from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import CostLimits
 from limbeck.registry.provenance import attestation, cyclonedx
 from limbeck.registry.provenance import sbom as bills
-from limbeck.registry.provenance.sbom import Bill
+from limbeck.registry.provenance.sbom import Sbom
 from limbeck.registry.records import Version
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
@@ -29,10 +29,10 @@ from tests.registry.conftest import POLICY, Still
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The public key that is configured for signing, and trusted as ada's."""
-    public = signing.new(tmp_path / "ada.pem")
+    public = signing.create_key(tmp_path / "ada.pem")
     (tmp_path / "trusted").write_text(f"{public} ada\n")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
-    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
     return public
 
 
@@ -48,7 +48,7 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
         "base_model_licence": "llama3.1", "licence_allows_distillation": True,
     }  # fmt: skip
     with store.run("still", params={"data.path": "texts.jsonl", "data.source": None}) as run:
-        run.tags({cyclonedx.MADE_WITH: json.dumps({"torch": "2.13.0+cpu"})})
+        run.set_tags({cyclonedx.MADE_WITH: json.dumps({"torch": "2.13.0+cpu"})})
     parent = store.register(
         "still", make_folder("student"), kind="student", parent=teacher.ref, run_id=run.id, **origin
     )
@@ -65,12 +65,12 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
 
 
 def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
-    said = attestation.bill(store, made)
+    said = attestation.sbom_json(store, made)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
     main = said["metadata"]["component"]
     assert (main["type"], main["name"], main["version"]) == ("machine-learning-model", "still", "3")
     files = {each["name"]: each["hashes"][0]["content"] for each in main["components"]}
-    assert files == file_digests(store.folder(made))
+    assert files == file_digests(store.verified_folder(made))
     parts = {each["bom-ref"]: each for each in said["components"]}
     licences = {
         ref: [one["license"].get("id") or one["license"]["name"] for one in each.get("licenses", [])]
@@ -106,13 +106,13 @@ def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
 
 def test_a_commit_with_changes_is_none(store: Store, make_folder: Callable[..., Path]) -> None:
     version = store.register("a", make_folder("a"), kind="teacher", code_version="limbeck 0.1.0+gcf305ea-dirty")
-    [code] = attestation.bill(store, version)["components"]
+    [code] = attestation.sbom_json(store, version)["components"]
     assert (code["version"], "pedigree" in code) == ("0.1.0+gcf305ea-dirty", False)
 
 
 def test_an_ancestor_that_is_gone_is_named(store: Store, made: Version) -> None:
     store.client.delete_model_version("still", "2")
-    said = attestation.bill(store, made)
+    said = attestation.sbom_json(store, made)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
     parts = {each["bom-ref"]: each for each in said["components"]}
     assert "not in the registry any more" in parts["model:still/2"]["description"]
@@ -121,9 +121,9 @@ def test_an_ancestor_that_is_gone_is_named(store: Store, made: Version) -> None:
 
 def test_scores_and_verdict_are_in_it(scored: Still) -> None:
     version = scored.variants["int8"]
-    unjudged = attestation.bill(scored.store, version)
+    unjudged = attestation.sbom_json(scored.store, version)
     promote(scored.store, version.ref, "production", POLICY)
-    said = attestation.bill(scored.store, version)
+    said = attestation.sbom_json(scored.store, version)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
     metrics = said["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     bits = next(each for each in metrics if each.get("slice") == "bits")
@@ -144,40 +144,40 @@ def test_one_state_has_one_bill(scored: Still) -> None:
     store, version = scored.store, scored.variants["int8"]
     first = attestation.attest(store, version)
     assert attestation.attest(Store(), version) == first
-    found = attestation.find(store, version)
+    found = attestation.find_sbom(store, version)
     assert found is not None
-    assert (found.digest, found.signatures, found.artifact()) == (first, (), version.digest)
+    assert (found.digest, found.signatures, found.artifact_digest()) == (first, (), version.digest)
     scored.score(version, usd=3.0, harness="lm-eval 1")  # another state
     second = attestation.attest(store, version)
     assert second != first
-    older = attestation.find(store, version, first)
+    older = attestation.find_sbom(store, version, first)
     assert older == found
-    assert attestation.find(store, version, "0" * 64) is None
+    assert attestation.find_sbom(store, version, "0" * 64) is None
 
 
 def test_a_promotion_writes_one_that_the_ledger_names(scored: Still) -> None:
     store = scored.store
     done = promote(store, "still", "production", POLICY)
     assert done.entry is not None
-    found = attestation.named(store, "still@production")
+    found = attestation.sbom_of_ref(store, "still@production")
     assert found is not None
     assert done.entry.sbom == found.digest == text_digest(found.text)
-    assert found.artifact() == done.chosen.digest
+    assert found.artifact_digest() == done.chosen.digest
     other = POLICY.model_copy(update={"cost": CostLimits(max_cost_ratio=0.6)})
     staged = promote(store, done.chosen.ref, "staging", other)  # another verdict
     assert staged.entry is not None
     assert staged.entry.sbom != done.entry.sbom
-    assert attestation.named(store, "still@production") == found
+    assert attestation.sbom_of_ref(store, "still@production") == found
     tag = f"limbeck.sbom.{str(done.entry.sbom)[:16]}"
     store.client.delete_model_version_tag("still", str(done.chosen.version), tag)
     with pytest.raises(DamagedArtifact, match="which is gone"):
-        attestation.named(store, "still@production")
+        attestation.sbom_of_ref(store, "still@production")
 
 
 def test_a_changed_bill_is_found(scored: Still) -> None:
     store, version = scored.store, scored.variants["int8"]
     digest = attestation.attest(store, version)
-    found = attestation.find(store, version)
+    found = attestation.find_sbom(store, version)
     assert found is not None
 
     def tamper(text: str) -> None:
@@ -187,84 +187,84 @@ def test_a_changed_bill_is_found(scored: Still) -> None:
         assert text != found.text
         tamper(text)
         with pytest.raises(DamagedArtifact, match="the bill of materials of still/4"):
-            attestation.find(store, version)
+            attestation.find_sbom(store, version)
     tamper(found.text)
-    assert attestation.find(store, version) == found
+    assert attestation.find_sbom(store, version) == found
 
 
 def test_a_bill_is_signed_by_the_key_that_is_configured(
     scored: Still, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, version = scored.store, scored.variants["int8"]
-    monkeypatch.delenv(signing.KEY_FILE)
+    monkeypatch.delenv(signing.KEY_FILE_VARIABLE)
     digest = attestation.attest(store, version)
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
     assert attestation.attest(store, version) == digest  # the same bill, signed now
-    found = attestation.find(store, version)
+    found = attestation.find_sbom(store, version)
     assert found is not None
     assert [each.key for each in found.signatures] == [key]
-    assert bills.check(found, version.digest, version.ref) == "ada"
-    ben = signing.new(tmp_path / "ben.pem")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ben.pem"))
-    signed = attestation.sign(store, version, found)
+    assert bills.verify_sbom(found, version.digest, version.ref) == "ada"
+    ben = signing.create_key(tmp_path / "ben.pem")
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ben.pem"))
+    signed = attestation.sign_sbom(store, version, found)
     assert {each.key for each in signed.signatures} == {key, ben}
-    kept = attestation.find(store, version)
+    kept = attestation.find_sbom(store, version)
     assert kept is not None
     assert set(kept.signatures) == set(signed.signatures)
-    assert bills.check(kept, version.digest, version.ref) == "ada"
+    assert bills.verify_sbom(kept, version.digest, version.ref) == "ada"
 
 
 def test_a_key_that_cannot_be_used_leaves_nothing(
     scored: Still, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "nowhere.pem"))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "nowhere.pem"))
     with pytest.raises(BadInput, match=r"the signing key .* cannot be read"):
         promote(scored.store, "still", "production", POLICY)
-    assert attestation.find(scored.store, scored.variants["int8"]) is None
-    assert log.entries(scored.store, "still") == []
+    assert attestation.find_sbom(scored.store, scored.variants["int8"]) is None
+    assert log.read_entries(scored.store, "still") == []
     assert scored.store.aliases("still") == {}
 
 
 @pytest.fixture
-def signed(scored: Still, key: str) -> tuple[Bill, Version]:
+def signed(scored: Still, key: str) -> tuple[Sbom, Version]:
     """A signed bill, and its version."""
     version = scored.variants["int8"]
     attestation.attest(scored.store, version)
-    found = attestation.find(scored.store, version)
+    found = attestation.find_sbom(scored.store, version)
     assert found is not None
     return found, version
 
 
-def test_what_cannot_be_trusted(scored: Still, signed: tuple[Bill, Version], tmp_path: Path) -> None:
+def test_what_cannot_be_trusted(scored: Still, signed: tuple[Sbom, Version], tmp_path: Path) -> None:
     bill, version = signed
     other = scored.variants["fp32"]
 
-    def refused(kind: type[Exception], words: str, given: Bill | None, digest: str = version.digest) -> None:
+    def refused(kind: type[Exception], words: str, given: Sbom | None, digest: str = version.digest) -> None:
         with pytest.raises(kind, match=words):
-            bills.check(given, digest, version.ref)
+            bills.verify_sbom(given, digest, version.ref)
 
     refused(BadInput, "still/4 has no bill of materials, and LIMBECK_TRUSTED_KEYS asks", None)
     refused(BadInput, "is not signed", bill._replace(signatures=()))
     refused(DamagedArtifact, "is of other files", bill, other.digest)
     changed = bill._replace(text=bill.text.replace('"0.97"', '"1.97"'))
     refused(DamagedArtifact, "the signature of ada does not fit", changed)
-    refused(DamagedArtifact, "cannot be read: no files are listed", Bill("{}"))
-    refused(DamagedArtifact, "cannot be read", Bill("no JSON"))
-    eve = signing.new(tmp_path / "eve.pem")
+    refused(DamagedArtifact, "cannot be read: no files are listed", Sbom("{}"))
+    refused(DamagedArtifact, "cannot be read", Sbom("no JSON"))
+    eve = signing.create_key(tmp_path / "eve.pem")
     theirs = bill.signatures[0]._replace(key=eve)
     refused(BadInput, "signed, but by no key that LIMBECK_TRUSTED_KEYS lists", bill._replace(signatures=(theirs,)))
-    assert bills.check(bill._replace(signatures=(theirs, *bill.signatures)), version.digest, "it") == "ada"
+    assert bills.verify_sbom(bill._replace(signatures=(theirs, *bill.signatures)), version.digest, "it") == "ada"
 
 
 def test_where_no_keys_are_trusted_a_bill_still_has_to_be_of_the_artifact(
-    scored: Still, signed: tuple[Bill, Version], monkeypatch: pytest.MonkeyPatch
+    scored: Still, signed: tuple[Sbom, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bill, version = signed
-    monkeypatch.delenv(signing.TRUSTED)
-    assert bills.check(bill, version.digest, "it") is None
-    assert bills.check(None, version.digest, "it") is None
+    monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE)
+    assert bills.verify_sbom(bill, version.digest, "it") is None
+    assert bills.verify_sbom(None, version.digest, "it") is None
     with pytest.raises(DamagedArtifact, match="is of other files"):
-        bills.check(bill, scored.variants["fp32"].digest, "it")
+        bills.verify_sbom(bill, scored.variants["fp32"].digest, "it")
 
 
 def test_the_command_shows_keeps_and_verifies(
@@ -277,25 +277,25 @@ def test_the_command_shows_keeps_and_verifies(
     shown = limbeck("models", "sbom", "still/4")
     assert json.loads(shown.out)["metadata"]["component"]["version"] == "4"
     assert "neither kept nor signed" in shown.err
-    assert attestation.find(store, version) is None
+    assert attestation.find_sbom(store, version) is None
     none = limbeck("models", "sbom", "still/4", "--verify")
     assert (none.code, "limbeck models sbom still/4 --attest" in none.err) == (2, True)
     promote(store, "still/4", "production", POLICY)
     assert "not signed" in limbeck("models", "sbom", "still@production", "--verify").out
-    public = signing.new(tmp_path / "ada.pem")
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "ada.pem"))
+    public = signing.create_key(tmp_path / "ada.pem")
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
     scored.score(version, usd=3.0, harness="lm-eval 1")  # the alias keeps the bill of its promotion
     written = limbeck("models", "sbom", "still@production", "--attest", "--output", tmp_path / "out" / "sbom.json")
     assert written.code == 0, written.err
-    assert bills.read(tmp_path / "out") == attestation.named(store, "still@production")
+    assert bills.read_sbom(tmp_path / "out") == attestation.sbom_of_ref(store, "still@production")
     assert (
         f"signed with {public}, which is held against no list"
         in limbeck("models", "sbom", "still@production", "--verify").out
     )
     (tmp_path / "trusted").write_text(f"{public} ada\n")
-    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "trusted"))
+    monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
     assert "signed by ada" in limbeck("models", "sbom", "still@production", "--verify").out
-    weights = store.folder(version) / "model.onnx"
+    weights = store.verified_folder(version) / "model.onnx"
     weights.write_text("other")
     damaged = limbeck("models", "sbom", "still@production", "--verify")
     assert (damaged.code, "is damaged" in damaged.err) == (2, True)

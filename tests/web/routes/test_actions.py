@@ -10,7 +10,7 @@ import pytest
 from limbeck.registry.gate import approvals, protection
 from limbeck.registry.gate.promotion import promote
 from limbeck.registry.ledger import log
-from limbeck.registry.policy.schema import ApprovalRules, Override
+from limbeck.registry.policy.schema import ApprovalRules, OverrideRules
 from limbeck.registry.records import LedgerEntry, Version
 from tests.registry.conftest import POLICY, Still
 from tests.web.conftest import TOKEN, Site
@@ -22,12 +22,12 @@ Everything = tuple[dict[str, int], list[LedgerEntry]]
 
 def everything(site: Site) -> Everything:
     """Where all aliases are, and all entries."""
-    book = log.read(site.store, "still")
+    book = log.read_ledger(site.store, "still")
     return dict(book.aliases), list(book.entries)
 
 
 def entries(site: Site, alias: str) -> list[LedgerEntry]:
-    return [entry for entry in log.entries(site.store, "still") if entry.alias == alias]
+    return [entry for entry in log.read_entries(site.store, "still") if entry.alias == alias]
 
 
 def number(site: Site, precision: str) -> int:
@@ -200,7 +200,7 @@ def test_what_was_shown_has_to_hold_when_it_is_pressed(site: Site) -> None:
 def test_changed_files_go_nowhere(site: Site) -> None:
     visitor = member(site)
     path, form = open_form(visitor, site, "fp32", "changed")
-    file = site.store.folder(site.still.variants["fp32"]) / "model.onnx"
+    file = site.store.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
     try:
         file.write_text("changed")
@@ -211,7 +211,7 @@ def test_changed_files_go_nowhere(site: Site) -> None:
 
 
 def test_an_override_is_for_those_who_may_and_loud(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = POLICY.model_copy(update={"override": Override(people=("ada",))})
+    strict = POLICY.model_copy(update={"override": OverrideRules(people=("ada",))})
     protection.protect(site.store, "still", "forced", strict, who="ada")
     visitor = member(site)
     path, form = open_form(visitor, site, "int4", "forced")
@@ -227,7 +227,7 @@ def test_an_override_is_for_those_who_may_and_loud(site: Site, monkeypatch: pyte
     answer = visitor.post(path, form | {"confirm": "still/5"})
     assert answer.status_code == 303
     entry = entries(site, "forced")[-1]
-    assert (entry.override, entry.to_version, len(entry.broken)) == (True, 5, 1)
+    assert (entry.override, entry.to_version, len(entry.overridden_rules)) == (True, 5, 1)
     page = visitor.get("/models/still/history")
     assert ("strong", {"class": "tag fail"}) in page.tags
     assert "quality.min_retention (fail)" in page.text
@@ -269,7 +269,7 @@ def test_damaged_files_are_not_gone_back_to(site: Site) -> None:
         promote(site.store, f"still/{number(site, precision)}", "worn", POLICY)
     before = everything(site)
     form = visitor.get(f"{path}?alias=worn").form(path, reason="why not")
-    file = site.store.folder(site.still.variants["fp32"]) / "model.onnx"
+    file = site.store.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
     try:
         file.write_text("changed")
@@ -307,7 +307,7 @@ def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (other.status_code, "the verdict is another one now" in other.text) == (409, True)
     assert visitor.post("/models/still/4/answer", form | {"said": "reject"}).status_code == 400  # says not why
     assert visitor.post("/models/still/4/answer", form | {"said": "approve", "reason": "tried it"}).status_code == 303
-    (answered,) = approvals.find(site.store, version(site, 4), "asked")[1]
+    (answered,) = approvals.request_and_answers(site.store, version(site, 4), "asked")[1]
     assert (answered.who, answered.answer, answered.reason) == ("bob", "approve", "tried it")
     page = visitor.get(f"{path}?alias=asked")
     assert page.buttons["Promote still/4 to asked"] is True

@@ -36,7 +36,7 @@ FOCUSED = "() => document.activeElement.labels?.[0]?.innerText ?? document.activ
 
 
 def entries(site: Site, alias: str) -> list[LedgerEntry]:
-    return [entry for entry in log.entries(site.store, "still") if entry.alias == alias]
+    return [entry for entry in log.read_entries(site.store, "still") if entry.alias == alias]
 
 
 def test_promote_and_roll_back(tab: Page, site: Site) -> None:
@@ -131,7 +131,7 @@ def test_ask_and_answer(tab: Page, site: Site, monkeypatch: pytest.MonkeyPatch) 
     tab.get_by_label("a rejection needs one").fill("not before Monday")
     tab.get_by_role("button", name="Reject").click()
     tab.get_by_text("rejected by bob").wait_for()
-    (answer,) = approvals.find(site.store, site.still.variants["fp32"], "asked")[1]
+    (answer,) = approvals.request_and_answers(site.store, site.still.variants["fp32"], "asked")[1]
     assert (answer.who, answer.answer, answer.reason) == ("bob", "reject", "not before Monday")
 
 
@@ -140,7 +140,7 @@ def seen(site: Site) -> None:
     """An alias with a past, and a request."""
     for number in (3, 4):
         promote(site.store, f"still/{number}", "seen", POLICY, reason="a reason of some length, to be shown")
-    approvals.request(site.store, "still/3", "seen", who="dan", reason="a request of some length, to be shown")
+    approvals.request_approval(site.store, "still/3", "seen", who="dan", reason="a request of some length, to be shown")
 
 
 @pytest.mark.usefixtures("seen")

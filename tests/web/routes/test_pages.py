@@ -62,9 +62,9 @@ def pages(registry: Still) -> Iterator[TestClient]:
     store = registry.store
     with store.run("train", params={"recipe.width": 8}) as run:
         for step in range(5):
-            run.metrics({"loss": 5.0 - step, "learning_rate": 0.1}, step)
-        run.metrics({"heldout_bits_per_byte": 2.0})
-    folder = Path(store.folder(registry.student)).parent / "evil"
+            run.log_metrics({"loss": 5.0 - step, "learning_rate": 0.1}, step)
+        run.log_metrics({"heldout_bits_per_byte": 2.0})
+    folder = Path(store.verified_folder(registry.student)).parent / "evil"
     folder.mkdir()
     (folder / 'a"<b>.txt').write_text("x")
     said = dict.fromkeys(("recipe", "licence", "code_version", "author", "teacher_licence", "precision"), EVIL)
@@ -118,7 +118,7 @@ def test_a_leaderboard_shows_what_the_address_says(pages: TestClient) -> None:
 
 
 def test_a_leaderboard_of_many_versions_is_divided(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaderboards, "PAGE", 2)
+    monkeypatch.setattr(leaderboards, "ROWS_PER_PAGE", 2)
     first, last = get(pages, "/models/still?recipe=small"), get(pages, "/models/still?recipe=small&page=2")
     assert "/models/still?recipe=small&page=2" in first.links()
     assert "Page 1 of 2: 4 versions" in first.words
@@ -130,14 +130,14 @@ def test_a_leaderboard_of_many_versions_is_divided(pages: TestClient, monkeypatc
 
 def test_a_leaderboard_is_made_again_when_something_changes(pages: TestClient, registry: Still) -> None:
     site = pages.app.state.site  # type: ignore[attr-defined]
-    before = site.boards.rows("still")
-    assert site.boards.rows("still") is before
+    before = site.leaderboards.rows("still")
+    assert site.leaderboards.rows("still") is before
     registry.store.client.set_registered_model_alias("still", "trial", 3)
     try:
-        assert next(row for row in site.boards.rows("still") if row.version == "still/3").aliases == ("trial",)
+        assert next(row for row in site.leaderboards.rows("still") if row.version == "still/3").aliases == ("trial",)
     finally:
         registry.store.client.delete_registered_model_alias("still", "trial")
-    assert site.boards.rows("still") == before
+    assert site.leaderboards.rows("still") == before
 
 
 def test_a_version_is_told_whole(pages: TestClient, registry: Still) -> None:
@@ -174,7 +174,7 @@ def test_curves_are_those_that_are_chosen(pages: TestClient) -> None:
 
 
 def test_a_curve_is_drawn_to_scale() -> None:
-    svg = plots.curves("loss", [plots.Series("loss", [(0, 4.0), (10, 2.0), (20, 3.0)])])
+    svg = plots.draw_curves("loss", [plots.Series("loss", [(0, 4.0), (10, 2.0), (20, 3.0)])])
     (x0, y0), (x1, y1), (x2, y2) = [
         (float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
     ]
@@ -184,7 +184,7 @@ def test_a_curve_is_drawn_to_scale() -> None:
 
 
 def test_an_interval_is_drawn_to_scale() -> None:
-    svg = plots.interval(Estimate(value=0.5, low=0.25, high=1.0), 0.0, 1.0, marks=(0.0,))
+    svg = plots.draw_interval(Estimate(value=0.5, low=0.25, high=1.0), 0.0, 1.0, marks=(0.0,))
     assert re.findall(r'd="M([\d.]+) ', svg) == ["4.0", "52.0", "100.0"]
     assert "H196.0" in svg
     assert "0.5, between 0.25 and 1" in svg
@@ -192,8 +192,8 @@ def test_an_interval_is_drawn_to_scale() -> None:
 
 def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     points = [(step, float(step)) for step in range(10_001)]
-    svg = plots.curves("x", [plots.Series("x", points)])
-    assert svg.count("<circle") <= plots.MOST_POINTS + 1
+    svg = plots.draw_curves("x", [plots.Series("x", points)])
+    assert svg.count("<circle") <= plots.MAX_POINTS + 1
     assert "step 10,000: 10000" in svg
 
 

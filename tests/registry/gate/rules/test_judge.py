@@ -11,12 +11,12 @@ import pytest
 
 from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.gate.approvals import signed
-from limbeck.registry.gate.evidence import Evidence, best_card
-from limbeck.registry.gate.rules.judge import judge
-from limbeck.registry.policy.file import load
+from limbeck.registry.gate.approvals import signature_payload
+from limbeck.registry.gate.evidence import Evidence, best_scorecard
+from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.policy.file import load_policy
 from limbeck.registry.policy.schema import Policy
-from limbeck.registry.provenance.licences import Term
+from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import Approval, Contamination, Estimate, Overlap, Parity, Request, Scorecard, Version
 from tests import ROOT
 
@@ -40,7 +40,7 @@ def policy(**rules: Any) -> Policy:
 
 
 def outcomes(rules: dict[str, Any], card: Scorecard | None, version: Version = TORCH) -> dict[str, str]:
-    verdict = judge(policy(**rules), Evidence(version, card, teacher_digest=TEACHER))
+    verdict = apply_policy(policy(**rules), Evidence(version, card, teacher_digest=TEACHER))
     assert all(rule.message for rule in verdict.rules)
     return {rule.rule: rule.outcome for rule in verdict.rules}
 
@@ -60,7 +60,7 @@ def test_the_whole_interval_has_to_reach_the_limit(
     make_card: Callable[..., Scorecard], retention: tuple[float, float, float], outcome: str
 ) -> None:
     evidence = Evidence(TORCH, make_card(TORCH.digest, retention=retention), teacher_digest=TEACHER)
-    verdict = judge(policy(), evidence)
+    verdict = apply_policy(policy(), evidence)
     assert verdict.outcome == outcome
     assert verdict.rules[0].message.startswith(
         f"retention {retention[0]:.4f} [{retention[1]:.4f}, {retention[2]:.4f}], at least 0.8000 is asked"
@@ -69,7 +69,7 @@ def test_the_whole_interval_has_to_reach_the_limit(
 
 def test_a_verdict_is_bound_to_what_was_judged(make_card: Callable[..., Scorecard]) -> None:
     card, rules = make_card(TORCH.digest), policy()
-    verdict = judge(rules, Evidence(TORCH, card, teacher_digest=TEACHER))
+    verdict = apply_policy(rules, Evidence(TORCH, card, teacher_digest=TEACHER))
     assert (verdict.model, verdict.artifact, verdict.scorecard) == ("still/4", TORCH.digest, card.digest())
     assert (verdict.tasks_digest, verdict.prompts_digest, verdict.policy) == ("tasks", "prompts", rules.digest())
 
@@ -82,7 +82,7 @@ def test_what_was_not_scored_is_inconclusive(make_card: Callable[..., Scorecard]
         (make_card(TORCH.digest, teacher_digest="1" * 64), "which is not its teacher still/1"),
         (make_card(TORCH.digest, teacher_digest=TORCH.digest), "scored against itself"),
     ):
-        verdict = judge(policy(), Evidence(TORCH, card, teacher_digest=TEACHER))
+        verdict = apply_policy(policy(), Evidence(TORCH, card, teacher_digest=TEACHER))
         assert verdict.outcome == "inconclusive"
         assert words in " ".join(rule.message for rule in verdict.rules if rule.outcome == "inconclusive")
 
@@ -125,7 +125,7 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
 
     def found(parity: Parity | None, precision: str = "fp32", **limits: Any) -> dict[str, str]:
         version = ONNX.model_copy(update={"precision": precision})
-        verdict = judge(
+        verdict = apply_policy(
             policy(parity=limits), Evidence(version, card, parity, teacher_digest=TEACHER, parent_digest="r")
         )
         return {rule.rule: rule.outcome for rule in verdict.rules if rule.rule.startswith("parity")}
@@ -149,7 +149,7 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
 
 def test_one_failing_rule_fails(make_card: Callable[..., Scorecard]) -> None:
     card = make_card(TORCH.digest, retention=(0.8, 0.7, 0.9))  # inconclusive
-    verdict = judge(policy(cost={"max_p95_ms": 1}), Evidence(TORCH, card, teacher_digest=TEACHER))
+    verdict = apply_policy(policy(cost={"max_p95_ms": 1}), Evidence(TORCH, card, teacher_digest=TEACHER))
     assert verdict.outcome == "fail"
 
 
@@ -163,17 +163,17 @@ def test_which_scorecard_is_judged(make_card: Callable[..., Scorecard]) -> None:
         make_card(TORCH.digest, documents=10),
         make_card(TORCH.digest, cost=None),
     ):
-        assert best_card(asked, TORCH, [full, newer]) == full
-        assert best_card(asked, TORCH, [newer]) == newer
+        assert best_scorecard(asked, TORCH, [full, newer]) == full
+        assert best_scorecard(asked, TORCH, [newer]) == newer
     newest = make_card(TORCH.digest, usd=3.0)
-    assert best_card(asked, TORCH, [full, newest]) == newest
-    assert best_card(asked, TORCH, []) is None
+    assert best_scorecard(asked, TORCH, [full, newest]) == newest
+    assert best_scorecard(asked, TORCH, []) is None
 
 
 def test_policy_files(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text('[quality]\nmin_retention = 0.9\ntasks = ["bits"]\n\n[cost]\nmax_cost_ratio = 0.5\n')
-    assert load(file) == policy(quality={"min_retention": 0.9, "tasks": ["bits"]}, cost={"max_cost_ratio": 0.5})
+    assert load_policy(file) == policy(quality={"min_retention": 0.9, "tasks": ["bits"]}, cost={"max_cost_ratio": 0.5})
     for text, words in (
         ("[quality]\nmin_retantion = 0.9\n", r"policy\.toml:2: .*did you mean min_retention"),
         ("[quality]\nmin_retention = 'most'\n", r"policy\.toml:2: "),
@@ -184,9 +184,9 @@ def test_policy_files(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(BadInput, match=words):
-            load(file)
+            load_policy(file)
     with pytest.raises(BadInput, match="no such file"):
-        load(tmp_path / "absent.toml")
+        load_policy(tmp_path / "absent.toml")
 
 
 def test_contamination(make_card: Callable[..., Scorecard]) -> None:
@@ -207,7 +207,7 @@ def test_the_licence_of_the_teacher() -> None:
     rule = "lineage.require_distillation_licence"
 
     def found(**changes: Any) -> tuple[str, str]:
-        verdict = judge(asked, Evidence(TORCH.model_copy(update=changes), None, None))
+        verdict = apply_policy(asked, Evidence(TORCH.model_copy(update=changes), None, None))
         return next((each.outcome, each.message) for each in verdict.rules if each.rule == rule)
 
     assert found(licence_allows_distillation=True)[0] == "pass"
@@ -217,7 +217,7 @@ def test_the_licence_of_the_teacher() -> None:
     assert "still/1" in words
     assert "teacher.licence_allows_distillation" in words
     assert found(kind="teacher", teacher=None)[0] == "pass"
-    assert all(each.rule != rule for each in judge(policy(), Evidence(TORCH, None)).rules)
+    assert all(each.rule != rule for each in apply_policy(policy(), Evidence(TORCH, None)).rules)
 
 
 def test_a_policy_without_rules_of_lineage_is_the_one_it_was() -> None:
@@ -259,18 +259,23 @@ def test_an_old_policy_keeps_its_digest() -> None:
 def test_a_policy_that_nobody_or_anybody_passes(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(BadInput, match=words):
-        load(tmp_path / "policy.toml")
+        load_policy(tmp_path / "policy.toml")
 
 
 def messages(rules: dict[str, Any], evidence: Evidence) -> dict[str, tuple[str, str]]:
-    return {each.rule: (each.outcome, each.message) for each in judge(Policy.model_validate(rules), evidence).rules}
+    return {
+        each.rule: (each.outcome, each.message) for each in apply_policy(Policy.model_validate(rules), evidence).rules
+    }
 
 
 def test_margins(make_card: Callable[..., Scorecard]) -> None:
     card = make_card(TORCH.digest)
     assert card.relative is not None
-    worse = Estimate(value=-0.02, low=-0.03, high=-0.01, freedom=30)
-    for higher, difference in ((True, worse), (False, Estimate(value=0.02, low=0.01, high=0.03, freedom=30))):
+    worse = Estimate(value=-0.02, low=-0.03, high=-0.01, degrees_of_freedom=30)
+    for higher, difference in (
+        (True, worse),
+        (False, Estimate(value=0.02, low=0.01, high=0.03, degrees_of_freedom=30)),
+    ):
         tasks = {name: task.model_copy(update={"higher_is_better": higher}) for name, task in card.tasks.items()}
         relative = card.relative.model_copy(update={"difference": dict.fromkeys(tasks, difference)})
         held = Evidence(TORCH, card.model_copy(update={"tasks": tasks, "relative": relative}), teacher_digest=TEACHER)
@@ -297,10 +302,10 @@ def test_the_age_of_a_score(make_card: Callable[..., Scorecard]) -> None:
     asked = {"quality": {"max_age_days": 30}}
     for day, outcome in ((31, "pass"), (32, "inconclusive")):
         now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=day - 1)
-        found = messages(asked, Evidence(TORCH, make_card(TORCH.digest), now=now))
+        found = messages(asked, Evidence(TORCH, make_card(TORCH.digest), judged_at=now))
         assert found["quality.max_age_days"][0] == outcome
         assert "scored on 2026-01-01, at most 30 days ago" in found["quality.max_age_days"][1]
-    future = Evidence(TORCH, make_card(TORCH.digest), now=datetime(2025, 12, 1, tzinfo=UTC))
+    future = Evidence(TORCH, make_card(TORCH.digest), judged_at=datetime(2025, 12, 1, tzinfo=UTC))
     assert messages(asked, future)["quality.max_age_days"][0] == "inconclusive"
     assert messages(asked, Evidence(TORCH, None))["scorecard"][0] == "inconclusive"
 
@@ -317,8 +322,10 @@ def test_the_upper_end_of_a_cost(make_card: Callable[..., Scorecard]) -> None:
 
 def test_licences() -> None:
     def found(allowed: list[str], licence: str | None, role: str = "teacher") -> str:
-        terms = (Term(role, "still/4", "still/1", licence, None),)  # type: ignore[arg-type]
-        return messages({"licence": {role: allowed}}, Evidence(TORCH, None, terms=terms))[f"licence.{role}"][0]
+        terms = (LineageLicence(role, "still/4", "still/1", licence, None),)  # type: ignore[arg-type]
+        return messages({"licence": {role: allowed}}, Evidence(TORCH, None, lineage_licences=terms))[f"licence.{role}"][
+            0
+        ]
 
     for role in ("teacher", "data"):
         assert found(["apache-2.0"], "Apache 2.0", role) == "pass"
@@ -357,21 +364,21 @@ def test_approvals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found(by("cy", artifact="b" * 64)) == found(by("cy", request="other")) == "inconclusive"
     assert found(by("cy"), request=None) == "inconclusive"
     assert found(by("cy"), request=asked.model_copy(update={"artifact": "b" * 64})) == "inconclusive"
-    key = signing.new(tmp_path / "key")
+    key = signing.create_key(tmp_path / "key")
     assert found(by("cy"), keys={"cy": key}) == "inconclusive"
-    monkeypatch.setenv(signing.KEY_FILE, str(tmp_path / "key"))
-    signature = signing.sign(signed(by("cy")))
+    monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "key"))
+    signature = signing.sign(signature_payload(by("cy")))
     assert signature is not None
     given = by("cy", **signature._asdict())
     assert found(given, keys={"cy": key}) == "pass"
     assert found(given.model_copy(update={"reason": "changed"}), keys={"cy": key}) == "inconclusive"
-    assert found(given, keys={"cy": signing.new(tmp_path / "other")}) == "inconclusive"
+    assert found(given, keys={"cy": signing.create_key(tmp_path / "other")}) == "inconclusive"
 
 
 def test_the_page_of_policies_has_every_key(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "policy.md").read_text()
     example = page.split("```toml\n")[1].split("```")[0]
     (tmp_path / "policy.toml").write_text(example)
-    asked = load(tmp_path / "policy.toml")
+    asked = load_policy(tmp_path / "policy.toml")
     for name in set(Policy.model_fields) - {"rules"}:  # a rule in Python needs a distribution
         assert getattr(asked, name).model_fields_set == set(type(getattr(asked, name)).model_fields), name

@@ -12,8 +12,8 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import judge
-from limbeck.registry.policy.file import load
+from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.policy.file import load_policy
 from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import Version
 
@@ -82,7 +82,7 @@ def acme(install: Callable[..., None]) -> None:
 
 
 def judged(**rules: Any) -> list[tuple[str, str, str]]:
-    verdict = judge(Policy(rules=rules), Evidence(VERSION, None))
+    verdict = apply_policy(Policy(rules=rules), Evidence(VERSION, None))
     return [(each.rule, each.outcome, each.message) for each in verdict.rules]
 
 
@@ -130,9 +130,9 @@ def test_options_are_checked_with_their_lines(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(BadInput, match=words):
-            load(file)
+            load_policy(file)
     file.write_text("[rules.digest]\nstarts = 'a'\n")
-    assert load(file).digest() != Policy(rules={"digest": {"starts": "b"}}).digest()
+    assert load_policy(file).digest() != Policy(rules={"digest": {"starts": "b"}}).digest()
 
 
 @pytest.mark.usefixtures("acme")
