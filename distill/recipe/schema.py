@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.registry.records import Record, field_added_later
+from limbeck.registry.records import Record
 
 # Suffix of a file with a text column -> its loader in Hugging Face datasets.
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -36,9 +36,7 @@ class Data(Record):
     heldout: float = Field(0.1, gt=0, lt=1)  # share of documents held out, by a hash of their path
     max_length: int = Field(256, ge=8)  # tokens a block
     max_tokens: int | None = Field(None, ge=8)  # use only this many training tokens (a fair sample)
-    licence: str | None = field_added_later(
-        None
-    )  # several as "MIT AND CC-BY-4.0"; None: as the card of the data set says
+    licence: str | None = None  # several as "MIT AND CC-BY-4.0"; None: as the card of the data set says
 
     @model_validator(mode="after")
     def _names_its_text(self) -> Data:
@@ -256,7 +254,7 @@ class Student(Record):
 
     model: str | None = None
     config: dict[str, Any] = {}
-    licence: str | None = field_added_later(None)  # of the pretrained model; None: as its card or the registry says
+    licence: str | None = None  # of the pretrained model; None: as its card or the registry says
     carve: Carve | None = None
     lora: Lora | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the saved weights

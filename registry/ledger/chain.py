@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from limbeck.registry.core.digest import json_digest, text_digest
 from limbeck.registry.ledger.anchor import Anchor
 from limbeck.registry.policy import stored
-from limbeck.registry.records import LedgerEntry, digest_content
+from limbeck.registry.records import LedgerEntry
 
 ENTRY_TAG_PREFIX = "limbeck.ledger."
 APPLIED_TAG_PREFIX = "limbeck.applied."
@@ -22,7 +22,7 @@ UNHASHED = ("hash", "key", "signature")
 
 def compute_entry_hash(entry: LedgerEntry) -> str:
     """The hash that an entry has to have."""
-    return json_digest({name: value for name, value in digest_content(entry).items() if name not in UNHASHED})
+    return json_digest({name: value for name, value in entry.model_dump(mode="json").items() if name not in UNHASHED})
 
 
 def entry_tag(number: int, digest: str) -> str:

@@ -73,7 +73,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from limbeck.registry.records import Frozen, Record, field_added_later
+from limbeck.registry.records import Frozen, Record
 
 Retention = Annotated[float, Field(ge=0, le=1.5)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -88,9 +88,9 @@ class QualityRules(Frozen):
     tasks: tuple[Name, ...] = ()
     min_documents: int | None = Field(default=None, ge=1)
     min_task_retention: dict[str, Retention] = {}
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = field_added_later(0.95)
-    margin: dict[str, Positive] = field_added_later({})
-    max_age_days: Positive | None = field_added_later(None)
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    margin: dict[str, Positive] = {}
+    max_age_days: Positive | None = None
 
 
 class CostLimits(Frozen):
@@ -101,9 +101,9 @@ class CostLimits(Frozen):
     max_disk_bytes: int | None = Field(default=None, gt=0)
     max_peak_rss_bytes: int | None = Field(default=None, gt=0)
     min_decode_tokens_per_s: Positive | None = None
-    max_usd_per_million_tokens: Positive | None = field_added_later(None)
-    max_p50_ms: Positive | None = field_added_later(None)
-    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = field_added_later(None)
+    max_usd_per_million_tokens: Positive | None = None
+    max_p50_ms: Positive | None = None
+    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = None
 
 
 class ParityLimits(Frozen):
@@ -112,8 +112,8 @@ class ParityLimits(Frozen):
     required: bool = True
     max_mean_kl: float | None = Field(default=None, ge=0)
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    max_p99_kl: NonNegative | None = field_added_later(None)
-    max_bits_per_byte_increase: NonNegative | None = field_added_later(None)
+    max_p99_kl: NonNegative | None = None
+    max_bits_per_byte_increase: NonNegative | None = None
 
 
 class LineageRules(Frozen):
@@ -152,8 +152,8 @@ class Policy(Record):
     quality: QualityRules = QualityRules()
     cost: CostLimits = CostLimits()
     parity: ParityLimits = ParityLimits()
-    lineage: LineageRules = field_added_later(LineageRules())
-    licence: LicenceRules = field_added_later(LicenceRules())
-    approvals: ApprovalRules = field_added_later(ApprovalRules())
-    override: OverrideRules = field_added_later(OverrideRules())
-    rules: dict[str, dict[str, Any]] = field_added_later({})  # of `limbeck.registry.policy.plugins`: name -> options
+    lineage: LineageRules = LineageRules()
+    licence: LicenceRules = LicenceRules()
+    approvals: ApprovalRules = ApprovalRules()
+    override: OverrideRules = OverrideRules()
+    rules: dict[str, dict[str, Any]] = {}  # of `limbeck.registry.policy.plugins`: name -> options

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.policy.schema import Policy
-from limbeck.registry.records import LedgerEntry, digest_content
+from limbeck.registry.records import LedgerEntry
 
 POLICY_TAG_PREFIX = "limbeck.policy."
 PART = 4000  # characters; a tag of a registered model holds 5,000
@@ -21,7 +21,7 @@ PART = 4000  # characters; a tag of a registered model holds 5,000
 
 def policy_tags(policy: Policy) -> dict[str, str]:
     """The tags that keep a policy."""
-    text = json.dumps(digest_content(policy))
+    text = policy.model_dump_json()
     parts = [text[start : start + PART] for start in range(0, len(text), PART)]
     return {_key(policy.digest(), place): part for place, part in enumerate(parts)}
 

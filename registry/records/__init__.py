@@ -1,0 +1,65 @@
+"""The records: what Limbeck knows of a version, and what MLflow keeps. Frozen pydantic models."""
+
+from limbeck.registry.records.base import (
+    Engine,
+    Estimate,
+    Frozen,
+    Kind,
+    Outcome,
+    Record,
+)
+from limbeck.registry.records.comparisons import (
+    AnswerDifferences,
+    ComparedModels,
+    ComparedTask,
+    ControlComparison,
+    ControlTaskResult,
+    Flip,
+    LeaderboardRow,
+    Noninferiority,
+)
+from limbeck.registry.records.cost import BatchCost, Cost
+from limbeck.registry.records.gate import Approval, LedgerEntry, Request, RuleResult, Verdict
+from limbeck.registry.records.scores import (
+    Contamination,
+    Overlap,
+    Parity,
+    Relative,
+    Scorecard,
+    TaskResult,
+    top_level_tasks,
+)
+from limbeck.registry.records.version import TrainingCost, Version
+
+__all__ = [
+    "AnswerDifferences",
+    "Approval",
+    "BatchCost",
+    "ComparedModels",
+    "ComparedTask",
+    "Contamination",
+    "ControlComparison",
+    "ControlTaskResult",
+    "Cost",
+    "Engine",
+    "Estimate",
+    "Flip",
+    "Frozen",
+    "Kind",
+    "LeaderboardRow",
+    "LedgerEntry",
+    "Noninferiority",
+    "Outcome",
+    "Overlap",
+    "Parity",
+    "Record",
+    "Relative",
+    "Request",
+    "RuleResult",
+    "Scorecard",
+    "TaskResult",
+    "TrainingCost",
+    "Verdict",
+    "Version",
+    "top_level_tasks",
+]

@@ -1,0 +1,38 @@
+"""What every record is: frozen, with a digest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_jsonable_python
+
+from limbeck.registry.core.digest import json_digest
+
+Kind = Literal["teacher", "student", "onnx"]
+Engine = Literal["torch", "onnxruntime", "endpoint"]  # endpoint: its files say where it is
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+class Frozen(BaseModel):
+    """Cannot be changed; unknown fields are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Record(Frozen):
+    """A frozen record with a digest of its fields."""
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the record's JSON."""
+        return json_digest(to_jsonable_python(self))
+
+
+class Estimate(Record):
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = 0.95
+    degrees_of_freedom: float | None = None  # degrees of freedom of Student's t, where the interval is by it
