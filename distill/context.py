@@ -39,13 +39,13 @@ class Setting(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     teacher: ResolvedModel | None
     teacher_version: Version | None
-    starts: dict[str, ResolvedModel]  # of the students that begin pretrained
+    base_models: dict[str, ResolvedModel]  # of the students that begin pretrained
     generated: Generated | None = None  # of a text that the teacher wrote
     # Label of the teacher, or of what a student begins as -> licences of its parts (distill.students.licences)
-    inherited: dict[str, tuple[licences.LineageLicence, ...]] = {}
+    inherited_terms: dict[str, tuple[licences.LineageLicence, ...]] = {}
 
     @property
-    def licence_allows(self) -> bool | None:
+    def teacher_licence_allows(self) -> bool | None:
         """Whether the teacher's own licence lets a student learn from its outputs; None: not known, or no teacher."""
         asked = self.recipe.teacher
         if asked is None or asked.licence_allows_distillation is not None:
@@ -58,11 +58,11 @@ class Setting(NamedTuple):
         asked, teacher = self.recipe.teacher, self.teacher
         if asked is None or asked.licence or teacher is None:
             return asked.licence if asked else None
-        return licences.licence_of_endpoint(asked.model) or licence.of(teacher)
+        return licences.licence_of_endpoint(asked.model) or licence.licence_of_model(teacher)
 
     @property
     def vocab_size(self) -> int:
-        return loading.vocabulary(self.tokenizer)
+        return loading.vocabulary_size(self.tokenizer)
 
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
         """Of a recipe's teacher. Raises BadInput where there is none."""
@@ -83,16 +83,16 @@ class Setting(NamedTuple):
 
 
 @contextmanager
-def at(source: Source, *key: str) -> Iterator[None]:
+def errors_at(source: Source, *key: str) -> Iterator[None]:
     """An error within is told with the place in the recipe that it comes from."""
     try:
         yield
     except LimbeckError as error:
-        error.message = f"{source.place(*key)}: {error.message}"
+        error.message = f"{source.locate_key(*key)}: {error.message}"
         raise
 
 
-def parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     """The parameters in a folder of safetensors, from their headers."""
     from safetensors import safe_open
 
@@ -124,14 +124,14 @@ class Generated(NamedTuple):
     prompts: int
     too_long: int  # prompts left out: with max_new_tokens they pass the teacher's context
     answers: int
-    kept: int
+    kept_answers: int
     dropped: dict[str, int]  # by filter
     tokens: int  # of all answers
     seconds: float  # a local teacher took
     input_tokens: int  # of a teacher behind an endpoint
     output_tokens: int
     usd: float
-    asked: int  # answers that this run had made
+    new_answers: int  # answers that this run had made
 
     def metrics(self) -> dict[str, float]:
         """As they are logged."""

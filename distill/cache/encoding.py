@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # A position keeps at most this many times `samples` tokens.
-MOST = 8
+MAX_SIZE_FACTOR = 8
 
 
 # --- what a block's arrays hold
@@ -36,12 +36,14 @@ def topk_arrays(form: Form, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, 
     return {"ids": ids.astype(id_type), "logprobs": logprobs.astype(np.float16)}
 
 
-def block_arrays(form: Form, logits: torch.Tensor, wanted: np.ndarray, seed: Sequence[int]) -> dict[str, np.ndarray]:
+def block_arrays(
+    form: Form, logits: torch.Tensor, target_mask: np.ndarray, seed: Sequence[int]
+) -> dict[str, np.ndarray]:
     """What is stored of one block.
 
     Args:
         logits: (T, vocab_size) float.
-        wanted: (T,) bool: the positions whose next token is to be predicted; `sampled` spends nothing on others.
+        target_mask: (T,) bool: the positions whose next token is to be predicted; `sampled` spends nothing on others.
         seed: of the draws.
     """
     logits = logits.float() if form.temperature == 1.0 else logits.float() / form.temperature
@@ -49,7 +51,7 @@ def block_arrays(form: Form, logits: torch.Tensor, wanted: np.ndarray, seed: Seq
         values, ids = logits.topk(form.size, dim=-1)
         values = values - logits.logsumexp(-1, keepdim=True)
         return topk_arrays(form, ids.cpu().numpy(), values.cpu().numpy())
-    return _sampled_arrays(form, logits, wanted, np.random.default_rng(seed))
+    return _sampled_arrays(form, logits, target_mask, np.random.default_rng(seed))
 
 
 def shard_arrays(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -82,12 +84,12 @@ def batch(form: Form | None, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict
 
 
 def _sampled_arrays(
-    form: Form, logits: torch.Tensor, wanted: np.ndarray, rng: np.random.Generator
+    form: Form, logits: torch.Tensor, target_mask: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     import torch
 
-    places = np.flatnonzero(wanted)
-    entropy, sizes = np.zeros(len(wanted), np.float16), np.zeros(len(wanted), _size_type(form))
+    places = np.flatnonzero(target_mask)
+    entropy, sizes = np.zeros(len(target_mask), np.float16), np.zeros(len(target_mask), _size_type(form))
     entries, threshold = np.zeros((0, form.entry_bytes), np.uint8), 1.0
     if len(places):
         logprobs = logits[torch.from_numpy(places).to(logits.device)].log_softmax(-1)
@@ -101,7 +103,7 @@ def _sampled_arrays(
 
 
 def _size_type(form: Form) -> type[np.unsignedinteger[Any]]:
-    return np.uint8 if MOST * form.size + 1 < 2**8 else np.uint32
+    return np.uint8 if MAX_SIZE_FACTOR * form.size + 1 < 2**8 else np.uint32
 
 
 def _draw(
@@ -115,7 +117,7 @@ def _draw(
     """
     import torch
 
-    floor = 1 / (MOST * form.size)
+    floor = 1 / (MAX_SIZE_FACTOR * form.size)
     likely = (probs >= floor).nonzero()
     values = probs[likely[:, 0], likely[:, 1]]
     t = max(

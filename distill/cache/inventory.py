@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.distill.cache.teacher_cache import CACHES, is_whole
+from limbeck.distill.cache.teacher_cache import CACHES, is_shard_intact
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
 
 
-class Kept(NamedTuple):
+class CacheInfo(NamedTuple):
     """One cache.
 
     Attributes:
@@ -32,7 +32,7 @@ class Kept(NamedTuple):
     shards: int
     captured: int
     disk_bytes: int
-    used: datetime
+    last_used: datetime
 
     @property
     def id(self) -> str:
@@ -53,20 +53,20 @@ class Kept(NamedTuple):
         share = self.captured / self.shards if self.shards else 0
         return self.disk_bytes / (self.tokens * share) if share else None
 
-    def damaged(self) -> list[str]:
+    def damaged_shards(self) -> list[str]:
         """The shards that are recorded and are not what was written; reads all of them."""
-        return [shard for shard in _recorded(self.folder) if not is_whole(self.folder, int(shard))]
+        return [shard for shard in _recorded_shards(self.folder) if not is_shard_intact(self.folder, int(shard))]
 
 
-def kept() -> list[Kept]:
+def list_caches() -> list[CacheInfo]:
     """Every cache below `home()`, the one used last first."""
     folders = (path for path in (home() / CACHES).glob("*") if path.is_dir() and not path.name.startswith("."))
-    return sorted((_read(folder) for folder in folders), key=lambda cache: cache.used, reverse=True)
+    return sorted((_read(folder) for folder in folders), key=lambda cache: cache.last_used, reverse=True)
 
 
-def named(ids: Iterable[str]) -> list[Kept]:
+def find_caches(ids: Iterable[str]) -> list[CacheInfo]:
     """The caches whose id begins with one of `ids`. Raises BadInput where none or several do."""
-    chosen, every = [], kept()
+    chosen, every = [], list_caches()
     for wanted in ids:
         found = [cache for cache in every if cache.id.startswith(wanted)]
         if len(found) != 1:
@@ -76,7 +76,7 @@ def named(ids: Iterable[str]) -> list[Kept]:
     return chosen
 
 
-def remove(cache: Kept) -> bool:
+def remove(cache: CacheInfo) -> bool:
     """Remove a cache from the disk; not where a run fills it or reads it, which False tells."""
     from filelock import FileLock, Timeout
 
@@ -92,24 +92,24 @@ def remove(cache: Kept) -> bool:
     return True
 
 
-def _recorded(folder: Path) -> list[str]:
+def _recorded_shards(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("[0-9]*.json"))
 
 
-def _read(folder: Path) -> Kept:
+def _read(folder: Path) -> CacheInfo:
     description = folder / "settings.json"
     try:
         told = json.loads(description.read_text())
         told = told if "settings" in told else {}
     except (OSError, ValueError):
         told = {}
-    return Kept(
+    return CacheInfo(
         folder,
         told.get("settings", {}),
         told.get("about", {}),
         told.get("blocks", 0) * told.get("length", 0),
         told.get("shards", 0),
-        len(_recorded(folder)),
+        len(_recorded_shards(folder)),
         sum(path.stat().st_size for path in folder.iterdir()),
         datetime.fromtimestamp((description if description.exists() else folder).stat().st_mtime, UTC),
     )

@@ -33,7 +33,7 @@ SHARD_TOKENS = 2**14
 CACHES = "teacher-cache"  # the folder below home()
 
 # The numbers of blocks (n,), and the caches that lack them -> what each stores of them, from one pass of the teacher.
-Pass = Callable[[np.ndarray, "list[TeacherCache]"], list[dict[str, np.ndarray]]]
+TeacherPass = Callable[[np.ndarray, "list[TeacherCache]"], list[dict[str, np.ndarray]]]
 # The numbers of blocks (n,) -> what is stored of them, by name: (n, T, ...), or as `stored.shard_arrays` gives it.
 Capture = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -57,7 +57,7 @@ class TeacherCache:
         about: dict[str, str] | None = None,
     ) -> None:
         self.settings = settings | (form._asdict() if form else {})
-        self.blocks, self.length = shape
+        self.num_blocks, self.length = shape
         self.form = form
         self.about = about or {}
         self.shard_blocks = max(1, SHARD_TOKENS // self.length)
@@ -65,18 +65,18 @@ class TeacherCache:
         self.seed = int(key[:16], 16)  # of what is drawn at random
         self.folder = home() / CACHES / key[:16]
         self._open: dict[int, Any] = {}
-        self._held: IO[str] | None = None
+        self._lock_file: IO[str] | None = None
 
     @property
-    def shards(self) -> int:
-        return -(-self.blocks // self.shard_blocks)
+    def num_shards(self) -> int:
+        return -(-self.num_blocks // self.shard_blocks)
 
     def blocks_of(self, shard: int) -> np.ndarray:
-        return np.arange(shard * self.shard_blocks, min((shard + 1) * self.shard_blocks, self.blocks))
+        return np.arange(shard * self.shard_blocks, min((shard + 1) * self.shard_blocks, self.num_blocks))
 
-    def missing(self) -> int:
+    def missing_blocks(self) -> int:
         """Blocks that are not captured yet, as far as the records tell; no checksum is taken."""
-        there = (_record(self.folder, shard).exists() for shard in range(self.shards))
+        there = (_record(self.folder, shard).exists() for shard in range(self.num_shards))
         return sum(len(self.blocks_of(shard)) for shard, is_there in enumerate(there) if not is_there)
 
     def fill(self, capture: Capture, on_blocks: Callable[[int], None] = lambda count: None) -> int:
@@ -96,7 +96,7 @@ class TeacherCache:
             temporary.write_text(json.dumps({"sha256": digest, "seconds": seconds}) + "\n")
         self._open.pop(shard, None)
 
-    def rows(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    def load_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """What is stored of the blocks at `indices` (n,), as the objectives take it.
 
         Returns:
@@ -112,16 +112,16 @@ class TeacherCache:
             self._open[shard] = _Shard(_file(self.folder, shard))
         return self._open[shard].block(place)
 
-    def hold(self) -> None:
+    def lock_against_removal(self) -> None:
         """Keep others from removing this cache for as long as this object lives."""
-        if self._held is None:
+        if self._lock_file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held = open(self.folder / ".held", "a")  # noqa: SIM115 (open on purpose)
-            fcntl.flock(self._held, fcntl.LOCK_SH)
+            self._lock_file = open(self.folder / ".held", "a")  # noqa: SIM115 (open on purpose)
+            fcntl.flock(self._lock_file, fcntl.LOCK_SH)
 
-    def seconds(self) -> float:
+    def capture_seconds(self) -> float:
         """Seconds that the capture of all shards took, whichever run made them; loading the teacher included."""
-        records = (_record(self.folder, shard) for shard in range(self.shards))
+        records = (_record(self.folder, shard) for shard in range(self.num_shards))
         return sum(json.loads(record.read_text()).get("seconds", 0.0) for record in records)
 
     def disk_bytes(self) -> int:
@@ -155,7 +155,7 @@ class _Shard:
         return arrays
 
 
-def to_be_stored(
+def arrays_to_store(
     blocks: Blocks, indices: np.ndarray, logits: Iterable[torch.Tensor], caches: Sequence[TeacherCache]
 ) -> list[dict[str, np.ndarray]]:
     """What each of several caches, which have a form, stores of the blocks at `indices` (n,).
@@ -191,13 +191,13 @@ def fill(
         for cache in sorted(caches, key=lambda cache: cache.folder):  # in one order, or two processes block each other
             cache.folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(_filling(cache.folder))
-            cache.hold()
+            cache.lock_against_removal()
             for part in cache.folder.glob(".*.part"):  # of a run that was killed
                 part.unlink()
             _describe(cache)
-        for shard in range(caches[0].shards):
+        for shard in range(caches[0].num_shards):
             blocks = caches[0].blocks_of(shard)
-            lacking = [cache for cache in caches if not is_whole(cache.folder, shard)]
+            lacking = [cache for cache in caches if not is_shard_intact(cache.folder, shard)]
             if lacking:
                 began = time.monotonic()
                 made = capture(blocks, lacking)
@@ -226,7 +226,7 @@ def _filling(folder: Path) -> Iterator[None]:
 
 
 def _describe(cache: TeacherCache) -> None:
-    about = {"settings": cache.settings, "blocks": cache.blocks, "length": cache.length, "shards": cache.shards}
+    about = {"settings": cache.settings, "blocks": cache.num_blocks, "length": cache.length, "shards": cache.num_shards}
     with atomic_write(cache.folder / "settings.json") as temporary:  # its time tells when the cache was last used
         temporary.write_text(json.dumps(about | {"about": cache.about}, indent=1) + "\n")
 
@@ -242,7 +242,7 @@ def _record(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.json"
 
 
-def is_whole(folder: Path, shard: int) -> bool:
+def is_shard_intact(folder: Path, shard: int) -> bool:
     """Whether a shard is there and is what was written."""
     try:
         return bool(file_digest(_file(folder, shard)) == json.loads(_record(folder, shard).read_text())["sha256"])

@@ -12,7 +12,7 @@ from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.core.terminal import format_bytes, format_option, print_json, print_status, print_table
 
 if TYPE_CHECKING:
-    from limbeck.distill.cache.inventory import Kept
+    from limbeck.distill.cache.inventory import CacheInfo
 
 
 @click.group()
@@ -24,9 +24,9 @@ def cache() -> None:
 @format_option
 def list_(output: str) -> None:
     """What is stored: teacher, form, size, when it was last used."""
-    from limbeck.distill.cache.inventory import kept
+    from limbeck.distill.cache.inventory import list_caches
 
-    every = kept()
+    every = list_caches()
     if output == "json":
         print_json([_json(each) for each in every])
         return
@@ -34,7 +34,7 @@ def list_(output: str) -> None:
     print_table(f"teacher caches, {format_bytes(sum(each.disk_bytes for each in every))}", columns, map(_row, every))
 
 
-def _row(each: Kept) -> tuple[Any, ...]:
+def _row(each: CacheInfo) -> tuple[Any, ...]:
     return (
         each.id,
         each.about.get("teacher"),
@@ -43,11 +43,11 @@ def _row(each: Kept) -> tuple[Any, ...]:
         format_bytes(each.disk_bytes),
         f"{each.bytes_per_token:.1f}" if each.bytes_per_token else None,
         each.shards if each.captured == each.shards else f"{each.captured} of {each.shards}",
-        f"{each.used:%Y-%m-%d %H:%M}",
+        f"{each.last_used:%Y-%m-%d %H:%M}",
     )
 
 
-def _json(each: Kept) -> dict[str, Any]:
+def _json(each: CacheInfo) -> dict[str, Any]:
     return {"id": each.id, "form": each.form, "bytes_per_token": each.bytes_per_token, **each._asdict()}
 
 
@@ -59,9 +59,9 @@ def verify(ids: tuple[str, ...], output: str) -> None:
 
     Exit code 1 where one is damaged.
     """
-    from limbeck.distill.cache.inventory import kept, named
+    from limbeck.distill.cache.inventory import find_caches, list_caches
 
-    found = [(each, each.damaged()) for each in (named(ids) if ids else kept())]
+    found = [(each, each.damaged_shards()) for each in (find_caches(ids) if ids else list_caches())]
     if output == "json":
         print_json([_json(each) | {"damaged": damaged} for each, damaged in found])
     else:
@@ -79,7 +79,7 @@ def verify(ids: tuple[str, ...], output: str) -> None:
         raise Refused("\n".join([*lines, *(f"  {each.id}: {_rebuild(each)}" for each in wrong)]))
 
 
-def _rebuild(each: Kept) -> str:
+def _rebuild(each: CacheInfo) -> str:
     recipe = each.about.get("recipe")
     return f"limbeck distill {recipe}" if recipe else f"or remove it: limbeck cache prune {each.id}"
 
@@ -107,21 +107,21 @@ def prune(
 
     A cache that a run is filling or reading stays. What is removed costs another pass of its teacher.
     """
-    from limbeck.distill.cache.inventory import kept, named, remove
+    from limbeck.distill.cache.inventory import find_caches, list_caches, remove
 
     if not (ids or older_than is not None or to_size is not None or unregistered or everything):
         raise BadInput("nothing says what to remove", fix="give ids, --older-than, --to-size, --unregistered or --all")
-    chosen = {each.id for each in named(ids)}
-    every = kept()
+    chosen = {each.id for each in find_caches(ids)}
+    every = list_caches()
     if everything:
         chosen |= {each.id for each in every}
     if older_than is not None:
         limit = datetime.now(UTC) - timedelta(days=older_than)
-        chosen |= {each.id for each in every if each.used < limit}
+        chosen |= {each.id for each in every if each.last_used < limit}
     if unregistered:
         chosen |= _unregistered(every)
     if to_size is not None:
-        chosen |= _beyond([each for each in every if each.id not in chosen], to_size * 1e9)
+        chosen |= _over_size_limit([each for each in every if each.id not in chosen], to_size * 1e9)
     going = [each for each in every if each.id in chosen]
     if going and not (dry_run or yes):
         _ask(going)
@@ -129,7 +129,7 @@ def prune(
     if output == "json":
         print_json([_json(each) | {"removed": removed[each.id]} for each in going])
     else:
-        rows = [(*_row(each)[:3], format_bytes(each.disk_bytes), _fate(removed[each.id], dry_run)) for each in going]
+        rows = [(*_row(each)[:3], format_bytes(each.disk_bytes), _outcome(removed[each.id], dry_run)) for each in going]
         print_table("", ["id", "teacher", "form", "size", ""], rows)
     if dry_run:
         print_status(f"{format_bytes(sum(each.disk_bytes for each in going))} would be freed")
@@ -137,20 +137,20 @@ def prune(
     print_status(f"{format_bytes(sum(each.disk_bytes for each in going if removed[each.id]))} freed")
 
 
-def _fate(removed: bool, dry_run: bool) -> str:
+def _outcome(removed: bool, dry_run: bool) -> str:
     if dry_run:
         return "would be removed"
     return "removed" if removed else "in use, stays"
 
 
-def _unregistered(every: list[Kept]) -> set[str]:
+def _unregistered(every: list[CacheInfo]) -> set[str]:
     from limbeck.registry.mlflow.store import Store
 
     known = {version.digest for version in Store().versions()}
     return {each.id for each in every if each.settings.get("teacher") not in known}
 
 
-def _beyond(every: list[Kept], limit: float) -> set[str]:
+def _over_size_limit(every: list[CacheInfo], limit: float) -> set[str]:
     """Those that do not fit, where the ones used last are kept first."""
     chosen, total = set(), 0.0
     for each in every:
@@ -160,7 +160,7 @@ def _beyond(every: list[Kept], limit: float) -> set[str]:
     return chosen
 
 
-def _ask(going: list[Kept]) -> None:
+def _ask(going: list[CacheInfo]) -> None:
     question = f"Remove {len(going)} caches, {format_bytes(sum(each.disk_bytes for each in going))}?"
     if not sys.stdin.isatty():
         raise BadInput(f"{question} There is no terminal to ask at", fix="say --yes, or look first with --dry-run")

@@ -57,21 +57,21 @@ def distill(
     quiet_libraries()
     from limbeck.distill.run.distill import SomeFailed
     from limbeck.distill.run.distill import distill as run
-    from limbeck.distill.run.worker import follow
+    from limbeck.distill.run.worker import run_worker
     from limbeck.distill.training import distributed
     from limbeck.registry.mlflow.store import Store
 
     distributed.set_up()
     if not distributed.is_main():
         if not check_only:
-            follow(recipe, list(overrides))
+            run_worker(recipe, list(overrides))
         return
     if check_only:
         _check(recipe, list(overrides), output)
         return
     begin: Begin = "resume" if resume else "restart" if restart else "go on"
     try:
-        with distributed.leading():
+        with distributed.lead_workers():
             students = run(recipe, list(overrides), Store(), to, begin=begin, ray=ray, yes=yes)
     except SomeFailed as error:
         _print_students(error.made, output)
@@ -81,14 +81,14 @@ def distill(
 
 def _check(recipe: Path, overrides: list[str], output: str) -> None:
     """Print the findings; exit code 2 where one is an error."""
-    from limbeck.distill.run.preflight import check
+    from limbeck.distill.run.preflight import check_recipe
     from limbeck.registry.mlflow.store import Store
 
-    findings = check(recipe, overrides, Store())
+    findings = check_recipe(recipe, overrides, Store())
     if output == "json":
         print_json(findings)
     else:
-        rows = [(f.check, f.level, f.said + (f"\n{f.fix}" if f.fix and f.level != "ok" else "")) for f in findings]
+        rows = [(f.check, f.level, f.message + (f"\n{f.fix}" if f.fix and f.level != "ok" else "")) for f in findings]
         print_table(f"{recipe}, before it is run", ["check", "", "what was found"], rows)
     if any(finding.level == "error" for finding in findings):
         raise click.exceptions.Exit(2)
@@ -122,10 +122,10 @@ def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
 
     loaded = load(recipe, list(overrides))
     if loaded.generate:
-        from limbeck.distill.run.prepare import prepare, written
+        from limbeck.distill.run.prepare import prepare_setting, with_generated_text
         from limbeck.registry.mlflow.store import Store
 
-        text = written(prepare(loaded, Source(recipe, overrides), Store())).corpus
+        text = with_generated_text(prepare_setting(loaded, Source(recipe, overrides), Store())).corpus
     else:
         text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
     if output == "json":

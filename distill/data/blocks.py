@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from limbeck.distill.data.chat import Piece, encode
+from limbeck.distill.data.chat import EncodedDocument, encode_document
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.data.packing import first_fit
 from limbeck.registry.core.errors import BadInput
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     text_tokens: int
     text_bytes: int
     digest: str
-    left_out: int = 0
+    too_long: int = 0
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """The blocks at `indices` (n,) as a model takes them.
@@ -55,11 +55,11 @@ class Blocks(NamedTuple):
         ids, segments = self.ids[indices].astype(np.int64), self.segments[indices]
         batch = {"input_ids": ids, "labels": np.where(self.targets[indices], ids, -100)}
         if segments.max(initial=0) > 1:
-            batch["position_ids"] = positions(segments)
+            batch["position_ids"] = position_ids(segments)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def positions(segments: np.ndarray) -> np.ndarray:
+def position_ids(segments: np.ndarray) -> np.ndarray:
     """Of each token its place in its segment: (n, T) -> (n, T) int64, from 0."""
     places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     begins = np.ones(segments.shape, dtype=bool)
@@ -67,13 +67,13 @@ def positions(segments: np.ndarray) -> np.ndarray:
     return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
 
 
-def spans(segments: np.ndarray) -> list[slice]:
+def document_slices(segments: np.ndarray) -> list[slice]:
     """Where each document of a block lies, from the numbers (T,) of its segments; padding left out."""
     edges = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     return [slice(start, end) for start, end in pairwise(edges) if segments[start] != 0]
 
 
-def start_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token before a text: BOS, or EOS where there is none, as lm-eval gives it to a model."""
     start: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return start
@@ -108,7 +108,7 @@ def make_blocks(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     max_tokens: int | None = None,
-    alone: bool = False,
+    one_document_per_block: bool = False,
 ) -> Blocks:
     """Documents laid out in blocks.
 
@@ -121,12 +121,12 @@ def make_blocks(
         documents: the first says which of these they are.
         max_length: tokens a block.
         max_tokens: use only so many, of the first documents.
-        alone: one document a block, for a model that would see its neighbours: see `packing.keeps_apart`.
+        one_document_per_block: one document a block, for a model that would see its neighbours (`packing`).
 
     Raises:
         BadInput: a tokenizer without EOS, too little text, no document that fits, or one without an answer.
     """
-    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    start, end = start_token_id(tokenizer), tokenizer.eos_token_id
     if start is None or end is None:
         raise BadInput("the tokenizer has no EOS token", fix="give it one: documents are told apart by it")
     documents = iter(documents)
@@ -135,23 +135,31 @@ def make_blocks(
         raise BadInput("there is no document", fix="give more text")
     documents = chain([first], documents)
     if first.prompt or first.messages:
-        return _whole((encode(each, tokenizer, start, end) for each in documents), max_length, max_tokens, end, alone)
+        return _pack_blocks(
+            (encode_document(each, tokenizer, start, end) for each in documents),
+            max_length,
+            max_tokens,
+            end,
+            one_document_per_block,
+        )
     pieces = _texts(documents, tokenizer, start, end)
-    if alone:
+    if one_document_per_block:
         cuts = (cut for piece in pieces for cut in _cut(piece, max_length))
-        return _whole(cuts, max_length, max_tokens, end, alone)
-    return _end_to_end(pieces, max_length, max_tokens)
+        return _pack_blocks(cuts, max_length, max_tokens, end, one_document_per_block)
+    return _concatenate_blocks(pieces, max_length, max_tokens)
 
 
-def _texts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> Iterator[Piece]:
-    for texts in _some(document.text for document in documents):
+def _texts(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, start: int, end: int
+) -> Iterator[EncodedDocument]:
+    for texts in _text_batches(document.text for document in documents):
         tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for text, piece in zip(texts, tokens, strict=True):
             ids = np.asarray([start, *piece, end], dtype=np.int32)
-            yield Piece(ids, np.arange(len(ids)) > 0, len(text.encode()))
+            yield EncodedDocument(ids, np.arange(len(ids)) > 0, len(text.encode()))
 
 
-def _some(texts: Iterable[str], characters: int = 2**19) -> Iterator[list[str]]:
+def _text_batches(texts: Iterable[str], characters: int = 2**19) -> Iterator[list[str]]:
     """Texts in lists of about so many characters: what a tokenizer makes of them takes a hundred times as much."""
     some: list[str] = []
     size = 0
@@ -165,22 +173,22 @@ def _some(texts: Iterable[str], characters: int = 2**19) -> Iterator[list[str]]:
         yield some
 
 
-def _cut(piece: Piece, max_length: int) -> Iterator[Piece]:
+def _cut(piece: EncodedDocument, max_length: int) -> Iterator[EncodedDocument]:
     """A text in parts of `max_length`; a last token alone is left out, nothing would be predicted from it."""
     count = len(piece.ids)
     for begin in range(0, count - 1, max_length):
         part = slice(begin, begin + max_length)
-        size = round(piece.size * len(piece.ids[part]) / count)
-        yield Piece(piece.ids[part], piece.learnt[part], size)
+        size = round(piece.text_bytes * len(piece.ids[part]) / count)
+        yield EncodedDocument(piece.ids[part], piece.targets[part], size)
 
 
-def _end_to_end(pieces: Iterator[Piece], max_length: int, max_tokens: int | None) -> Blocks:
+def _concatenate_blocks(pieces: Iterator[EncodedDocument], max_length: int, max_tokens: int | None) -> Blocks:
     ids_of: list[np.ndarray] = []
     sizes: list[int] = []
     count = 0
     for piece in pieces:
         ids_of.append(piece.ids)
-        sizes.append(piece.size)
+        sizes.append(piece.text_bytes)
         count += len(piece.ids)
         if max_tokens and count >= max_tokens:
             break
@@ -203,8 +211,14 @@ def _end_to_end(pieces: Iterator[Piece], max_length: int, max_tokens: int | None
     return Blocks(ids, segments, targets, used - begun, size, layout_digest(ids, segments, targets))
 
 
-def _whole(pieces: Iterator[Piece], max_length: int, max_tokens: int | None, padding: int, alone: bool) -> Blocks:
-    kept: list[Piece] = []
+def _pack_blocks(
+    pieces: Iterator[EncodedDocument],
+    max_length: int,
+    max_tokens: int | None,
+    padding: int,
+    one_document_per_block: bool,
+) -> Blocks:
+    kept: list[EncodedDocument] = []
     count = left_out = shortest = 0
     for piece in pieces:
         length = len(piece.ids)
@@ -224,7 +238,7 @@ def _whole(pieces: Iterator[Piece], max_length: int, max_tokens: int | None, pad
             fix="a prompt with its answer stays whole: give a greater data.max_length or data.max_tokens",
         )
     places = first_fit([len(piece.ids) for piece in kept], max_length)
-    if alone:
+    if one_document_per_block:
         places = [[number] for number in range(len(kept))]
     shape = (len(places), max_length)
     ids, segments = np.full(shape, padding, dtype=np.int32), np.zeros(shape, dtype=np.uint16)
@@ -233,10 +247,10 @@ def _whole(pieces: Iterator[Piece], max_length: int, max_tokens: int | None, pad
         at = 0
         for segment, piece in enumerate((kept[number] for number in numbers), 1):
             part = slice(at, at + len(piece.ids))
-            ids[row, part], segments[row, part], targets[row, part] = piece.ids, segment, piece.learnt
+            ids[row, part], segments[row, part], targets[row, part] = piece.ids, segment, piece.targets
             targets[row, at] = False  # the first of a segment follows nothing
             at = part.stop
-    tokens, size = sum(int(piece.learnt.sum()) for piece in kept), sum(piece.size for piece in kept)
+    tokens, size = sum(int(piece.targets.sum()) for piece in kept), sum(piece.text_bytes for piece in kept)
     return Blocks(ids, segments, targets, tokens, size, layout_digest(ids, segments, targets), left_out)
 
 

@@ -15,10 +15,10 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
 
 
-class Piece(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A document's tokens up to the end of its last answer.
 
     Attributes:
@@ -28,8 +28,8 @@ class Piece(NamedTuple):
     """
 
     ids: np.ndarray
-    learnt: np.ndarray
-    size: int
+    targets: np.ndarray
+    text_bytes: int
 
 
 class Span(NamedTuple):
@@ -39,7 +39,7 @@ class Span(NamedTuple):
     end: int
 
 
-def encode(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> Piece:
+def encode_document(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> EncodedDocument:
     """The tokens of a document of which only the answers are learnt.
 
     A conversation is as the chat template lays it out. A prompt comes after the start token, as lm-eval gives it
@@ -54,7 +54,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, e
     """
     try:
         if document.messages:
-            text, spans = _rendered(document.messages, tokenizer)
+            text, spans = _render_conversation(document.messages, tokenizer)
             size = sum(len(turn["content"].encode()) for turn in document.messages if turn["role"] == "assistant")
         else:
             text, spans = document.text, [Span(len(document.prompt), len(document.text))]
@@ -79,7 +79,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, e
     begun = ids[0] == start or (tokenizer.bos_token_id is None and ids[0] in special)
     if not document.messages and not begun:
         ids, learnt = np.insert(ids, 0, start), np.insert(learnt, 0, False)
-    return Piece(ids, learnt, size)
+    return EncodedDocument(ids, learnt, size)
 
 
 def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
     if tokenizer.is_fast:
         found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
         begins, ends = np.array(found["offset_mapping"]).reshape(-1, 2).T
-        if not _torn(begins, ends, np.array(edges), len(text)):
+        if not _has_split_token(begins, ends, np.array(edges), len(text)):
             span = np.searchsorted(starts, begins, side="right") - 1
             return np.array(found["input_ids"], dtype=np.int32), (span >= 0) & (begins < stops[span])
     pieces, learnt = [], []
@@ -104,7 +104,7 @@ def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
     return np.concatenate(pieces), np.concatenate(learnt)
 
 
-def _torn(begins: np.ndarray, ends: np.ndarray, edges: np.ndarray, length: int) -> bool:
+def _has_split_token(begins: np.ndarray, ends: np.ndarray, edges: np.ndarray, length: int) -> bool:
     """Whether one of `edges` may lie within a token, whose places these are.
 
     Some tokenizers leave the blanks around a token out of its place: an edge among those belongs to either side.
@@ -116,7 +116,9 @@ def _torn(begins: np.ndarray, ends: np.ndarray, edges: np.ndarray, length: int) 
     return bool(inside.any() or (blank & (after > before)).any())
 
 
-def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+def _render_conversation(
+    messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
     """A conversation as the chat template lays it out, and what of it the assistant writes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -147,30 +149,31 @@ def _rendered(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizer
         texts, marks = rendered
         return texts[0], [Span(*mark) for mark in marks[0]] if marked else []
 
-    if MARKED.search(template):
+    if GENERATION_MARK.search(template):
         text, marks = render(messages, marked=True)
-        spans = _joined(text, marks, tokenizer)
+        spans = _merge_marks(text, marks, tokenizer)
         for number in answers:
             if not any(_place(text, messages[number]["content"], span) for span in spans):
-                raise _left_out(messages, number)
+                raise _dropped_message_error(messages, number)
         return text, spans
     text, _ = render(messages)
     befores, askeds = ([_before(messages[:n], render, asked=asked) for n in answers] for asked in (False, True))
     befores = [
-        _begun(text, each, number) for number, each in zip(answers, zip(befores, askeds, strict=True), strict=True)
+        _matching_prefix(text, each, number)
+        for number, each in zip(answers, zip(befores, askeds, strict=True), strict=True)
     ]
     spans = []
     for number, before, asked, after in zip(answers, befores, askeds, [*befores[1:], text], strict=True):
         found = _place(text, messages[number]["content"], Span(len(before), len(after)))
         if found is None:
-            raise _left_out(messages, number)
-        begin = len(asked) if text.startswith(asked) else min(_alike(text, asked), found.start)
+            raise _dropped_message_error(messages, number)
+        begin = len(asked) if text.startswith(asked) else min(_common_prefix_length(text, asked), found.start)
         upto = render(messages[: number + 1])[0].rstrip()
         spans.append(Span(begin, _end(text, found.end, upto, tokenizer)))
     return text, spans
 
 
-ITS_OWN = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
+TEMPLATE_FIX = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
 
 
 def _before(turns: Sequence[dict[str, str]], render: Callable[..., tuple[str, list[Span]]], asked: bool) -> str:
@@ -178,7 +181,7 @@ def _before(turns: Sequence[dict[str, str]], render: Callable[..., tuple[str, li
     return render(turns, add_generation_prompt=asked)[0] if turns else ""
 
 
-def _begun(text: str, befores: tuple[str, str], number: int) -> str:
+def _matching_prefix(text: str, befores: tuple[str, str], number: int) -> str:
     """Of what may come before message `number`, that with which the whole begins. Raises BadInput for none."""
     for before in befores:
         if text.startswith(before):
@@ -186,19 +189,19 @@ def _begun(text: str, befores: tuple[str, str], number: int) -> str:
     raise BadInput(
         f"the chat template lays out what comes before message {number + 1} otherwise once it is answered: where the "
         f"answer begins cannot be told",
-        fix=ITS_OWN,
+        fix=TEMPLATE_FIX,
     )
 
 
-def _alike(one: str, other: str) -> int:
+def _common_prefix_length(one: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _left_out(messages: Sequence[dict[str, str]], number: int) -> BadInput:
+def _dropped_message_error(messages: Sequence[dict[str, str]], number: int) -> BadInput:
     return BadInput(
         f"the chat template leaves out some of message {number + 1}: {messages[number]['content'].strip()[:60]!r}",
-        fix=f"such as the reasoning in an answer; {ITS_OWN}",
+        fix=f"such as the reasoning in an answer; {TEMPLATE_FIX}",
     )
 
 
@@ -219,10 +222,10 @@ def _end(text: str, after: int, upto: str, tokenizer: PreTrainedTokenizerBase) -
         return len(upto)
     rest = text[after:]
     blank = len(rest) - len(rest.lstrip())
-    return after + next((blank + len(token) for token in _added(tokenizer) if rest.startswith(token, blank)), 0)
+    return after + next((blank + len(token) for token in _added_tokens(tokenizer) if rest.startswith(token, blank)), 0)
 
 
-def _joined(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+def _merge_marks(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
     """What a template marks, without the blanks behind a special token; marks that touch are one."""
     spans: list[Span] = []
     for start, end in marks:
@@ -231,13 +234,13 @@ def _joined(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenizerBase
         elif start < end:
             spans.append(Span(start, end))
     ends = [len(text[: span.end].rstrip()) for span in spans]
-    tokens = tuple(_added(tokenizer))
+    tokens = tuple(_added_tokens(tokenizer))
     return [
         Span(span.start, end) if text.endswith(tokens, span.start, end) else span
         for span, end in zip(spans, ends, strict=True)
     ]
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that are written out whole, the longest first."""
     return sorted(filter(None, map(str, tokenizer.added_tokens_decoder.values())), key=len, reverse=True)

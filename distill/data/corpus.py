@@ -19,7 +19,7 @@ from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
 
 # Tests, vendored copies and generated tables are no example of how library code is written.
-LEFT_OUT = {
+EXCLUDED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip",
     "__pycache__", "pydoc_data", "turtledemo", "encodings", "_vendor", "config-3",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def stdlib_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if any(part in LEFT_OUT or part.startswith("config-") for part in parts):
+        if any(part in EXCLUDED_FOLDERS or part.startswith("config-") for part in parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def row_path(row: Mapping[str, Any], path: str, number: int) -> str:
     return str(row.get("path") or f"{Path(path).name}:{number:07d}")
 
 
-def table(data: Data, path: str) -> Iterator[tuple[Document, Mapping[str, Any]]]:
+def table_documents(data: Data, path: str) -> Iterator[tuple[Document, Mapping[str, Any]]]:
     """Rows of a table as the recipe reads them, and as they are.
 
     Raises BadInput, naming the row, for one that cannot be used.
@@ -151,8 +151,8 @@ def document_of(data: Data, row: Mapping[str, Any], path: str) -> Document | Non
     if data.messages_column:
         return conversation(path, _turns(row, data.messages_column))
     if data.prompt_column:
-        prompt = _filled(row, data.prompt_column)
-        completion = _filled(row, data.completion_column) if data.completion_column else ""
+        prompt = _text_in_column(row, data.prompt_column)
+        completion = _text_in_column(row, data.completion_column) if data.completion_column else ""
         return Document(path, prompt + completion, prompt=prompt)
     text = row[data.text_column]
     return Document(path, text) if isinstance(text, str) else None
@@ -163,7 +163,7 @@ def conversation(path: str, messages: Sequence[dict[str, str]]) -> Document:
     return Document(path, "\n".join(message["content"] for message in messages), messages=messages)
 
 
-def _filled(row: Mapping[str, Any], column: str) -> str:
+def _text_in_column(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if isinstance(value, str) and value.strip():
         return value
@@ -181,21 +181,23 @@ def _turns(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def located(data: Data, beside: Path) -> str:
+def locate_data(data: Data, recipe_folder: Path) -> str:
     """`data.path` as it is to be opened, looked for beside the recipe, then here; or a hub id. Raises BadInput."""
     path = Path(data.path or "").expanduser()
-    found = next((p for p in (beside / path, path) if p.exists()), None)
+    found = next((p for p in (recipe_folder / path, path) if p.exists()), None)
     if found is None and (data.kind == "text" or path.suffix in TABLES):
-        raise BadInput(f"data.path {data.path!r} does not exist", fix=f"looked in {beside} and in {Path.cwd()}")
+        raise BadInput(f"data.path {data.path!r} does not exist", fix=f"looked in {recipe_folder} and in {Path.cwd()}")
     return str(found or data.path)
 
 
-def documents(data: Data, beside: Path) -> Iterable[Document]:
+def documents(data: Data, recipe_folder: Path) -> Iterable[Document]:
     """The documents a recipe names."""
     if data.kind == "stdlib":
         return stdlib_documents()
-    path = located(data, beside)
-    return text_documents(Path(path)) if data.kind == "text" else (document for document, _ in table(data, path))
+    path = locate_data(data, recipe_folder)
+    return (
+        text_documents(Path(path)) if data.kind == "text" else (document for document, _ in table_documents(data, path))
+    )
 
 
 def is_heldout(path: str, fraction: float) -> bool:
@@ -203,12 +205,12 @@ def is_heldout(path: str, fraction: float) -> bool:
     return int(text_digest(path)[:12], 16) / 16**12 < fraction
 
 
-def prepare(data: Data, beside: Path, name: str) -> Corpus:
+def prepare(data: Data, recipe_folder: Path, name: str) -> Corpus:
     """Write a recipe's text under `home()/data/<name>`. Raises BadInput where there is too little of it."""
-    return write(documents(data, beside), name, data.heldout, f"the text ({data.path or data.kind})")
+    return write(documents(data, recipe_folder), name, data.heldout, f"the text ({data.path or data.kind})")
 
 
-def write(documents: Iterable[Document], name: str, heldout: float, what: str) -> Corpus:
+def write(documents: Iterable[Document], name: str, heldout: float, description: str) -> Corpus:
     """Write documents to `home()/data/<name>`, split in train and held-out, whole or not at all.
 
     Documents are ordered by the hash of their path, so that any prefix is a fair sample. They are not held in
@@ -217,7 +219,7 @@ def write(documents: Iterable[Document], name: str, heldout: float, what: str) -
     Args:
         documents: those without text are left out.
         heldout: share of the documents.
-        what: the text, for an error.
+        description: the text, for an error.
 
     Raises:
         BadInput: no text, or none for one of the two parts.
@@ -229,11 +231,11 @@ def write(documents: Iterable[Document], name: str, heldout: float, what: str) -
     with FileLock(folder.with_name(f".{name}.lock")), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         new = Path(scratch) / "text"
         new.mkdir()
-        text = _write_parts(_ordered(documents, Path(scratch) / "rows.jsonl"), new, heldout)
+        text = _write_parts(_order_by_hash(documents, Path(scratch) / "rows.jsonl"), new, heldout)
         if not (text.train_documents and text.heldout_documents):
             part = "train" if text.heldout_documents else "heldout"
             raise BadInput(
-                f"{what} leaves no {part} document: it has {text.train_documents + text.heldout_documents} in all",
+                f"{description} leaves no {part} document of {text.train_documents + text.heldout_documents}",
                 fix=f"give more text, or another data.heldout than {heldout}",
             )
         before = jsonl.corpus_digest_in(folder)
@@ -246,7 +248,7 @@ def write(documents: Iterable[Document], name: str, heldout: float, what: str) -
     return text._replace(train=folder / "train.jsonl", heldout=folder / "heldout.jsonl")
 
 
-def _ordered(documents: Iterable[Document], rows: Path) -> Iterator[tuple[Document, bytes]]:
+def _order_by_hash(documents: Iterable[Document], rows: Path) -> Iterator[tuple[Document, bytes]]:
     """Documents with their lines, by the hash of their path; `rows` holds them meanwhile."""
     places = []
     with open(rows, "w+b") as file:

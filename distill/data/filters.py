@@ -21,7 +21,7 @@ Verifier = Callable[[Any, str, Mapping[str, Any]], bool]
 GRAM = 4
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?|-?\.\d+")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
-THOUGHT = "</think>"
+THINK_END = "</think>"
 
 
 class Answer(NamedTuple):
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
     seconds: float = 0.0
 
 
-class Sieve:
+class AnswerFilter:
     """The filters of a recipe, in the order of its keys.
 
     Args:
@@ -54,36 +54,36 @@ class Sieve:
         BadInput: a verifier that cannot be imported.
     """
 
-    def __init__(self, rules: Filter, beside: Path) -> None:
+    def __init__(self, rules: Filter, recipe_folder: Path) -> None:
         self.rules = rules
-        self.verifier = _verifier(rules, beside)
+        self.verifier = _verifier(rules, recipe_folder)
         self.dropped: Counter[str] = Counter()  # by the first filter that said no
-        self.kept = 0
+        self.kept_count = 0
 
     def keeps(self, prompt: Any, answer: Answer, row: Mapping[str, Any]) -> bool:
         """Whether an answer stays; counted."""
-        if (reason := self._against(prompt, answer, row)) is None:
-            self.kept += 1
+        if (reason := self._failed_filter(prompt, answer, row)) is None:
+            self.kept_count += 1
             return True
         self.dropped[reason] += 1
         return False
 
-    def check(self, row: Mapping[str, Any], where: str) -> None:
+    def check(self, row: Mapping[str, Any], row_name: str) -> None:
         """Raises BadInput where the verifier would find nothing in a row to compare an answer with."""
         if self.rules.answer_column is None:
             return
         if row.get(self.rules.answer_column) is None:
             raise BadInput(
-                f"{where} has no {self.rules.answer_column!r}, which generate.filter.answer_column names",
+                f"{row_name} has no {self.rules.answer_column!r}, which generate.filter.answer_column names",
                 fix=f"its columns are: {', '.join(row)}",
             )
         if self.rules.verifier == "final_answer" and final_answer(str(row[self.rules.answer_column])) is None:
             raise BadInput(
-                f"{where}: {self.rules.answer_column!r} holds no final answer: no '#### 42', \\boxed{{42}} or number",
+                f"{row_name}: {self.rules.answer_column!r} has no final answer: no '#### 42', \\boxed{{42}} or number",
                 fix="leave the row out, or give a verifier of your own: package.module:function",
             )
 
-    def _against(self, prompt: Any, answer: Answer, row: Mapping[str, Any]) -> str | None:
+    def _failed_filter(self, prompt: Any, answer: Answer, row: Mapping[str, Any]) -> str | None:
         """The first filter that an answer fails."""
         rules = self.rules
         if answer.tokens < rules.min_tokens or not answer.text.strip():
@@ -104,11 +104,11 @@ class Sieve:
                 )
             if answer.logprob < rules.min_logprob:
                 return "min_logprob"
-        if self.verifier is not None and not self._verified(prompt, answer.text, row):
+        if self.verifier is not None and not self._passes_verifier(prompt, answer.text, row):
             return "verifier"
         return None
 
-    def _verified(self, prompt: Any, answer: str, row: Mapping[str, Any]) -> bool:
+    def _passes_verifier(self, prompt: Any, answer: str, row: Mapping[str, Any]) -> bool:
         assert self.verifier is not None
         try:
             return bool(self.verifier(prompt, answer, row))
@@ -118,11 +118,11 @@ class Sieve:
                 f"{type(error).__name__}: {error}; the answer begins {answer[:80]!r}"
             ) from error
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What was kept and what each filter dropped, in words."""
-        total = self.kept + self.dropped.total()
+        total = self.kept_count + self.dropped.total()
         dropped = ", ".join(f"{count} by {name}" for name, count in self.dropped.most_common())
-        return f"{self.kept} of {total} answers kept" + (f"; dropped: {dropped}" if dropped else "")
+        return f"{self.kept_count} of {total} answers kept" + (f"; dropped: {dropped}" if dropped else "")
 
 
 def repetition(text: str) -> float:
@@ -138,7 +138,7 @@ def final_answer(text: str) -> str | None:
     What follows the last `####` (GSM8K), else what the last `\\boxed{}` holds (MATH), else the last number. Of
     reasoning between `<think>` and `</think>` nothing counts.
     """
-    text = text.rpartition(THOUGHT)[2]
+    text = text.rpartition(THINK_END)[2]
     if "####" in text:
         after = text.rpartition("####")[2].strip()
         return after.splitlines()[0].strip() if after else None
@@ -148,14 +148,14 @@ def final_answer(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def same_answer(given: str | None, wanted: str | None) -> bool:
+def same_answer(answer: str | None, expected: str | None) -> bool:
     """Whether two final answers are equal: as numbers where both are, else letter by letter."""
-    if given is None or wanted is None:
+    if answer is None or expected is None:
         return False
-    ours, theirs = _number(given), _number(wanted)
+    ours, theirs = _number(answer), _number(expected)
     if ours is not None and theirs is not None:
         return ours == theirs
-    return _plain(given) == _plain(wanted)
+    return _plain(answer) == _plain(expected)
 
 
 def _boxed(text: str) -> str | None:
@@ -188,7 +188,7 @@ def _plain(text: str) -> str:
     return "".join(text.split()).strip("$.").lower()
 
 
-def _verifier(rules: Filter, beside: Path) -> Verifier | None:
+def _verifier(rules: Filter, recipe_folder: Path) -> Verifier | None:
     if rules.verifier is None:
         return None
     if rules.verifier == "final_answer":
@@ -196,12 +196,12 @@ def _verifier(rules: Filter, beside: Path) -> Verifier | None:
         return lambda prompt, answer, row: same_answer(final_answer(answer), final_answer(str(row[column])))
     module, _, name = rules.verifier.partition(":")
     try:
-        with _importable(beside):
+        with _importable(recipe_folder):
             found: Any = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the recipe's own code
         raise BadInput(
             f"generate.filter.verifier {rules.verifier!r} cannot be imported: {type(error).__name__}: {error}",
-            fix=f"give final_answer or package.module:function; {beside} and {Path.cwd()} are looked in too",
+            fix=f"give final_answer or package.module:function; {recipe_folder} and {Path.cwd()} are looked in too",
         ) from error
     if not callable(found):
         raise BadInput(f"generate.filter.verifier {rules.verifier!r} is no function")
@@ -209,10 +209,10 @@ def _verifier(rules: Filter, beside: Path) -> Verifier | None:
 
 
 @contextmanager
-def _importable(beside: Path) -> Any:
+def _importable(recipe_folder: Path) -> Any:
     """Modules beside the recipe and here can be imported within."""
     before = list(sys.path)
-    sys.path[:0] = [str(beside), str(Path.cwd())]
+    sys.path[:0] = [str(recipe_folder), str(Path.cwd())]
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return blocks
 
 
-def keeps_apart(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
+def separates_documents(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
     """Whether a model of this kind reads a document in a block as it reads it alone, given `position_ids`.
 
     Found out on a fresh model of two layers: one that has a state from token to token, or counts places in its own
@@ -49,7 +49,7 @@ def keeps_apart(config: PretrainedConfig, trust_remote_code: bool = False) -> bo
     """
     for narrow in (True, False):
         try:
-            return _reads_alike(_small(config, narrow), trust_remote_code)
+            return _ignores_neighbours(_small(config, narrow), trust_remote_code)
         except Exception:  # a model may not fit together with other sizes, and fails in a way of its own
             continue
     return False
@@ -71,7 +71,7 @@ def _small(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
     return small
 
 
-def _reads_alike(config: PretrainedConfig, trust_remote_code: bool, length: int = 12) -> bool:
+def _ignores_neighbours(config: PretrainedConfig, trust_remote_code: bool, length: int = 12) -> bool:
     """Whether a document gives the same logits whichever comes before it, and as alone."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from limbeck.distill.data import corpus
 from limbeck.distill.data.corpus import Document
-from limbeck.distill.data.filters import THOUGHT
+from limbeck.distill.data.filters import THINK_END
 from limbeck.distill.recipe.schema import Data, Generate
 from limbeck.registry.core.digest import text_digest
 from limbeck.registry.core.errors import BadInput
@@ -16,7 +16,7 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINKING = "<think>"
+THINK_START = "<think>"
 CHARACTERS = 2  # of plain text, for each token of a block: its beginning is a prompt of about half a block
 
 Messages = Sequence[dict[str, str]]
@@ -37,17 +37,17 @@ class Prompt(NamedTuple):
     row: Mapping[str, Any]
 
 
-def prompts(data: Data, generate: Generate, beside: Path) -> list[Prompt]:
+def load_prompts(data: Data, generate: Generate, recipe_folder: Path) -> list[Prompt]:
     """The prompts of a recipe's data, ordered by the hash of their path, so that any number is a fair sample.
 
     Raises BadInput, naming the row, for one that cannot be used.
     """
     if data.kind == "dataset":
-        found = _of_rows(data, beside)
+        found = _prompts_of_rows(data, recipe_folder)
     else:
         found = (
             Prompt(document.path, _beginning(document.text, data.max_length), (), {})
-            for document in corpus.documents(data, beside)
+            for document in corpus.documents(data, recipe_folder)
         )
     kept = sorted((p for p in found if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
     if not kept:
@@ -55,10 +55,10 @@ def prompts(data: Data, generate: Generate, beside: Path) -> list[Prompt]:
     return kept[: generate.max_prompts]
 
 
-def _of_rows(data: Data, beside: Path) -> Iterator[Prompt]:
-    path = corpus.located(data, beside)
+def _prompts_of_rows(data: Data, recipe_folder: Path) -> Iterator[Prompt]:
+    path = corpus.locate_data(data, recipe_folder)
     asked = data.model_copy(update={"completion_column": None})  # the teacher's stands in its place
-    for document, row in corpus.table(asked, path):
+    for document, row in corpus.table_documents(asked, path):
         messages = list(document.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -87,17 +87,17 @@ def turns(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
     return messages
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> str:
+def render_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt_name: str) -> str:
     """Turns through a chat template, up to where the answer begins. Raises BadInput where it refuses them."""
     from jinja2 import TemplateError
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(f"{where}: the teacher's chat template refuses it: {error}") from error
+        raise BadInput(f"{prompt_name}: the teacher's chat template refuses it: {error}") from error
 
 
-def layout(
+def document_layout(
     tokenizer: PreTrainedTokenizerBase, by_chat: bool, system_prompt: str | None
 ) -> Callable[[Prompt, str], Document]:
     """A function of prompt and answer that gives the document to learn from.
@@ -113,17 +113,17 @@ def layout(
 
     def chat(prompt: Prompt, answer: str) -> Document:
         messages = turns(prompt, system_prompt)
-        if THOUGHT in answer and not keeps_thoughts:
+        if THINK_END in answer and not keeps_thoughts:
             # The template would drop the reasoning: what it gives before the answer is the prompt, in plain.
-            text = rendered(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
-            if text.rstrip().endswith(THINKING):
-                text = text.rpartition(THINKING)[0]
+            text = render_chat_prompt(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
+            if text.rstrip().endswith(THINK_START):
+                text = text.rpartition(THINK_START)[0]
             return Document(prompt.path, text + answer, prompt=text)
         return corpus.conversation(prompt.path, [*messages, {"role": "assistant", "content": answer}])
 
     if not (by_chat and tokenizer.chat_template):
         return plain
-    thinks = {"role": "assistant", "content": f"{THINKING}\na thought of it\n{THOUGHT}\n\nwhat it says"}
+    thinks = {"role": "assistant", "content": f"{THINK_START}\na thought of it\n{THINK_END}\n\nwhat it says"}
     probe = tokenizer.apply_chat_template([{"role": "user", "content": "what is asked"}, thinks], tokenize=False)
     keeps_thoughts = "a thought of it" in str(probe)
     return chat

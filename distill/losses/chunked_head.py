@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from limbeck.distill.losses import divergences
 from limbeck.distill.recipe.schema import Objective
 
-CHUNK_BYTES = 2**26  # of float32 logits at a time
+LOGITS_CHUNK_BYTES = 2**26  # of float32 logits at a time
 
 
-class Logits(NamedTuple):
+class LazyLogits(NamedTuple):
     """Logits (N, V) that are not worked out yet.
 
     Attributes:
@@ -43,16 +43,16 @@ class Logits(NamedTuple):
         whole = len(self.weight) if self.weight is not None else self.hidden.shape[-1]
         return min(whole, self.vocab_size or whole)
 
-    def detached(self) -> Logits:
+    def detached(self) -> LazyLogits:
         """Without gradients, and in the type that autocast multiplies matrices in here."""
         if self.weight is None:
             return self._replace(hidden=self.hidden.detach())
         kind = self.hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         hidden, weight = self.hidden.detach().to(dtype), self.weight.detach().to(dtype)
-        return Logits(hidden, weight, None if self.bias is None else self.bias.detach().to(dtype), self.vocab_size)
+        return LazyLogits(hidden, weight, None if self.bias is None else self.bias.detach().to(dtype), self.vocab_size)
 
-    def of(self, rows: slice) -> torch.Tensor:
+    def compute_rows(self, rows: slice) -> torch.Tensor:
         """The logits of some rows (n, V)."""
         if self.weight is None:
             return self.hidden[rows, : self.vocab_size]
@@ -60,11 +60,11 @@ class Logits(NamedTuple):
         return F.linear(self.hidden[rows], self.weight[: self.vocab_size], bias)
 
 
-class Ran(NamedTuple):
+class BatchOutput(NamedTuple):
     """What a model made of a batch: logits at the positions asked for, and all hidden states (B, T, d) if wanted,
     those of the embeddings first."""
 
-    logits: Logits
+    logits: LazyLogits
     states: tuple[torch.Tensor, ...] | None
 
 
@@ -75,24 +75,24 @@ class Body(NamedTuple):
     head: torch.nn.Linear | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Body:
+    def from_model(cls, model: PreTrainedModel) -> Body:
         """Finds out by a small run what the model does beyond body and head: scaled or capped logits, say. Such a
         model, or one whose head is wrapped, gives its own logits, which costs memory only."""
         return cls(model, _plain_head(model))
 
-    def run(self, inputs: Mapping[str, Any], rows: torch.Tensor, states: bool = False) -> Ran:
+    def run(self, inputs: Mapping[str, Any], rows: torch.Tensor, states: bool = False) -> BatchOutput:
         """Run over `inputs`; logits at the places of `rows` (B, T - 1) bool, N of them; the last token gives none."""
         given = {**inputs, "use_cache": False, **({"output_hidden_states": True} if states else {})}
         # Sharded, a weight is whole only while its own unit runs; of FSDP's units the outermost runs now.
         if self.head is None or isinstance(self.head.weight, DTensor) or self.head.weight.ndim != 2:
             out = self.model(**given)
-            return Ran(Logits(out.logits[:, :-1][rows]), out.hidden_states if states else None)
-        out = _below(self.model)(**given)
+            return BatchOutput(LazyLogits(out.logits[:, :-1][rows]), out.hidden_states if states else None)
+        out = _without_head(self.model)(**given)
         hidden = out.last_hidden_state[:, :-1][rows]
-        return Ran(Logits(hidden, self.head.weight, self.head.bias), out.hidden_states if states else None)
+        return BatchOutput(LazyLogits(hidden, self.head.weight, self.head.bias), out.hidden_states if states else None)
 
 
-def _below(model: Any) -> torch.nn.Module:
+def _without_head(model: Any) -> torch.nn.Module:
     """The model without its head."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's wrapper
     return inner.base_model
@@ -101,7 +101,7 @@ def _below(model: Any) -> torch.nn.Module:
 @torch.no_grad()
 def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or _below(model) is model:
+    if type(head) is not torch.nn.Linear or _without_head(model) is model:
         return None
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     ids = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
@@ -109,7 +109,7 @@ def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     try:
         model.eval()
         logits = model(input_ids=ids, use_cache=False).logits
-        hidden = _below(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = _without_head(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
         model.train(training)
@@ -122,46 +122,46 @@ def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
 
 
 def loss(
-    student: Logits,
+    student: LazyLogits,
     labels: torch.Tensor,
     objective: Objective,
-    teacher: Logits | divergences.Stored | None,
-    measure: bool = False,
+    teacher: LazyLogits | divergences.StoredDistribution | None,
+    counts_agreement: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`objectives.loss` of logits that are never there at once: its sum over tokens, in nats.
 
     Args:
         labels: (N,) int64.
         teacher: its logits or a stored form (N, ...).
-        measure: count agreement, which takes another pass over the logits.
+        counts_agreement: count agreement, which takes another pass over the logits.
 
     Returns:
         The loss, a scalar; and on how many tokens both find the same one likeliest, 0 if that is not measured.
     """
     agreed = torch.zeros((), dtype=torch.int64, device=labels.device)
-    if objective.divergence is None and not measure:
+    if objective.divergence is None and not counts_agreement:
         teacher = None
-    said_by = teacher.detached() if isinstance(teacher, Logits) else teacher
+    said_by = teacher.detached() if isinstance(teacher, LazyLogits) else teacher
 
     def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        said: divergences.Said | None = None
-        if isinstance(said_by, Logits):
-            said = said_by.of(rows)
+        said: divergences.TeacherDistribution | None = None
+        if isinstance(said_by, LazyLogits):
+            said = said_by.compute_rows(rows)
         elif said_by is not None:
             said = type(said_by)(*(part[rows] for part in said_by))
-        if measure and said is not None:
+        if counts_agreement and said is not None:
             agreed.add_((logits.detach().argmax(-1) == divergences.likeliest(said)).sum())
         return divergences.loss(logits, labels[rows], objective, said)
 
-    return summed(student, of_chunk), agreed
+    return sum_over_chunks(student, of_chunk), agreed
 
 
 @torch.compiler.disable
-def summed(student: Logits, of_chunk: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+def sum_over_chunks(student: LazyLogits, chunk_function: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
     """The sum over chunks of a function of a chunk's logits (n, V) and of which rows they are."""
     if not torch.is_grad_enabled():
         student = student.detached()
-    return _InChunks.apply(student.hidden, student.weight, student.bias, of_chunk)
+    return _InChunks.apply(student.hidden, student.weight, student.bias, chunk_function)
 
 
 class _InChunks(torch.autograd.Function):
@@ -173,10 +173,10 @@ class _InChunks(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        of_chunk: Callable[[torch.Tensor, slice], torch.Tensor],
+        chunk_function: Callable[[torch.Tensor, slice], torch.Tensor],
     ) -> torch.Tensor:
-        student = Logits(hidden, weight, bias)
-        chunk = max(1, CHUNK_BYTES // 4 // student.width)
+        student = LazyLogits(hidden, weight, bias)
+        chunk = max(1, LOGITS_CHUNK_BYTES // 4 // student.width)
         student = student.detached()
         # Sums over chunks are kept in float32 at least.
         gradients = [
@@ -190,9 +190,9 @@ class _InChunks(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                logits = student.of(rows).requires_grad_(learns)
+                logits = student.compute_rows(rows).requires_grad_(learns)
                 with torch.set_grad_enabled(learns):
-                    part = of_chunk(logits, rows)
+                    part = chunk_function(logits, rows)
                 total += part.detach()
                 if learns:
                     [by_logits] = torch.autograd.grad(part, logits)
@@ -207,7 +207,9 @@ class _InChunks(torch.autograd.Function):
         return (*(None if part is None else part.mul_(scale) for part in ctx.saved_tensors), None)
 
 
-def _add_gradients(gradients: list[torch.Tensor | None], student: Logits, rows: slice, by_logits: torch.Tensor) -> None:
+def _add_gradients(
+    gradients: list[torch.Tensor | None], student: LazyLogits, rows: slice, by_logits: torch.Tensor
+) -> None:
     """Put in what a chunk's gradient by its logits (n, V) gives for hidden states (N, d), weight (V, d), bias (V)."""
     by_hidden, by_weight, by_bias = gradients
     if by_hidden is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from limbeck.distill.losses import chunked_head
-from limbeck.distill.losses.chunked_head import Logits
+from limbeck.distill.losses.chunked_head import LazyLogits
 from limbeck.distill.recipe.schema import Objective
 
 
@@ -30,7 +30,11 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def loss(
-    student: Logits, labels: torch.Tensor, rows: torch.Tensor, said: Mapping[str, torch.Tensor], objective: Objective
+    student: LazyLogits,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    teacher: Mapping[str, torch.Tensor],
+    objective: Objective,
 ) -> torch.Tensor:
     """Labels and chunks mixed as the objective says, summed over tokens, in nats.
 
@@ -38,7 +42,7 @@ def loss(
         student: logits of the N targets.
         labels: (N,) int64.
         rows: (B, T) bool, N of them true: where in the batch the targets are.
-        said: `chunks` and `logprobs` (B, T), as `capture` stores them.
+        teacher: `chunks` and `logprobs` (B, T), as `capture` stores them.
     """
     own = torch.empty(len(labels), dtype=torch.float64, device=labels.device)
 
@@ -47,16 +51,16 @@ def loss(
         return own.new_zeros(())
 
     with torch.no_grad():
-        chunked_head.summed(student, look)
+        chunked_head.sum_over_chunks(student, look)
     # Chunks are numbered by block: no two of a batch have one number.
-    numbers = said["chunks"]
+    numbers = teacher["chunks"]
     unlike = torch.where(
         numbers > 0, numbers + torch.arange(len(numbers), device=numbers.device)[:, None] * numbers.shape[1], 0
     )
     which = unlike[rows]
     sums = own.new_zeros(2, numbers.numel() + 1)
     sums[0].index_add_(0, which, own)
-    sums[1].index_add_(0, which, said["logprobs"][rows].double())
+    sums[1].index_add_(0, which, teacher["logprobs"][rows].double())
     there = torch.zeros_like(sums[0], dtype=torch.bool)
     there[which] = True
     there[0] = False
@@ -71,6 +75,6 @@ def loss(
         logprobs = logits.gather(-1, labels[part, None])[:, 0].float() - logits.float().logsumexp(-1)
         return (weights[part] * logprobs).sum()
 
-    towards = chunked_head.summed(student, weighted)
+    towards = chunked_head.sum_over_chunks(student, weighted)
     total = (1 - objective.labels) * distance.detach() - objective.labels * own.sum()
     return towards + (total.to(towards.dtype) - towards.detach())

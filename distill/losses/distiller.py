@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from limbeck.distill.losses import chunked_head, divergences
 from limbeck.distill.losses import chunks as chunks_module
-from limbeck.distill.losses.chunked_head import Body, Logits
+from limbeck.distill.losses.chunked_head import Body, LazyLogits
 from limbeck.distill.losses.hidden_states import LayerMatching
 from limbeck.distill.recipe.schema import Objective
 from limbeck.registry.core.errors import BadInput
@@ -24,7 +24,7 @@ class Losses(NamedTuple):
 
     loss: torch.Tensor
     targets: torch.Tensor
-    agreed: torch.Tensor
+    agreement_count: torch.Tensor
 
 
 class Distiller(torch.nn.Module):
@@ -50,10 +50,12 @@ class Distiller(torch.nn.Module):
         self._no_split_modules = student._no_split_modules  # by the name that accelerate looks for: FSDP's units
         self.objective = objective
         self.vocab_size = vocab_size
-        self.measure = False
+        self.counts_agreement = False
         # In a list: what is in there is none of this module's parameters.
         self._bodies = [
-            Body.of(model) for model in (student, teacher if objective.uses_teacher else None) if model is not None
+            Body.from_model(model)
+            for model in (student, teacher if objective.uses_teacher else None)
+            if model is not None
         ]
         self.layers: LayerMatching | None = None
         if objective.layers is not None:
@@ -90,16 +92,18 @@ class Distiller(torch.nn.Module):
             said_of = {name: array[:, :-1] for name, array in batch["teacher"].items()}
             total = chunks_module.loss(student.logits, labels, rows, said_of, self.objective)
             return Losses(total / num_items, rows.sum(), torch.zeros_like(rows.sum()))
-        said: Logits | divergences.Stored | None = None
+        said: LazyLogits | divergences.StoredDistribution | None = None
         if "teacher" in batch and self.objective.uses_teacher:
-            said = divergences.stored({name: array[:, :-1][rows] for name, array in batch["teacher"].items()})
+            said = divergences.stored_distribution(
+                {name: array[:, :-1][rows] for name, array in batch["teacher"].items()}
+            )
         elif len(self._bodies) > 1:
             with torch.no_grad():
                 teacher = self._bodies[1].run(inputs, rows, states=matches)
             said = teacher.logits._replace(vocab_size=self.vocab_size)
         # Of what the student wrote itself there are no labels to learn.
         objective = self.objective.model_copy(update={"labels": 0.0}) if batch.get("written") else self.objective
-        total, agreed = chunked_head.loss(student.logits, labels, objective, said, self.measure)
+        total, agreed = chunked_head.loss(student.logits, labels, objective, said, self.counts_agreement)
         if self.layers is not None:
             total = total + self.layers(student.states, teacher.states, F.pad(rows, (0, 1)))
         return Losses(total / num_items, rows.sum(), agreed)

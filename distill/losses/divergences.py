@@ -39,11 +39,13 @@ class Samples(NamedTuple):
     entropy: torch.Tensor
 
 
-Stored = TopK | Samples
-Said = torch.Tensor | Stored  # what the teacher said: logits (..., V), or a stored form of them
+StoredDistribution = TopK | Samples
+TeacherDistribution = (
+    torch.Tensor | StoredDistribution
+)  # what the teacher said: logits (..., V), or a stored form of them
 
 
-def stored(arrays: Mapping[str, torch.Tensor]) -> Stored:
+def stored_distribution(arrays: Mapping[str, torch.Tensor]) -> StoredDistribution:
     """A stored form from its arrays by name."""
     form = TopK if "logprobs" in arrays else Samples
     return form(**arrays)
@@ -93,7 +95,9 @@ def with_tail(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([logprobs, torch.log((1 - mass).clamp_min(1e-6))], dim=-1)
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teacher: Said | None) -> torch.Tensor:
+def loss(
+    logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teacher: TeacherDistribution | None
+) -> torch.Tensor:
     """The objective's sum over tokens, in nats.
 
     Args:
@@ -105,14 +109,14 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, objective: Objective, teach
     Raises:
         ValueError: a divergence that the stored form cannot serve.
     """
-    logits = _raised(logits)
+    logits = _at_least_float32(logits)
     if teacher is None or objective.divergence is None or objective.labels == 1:
         return -log_softmax_at(logits, labels.unsqueeze(-1)).sum()
     t = objective.temperature
     # t * t keeps the gradient's size independent of the temperature (Hinton et al.).
     weight = (1 - objective.labels) * t * t
     if isinstance(teacher, torch.Tensor):
-        log_q, log_p = (F.log_softmax(_at(each, t), dim=-1) for each in (logits, _raised(teacher)))
+        log_q, log_p = (F.log_softmax(_at(each, t), dim=-1) for each in (logits, _at_least_float32(teacher)))
         said = log_q.gather(-1, labels.unsqueeze(-1)) if objective.labels and t == 1 else None
         distance = _from_all(log_p, log_q, objective)
     else:
@@ -142,18 +146,18 @@ def _from_all(log_p: torch.Tensor, log_q: torch.Tensor, objective: Objective) ->
     return divergence(log_p, log_q, objective.divergence, objective.beta, objective.alpha).sum()
 
 
-def _from_stored(log_q: torch.Tensor, teacher: Stored, objective: Objective) -> torch.Tensor:
+def _from_stored(log_q: torch.Tensor, teacher: StoredDistribution, objective: Objective) -> torch.Tensor:
     """The divergence, summed over tokens, from a stored form (N, ...) and the student's log q (N, k) at its ids."""
     assert objective.divergence is not None
     if isinstance(teacher, TopK):
-        log_p = with_tail(_raised(teacher.logprobs))
+        log_p = with_tail(_at_least_float32(teacher.logprobs))
         return divergence(log_p, with_tail(log_q), objective.divergence, objective.beta, objective.alpha).sum()
     if objective.divergence != "forward_kl":
         raise ValueError(f"samples give no unbiased estimate of {objective.divergence}, of forward_kl alone")
     return -(teacher.entropy.sum() + (teacher.weights * log_q).sum())
 
 
-def likeliest(teacher: Said) -> torch.Tensor:
+def likeliest(teacher: TeacherDistribution) -> torch.Tensor:
     """The teacher's likeliest token at each position, as far as what is stored tells: (N,) int64."""
     if isinstance(teacher, torch.Tensor):
         return teacher.argmax(-1)
@@ -186,6 +190,6 @@ class _LogSoftmaxAt(torch.autograd.Function):
         return whole.scatter_add_(-1, ids, gradient), None
 
 
-def _raised(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -20,10 +20,10 @@ class LayerMatching(torch.nn.Module):
     teacher's width, as TinyBERT does.
     """
 
-    def __init__(self, wanted: Layers, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def __init__(self, settings: Layers, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__()
-        self.wanted = wanted
-        self.map = layer_map(wanted, depth(student.config), depth(teacher.config))
+        self.settings = settings
+        self.map = layer_map(settings, depth(student.config), depth(teacher.config))
         widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
         self.projections: torch.nn.ModuleDict | None = None
         if widths[0] != widths[1]:
@@ -46,15 +46,15 @@ class LayerMatching(torch.nn.Module):
             if self.projections is not None:
                 ours = self.projections[str(mine)](ours)
             total = total + self._distance(ours.float(), target).sum()
-        return self.wanted.weight * total / len(self.map)
+        return self.settings.weight * total / len(self.map)
 
     def _distance(self, ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if self.wanted.loss == "cosine":
+        if self.settings.loss == "cosine":
             return 1 - F.cosine_similarity(ours, target, dim=-1)
         return F.mse_loss(ours, target, reduction="none").mean(-1)
 
 
-def layer_map(wanted: Layers, student: int, teacher: int) -> dict[int, int]:
+def layer_map(settings: Layers, student: int, teacher: int) -> dict[int, int]:
     """Which layer of the teacher each matched layer of the student follows, counted from 1.
 
     Args:
@@ -63,9 +63,9 @@ def layer_map(wanted: Layers, student: int, teacher: int) -> dict[int, int]:
     Raises:
         BadInput: a layer that one of them does not have.
     """
-    if wanted.map is None:  # evenly spread, last to last
+    if settings.map is None:  # evenly spread, last to last
         return {layer: max(1, round(layer * teacher / student)) for layer in range(1, student + 1)}
-    for mine, theirs in wanted.map.items():
+    for mine, theirs in settings.map.items():
         for whose, layer, count in (("student", mine, student), ("teacher", theirs, teacher)):
             if not 1 <= layer <= count:
                 raise BadInput(
@@ -73,7 +73,7 @@ def layer_map(wanted: Layers, student: int, teacher: int) -> dict[int, int]:
                     f"layers 1 to {count}",
                     fix="count layers from 1, or leave map out: then they are evenly spread",
                 )
-    return dict(sorted(wanted.map.items()))
+    return dict(sorted(settings.map.items()))
 
 
 def depth(config: PretrainedConfig) -> int:
@@ -81,8 +81,8 @@ def depth(config: PretrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def _projection(width: int, to: int, layer: int) -> torch.nn.Linear:
+def _projection(width: int, target_width: int, layer: int) -> torch.nn.Linear:
     """A map that keeps lengths and angles as far as it can; the same each time, whatever was drawn before."""
-    made = torch.nn.Linear(width, to, bias=False)
+    made = torch.nn.Linear(width, target_width, bias=False)
     torch.nn.init.orthogonal_(made.weight, generator=torch.Generator().manual_seed(layer))
     return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from limbeck.distill.data.blocks import Blocks, spans, start_of
+from limbeck.distill.data.blocks import Blocks, document_slices, start_token_id
 from limbeck.distill.models import loading
 from limbeck.registry.core.errors import BadInput
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MOST_LOGITS = 2**26  # of a batch of the teacher
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text that a block holds of one document.
 
     Attributes:
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     ends: bool
 
 
-class Encoded(NamedTuple):
+class TokenizedSpan(NamedTuple):
     """A piece in a teacher's tokens, one that starts a text first and one that ends it last, where it has them.
 
     Attributes:
@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     ends: np.ndarray
-    spaced: bool
+    has_added_space: bool
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -79,51 +79,55 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     return found
 
 
-def pieces(
-    blocks: Blocks, number: int, tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]
-) -> list[tuple[slice, np.ndarray, Piece]]:
+def document_spans(
+    blocks: Blocks, number: int, tokenizer: PreTrainedTokenizerBase, bytes_of_token: Sequence[bytes]
+) -> list[tuple[slice, np.ndarray, TextSpan]]:
     """Of each document in a block: its places, where its tokens end in bytes from 0, and its text.
 
     Args:
         tokenizer: of the blocks; it says which tokens begin and end a document.
-        texts: the bytes of each of its tokens.
+        bytes_of_token: the bytes of each of its tokens.
     """
     ids, segments = blocks.ids[number], blocks.segments[number]
-    start = start_of(tokenizer)
+    start = start_token_id(tokenizer)
     found = []
-    for places in spans(segments):
+    for places in document_slices(segments):
         own = ids[places]
         begins, ends = own[0] == start, len(own) > 1 and own[-1] == tokenizer.eos_token_id
-        sizes = np.array([len(texts[token]) for token in own])
+        sizes = np.array([len(bytes_of_token[token]) for token in own])
         sizes[-1] += ends
-        raw = b"".join(texts[token] for token in own)
+        raw = b"".join(bytes_of_token[token] for token in own)
         skipped = next((place for place, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
         text = raw[skipped:].decode("utf-8", "ignore")
-        found.append((places, np.cumsum(sizes), Piece(text, skipped, bool(begins), bool(ends))))
+        found.append((places, np.cumsum(sizes), TextSpan(text, skipped, bool(begins), bool(ends))))
     return found
 
 
-def encode(asked: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> list[Encoded]:
-    """Pieces in the tokens of `tokenizer`, of which `texts` are the bytes."""
-    start, end = start_of(tokenizer), tokenizer.eos_token_id
-    encoded = tokenizer([piece.text for piece in asked], add_special_tokens=False)["input_ids"]
+def tokenize_spans(
+    spans: Sequence[TextSpan], tokenizer: PreTrainedTokenizerBase, bytes_of_token: Sequence[bytes]
+) -> list[TokenizedSpan]:
+    """Pieces in the tokens of `tokenizer`, of which `bytes_of_token` are the bytes."""
+    start, end = start_token_id(tokenizer), tokenizer.eos_token_id
+    encoded = tokenizer([piece.text for piece in spans], add_special_tokens=False)["input_ids"]
     found = []
-    for piece, own in zip(asked, encoded, strict=True):
+    for piece, own in zip(spans, encoded, strict=True):
         closed = piece.ends and end is not None
         ids = ([] if start is None else [start]) + own + ([end] if closed else [])
-        ends = np.cumsum([0, *(len(texts[token]) for token in own)])
-        written, text = b"".join(texts[token] for token in own), piece.text.encode()
+        ends = np.cumsum([0, *(len(bytes_of_token[token]) for token in own)])
+        written, text = b"".join(bytes_of_token[token] for token in own), piece.text.encode()
         spaced = written == b" " + text
         ends = np.maximum(ends - spaced, 0)
         ends = np.append(ends, ends[-1] + 1) if closed else ends
         ends = ends if start is not None else ends[1:]
-        found.append(Encoded(np.array(ids, dtype=np.int64), ends if spaced or written == text else ends[:0], spaced))
+        found.append(
+            TokenizedSpan(np.array(ids, dtype=np.int64), ends if spaced or written == text else ends[:0], spaced)
+        )
     return found
 
 
 @torch.inference_mode()
-def run(
-    model: PreTrainedModel, encoded: Sequence[Encoded], vocab_size: int, bf16: bool
+def span_logits(
+    model: PreTrainedModel, encoded: Sequence[TokenizedSpan], vocab_size: int, bf16: bool
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(number, logits (n, vocab_size)) of each piece of two tokens and more, in batches of like lengths.
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from limbeck.distill.data.blocks import Blocks, layout_digest
 from limbeck.distill.models import loading
 
-BLOCKS = 16  # of a sample while a student learns
-MANY = 128  # of one that it is judged by at its end
+SAMPLE_BLOCKS = 16  # of a sample while a student learns
+FINAL_BLOCKS = 128  # of one that it is judged by at its end
 
 
 class Score(NamedTuple):
@@ -23,7 +23,7 @@ class Score(NamedTuple):
     agreement: float | None
 
 
-def sample(blocks: Blocks, count: int = BLOCKS) -> Blocks:
+def sample(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
     """At most `count` evenly spread blocks. Tokens and bytes of text stay those of all: their ratio is what counts."""
     chosen = np.unique(np.linspace(0, len(blocks.ids) - 1, count).astype(int))
     ids, segments, targets = blocks.ids[chosen], blocks.segments[chosen], blocks.targets[chosen]
@@ -33,7 +33,7 @@ def sample(blocks: Blocks, count: int = BLOCKS) -> Blocks:
 
 def bits_per_byte(model: PreTrainedModel, blocks: Blocks) -> float:
     """Bits per byte of text over at most `MANY` evenly spread blocks, every target predicted."""
-    return score(model, sample(blocks, MANY)).bits_per_byte
+    return score(model, sample(blocks, FINAL_BLOCKS)).bits_per_byte
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import Version
 
 
-def of(model: ResolvedModel) -> str | None:
+def licence_of_model(model: ResolvedModel) -> str | None:
     """The licence of a model, as the registry or its own card states it, or None."""
-    return model.version.licence if model.version else licence_of(model.path)
+    return model.version.licence if model.version else licence_of_card(model.path)
 
 
-def licence_of(folder: Path) -> str | None:
+def licence_of_card(folder: Path) -> str | None:
     """The licence that the card of a model or data set states, or None."""
     from huggingface_hub import ModelCard
 
@@ -30,14 +30,14 @@ def licence_of(folder: Path) -> str | None:
     return str(licence or data.license) if data.license else None
 
 
-def origin(store: Store, model: ResolvedModel) -> Version | None:
+def version_of_model(store: Store, model: ResolvedModel) -> Version | None:
     """The version that a model is: as it was named, else the student that has the very files of its folder."""
     if model.version or model.endpoint:
         return model.version
     return next((v for v in store.versions() if v.digest == model.digest and v.kind == "student"), None)
 
 
-def inherited(store: Store, model: ResolvedModel) -> tuple[LineageLicence, ...]:
+def inherited_terms(store: Store, model: ResolvedModel) -> tuple[LineageLicence, ...]:
     """The licences of what went into a model, as far as the registry knows it."""
-    version = origin(store, model)
+    version = version_of_model(store, model)
     return tuple(licences.lineage_licences(store, version)) if version else ()

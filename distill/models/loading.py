@@ -49,7 +49,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the greatest token id. A model's `vocab_size` may be greater: the rest is padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -65,9 +65,9 @@ def check_fits(
             f"{folder} has {positions} positions and data.max_length is {max_length}",
             fix=f"set data.max_length = {positions} or less",
         )
-    if config.vocab_size < vocabulary(tokenizer):
+    if config.vocab_size < vocabulary_size(tokenizer):
         raise BadInput(
-            f"{folder} has embeddings for {config.vocab_size} tokens and its tokenizer {vocabulary(tokenizer)}",
+            f"{folder} has embeddings for {config.vocab_size} tokens and its tokenizer {vocabulary_size(tokenizer)}",
             fix="take the tokenizer it was trained with",
         )
 

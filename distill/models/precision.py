@@ -17,16 +17,16 @@ GAIN = 1.1  # bfloat16 rounds: it has to be this much faster to be worth it
 ROWS, WIDEST, TRIES = 1024, 4096, 5
 
 
-def uses_bf16(wanted: bool | None, config: PretrainedConfig) -> bool:
-    """Whether a model of `config` runs under bfloat16 autocast: as `wanted`, or where it is measured to be faster.
+def uses_bf16(requested: bool | None, config: PretrainedConfig) -> bool:
+    """Whether a model of `config` runs under bfloat16 autocast: as `requested`, or where it is measured to be faster.
 
     What was measured is kept below `home()` by machine and shapes, so that a run that goes on, and the key of what a
     teacher said, do not depend on how busy the machine is.
     """
     import torch
 
-    if wanted is not None:
-        return wanted
+    if requested is not None:
+        return requested
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     hidden, inner = widths(config)

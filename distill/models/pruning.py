@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models import loading
-from limbeck.distill.recipe.schema import Carve
+from limbeck.distill.recipe.schema import Prune
 from limbeck.registry.core.errors import BadInput
 
 
@@ -133,10 +133,10 @@ def shape_of(config: PretrainedConfig) -> Shape:
     )
 
 
-def shape_after(config: PretrainedConfig, spec: Carve) -> Shape:
+def pruned_shape(config: PretrainedConfig, spec: Prune) -> Shape:
     """The student's shape. Raises BadInput where the teacher cannot be cut so."""
     teacher = shape_of(config)
-    layers = _layers_after(len(teacher.layers), spec)
+    layers = _pruned_layers(len(teacher.layers), spec)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) and layers != teacher.layers[: len(layers)]:
         raise BadInput(
             "the teacher's attention depends on the number of its layer (scale_attn_by_inverse_layer_idx)",
@@ -152,7 +152,7 @@ def shape_after(config: PretrainedConfig, spec: Carve) -> Shape:
         if size is not None and size > most:
             raise BadInput(f"{key} = {size} is more than the teacher's {most}", fix=f"give {most} or less")
     heads = spec.num_attention_heads or teacher.heads
-    kv_heads = spec.num_key_value_heads or _kv_heads_after(teacher, heads)
+    kv_heads = spec.num_key_value_heads or _pruned_kv_heads(teacher, heads)
     group = teacher.heads // teacher.kv_heads
     if heads % kv_heads or heads // kv_heads > group:
         raise BadInput(
@@ -169,7 +169,7 @@ def shape_after(config: PretrainedConfig, spec: Carve) -> Shape:
     return Shape(layers, hidden, spec.intermediate_size or teacher.neurons, heads, kv_heads, teacher.head_dim)
 
 
-def _layers_after(count: int, spec: Carve) -> tuple[int, ...]:
+def _pruned_layers(count: int, spec: Prune) -> tuple[int, ...]:
     """The layers that stay, of `count`; evenly spread, the first and the last are among them."""
     if spec.layers is not None:
         if not spec.layers or sorted(set(spec.layers)) != list(spec.layers) or not spec.layers[0] >= 0:
@@ -183,7 +183,7 @@ def _layers_after(count: int, spec: Carve) -> tuple[int, ...]:
     return tuple(int(layer) for layer in np.linspace(0, count - 1, kept).round())
 
 
-def _kv_heads_after(teacher: Shape, heads: int) -> int:
+def _pruned_kv_heads(teacher: Shape, heads: int) -> int:
     """Key-value heads where only `heads` is given: one to each head where the teacher has it so, else as many."""
     return heads if teacher.kv_heads == teacher.heads else teacher.kv_heads
 
@@ -208,10 +208,10 @@ def student_config(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
 
 # Shown a module's path, what comes by there (`hidden`: what a norm puts out; `norm input`; `neurons` and `heads`: what
 # their last projection takes), its values (n, T, C), and which tokens are no padding (n, T).
-See = Callable[[str, str, torch.Tensor, torch.Tensor], None]
+ActivationCallback = Callable[[str, str, torch.Tensor, torch.Tensor], None]
 
 
-class Kept(NamedTuple):
+class KeptUnits(NamedTuple):
     """What stays of the teacher: numbers of channels, and by layer of neurons and heads; each (n,), going up."""
 
     hidden: torch.Tensor
@@ -219,15 +219,15 @@ class Kept(NamedTuple):
     heads: dict[int, torch.Tensor]
     kv_heads: dict[int, torch.Tensor]
 
-    def of(self, what: str, layer: int | None) -> torch.Tensor:
-        if what == "hidden":
+    def units(self, axis: str, layer: int | None) -> torch.Tensor:
+        if axis == "hidden":
             return self.hidden
         assert layer is not None
-        units: torch.Tensor = getattr(self, what)[layer]
+        units: torch.Tensor = getattr(self, axis)[layer]
         return units
 
 
-def carve(teacher: PreTrainedModel, spec: Carve, blocks: Blocks) -> PreTrainedModel:
+def prune(teacher: PreTrainedModel, spec: Prune, blocks: Blocks) -> PreTrainedModel:
     """The student, with the weights of the teacher that it keeps, in the teacher's dtype.
 
     A norm divides by the size of a token's channels, which is another one without those that are cut: its weights
@@ -239,11 +239,11 @@ def carve(teacher: PreTrainedModel, spec: Carve, blocks: Blocks) -> PreTrainedMo
     Raises:
         BadInput: the teacher cannot be cut so.
     """
-    before, after = shape_of(teacher.config), shape_after(teacher.config, spec)
+    before, after = shape_of(teacher.config), pruned_shape(teacher.config, spec)
     measured = np.arange(min(spec.calibration_blocks, len(blocks.ids)))
     narrower = after[1:] != before[1:]
     scores = importance(teacher, blocks, measured) if narrower else {}
-    kept = _kept(scores, before, after)
+    kept = _select_units(scores, before, after)
     scales = _norm_scales(teacher, blocks, measured, kept.hidden) if after.hidden < before.hidden else {}
     student = AutoModelForCausalLM.from_config(student_config(teacher.config, after), dtype=teacher.dtype)
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -257,7 +257,7 @@ def carve(teacher: PreTrainedModel, spec: Carve, blocks: Blocks) -> PreTrainedMo
             whole = teacher.get_parameter(f"{source}.{name}").detach()
             transposed = whole.ndim == 2 and isinstance(student.get_submodule(path), Conv1D)
             order = axes[::-1] if transposed else axes[: whole.ndim]
-            parameter.data = _cut(whole, order, kept, layer, before) * scales.get(f"{source}.{name}", 1.0)
+            parameter.data = _prune_tensor(whole, order, kept, layer, before) * scales.get(f"{source}.{name}", 1.0)
     student.tie_weights()
     return student.eval()
 
@@ -294,7 +294,7 @@ def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, 
     def see(path: str, what: str, value: torch.Tensor, valid: torch.Tensor) -> None:
         if what == "norm input":
             centred = isinstance(norms[path], torch.nn.LayerNorm)
-            ratio = _spread(value[..., kept], centred) / _spread(value, centred)
+            ratio = _root_mean_square(value[..., kept], centred) / _root_mean_square(value, centred)
             ratios[f"{path}.weight"].append(ratio[valid])
 
     _run(teacher, blocks, indices, see)
@@ -302,23 +302,27 @@ def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, 
     return {name: float(torch.cat(each).nanmean().nan_to_num(nan=1.0)) for name, each in ratios.items()}
 
 
-def _spread(value: torch.Tensor, centred: bool) -> torch.Tensor:
+def _root_mean_square(value: torch.Tensor, centred: bool) -> torch.Tensor:
     value = value.double()
     return (value - value.mean(-1, keepdim=True) if centred else value).square().mean(-1).sqrt()
 
 
 @torch.inference_mode()
-def _run(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, see: See) -> None:
-    """Run the teacher over the blocks at `indices` and show `see` what comes by."""
+def _run(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, on_activation: ActivationCallback) -> None:
+    """Run the teacher over the blocks at `indices` and show `on_activation` what comes by."""
     valid = torch.empty(0)
     hooks = []
     for path, axes in _axes(teacher).items():
         module = teacher.get_submodule(path)
         if axes == ("hidden",):
-            hooks.append(module.register_forward_pre_hook(lambda _, x, p=path: see(p, "norm input", x[0], valid)))
-            hooks.append(module.register_forward_hook(lambda _, x, y, p=path: see(p, "hidden", y, valid)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, x, p=path: on_activation(p, "norm input", x[0], valid))
+            )
+            hooks.append(module.register_forward_hook(lambda _, x, y, p=path: on_activation(p, "hidden", y, valid)))
         elif axes[-1] in ("neurons", "heads"):
-            hooks.append(module.register_forward_pre_hook(lambda _, x, p=path, a=axes: see(p, a[-1], x[0], valid)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, x, p=path, a=axes: on_activation(p, a[-1], x[0], valid))
+            )
     torch.nn.Module.to(teacher, loading.device()).eval()
     try:
         for index in np.array_split(indices, -(-len(indices) // 4)):
@@ -330,7 +334,7 @@ def _run(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, see: See
         torch.nn.Module.to(teacher, "cpu")
 
 
-def _kept(scores: dict[tuple[str, int | None], torch.Tensor], before: Shape, after: Shape) -> Kept:
+def _select_units(scores: dict[tuple[str, int | None], torch.Tensor], before: Shape, after: Shape) -> KeptUnits:
     """The units with the highest scores, in the teacher's order."""
 
     def best(what: str, layer: int | None, count: int, whole: int) -> torch.Tensor:
@@ -346,7 +350,7 @@ def _kept(scores: dict[tuple[str, int | None], torch.Tensor], before: Shape, aft
             kv_heads[layer] = _top(best_of_group.values.sum(-1), after.kv_heads)
             inside = best_of_group.indices.sort().values[kv_heads[layer]]
             heads[layer] = (kv_heads[layer][:, None] * groups.shape[1] + inside).flatten()
-    return Kept(
+    return KeptUnits(
         best("hidden", None, after.hidden, before.hidden),
         {layer: best("neurons", layer, after.neurons, before.neurons) for layer in after.layers},
         heads,
@@ -373,13 +377,15 @@ def _layer(path: str, layers: str) -> int | None:
     return int(path.removeprefix(f"{layers}.").split(".")[0]) if path.startswith(f"{layers}.") else None
 
 
-def _cut(whole: torch.Tensor, axes: tuple[str, ...], kept: Kept, layer: int | None, before: Shape) -> torch.Tensor:
+def _prune_tensor(
+    whole: torch.Tensor, axes: tuple[str, ...], kept: KeptUnits, layer: int | None, before: Shape
+) -> torch.Tensor:
     """A tensor of the teacher without what does not stay."""
     for axis, parts in enumerate(axes):
         each = whole.shape[axis] // max(1, len(parts.split()))
         places = []
         for number, what in enumerate(parts.split()):
-            units = kept.of(what, layer)
+            units = kept.units(what, layer)
             width = each // getattr(before, what)  # rows of one unit: of a head, its size
             places.append(number * each + (units[:, None] * width + torch.arange(width)).flatten())
         whole = whole.index_select(axis, torch.cat(places)) if places else whole

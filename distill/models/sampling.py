@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TAIL = 8  # tokens looked back at for the rest of a stop string, beyond one for each of its characters
 
 
-class Draws(LogitsProcessor):
+class SeededSampling(LogitsProcessor):
     """Chooses each row's next token by one random number of the row's own, and keeps what it was worth.
 
     The number picks its place in the cumulative distribution. So an answer depends on its seed and its prompt alone;
@@ -46,12 +46,12 @@ class Draws(LogitsProcessor):
             chosen = logprobs.argmax(-1, keepdim=True)
         else:
             number = torch.from_numpy(self.numbers[:, input_ids.shape[1] - self.width, None]).to(scores.device)
-            chosen = self._drawn((logprobs / self.temperature).double().softmax(-1), number)
+            chosen = self._draw_tokens((logprobs / self.temperature).double().softmax(-1), number)
         self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
         left = torch.full_like(scores, -torch.inf)
         return left.scatter_(-1, chosen, 0.0)  # type: ignore[return-value]
 
-    def _drawn(self, probabilities: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    def _draw_tokens(self, probabilities: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """The tokens (B, 1) at the places `number` (B, 1) in [0, 1) of distributions (B, V)."""
         order = None
         if self.top_p < 1:
@@ -79,7 +79,7 @@ class Stops(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=input_ids.device)
 
 
-class Writer:
+class TextSampler:
     """A local model that answers prompts.
 
     Args:
@@ -111,7 +111,7 @@ class Writer:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids)
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        draws = Draws(seeds, width, self.max_new_tokens, self.vocab_size, self.temperature, self.top_p)
+        draws = SeededSampling(seeds, width, self.max_new_tokens, self.vocab_size, self.temperature, self.top_p)
         # Of the checkpoint's own settings none is left, such as a repetition penalty: the recipe says all.
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=sorted(self.end_ids), pad_token_id=pad

@@ -26,25 +26,31 @@ class Vocabularies(NamedTuple):
     """
 
     tokens: tuple[int, int]
-    rows: tuple[int, int]
-    unlike: int
+    embedding_rows: tuple[int, int]
+    different_tokens: int
     special: tuple[str, ...]
 
     @property
     def same(self) -> bool:
         """Whether logits can be compared token by token."""
-        return self.unlike == 0
+        return self.different_tokens == 0
 
     @property
     def padding(self) -> tuple[int, int]:
         """Rows that stand for no token."""
-        return self.rows[0] - self.tokens[0], self.rows[1] - self.tokens[1]
+        return self.embedding_rows[0] - self.tokens[0], self.embedding_rows[1] - self.tokens[1]
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The comparison in a line."""
         if not self.same:
-            return f"unequal: {self.tokens[0]:,} and {self.tokens[1]:,} tokens, {self.unlike:,} of them unlike"
-        padded = f", embeddings padded to {self.rows[0]:,} and {self.rows[1]:,}" if any(self.padding) else ""
+            return (
+                f"unequal: {self.tokens[0]:,} and {self.tokens[1]:,} tokens, {self.different_tokens:,} of them unlike"
+            )
+        padded = (
+            f", embeddings padded to {self.embedding_rows[0]:,} and {self.embedding_rows[1]:,}"
+            if any(self.padding)
+            else ""
+        )
         return "; ".join((f"equal: {self.tokens[0]:,} tokens{padded}", *self.special))
 
 
@@ -57,19 +63,19 @@ def compare(
     for name in SPECIAL:
         pair = getattr(teacher, name), getattr(student, name)
         if pair[0] != pair[1]:
-            special.append(f"{name}: {_named(pair[0])} and {_named(pair[1])}")
+            special.append(f"{name}: {_format_token(pair[0])} and {_format_token(pair[1])}")
     adds = _adds_bos(teacher), _adds_bos(student)
     if adds[0] != adds[1]:
         special.append(f"only the {'teacher' if adds[0] else 'student'}'s tokenizer puts BOS before a text")
     return Vocabularies(
-        (loading.vocabulary(teacher), loading.vocabulary(student)),
+        (loading.vocabulary_size(teacher), loading.vocabulary_size(student)),
         (teacher_rows, student_rows),
         sum(own.get(token) != other.get(token) for token in own | other),
         tuple(special),
     )
 
 
-def _named(token: str | None) -> str:
+def _format_token(token: str | None) -> str:
     return "none" if token is None else repr(str(token))
 
 
@@ -86,6 +92,6 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
             f"the {len(shared)} of the recipe's tokenizer",
             fix="the students of a run share one: give this one a run of its own. To learn from a teacher with other "
-            'tokens, set teacher.retell = true, or divergence = "chunks"; or learn from its text alone: [generate] '
+            'tokens, set teacher.retokenize = true, or divergence = "chunks"; or learn from its text alone: [generate] '
             "and labels = 1.0",
         )

@@ -39,7 +39,7 @@ class Form(NamedTuple):
         return 2 ** (8 * self.entry_bytes - self.id_bits)
 
 
-def refusal(kind: str, objective: Objective, endpoint: bool = False) -> str | None:
+def reason_form_unfit(kind: str, objective: Objective, endpoint: bool = False) -> str | None:
     """Why a form cannot serve an objective, and what to do; None where it can.
 
     Args:
@@ -73,21 +73,23 @@ def refusal(kind: str, objective: Objective, endpoint: bool = False) -> str | No
     return None
 
 
-def unserved(cache: Cache, objective: Objective, endpoint: bool = False) -> str | None:
+def reason_no_form_fits(cache: Cache, objective: Objective, endpoint: bool = False) -> str | None:
     """Why no form that a recipe allows can serve an objective; None where one can."""
     kinds = _kinds(cache, endpoint)
-    whys = [refusal(kind, objective, endpoint) for kind in kinds]
+    whys = [reason_form_unfit(kind, objective, endpoint) for kind in kinds]
     return whys[-1] if all(whys) else None
 
 
-def choose(cache: Cache, objective: Objective, vocab_size: int, endpoint: bool = False) -> Form | None:
+def choose_form(cache: Cache, objective: Objective, vocab_size: int, endpoint: bool = False) -> Form | None:
     """The form that serves an objective: `cache.form`, or the smallest that can; None for a teacher that runs online.
 
     Raises ValueError where none can.
     """
-    kind = next((kind for kind in _kinds(cache, endpoint) if refusal(kind, objective, endpoint) is None), None)
+    kind = next(
+        (kind for kind in _kinds(cache, endpoint) if reason_form_unfit(kind, objective, endpoint) is None), None
+    )
     if kind is None:
-        raise ValueError(unserved(cache, objective, endpoint))
+        raise ValueError(reason_no_form_fits(cache, objective, endpoint))
     if kind == "sampled":
         return Form("sampled", cache.samples, vocab_size, objective.temperature)
     if kind == "topk":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from limbeck.distill.recipe.cache_form import unserved
+from limbeck.distill.recipe.cache_form import reason_no_form_fits
 from limbeck.distill.recipe.schema import Recipe
 from limbeck.registry.core.toml import Problem
 
@@ -23,8 +23,8 @@ def _objectives_with_teacher(recipe: Recipe) -> list[str]:
     return [name for name, objective in recipe.objectives.items() if objective.uses_teacher]
 
 
-def _carved_student(recipe: Recipe) -> str | None:
-    return next((name for name, student in recipe.students.items() if student.carve), None)
+def _pruned_student(recipe: Recipe) -> str | None:
+    return next((name for name, student in recipe.students.items() if student.prune), None)
 
 
 def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
@@ -36,7 +36,7 @@ def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
             continue
         for temperature in (recipe.objectives[name].temperature, *recipe.sweep.temperatures):
             objective = recipe.objectives[name].model_copy(update={"temperature": temperature})
-            if why := unserved(recipe.cache, objective, teacher.is_endpoint):
+            if why := reason_no_form_fits(recipe.cache, objective, teacher.is_endpoint):
                 yield Problem(f"objectives.{name}: {why}", (place,))
                 break
     if recipe.generate and teacher is None:
@@ -45,13 +45,13 @@ def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
     if recipe.tokenizer and teacher and not recipe.crosses_tokenizers:
         yield Problem(
             "[tokenizer] with a [teacher] needs what compares across tokenizers: leave [tokenizer] out and the "
-            "students take the teacher's, or set teacher.retell = true",
+            "students take the teacher's, or set teacher.retokenize = true",
             (("tokenizer",),),
         )
-    carved = _carved_student(recipe)
-    if carved and (teacher is None or teacher.is_endpoint):
-        message = f"students.{carved}.carve cuts from the teacher: [teacher] has to be a local model"
-        yield Problem(message, (("students", carved, "carve"),))
+    pruned = _pruned_student(recipe)
+    if pruned and (teacher is None or teacher.is_endpoint):
+        message = f"students.{pruned}.prune cuts from the teacher: [teacher] has to be a local model"
+        yield Problem(message, (("students", pruned, "prune"),))
 
 
 def _check_tokenizers(recipe: Recipe) -> Iterator[Problem]:
@@ -61,28 +61,28 @@ def _check_tokenizers(recipe: Recipe) -> Iterator[Problem]:
         return
     for name in _objectives_with_teacher(recipe):
         objective = recipe.objectives[name]
-        if objective.layers or (objective.divergence != "chunks" and not teacher.retell):
+        if objective.layers or (objective.divergence != "chunks" and not teacher.retokenize):
             yield Problem(
                 f"objectives.{name} compares token by token, and the students may have other tokens than the "
-                f"teacher: put it in a recipe of its own, or leave its layers out and set teacher.retell = true",
+                f"teacher: put it in a recipe of its own, or leave its layers out and set teacher.retokenize = true",
                 (("objectives", name),),
             )
-    if teacher.retell and teacher.is_endpoint:
+    if teacher.retokenize and teacher.is_endpoint:
         yield Problem(
-            "teacher.retell needs all that a teacher says of the next token, and an endpoint tells its likeliest "
+            "teacher.retokenize needs all that a teacher says of the next token, and an endpoint tells its likeliest "
             'alone: set divergence = "chunks", which needs its log-probabilities of the text',
-            (("teacher", "retell"),),
+            (("teacher", "retokenize"),),
         )
-    if teacher.retell and (recipe.on_policy or recipe.cache.form == "online"):
-        message = 'teacher.retell tells it ahead of the training: leave [on_policy] and cache.form = "online" out'
-        yield Problem(message, (("teacher", "retell"),))
+    if teacher.retokenize and (recipe.on_policy or recipe.cache.form == "online"):
+        message = 'teacher.retokenize tells it ahead of the training: leave [on_policy] and cache.form = "online" out'
+        yield Problem(message, (("teacher", "retokenize"),))
     if recipe.tokenizer and recipe.generate:
         message = "[tokenizer] is trained on text that is there, and [generate] has it written: leave one out"
         yield Problem(message, (("tokenizer",), ("generate",)))
-    carved = _carved_student(recipe)
-    if carved and (recipe.tokenizer or any(student.model for student in recipe.students.values())):
-        message = f"students.{carved}.carve has the teacher's tokens, and the others have their own"
-        yield Problem(message, (("students", carved, "carve"),))
+    pruned = _pruned_student(recipe)
+    if pruned and (recipe.tokenizer or any(student.model for student in recipe.students.values())):
+        message = f"students.{pruned}.prune has the teacher's tokens, and the others have their own"
+        yield Problem(message, (("students", pruned, "prune"),))
 
 
 def _check_on_policy(recipe: Recipe) -> Iterator[Problem]:

@@ -25,7 +25,7 @@ class Source(NamedTuple):
     path: Path
     overrides: tuple[str, ...] = ()
 
-    def place(self, *key: str) -> str:
+    def locate_key(self, *key: str) -> str:
         """Where `key` was given: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` that did."""
         name = ".".join(key)
         override = next((o for o in self.overrides if o.partition("=")[0].strip() == name), None)

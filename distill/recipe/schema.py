@@ -123,7 +123,7 @@ class Teacher(Record):
     licence: str | None = None
     licence_allows_distillation: bool | None = None  # None: as is known of the licence
     trust_remote_code: bool = False
-    retell: bool = False  # what it says of the next token is told in the students' own tokens
+    retokenize: bool = False  # what it says of the next token is told in the students' own tokens
     num_concurrent: int = Field(4, ge=1)  # endpoint: requests at a time
     requests_per_minute: float | None = Field(None, gt=0)
     usd_per_million_input_tokens: float = Field(0.0, ge=0)
@@ -222,8 +222,8 @@ class Budget(Record):
         return self
 
 
-class Carve(Record):
-    """`[students.NAME.carve]`: cut from the teacher; what is not given stays as the teacher has it."""
+class Prune(Record):
+    """`[students.NAME.prune]`: cut from the teacher; what is not given stays as the teacher has it."""
 
     layers: tuple[int, ...] | None = None  # the teacher's layers that stay, counted from 0
     num_hidden_layers: int | None = Field(None, ge=1)  # or so many, evenly spread
@@ -234,7 +234,7 @@ class Carve(Record):
     calibration_blocks: int = Field(32, ge=1)  # of the training text, to measure importance on
 
     @model_validator(mode="after")
-    def _says_layers_once(self) -> Carve:
+    def _says_layers_once(self) -> Prune:
         if self.layers is not None and self.num_hidden_layers is not None:
             raise ValueError("give layers or num_hidden_layers, not both")
         return self
@@ -255,17 +255,17 @@ class Student(Record):
     model: str | None = None
     config: dict[str, Any] = {}
     licence: str | None = None  # of the pretrained model; None: as its card or the registry says
-    carve: Carve | None = None
+    prune: Prune | None = None
     lora: Lora | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the saved weights
     training: Training = Training()  # the keys given here override [training] for this student
 
     @model_validator(mode="after")
     def _has_a_start(self) -> Student:
-        starts = [self.model is not None, "model_type" in self.config, self.carve is not None]
+        starts = [self.model is not None, "model_type" in self.config, self.prune is not None]
         if sum(starts) != 1 or (self.config and "model_type" not in self.config):
             raise ValueError(
-                "a student needs one start: model (pretrained), config with a model_type, or carve (from the teacher)"
+                "a student needs one start: model (pretrained), config with a model_type, or prune (from the teacher)"
             )
         return self
 
@@ -306,7 +306,7 @@ class Recipe(Record):
     @property
     def crosses_tokenizers(self) -> bool:
         """Whether the students may have other tokens than the teacher."""
-        retold = self.teacher is not None and self.teacher.retell
+        retold = self.teacher is not None and self.teacher.retokenize
         return retold or any(objective.divergence == "chunks" for objective in self.objectives.values())
 
     def training_of(self, student: str) -> Training:

@@ -13,14 +13,14 @@ from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import ray as ray_workers
-from limbeck.distill.run.preflight import preflight, settle
-from limbeck.distill.run.prepare import prepare, with_teacher, written
-from limbeck.distill.run.ray import Share
+from limbeck.distill.run.preflight import confirm_findings, preflight
+from limbeck.distill.run.prepare import prepare_setting, with_generated_text, with_registered_teacher
+from limbeck.distill.run.ray import TaskInput
 from limbeck.distill.students import keys as keys_module
 from limbeck.distill.students import licences as terms
 from limbeck.distill.students import student
 from limbeck.distill.students.keys import student_key
-from limbeck.distill.students.student import told
+from limbeck.distill.students.student import format_error
 from limbeck.distill.teacher.signal import teachers_for
 from limbeck.distill.training import distributed
 from limbeck.registry.core.digest import json_digest
@@ -61,7 +61,7 @@ def distill(
     path: Path,
     overrides: list[str],
     store: Store,
-    to: Path | None = None,
+    output_folder: Path | None = None,
     *,
     begin: Begin = "go on",
     ray: str | None = None,
@@ -72,7 +72,7 @@ def distill(
     Args:
         path: the recipe, TOML.
         overrides: `KEY=VALUE`, put in before the recipe is checked.
-        to: also copy the student's files there (a recipe with one student); a model that is there is replaced.
+        output_folder: also copy the student's files there (a recipe with one student); replaces a model there.
         begin: "go on" from what is there; "resume": the same, and there has to be something; "restart": anew.
         ray: the address of a Ray cluster that makes the students, or "local" to begin one here.
         yes: go on where what is odd has to be confirmed.
@@ -84,30 +84,30 @@ def distill(
     recipe = load.load(path, overrides)
     plans = grid.plans(recipe)
     distributed.check()
-    _check_to(to, plans, path)
-    setting = prepare(recipe, Source(path, tuple(overrides)), store)
+    _check_output_folder(output_folder, plans, path)
+    setting = prepare_setting(recipe, Source(path, tuple(overrides)), store)
     if recipe.generate:  # before the teacher writes
-        settle(preflight(setting, plans), yes)
-    setting = written(setting)
+        confirm_findings(preflight(setting, plans), yes)
+    setting = with_generated_text(setting)
     keys = {plan.label: student_key(setting, plan) for plan in plans}
     students = {} if begin == "restart" else _made_before(setting, plans, keys, store)
     missing = [plan for plan in plans if plan.label not in students]
     _begin(begin, setting, [keys[plan.label] for plan in missing], bool(students))
     if not recipe.generate:
-        settle(preflight(setting, missing), yes)
+        confirm_findings(preflight(setting, missing), yes)
     _carry_out(setting, missing, keys, store, students, ray)
     made = [students[plan.label] for plan in plans]
-    if to is not None:
-        with atomic_write(to) as temporary:
+    if output_folder is not None:
+        with atomic_write(output_folder) as temporary:
             shutil.copytree(store.verified_folder(made[0].version), temporary)
     return made
 
 
-def _check_to(to: Path | None, plans: list[Plan], path: Path) -> None:
-    if to is not None and len(plans) != 1:
+def _check_output_folder(output_folder: Path | None, plans: list[Plan], path: Path) -> None:
+    if output_folder is not None and len(plans) != 1:
         raise BadInput(f"--to takes one student and {path} makes {len(plans)}", fix="leave --to out")
-    if to is not None and to.exists() and not (to / "config.json").exists():
-        raise BadInput(f"--to {to} is there and is no model", fix="give a folder that is not there yet")
+    if output_folder is not None and output_folder.exists() and not (output_folder / "config.json").exists():
+        raise BadInput(f"--to {output_folder} is there and is no model", fix="give a folder that is not there yet")
 
 
 def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], store: Store) -> dict[str, Student]:
@@ -115,7 +115,7 @@ def _made_before(setting: Setting, plans: list[Plan], keys: dict[str, str], stor
     for plan in plans:
         if there := store.find_version(setting.recipe.name, engine="torch", recipe_digest=keys[plan.label]):
             print_status(f"  {plan.label}: already made, {there.ref}")
-            licences.fill_missing_licences(store, there, terms.of_student(setting, plan))
+            licences.fill_missing_licences(store, there, terms.licence_fields(setting, plan))
             students[plan.label] = Student(plan, store.get(there.ref), trained=False)
     return students
 
@@ -152,22 +152,24 @@ def _carry_out(
         students[plan.label] = Student(plan, version, trained=True)
 
     with ExitStack() as stack:
-        nodes = stack.enter_context(ray_workers.joined(ray, setting, store)) if ray is not None and missing else []
-        setting = with_teacher(setting, store)
+        nodes = stack.enter_context(ray_workers.ray_cluster(ray, setting, store)) if ray is not None and missing else []
+        setting = with_registered_teacher(setting, store)
         for plan in missing:  # a mark that --resume finds, whatever is cut short from here on
             keys_module.folder_of(keys[plan.label]).mkdir(parents=True, exist_ok=True)
         parent_run = stack.enter_context(_parent(setting, keys, store)).id if sweep and missing else None
         teachers = teachers_for(setting, missing) if missing else {}
-        distributed.tell([plan.label for plan in missing])
+        distributed.broadcast_to_workers([plan.label for plan in missing])
         if nodes:
             teachers.clear()  # a teacher that runs online runs on the workers
-            failed = ray_workers.make_all(Share(setting, missing, keys, parent_run), nodes, on_made)
+            failed = ray_workers.make_all(TaskInput(setting, missing, keys, parent_run), nodes, on_made)
         else:
 
             def make(plan: Plan) -> Version:
-                return student.make(setting, plan, keys[plan.label], teachers.get(plan.label), store, parent_run)
+                return student.make_student(
+                    setting, plan, keys[plan.label], teachers.get(plan.label), store, parent_run
+                )
 
-            failed = _make_all(missing, make, on_made, alone=not sweep)
+            failed = _make_in_order(missing, make, on_made, raises_at_once=not sweep)
         if failed:
             raise SomeFailed(failed, [students[label] for label in keys if label in students])
 
@@ -180,8 +182,8 @@ def _parent(setting: Setting, keys: dict[str, str], store: Store) -> Iterator[Ru
         yield run
 
 
-def _make_all(
-    plans: list[Plan], make: Callable[[Plan], Version], on_made: Callable[[Plan, Version], None], alone: bool
+def _make_in_order(
+    plans: list[Plan], make: Callable[[Plan], Version], on_made: Callable[[Plan, Version], None], raises_at_once: bool
 ) -> dict[str, str]:
     """Make students one after the other; of a sweep, one that fails does not stop the others.
 
@@ -193,8 +195,8 @@ def _make_all(
         try:
             on_made(plan, make(plan))
         except Exception as error:
-            if alone or distributed.count() > 1:  # of several processes the others are amid its training
+            if raises_at_once or distributed.world_size() > 1:  # of several processes the others are amid its training
                 raise
-            failed[plan.label] = told(plan, error)
+            failed[plan.label] = format_error(plan, error)
             print_status(f"  {plan.label}: failed: {failed[plan.label]}")
     return failed

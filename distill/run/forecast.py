@@ -16,14 +16,14 @@ import numpy as np
 
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.context import Setting
-from limbeck.distill.losses.chunked_head import CHUNK_BYTES
+from limbeck.distill.losses.chunked_head import LOGITS_CHUNK_BYTES
 from limbeck.distill.models import loading
 from limbeck.distill.models.precision import uses_bf16
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Budget, Objective
 from limbeck.distill.students import initialise
-from limbeck.distill.teacher.signal import one_pass
+from limbeck.distill.teacher.signal import local_pass
 from limbeck.distill.training import budget, distributed
 from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.core.home import home
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT = 4  # bytes of a float32
-CHUNKS_BYTES = 4  # a token, of what is stored for limbeck.distill.teacher.chunks
-MOMENT = 2.0  # seconds that a step may take to be measured
-MOST_LOADED = 10**9  # parameters of a teacher that is loaded to be measured
+TEXT_CHUNK_BYTES = 4  # a token, of what is stored for limbeck.distill.teacher.chunks
+MAX_MEASURED_SECONDS = 2.0  # seconds that a step may take to be measured
+MAX_MEASURED_PARAMETERS = 10**9  # parameters of a teacher that is loaded to be measured
 STEPS = 4  # that are measured; the first one is not counted
 SHARE_OF_PEAK = 0.4  # of a matrix product's speed that training reaches
 
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 class Seconds(NamedTuple):
     """Seconds a token, and whether they were measured."""
 
-    each: float
+    per_token: float
     measured: bool
 
 
@@ -69,7 +69,7 @@ def memory(setting: Setting, plan: Plan, teacher: int) -> Memory:
         teacher: its parameters where it runs online beside the student, else 0.
     """
     spec, training = setting.recipe.students[plan.student], setting.recipe.training_of(plan.student)
-    model = initialise.outline(setting, plan.student)
+    model = initialise.meta_model(setting, plan.student)
     every = model.num_parameters()
     trained = every
     if spec.lora:
@@ -81,7 +81,7 @@ def memory(setting: Setting, plan: Plan, teacher: int) -> Memory:
     inner = _activations(config)
     layers = config.num_hidden_layers
     kept = layers * config.hidden_size + inner if training.gradient_checkpointing else layers * inner
-    return Memory(certain, FLOAT * tokens * kept + 3 * CHUNK_BYTES)
+    return Memory(certain, FLOAT * tokens * kept + 3 * LOGITS_CHUNK_BYTES)
 
 
 def _activations(config: PretrainedConfig) -> int:
@@ -92,7 +92,7 @@ def _activations(config: PretrainedConfig) -> int:
 
 def disk(setting: Setting, plans: list[Plan]) -> int:
     """Bytes that checkpoints and registered students take; two checkpoints lie side by side while one is written."""
-    sizes = {name: initialise.parameters(setting, name) for name in {plan.student for plan in plans}}
+    sizes = {name: initialise.count_student_parameters(setting, name) for name in {plan.student for plan in plans}}
     checkpoint = max((3 * FLOAT * size for size in sizes.values()), default=0)
     width = {"float32": 4, "float16": 2, "bfloat16": 2}
     kept = sum(width[setting.recipe.students[plan.student].dtype] * sizes[plan.student] for plan in plans)
@@ -102,7 +102,7 @@ def disk(setting: Setting, plans: list[Plan]) -> int:
 def stored_bytes(form: Form | None) -> int:
     """Bytes a token that a form takes, about; None is that of chunks of text."""
     if form is None:
-        return CHUNKS_BYTES
+        return TEXT_CHUNK_BYTES
     if form.kind == "topk":
         return form.size * ((2 if form.vocab_size <= 2**16 else 4) + 2)
     return form.size * form.entry_bytes + 3
@@ -112,8 +112,10 @@ def tokens(setting: Setting, plan: Plan) -> int:
     """How many tokens a student will see at most."""
     training = setting.recipe.training_of(plan.student)
     length = setting.recipe.data.max_length
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.count() * length
-    asked = budget.steps_asked(training, len(setting.train.ids), distributed.count()) * step
+    step = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size() * length
+    )
+    asked = budget.planned_steps(training, len(setting.train.ids), distributed.world_size()) * step
     return min(asked, setting.recipe.budget.max_tokens or asked)
 
 
@@ -121,8 +123,12 @@ def training_seconds(setting: Setting, plan: Plan) -> Seconds:
     """Of a student that learns from labels or from stored words."""
     training = setting.recipe.training_of(plan.student)
     step = training.per_device_train_batch_size * setting.recipe.data.max_length
-    reckoned = 6 * initialise.parameters(setting, plan.student) / (SHARE_OF_PEAK * flops())
-    if reckoned * step > MOMENT or len(setting.train.ids) == 0 or setting.recipe.students[plan.student].carve:
+    reckoned = 6 * initialise.count_student_parameters(setting, plan.student) / (SHARE_OF_PEAK * flops())
+    if (
+        reckoned * step > MAX_MEASURED_SECONDS
+        or len(setting.train.ids) == 0
+        or setting.recipe.students[plan.student].prune
+    ):
         return Seconds(reckoned, measured=False)
     return Seconds(_measured_step(setting, plan) / step, measured=True)
 
@@ -134,7 +140,7 @@ def _measured_step(setting: Setting, plan: Plan) -> float:
     at: list[float] = []
     with TemporaryDirectory(dir=home(), prefix="check-") as folder:
         job = Job(
-            student=initialise.make(setting, plan),
+            student=initialise.initialise_student(setting, plan),
             train=setting.train,
             heldout=setting.heldout,
             objective=Objective(labels=1.0),
@@ -154,10 +160,10 @@ def teacher_seconds(setting: Setting, caches: list[TeacherCache], parameters: in
     reckoned = 2 * parameters / (SHARE_OF_PEAK * flops())
     count = min(4, len(setting.train.ids))
     size = count * setting.recipe.data.max_length
-    if count == 0 or reckoned * size > MOMENT or parameters > MOST_LOADED:
+    if count == 0 or reckoned * size > MAX_MEASURED_SECONDS or parameters > MAX_MEASURED_PARAMETERS:
         return Seconds(reckoned, measured=False)
     model = setting.teacher_model()
-    run = one_pass(model, setting.train, setting.vocab_size, uses_bf16(setting.recipe.training.bf16, model.config))
+    run = local_pass(model, setting.train, setting.vocab_size, uses_bf16(setting.recipe.training.bf16, model.config))
     run(np.arange(count), caches)
     began = time.monotonic()
     run(np.arange(count), caches)

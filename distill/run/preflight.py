@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
-from limbeck.distill.context import Setting, at, parameters
+from limbeck.distill.context import Setting, count_parameters, errors_at
 from limbeck.distill.losses.hidden_states import depth, layer_map
 from limbeck.distill.models import loading
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import forecast
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.students import initialise, licences, matching
 from limbeck.distill.students.keys import student_key
 from limbeck.distill.teacher import usage
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
 Level = Literal["ok", "warning", "error"]
-EDGE = 0.8  # of the memory that is there: from here on it is told
+MEMORY_WARNING_SHARE = 0.8  # of the memory that is there: from here on it is told
 
 
 class Finding(Record):
@@ -41,16 +41,16 @@ class Finding(Record):
 
     check: str
     level: Level
-    said: str
+    message: str
     fix: str | None = None
-    confirm: bool = False  # a run has to be told to go on all the same
+    needs_confirmation: bool = False  # a run has to be told to go on all the same
 
 
-def check(path: Path, overrides: list[str], store: Store) -> list[Finding]:
+def check_recipe(path: Path, overrides: list[str], store: Store) -> list[Finding]:
     """All findings on the recipe at `path`. Nothing is trained, asked of an endpoint's model, or registered."""
     try:
         recipe = load.load(path, overrides)
-        setting = prepare(recipe, Source(path, tuple(overrides)), store)
+        setting = prepare_setting(recipe, Source(path, tuple(overrides)), store)
     except LimbeckError as error:  # what is wrong is told with its place; without it there is no more to be said
         return [_error("recipe", error)]
     plans = grid.plans(recipe)
@@ -67,7 +67,7 @@ def check(path: Path, overrides: list[str], store: Store) -> list[Finding]:
         found.append(_ok("students", f"{len(plans)} in all{f', {made} of them made already' if made else ''}"))
     found += preflight(setting, missing)
     if missing and not any(finding.level == "error" for finding in found):
-        found += _collected("time", lambda: _time(setting, missing))
+        found += _run_check("time", lambda: _time(setting, missing))
     return found
 
 
@@ -86,30 +86,30 @@ def preflight(setting: Setting, plans: list[Plan]) -> list[Finding]:
     ]
     found: list[Finding] = []
     for name, run in checks if plans else ():
-        found += _collected(name, run)
+        found += _run_check(name, run)
         if any(finding.level == "error" for finding in found):  # what follows may stumble over it
             break
     return found
 
 
-def settle(findings: Sequence[Finding], yes: bool) -> None:
+def confirm_findings(findings: Sequence[Finding], yes: bool) -> None:
     """Tell a run's warnings; ask about those that have to be confirmed, unless `yes`.
 
     Raises BadInput at an error, and where what has to be confirmed is not.
     """
     for finding in findings:
         if finding.level == "error":
-            raise BadInput(finding.said, fix=finding.fix)
-        asks = finding.confirm and not yes
+            raise BadInput(finding.message, fix=finding.fix)
+        asks = finding.needs_confirmation and not yes
         if asks and not sys.stdin.isatty():
-            raise BadInput(finding.said, fix=f"{finding.fix}; or add --yes to go on all the same")
+            raise BadInput(finding.message, fix=f"{finding.fix}; or add --yes to go on all the same")
         if finding.level == "warning":
-            print_status(f"  warning: {finding.said}")
+            print_status(f"  warning: {finding.message}")
         if asks and not click.confirm("go on all the same?", err=True):
-            raise BadInput(finding.said, fix=finding.fix)
+            raise BadInput(finding.message, fix=finding.fix)
 
 
-def _collected(name: str, run: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def _run_check(name: str, run: Callable[[], Iterator[Finding]]) -> list[Finding]:
     found: list[Finding] = []
     try:
         found.extend(run())
@@ -118,12 +118,12 @@ def _collected(name: str, run: Callable[[], Iterator[Finding]]) -> list[Finding]
     return found
 
 
-def _ok(name: str, said: str) -> Finding:
-    return Finding(check=name, level="ok", said=said)
+def _ok(name: str, message: str) -> Finding:
+    return Finding(check=name, level="ok", message=message)
 
 
 def _error(name: str, error: LimbeckError) -> Finding:
-    return Finding(check=name, level="error", said=error.message, fix=error.fix)
+    return Finding(check=name, level="error", message=error.message, fix=error.fix)
 
 
 def _text(setting: Setting) -> Finding:
@@ -137,7 +137,7 @@ def _text(setting: Setting) -> Finding:
     )
 
 
-def _sized(plans: list[Plan]) -> dict[str, Plan]:
+def _one_plan_per_size(plans: list[Plan]) -> dict[str, Plan]:
     """A plan of each size."""
     sized: dict[str, Plan] = {}
     for plan in plans:
@@ -146,11 +146,11 @@ def _sized(plans: list[Plan]) -> dict[str, Plan]:
 
 
 def _students(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    for plan in _sized(plans).values():
+    for plan in _one_plan_per_size(plans).values():
         initialise.check(setting, plan)
     for plan in plans:
         if plan.objective.layers and setting.teacher:
-            with at(setting.source, "objectives", plan.objective_name, "layers"):
+            with errors_at(setting.source, "objectives", plan.objective_name, "layers"):
                 _layers(setting, plan)
     return
     yield
@@ -158,26 +158,26 @@ def _students(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
 def _layers(setting: Setting, plan: Plan) -> None:
     assert plan.objective.layers is not None
-    own = initialise.outline(setting, plan.student).config
+    own = initialise.meta_model(setting, plan.student).config
     layer_map(plan.objective.layers, depth(own), depth(setting.teacher_config()))
 
 
-def _learning(setting: Setting, plans: list[Plan]) -> list[Plan]:
+def _plans_using_teacher(setting: Setting, plans: list[Plan]) -> list[Plan]:
     """Those that learn from the teacher, be it from its text alone."""
     return [plan for plan in plans if plan.objective.uses_teacher or (setting.recipe.generate and not plan.control)]
 
 
 def _vocabularies(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    for name in _sized(_learning(setting, plans)):
-        compared = initialise.compared(setting, name)
+    for name in _one_plan_per_size(_plans_using_teacher(setting, plans)):
+        compared = initialise.compare_with_teacher(setting, name)
         if compared is None:
             continue
-        said = f"{name}: {compared.told()}"
+        said = f"{name}: {compared.summary()}"
         if not compared.same:  # what cannot work with that was refused before
             yield _ok("vocabulary", f"{said}; text is compared, its chunks, or what is retold")
         elif compared.special:
             fix = "documents begin and end with the recipe's own BOS and EOS; make sure that the student is served so"
-            yield Finding(check="vocabulary", level="warning", said=said, fix=fix)
+            yield Finding(check="vocabulary", level="warning", message=said, fix=fix)
         else:
             yield _ok("vocabulary", said)
 
@@ -187,8 +187,8 @@ def _context(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     room = {}
     if setting.teacher is not None and not setting.teacher.endpoint:
         room["teacher"] = setting.teacher_config().get_text_config()
-    for name in _sized(plans):
-        room[name] = initialise.outline(setting, name).config.get_text_config()
+    for name in _one_plan_per_size(plans):
+        room[name] = initialise.meta_model(setting, name).config.get_text_config()
     length = setting.recipe.data.max_length
     told = []
     for name, config in room.items():
@@ -196,45 +196,45 @@ def _context(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
         told.append(f"{name} {positions:,}" if positions else f"{name} no limit")
         if positions and positions < length:
             raise BadInput(
-                f"{setting.source.place('data', 'max_length')} is {length} and {name} has {positions} positions",
+                f"{setting.source.locate_key('data', 'max_length')} is {length} and {name} has {positions} positions",
                 fix=f"set data.max_length = {positions} or less",
             )
     yield _ok("context", f"blocks of {length} tokens; positions: {', '.join(told)}")
 
 
 def _sizes(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    learning = _sized(_learning(setting, plans))
+    learning = _one_plan_per_size(_plans_using_teacher(setting, plans))
     if setting.teacher is None or not learning:
         return
     if setting.teacher.endpoint:
         yield _ok("size", "how large the teacher is its endpoint does not tell")
         return
-    large = parameters(setting.teacher.path)
+    large = count_parameters(setting.teacher.path)
     for name in learning:
-        own = initialise.parameters(setting, name)
+        own = initialise.count_student_parameters(setting, name)
         if own > large:
-            place = setting.source.place("students", name)
+            place = setting.source.locate_key("students", name)
             yield Finding(
                 check="size",
                 level="warning",
-                said=f"{place} has {own:,} parameters and its teacher {large:,}, the smaller of the two",
+                message=f"{place} has {own:,} parameters and its teacher {large:,}, the smaller of the two",
                 fix="distil from a larger model, or make the student smaller",
-                confirm=True,
+                needs_confirmation=True,
             )
         else:
             yield _ok("size", f"{name}: {own:,} parameters, {own / large:.1%} of the teacher's {large:,}")
 
 
 def _text_licence(setting: Setting) -> Iterator[Finding]:
-    stated = licences.of_text(setting.recipe.data, setting.source.path.resolve().parent)
+    stated = licences.text_licence(setting.recipe.data, setting.source.path.resolve().parent)
     yield _ok("text licence", f"text: {stated}" if stated else "text: not stated; data.licence records it")
 
 
 def _licence(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    if not _learning(setting, plans):
+    if not _plans_using_teacher(setting, plans):
         return
-    stated = licences.of_teacher(setting) or "not stated"
-    allows = licences.allowed(setting)
+    stated = licences.teacher_licences(setting) or "not stated"
+    allows = licences.licences_allow_distillation(setting)
     if allows:
         yield _ok("licence", f"teacher: {stated}; a student may learn from its outputs")
         return
@@ -242,55 +242,55 @@ def _licence(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     yield Finding(
         check="licence",
         level="warning",
-        said=f"teacher's licence: {stated}; it {said}. That is recorded with the students, and a policy can block it",
+        message=f"teacher's licence: {stated}; it {said}. The students record that, and a policy can block it",
         fix="ask its owner; what they say goes into teacher.licence_allows_distillation",
     )
 
 
-class _Words(NamedTuple):
+class _CacheNeed(NamedTuple):
     """What is stored of the teacher's words for some students, and what there is yet to capture."""
 
-    what: str
+    label: str
     cache: TeacherCache
 
     def missing_tokens(self) -> int:
-        return self.cache.missing() * self.cache.length
+        return self.cache.missing_blocks() * self.cache.length
 
     def missing_bytes(self) -> int:
         return self.missing_tokens() * forecast.stored_bytes(self.cache.form)
 
 
-def _words(setting: Setting, plans: list[Plan]) -> list[_Words]:
+def _caches_needed(setting: Setting, plans: list[Plan]) -> list[_CacheNeed]:
     """The caches that plans learn from; of a text that is not written yet there are none."""
     if setting.recipe.generate and setting.generated is None:
         return []
     learning = [plan for plan in plans if plan.objective.uses_teacher]
     chunks = [plan for plan in learning if plan.objective.divergence == "chunks"]
-    found = [_Words("chunks of text", chunks_cache(setting))] if chunks else []
+    found = [_CacheNeed("chunks of text", chunks_cache(setting))] if chunks else []
     forms = [form_of(setting, plan) for plan in learning if plan not in chunks]
     for form, cache in caches_for(setting, forms).items():
         heated = f" at temperature {form.temperature:g}" if form.temperature != 1 else ""
-        found.append(_Words(f"{form.kind}{heated}", cache))
+        found.append(_CacheNeed(f"{form.kind}{heated}", cache))
     return found
 
 
-def _online(setting: Setting, plan: Plan) -> bool:
+def _runs_teacher_online(setting: Setting, plan: Plan) -> bool:
     """Whether the teacher runs beside a student."""
     objective = plan.objective
     return objective.uses_teacher and objective.divergence != "chunks" and form_of(setting, plan) is None
 
 
 def _cache(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    online = sum(_online(setting, plan) for plan in plans)
+    online = sum(_runs_teacher_online(setting, plan) for plan in plans)
     if online:
         yield _ok("cache", f"the teacher runs online for {online} students")
-    for words in _words(setting, plans):
+    for words in _caches_needed(setting, plans):
         if tokens := words.missing_tokens():
             size = format_bytes(words.missing_bytes())
-            yield _ok("cache", f"{words.what}: miss, {tokens:,} tokens to capture, about {size}")
+            yield _ok("cache", f"{words.label}: miss, {tokens:,} tokens to capture, about {size}")
         else:
             name, size = words.cache.folder.name, format_bytes(words.cache.disk_bytes())
-            yield _ok("cache", f"{words.what}: hit, {name}, {size}")
+            yield _ok("cache", f"{words.label}: hit, {name}, {size}")
 
 
 def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
@@ -300,28 +300,28 @@ def _memory(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
         there, where = torch.cuda.mem_get_info()[0], "memory of the GPU"
     teacher = 0
-    if setting.teacher is not None and not setting.teacher.endpoint and _learning(setting, plans):
-        teacher = parameters(setting.teacher.path)
-        yield from _room("the teacher", forecast.FLOAT * teacher, 2**30, there, where)
-    for name, plan in _sized(plans).items():
-        online = _online(setting, plan)
+    if setting.teacher is not None and not setting.teacher.endpoint and _plans_using_teacher(setting, plans):
+        teacher = count_parameters(setting.teacher.path)
+        yield from _memory_finding("the teacher", forecast.FLOAT * teacher, 2**30, there, where)
+    for name, plan in _one_plan_per_size(plans).items():
+        online = _runs_teacher_online(setting, plan)
         needed = forecast.memory(setting, plan, teacher if online else 0)
-        yield from _room(f"{name}{' with the teacher beside it' * online}", *needed, there, where)
+        yield from _memory_finding(f"{name}{' with the teacher beside it' * online}", *needed, there, where)
 
 
-def _room(what: str, certain: int, about: int, there: int, where: str) -> Iterator[Finding]:
-    said = f"{what}: about {format_bytes(certain + about)} of the {format_bytes(there)} of {where} that are free"
+def _memory_finding(subject: str, certain: int, about: int, available: int, memory_name: str) -> Iterator[Finding]:
+    said = f"{subject}: about {format_bytes(certain + about)} of {format_bytes(available)} of free {memory_name}"
     fix = "set training.per_device_train_batch_size or data.max_length lower, or gradient_checkpointing = true"
-    if certain > there:
+    if certain > available:
         raise BadInput(
             f"{said}, and {format_bytes(certain)} of it for weights and optimizer", fix="take a larger machine"
         )
-    level: Level = "warning" if certain + about > EDGE * there else "ok"
-    yield Finding(check="memory", level=level, said=said, fix=fix if level == "warning" else None)
+    level: Level = "warning" if certain + about > MEMORY_WARNING_SHARE * available else "ok"
+    yield Finding(check="memory", level=level, message=said, fix=fix if level == "warning" else None)
 
 
 def _disk(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
-    needed = forecast.disk(setting, plans) + sum(words.missing_bytes() for words in _words(setting, plans))
+    needed = forecast.disk(setting, plans) + sum(words.missing_bytes() for words in _caches_needed(setting, plans))
     free = shutil.disk_usage(home()).free
     said = f"about {format_bytes(needed)} of the {format_bytes(free)} that are free in {home()}"
     if needed > free:
@@ -331,28 +331,28 @@ def _disk(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
 
 def _time(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     recipe = setting.recipe
-    speed = {name: forecast.training_seconds(setting, plan) for name, plan in _sized(plans).items()}
+    speed = {name: forecast.training_seconds(setting, plan) for name, plan in _one_plan_per_size(plans).items()}
     pace, teacher = None, 0.0
-    words, online = _words(setting, plans), any(_online(setting, plan) for plan in plans)
+    words, online = _caches_needed(setting, plans), any(_runs_teacher_online(setting, plan) for plan in plans)
     lacking = max((each.missing_tokens() for each in words), default=0)
     if setting.teacher is not None and not setting.teacher.endpoint and (lacking or online):
         caches = [each.cache for each in words if each.cache.form]
-        pace = forecast.teacher_seconds(setting, caches, parameters(setting.teacher.path))
-        teacher = pace.each * lacking
+        pace = forecast.teacher_seconds(setting, caches, count_parameters(setting.teacher.path))
+        teacher = pace.per_token * lacking
     took: dict[str, float] = {}
     for plan in plans:
-        each = speed[plan.student].each
-        if pace and _online(setting, plan):
-            each += pace.each
+        each = speed[plan.student].per_token
+        if pace and _runs_teacher_online(setting, plan):
+            each += pace.per_token
         took[plan.label] = each * forecast.tokens(setting, plan) if plan.control != "untrained" else 0.0
         if recipe.budget.max_minutes:
             took[plan.label] = min(took[plan.label], 60 * recipe.budget.max_minutes)
         if plan.control == "labels_equal_cost":
-            others = [took.get(p.label, 0.0) for p in matching.matched(recipe, plan) if p.control is None]
+            others = [took.get(p.label, 0.0) for p in matching.plans_to_match(recipe, plan) if p.control is None]
             took[plan.label] = max(others, default=0.0) + teacher
     hours = (teacher + sum(took.values())) / 3600
     measured = all(each.measured for each in [*speed.values(), *([pace] if pace else [])])
-    asked = usage.ahead(setting, plans)
+    asked = usage.expected_usage(setting, plans)
     dollars = asked.usd or 0.0
     parts = [f"about {_duration(3600 * hours)}"]
     if teacher:
@@ -371,7 +371,7 @@ def _time(setting: Setting, plans: list[Plan]) -> Iterator[Finding]:
     yield Finding(
         check="time",
         level="warning" if over else "ok",
-        said=", ".join(parts) + (f", of {recipe.budget.max_usd:g} in budget.max_usd" if over else ""),
+        message=", ".join(parts) + (f", of {recipe.budget.max_usd:g} in budget.max_usd" if over else ""),
         fix="a student whose budget ends is stopped and kept" if over else None,
     )
 

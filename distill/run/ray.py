@@ -30,7 +30,7 @@ LOCAL = "local"  # the address of a cluster that is begun here, and ends with th
 STOP_SECONDS = 60.0  # that tasks have to write a checkpoint after Ctrl-C
 
 
-class Share(NamedTuple):
+class TaskInput(NamedTuple):
     """What a task needs to make its student."""
 
     setting: Setting
@@ -40,7 +40,7 @@ class Share(NamedTuple):
 
 
 @contextmanager
-def joined(address: str, setting: Setting, store: Store) -> Iterator[list[dict[str, Any]]]:
+def ray_cluster(address: str, setting: Setting, store: Store) -> Iterator[list[dict[str, Any]]]:
     """Within, connected to a cluster whose nodes, as Ray describes them, see what the students need.
 
     Raises BadInput where Ray is not installed, no cluster answers, or a node does not see something.
@@ -49,8 +49,10 @@ def joined(address: str, setting: Setting, store: Store) -> Iterator[list[dict[s
         yield _checked_nodes(setting, store)
 
 
-def make_all(share: Share, nodes: Sequence[dict[str, Any]], on_made: Callable[[Plan, Version], None]) -> dict[str, str]:
-    """Make the students of `share` on the nodes; a control waits for those that it is measured by.
+def make_all(
+    task_input: TaskInput, nodes: Sequence[dict[str, Any]], on_made: Callable[[Plan, Version], None]
+) -> dict[str, str]:
+    """Make the students of `task_input` on the nodes; a control waits for those that it is measured by.
 
     Returns:
         Why, by label, of those that failed.
@@ -58,12 +60,12 @@ def make_all(share: Share, nodes: Sequence[dict[str, Any]], on_made: Callable[[P
     import ray
 
     failed: dict[str, str] = {}
-    source = share.setting.source
-    setting = share.setting._replace(source=source._replace(path=source.path.resolve()))
+    source = task_input.setting.source
+    setting = task_input.setting._replace(source=source._replace(path=source.path.resolve()))
     remote: Any = ray.remote
-    task = remote(max_retries=0, **_resources(nodes, len(share.plans)))(_make)
-    shared = ray.put(share._replace(setting=setting))
-    waiting = list(share.plans)
+    task = remote(max_retries=0, **_resources(nodes, len(task_input.plans)))(_make)
+    shared = ray.put(task_input._replace(setting=setting))
+    waiting = list(task_input.plans)
     running: dict[Any, Plan] = {}
     try:
         while waiting or running:
@@ -91,23 +93,31 @@ def _ready(setting: Setting, waiting: Sequence[Plan], unmade: set[str]) -> list[
     return [
         plan
         for plan in waiting
-        if not unmade.intersection(other.label for other in matching.matched(setting.recipe, plan))
+        if not unmade.intersection(other.label for other in matching.plans_to_match(setting.recipe, plan))
     ]
 
 
-def _make(share: Share, plan: Plan) -> Version | str:
+def _make(task_input: TaskInput, plan: Plan) -> Version | str:
     """Runs on a worker: the student, or why there is none."""
     import ray
 
     quiet_libraries()
     try:
-        teacher = teachers_for(share.setting, share.plans).get(plan.label) if plan.objective.uses_teacher else None
+        teacher = (
+            teachers_for(task_input.setting, task_input.plans).get(plan.label) if plan.objective.uses_teacher else None
+        )
         node = f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:8]}"
-        return student.make(
-            share.setting, plan, share.keys[plan.label], teacher, Store(), share.parent_run, {"limbeck.node": node}
+        return student.make_student(
+            task_input.setting,
+            plan,
+            task_input.keys[plan.label],
+            teacher,
+            Store(),
+            task_input.parent_run,
+            {"limbeck.node": node},
         )
     except Exception as error:
-        return student.told(plan, error)
+        return student.format_error(plan, error)
 
 
 def _result(reference: Any) -> Version | str:
@@ -172,7 +182,7 @@ def _checked_nodes(setting: Setting, store: Store) -> list[dict[str, Any]]:
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     token = home() / f".seen-{uuid4().hex[:8]}"
-    needed = [token, setting.source.path.resolve(), *(start.path for start in setting.starts.values())]
+    needed = [token, setting.source.path.resolve(), *(start.path for start in setting.base_models.values())]
     if setting.teacher is not None:
         needed.append(setting.teacher.path)
     token.touch()

@@ -12,25 +12,25 @@ from pathlib import Path
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Budget, Training
-from limbeck.distill.run.prepare import prepare, written
+from limbeck.distill.run.prepare import prepare_setting, with_generated_text
 from limbeck.distill.students import student
 from limbeck.distill.teacher.signal import teachers_for
 from limbeck.distill.training import distributed
 from limbeck.registry.mlflow.store import Store
 
 
-def follow(path: Path, overrides: list[str]) -> None:
+def run_worker(path: Path, overrides: list[str]) -> None:
     """Take part in the training of every student that the first process makes, until it lets this one go."""
-    missing = distributed.told()  # when the text is written and all that is stored of the teacher is there
+    missing = distributed.receive_from_main()  # when the text is written and all that is stored of the teacher is there
     if missing is None:
         return
     # What there is to say the first process says.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         recipe = load.load(path, overrides)
         plans = {plan.label: plan for plan in grid.plans(recipe)}
-        setting = written(prepare(recipe, Source(path, tuple(overrides)), Store()))
+        setting = with_generated_text(prepare_setting(recipe, Source(path, tuple(overrides)), Store()))
         teachers = teachers_for(setting, [plans[label] for label in missing])
-        while order := distributed.told():
+        while order := distributed.receive_from_main():
             plan = plans[order["label"]]
             schedule = Training.model_validate(order["training"]), Budget.model_validate(order["budget"])
             student.train_one(setting, plan, schedule, teachers.get(plan.label), Path(order["folder"]))

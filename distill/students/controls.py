@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Budget, Recipe, Training
 from limbeck.distill.students.keys import student_key
-from limbeck.distill.students.matching import matched
+from limbeck.distill.students.matching import plans_to_match
 from limbeck.distill.training import distributed
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.core.terminal import print_status
@@ -32,10 +32,10 @@ class Cost(NamedTuple):
         return self.training + self.teacher
 
 
-def makings(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, TrainingCost]]:
+def records_to_match(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, TrainingCost]]:
     """What the matched students took. Raises Refused where one of them was not made."""
     found = []
-    for other in matched(setting.recipe, plan):
+    for other in plans_to_match(setting.recipe, plan):
         version = store.find_version(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))
         making = store.training_cost(version) if version else None
         if making is None:
@@ -70,7 +70,7 @@ def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, TrainingCost
         return training, Budget(max_tokens=max(making.tokens for _, making in distilled))
     dearest, spent = max(((other, cost(making, recipe)) for other, making in distilled), key=lambda of: of[1].seconds)
     labels = next(making for other, making in others if other.control == "labels")
-    blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.count()
+    blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size()
     step = blocks * setting.train.ids.shape[1]
     tokens = labels.tokens * spent.seconds / labels.training_seconds
     print_status(

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from limbeck.distill.context import Setting, at
+from limbeck.distill.context import Setting, errors_at
 from limbeck.distill.models import loading, vocabularies
-from limbeck.distill.models.pruning import carve, shape_after, student_config
+from limbeck.distill.models.pruning import prune, pruned_shape, student_config
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Lora
 from limbeck.registry.core.errors import BadInput
@@ -18,47 +18,47 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What transformers and torch raise at a config whose numbers do not fit together.
-NO_MODEL = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError)
+CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError)
 
 
 def check(setting: Setting, plan: Plan) -> None:
     """Raises BadInput, with the recipe's place, for a student that cannot be made; before the teacher runs."""
     name, max_length = plan.student, setting.recipe.data.max_length
     spec = setting.recipe.students[name]
-    if name in setting.starts:
-        with at(setting.source, "students", name, "model"):
-            vocabularies.check(setting.starts[name].path, setting.tokenizer)
-            loading.check_fits(setting.starts[name].path, setting.tokenizer, max_length)
-    elif spec.carve:
-        with at(setting.source, "students", name, "carve"):
-            outline(setting, name)
+    if name in setting.base_models:
+        with errors_at(setting.source, "students", name, "model"):
+            vocabularies.check(setting.base_models[name].path, setting.tokenizer)
+            loading.check_fits(setting.base_models[name].path, setting.tokenizer, max_length)
+    elif spec.prune:
+        with errors_at(setting.source, "students", name, "prune"):
+            meta_model(setting, name)
     else:
         for key in spec.config:
-            with at(setting.source, "students", name, "config", key):
-                check_setting(spec.config["model_type"], key)
-        with at(setting.source, "students", name, "config"):
-            fresh(spec.config, setting.tokenizer, max_length, plan.seed)
+            with errors_at(setting.source, "students", name, "config", key):
+                check_config_key(spec.config["model_type"], key)
+        with errors_at(setting.source, "students", name, "config"):
+            fresh_model(spec.config, setting.tokenizer, max_length, plan.seed)
     if spec.lora:
-        with at(setting.source, "students", name, "lora"):
+        with errors_at(setting.source, "students", name, "lora"):
             if spec.config:
                 raise BadInput("an adapter changes a model that is trained, and this one begins from a config")
-            add_lora(outline(setting, name), spec.lora, plan.seed)
+            add_lora(meta_model(setting, name), spec.lora, plan.seed)
 
 
-def make(setting: Setting, plan: Plan) -> PreTrainedModel:
+def initialise_student(setting: Setting, plan: Plan) -> PreTrainedModel:
     """The student as it is before its training, in float32; with its adapter where the recipe asks for one."""
     spec = setting.recipe.students[plan.student]
-    if plan.student in setting.starts:
-        model = loading.load_model(setting.starts[plan.student].path)
-    elif spec.carve:
-        model = carve(setting.teacher_model(), spec.carve, setting.train)
+    if plan.student in setting.base_models:
+        model = loading.load_model(setting.base_models[plan.student].path)
+    elif spec.prune:
+        model = prune(setting.teacher_model(), spec.prune, setting.train)
     else:
-        model = fresh(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
+        model = fresh_model(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
     _mend_generation(model, setting.tokenizer.eos_token_id)
     return add_lora(model, spec.lora, plan.seed) if spec.lora else model
 
 
-def finish(model: PreTrainedModel) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """A trained student as a plain model: its adapter, where it has one, is merged into its weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -71,39 +71,39 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-def parameters(setting: Setting, name: str) -> int:
+def count_student_parameters(setting: Setting, name: str) -> int:
     """How many parameters the student `name` has, without its weights being loaded; tied ones count once."""
-    return int(outline(setting, name).num_parameters())
+    return int(meta_model(setting, name).num_parameters())
 
 
-def compared(setting: Setting, name: str) -> vocabularies.Vocabularies | None:
+def compare_with_teacher(setting: Setting, name: str) -> vocabularies.Vocabularies | None:
     """The teacher's vocabulary and that of the student `name`; None where no tokenizer of the teacher is known."""
     if setting.teacher is None or not setting.teacher.has_tokenizer:
         return None
     theirs = setting.teacher_tokenizer()
-    rows = loading.vocabulary(theirs)
+    rows = loading.vocabulary_size(theirs)
     if not setting.teacher.endpoint:
         rows = setting.teacher_config().get_text_config().vocab_size
-    own = loading.load_tokenizer(setting.starts[name].path) if name in setting.starts else setting.tokenizer
+    own = loading.load_tokenizer(setting.base_models[name].path) if name in setting.base_models else setting.tokenizer
     return vocabularies.compare(theirs, rows, own, _config(setting, name).get_text_config().vocab_size)
 
 
-def outline(setting: Setting, name: str) -> PreTrainedModel:
+def meta_model(setting: Setting, name: str) -> PreTrainedModel:
     """The student `name` without weights, on torch's meta device. Raises BadInput where it cannot be made."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _makes_a_model(), torch.device("meta"):
+    with _config_errors(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(_config(setting, name))
 
 
 def _config(setting: Setting, name: str) -> PretrainedConfig:
     spec = setting.recipe.students[name]
-    if name in setting.starts:
-        return loading.load_config(setting.starts[name].path)
-    if spec.carve:
+    if name in setting.base_models:
+        return loading.load_config(setting.base_models[name].path)
+    if spec.prune:
         config = setting.teacher_config()
-        return student_config(config, shape_after(config, spec.carve))
+        return student_config(config, pruned_shape(config, spec.prune))
     return fresh_config(spec.config, setting.tokenizer, setting.recipe.data.max_length)
 
 
@@ -147,7 +147,7 @@ def add_lora(model: PreTrainedModel, spec: Lora, seed: int) -> PreTrainedModel:
     return model
 
 
-def check_setting(model_type: str, key: str) -> None:
+def check_config_key(model_type: str, key: str) -> None:
     """Raises BadInput for a config key that the architecture does not have, or an unknown architecture."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -164,16 +164,18 @@ def check_setting(model_type: str, key: str) -> None:
         raise BadInput(f"{model_type} has no setting {key!r}", fix=f"did you mean {near[0]}?" if near else None)
 
 
-def fresh(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
+def fresh_model(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> PreTrainedModel:
     """A student from its config. Raises BadInput where that makes no causal model that takes a whole block."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    with _makes_a_model():
+    with _config_errors():
         model = AutoModelForCausalLM.from_config(fresh_config(config, tokenizer, max_length))
         with torch.inference_mode():
-            model.eval()(input_ids=torch.full((1, max_length), loading.vocabulary(tokenizer) - 1))
+            model.eval()(input_ids=torch.full((1, max_length), loading.vocabulary_size(tokenizer) - 1))
     return model
 
 
@@ -185,7 +187,7 @@ def fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max
     model_type = given.pop("model_type")
     end = tokenizer.eos_token_id
     settings = {
-        "vocab_size": loading.vocabulary(tokenizer),
+        "vocab_size": loading.vocabulary_size(tokenizer),
         "max_position_embeddings": max_length,
         "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         "eos_token_id": end,
@@ -198,8 +200,8 @@ def fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max
 
 
 @contextmanager
-def _makes_a_model() -> Iterator[None]:
+def _config_errors() -> Iterator[None]:
     try:
         yield
-    except NO_MODEL as error:
+    except CONFIG_ERRORS as error:
         raise BadInput(f"this does not make a model: {error}") from error

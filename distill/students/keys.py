@@ -18,9 +18,9 @@ def family_key(setting: Setting, plan: Plan) -> str:
     recipe = setting.recipe
     student = recipe.students[plan.student]
     start = student.model_dump(exclude={"training", "licence"})
-    if plan.student in setting.starts:
-        start["model"] = setting.starts[plan.student].digest
-    elif student.carve:
+    if plan.student in setting.base_models:
+        start["model"] = setting.base_models[plan.student].digest
+    elif student.prune:
         start["model"] = setting.teacher.digest if setting.teacher else None
     return json_digest(
         {
@@ -39,7 +39,7 @@ def student_key(setting: Setting, plan: Plan) -> str:
     """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
     recipe = setting.recipe
     uses_teacher = plan.objective.uses_teacher
-    matched = matching.matched(recipe, plan)
+    matched = matching.plans_to_match(recipe, plan)
     return json_digest(
         {
             "family": family_key(setting, plan),

@@ -18,66 +18,71 @@ if TYPE_CHECKING:
     from limbeck.distill.recipe.schema import Data
 
 
-def learns(setting: Setting, plan: Plan) -> bool:
+def learns_from_teacher(setting: Setting, plan: Plan) -> bool:
     """Whether a student is made from the teacher: by its distribution, its text or its weights."""
     recipe = setting.recipe
     by_text = recipe.generate is not None and plan.control is None
-    return plan.objective.uses_teacher or by_text or recipe.students[plan.student].carve is not None
+    return plan.objective.uses_teacher or by_text or recipe.students[plan.student].prune is not None
 
 
-def allowed(setting: Setting) -> bool | None:
+def licences_allow_distillation(setting: Setting) -> bool | None:
     """Whether the licences of the teacher, and of all that it learnt from, let a student learn from it."""
     if setting.recipe.teacher is None:
         return None
     return licences.all_allow(
-        [setting.licence_allows, *(t.allows_distillation for t in _above(setting) if t.role != "data")]
+        [setting.teacher_licence_allows, *(t.allows_distillation for t in _teacher_terms(setting) if t.role != "data")]
     )
 
 
-def of_teacher(setting: Setting) -> str | None:
+def teacher_licences(setting: Setting) -> str | None:
     """The licences of the teacher and of its own teachers, as one expression; None where none is stated."""
-    return licences.join_licences([setting.teacher_licence, *(t.licence for t in _above(setting) if t.role != "data")])
+    return licences.join_licences(
+        [setting.teacher_licence, *(t.licence for t in _teacher_terms(setting) if t.role != "data")]
+    )
 
 
-def of_text(data: Data, beside: Path) -> str | None:
+def text_licence(data: Data, recipe_folder: Path) -> str | None:
     """The licence of a recipe's text: as the recipe says, else as the card of a data set that is on this machine."""
     if data.licence or data.kind != "dataset":
         return data.licence
     try:
-        path = Path(corpus.located(data, beside))
+        path = Path(corpus.locate_data(data, recipe_folder))
     except BadInput:  # told where the text is read
         return None
     if path.exists():
-        return licence.licence_of(path if path.is_dir() else path.parent)
+        return licence.licence_of_card(path if path.is_dir() else path.parent)
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(str(data.path), "README.md", repo_type="dataset")
     except ValueError:  # no name that the hub has
         return None
-    return licence.licence_of(Path(found).parent) if isinstance(found, str) else None
+    return licence.licence_of_card(Path(found).parent) if isinstance(found, str) else None
 
 
-def of_student(setting: Setting, plan: Plan) -> dict[str, Any]:
+def licence_fields(setting: Setting, plan: Plan) -> dict[str, Any]:
     """The fields of `Version` that tell a student's licences; of a control that learnt from text alone, of that."""
-    from_teacher, base = learns(setting, plan), setting.starts.get(plan.student)
-    begun = setting.inherited.get(base.label, ()) if base else ()
-    above = [*(_above(setting) if from_teacher else ()), *begun]
-    text = of_text(setting.recipe.data, setting.source.path.resolve().parent)
-    teachers = [of_teacher(setting) if from_teacher else None, *(t.licence for t in begun if t.role != "data")]
+    from_teacher, base = learns_from_teacher(setting, plan), setting.base_models.get(plan.student)
+    begun = setting.inherited_terms.get(base.label, ()) if base else ()
+    above = [*(_teacher_terms(setting) if from_teacher else ()), *begun]
+    text = text_licence(setting.recipe.data, setting.source.path.resolve().parent)
+    teachers = [teacher_licences(setting) if from_teacher else None, *(t.licence for t in begun if t.role != "data")]
     fields: dict[str, Any] = {
         "licence_allows_distillation": licences.all_allow(
-            [allowed(setting) if from_teacher else True, *(t.allows_distillation for t in begun if t.role == "teacher")]
+            [
+                licences_allow_distillation(setting) if from_teacher else True,
+                *(t.allows_distillation for t in begun if t.role == "teacher"),
+            ]
         ),
         "teacher_licence": licences.join_licences(teachers),
         "data_licence": licences.join_licences([text, *(t.licence for t in above if t.role == "data")]),
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:
-        stated = setting.recipe.students[plan.student].licence or licence.of(base)
+        stated = setting.recipe.students[plan.student].licence or licence.licence_of_model(base)
         fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": stated}
     return fields
 
 
-def _above(setting: Setting) -> tuple[LineageLicence, ...]:
-    return setting.inherited.get(setting.teacher.label, ()) if setting.teacher else ()
+def _teacher_terms(setting: Setting) -> tuple[LineageLicence, ...]:
+    return setting.inherited_terms.get(setting.teacher.label, ()) if setting.teacher else ()

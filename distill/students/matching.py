@@ -7,7 +7,7 @@ from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Recipe
 
 
-def matched(recipe: Recipe, plan: Plan) -> list[Plan]:
+def plans_to_match(recipe: Recipe, plan: Plan) -> list[Plan]:
     """The plans that a control's length is taken from, of its own size and seed.
 
     Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the

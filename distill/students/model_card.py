@@ -15,8 +15,9 @@ def student_card(setting: Setting, plan: Plan, facts: dict[str, Any]) -> str:
     """README.md of a student: what it learnt from, how, how much, and what came of it."""
     recipe = setting.recipe
     training = recipe.training_of(plan.student)
-    told = terms.of_student(setting, plan)
+    told = terms.licence_fields(setting, plan)
     licence = f"license: {recipe.licence.lower()}\n" if recipe.licence else ""
+    teacher_licence = (told["teacher_licence"] or "not stated") if terms.learns_from_teacher(setting, plan) else "-"
     return f"""---
 {licence}library_name: transformers
 pipeline_tag: text-generation
@@ -31,16 +32,16 @@ tags:
 | parameters | {facts["params"]:,} |
 | recipe | `{setting.source.path.name}`, student `{plan.student}`, objective `{plan.objective_name}` |
 | begins as | {_start(setting, plan)} |
-| learnt from | {_learnt(setting, plan)} |
+| learnt from | {_describe_signal(setting, plan)} |
 | text | {_text(setting)}: {setting.corpus.train_documents} documents, \
 {setting.corpus.train_bytes:,} bytes; {setting.corpus.heldout_documents} documents held out by a hash of their path |
 | data digest | `{setting.corpus.digest}` |
-| tokens seen | {facts["tokens"]:,}{_stopped(facts)} |
+| tokens seen | {facts["tokens"]:,}{_describe_early_stop(facts)} |
 | optimizer | {training.optim}, learning rate {training.learning_rate}, {training.lr_scheduler_type} |
 | context | {recipe.data.max_length} tokens |
 | held-out bits per byte | {facts["heldout_bits_per_byte"]:.3f} |
 | licence | {recipe.licence or "not stated"} |
-| licence of the teacher | {told["teacher_licence"] or "not stated" if terms.learns(setting, plan) else "-"} |
+| licence of the teacher | {teacher_licence} |
 | licence of the text | {told["data_licence"] or "not stated"} |
 
 Limits: a model of this size completes text like its training text. It knows no facts to rely on, and what it
@@ -51,12 +52,12 @@ writes has to be checked.
 def _start(setting: Setting, plan: Plan) -> str:
     student, teacher = setting.recipe.students[plan.student], setting.teacher_version
     start = f"`{student.model}`" if student.model else f"a fresh {student.config.get('model_type')}"
-    if student.carve:
+    if student.prune:
         start = f"cut from {teacher.ref if teacher else 'the teacher'}"
     return f"{start}, with a LoRA adapter of rank {student.lora.r}, merged" if student.lora else start
 
 
-def _learnt(setting: Setting, plan: Plan) -> str:
+def _describe_signal(setting: Setting, plan: Plan) -> str:
     """The signal, and of a control what it is one of."""
     recipe, objective, teacher = setting.recipe, plan.objective, setting.teacher_version
     if plan.control == "untrained":
@@ -87,5 +88,5 @@ def _text(setting: Setting) -> str:
     return name
 
 
-def _stopped(facts: dict[str, Any]) -> str:
+def _describe_early_stop(facts: dict[str, Any]) -> str:
     return f"; stopped before its last step: {facts['stopped']}" if facts.get("stopped") else ""

@@ -24,7 +24,7 @@ from limbeck.distill.students.keys import family_key, folder_of
 from limbeck.distill.teacher import usage
 from limbeck.distill.teacher.signal import likeliest
 from limbeck.distill.training import distributed
-from limbeck.distill.training.trainer import Job, Trained, train
+from limbeck.distill.training.trainer import Job, TrainingResult, train
 from limbeck.registry.core.errors import LimbeckError, Refused
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.machine import describe_hardware
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from limbeck.distill.training.callbacks import Progress
-    from limbeck.distill.training.trainer import Teacher, Trained
+    from limbeck.distill.training.trainer import TeacherSignal, TrainingResult
 
 PACKAGES = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers")  # that made it
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def make(
+def make_student(
     setting: Setting,
     plan: Plan,
     key: str,
-    teacher: Teacher,
+    teacher: TeacherSignal,
     store: Store,
     parent_run: str | None = None,
     more_tags: Mapping[str, str] | None = None,
@@ -56,7 +56,7 @@ def make(
     """Train one student, log its run (below `parent_run` where given, with `more_tags`), register it."""
     recipe = setting.recipe
     work = folder_of(key)
-    training, budget = controls.schedule(setting, plan, controls.makings(setting, plan, store))
+    training, budget = controls.schedule(setting, plan, controls.records_to_match(setting, plan, store))
     tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
     tags |= {"limbeck.control": plan.control} if plan.control else {}
     tags |= more_tags or {}
@@ -78,9 +78,9 @@ def make(
             work / "final",
             kind="student" if setting.teacher_version else "teacher",
             licence=recipe.licence,
-            **licences.of_student(setting, plan),
+            **licences.licence_fields(setting, plan),
             # A twin trained on labels alone is compared with the teacher, and was not made from it.
-            parent=compared if licences.learns(setting, plan) else None,
+            parent=compared if licences.learns_from_teacher(setting, plan) else None,
             teacher=compared,
             recipe=plan.label,
             recipe_digest=key,
@@ -101,7 +101,7 @@ def make(
     return version
 
 
-def told(plan: Plan, error: Exception) -> str:
+def format_error(plan: Plan, error: Exception) -> str:
     """What went wrong with a student, in a line; what no one foresaw leaves its traceback in a file."""
     if isinstance(error, LimbeckError):
         return error.message.removeprefix(f"{plan.label}: ")
@@ -133,7 +133,7 @@ def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
     return params
 
 
-def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any]) -> TrainingCost:
+def _making(setting: Setting, plan: Plan, teacher: TeacherSignal, facts: dict[str, Any]) -> TrainingCost:
     """What the student took. A capture that several students share is counted in full for each of them."""
     import torch
 
@@ -141,11 +141,11 @@ def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any
     learns = [each.label for each in grid.plans(recipe) if each.objective.uses_teacher]
     cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
     device = loading.device()
-    words = usage.of(setting, plan)
+    words = usage.usage_of_plan(setting, plan)
     shared = grid.plans(recipe) if setting.generated else learns if cache else []
     return TrainingCost(
         training_seconds=facts["seconds"],
-        teacher_seconds=(cache.seconds() if cache else 0.0) + words.seconds,
+        teacher_seconds=(cache.capture_seconds() if cache else 0.0) + words.seconds,
         students_sharing_teacher=max(1, len(shared)),
         api_input_tokens=words.input_tokens,
         api_output_tokens=words.output_tokens,
@@ -158,16 +158,18 @@ def _making(setting: Setting, plan: Plan, teacher: Teacher, facts: dict[str, Any
 
 
 def _train_and_save(
-    setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: Teacher, work: Path, run: Run
+    setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: TeacherSignal, work: Path, run: Run
 ) -> dict[str, Any]:
     """Train below `work`, save the student in `work/final`; returns its figures."""
     if plan.control == "untrained":
-        model, trained = starting.make(setting, plan), Trained(tokens=0, seconds=0.0)
+        model, trained = starting.initialise_student(setting, plan), TrainingResult(tokens=0, seconds=0.0)
     else:
         training, budget = (part.model_dump() for part in schedule)
-        distributed.tell({"label": plan.label, "training": training, "budget": budget, "folder": str(work)})
+        distributed.broadcast_to_workers(
+            {"label": plan.label, "training": training, "budget": budget, "folder": str(work)}
+        )
         model, trained = train_one(setting, plan, schedule, teacher, work, run.log_metrics)
-    model = starting.finish(model)
+    model = starting.merge_adapter(model)
     facts: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": trained.tokens,
@@ -175,9 +177,9 @@ def _train_and_save(
         "eval_seconds": trained.eval_seconds,
         "heldout_bits_per_byte": heldout.bits_per_byte(model, setting.heldout),
     }
-    if trained.stopped:
-        facts["stopped"] = trained.stopped
-        run.set_tags({"limbeck.stopped": trained.stopped})
+    if trained.stop_reason:
+        facts["stopped"] = trained.stop_reason
+        run.set_tags({"limbeck.stopped": trained.stop_reason})
     if not math.isfinite(facts["heldout_bits_per_byte"]):
         shutil.rmtree(work)
         raise Refused(
@@ -192,12 +194,12 @@ def train_one(
     setting: Setting,
     plan: Plan,
     schedule: tuple[Training, Budget],
-    teacher: Teacher,
+    teacher: TeacherSignal,
     work: Path,
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
-) -> tuple[PreTrainedModel, Trained]:
+) -> tuple[PreTrainedModel, TrainingResult]:
     """A student, trained below `work`, by every process of the run at once."""
-    model = starting.make(setting, plan)
+    model = starting.initialise_student(setting, plan)
     job = Job(
         student=model,
         train=setting.train,
@@ -210,10 +212,10 @@ def train_one(
         vocab_size=setting.vocab_size,
         budget=schedule[1],
         on_policy=setting.recipe.on_policy,
-        paid=usage.of(setting, plan).usd or 0.0,
+        paid_usd=usage.usage_of_plan(setting, plan).usd or 0.0,
         likeliest=likeliest(setting),
     )
-    with distributed.together(), _bar(plan.label) as on_progress:
+    with distributed.collective_work(), _bar(plan.label) as on_progress:
         return model, train(job, on_progress, on_log)
 
 

@@ -20,7 +20,7 @@ from limbeck.registry.core.home import home
 FILE = "completions.db"
 
 
-class Completions:
+class AnswerCache:
     """The kept answers, by `registry.core.digest.json_digest` of their request; from several threads where need be."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Completions:
             self._file.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?)", rows)
 
     @contextmanager
-    def asking(self, request: str) -> Iterator[None]:
+    def request_lock(self, request: str) -> Iterator[None]:
         """No other process or thread asks this within; look again whether it did before."""
         from filelock import FileLock
 

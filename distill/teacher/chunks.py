@@ -18,13 +18,13 @@ import torch
 from limbeck.distill.cache.teacher_cache import Capture
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models import loading
-from limbeck.distill.models.alignment import Piece, encode, pieces, run, token_bytes
+from limbeck.distill.models.alignment import TextSpan, document_spans, span_logits, token_bytes, tokenize_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Read(NamedTuple):
+class SpanLogprobs(NamedTuple):
     """How a teacher read a piece: where its tokens end, in bytes of the text from 0, and their log-probabilities.
 
     The first token of all, with nothing before it, has none: NaN. The end of a document is a token that ends one
@@ -35,32 +35,32 @@ class Read(NamedTuple):
     logprobs: np.ndarray
 
 
-Reader = Callable[[Sequence[Piece]], list[Read]]
-Echo = tuple[list[str], list[float]]  # the tokens of a text, and their log-probabilities
+Reader = Callable[[Sequence[TextSpan]], list[SpanLogprobs]]
+TokensAndLogprobs = tuple[list[str], list[float]]  # the tokens of a text, and their log-probabilities
 
 
-def local(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> Reader:
+def local_reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> Reader:
     """A teacher that runs here reads pieces by its own tokenizer; what exceeds its context is not read.
 
     Args:
         bf16: run under autocast.
     """
     torch.nn.Module.to(model, loading.device()).eval()
-    texts, vocab_size = token_bytes(tokenizer), loading.vocabulary(tokenizer)
+    texts, vocab_size = token_bytes(tokenizer), loading.vocabulary_size(tokenizer)
 
-    def read(asked: Sequence[Piece]) -> list[Read]:
-        reads = [Read(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
-        encoded = encode(asked, tokenizer, texts)
-        for number, logits in run(model, encoded, vocab_size, bf16):
+    def read(asked: Sequence[TextSpan]) -> list[SpanLogprobs]:
+        reads = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
+        encoded = tokenize_spans(asked, tokenizer, texts)
+        for number, logits in span_logits(model, encoded, vocab_size, bf16):
             ids = torch.from_numpy(encoded[number].ids[1 : len(logits), None]).to(logits.device)
             said = logits[:-1].gather(-1, ids)[:, 0] - logits[:-1].logsumexp(-1)
-            reads[number] = Read(encoded[number].ends[: len(logits)], np.append(np.nan, said.cpu().numpy()))
+            reads[number] = SpanLogprobs(encoded[number].ends[: len(logits)], np.append(np.nan, said.cpu().numpy()))
         return reads
 
     return read
 
 
-def at_endpoint(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, Echo]]]) -> Reader:
+def endpoint_reader(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, TokensAndLogprobs]]]) -> Reader:
     """A teacher behind an endpoint that echoes a text with its tokens and their log-probabilities.
 
     Where a document begins and ends it is not told: the first token has no log-probability, and the end none.
@@ -69,19 +69,19 @@ def at_endpoint(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, Ec
         token_logprobs: (number, (tokens, log-probabilities)) of each text, in any order.
     """
 
-    def read(asked: Sequence[Piece]) -> list[Read]:
-        reads = [Read(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
+    def read(asked: Sequence[TextSpan]) -> list[SpanLogprobs]:
+        reads = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
         wanted = [number for number, piece in enumerate(asked) if piece.text]
         for place, (tokens, logprobs) in token_logprobs([asked[number].text for number in wanted]):
             ends = np.cumsum([len(token.encode()) for token in tokens])
             ends[ends == 0] = -4  # the first part of a character: nothing is told of it, so no chunk begins with it
-            reads[wanted[place]] = Read(ends, np.array(logprobs, dtype=float))
+            reads[wanted[place]] = SpanLogprobs(ends, np.array(logprobs, dtype=float))
         return reads
 
     return read
 
 
-def align(own: np.ndarray, read: Read) -> tuple[np.ndarray, np.ndarray]:
+def align(own: np.ndarray, read: SpanLogprobs) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of a text that two tokenizations share.
 
     Args:
@@ -113,7 +113,7 @@ def capture(blocks: Blocks, tokenizer: PreTrainedTokenizerBase, reader: Reader) 
     texts = token_bytes(tokenizer)
 
     def stored(indices: np.ndarray) -> dict[str, np.ndarray]:
-        found = [pieces(blocks, int(number), tokenizer, texts) for number in indices]
+        found = [document_spans(blocks, int(number), tokenizer, texts) for number in indices]
         reads = iter(reader([piece for of_block in found for _, _, piece in of_block]))
         shape = (len(indices), blocks.ids.shape[1])
         chunks, logprobs = np.zeros(shape, dtype=np.uint16), np.zeros(shape, dtype=np.float16)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.registry.catalog import endpoint
 from limbeck.registry.catalog.endpoint import Endpoint, EndpointClient
 from limbeck.registry.catalog.model_ref import ENDPOINT, TEXT_FILES, ResolvedModel, resolve_model
@@ -39,17 +39,17 @@ class EndpointTeacher:
     """
 
     def __init__(
-        self, model: ResolvedModel, settings: Teacher, kept: Completions, max_usd: float | None = None
+        self, model: ResolvedModel, settings: Teacher, answer_cache: AnswerCache, max_usd: float | None = None
     ) -> None:
         assert model.endpoint is not None
         self.endpoint: Endpoint = model.endpoint
-        self.settings, self.kept, self.max_usd = settings, kept, max_usd
+        self.settings, self.answer_cache, self.max_usd = settings, answer_cache, max_usd
         self.client = EndpointClient(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
-        self.paid = [0, 0]
-        self.refused: list[str] = []  # what was said of requests that were refused and passed over
-        self.answered = 0  # requests, by this object
+        self.paid_tokens = [0, 0]
+        self.refusals: list[str] = []  # what was said of requests that were refused and passed over
+        self.answer_count = 0  # requests, by this object
         self._lock = threading.Lock()
-        self._length = "max_tokens"  # what this server calls the most new tokens
+        self._max_tokens_key = "max_tokens"  # what this server calls the most new tokens
 
     @property
     def label(self) -> str:
@@ -58,19 +58,19 @@ class EndpointTeacher:
     @property
     def usd(self) -> float:
         """Dollars for what was paid."""
-        return self.settings.usd(*self.paid)
+        return self.settings.usd(*self.paid_tokens)
 
     def request(self, path: str, payload: dict[str, Any]) -> Request:
         """All that an answer depends on."""
         return {"url": self.endpoint.url, "path": path, "payload": {"model": self.endpoint.name, **payload}}
 
-    def each(
-        self, requests: Sequence[Request], read: Callable[[Any], T], *, passing_over: bool = False
+    def ask_all(
+        self, requests: Sequence[Request], read: Callable[[Any], T], *, skip_refused: bool = False
     ) -> Iterator[tuple[int, T]]:
         """(number, what `read` makes of the answer) of each request, as they come; ends early after `max_usd`.
 
         Args:
-            passing_over: go on after a request that is refused, as for its length or what it says.
+            skip_refused: go on after a request that is refused, as for its length or what it says.
 
         Raises:
             BadInput: the server refuses a request. Unreachable: it does not answer; or what `read` raises.
@@ -78,19 +78,19 @@ class EndpointTeacher:
 
         def ask(request: Request) -> tuple[T] | None:
             digest = json_digest(request)
-            if (answer := self.kept.get(digest)) is None:
+            if (answer := self.answer_cache.get(digest)) is None:
                 if self.max_usd is not None and self.usd >= self.max_usd:
                     return None
-                with self.kept.asking(digest):
-                    if (answer := self.kept.get(digest)) is None:  # another process may have been quicker
+                with self.answer_cache.request_lock(digest):
+                    if (answer := self.answer_cache.get(digest)) is None:  # another process may have been quicker
                         try:
                             answer = self._post(request)
                         except BadInput as error:
-                            if not passing_over or self._gives_up(error):
+                            if not skip_refused or self._gives_up(error):
                                 raise
                             return None
                         read(answer)  # what cannot be read is not kept
-                        self.kept.add({digest: answer})
+                        self.answer_cache.add({digest: answer})
                         self._pay(answer)
             return (read(answer),)
 
@@ -100,30 +100,30 @@ class EndpointTeacher:
 
     def _gives_up(self, error: BadInput) -> bool:
         with self._lock:
-            self.refused.append(error.message)
-            return self.answered == 0 and len(self.refused) >= REFUSALS
+            self.refusals.append(error.message)
+            return self.answer_count == 0 and len(self.refusals) >= REFUSALS
 
     def _post(self, request: Request) -> Any:
         payload = dict(request["payload"])
-        payload[self._length] = payload.pop("max_tokens")
+        payload[self._max_tokens_key] = payload.pop("max_tokens")
         try:
             return self.client.request_json(request["path"], payload)
         except BadInput as error:
             # OpenAI's newer models know it by this name only, and say so.
-            if self._length == "max_completion_tokens" or "max_completion_tokens" not in error.message:
+            if self._max_tokens_key == "max_completion_tokens" or "max_completion_tokens" not in error.message:
                 raise
-            self._length = "max_completion_tokens"
+            self._max_tokens_key = "max_completion_tokens"
             return self._post(request)
 
     def _pay(self, answer: Any) -> None:
         usage = answer.get("usage") or {}
         with self._lock:
-            self.answered += 1
+            self.answer_count += 1
             for place, name in enumerate(("prompt_tokens", "completion_tokens")):
-                self.paid[place] += int(usage.get(name) or 0)
+                self.paid_tokens[place] += int(usage.get(name) or 0)
 
 
-def find(teacher: Teacher, beside: Path, store: Store) -> ResolvedModel:
+def find(teacher: Teacher, recipe_folder: Path, store: Store) -> ResolvedModel:
     """The model that an endpoint serves, asked for its name; its folder says where it is, and has its tokenizer.
 
     Raises:
@@ -134,7 +134,7 @@ def find(teacher: Teacher, beside: Path, store: Store) -> ResolvedModel:
     if teacher.tokenizer is None:
         found = endpoint.find_endpoint(teacher.model, teacher.num_concurrent)
     else:
-        named = beside / teacher.tokenizer
+        named = recipe_folder / teacher.tokenizer
         text = str(named) if named.is_dir() else teacher.tokenizer
         model = resolve_model(teacher.model, store, tokenizer=text, num_concurrent=teacher.num_concurrent)
         assert model.endpoint is not None

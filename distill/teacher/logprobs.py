@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from limbeck.distill.cache import encoding
-from limbeck.distill.cache.teacher_cache import Pass, TeacherCache
-from limbeck.distill.data.blocks import Blocks, spans
-from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.cache.teacher_cache import TeacherCache, TeacherPass
+from limbeck.distill.data.blocks import Blocks, document_slices
+from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.distill.teacher.endpoint import EndpointTeacher, Request
 from limbeck.registry.core.errors import BadInput
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from limbeck.distill.context import Setting
 
-PROMPTS = 8  # of one request, at most: what is lost where it fails
+MAX_PROMPTS_PER_REQUEST = 8  # of one request, at most: what is lost where it fails
 PROBE = "The quick brown fox jumps over the lazy dog."
 BY_ID = "token_id:"  # how vLLM names a token with return_tokens_as_token_ids
-UNTOLD = -20.0  # log-probability where nothing is to be predicted
+NO_LOGPROB = -20.0  # log-probability where nothing is to be predicted
 
 
-class Echoed(NamedTuple):
+class PromptLogprobs(NamedTuple):
     """One prompt as it came back.
 
     Attributes:
@@ -41,12 +41,12 @@ class Echoed(NamedTuple):
 
     tokens: list[str]
     logprobs: np.ndarray
-    tops: list[Mapping[str, float]]
+    top_logprobs: list[Mapping[str, float]]
     offsets: list[int]
     text: str
 
 
-class Echo:
+class PromptLogprobsClient:
     """Has texts echoed by an endpoint.
 
     Args:
@@ -83,14 +83,14 @@ class Echo:
         prompt: Any = PROBE if ids is None else ids
         self._by_id = ids is not None
         try:
-            ((_, (echoed,)),) = self.teacher.each([self.request([prompt], top)], self._read)
+            ((_, (echoed,)),) = self.teacher.ask_all([self.request([prompt], top)], self._read)
             self._by_id = self._by_id and all(token.startswith(BY_ID) for token in echoed.tokens)
         except BadInput:
             if not self._by_id:
                 raise
             self._by_id = False  # a server that does not know how to tell tokens by id may refuse to be asked
             try:
-                ((_, (echoed,)),) = self.teacher.each([self.request([prompt], top)], self._read)
+                ((_, (echoed,)),) = self.teacher.ask_all([self.request([prompt], top)], self._read)
             except BadInput as error:
                 if "logprobs" in error.message:
                     error.fix = f"it may tell fewer than {top} tokens a place: lower cache.top_k, or raise its limit"
@@ -99,30 +99,32 @@ class Echo:
             self._compare(ids, echoed, top)
         self._checked = top
 
-    def _compare(self, ids: Sequence[int], echoed: Echoed, top: int) -> None:
+    def _compare(self, ids: Sequence[int], echoed: PromptLogprobs, top: int) -> None:
         assert self.tokenizer is not None
         read = [self._id(token) for token in echoed.tokens[: len(ids)]]
-        if read != list(ids) and not (not self._by_id and _squeezed(echoed.text).startswith(_squeezed(PROBE))):
+        if read != list(ids) and not (
+            not self._by_id and _without_spaces(echoed.text).startswith(_without_spaces(PROBE))
+        ):
             raise BadInput(
                 f"{self.teacher.label} has another tokenizer: it reads {PROBE!r} as {echoed.text[:80]!r}",
                 fix="give the model that it serves as teacher.tokenizer",
             )
-        self.likeliest(echoed, 1, top)
+        self.top_tokens(echoed, 1, top)
 
-    def _read(self, answer: Any) -> list[Echoed]:
+    def _read(self, answer: Any) -> list[PromptLogprobs]:
         """The echoes in an answer. Raises BadInput where they lack log-probabilities."""
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-            return [_echoed(choice) for choice in choices]
+            return [_parse_choice(choice) for choice in choices]
         except (TypeError, KeyError, ValueError):
             raise BadInput(
                 f"{self.teacher.label} gives no log-probabilities of a text that it is given",
                 fix="serve the teacher with vLLM or `limbeck serve`, or have it write the text: [generate]",
             ) from None
 
-    def likeliest(self, echoed: Echoed, place: int, top: int) -> tuple[list[int], list[float]]:
+    def top_tokens(self, echoed: PromptLogprobs, place: int, top: int) -> tuple[list[int], list[float]]:
         """The `top` likeliest tokens at a place and their log-probabilities. Raises BadInput where they are untold."""
-        told = sorted(echoed.tops[place].items(), key=lambda item: -item[1])[:top]
+        told = sorted(echoed.top_logprobs[place].items(), key=lambda item: -item[1])[:top]
         ids = [self._id(token) for token, _ in told]
         if len(told) < top or None in ids or len(set(ids)) < len(ids):
             why = f"{len(told)} of them" if len(told) < top else "some by a text that several tokens share"
@@ -152,12 +154,12 @@ class Echo:
         The tokens together are the text; one that is no whole character alone is empty, and what follows it has the
         character. The first log-probability is NaN where nothing comes before it.
         """
-        plain = Echo(self.teacher)
+        plain = PromptLogprobsClient(self.teacher)
         plain.check(1)
-        for number, (echoed,) in self.teacher.each([plain.request([text], 1) for text in texts], self._read):
-            yield number, _pieces(echoed, texts[number])
+        for number, (echoed,) in self.teacher.ask_all([plain.request([text], 1) for text in texts], self._read):
+            yield number, _text_tokens(echoed, texts[number])
 
-    def over(self, blocks: Blocks) -> Pass:
+    def pass_over_blocks(self, blocks: Blocks) -> TeacherPass:
         """What each cache stores of blocks. Raises BadInput where the context is too short, or as `check`."""
         length, context = blocks.ids.shape[1], self.teacher.endpoint.context
         if context is not None and context < length + 1:
@@ -186,40 +188,44 @@ class Echo:
     def _blocks(self, blocks: Blocks, indices: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each block the `size` likeliest tokens at each position (T, size), and their log-probabilities."""
         length = blocks.ids.shape[1]
-        arrays = [(np.tile(np.arange(size), (length, 1)), np.full((length, size), UNTOLD)) for _ in indices]
+        arrays = [(np.tile(np.arange(size), (length, 1)), np.full((length, size), NO_LOGPROB)) for _ in indices]
         pieces = [
             (place, places.start, blocks.ids[index][places].tolist())
             for place, index in enumerate(indices)
-            for places in _sent(blocks.segments[index], blocks.targets[index])
+            for places in _slices_to_send(blocks.segments[index], blocks.targets[index])
         ]
-        groups = [pieces[start : start + PROMPTS] for start in range(0, len(pieces), PROMPTS)]
+        groups = [
+            pieces[start : start + MAX_PROMPTS_PER_REQUEST] for start in range(0, len(pieces), MAX_PROMPTS_PER_REQUEST)
+        ]
         requests = [self.request([ids for _, _, ids in group], size) for group in groups]
-        for number, echoes in self.teacher.each(requests, self._read):
+        for number, echoes in self.teacher.ask_all(requests, self._read):
             for (place, start, ids), echoed in zip(groups[number], echoes, strict=True):
-                if len(echoed.tops) < len(ids):
-                    raise BadInput(f"{self.teacher.label} echoes {len(echoed.tops)} tokens where {len(ids)} were sent")
+                if len(echoed.top_logprobs) < len(ids):
+                    raise BadInput(
+                        f"{self.teacher.label} echoes {len(echoed.top_logprobs)} tokens where {len(ids)} were sent"
+                    )
                 for position in range(1, len(ids)):  # what is told of a token stands with the one before it
                     row = start + position - 1
-                    arrays[place][0][row], arrays[place][1][row] = self.likeliest(echoed, position, size)
+                    arrays[place][0][row], arrays[place][1][row] = self.top_tokens(echoed, position, size)
         return arrays
 
 
-def pass_over(setting: Setting) -> Pass:
+def endpoint_pass(setting: Setting) -> TeacherPass:
     """A function of block numbers and caches that has a recipe's endpoint say what is to be stored of the blocks."""
-    return of(setting, setting.tokenizer).over(setting.train)
+    return prompt_logprobs_client(setting, setting.tokenizer).pass_over_blocks(setting.train)
 
 
-def of(setting: Setting, tokenizer: PreTrainedTokenizerBase | None = None) -> Echo:
+def prompt_logprobs_client(setting: Setting, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptLogprobsClient:
     """A recipe's endpoint; its own tokenizer reads the texts where none is given."""
     recipe = setting.recipe
     assert setting.teacher is not None
     assert recipe.teacher is not None
-    return Echo(EndpointTeacher(setting.teacher, recipe.teacher, Completions()), tokenizer)
+    return PromptLogprobsClient(EndpointTeacher(setting.teacher, recipe.teacher, AnswerCache()), tokenizer)
 
 
-def _sent(segments: np.ndarray, targets: np.ndarray) -> list[slice]:
+def _slices_to_send(segments: np.ndarray, targets: np.ndarray) -> list[slice]:
     """The documents of a block of which something is to be predicted, from its segments and targets (T,)."""
-    return [places for places in spans(segments) if targets[places][1:].any()]
+    return [places for places in document_slices(segments) if targets[places][1:].any()]
 
 
 def tokens_sent(blocks: Blocks) -> tuple[int, int]:
@@ -227,22 +233,22 @@ def tokens_sent(blocks: Blocks) -> tuple[int, int]:
     rows = [
         places.stop - places.start
         for segments, targets in zip(blocks.segments, blocks.targets, strict=True)
-        for places in _sent(segments, targets)
+        for places in _slices_to_send(segments, targets)
     ]
     return sum(rows), len(rows)
 
 
-def _echoed(choice: Mapping[str, Any]) -> Echoed:
+def _parse_choice(choice: Mapping[str, Any]) -> PromptLogprobs:
     said = choice["logprobs"]
     values = [math.nan if value is None else float(value) for value in said["token_logprobs"]]
     # Of the first token nothing is told, since nothing comes before it.
     if not values or not math.isnan(values[0]) or any(map(math.isnan, values[1:])):
         raise ValueError("no log-probabilities of the prompt")
     tops = [top or {} for top in said.get("top_logprobs") or [{}] * len(values)]
-    return Echoed(list(said["tokens"]), np.array(values), tops, list(said["text_offset"]), str(choice["text"]))
+    return PromptLogprobs(list(said["tokens"]), np.array(values), tops, list(said["text_offset"]), str(choice["text"]))
 
 
-def _pieces(echoed: Echoed, text: str) -> tuple[list[str], list[float]]:
+def _text_tokens(echoed: PromptLogprobs, text: str) -> tuple[list[str], list[float]]:
     """The tokens of a text as parts of it, without what was made after it."""
     if not echoed.text.startswith(text):
         raise BadInput(f"the endpoint echoes {echoed.text[:80]!r} where {text[:80]!r} was sent")
@@ -252,5 +258,5 @@ def _pieces(echoed: Echoed, text: str) -> tuple[list[str], list[float]]:
     return tokens, echoed.logprobs[: len(tokens)].tolist()
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())

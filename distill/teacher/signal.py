@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.distill.cache.teacher_cache import Capture, Pass, TeacherCache, fill, to_be_stored
+from limbeck.distill.cache.teacher_cache import Capture, TeacherCache, TeacherPass, arrays_to_store, fill
 from limbeck.distill.context import Setting
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models import heldout, loading
@@ -18,7 +18,7 @@ from limbeck.distill.recipe import cache_form
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.teacher import chunks, logprobs
-from limbeck.distill.teacher.retokenize import retold_pass
+from limbeck.distill.teacher.retokenize import retokenized_pass
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.terminal import print_status, progress_bar
@@ -59,7 +59,7 @@ def form_of(setting: Setting, plan: Plan) -> Form | None:
     assert recipe.teacher is not None
     if recipe.on_policy:
         return None
-    return cache_form.choose(recipe.cache, plan.objective, setting.vocab_size, recipe.teacher.is_endpoint)
+    return cache_form.choose_form(recipe.cache, plan.objective, setting.vocab_size, recipe.teacher.is_endpoint)
 
 
 def caches_for(setting: Setting, forms: Iterable[Form | None]) -> dict[Form, TeacherCache]:
@@ -67,17 +67,17 @@ def caches_for(setting: Setting, forms: Iterable[Form | None]) -> dict[Form, Tea
     wanted = [form for form in dict.fromkeys(forms) if form is not None]
     if not wanted:
         return {}
-    settings, about = _described(setting)
+    settings, about = _cache_identity(setting)
     return {form: TeacherCache(settings, setting.train.ids.shape, form, about) for form in wanted}
 
 
 def chunks_cache(setting: Setting) -> TeacherCache:
     """The cache of what a teacher with other tokens said of the training text, as far as it is filled."""
-    settings, about = _described(setting)
+    settings, about = _cache_identity(setting)
     return TeacherCache(settings | {"kind": "chunks"}, setting.train.ids.shape, None, about)
 
 
-def _described(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
+def _cache_identity(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
     """What identifies the content of a cache beside its form, and what is told of it."""
     recipe, teacher = setting.recipe, setting.teacher
     assert recipe.teacher is not None
@@ -88,7 +88,7 @@ def _described(setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
         "blocks": setting.train.digest,
         "precision": "bf16" if _bf16(setting) else "fp32",
     }
-    if recipe.teacher.retell:
+    if recipe.teacher.retokenize:
         settings["told"] = "in the student's tokens"
     return settings, {"teacher": recipe.teacher.model, "recipe": str(setting.source.path)}
 
@@ -107,7 +107,7 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
     if setting.teacher is None or setting.teacher.endpoint or setting.recipe.crosses_tokenizers:
         return None
     sample = heldout.sample(setting.heldout)
-    key = json_digest(_described(setting)[0] | {"blocks": sample.digest})
+    key = json_digest(_cache_identity(setting)[0] | {"blocks": sample.digest})
     path = home() / "heldout" / f"{key[:16]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
         there: np.ndarray = np.load(path, allow_pickle=False)
@@ -123,13 +123,15 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
 
 def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTrainedModel]) -> None:
     @functools.cache
-    def teacher() -> Pass:  # caches that are whole need no teacher
+    def teacher() -> TeacherPass:  # caches that are whole need no teacher
         assert setting.teacher is not None
         if setting.teacher.endpoint:
-            return logprobs.pass_over(setting)
-        if setting.recipe.teacher and setting.recipe.teacher.retell:
-            return retold_pass(load(), setting.teacher_tokenizer(), setting.train, setting.tokenizer, _bf16(setting))
-        return one_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
+            return logprobs.endpoint_pass(setting)
+        if setting.recipe.teacher and setting.recipe.teacher.retokenize:
+            return retokenized_pass(
+                load(), setting.teacher_tokenizer(), setting.train, setting.tokenizer, _bf16(setting)
+            )
+        return local_pass(load(), setting.train, setting.vocab_size, _bf16(setting))
 
     with progress_bar() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
@@ -137,7 +139,7 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
     for cache in caches:
         assert cache.form is not None
         at = f" at temperature {cache.form.temperature:g}" if cache.form.temperature != 1.0 else ""
-        _tell(cache, f"{cache.form.kind}{at}", captured)
+        _report_cache(cache, f"{cache.form.kind}{at}", captured)
 
 
 def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTrainedModel]) -> None:
@@ -146,21 +148,21 @@ def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTr
         return chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
 
     with progress_bar() as bar:
-        task = bar.add_task("teacher cache", total=cache.blocks, rate="")
+        task = bar.add_task("teacher cache", total=cache.num_blocks, rate="")
         captured = cache.fill(lambda blocks: teacher()(blocks), lambda count: bar.advance(task, count))
-    _tell(cache, "chunks", captured)
+    _report_cache(cache, "chunks", captured)
 
 
 def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
     """The teacher as one that reads text by its own tokenizer."""
     assert setting.teacher is not None
     if setting.teacher.endpoint:
-        return chunks.at_endpoint(logprobs.of(setting).token_logprobs)
-    return chunks.local(load(), setting.teacher_tokenizer(), _bf16(setting))
+        return chunks.endpoint_reader(logprobs.prompt_logprobs_client(setting).token_logprobs)
+    return chunks.local_reader(load(), setting.teacher_tokenizer(), _bf16(setting))
 
 
-def _tell(cache: TeacherCache, kind: str, captured: int) -> None:
-    tokens = cache.blocks * cache.length
+def _report_cache(cache: TeacherCache, kind: str, captured: int) -> None:
+    tokens = cache.num_blocks * cache.length
     print_status(
         f"  teacher cache: {kind}, {tokens:,} tokens, {captured * cache.length:,} of them captured now, "
         f"{cache.disk_bytes() / tokens:.0f} bytes a token, {cache.folder.name}"
@@ -173,7 +175,7 @@ def _bf16(setting: Setting) -> bool:
     return not setting.teacher.endpoint and uses_bf16(setting.recipe.training.bf16, setting.teacher_config())
 
 
-def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool) -> Pass:
+def local_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool) -> TeacherPass:
     """A function that runs a local teacher over blocks, once for all caches that lack them.
 
     Args:
@@ -192,7 +194,7 @@ def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool
                     of_batch = loading.logits_of(model, batch)[..., :vocab_size]
                 yield from of_batch
 
-        return to_be_stored(blocks, indices, logits(), caches)
+        return arrays_to_store(blocks, indices, logits(), caches)
 
     return run
 
@@ -200,5 +202,5 @@ def one_pass(model: PreTrainedModel, blocks: Blocks, vocab_size: int, bf16: bool
 def capture(model: PreTrainedModel, blocks: Blocks, cache: TeacherCache, bf16: bool) -> Capture:
     """`one_pass` for one cache."""
     assert cache.form is not None
-    run = one_pass(model, blocks, cache.form.vocab_size, bf16)
+    run = local_pass(model, blocks, cache.form.vocab_size, bf16)
     return lambda indices: run(indices, [cache])[0]

@@ -10,7 +10,7 @@ from limbeck.distill.teacher import generate, logprobs
 from limbeck.distill.teacher.signal import caches_for, form_of
 
 
-class Spent(NamedTuple):
+class TeacherUsage(NamedTuple):
     """Of all that a student learns from, whichever run had it said; in full, however many students share it.
 
     Attributes:
@@ -26,37 +26,41 @@ class Spent(NamedTuple):
     model: str | None = None
 
 
-def of(setting: Setting, plan: Plan) -> Spent:
+def usage_of_plan(setting: Setting, plan: Plan) -> TeacherUsage:
     """What the teacher's words took that a plan learns from."""
     teacher = setting.recipe.teacher
     if teacher is None or setting.teacher is None or plan.control == "untrained":
-        return Spent()
+        return TeacherUsage()
     seconds, tokens = 0.0, [0, 0]
     if setting.generated:
         seconds = setting.generated.seconds
         tokens = [setting.generated.input_tokens, setting.generated.output_tokens]
     if setting.teacher.endpoint is None:
-        return Spent(seconds)
+        return TeacherUsage(seconds)
     if plan.objective.uses_teacher:
         tokens = [sum(pair) for pair in zip(tokens, logprobs.tokens_sent(setting.train), strict=True)]
     priced = teacher.usd_per_million_input_tokens or teacher.usd_per_million_output_tokens
-    return Spent(seconds, tokens[0], tokens[1], teacher.usd(*tokens) if priced else None, setting.teacher.endpoint.name)
+    return TeacherUsage(
+        seconds, tokens[0], tokens[1], teacher.usd(*tokens) if priced else None, setting.teacher.endpoint.name
+    )
 
 
-def ahead(setting: Setting, plans: list[Plan]) -> Spent:
+def expected_usage(setting: Setting, plans: list[Plan]) -> TeacherUsage:
     """What an endpoint will be asked for at most, before any of it; what was kept from before is not asked again."""
     teacher, model = setting.recipe.teacher, setting.teacher
     if teacher is None or model is None or model.endpoint is None:
-        return Spent()
+        return TeacherUsage()
     tokens = [0, 0]
     if setting.recipe.generate and setting.generated is None:
-        expected = generate.outlook(setting)
+        expected = generate.forecast_generation(setting)
         tokens = [expected.input_tokens, expected.output_tokens]
         if any(plan.objective.uses_teacher for plan in plans):  # every answer is echoed
             tokens = [2 * tokens[0] + tokens[1], tokens[1] + expected.answers]
     else:
         forms = [form_of(setting, plan) for plan in plans if plan.objective.uses_teacher]
         caches = caches_for(setting, forms)
-        missing = max((cache.missing() / cache.blocks for cache in caches.values() if cache.blocks), default=0.0)
+        missing = max(
+            (cache.missing_blocks() / cache.num_blocks for cache in caches.values() if cache.num_blocks), default=0.0
+        )
         tokens = [round(missing * count) for count in logprobs.tokens_sent(setting.train)]
-    return Spent(0.0, tokens[0], tokens[1], teacher.usd(*tokens), model.endpoint.name)
+    return TeacherUsage(0.0, tokens[0], tokens[1], teacher.usd(*tokens), model.endpoint.name)

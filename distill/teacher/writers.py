@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from limbeck.distill.data.blocks import start_of
+from limbeck.distill.data.blocks import start_token_id
 from limbeck.distill.data.filters import Answer
-from limbeck.distill.data.prompts import THINKING, Prompt, rendered, turns
+from limbeck.distill.data.prompts import THINK_START, Prompt, render_chat_prompt, turns
 from limbeck.distill.models import loading
-from limbeck.distill.models.sampling import Writer
+from limbeck.distill.models.sampling import TextSampler
 from limbeck.distill.recipe.schema import Generate
-from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.distill.teacher.endpoint import EndpointTeacher
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import BadInput, Unreachable
@@ -23,7 +23,7 @@ Request = dict[str, Any]
 SAMPLING = {"max_new_tokens", "temperature", "top_p", "stop"}
 
 
-class Writes(Protocol):
+class TeacherWriter(Protocol):
     """A teacher that answers prompts.
 
     Attributes:
@@ -31,21 +31,21 @@ class Writes(Protocol):
     """
 
     @property
-    def refused(self) -> list[str]: ...
+    def refusals(self) -> list[str]: ...
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
         """All that an answer depends on; None where the prompt is too long to be answered."""
 
-    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
         """Have requests answered, by their digest, and keep the answers; yields how many more are done.
 
         It may end before all are, where a limit is set to what is paid.
 
         Args:
-            before: tokens in and out of the answers that are there.
+            cached_tokens: tokens in and out of the answers that are there.
         """
 
-    def answer(self, kept: Any) -> Answer:
+    def answer(self, stored: Any) -> Answer:
         """An answer as it was kept."""
 
 
@@ -62,14 +62,14 @@ class LocalWriter:
         tokenizer: PreTrainedTokenizerBase,
         generate: Generate,
         by_chat: bool,
-        kept: Completions,
+        answer_cache: AnswerCache,
         trust_remote_code: bool = False,
     ) -> None:
-        self.teacher, self.tokenizer, self.generate, self.by_chat, self.kept = (
-            teacher, tokenizer, generate, by_chat, kept,
+        self.teacher, self.tokenizer, self.generate, self.by_chat, self.answer_cache = (
+            teacher, tokenizer, generate, by_chat, answer_cache,
         )  # fmt: skip
         self.trust_remote_code = trust_remote_code
-        self.refused: list[str] = []
+        self.refusals: list[str] = []
         config = loading.load_config(teacher.path, trust_remote_code)
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -77,12 +77,12 @@ class LocalWriter:
         """See `Writes.request`."""
         opening = ""
         if self.by_chat:
-            text = rendered(self.tokenizer, turns(prompt, self.generate.system_prompt), prompt.path)
+            text = render_chat_prompt(self.tokenizer, turns(prompt, self.generate.system_prompt), prompt.path)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if text.rstrip().endswith(THINKING):  # the template opens the reasoning, which is part of the answer
-                opening = THINKING + text.rpartition(THINKING)[2]
+            if text.rstrip().endswith(THINK_START):  # the template opens the reasoning, which is part of the answer
+                opening = THINK_START + text.rpartition(THINK_START)[2]
         else:
-            ids = [start_of(self.tokenizer), *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
+            ids = [start_token_id(self.tokenizer), *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
         if self.context and len(ids) + self.generate.max_new_tokens > self.context:
             return None
         return {
@@ -93,14 +93,14 @@ class LocalWriter:
             **self.generate.model_dump(include=SAMPLING),
         }
 
-    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
         """See `Writes.ask`. Batches are of prompts that are alike in length."""
         if not requests:
             return
-        writer = Writer(
-            self._loaded(),
+        writer = TextSampler(
+            self._load_teacher(),
             self.tokenizer,
-            vocab_size=loading.vocabulary(self.tokenizer),
+            vocab_size=loading.vocabulary_size(self.tokenizer),
             **self.generate.model_dump(include=SAMPLING),
         )
         # A batch is kept whole: what is missing after a kill falls into the batches that an unbroken run makes.
@@ -113,10 +113,10 @@ class LocalWriter:
                 digest: answer._replace(text=request["opening"] + answer.text)._asdict()
                 for digest, request, answer in zip(batch, asked, answers, strict=True)
             }
-            self.kept.add(made)
+            self.answer_cache.add(made)
             yield len(batch)
 
-    def _loaded(self) -> PreTrainedModel:
+    def _load_teacher(self) -> PreTrainedModel:
         """The teacher where it runs, on a GPU in bfloat16 where that has it."""
         import torch
 
@@ -126,9 +126,9 @@ class LocalWriter:
             torch.nn.Module.to(model, torch.bfloat16)
         return model
 
-    def answer(self, kept: Any) -> Answer:
+    def answer(self, stored: Any) -> Answer:
         """See `Writes.answer`."""
-        return Answer(**kept)
+        return Answer(**stored)
 
 
 class EndpointWriter:
@@ -179,40 +179,40 @@ class EndpointWriter:
             payload["logprobs"] = True if self.by_chat else 1
         return payload
 
-    def ask(self, requests: Mapping[str, Request], before: tuple[int, int]) -> Iterator[int]:
+    def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
         """See `Writes.ask`. Raises BadInput, before all but one token is paid, for missing log-probabilities."""
         if not requests:
             return
-        self.teacher.paid = list(before)
+        self.teacher.paid_tokens = list(cached_tokens)
         if self.needs_logprobs:
             self._probe(next(iter(requests.values())))
-        for _ in self.teacher.each(list(requests.values()), self.answer, passing_over=True):
+        for _ in self.teacher.ask_all(list(requests.values()), self.answer, skip_refused=True):
             yield 1
-        if self.teacher.refused and not self.teacher.answered:
-            raise BadInput(f"every request was refused, such as: {self.teacher.refused[0]}")
+        if self.teacher.refusals and not self.teacher.answer_count:
+            raise BadInput(f"every request was refused, such as: {self.teacher.refusals[0]}")
 
     @property
-    def refused(self) -> list[str]:
+    def refusals(self) -> list[str]:
         """See `Writes.refused`."""
-        return self.teacher.refused
+        return self.teacher.refusals
 
     def _probe(self, request: Request) -> None:
         short = {"path": self.path, "payload": {**request["payload"], "max_tokens": 1}}
-        (answer,) = self.teacher.each([short], self.answer)
+        (answer,) = self.teacher.ask_all([short], self.answer)
         if answer[1].logprob is None:
             raise BadInput(
                 f"{self.teacher.label} gives no log-probabilities, which generate.filter.min_logprob needs",
                 fix="leave min_logprob out, or take a server that gives them",
             )
 
-    def answer(self, kept: Any) -> Answer:
+    def answer(self, stored: Any) -> Answer:
         """See `Writes.answer`. Raises Unreachable for what is no answer."""
         try:
-            choice = kept["choices"][0]
-            text = _of_message(choice["message"]) if self.by_chat else str(choice["text"] or "")
+            choice = stored["choices"][0]
+            text = _message_text(choice["message"]) if self.by_chat else str(choice["text"] or "")
         except (TypeError, KeyError, IndexError):
-            raise Unreachable(f"{self.teacher.label} answers without a choice: {str(kept)[:200]}") from None
-        usage = kept.get("usage") or {}
+            raise Unreachable(f"{self.teacher.label} answers without a choice: {str(stored)[:200]}") from None
+        usage = stored.get("usage") or {}
         output = int(usage.get("completion_tokens") or 0)
         return Answer(
             text,
@@ -224,11 +224,11 @@ class EndpointWriter:
         )
 
 
-def _of_message(message: Mapping[str, Any]) -> str:
+def _message_text(message: Mapping[str, Any]) -> str:
     """A chat's answer, with the reasoning that a server tells apart from it, as vLLM and DeepSeek do."""
     thoughts = message.get("reasoning_content") or message.get("reasoning")
     content = str(message.get("content") or "")
-    return f"{THINKING}\n{str(thoughts).strip()}\n</think>\n\n{content}" if thoughts else content
+    return f"{THINK_START}\n{str(thoughts).strip()}\n</think>\n\n{content}" if thoughts else content
 
 
 def _mean_logprob(logprobs: Mapping[str, Any]) -> float | None:

@@ -18,7 +18,7 @@ from limbeck.registry.core.errors import BadInput
 WINDOW = 3  # evaluations that a gain is measured over: two differ by noise alone too often
 
 
-class Spent(NamedTuple):
+class Spending(NamedTuple):
     """What a run took so far, over all its parts: seconds, evaluations included, and dollars."""
 
     seconds: float
@@ -32,12 +32,12 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
 
 
-def spent(budget: Budget, seconds: float, paid: float = 0.0) -> Spent:
+def spending_of_run(budget: Budget, seconds: float, paid: float = 0.0) -> Spending:
     """Seconds, and dollars at this machine's price and `paid` to an endpoint before."""
-    return Spent(seconds, paid + (budget.usd_per_hour or 0.0) * seconds / 3600)
+    return Spending(seconds, paid + (budget.usd_per_hour or 0.0) * seconds / 3600)
 
 
-def steps_asked(training: Training, blocks: int, processes: int = 1) -> int:
+def planned_steps(training: Training, blocks: int, processes: int = 1) -> int:
     """Optimizer steps as transformers' Trainer counts them."""
     if training.max_steps > 0:
         return training.max_steps
@@ -45,7 +45,9 @@ def steps_asked(training: Training, blocks: int, processes: int = 1) -> int:
     return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
-def within_tokens(training: Training, budget: Budget, steps: int, tokens_per_step: int) -> tuple[Training, str | None]:
+def cap_steps_by_tokens(
+    training: Training, budget: Budget, steps: int, tokens_per_step: int
+) -> tuple[Training, str | None]:
     """`training` with no more steps than the budget has tokens for, and why there are fewer than `steps`.
 
     Raises:
@@ -63,7 +65,7 @@ def within_tokens(training: Training, budget: Budget, steps: int, tokens_per_ste
     return training.model_copy(update={"max_steps": affordable}), why
 
 
-def share(budget: Budget, so_far: Spent) -> float:
+def budget_share_used(budget: Budget, so_far: Spending) -> float:
     """How much of the minutes and dollars is used: from 0 to 1 and above; 0 where there is no limit."""
     used = [0.0]
     if budget.max_minutes:
@@ -73,9 +75,9 @@ def share(budget: Budget, so_far: Spent) -> float:
     return max(used)
 
 
-def used_up(budget: Budget, so_far: Spent) -> str:
+def describe_reached_limit(budget: Budget, so_far: Spending) -> str:
     """Which limit in minutes or dollars was reached."""
-    if budget.max_minutes and so_far.seconds / 60 / budget.max_minutes >= share(budget, so_far):
+    if budget.max_minutes and so_far.seconds / 60 / budget.max_minutes >= budget_share_used(budget, so_far):
         return f"budget.max_minutes: {so_far.seconds / 60:.4g} of {budget.max_minutes:g} minutes"
     return f"budget.max_usd: {so_far.usd:.4g} of {budget.max_usd or 0:g} dollars"
 

@@ -22,7 +22,7 @@ from limbeck.distill.recipe.schema import Budget, Training
 from limbeck.distill.training import budget as budgets
 from limbeck.distill.training import distributed, health
 from limbeck.distill.training.budget import Evaluation
-from limbeck.distill.training.fsdp import Whole
+from limbeck.distill.training.fsdp import UnshardedStudent
 from limbeck.registry.core.errors import Refused
 
 EVALUATED = ("heldout_sample_bits_per_byte", "heldout_sample_agreement")
@@ -82,24 +82,24 @@ class Watch(TrainerCallback):
         on_progress: Callable[[Progress], None],
         on_log: Callable[[dict[str, float], int], None],
         budget: Budget,
-        whole: Whole,
-        paid: float = 0.0,
+        unsharded: UnshardedStudent,
+        paid_usd: float = 0.0,
         sample: Blocks | None = None,
         likeliest: np.ndarray | None = None,
     ) -> None:
         self.training = training
         self.tokens_per_step = tokens_per_step
-        self.tell_progress = on_progress
-        self.tell_log = on_log
+        self.report_progress = on_progress
+        self.report_log = on_log
         self.sample = sample
         self.likeliest = likeliest
         self.budget = budget
-        self.whole = whole
-        self.paid = paid
+        self.unsharded = unsharded
+        self.paid_usd = paid_usd
         self.interrupted = threading.Event()
-        self.stopped: str | None = None
+        self.stop_reason: str | None = None
         self.eval_seconds = 0.0
-        self.shown: dict[str, float] = {}  # the last of each curve
+        self.last_values: dict[str, float] = {}  # the last of each curve
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.share = 0.0  # of the minutes and dollars, used
@@ -107,45 +107,45 @@ class Watch(TrainerCallback):
         self._batches: list[Mapping[str, Any]] = []
         self._seen: list[Losses] = []
 
-    def saw(self, batch: Mapping[str, Any], losses: Losses) -> None:
+    def record_batch(self, batch: Mapping[str, Any], losses: Losses) -> None:
         """Told of each batch of a step and what came of it, before its gradients are used."""
         self._batches.append(batch)
         self._seen.append(losses._replace(loss=losses.loss.detach()))
 
     def seconds(self) -> float:
         """Seconds of the run over all its parts, evaluations included."""
-        return self.before + time.monotonic() - self.began
+        return self.seconds_before + time.monotonic() - self.began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first = self.logged_step = state.global_step
+        self.first_step = self.logged_step = state.global_step
         self.device, self.bf16, self.folder = args.device, args.bf16, args.output_dir
         model = kwargs["model"]
         self.distiller: Distiller = next(module for module in model.modules() if isinstance(module, Distiller))
-        self.bad = torch.zeros((), dtype=torch.int32, device=self.device)
-        self.before = 0.0
+        self.nonfinite_flag = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.seconds_before = 0.0
         for entry in state.log_history:  # a resumed run tells its whole curve again
-            self._recall(entry)
-            self._tell(entry, state)
-        self.eval_before = self.logged_evals = self.eval_seconds
-        self.began = self.saved = self.logged = time.monotonic()
-        self.share = self.share_before = budgets.share(self.budget, self._spent())
-        self.tenths = int(10 * self._done(state) + 1e-9)
+            self._restore_entry(entry)
+            self._report_entry(entry, state)
+        self.eval_before = self.last_log_eval_seconds = self.eval_seconds
+        self.began = self.last_save_time = self.last_log_time = time.monotonic()
+        self.share = self.share_before = budgets.budget_share_used(self.budget, self._spending())
+        self.tenths = int(10 * self._share_done(state) + 1e-9)
         self._follow_budget(kwargs["lr_scheduler"], state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._batches, self._seen = [], []
         # Counting where student and teacher agree takes a little time: only where it is told.
-        self.distiller.measure = (state.global_step + 1) % args.logging_steps == 0
+        self.distiller.counts_agreement = (state.global_step + 1) % args.logging_steps == 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         loss = torch.stack([losses.loss for losses in self._seen]).sum()
-        self.bad |= ~health.finite(self.distiller, loss)
+        self.nonfinite_flag |= ~health.finite(self.distiller, loss)
         if self.device.type == "cpu":  # the weights are still good; a GPU would be waited for
             self._check_finite(state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.budget.max_minutes or self.budget.max_usd:  # the next learning rate has to be one in all processes
-            [self.share] = distributed.agree([budgets.share(self.budget, self._spent())])
+            [self.share] = distributed.broadcast_numbers([budgets.budget_share_used(self.budget, self._spending())])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
@@ -155,50 +155,50 @@ class Watch(TrainerCallback):
         if self.device.type != "cpu" and (step % args.logging_steps == 0 or control.should_save):
             self._check_finite(step)
         if state.is_world_process_zero:
-            self.tell_progress(self._progress(state))
+            self.report_progress(self._progress(state))
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         entry = state.log_history[-1]
         if "loss" not in entry:  # the Trainer's summary at the end
             return
         now, steps = time.monotonic(), state.global_step - self.logged_step
-        evaluating = self.eval_seconds - self.logged_evals
-        entry["tokens_per_s"] = steps * self.tokens_per_step / max(now - self.logged - evaluating, 1e-9)
+        evaluating = self.eval_seconds - self.last_log_eval_seconds
+        entry["tokens_per_s"] = steps * self.tokens_per_step / max(now - self.last_log_time - evaluating, 1e-9)
         objective = self.distiller.objective
-        if objective.uses_teacher and objective.divergence != "chunks" and self.distiller.measure:
+        if objective.uses_teacher and objective.divergence != "chunks" and self.distiller.counts_agreement:
             targets = sum(int(losses.targets) for losses in self._seen)
-            entry["agreement"] = sum(int(losses.agreed) for losses in self._seen) / max(targets, 1)
-        self.logged, self.logged_step, self.logged_evals = now, state.global_step, self.eval_seconds
-        self._recall(entry)
-        self._tell(entry, state)
-        if rise := health.risen(self.losses, args.logging_steps):
-            raise diverged(state.global_step, rise, self.training, self.folder)
+            entry["agreement"] = sum(int(losses.agreement_count) for losses in self._seen) / max(targets, 1)
+        self.last_log_time, self.logged_step, self.last_log_eval_seconds = now, state.global_step, self.eval_seconds
+        self._restore_entry(entry)
+        self._report_entry(entry, state)
+        if rise := health.describe_loss_rise(self.losses, args.logging_steps):
+            raise training_diverged_error(state.global_step, rise, self.training, self.folder)
 
     def _check_finite(self, step: int) -> None:
-        if distributed.count() > 1:
-            torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MAX)
-        if self.bad:
+        if distributed.world_size() > 1:
+            torch.distributed.all_reduce(self.nonfinite_flag, torch.distributed.ReduceOp.MAX)
+        if self.nonfinite_flag:
             cause = "a loss or a gradient is not finite"
-            if not distributed.shards():  # where it began each process finds by itself
+            if not distributed.uses_fsdp():  # where it began each process finds by itself
                 cause = health.cause(self.distiller, self._batches, self.bf16)
-            raise diverged(step, cause, self.training, self.folder)
+            raise training_diverged_error(step, cause, self.training, self.folder)
 
     def _stop_or_save(self, state: Any, control: Any) -> None:
         step, interrupted = state.global_step, self.interrupted.is_set()
-        due = time.monotonic() - self.saved >= 60 * self.training.save_minutes
+        due = time.monotonic() - self.last_save_time >= 60 * self.training.save_minutes
         if step >= state.max_steps:
             return
         if self.share >= 1:
-            self.stopped = f"{budgets.used_up(self.budget, self._spent())} used at step {step}"
+            self.stop_reason = f"{budgets.describe_reached_limit(self.budget, self._spending())} used at step {step}"
         elif self.cooling and step >= self.cooling.end:
-            self.stopped = (
+            self.stop_reason = (
                 f"budget.stop_when: {self.cooling.gain:.3g} bits per byte a dollar gained at step "
                 f"{self.cooling.begin}, and {self.budget.stop_when:g} asked for"
             )
-        if self.stopped:
+        if self.stop_reason:
             control.should_training_stop = control.should_log = True
-        if interrupted or (due and not self.stopped):
-            self.saved = time.monotonic()
+        if interrupted or (due and not self.stop_reason):
+            self.last_save_time = time.monotonic()
             state.log_history.append({"step": step, "seconds": self.seconds(), "eval_seconds": self.eval_seconds})
             control.should_save = True
             control.should_training_stop = control.should_training_stop or interrupted
@@ -207,37 +207,37 @@ class Watch(TrainerCallback):
         """Every `eval_steps`, or whenever another tenth of the run is done."""
         if self.training.eval_steps:
             return bool(state.global_step % self.training.eval_steps == 0)
-        before, self.tenths = self.tenths, int(10 * self._done(state) + 1e-9)
+        before, self.tenths = self.tenths, int(10 * self._share_done(state) + 1e-9)
         return self.tenths > before
 
     def _evaluate(self, state: Any) -> None:
         """Score the student on the sample, and see whether going on is worth its money."""
         assert self.sample is not None
         began, step = time.monotonic(), state.global_step
-        with self.whole.filled() as student:
+        with self.unsharded.gathered_student() as student:
             score = heldout.score(student, self.sample, self.likeliest, self.bf16)
         self.eval_seconds += time.monotonic() - began
         entry = {"step": step, "heldout_sample_bits_per_byte": score.bits_per_byte}
         if score.agreement is not None:
             entry["heldout_sample_agreement"] = score.agreement
-        if self.budget.usd_per_hour or self.paid:
-            entry["usd"] = distributed.agree([self._spent().usd])[0]
+        if self.budget.usd_per_hour or self.paid_usd:
+            entry["usd"] = distributed.broadcast_numbers([self._spending().usd])[0]
         state.log_history.append(entry)
-        self._recall(entry)
-        self._tell(entry, state)
+        self._restore_entry(entry)
+        self._report_entry(entry, state)
         gain = budgets.gain_per_usd(self.evaluations)
         if self.budget.stop_when and not self.cooling and gain is not None and gain < self.budget.stop_when:
             cooling = {"step": step, "cool_until": step + max(1, step // 10), "gain": gain}
             state.log_history.append(cooling)
-            self._recall(cooling)
+            self._restore_entry(cooling)
 
-    def _recall(self, entry: Mapping[str, float]) -> None:
+    def _restore_entry(self, entry: Mapping[str, float]) -> None:
         """Take in an entry of the history: of this run, or of the part of it that was stopped."""
-        self.shown |= {key: float(entry[key]) for key in CURVES if key in entry}
+        self.last_values |= {key: float(entry[key]) for key in CURVES if key in entry}
         if "loss" in entry:
             self.losses.append(entry["loss"])
         if "seconds" in entry:
-            self.before, self.eval_seconds = entry["seconds"], entry["eval_seconds"]
+            self.seconds_before, self.eval_seconds = entry["seconds"], entry["eval_seconds"]
         if "usd" in entry and "heldout_sample_bits_per_byte" in entry:
             self.evaluations.append(Evaluation(entry["usd"], entry["heldout_sample_bits_per_byte"]))
         if "cool_until" in entry:
@@ -259,36 +259,36 @@ class Watch(TrainerCallback):
 
         scheduler.lr_lambdas = [following(factor) for factor in scheduler.lr_lambdas]
 
-    def _spent(self) -> budgets.Spent:
-        return budgets.spent(self.budget, self.seconds(), self.paid)
+    def _spending(self) -> budgets.Spending:
+        return budgets.spending_of_run(self.budget, self.seconds(), self.paid_usd)
 
-    def _done(self, state: Any) -> float:
+    def _share_done(self, state: Any) -> float:
         """The share of the run that is done, by its steps or its budget, whichever ends it first."""
         ends = min(self.cooling.end, state.max_steps) if self.cooling else state.max_steps
         return max(state.global_step / ends, self.share)
 
     def _progress(self, state: Any) -> Progress:
-        step, done = state.global_step, self._done(state)
-        before = max(self.first / step * done, self.share_before)
+        step, done = state.global_step, self._share_done(state)
+        before = max(self.first_step / step * done, self.share_before)
         elapsed = time.monotonic() - self.began
         training = elapsed - (self.eval_seconds - self.eval_before)
         return Progress(
             step,
             max(step, round(step / done)),
-            (step - self.first) * self.tokens_per_step / max(training, 1e-9),
-            self.shown.get("loss"),
-            self.shown.get("agreement"),
-            self.shown.get("heldout_sample_bits_per_byte"),
+            (step - self.first_step) * self.tokens_per_step / max(training, 1e-9),
+            self.last_values.get("loss"),
+            self.last_values.get("agreement"),
+            self.last_values.get("heldout_sample_bits_per_byte"),
             max(0.0, elapsed * (1 - done) / (done - before)) if done > before else None,
         )
 
-    def _tell(self, entry: Mapping[str, float], state: Any) -> None:
+    def _report_entry(self, entry: Mapping[str, float], state: Any) -> None:
         kept = {key: float(entry[key]) for key in CURVES if key in entry}
         if kept and state.is_world_process_zero:
-            self.tell_log(kept, int(entry["step"]))
+            self.report_log(kept, int(entry["step"]))
 
     @contextmanager
-    def stops_gently(self) -> Iterator[None]:
+    def stop_on_interrupt(self) -> Iterator[None]:
         """Within, the first Ctrl-C asks the run to stop at the end of its step; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
@@ -306,7 +306,7 @@ class Watch(TrainerCallback):
             signal.signal(signal.SIGINT, before)
 
 
-def diverged(step: int, cause: str, training: Training, folder: str) -> Refused:
+def training_diverged_error(step: int, cause: str, training: Training, folder: str) -> Refused:
     """What to tell of a run that went wrong at a step."""
     kept = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     return Refused(

@@ -21,35 +21,35 @@ from limbeck.registry.core.machine import keep_freed_memory, physical_cores
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SHARDING = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+FSDP_COMMAND = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
 
 
-def count() -> int:
+def world_size() -> int:
     """The processes of this run; 1 where no launcher started it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def index() -> int:
+def rank() -> int:
     """This process's number among them, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
     """Whether this is the process that leads, or the only one."""
-    return index() == 0
+    return rank() == 0
 
 
-def shards() -> bool:
+def uses_fsdp() -> bool:
     """Whether the launcher asks that the student be sharded over the processes (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and "LOCAL_RANK" in os.environ
 
 
 def check() -> None:
     """Raises BadInput where the launcher asks for FSDP in its first version."""
-    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+    if uses_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise BadInput(
             "the launcher asks for FSDP 1, from which the student cannot be gathered to be scored and saved",
-            fix=f"use FSDP 2: {SHARDING}",
+            fix=f"use FSDP 2: {FSDP_COMMAND}",
         )
 
 
@@ -62,35 +62,35 @@ def set_up() -> None:
     # Of FSDP: models are whole in every process, a teacher too; and so are checkpoints, for any number of processes.
     os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     if "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
         torch.set_num_threads(max(1, physical_cores() // here))
 
 
-def tell(value: Any) -> None:
+def broadcast_to_workers(value: Any) -> None:
     """Tell the other processes a value that JSON holds; nothing where there is only one. Of the first process."""
-    if count() > 1:
+    if world_size() > 1:
         _pass_on(value)
 
 
-def told() -> Any:
+def receive_from_main() -> Any:
     """What the first process tells next, however long it takes. Of the others."""
     return _pass_on(None)
 
 
-def agree(numbers: list[float]) -> list[float]:
+def broadcast_numbers(numbers: list[float]) -> list[float]:
     """The first process's numbers, in every process."""
     import torch
     import torch.distributed as dist
 
-    if count() == 1:
+    if world_size() == 1:
         return numbers
     shared = torch.tensor(numbers, dtype=torch.float64)
-    dist.broadcast(shared, 0, group=_waiting_room())
+    dist.broadcast(shared, 0, group=_gloo_group())
     return shared.tolist()
 
 
 @contextmanager
-def leading() -> Iterator[None]:
+def lead_workers() -> Iterator[None]:
     """Within, the first process tells the others what to do; at the end it lets them go.
 
     After an error amid a training they cannot be reached: the launcher ends them when this process ends.
@@ -98,19 +98,19 @@ def leading() -> Iterator[None]:
     try:
         yield
     finally:
-        if not _amid:
-            tell(None)
+        if not _in_collective_work:
+            broadcast_to_workers(None)
 
 
-_amid: list[bool] = []
+_in_collective_work: list[bool] = []
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def collective_work() -> Iterator[None]:
     """Within, all processes are at the same work."""
-    _amid.append(True)
+    _in_collective_work.append(True)
     yield
-    _amid.pop()  # after an error it stays
+    _in_collective_work.pop()  # after an error it stays
 
 
 def _pass_on(value: Any) -> Any:
@@ -119,16 +119,16 @@ def _pass_on(value: Any) -> Any:
 
     text = json.dumps(value).encode()
     size = torch.tensor([len(text)])
-    dist.broadcast(size, 0, group=_waiting_room())
+    dist.broadcast(size, 0, group=_gloo_group())
     data = (
         torch.frombuffer(bytearray(text), dtype=torch.uint8) if is_main() else torch.empty(int(size), dtype=torch.uint8)
     )
-    dist.broadcast(data, 0, group=_waiting_room())
+    dist.broadcast(data, 0, group=_gloo_group())
     return json.loads(bytes(data.tolist()))
 
 
 @functools.cache
-def _waiting_room() -> ProcessGroup:
+def _gloo_group() -> ProcessGroup:
     """A group of all processes whose waiting is not cut short: a teacher's pass can take days."""
     import torch.distributed as dist
     from accelerate import PartialState

@@ -35,7 +35,7 @@ def turn_on(accelerator: Accelerator, bf16: bool) -> None:
     )
 
 
-class Whole:
+class UnshardedStudent:
     """The student that each process can run by itself, beside the one that is trained.
 
     Args:
@@ -44,10 +44,10 @@ class Whole:
 
     def __init__(self, student: PreTrainedModel) -> None:
         self.student = student
-        self.trained = copy.deepcopy(student) if distributed.shards() else student
+        self.trained = copy.deepcopy(student) if distributed.uses_fsdp() else student
 
     @torch.no_grad()
-    def fill(self) -> None:
+    def gather_weights(self) -> None:
         """Bring the student up to date; of all processes at once."""
         if self.trained is self.student:
             return
@@ -57,9 +57,9 @@ class Whole:
             own[name].copy_(part.full_tensor() if isinstance(part, DTensor) else part)
 
     @contextmanager
-    def filled(self) -> Iterator[PreTrainedModel]:
+    def gathered_student(self) -> Iterator[PreTrainedModel]:
         """Within, the student is up to date and in the device's memory; of all processes at once."""
-        self.fill()
+        self.gather_weights()
         yield self.student
         if self.trained is not self.student:
             torch.nn.Module.to(self.student, "cpu")

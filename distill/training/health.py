@@ -24,7 +24,7 @@ def finite(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return loss.isfinite() & (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
 
 
-def risen(losses: Sequence[float], logging_steps: int) -> str | None:
+def describe_loss_rise(losses: Sequence[float], logging_steps: int) -> str | None:
     """Whether the loss rose far above its best and stayed there, in words; None where it did not.
 
     Medians over the last 20 steps (and 5 losses at least) are compared, so that one bad batch stops nothing.

@@ -14,7 +14,7 @@ from limbeck.distill.recipe.schema import OnPolicy
 Batch = dict[str, Any]
 
 
-class Writer:
+class StudentWriter:
     """Replaces batches of text by what the student writes (GKD, Agarwal et al., arXiv 2306.13649).
 
     What is written depends on the student, the seed, the step and the batch's number within it, and on nothing that
@@ -25,16 +25,16 @@ class Writer:
         wanted: the recipe's `[on_policy]`.
     """
 
-    def __init__(self, student: PreTrainedModel, wanted: OnPolicy, seed: int) -> None:
+    def __init__(self, student: PreTrainedModel, settings: OnPolicy, seed: int) -> None:
         self.student = student
-        self.wanted = wanted
+        self.settings = settings
         self.seed = seed
 
     def __call__(self, batch: Batch, step: int, number: int) -> Batch:
         """`batch`, or with probability lmbda one that the student wrote after this one's prompts."""
         drawn = hashlib.sha256(f"{self.seed} {step} {number}".encode()).digest()
         share, seed = (int.from_bytes(part, "big") for part in (drawn[:4], drawn[4:12]))
-        if share >= self.wanted.lmbda * 2**32:
+        if share >= self.settings.lmbda * 2**32:
             return batch
         return self._write(batch, seed % 2**63)
 
@@ -42,15 +42,15 @@ class Writer:
     def _write(self, batch: Batch, seed: int) -> Batch:
         """Rows of a prompt and what the student wrote after it (n, T'), of which only the latter is to be predicted."""
         length = batch["input_ids"].shape[1]
-        new = min(self.wanted.max_new_tokens, length // 2)
-        found = prompts(batch, self.wanted.prompt_tokens or length // 2, length - new)
-        ids, mask = _padded(found, batch["input_ids"].device)
+        new = min(self.settings.max_new_tokens, length // 2)
+        found = prompts(batch, self.settings.prompt_tokens or length // 2, length - new)
+        ids, mask = _pad_left(found, batch["input_ids"].device)
         ends = _ends(self.student)
         training = self.student.training
         self.student.eval()
         asked = GenerationConfig(
             do_sample=True,
-            temperature=self.wanted.temperature,
+            temperature=self.settings.temperature,
             top_k=0,
             max_new_tokens=new,
             eos_token_id=ends or None,
@@ -86,7 +86,7 @@ def prompts(batch: Batch, tokens: int, at_most: int) -> list[torch.Tensor]:
     return found
 
 
-def _padded(found: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(found: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts side by side, padded on the left, and where they are: (n, L) int64 each."""
     longest = max(map(len, found))
     ids = torch.zeros((len(found), longest), dtype=torch.int64, device=device)

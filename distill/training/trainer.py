@@ -27,15 +27,15 @@ from limbeck.distill.models.precision import uses_bf16
 from limbeck.distill.recipe.schema import Budget, Objective, OnPolicy, Training
 from limbeck.distill.training import budget, distributed, fsdp
 from limbeck.distill.training.callbacks import Progress, Watch
-from limbeck.distill.training.fsdp import Whole
+from limbeck.distill.training.fsdp import UnshardedStudent
 from limbeck.distill.training.muon import MuonAdamW
-from limbeck.distill.training.on_policy import Writer
+from limbeck.distill.training.on_policy import StudentWriter
 from limbeck.registry.core.errors import BadInput
 
 UNFINISHED = "unfinished"  # the folder that a checkpoint is written in
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 
-Teacher = TeacherCache | PreTrainedModel | None
+TeacherSignal = TeacherCache | PreTrainedModel | None
 
 
 class Job(NamedTuple):
@@ -56,17 +56,17 @@ class Job(NamedTuple):
     heldout: Blocks
     objective: Objective
     training: Training
-    teacher: Teacher
+    teacher: TeacherSignal
     folder: Path
     seed: int
     vocab_size: int
     budget: Budget = Budget()
     on_policy: OnPolicy | None = None
-    paid: float = 0.0
+    paid_usd: float = 0.0
     likeliest: np.ndarray | None = None
 
 
-class Trained(NamedTuple):
+class TrainingResult(NamedTuple):
     """A finished run: tokens seen, and seconds, over all its parts where it was stopped and resumed; why it
     ended before its last step, where it did; and the seconds of its evaluations, which are counted apart.
 
@@ -75,7 +75,7 @@ class Trained(NamedTuple):
 
     tokens: int
     seconds: float
-    stopped: str | None = None
+    stop_reason: str | None = None
     eval_seconds: float = 0.0
 
 
@@ -89,11 +89,17 @@ class DistillTrainer(Trainer):
     """
 
     def __init__(
-        self, *, training: Training, watch: Watch, whole: Whole, writer: Writer | None = None, **kwargs: Any
+        self,
+        *,
+        training: Training,
+        watch: Watch,
+        unsharded: UnshardedStudent,
+        writer: StudentWriter | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=[watch], **kwargs)
         self.training: Training = training
-        self.whole = whole
+        self.unsharded = unsharded
         self.watch = watch
         self.writer = writer
         # The loss is a sum over targets, divided by those of a whole step, over all processes.
@@ -102,7 +108,7 @@ class DistillTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if distributed.shards():
+        if distributed.uses_fsdp():
             fsdp.turn_on(self.accelerator, self.args.bf16)
             self.is_fsdp_enabled = True
 
@@ -113,7 +119,7 @@ class DistillTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.writer is not None:
             others, mine, step = self.args.world_size, self.args.process_index, self.state.global_step
-            with self.whole.filled(), self.accelerator.autocast():
+            with self.unsharded.gathered_student(), self.accelerator.autocast():
                 for place, batch in enumerate(batches):
                     moved: Any = self._prepare_input(batch)
                     batches[place] = self.writer(moved, step, place * others + mine)
@@ -125,7 +131,7 @@ class DistillTrainer(Trainer):
     ) -> torch.Tensor:
         with self.accelerator.autocast():  # accelerate has a sharded student run without
             losses = model(inputs, num_items_in_batch)
-        self.watch.saw(inputs, losses)
+        self.watch.record_batch(inputs, losses)
         return losses.loss * self.args.world_size  # processes average their gradients, and the loss is a share
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -150,7 +156,7 @@ class DistillTrainer(Trainer):
         """All processes log, save and stop where the first does: their clocks and what they measure differ."""
         if self.args.world_size > 1:
             flags = [float(getattr(self.control, name)) for name in FLAGS]
-            for name, flag in zip(FLAGS, distributed.agree(flags), strict=True):
+            for name, flag in zip(FLAGS, distributed.broadcast_numbers(flags), strict=True):
                 setattr(self.control, name, bool(flag))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -189,7 +195,7 @@ def train(
     job: Job,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
-) -> Trained:
+) -> TrainingResult:
     """Train `job.student` in place, from the last checkpoint below `job.folder` where a run was stopped.
 
     Two students with one seed see the blocks in one order. Raises KeyboardInterrupt after Ctrl-C, when the
@@ -200,7 +206,7 @@ def train(
         indices = np.array(numbers)
         batch: dict[str, Any] = dict(job.train.batch(indices))
         if isinstance(job.teacher, TeacherCache) and job.objective.uses_teacher:
-            batch["teacher"] = job.teacher.rows(indices)
+            batch["teacher"] = job.teacher.load_batch(indices)
         return batch
 
     teacher = job.teacher if isinstance(job.teacher, PreTrainedModel) else None
@@ -208,24 +214,24 @@ def train(
         torch.nn.Module.to(teacher, device()).eval()
     on_policy = job.on_policy if job.objective.uses_teacher else None
     whole_batch = job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
-    tokens_per_step = whole_batch * distributed.count() * job.train.ids.shape[1]
-    steps = budget.steps_asked(job.training, len(job.train.ids), distributed.count())
-    training, fewer = budget.within_tokens(job.training, job.budget, steps, tokens_per_step)
-    [bf16] = distributed.agree([uses_bf16(training.bf16, job.student.config)])
+    tokens_per_step = whole_batch * distributed.world_size() * job.train.ids.shape[1]
+    steps = budget.planned_steps(job.training, len(job.train.ids), distributed.world_size())
+    training, fewer = budget.cap_steps_by_tokens(job.training, job.budget, steps, tokens_per_step)
+    [bf16] = distributed.broadcast_numbers([uses_bf16(training.bf16, job.student.config)])
     training = training.model_copy(update={"bf16": bool(bf16)})
     arguments = _arguments(training, job.folder, job.seed)
     sample, likeliest = heldout.sample(job.heldout), job.likeliest
     if teacher is not None and likeliest is None and job.objective.divergence != "chunks":
         likeliest = heldout.likeliest(teacher, sample, job.vocab_size)
-    whole = Whole(job.student)
-    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, whole, job.paid, sample, likeliest)
+    whole = UnshardedStudent(job.student)
+    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, whole, job.paid_usd, sample, likeliest)
     trainer = DistillTrainer(
         training=training,
         watch=watch,
-        whole=whole,
+        unsharded=whole,
         model=Distiller(whole.trained, job.objective, teacher, job.vocab_size),
         args=arguments,
-        writer=Writer(job.student, on_policy, job.seed) if on_policy else None,
+        writer=StudentWriter(job.student, on_policy, job.seed) if on_policy else None,
         train_dataset=range(len(job.train.ids)),
         data_collator=collate,
     )
@@ -233,17 +239,17 @@ def train(
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise BadInput(
             "DeepSpeed's stage 3 shards the student over the processes, and such a student cannot be scored and saved",
-            fix=f"take DeepSpeed's stage 1 or 2, or shard by FSDP: {distributed.SHARDING}",
+            fix=f"take DeepSpeed's stage 1 or 2, or shard by FSDP: {distributed.FSDP_COMMAND}",
         )
-    with watch.stops_gently():
+    with watch.stop_on_interrupt():
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
     if watch.interrupted.is_set():
         raise KeyboardInterrupt
-    whole.fill()
+    whole.gather_weights()
     job.student.eval()
     seconds = watch.seconds() - watch.eval_seconds
     tokens = trainer.state.global_step * tokens_per_step
-    return Trained(tokens, seconds, watch.stopped or fewer, watch.eval_seconds)
+    return TrainingResult(tokens, seconds, watch.stop_reason or fewer, watch.eval_seconds)
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:
@@ -277,9 +283,9 @@ def _last_checkpoint(folder: Path) -> str | None:
     if distributed.is_main():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last and (Path(last) / f"{FSDP_MODEL_NAME}.bin").exists() != distributed.shards():
+    if last and (Path(last) / f"{FSDP_MODEL_NAME}.bin").exists() != distributed.uses_fsdp():
         raise BadInput(
-            f"{last} was written by processes that {'do not shard' if distributed.shards() else 'shard'} the student",
+            f"{last} was written by processes that {'do not' if distributed.uses_fsdp() else 'do'} shard the student",
             fix="go on with the launcher that it was begun with, or begin anew: --restart",
         )
     return last

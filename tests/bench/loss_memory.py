@@ -53,7 +53,7 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
     import torch.nn.functional as F
 
     from limbeck.distill.losses import chunked_head
-    from limbeck.distill.losses.chunked_head import Logits
+    from limbeck.distill.losses.chunked_head import LazyLogits
     from limbeck.distill.losses.divergences import TopK
     from limbeck.distill.recipe.schema import Objective
 
@@ -64,7 +64,7 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
         part.requires_grad_()
     stored = TopK(torch.randint(VOCABULARY, (TOKENS, STORED)), torch.randn(TOKENS, STORED + 1).log_softmax(-1)[:, 1:])
     objective = Objective(labels=1.0) if case == "cross-entropy" else Objective(divergence="forward_kl")
-    said = {"cross-entropy": None, "forward KL, stored": stored, "forward KL, online": Logits(*teacher)}[case]
+    said = {"cross-entropy": None, "forward KL, stored": stored, "forward KL, online": LazyLogits(*teacher)}[case]
 
     def whole() -> torch.Tensor:
         logits = F.linear(*student).float()
@@ -79,7 +79,7 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
         return (p * (stored.logprobs - log_q)).sum() + (rest_of_p * (rest_of_p.log() - rest.log())).sum()
 
     def chunked() -> torch.Tensor:
-        return chunked_head.loss(Logits(*student), labels, objective, said)[0]
+        return chunked_head.loss(LazyLogits(*student), labels, objective, said)[0]
 
     before = _resident()
     seconds = 0.0

@@ -77,7 +77,7 @@ def recipe(form: str, objectives: dict[str, str]) -> str:
     kept = [sections["data"], sections[f"students.{STUDENT}.config"], sections["training"]]
     made = [f'[objectives."{name}"]\n{body}' for name, body in objectives.items()]
     crosses = form == "other tokens"
-    teacher = f'teacher = {{model = "{QUICKSTART / "teacher"}", retell = {str(crosses).lower()}}}'
+    teacher = f'teacher = {{model = "{QUICKSTART / "teacher"}", retokenize = {str(crosses).lower()}}}'
     kind = "tokenizer = {vocab_size = 1024}" if crosses else f'cache = {{form = "{form}"}}'
     head = ['name = "objectives"', teacher, kind]
     return "\n".join([*head, *kept, *made])

@@ -52,13 +52,13 @@ def main() -> None:
     from limbeck.distill.recipe.cache_form import Form
     from limbeck.distill.recipe.schema import Objective
     from limbeck.distill.students import initialise
-    from limbeck.distill.teacher.signal import one_pass
+    from limbeck.distill.teacher.signal import local_pass
     from limbeck.distill.training.trainer import Job, train
 
     asked = load.load(ROOT / "quickstart" / "recipe.toml")
     tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
     teacher = loading.load_model(ROOT / "quickstart" / "teacher")
-    vocabulary = loading.vocabulary(tokenizer)
+    vocabulary = loading.vocabulary_size(tokenizer)
     training = asked.training.model_copy(update={"max_steps": STEPS, "per_device_train_batch_size": BATCH})
     kl, labels = Objective(divergence="forward_kl"), Objective(labels=1.0)
     with TemporaryDirectory() as temporary:
@@ -73,17 +73,19 @@ def main() -> None:
         }
         forms = [Form(kind, size, vocabulary) for kind, size in FORMS]
         caches = [TeacherCache({"teacher": "bench"}, blocks.ids.shape, form) for form in forms]
-        fill(caches, one_pass(teacher, blocks, vocabulary, bf16=False))
+        fill(caches, local_pass(teacher, blocks, vocabulary, bf16=False))
         for cache, (kind, size) in zip(caches, FORMS, strict=True):
             ways[f"{kind}, {size} a token"] = (kl, cache, cache.disk_bytes() / blocks.ids.size)
         drawn = TeacherCache({"teacher": "drawn"}, blocks.ids.shape)
         drawn.fill(with_replacement(teacher, blocks, vocabulary))
-        kept = float(np.mean([(drawn.rows(np.array([n]))["weights"] > 0).sum(-1).float().mean() for n in range(BATCH)]))
+        kept = float(
+            np.mean([(drawn.load_batch(np.array([n]))["weights"] > 0).sum(-1).float().mean() for n in range(BATCH)])
+        )
         ways[f"{DRAWS} draws with replacement"] = (kl, drawn, 3 * kept + 3)  # packed as ours
         found: dict[str, list[Quality]] = {way: [] for way in ways}
         for seed in SEEDS:
             for way, (objective, said_by, _) in ways.items():
-                student = initialise.fresh(asked.students["small"].config, tokenizer, length, seed)
+                student = initialise.fresh_model(asked.students["small"].config, tokenizer, length, seed)
                 folder = Path(temporary) / "run" / way / str(seed)
                 began = time.perf_counter()
                 train(Job(student, blocks, heldout, objective, training, said_by, folder, seed, vocabulary))

@@ -178,7 +178,7 @@ def test_a_sure_teacher_takes_less_room(peak: float) -> None:
 
 def test_the_default_takes_at_most_40_bytes_a_token(limbeck_home: Path) -> None:
     """On text, of the quickstart's teacher; and of the greatest vocabularies that are about."""
-    form = cache_form.choose(Cache(form="sampled"), KL, 2048)
+    form = cache_form.choose_form(Cache(form="sampled"), KL, 2048)
     assert form is not None
     teacher = ROOT / "quickstart" / "teacher"
     tokenizer = loading.load_tokenizer(teacher)
@@ -198,26 +198,26 @@ def test_the_default_takes_at_most_40_bytes_a_token(limbeck_home: Path) -> None:
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"])
 def test_samples_serve_forward_kl_alone(divergence: str) -> None:
     objective = Objective(divergence=divergence)  # type: ignore[arg-type]
-    assert divergence in (cache_form.refusal("sampled", objective) or "")
-    assert cache_form.refusal("topk", objective) is None
-    assert cache_form.refusal("online", objective) is None
-    chosen = cache_form.choose(Cache(form=None), objective, 300)
+    assert divergence in (cache_form.reason_form_unfit("sampled", objective) or "")
+    assert cache_form.reason_form_unfit("topk", objective) is None
+    assert cache_form.reason_form_unfit("online", objective) is None
+    chosen = cache_form.choose_form(Cache(form=None), objective, 300)
     assert chosen == Form("topk", 32, 300)
     with pytest.raises(ValueError, match="average"):
-        cache_form.choose(Cache(form="sampled"), objective, 300)
+        cache_form.choose_form(Cache(form="sampled"), objective, 300)
 
 
 def test_a_form_is_chosen_by_what_the_objective_needs() -> None:
     any_form = Cache(form=None)
-    assert cache_form.choose(any_form, KL, 300) == Form("sampled", any_form.samples, 300)
+    assert cache_form.choose_form(any_form, KL, 300) == Form("sampled", any_form.samples, 300)
     hot = KL.model_copy(update={"temperature": 2.0})
-    assert cache_form.choose(any_form, hot, 300) == Form("sampled", any_form.samples, 300, 2.0)
-    assert cache_form.choose(Cache(form="topk", top_k=500), hot, 300) == Form("topk", 300, 300, 2.0)
-    assert cache_form.choose(Cache(form="online"), KL, 300) is None
+    assert cache_form.choose_form(any_form, hot, 300) == Form("sampled", any_form.samples, 300, 2.0)
+    assert cache_form.choose_form(Cache(form="topk", top_k=500), hot, 300) == Form("topk", 300, 300, 2.0)
+    assert cache_form.choose_form(Cache(form="online"), KL, 300) is None
     layered = Objective(divergence="forward_kl", layers=Layers())
-    assert cache_form.choose(any_form, layered, 300) is None  # runs online
-    assert "hidden states" in (cache_form.unserved(Cache(form="topk"), layered) or "")
-    assert cache_form.choose(any_form, KL, 300, endpoint=True) == Form("topk", 32, 300)
-    assert "temperature" in (cache_form.unserved(any_form, hot, endpoint=True) or "")
-    assert "endpoint" in (cache_form.unserved(any_form, layered, endpoint=True) or "")
-    assert "likeliest" in (cache_form.unserved(Cache(form="sampled"), KL, endpoint=True) or "")
+    assert cache_form.choose_form(any_form, layered, 300) is None  # runs online
+    assert "hidden states" in (cache_form.reason_no_form_fits(Cache(form="topk"), layered) or "")
+    assert cache_form.choose_form(any_form, KL, 300, endpoint=True) == Form("topk", 32, 300)
+    assert "temperature" in (cache_form.reason_no_form_fits(any_form, hot, endpoint=True) or "")
+    assert "endpoint" in (cache_form.reason_no_form_fits(any_form, layered, endpoint=True) or "")
+    assert "likeliest" in (cache_form.reason_no_form_fits(Cache(form="sampled"), KL, endpoint=True) or "")

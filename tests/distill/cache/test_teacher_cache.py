@@ -59,7 +59,7 @@ def test_topk_gives_back_the_likeliest(capturing, dense: torch.Tensor, temperatu
     cache = a_cache(TOPK._replace(temperature=temperature))
     assert cache.fill(capturing(cache)) == 10
     indices = np.array([9, 0, 5])
-    rows = cache.rows(indices)
+    rows = cache.load_batch(indices)
     assert (rows["ids"].dtype, rows["logprobs"].dtype) == (torch.int64, torch.float32)
     values, places = (dense[indices] / temperature).log_softmax(-1).topk(4, dim=-1)
     np.testing.assert_allclose(rows["logprobs"].numpy(), values.numpy(), atol=5e-3)  # stored in half precision
@@ -73,7 +73,7 @@ def test_samples_of_each_block_are_what_the_form_draws(capturing, dense: torch.T
     cache = a_cache(SAMPLED._replace(temperature=temperature))
     cache.fill(capturing(cache))
     indices = np.array([9, 0, 5])
-    rows = cache.rows(indices)
+    rows = cache.load_batch(indices)
     assert [rows[name].dtype for name in ("ids", "weights", "entropy")] == [torch.int64, torch.float32, torch.float32]
     logprobs = (dense[indices] / temperature).log_softmax(-1)
     entropy = torch.distributions.Categorical(logits=logprobs).entropy()
@@ -93,9 +93,9 @@ def test_samples_of_each_block_are_what_the_form_draws(capturing, dense: torch.T
 def test_rows_do_not_depend_on_the_batch_they_are_asked_in(capturing, form: Form) -> None:  # type: ignore[no-untyped-def]
     cache = a_cache(form)
     cache.fill(capturing(cache))
-    together = cache.rows(np.arange(10))
+    together = cache.load_batch(np.arange(10))
     for index in (0, 3, 4, 9):
-        for name, alone in cache.rows(np.array([index])).items():
+        for name, alone in cache.load_batch(np.array([index])).items():
             among = together[name][index : index + 1]
             width = min(alone.shape[-1], among.shape[-1])  # samples are padded to the fullest position of the batch
             assert torch.equal(alone[..., :width], among[..., :width])
@@ -116,10 +116,10 @@ def test_a_stopped_capture_goes_on(capturing, form: Form) -> None:  # type: igno
 
     with pytest.raises(KeyboardInterrupt):
         cache.fill(stops)
-    assert cache.missing() == 6
+    assert cache.missing_blocks() == 6
     assert cache.fill(capture) == 6
     assert cache.fill(capture) == 0
-    assert cache.missing() == 0
+    assert cache.missing_blocks() == 0
 
 
 @FORMS
@@ -144,7 +144,7 @@ def test_several_forms_are_captured_in_one_pass(capturing, tiny_llama: Path) -> 
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     every = [a_cache(form) for form in (TOPK, SAMPLED, SAMPLED._replace(temperature=2.0))]
-    run = teachers.one_pass(model, BLOCKS, 300, bf16=False)
+    run = teachers.local_pass(model, BLOCKS, 300, bf16=False)
     assert fill(every, run) == 10
     assert len(passes) == 3  # a batch for each shard
     more = [a_cache(SAMPLED), a_cache(SAMPLED._replace(temperature=4.0))]
@@ -153,7 +153,7 @@ def test_several_forms_are_captured_in_one_pass(capturing, tiny_llama: Path) -> 
     assert fill([*every, more[1]], run) == 0
     alone = TeacherCache(SETTINGS | {"teacher": "u"}, IDS.shape, TOPK)
     alone.fill(capturing(alone))
-    assert torch.equal(alone.rows(np.arange(10))["logprobs"], every[0].rows(np.arange(10))["logprobs"])
+    assert torch.equal(alone.load_batch(np.arange(10))["logprobs"], every[0].load_batch(np.arange(10))["logprobs"])
 
 
 def test_other_settings_are_another_cache(limbeck_home: Path) -> None:
@@ -168,7 +168,7 @@ def test_other_settings_are_another_cache(limbeck_home: Path) -> None:
 def test_arrays_of_ones_own_come_back(limbeck_home: Path) -> None:
     cache = TeacherCache(SETTINGS | {"kind": "own"}, IDS.shape)
     cache.fill(lambda blocks: {"a": IDS[blocks].astype(np.uint16), "b": blocks.astype(np.float16)})
-    rows = cache.rows(np.array([9, 0]))
+    rows = cache.load_batch(np.array([9, 0]))
     assert torch.equal(rows["a"], torch.from_numpy(IDS[[9, 0]]).long())
     assert rows["b"].tolist() == [9.0, 0.0]
 
@@ -237,4 +237,4 @@ def test_a_shard_that_is_gone_is_told(capturing) -> None:  # type: ignore[no-unt
     cache.fill(capturing(cache))
     (cache.folder / "00002.safetensors").unlink()
     with pytest.raises(DamagedArtifact, match="00002"):
-        cache.rows(np.array([9]))
+        cache.load_batch(np.array([9]))

@@ -35,8 +35,8 @@ def fill(teacher: str, blocks: int = 10, form: Form = Form("topk", 4, 300), days
     made.fill(capture)
     then = time.time() - days_ago * DAY
     os.utime(made.folder / "settings.json", (then, then))
-    if made._held:
-        made._held.close()
+    if made._lock_file:
+        made._lock_file.close()
     return made
 
 
@@ -114,11 +114,11 @@ def test_prune_leaves_what_a_run_reads(limbeck, limbeck_home: Path) -> None:  # 
     done = limbeck("cache", "prune", "--all", "--yes", "--format", "json")
     assert done.code == 0
     assert [cache["removed"] for cache in json.loads(done.out)] == [False]
-    assert len(run.rows(np.array([9]))["ids"]) == 1
+    assert len(run.load_batch(np.array([9]))["ids"]) == 1
     del run
     assert limbeck("cache", "prune", "--all", "--yes").code == 0
     assert there() == set()
-    assert fill("a").missing() == 0  # and it can be made again
+    assert fill("a").missing_blocks() == 0  # and it can be made again
 
 
 def test_prune_of_teachers_that_are_not_registered(limbeck, store: Store, tiny_llama: Path) -> None:  # type: ignore[no-untyped-def]

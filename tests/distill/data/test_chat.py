@@ -13,12 +13,12 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from limbeck.distill.data import corpus
-from limbeck.distill.data.chat import encode
+from limbeck.distill.data.chat import encode_document
 from limbeck.distill.data.corpus import Document, conversation
 from limbeck.distill.recipe import load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Data
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
@@ -66,9 +66,9 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
 def laid_out(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
     """A document's text as it is given to a model, and the runs of it that are learnt."""
     end = tokenizer.eos_token_id
-    piece = encode(document, tokenizer, end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end)
-    edges = np.flatnonzero(np.diff(piece.learnt)) + 1
-    runs = zip(np.split(piece.ids, edges), np.split(piece.learnt, edges), strict=True)
+    piece = encode_document(document, tokenizer, end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end)
+    edges = np.flatnonzero(np.diff(piece.targets)) + 1
+    runs = zip(np.split(piece.ids, edges), np.split(piece.targets, edges), strict=True)
     return tokenizer.decode(piece.ids), [tokenizer.decode(ids) for ids, learnt in runs if learnt[0]]
 
 
@@ -79,17 +79,17 @@ def test_of_a_conversation_the_answers_are_learnt(tokenizer: PreTrainedTokenizer
     assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert text == whole[: whole.index("caf\u00e9 <|im_end|>") + len("caf\u00e9 <|im_end|>")]
-    piece = encode(conversation("a", TALK), tokenizer, 0, 0)
-    assert piece.size == len("return 3") + len("  3, caf\u00e9 ".encode())
+    piece = encode_document(conversation("a", TALK), tokenizer, 0, 0)
+    assert piece.text_bytes == len("return 3") + len("  3, caf\u00e9 ".encode())
     assert piece.ids.tolist() == tokenizer.apply_chat_template(TALK)[: len(piece.ids)]
 
 
 def test_the_answer_is_what_follows_the_prompt_that_a_model_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
-    piece = encode(conversation("a", TALK[:3]), tokenizer, 0, 0)
+    piece = encode_document(conversation("a", TALK[:3]), tokenizer, 0, 0)
     prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)
-    assert piece.ids[~piece.learnt].tolist() == prompt
-    assert piece.learnt.tolist() == [False] * len(prompt) + [True] * (len(piece.ids) - len(prompt))
+    assert piece.ids[~piece.targets].tolist() == prompt
+    assert piece.targets.tolist() == [False] * len(prompt) + [True] * (len(piece.ids) - len(prompt))
 
 
 def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,10 +186,10 @@ def test_the_prompts_tokens_are_those_a_model_is_given(tokenizer: PreTrainedToke
     across = 0
     text = "def add(a, b):\n    return a + b\n"
     for edge in range(1, len(text) - 1):
-        piece = encode(Document("a", text, prompt=text[:edge]), tokenizer, 0, 0)
+        piece = encode_document(Document("a", text, prompt=text[:edge]), tokenizer, 0, 0)
         prompt, answer = (tokenizer(part)["input_ids"] for part in (text[:edge], text[edge:]))
-        assert piece.ids[~piece.learnt].tolist() == [0, *prompt]
-        assert piece.ids[piece.learnt].tolist() == [*answer, 0]
+        assert piece.ids[~piece.targets].tolist() == [0, *prompt]
+        assert piece.ids[piece.targets].tolist() == [*answer, 0]
         across += tokenizer(text)["input_ids"] != prompt + answer
     assert across > 5
 
@@ -211,9 +211,9 @@ def test_a_tokenizer_that_puts_a_blank_before_each_text() -> None:
     made.decoder = decoders.Metaspace()
     made.train_from_iterator(["the still drops spirit"], trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
-    piece = encode(Document("a", "the still drops", prompt="the still"), tokenizer, 0, 0)
+    piece = encode_document(Document("a", "the still drops", prompt="the still"), tokenizer, 0, 0)
     assert piece.ids.tolist() == [0, *tokenizer("the still drops")["input_ids"], 0]
-    assert tokenizer.convert_ids_to_tokens(piece.ids[piece.learnt])[0].startswith("\u2581d")
+    assert tokenizer.convert_ids_to_tokens(piece.ids[piece.targets])[0].startswith("\u2581d")
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_students_that_would_see_their_neighbours_get_one_document_a_block(
 ) -> None:
     for student, most in (("llama", 2), ("bloom", 1)):
         path = write_recipe(student=student)
-        setting = prepare(load.load(path, ["data.max_length=256"]), Source(path), store)
+        setting = prepare_setting(load.load(path, ["data.max_length=256"]), Source(path), store)
         assert setting.train.segments.max() >= most
         assert (setting.train.segments.max() == 1) == (most == 1)
     assert "small: would see the documents beside one in a block" in capsys.readouterr().err

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from limbeck.distill.data.filters import Answer, Sieve, final_answer, repetition, same_answer
+from limbeck.distill.data.filters import Answer, AnswerFilter, final_answer, repetition, same_answer
 from limbeck.distill.recipe.schema import Filter
 from limbeck.registry.core.errors import BadInput
 
 GOOD = Answer("Two and two are four.\n#### 4", tokens=9, finished=True, logprob=-0.5)
 
 
-def sieve(beside: Path = Path(), **rules: Any) -> Sieve:
-    return Sieve(Filter(**rules), beside)
+def sieve(beside: Path = Path(), **rules: Any) -> AnswerFilter:
+    return AnswerFilter(Filter(**rules), beside)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_each_filter(rules: dict[str, Any], change: dict[str, Any], reason: str 
     tried = sieve(**rules)
     assert tried.keeps("2 + 2?", GOOD._replace(**change), {"a": "#### 4.0"}) == (reason is None)
     assert dict(tried.dropped) == ({reason: 1} if reason else {})
-    assert tried.kept == (reason is None)
+    assert tried.kept_count == (reason is None)
 
 
 def test_what_was_dropped_is_counted_by_the_first_filter_that_said_no() -> None:
@@ -56,7 +56,7 @@ def test_what_was_dropped_is_counted_by_the_first_filter_that_said_no() -> None:
         GOOD._replace(finished=False),
     ):
         tried.keeps("", answer, {})
-    assert tried.told() == "1 of 5 answers kept; dropped: 3 by max_tokens, 1 by regex"
+    assert tried.summary() == "1 of 5 answers kept; dropped: 3 by max_tokens, 1 by regex"
 
 
 def test_repetition_is_the_share_of_four_grams_seen_before() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.corpus import Document
-from limbeck.distill.data.packing import first_fit, keeps_apart
+from limbeck.distill.data.packing import first_fit, separates_documents
 from limbeck.distill.models.loading import logits_of
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import SIZES, make_model
@@ -52,11 +52,11 @@ def test_a_documents_loss_does_not_depend_on_its_neighbours(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, tokenizer_folder, model_type))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    apart = keeps_apart(model.config)
+    apart = separates_documents(model.config)
     assert apart == (model_type in APART)
 
-    packed = make_blocks(learnt(*TEXTS), tokenizer, 96, alone=not apart)
-    other = make_blocks(learnt(TEXTS[2], TEXTS[0]), tokenizer, 96, alone=not apart)
+    packed = make_blocks(learnt(*TEXTS), tokenizer, 96, one_document_per_block=not apart)
+    other = make_blocks(learnt(TEXTS[2], TEXTS[0]), tokenizer, 96, one_document_per_block=not apart)
     single = [make_blocks(learnt(text), tokenizer, 96) for text in TEXTS]
     assert len(packed.ids) == (1 if apart else 3)
     found, again = nats_of(model, packed), nats_of(model, other)
@@ -76,24 +76,24 @@ def test_the_models_that_are_given_one_document_a_block_need_it(
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, tokenizer_folder, model_type))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     packed = nats_of(model, make_blocks(learnt(*TEXTS), tokenizer, 96))
-    alone = nats_of(model, make_blocks(learnt(*TEXTS), tokenizer, 96, alone=True))
+    alone = nats_of(model, make_blocks(learnt(*TEXTS), tokenizer, 96, one_document_per_block=True))
     assert any(abs(packed[tokens][0] - nats) > 1e-4 * nats for tokens, (nats, _) in alone.items())
 
 
 def test_the_probe_leaves_no_trace_and_takes_what_it_cannot_make_for_a_leak() -> None:
     config = AutoConfig.for_model("llama", vocab_size=300, **SIZES["llama"])
     before, state = config.to_dict(), torch.get_rng_state()
-    assert keeps_apart(config)
+    assert separates_documents(config)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert not keeps_apart(AutoConfig.for_model("llama", hidden_size=30, num_attention_heads=4))
-    assert not keeps_apart(AutoConfig.for_model("t5"))
+    assert not separates_documents(AutoConfig.for_model("llama", hidden_size=30, num_attention_heads=4))
+    assert not separates_documents(AutoConfig.for_model("t5"))
 
 
 def test_long_texts_one_document_a_block(tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = [Document(str(n), lines_of_text(n + 1, seed=n)) for n in range(5)]
-    blocks = make_blocks(documents, tokenizer, 16, alone=True)
+    blocks = make_blocks(documents, tokenizer, 16, one_document_per_block=True)
     assert blocks.segments.max() == 1
     assert "position_ids" not in blocks.batch(np.arange(3))
     end = tokenizer.eos_token_id
@@ -133,7 +133,7 @@ def test_blocks_of_whole_documents(tokenizer_folder: Path) -> None:
     end = tokenizer.eos_token_id
     pieces = [[end, *tokenizer(t[:7])["input_ids"], *tokenizer(t[7:])["input_ids"], end] for t in texts]
     fitting = [piece for piece in pieces if len(piece) <= 64]
-    assert 0 < blocks.left_out == len(pieces) - len(fitting)
+    assert 0 < blocks.too_long == len(pieces) - len(fitting)
     laid_out = [
         ids[segments == n].tolist()
         for ids, segments in zip(blocks.ids, blocks.segments, strict=True)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.distill.losses import chunked_head, divergences
-from limbeck.distill.losses.chunked_head import Body, Logits
+from limbeck.distill.losses.chunked_head import Body, LazyLogits
 from limbeck.distill.losses.distiller import Distiller
 from limbeck.distill.losses.divergences import Samples, TopK
 from limbeck.distill.recipe.schema import Objective
@@ -23,10 +23,12 @@ N, V, D, T, K = 11, 50, 6, 10, 4  # tokens, entries, width, width of the teacher
 
 
 @pytest.fixture
-def student() -> Logits:
+def student() -> LazyLogits:
     generator = torch.Generator().manual_seed(0)
     shapes = ((N, D), (V, D), (V,))
-    return Logits(*(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes))
+    return LazyLogits(
+        *(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    )
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def labels() -> torch.Tensor:
     return torch.randint(40, (N,), generator=torch.Generator().manual_seed(1))
 
 
-def said_by(form: str) -> Logits | divergences.Stored | None:
+def said_by(form: str) -> LazyLogits | divergences.StoredDistribution | None:
     """What a teacher said: by its hidden states and head, its logits, or a stored form; None where it is silent."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, T), (V, T)))
@@ -42,17 +44,17 @@ def said_by(form: str) -> Logits | divergences.Stored | None:
     values, ids = logits.log_softmax(-1).topk(K)
     return {
         "silent": None,
-        "head": Logits(hidden, weight),
-        "padded": Logits(hidden, weight, vocab_size=40),
-        "logits": Logits(logits, vocab_size=40),
+        "head": LazyLogits(hidden, weight),
+        "padded": LazyLogits(hidden, weight, vocab_size=40),
+        "logits": LazyLogits(logits, vocab_size=40),
         "topk": TopK(ids, values),
         "samples": Samples(ids, torch.rand(N, K, generator=generator, dtype=torch.float64), values[:, 0] * -1),
     }[form]
 
 
-def whole(said: Logits | divergences.Stored | None) -> divergences.Said | None:
+def whole(said: LazyLogits | divergences.StoredDistribution | None) -> divergences.TeacherDistribution | None:
     """The teacher's word with its logits worked out."""
-    if not isinstance(said, Logits):
+    if not isinstance(said, LazyLogits):
         return said
     logits = said.hidden if said.weight is None else said.hidden @ said.weight.T
     return logits[:, : said.vocab_size]
@@ -75,12 +77,17 @@ def gradients(value: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Ten
     ],
 )
 def test_chunks_give_the_loss_of_whole_logits(
-    student: Logits, labels: torch.Tensor, form: str, objective: Objective, rows: int, monkeypatch: pytest.MonkeyPatch
+    student: LazyLogits,
+    labels: torch.Tensor,
+    form: str,
+    objective: Objective,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * V * rows)
+    monkeypatch.setattr(chunked_head, "LOGITS_CHUNK_BYTES", 4 * V * rows)
     leaves = [student.hidden, student.weight, student.bias]
     said = said_by(form)
-    got, agreed = chunked_head.loss(student, labels, objective, said, measure=True)
+    got, agreed = chunked_head.loss(student, labels, objective, said, counts_agreement=True)
     logits = student.hidden @ student.weight.T + student.bias
     wanted = divergences.loss(logits, labels, objective, whole(said))
     torch.testing.assert_close(got, wanted)
@@ -92,13 +99,15 @@ def test_chunks_give_the_loss_of_whole_logits(
         assert int(agreed) == int((logits.argmax(-1) == divergences.likeliest(whole(said))).sum())
 
 
-def test_agreement_is_counted_on_demand_only(student: Logits, labels: torch.Tensor) -> None:
-    mine = Logits(*(part.detach() for part in student[:3]))
-    assert int(chunked_head.loss(student, labels, Objective(divergence="forward_kl"), mine, measure=True)[1]) == N
+def test_agreement_is_counted_on_demand_only(student: LazyLogits, labels: torch.Tensor) -> None:
+    mine = LazyLogits(*(part.detach() for part in student[:3]))
+    assert (
+        int(chunked_head.loss(student, labels, Objective(divergence="forward_kl"), mine, counts_agreement=True)[1]) == N
+    )
     assert int(chunked_head.loss(student, labels, Objective(divergence="forward_kl"), mine)[1]) == 0
 
 
-def test_what_is_frozen_gets_no_gradient(student: Logits, labels: torch.Tensor) -> None:
+def test_what_is_frozen_gets_no_gradient(student: LazyLogits, labels: torch.Tensor) -> None:
     frozen = student._replace(weight=student.weight.detach(), bias=student.bias.detach())
     chunked_head.loss(frozen, labels, Objective(labels=1.0), None)[0].backward()
     assert student.hidden.grad is not None
@@ -107,7 +116,7 @@ def test_what_is_frozen_gets_no_gradient(student: Logits, labels: torch.Tensor) 
     assert not value.requires_grad
 
 
-def test_a_second_backward_pass_is_refused(student: Logits, labels: torch.Tensor) -> None:
+def test_a_second_backward_pass_is_refused(student: LazyLogits, labels: torch.Tensor) -> None:
     """Its gradients were scaled in place: nothing is better than twice the scale."""
     value, _ = chunked_head.loss(student, labels, Objective(labels=1.0), None)
     value.backward(retain_graph=True)
@@ -170,12 +179,12 @@ def test_a_step_is_that_of_the_models_own_logits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * 300 * 7)
+    monkeypatch.setattr(chunked_head, "LOGITS_CHUNK_BYTES", 4 * 300 * 7)
     student = load(make_model(tmp_path / "student", tokenizer_folder, model_type))
     teacher = load(tiny_qwen2).eval()
     distiller = Distiller(student.eval(), MIXED, teacher, 300)  # no dropout
     # Gemma 2 caps its logits after the head: not to be had in chunks.
-    assert (Body.of(student).head is None) == (model_type == "gemma2")
+    assert (Body.from_model(student).head is None) == (model_type == "gemma2")
     with Widest() as widest:
         losses = distiller(batch, int((batch["labels"][:, 1:] != -100).sum()))
         losses.loss.backward()
@@ -200,7 +209,7 @@ def test_what_is_done_to_logits_after_the_head_is_found_out(model_type: str, set
     sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = AutoConfig.for_model(model_type, num_key_value_heads=2, head_dim=8, **sizes, **settings)
     model = AutoModelForCausalLM.from_config(config).train()
-    assert (Body.of(model).head is None) == bool(settings)
+    assert (Body.from_model(model).head is None) == bool(settings)
     assert model.training
 
 
@@ -218,12 +227,12 @@ def test_stored_rows_are_those_of_the_targets(batch: dict[str, torch.Tensor], ti
         one = logits[row, place][None]
         wanted = wanted + divergences.loss(one, ids.new_zeros(1), distiller.objective, said) / 10
     torch.testing.assert_close(losses.loss, wanted, rtol=1e-4, atol=1e-5)
-    assert int(losses.agreed) == 0
+    assert int(losses.agreement_count) == 0
     ids[..., 0] = logits.argmax(-1)
     ids[0, :4, 0] += 1
-    distiller.measure = True
+    distiller.counts_agreement = True
     losses = distiller({**batch, "teacher": {"ids": ids % 300, "logprobs": values}}, 10)
-    assert int(losses.agreed) == int(losses.targets) - 4
+    assert int(losses.agreement_count) == int(losses.targets) - 4
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
@@ -286,7 +295,7 @@ def test_with_adapters_of_peft(
     student = get_peft_model(load(tiny_neox), LoraConfig(r=2, target_modules="all-linear", modules_to_save=saved))
     teacher = load(tiny_qwen2).eval()
     distiller = Distiller(student.train(), MIXED, teacher, 300)
-    assert (Body.of(student).head is None) == bool(saved)
+    assert (Body.from_model(student).head is None) == bool(saved)
     distiller(batch, int((batch["labels"][:, 1:] != -100).sum())).loss.backward()
     ours = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()

@@ -158,7 +158,7 @@ def test_a_recipe_with_layers(deep: Path, write_recipe: Callable[..., Path], sto
         '[objectives.both]\ndivergence = "forward_kl"\n[objectives.both.layers]\nloss = "mse"\nmap = {1 = 3, 2 = 6}\n',
         'gradient_checkpointing = true\n[cache]\nform = "online"\n',
     )
-    [made] = distill(recipe, [], store, to=tmp_path / "student")
+    [made] = distill(recipe, [], store, output_folder=tmp_path / "student")
     assert made.trained
     with safe_open(tmp_path / "student" / "model.safetensors", framework="numpy") as file:
         assert not [name for name in file.keys() if not name.startswith(("model.", "lm_head."))]  # noqa: SIM118 (no dict)

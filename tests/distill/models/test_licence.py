@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.distill.models.licence import licence_of
+from limbeck.distill.models.licence import licence_of_card
 from limbeck.distill.recipe import load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Data
-from limbeck.distill.run.prepare import prepare
-from limbeck.distill.students.licences import of_text
+from limbeck.distill.run.prepare import prepare_setting
+from limbeck.distill.students.licences import text_licence
 from limbeck.export.artifact.variants import export_version
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import Refused
@@ -41,7 +41,7 @@ from tests.distill.conftest import DISTILLED
 def test_the_licence_that_a_card_states(tmp_path: Path, card: str | None, licence: str | None) -> None:
     if card:
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n\n# a model\n")
-    assert licence_of(tmp_path) == licence
+    assert licence_of_card(tmp_path) == licence
 
 
 def test_whether_a_student_may_learn_from_the_teacher(
@@ -51,7 +51,7 @@ def test_whether_a_student_may_learn_from_the_teacher(
     path = write_recipe("teacher", objectives=DISTILLED)
 
     def allowed(*overrides: str) -> bool | None:
-        return prepare(load.load(path, list(overrides)), Source(path, overrides), store).licence_allows
+        return prepare_setting(load.load(path, list(overrides)), Source(path, overrides), store).teacher_licence_allows
 
     assert allowed() is None
     (teacher / "README.md").write_text("---\nlicense: llama2\n---\n")
@@ -138,13 +138,13 @@ def test_the_licence_of_a_data_set_is_that_of_its_card(tmp_path: Path) -> None:
     rows.write_text('{"text": "a"}\n')
 
     def of(**more: str) -> str | None:
-        return of_text(Data(path="rows.jsonl", **more), tmp_path)
+        return text_licence(Data(path="rows.jsonl", **more), tmp_path)
 
     assert of() is None
     (tmp_path / "README.md").write_text("---\nlicense: [cc-by-4.0, mit]\n---\n")
     assert of() == "cc-by-4.0 AND mit"
     assert of(licence="PSF-2.0") == "PSF-2.0"
-    assert of_text(Data(path="owner/never-fetched"), tmp_path) is None
+    assert text_licence(Data(path="owner/never-fetched"), tmp_path) is None
 
 
 def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
@@ -153,8 +153,12 @@ def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
     path = write_recipe("teacher", objectives=DISTILLED)
-    setting = prepare(load.load(path, []), Source(path), store)
+    setting = prepare_setting(load.load(path, []), Source(path), store)
     assert setting.recipe.teacher is not None
     asked = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
     behind = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": asked}))
-    assert (setting.licence_allows, behind.teacher_licence, behind.licence_allows) == (True, "openai", False)
+    assert (setting.teacher_licence_allows, behind.teacher_licence, behind.teacher_licence_allows) == (
+        True,
+        "openai",
+        False,
+    )

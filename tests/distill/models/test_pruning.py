@@ -19,9 +19,9 @@ from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import loading
 from limbeck.distill.models.heldout import bits_per_byte
-from limbeck.distill.models.pruning import carve, importance, shape_after
-from limbeck.distill.recipe.schema import Carve, Objective, Training
-from limbeck.distill.students.initialise import fresh
+from limbeck.distill.models.pruning import importance, prune, pruned_shape
+from limbeck.distill.recipe.schema import Objective, Prune, Training
+from limbeck.distill.students.initialise import fresh_model
 from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
@@ -69,7 +69,7 @@ def test_cutting_nothing_changes_nothing(
     model_type: str, tmp_path: Path, tokenizer_folder: Path, blocks: Blocks
 ) -> None:
     teacher = opinionated(tmp_path, tokenizer_folder, model_type)
-    student = carve(teacher, Carve(), blocks)
+    student = prune(teacher, Prune(), blocks)
     assert torch.equal(logits(student, blocks), logits(teacher, blocks))
     assert student.config.to_dict() == teacher.config.to_dict()
     student.get_input_embeddings().weight.data.zero_()
@@ -132,14 +132,14 @@ def test_cutting_what_is_zero_changes_nothing(
     for layer, dead in enumerate(([0, 2], [1, 3], [1, 2]) if fused else ([0], [1], [1])):
         zero(teacher, *values_of_heads(model_type, dead, size), layer)
     zero(teacher, WRITERS[family] | {"embed_tokens.weight": 1}, list(range(32)), layer=1)  # does nothing at all
-    spec = Carve(
+    spec = Prune(
         layers=(0, 2),
         hidden_size=32 - len(channels),
         intermediate_size=128 - 20 if model_type == "gpt2" else 44,
         num_attention_heads=2,
         num_key_value_heads=None if fused else 1,
     )
-    student = carve(teacher, spec, blocks)
+    student = prune(teacher, spec, blocks)
     whole = logits(teacher, blocks)
     assert whole.std() > 0.3
     torch.testing.assert_close(logits(student, blocks), whole, atol=2e-4, rtol=2e-4)
@@ -207,7 +207,7 @@ def test_heads_stay_with_their_group(
 ) -> None:
     """Of all ways to keep so many groups and so many heads of each, the one that is worth most."""
     teacher = opinionated(tmp_path, tokenizer_folder, "qwen2", num_attention_heads=8, num_key_value_heads=4)
-    student = carve(teacher, Carve(num_attention_heads=heads, num_key_value_heads=kv_heads), blocks)
+    student = prune(teacher, Prune(num_attention_heads=heads, num_key_value_heads=kv_heads), blocks)
     assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (heads, kv_heads)
     scores = importance(teacher, blocks, np.arange(len(blocks.ids)))
     inside = list(itertools.combinations(range(2), heads // kv_heads))
@@ -228,10 +228,10 @@ def test_heads_stay_with_their_group(
 
 def test_layers_are_evenly_spread(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
     config = loading.load_config(make_model(tmp_path, tokenizer_folder, "gpt2", n_layer=12))
-    assert shape_after(config, Carve(num_hidden_layers=6)).layers == (0, 2, 4, 7, 9, 11)  # DistilGPT2's
-    assert shape_after(config, Carve(num_hidden_layers=2)).layers == (0, 11)
-    assert shape_after(config, Carve(num_hidden_layers=12)).layers == tuple(range(12))
-    assert shape_after(config, Carve(layers=(3, 4))).layers == (3, 4)
+    assert pruned_shape(config, Prune(num_hidden_layers=6)).layers == (0, 2, 4, 7, 9, 11)  # DistilGPT2's
+    assert pruned_shape(config, Prune(num_hidden_layers=2)).layers == (0, 11)
+    assert pruned_shape(config, Prune(num_hidden_layers=12)).layers == tuple(range(12))
+    assert pruned_shape(config, Prune(layers=(3, 4))).layers == (3, 4)
 
 
 def test_each_layer_keeps_its_kind(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
@@ -239,7 +239,7 @@ def test_each_layer_keeps_its_kind(tmp_path: Path, tokenizer_folder: Path, block
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     changes: dict[str, object] = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 8}
     teacher = opinionated(tmp_path / "teacher", tokenizer_folder, "qwen2", **changes)
-    carve(teacher, Carve(layers=(1, 2)), blocks).save_pretrained(tmp_path / "student")
+    prune(teacher, Prune(layers=(1, 2)), blocks).save_pretrained(tmp_path / "student")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.config.layer_types == kinds[1:]
     hidden = student.model.embed_tokens(torch.from_numpy(blocks.ids).long())
@@ -254,7 +254,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
     text, heldout = ([Document("a", lines_of_text(lines, seed))] for seed, lines in ((0, 900), (1, 200)))
     blocks, heldout_blocks = (make_blocks(documents, tokenizer, 32) for documents in (text, heldout))
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
-    teacher = fresh({"model_type": "llama", "num_attention_heads": 4, **sizes}, tokenizer, 32, seed=0)
+    teacher = fresh_model({"model_type": "llama", "num_attention_heads": 4, **sizes}, tokenizer, 32, seed=0)
     learn(teacher, blocks, heldout_blocks, folder, steps=50)
     return teacher, blocks, heldout_blocks
 
@@ -279,7 +279,7 @@ def test_a_carved_student_starts_better(
 ) -> None:
     """Than one of the same shape with random weights, after the same tokens."""
     teacher, blocks, heldout = trained
-    carved = carve(teacher, Carve(**cut), blocks)
+    carved = prune(teacher, Prune(**cut), blocks)
     random = AutoModelForCausalLM.from_config(carved.config)
     assert carved.num_parameters() == random.num_parameters() < teacher.num_parameters()
     steps = 4
@@ -314,13 +314,13 @@ def test_what_cannot_be_cut(
     if not cut:
         config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(BadInput, match=re.escape(said)):
-        shape_after(config, Carve(**cut))
+        pruned_shape(config, Prune(**cut))
 
 
 def carving_recipe(recipe: Path, cut: str) -> Path:
     text = recipe.read_text()
     begin, end = text.index("[students.small.config]"), text.index("[objectives")
-    recipe.write_text(f"{text[:begin]}[students.small.carve]\n{cut}\n{text[end:]}")
+    recipe.write_text(f"{text[:begin]}[students.small.prune]\n{cut}\n{text[end:]}")
     return recipe
 
 
@@ -331,7 +331,7 @@ def test_carved_students_from_a_recipe(
     teacher = make_model(tmp_path / "teacher", tokenizer_folder, "qwen2")
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "top_k": 7}))
     cut = "num_hidden_layers = 1\nhidden_size = 24\n"
-    adapted = f'[students.adapted]\ndtype = "bfloat16"\nlora = {{ r = 4 }}\n[students.adapted.carve]\n{cut}'
+    adapted = f'[students.adapted]\ndtype = "bfloat16"\nlora = {{ r = 4 }}\n[students.adapted.prune]\n{cut}'
     done = limbeck("distill", carving_recipe(write_recipe(teacher), cut + adapted), "--format", "json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
@@ -359,5 +359,5 @@ def test_a_mistake_in_a_cut_is_told_before_the_teacher_runs(
     done = limbeck("distill", recipe)
     assert done.code == 2
     assert "recipe.toml" in done.err
-    assert "students.small.carve: num_hidden_layers = 9 is more than the teacher's 2" in done.err
+    assert "students.small.prune: num_hidden_layers = 9 is more than the teacher's 2" in done.err
     assert not (limbeck_home / "teacher-cache").exists()

@@ -18,7 +18,7 @@ from limbeck.distill.losses import divergences
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import distill
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.students.keys import student_key
 from limbeck.registry.core.machine import describe_hardware
 from limbeck.registry.mlflow.store import Store
@@ -215,7 +215,7 @@ def test_keys_tell_students_apart(store: Store, write_recipe: WriteRecipe, tiny_
     def keys(*overrides: str) -> list[str]:
         path = write_recipe(tiny_llama, objectives=TWINS)
         recipe = load.load(path, list(overrides))
-        setting = prepare(recipe, Source(path, overrides), store)
+        setting = prepare_setting(recipe, Source(path, overrides), store)
         return [student_key(setting, plan) for plan in grid.plans(recipe)]
 
     base = keys()

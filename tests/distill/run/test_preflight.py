@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.run import forecast, preflight
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
 from tests.distill.conftest import DISTILLED, STUDENTS, TWINS
@@ -151,11 +151,11 @@ def test_a_full_disk(
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     recipe = load.load(path)
-    setting = prepare(recipe, Source(path), store)
+    setting = prepare_setting(recipe, Source(path), store)
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda where: usage._replace(free=1000))
     [finding] = [f for f in preflight.preflight(setting, grid.plans(recipe)) if f.check == "disk"]
-    assert (finding.level, "no room on the disk" in finding.said) == ("error", True)
+    assert (finding.level, "no room on the disk" in finding.message) == ("error", True)
 
 
 def test_other_ways_to_learn(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path) -> None:
@@ -193,7 +193,7 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
 
     def certain(*sets: str, teacher: int = 0) -> int:
         recipe = load.load(path, list(sets))
-        return forecast.memory(prepare(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
+        return forecast.memory(prepare_setting(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
 
     config = AutoConfig.from_pretrained(tiny_llama)
     parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -206,14 +206,14 @@ def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tin
     """A student that is too slow to be measured is reckoned; one that is not is measured."""
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     recipe = load.load(path)
-    setting, [plan] = prepare(recipe, Source(path), store), grid.plans(recipe)
+    setting, [plan] = prepare_setting(recipe, Source(path), store), grid.plans(recipe)
     assert forecast.tokens(setting, plan) == 4 * 4 * 32
     measured = forecast.training_seconds(setting, plan)
     assert measured.measured
-    assert 0 < measured.each < 0.1
+    assert 0 < measured.per_token < 0.1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecast, "flops", lambda: 1e3)
         reckoned = forecast.training_seconds(setting, plan)
     assert not reckoned.measured
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
-    assert reckoned.each == pytest.approx(6 * parameters / (forecast.SHARE_OF_PEAK * 1e3), rel=0.2)
+    assert reckoned.per_token == pytest.approx(6 * parameters / (forecast.SHARE_OF_PEAK * 1e3), rel=0.2)

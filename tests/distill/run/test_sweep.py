@@ -141,14 +141,14 @@ def test_a_student_that_fails_stops_no_other(
     # What no one foresaw is told too, and leaves its traceback; the same run goes on.
     from limbeck.distill.students import initialise
 
-    make = initialise.make
+    make = initialise.initialise_student
 
     def breaks(setting: Any, plan: Any) -> Any:
         if plan.student == "wild":
             raise RuntimeError("out of something\nand more")
         return make(setting, plan)
 
-    monkeypatch.setattr(initialise, "make", breaks)
+    monkeypatch.setattr(initialise, "initialise_student", breaks)
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 1
     assert "wild: RuntimeError: out of something (traceback in" in done.err

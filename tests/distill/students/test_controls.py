@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe import schema as recipes
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.students import initialise, matching
 from limbeck.distill.students.controls import Cost, cost, schedule
 from limbeck.distill.students.keys import student_key
@@ -71,8 +71,8 @@ def test_a_sweep_carries_its_controls(
     assert "at equal cost" in (store.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
 
     # The untrained one is where the others begin.
-    setting = prepare(load.load(path), Source(path), store)
-    start = initialise.make(setting, grid.plans(setting.recipe)[0]).state_dict()
+    setting = prepare_setting(load.load(path), Source(path), store)
+    start = initialise.initialise_student(setting, grid.plans(setting.recipe)[0]).state_dict()
     saved = load_file(store.verified_folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
     again = json.loads(limbeck("distill", path, "--format", "json").out)
@@ -88,7 +88,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
     paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
     assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
-    setting = prepare(recipe, Source(path), store)
+    setting = prepare_setting(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plans(recipe)}
     plan = plans["small-labels-equal-cost"]
     others = [
@@ -96,7 +96,11 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
         (plans["small-jsd"], making(90, 2048, teacher_seconds=30)),  # the costlier one
         (plans["small-labels"], making(40, 2048)),
     ]
-    assert matching.matched(recipe, plan) == [plans["small-distilled"], plans["small-jsd"], plans["small-labels"]]
+    assert matching.plans_to_match(recipe, plan) == [
+        plans["small-distilled"],
+        plans["small-jsd"],
+        plans["small-labels"],
+    ]
     training, budget = schedule(setting, plan, others)
     assert training.max_steps == 16 * 120 / 40  # 16 steps took 40 s
     assert budget == recipes.Budget()
@@ -107,10 +111,10 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
     recipe = load.load(path)
-    setting = prepare(recipe, Source(path), store)
+    setting = prepare_setting(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plans(recipe)}
     labels = plans["small-labels"]
-    assert [plan.label for plan in matching.matched(recipe, labels)] == ["small-distilled"]
+    assert [plan.label for plan in matching.plans_to_match(recipe, labels)] == ["small-distilled"]
     training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
     assert (training, budget) == (recipe.training, recipes.Budget(max_tokens=640))
 
@@ -119,7 +123,7 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
     def keys(*sets: str) -> dict[str, str]:
         path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
         recipe = load.load(path, list(sets))
-        setting = prepare(recipe, Source(path, sets), store)
+        setting = prepare_setting(recipe, Source(path, sets), store)
         return {plan.label: student_key(setting, plan) for plan in grid.plans(recipe)}
 
     def changed(*sets: str) -> set[str]:
@@ -138,14 +142,14 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
 def test_a_control_of_a_student_that_failed_is_not_made(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = initialise.make
+    make = initialise.initialise_student
 
     def breaks(setting: Any, plan: Any) -> Any:
         if plan.control is None:
             raise RuntimeError("no")
         return make(setting, plan)
 
-    monkeypatch.setattr(initialise, "make", breaks)
+    monkeypatch.setattr(initialise, "initialise_student", breaks)
     path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 1

@@ -16,7 +16,7 @@ from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import vocabularies
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.students import initialise
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -27,7 +27,7 @@ Limbeck = Callable[..., Any]
 STARTS = {
     "fresh": '[students.small.config]\nmodel_type = "gpt2"\nn_embd = 16\nn_layer = 1\nn_head = 2\n',
     "pretrained": '[students.small]\nmodel = "start"\n',
-    "carved": "[students.small.carve]\nnum_hidden_layers = 1\nintermediate_size = 40\n",
+    "carved": "[students.small.prune]\nnum_hidden_layers = 1\nintermediate_size = 40\n",
 }
 
 
@@ -44,7 +44,7 @@ def prepared(
         text = path.read_text()
         begin, end = text.index("[students.small.config]"), text.index("[objectives")
         path.write_text(text[:begin] + start + text[end:])
-        return prepare(load.load(path), Source(path), store)
+        return prepare_setting(load.load(path), Source(path), store)
 
     return prepare_it
 
@@ -54,13 +54,13 @@ def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], s
     setting = prepared(STARTS[start])
     [plan] = grid.plans(setting.recipe)
     initialise.check(setting, plan)
-    expected = initialise.parameters(setting, "small")
-    model = initialise.make(setting, plan)
+    expected = initialise.count_student_parameters(setting, "small")
+    model = initialise.initialise_student(setting, plan)
     assert sum(p.numel() for p in model.parameters()) == expected
-    compared = initialise.compared(setting, "small")
+    compared = initialise.compare_with_teacher(setting, "small")
     assert compared
-    assert compared.rows == (352, 352 if start == "carved" else 300)
-    assert compared.told().startswith("equal: 300 tokens, embeddings padded to 352 and ")
+    assert compared.embedding_rows == (352, 352 if start == "carved" else 300)
+    assert compared.summary().startswith("equal: 300 tokens, embeddings padded to 352 and ")
     model.save_pretrained(tmp_path / "saved")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").num_parameters() == expected
 
@@ -68,7 +68,9 @@ def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], s
 def test_one_seed_makes_one_fresh_student(prepared: Callable[[str], Setting]) -> None:
     setting = prepared(STARTS["fresh"])
     [plan] = grid.plans(setting.recipe)
-    first, again, other = (initialise.make(setting, plan.model_copy(update={"seed": seed})) for seed in (1, 1, 2))
+    first, again, other = (
+        initialise.initialise_student(setting, plan.model_copy(update={"seed": seed})) for seed in (1, 1, 2)
+    )
     table = [model.transformer.wte.weight for model in (first, again, other)]
     assert (table[0] == table[1]).all()
     assert not (table[0] == table[2]).all()
@@ -96,22 +98,22 @@ def test_a_student_from_a_model_with_settings_that_cannot_be_saved(
 def test_padded_vocabularies_are_told_from_unequal_ones(tokenizer_folder: Path) -> None:
     shared = AutoTokenizer.from_pretrained(tokenizer_folder)
     found = vocabularies.compare(shared, 152_064, shared, 151_936)
-    assert (found.same, found.unlike, found.padding) == (True, 0, (151_764, 151_636))
-    assert found.told() == "equal: 300 tokens, embeddings padded to 152,064 and 151,936"
-    assert vocabularies.compare(shared, 300, shared, 300).told() == "equal: 300 tokens"
+    assert (found.same, found.different_tokens, found.padding) == (True, 0, (151_764, 151_636))
+    assert found.summary() == "equal: 300 tokens, embeddings padded to 152,064 and 151,936"
+    assert vocabularies.compare(shared, 300, shared, 300).summary() == "equal: 300 tokens"
     other = train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128)
     found = vocabularies.compare(shared, 300, other, 300)
     assert not found.same
     both = [tokenizer.get_vocab() for tokenizer in (shared, other)]
-    assert found.unlike == len([t for t in {*both[0], *both[1]} if both[0].get(t) != both[1].get(t)]) > 0
-    assert found.told().startswith("unequal: 300 and 270 tokens, ")
+    assert found.different_tokens == len([t for t in {*both[0], *both[1]} if both[0].get(t) != both[1].get(t)]) > 0
+    assert found.summary().startswith("unequal: 300 and 270 tokens, ")
     # The same tokens with two ids changed places.
     vocabulary = json.loads(shared.backend_tokenizer.to_str())
     table = vocabulary["model"]["vocab"]
     table["a"], table["b"] = table["b"], table["a"]
     swapped = AutoTokenizer.from_pretrained(tokenizer_folder)
     swapped._tokenizer = type(swapped.backend_tokenizer).from_str(json.dumps(vocabulary))
-    assert vocabularies.compare(shared, 300, swapped, 300).unlike == 2
+    assert vocabularies.compare(shared, 300, swapped, 300).different_tokens == 2
 
 
 def test_special_tokens_and_bos_are_compared(tokenizer_folder: Path) -> None:
@@ -122,7 +124,7 @@ def test_special_tokens_and_bos_are_compared(tokenizer_folder: Path) -> None:
     begun.backend_tokenizer.post_processor = TemplateProcessing(
         single="a $A", special_tokens=[("a", begun.convert_tokens_to_ids("a"))]
     )
-    told = vocabularies.compare(plain, 300, begun, 300).told()
+    told = vocabularies.compare(plain, 300, begun, 300).summary()
     assert "bos_token: none and 'a'" in told
     assert "eos_token: '<|endoftext|>' and 'a'" in told
     assert "only the student's tokenizer puts BOS before a text" in told

@@ -18,7 +18,7 @@ from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import loading
 from limbeck.distill.recipe.schema import Lora, Objective, Training
-from limbeck.distill.students.initialise import add_lora, finish
+from limbeck.distill.students.initialise import add_lora, merge_adapter
 from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -55,7 +55,7 @@ def test_only_the_adapter_learns_and_it_is_merged(
     train(job(model, text, tmp_path / "run"))
     apart = logits(model, text)
     assert (apart - logits(plain, text)).abs().max() > 1e-3
-    merged = finish(model)
+    merged = merge_adapter(model)
     torch.testing.assert_close(logits(merged, text), apart, atol=1e-4, rtol=1e-4)
     assert merged.state_dict().keys() == plain.state_dict().keys()
     adapted = 0
@@ -103,7 +103,9 @@ def test_a_stopped_run_goes_on_with_its_adapter(tiny_llama: Path, text: Blocks, 
     steps: list[int] = []
     train(job(parts, text, tmp_path / "parts"), lambda now: steps.append(now.step))
     assert steps[0] in (4, 5)  # and not from the start
-    for (name, one), (_, other) in zip(finish(whole).named_parameters(), finish(parts).named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        merge_adapter(whole).named_parameters(), merge_adapter(parts).named_parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
@@ -127,7 +129,7 @@ def adapting(recipe: Path, start: str, lora: str) -> Path:
 @pytest.mark.parametrize(
     ("start", "lora", "said"),
     [
-        ("[students.small.carve]\nnum_hidden_layers = 1", 'target_modules = ["c_attn"]', "or some of: "),
+        ("[students.small.prune]\nnum_hidden_layers = 1", 'target_modules = ["c_attn"]', "or some of: "),
         ('[students.small.config]\nmodel_type = "gpt2"', "r = 2", "begins from a config"),
     ],
 )

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.losses import chunks as chunks_module
-from limbeck.distill.losses.chunked_head import Logits
+from limbeck.distill.losses.chunked_head import LazyLogits
 from limbeck.distill.models import alignment
-from limbeck.distill.models.alignment import Piece
+from limbeck.distill.models.alignment import TextSpan
 from limbeck.distill.recipe.schema import Objective
 from limbeck.distill.teacher import chunks
-from limbeck.distill.teacher.chunks import Read
+from limbeck.distill.teacher.chunks import SpanLogprobs
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import TEXT, make_model
@@ -116,7 +116,7 @@ def test_chunks_are_what_brute_force_finds(tokenizers: dict[str, Any], own: str,
     wanted = shared(mine, theirs)
     logprobs = np.random.default_rng(0).normal(-2, 1, len(theirs))
     ends = [np.cumsum([0, *map(len, tokens)]) for tokens in pair]  # each after a token that starts the text
-    numbers, said = chunks.align(ends[0], Read(ends[1], np.concatenate([[np.nan], logprobs])))
+    numbers, said = chunks.align(ends[0], SpanLogprobs(ends[1], np.concatenate([[np.nan], logprobs])))
     assert numbers[0] == 0
     got = [np.flatnonzero(numbers[1:] == chunk) for chunk in range(1, numbers.max() + 1)]
     assert [(int(places[0]), int(places[-1]) + 1) for places in got] == [first for first, _ in wanted]
@@ -128,8 +128,8 @@ def test_text_that_a_normalizer_changed_has_no_chunks(tokenizers: dict[str, Any]
         tokenizer_object=Tokenizer.from_str(tokenizers["small"].backend_tokenizer.to_str()), eos_token="<|endoftext|>"
     )
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    read = chunks.local(AutoModelForCausalLM.from_pretrained(tiny_llama), lower, bf16=False)
-    changed, kept = read([Piece("Upper case", 0, True, True), Piece("lower case", 0, True, True)])
+    read = chunks.local_reader(AutoModelForCausalLM.from_pretrained(tiny_llama), lower, bf16=False)
+    changed, kept = read([TextSpan("Upper case", 0, True, True), TextSpan("lower case", 0, True, True)])
     assert len(changed.ends) == 0
     assert kept.ends[-1] == len("lower case") + 1
     numbers, said = chunks.align(np.arange(12), changed)
@@ -153,7 +153,9 @@ def test_what_is_stored_is_what_the_teacher_says_of_the_text(
     folder = make_model(tmp_path / "teacher", tmp_path / "tokenizer", "llama", **sizes)
     teacher = AutoModelForCausalLM.from_pretrained(folder)
     blocks = blocks_of(tokenizer)
-    stored = chunks.capture(blocks, tokenizer, chunks.local(teacher, theirs, bf16=False))(np.arange(len(blocks.ids)))
+    stored = chunks.capture(blocks, tokenizer, chunks.local_reader(teacher, theirs, bf16=False))(
+        np.arange(len(blocks.ids))
+    )
     texts = alignment.token_bytes(theirs)
     start = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
     checked = 0
@@ -195,7 +197,7 @@ def test_equal_tokenizers_make_each_token_a_chunk(tiny_llama: Path, tokenizers: 
     teacher = AutoModelForCausalLM.from_pretrained(tiny_llama)
     blocks = blocks_of(tokenizers["small"])
     # What a block's edge cuts is read as if a text began there, so only whole documents are the same to both.
-    reader = chunks.local(teacher, tokenizers["small"], bf16=False)
+    reader = chunks.local_reader(teacher, tokenizers["small"], bf16=False)
     stored = chunks.capture(blocks, tokenizers["small"], reader)(np.arange(len(blocks.ids)))
     batch = blocks.batch(np.arange(len(blocks.ids)))
     labels = batch.pop("labels")[:, 1:]
@@ -250,7 +252,7 @@ def test_the_loss_against_a_plain_one(labels: float, temperature: float) -> None
     said = torch.tensor([[0, -2.5, -0.5, 0, -4], [0, 0, -1.5, -0.1, 0], [0, 0, 0, 0, -3]])
     ids = torch.randint(20, (9,))
     objective = Objective(divergence="chunks", labels=labels, temperature=temperature)
-    student = Logits(hidden, weight)
+    student = LazyLogits(hidden, weight)
     loss = chunks_module.loss(student, ids, rows, {"chunks": numbers, "logprobs": said}, objective)
     got = torch.autograd.grad(loss, (hidden, weight))
 
@@ -312,7 +314,7 @@ def test_a_pretrained_student_keeps_its_tokenizer(
     # Without a divergence that compares across tokenizers it is no student of this teacher.
     refused = limbeck("distill", recipe, "--set", 'objectives.across.divergence="forward_kl"')
     assert refused.code == 2
-    assert 'set teacher.retell = true, or divergence = "chunks"' in refused.err
+    assert 'set teacher.retokenize = true, or divergence = "chunks"' in refused.err
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.distill import context
 from limbeck.distill.cache.teacher_cache import TeacherCache
-from limbeck.distill.data.blocks import make_blocks, spans
+from limbeck.distill.data.blocks import document_slices, make_blocks
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models import loading
-from limbeck.distill.models.alignment import pieces, token_bytes
+from limbeck.distill.models.alignment import document_spans, token_bytes
 from limbeck.distill.recipe import cache_form, load
 from limbeck.distill.recipe import schema as recipes
 from limbeck.distill.recipe.cache_form import Form
@@ -28,9 +28,9 @@ from limbeck.distill.recipe.schema import Teacher
 from limbeck.distill.run import prepare
 from limbeck.distill.teacher import endpoint, generate
 from limbeck.distill.teacher import logprobs as echo
-from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.distill.teacher.endpoint import EndpointTeacher
-from limbeck.distill.teacher.logprobs import Echo
+from limbeck.distill.teacher.logprobs import PromptLogprobsClient
 from limbeck.distill.teacher.signal import capture, chunks_cache
 from limbeck.registry.catalog import endpoint as endpoint_module
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
@@ -85,12 +85,12 @@ def sets(*pairs: str) -> list[str]:
 
 
 def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
-    return prepare.prepare(load.load(path, list(overrides)), Source(path, overrides), store)
+    return prepare.prepare_setting(load.load(path, list(overrides)), Source(path, overrides), store)
 
 
 def teacher_of(front: Front, store: Store, tokenizer: Path | None, **settings: Any) -> EndpointTeacher:
     asked = Teacher(model=front.url, tokenizer=str(tokenizer) if tokenizer else None, **settings)
-    return EndpointTeacher(endpoint.find(asked, Path(), store), asked, Completions())
+    return EndpointTeacher(endpoint.find(asked, Path(), store), asked, AnswerCache())
 
 
 # --- text that it writes
@@ -100,8 +100,8 @@ def test_its_text_is_what_the_same_model_writes_here(
     store: Store, write_recipe: WriteRecipe, front: Front, tiny_llama: Path, questions: Path
 ) -> None:
     overrides = [*ASK, f"teacher.tokenizer={tiny_llama}", "data.prompt_column=question"]
-    there, facts = generate.written(prepared(write_recipe(front.url, extra=GENERATE), store, *overrides))
-    assert (facts.prompts, facts.kept, facts.asked) == (12, 12, 12)
+    there, facts = generate.generate_text(prepared(write_recipe(front.url, extra=GENERATE), store, *overrides))
+    assert (facts.prompts, facts.kept_answers, facts.new_answers) == (12, 12, 12)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     rows = [json.loads(line) for line in there.train.read_text().splitlines()]
     for row in rows:
@@ -118,17 +118,17 @@ def test_nothing_is_paid_twice(
 ) -> None:
     recipe = write_recipe(front.url, extra=GENERATE)
     more = [*ASK, f"teacher.tokenizer={tiny_llama}", "generate.samples=2", "generate.temperature=1.0"]
-    text, facts = generate.written(prepared(recipe, store, *more))
-    assert len(front.posts) == facts.asked == 24
+    text, facts = generate.generate_text(prepared(recipe, store, *more))
+    assert len(front.posts) == facts.new_answers == 24
     assert len({body["seed"] for body in front.posts}) == 24
-    again, facts = generate.written(prepared(recipe, store, *more))
-    assert (again.digest, facts.asked, len(front.posts)) == (text.digest, 0, 24)
+    again, facts = generate.generate_text(prepared(recipe, store, *more))
+    assert (again.digest, facts.new_answers, len(front.posts)) == (text.digest, 0, 24)
     # What is damaged is asked again, and nothing else.
     with sqlite3.connect(home / "completions.db") as file:
         [[request]] = file.execute("SELECT request FROM completions LIMIT 1").fetchall()
         file.execute("UPDATE completions SET answer = substr(answer, 1, 20) WHERE request = ?", [request])
-    again, facts = generate.written(prepared(recipe, store, *more))
-    assert (again.digest, facts.asked, len(front.posts)) == (text.digest, 1, 25)
+    again, facts = generate.generate_text(prepared(recipe, store, *more))
+    assert (again.digest, facts.new_answers, len(front.posts)) == (text.digest, 1, 25)
     # Neither is the key kept anywhere.
     assert not [path for path in home.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
@@ -139,15 +139,15 @@ def test_what_may_pass_is_tried_again_and_what_was_answered_survives_the_rest(
     recipe = write_recipe(front.url, extra=GENERATE)
     more = [*ASK, f"teacher.tokenizer={tiny_llama}", "teacher.num_concurrent=2"]
     front.script = ["429:0", "500", "drop", "503", "ok", "429:0"]
-    text, _ = generate.written(prepared(recipe, store, *more, "generate.max_prompts=6"))
+    text, _ = generate.generate_text(prepared(recipe, store, *more, "generate.max_prompts=6"))
     assert len(front.posts) == 6
     front.script = ["ok", "ok", *["500"] * 50]
     with pytest.raises(Unreachable, match="not now"):
-        generate.written(prepared(recipe, store, *more))
+        generate.generate_text(prepared(recipe, store, *more))
     assert len(front.posts) == 8
     front.script = []
-    whole, facts = generate.written(prepared(recipe, store, *more))
-    assert (facts.asked, len(front.posts)) == (4, 12)
+    whole, facts = generate.generate_text(prepared(recipe, store, *more))
+    assert (facts.new_answers, len(front.posts)) == (4, 12)
     assert whole.digest != text.digest
 
 
@@ -157,11 +157,11 @@ def test_it_is_asked_concurrently_and_no_faster_than_allowed(
     recipe = write_recipe(front.url, extra=GENERATE)
     tokenizer = f"teacher.tokenizer={tiny_llama}"
     front.hold = 0.05
-    generate.written(prepared(recipe, store, *ASK, tokenizer, "teacher.num_concurrent=3"))
+    generate.generate_text(prepared(recipe, store, *ASK, tokenizer, "teacher.num_concurrent=3"))
     assert front.most == 3
     front.times.clear()
     few = ["generate.max_prompts=6", "generate.max_new_tokens=5", "teacher.requests_per_minute=1200"]
-    generate.written(prepared(recipe, store, *ASK, tokenizer, *few))
+    generate.generate_text(prepared(recipe, store, *ASK, tokenizer, *few))
     assert max(front.times) - min(front.times) >= 5 * 60 / 1200 - 0.02
 
 
@@ -172,7 +172,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     more = [*ASK, f"teacher.tokenizer={tiny_llama}", "generate.chat=true", 'generate.system_prompt="Be brief."']
     before = prepared(recipe, store, *more)
     with pytest.raises(BadInput, match="has no chat template"):
-        generate.written(before)
+        generate.generate_text(before)
     # Its own template is not known: it is trusted to have one.
     before = before._replace(teacher=endpoint.find(Teacher(model=front.url), Path(), store))
 
@@ -181,7 +181,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
         return answer
 
     front.change = thinks
-    text, _ = generate.written(before)
+    text, _ = generate.generate_text(before)
     body = front.posts[0]
     assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
     assert "logprobs" not in body
@@ -192,8 +192,8 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     strict = before._replace(
         recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", "generate.max_new_tokens=5"])
     )
-    _, facts = generate.written(strict)
-    assert facts.kept + facts.dropped["min_tokens"] == 12  # some are nothing but spaces
+    _, facts = generate.generate_text(strict)
+    assert facts.kept_answers + facts.dropped["min_tokens"] == 12  # some are nothing but spaces
     assert front.posts[-1]["logprobs"] is True
     asked = len(front.posts)
     front.change = lambda body, answer: {**answer, "choices": [{**answer["choices"][0], "logprobs": None}]}
@@ -201,7 +201,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
         recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
     )
     with pytest.raises(BadInput, match="gives no log-probabilities, which generate"):
-        generate.written(blind)
+        generate.generate_text(blind)
     assert len(front.posts) == asked + 1  # one token was paid
     assert front.posts[-1]["max_tokens"] == 1
 
@@ -220,7 +220,7 @@ def test_a_server_that_knows_the_length_by_another_name(
 
     monkeypatch.setattr(teacher.client, "ask", ask)
     requests = [teacher.request("/chat/completions", {"max_tokens": 5, "n": n}) for n in (1, 2)]
-    assert len(list(teacher.each(requests, lambda answer: answer))) == 2
+    assert len(list(teacher.ask_all(requests, lambda answer: answer))) == 2
     assert [sorted(body.keys() - {"model", "n"}) for body in asked] == [["max_tokens"]] + [
         ["max_completion_tokens"]
     ] * 2
@@ -232,7 +232,7 @@ def test_dollars_are_counted_and_end_the_asking(
     recipe = write_recipe(front.url, extra=GENERATE)
     prices = ["teacher.usd_per_million_input_tokens=1000", "teacher.usd_per_million_output_tokens=100000"]
     more = [*ASK, f"teacher.tokenizer={tiny_llama}", "teacher.num_concurrent=1", *prices]
-    ahead = generate.outlook(prepared(recipe, store, *more))
+    ahead = generate.forecast_generation(prepared(recipe, store, *more))
     assert (ahead.prompts, ahead.missing, ahead.output_tokens) == (12, 12, 72)
     assert front.posts == []
     done = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
@@ -283,7 +283,7 @@ def test_what_is_captured_is_what_the_model_says_here(
             return forward(method, path, body, headers)
 
         front.ask = older  # type: ignore[method-assign]
-    run = Echo(teacher_of(front, store, tiny_llama), tokenizer).over(blocks)
+    run = PromptLogprobsClient(teacher_of(front, store, tiny_llama), tokenizer).pass_over_blocks(blocks)
     [there] = run(indices, [cache])
     positions = np.zeros_like(blocks.targets)
     positions[:, :-1] = blocks.targets[:, 1:]  # a position tells of the next token
@@ -293,18 +293,20 @@ def test_what_is_captured_is_what_the_model_says_here(
     tied = np.ptp(here["logprobs"][positions], axis=1) == 0  # the token that starts a text is zeros in this model
     assert same[~tied].mean() > 0.995  # but for ties in half precision
     probes = 1
-    pieces = sum(len(spans(numbers)) for numbers in blocks.segments)
-    assert len(front.posts) == probes + -(-pieces // echo.PROMPTS)
+    pieces = sum(len(document_slices(numbers)) for numbers in blocks.segments)
+    assert len(front.posts) == probes + -(-pieces // echo.MAX_PROMPTS_PER_REQUEST)
     assert echo.tokens_sent(blocks)[0] == sum(len(p) for body in front.posts[probes:] for p in body["prompt"])
     # Asked again it is read from what was kept, whatever becomes of the cache.
-    [again] = Echo(teacher_of(front, store, tiny_llama), tokenizer).over(blocks)(indices, [cache])
-    assert len(front.posts) == probes + -(-pieces // echo.PROMPTS)
+    [again] = PromptLogprobsClient(teacher_of(front, store, tiny_llama), tokenizer).pass_over_blocks(blocks)(
+        indices, [cache]
+    )
+    assert len(front.posts) == probes + -(-pieces // echo.MAX_PROMPTS_PER_REQUEST)
     assert (again["ids"] == there["ids"]).all()
 
 
 def test_the_likelihood_of_a_text_by_the_servers_own_tokenizer(store: Store, front: Front, tiny_llama: Path) -> None:
     texts = ["def add(a, b):\n    return a + b\n", "The quick brown caf\u00e9 \u2014 \u00c0 bient\u00f4t!", "x"]
-    found = dict(Echo(teacher_of(front, store, None)).token_logprobs(texts))
+    found = dict(PromptLogprobsClient(teacher_of(front, store, None)).token_logprobs(texts))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     for number, text in enumerate(texts):
         tokens, logprobs = found[number]
@@ -417,11 +419,11 @@ def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
     assert all(isinstance(prompt, str) for body in front.posts for prompt in body["prompt"])
     # What is stored is the sum over the server's tokens of a chunk, told from the text's second token on.
     found = prepared(recipe, store, "data.max_tokens=640")
-    rows = chunks_cache(found).rows(np.arange(len(found.train.ids)))
+    rows = chunks_cache(found).load_batch(np.arange(len(found.train.ids)))
     assert (rows["chunks"] > 0).float().mean() > 0.8
     texts, checked = token_bytes(found.tokenizer), 0
     model, theirs = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    for places, ends, piece in pieces(found.train, 0, found.tokenizer, texts):
+    for places, ends, piece in document_spans(found.train, 0, found.tokenizer, texts):
         ids = theirs(piece.text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             said = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
@@ -482,8 +484,10 @@ def test_a_block_that_does_not_fit_the_servers_context(store: Store, front: Fron
         found.path, "", "", None, "endpoint", endpoint_module.Endpoint(front.url, found.endpoint.name, context=64)
     )
     with pytest.raises(BadInput, match="a context of 64 tokens and a block takes 65"):
-        Echo(EndpointTeacher(narrow, Teacher(model=front.url), Completions()), tokenizer).over(blocks)
-    assert cache_form.refusal("topk", recipes.Objective(divergence="forward_kl"), endpoint=True) is None
+        PromptLogprobsClient(
+            EndpointTeacher(narrow, Teacher(model=front.url), AnswerCache()), tokenizer
+        ).pass_over_blocks(blocks)
+    assert cache_form.reason_form_unfit("topk", recipes.Objective(divergence="forward_kl"), endpoint=True) is None
 
 
 def test_a_request_that_is_refused_is_passed_over(
@@ -493,21 +497,21 @@ def test_a_request_that_is_refused_is_passed_over(
     more = [*ASK, f"teacher.tokenizer={tiny_llama}", "teacher.num_concurrent=1"]
     before = prepared(recipe, store, *more)
     front.script = ["400", "400", "ok", "400"]
-    _, facts = generate.written(before)
-    assert (facts.answers, facts.asked, len(front.posts)) == (9, 9, 9)
-    _, facts = generate.written(before)  # they are asked again
-    assert (facts.answers, facts.asked, len(front.posts)) == (12, 3, 12)
+    _, facts = generate.generate_text(before)
+    assert (facts.answers, facts.new_answers, len(front.posts)) == (9, 9, 9)
+    _, facts = generate.generate_text(before)  # they are asked again
+    assert (facts.answers, facts.new_answers, len(front.posts)) == (12, 3, 12)
     # A server that refuses everything is not asked for long.
     front.script = ["400"] * 100
     with pytest.raises(BadInput, match="refuses the request: 400 not now"):
-        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=5"))
+        generate.generate_text(prepared(recipe, store, *more, "generate.max_new_tokens=5"))
     assert len(front.script) == 100 - endpoint.REFUSALS
     front.script = ["400"] * 100
     with pytest.raises(BadInput, match="every request was refused, such as"):
-        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=4", "generate.max_prompts=3"))
+        generate.generate_text(prepared(recipe, store, *more, "generate.max_new_tokens=4", "generate.max_prompts=3"))
     front.script = ["401"]
     with pytest.raises(BadInput, match="refuses the API key"):
-        generate.written(prepared(recipe, store, *more, "generate.max_new_tokens=3", "generate.max_prompts=1"))
+        generate.generate_text(prepared(recipe, store, *more, "generate.max_new_tokens=3", "generate.max_prompts=1"))
 
 
 def test_two_that_want_the_same_pay_once(store: Store, front: Front) -> None:
@@ -518,7 +522,7 @@ def test_two_that_want_the_same_pay_once(store: Store, front: Front) -> None:
     def ask(order: int) -> list[Any]:
         teacher = teacher_of(front, store, None, num_concurrent=3)
         requests = [teacher.request("/completions", payload) for payload in payloads]
-        found = dict(teacher.each(requests[::order], lambda answer: answer["choices"][0]["text"]))
+        found = dict(teacher.ask_all(requests[::order], lambda answer: answer["choices"][0]["text"]))
         return [found[number] for number in range(6)][::order]
 
     with ThreadPoolExecutor(2) as pool:

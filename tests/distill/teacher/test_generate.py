@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.distill import context
 from limbeck.distill.data import corpus, prompts
-from limbeck.distill.models.sampling import Draws, Writer
+from limbeck.distill.models.sampling import SeededSampling, TextSampler
 from limbeck.distill.recipe import load as load_module
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Data, Generate
 from limbeck.distill.run import prepare
 from limbeck.distill.teacher import generate
-from limbeck.distill.teacher.answer_cache import Completions
+from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -70,7 +70,7 @@ def questions(tmp_path: Path) -> Path:
 
 def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
     recipe = load_module.load(path, list(overrides))
-    return prepare.prepare(recipe, Source(path, overrides), store)
+    return prepare.prepare_setting(recipe, Source(path, overrides), store)
 
 
 def sets(*pairs: str) -> list[str]:
@@ -100,7 +100,7 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(family: str, reques
     asked = [
         tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:\n    def", "import", "for i in range")
     ]
-    writer = Writer(model, tokenizer, vocab_size=300, max_new_tokens=12, temperature=0.0)
+    writer = TextSampler(model, tokenizer, vocab_size=300, max_new_tokens=12, temperature=0.0)
     for ids, answer in zip(asked, writer.answers(asked, [0] * len(asked)), strict=True):
         wanted = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert answer.text == tokenizer.decode(wanted, skip_special_tokens=True)
@@ -116,7 +116,7 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(family: str, reques
 def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0, 9.0])  # the last is padding of the vocabulary
     rows = 20_000
-    draws = Draws(range(rows), 3, 1, 5, temperature, top_p)
+    draws = SeededSampling(range(rows), 3, 1, 5, temperature, top_p)
     chosen = draws(torch.zeros((rows, 3), dtype=torch.long), logits.expand(rows, -1)).argmax(-1).numpy()
     probs = np.exp(np.array([2.0, 1.0, 0.5, -1.0, 0.0]) / temperature)
     probs /= probs.sum()
@@ -133,7 +133,7 @@ def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float
 
 def test_an_answer_depends_on_its_seed_and_not_on_its_batch(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
-    writer = Writer(model, tokenizer, vocab_size=300, max_new_tokens=10)
+    writer = TextSampler(model, tokenizer, vocab_size=300, max_new_tokens=10)
     asked = [tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:\n    def", "import")]
     together = [answer.text for answer in writer.answers(asked, [1, 2, 3])]
     assert [writer.answers([ids], [seed])[0].text for ids, seed in zip(asked, [1, 2, 3], strict=True)] == together
@@ -144,9 +144,9 @@ def test_a_stop_string_ends_an_answer(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
     asked = [tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:")]
     settings: dict[str, Any] = dict(vocab_size=300, max_new_tokens=20, temperature=0.0)
-    whole = [answer.text for answer in Writer(model, tokenizer, **settings).answers(asked, [0, 0])]
+    whole = [answer.text for answer in TextSampler(model, tokenizer, **settings).answers(asked, [0, 0])]
     stop = whole[0][4:7]
-    first, second = Writer(model, tokenizer, stop=(stop,), **settings).answers(asked, [0, 0])
+    first, second = TextSampler(model, tokenizer, stop=(stop,), **settings).answers(asked, [0, 0])
     assert first.text == whole[0][: whole[0].index(stop)]
     assert first.finished
     assert first.tokens < 20
@@ -190,12 +190,12 @@ def test_answers_become_the_text_that_students_learn(
 
     # Two more prompts are asked for; other filters ask for nothing.
     more = [*ASK, "generate.samples=3", "generate.max_prompts=12"]
-    _, facts = generate.written(prepared(recipe, store, *more))
-    assert (facts.kept, facts.asked) == (36, 6)
+    _, facts = generate.generate_text(prepared(recipe, store, *more))
+    assert (facts.kept_answers, facts.new_answers) == (36, 6)
     worth = [json.loads(zlib.decompress(row[0]))["logprob"] for row in rows_of(limbeck_home)]
     strict = [*more, f"generate.filter.min_logprob={np.median(worth)}"]
-    _, facts = generate.written(prepared(recipe, store, *strict))
-    assert (facts.kept, facts.dropped, facts.asked) == (18, {"min_logprob": 18}, 0)
+    _, facts = generate.generate_text(prepared(recipe, store, *strict))
+    assert (facts.kept_answers, facts.dropped, facts.new_answers) == (18, {"min_logprob": 18}, 0)
 
 
 def test_a_kill_loses_nothing_that_was_kept_and_changes_nothing(
@@ -210,20 +210,20 @@ def test_a_kill_loses_nothing_that_was_kept_and_changes_nothing(
 
     def digest(home: str) -> tuple[str, int]:
         monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / home))
-        text, facts = generate.written(prepared(recipe, store, *ASK))
-        return text.digest, facts.asked
+        text, facts = generate.generate_text(prepared(recipe, store, *ASK))
+        return text.digest, facts.new_answers
 
     assert digest("unbroken") == (digest("also unbroken")[0], 12)
-    add = Completions.add
+    add = AnswerCache.add
 
-    def add_and_die(self: Completions, answers: dict[str, Any]) -> None:
+    def add_and_die(self: AnswerCache, answers: dict[str, Any]) -> None:
         add(self, answers)
         if self.get("dies") is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, {"dies": True})  # with the next batch
 
     if (child := os.fork()) == 0:
-        monkeypatch.setattr(Completions, "add", add_and_die)
+        monkeypatch.setattr(AnswerCache, "add", add_and_die)
         digest("killed")
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -267,7 +267,7 @@ def test_what_cannot_be_is_told_before_the_teacher_is_loaded(
     changes: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(TextSampler, "__init__", lambda *_, **__: pytest.fail("the teacher was loaded"))
     done = limbeck("distill", write_recipe(tiny_llama, extra=GENERATE), *sets(*ASK, *changes))
     assert done.code == 2
     assert message in done.err
@@ -279,11 +279,11 @@ def test_what_cannot_be_is_told_before_the_teacher_is_loaded(
 def test_plain_text_gives_its_beginning(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten " * 4)
     (tmp_path / "b.txt").write_text("short")
-    found = prompts.prompts(Data(path="."), Generate(), tmp_path)
+    found = prompts.load_prompts(Data(path="."), Generate(), tmp_path)
     assert {prompt.path: prompt.text for prompt in found if prompt.path == "a.txt"} == {
         "a.txt": "one two three four five six seven eight nine ten one two three four five six seven eight nine ten"
     }
-    [short] = prompts.prompts(Data(path=".", max_length=8), Generate(max_prompts=1), tmp_path)
+    [short] = prompts.load_prompts(Data(path=".", max_length=8), Generate(max_prompts=1), tmp_path)
     assert len(short.text) <= 16
 
 
@@ -291,19 +291,19 @@ def test_conversations_are_answered_after_the_last_users_turn(tmp_path: Path) ->
     user, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"m": m}) + "\n" for m in ([user, answer, user, answer], [user])))
-    found = prompts.prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
+    found = prompts.load_prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
     assert sorted(len(prompt.messages) for prompt in found) == [1, 3]
     assert {prompt.messages[-1]["role"] for prompt in found} == {"user"}
     path.write_text(json.dumps({"m": [answer]}) + "\n")
     with pytest.raises(BadInput, match=r"chats.jsonl:0000000: no user's turn"):
-        prompts.prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
+        prompts.load_prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
 
 
 def test_prompts_go_through_the_chat_template_and_answers_are_learnt_through_it(
     store: Store, write_recipe: WriteRecipe, chatty: Path, questions: Path
 ) -> None:
     before = prepared(write_recipe(chatty, extra=GENERATE), store, *ASK, 'generate.system_prompt="Be brief."')
-    text, _ = generate.written(before)
+    text, _ = generate.generate_text(before)
     _, tokenizer = load(chatty)
     document = next(iter(corpus.read(text.train)))
     assert [turn["role"] for turn in document.messages] == ["system", "user", "assistant"]
@@ -311,14 +311,14 @@ def test_prompts_go_through_the_chat_template_and_answers_are_learnt_through_it(
     # The same answer from the same prompt, by hand.
     question = document.messages[1]["content"]
     ids = tokenizer(f"<system>Be brief.\n<user>{question}\n<assistant>", add_special_tokens=False)["input_ids"]
-    [prompt] = [p for p in prompts.prompts(before.recipe.data, Generate(), questions.parent) if p.text == question]
-    writer, _ = generate._writer(before, [prompt], Completions())
+    [prompt] = [p for p in prompts.load_prompts(before.recipe.data, Generate(), questions.parent) if p.text == question]
+    writer, _ = generate._writer(before, [prompt], AnswerCache())
     request = writer.request(prompt, 7)
     assert request
     assert request["ids"] == ids
     # Without chat the prompt is plain, after the token that starts a text.
     plain = prepared(write_recipe(chatty, extra=GENERATE), store, *ASK, "generate.chat=false")
-    writer, _ = generate._writer(plain, [prompt], Completions())
+    writer, _ = generate._writer(plain, [prompt], AnswerCache())
     request = writer.request(prompt, 7)
     assert request
     assert request["ids"] == [tokenizer.eos_token_id, *tokenizer(question)["input_ids"]]
@@ -330,20 +330,20 @@ def test_reasoning_is_learnt_whole_whatever_the_template_does_with_it(
     (tmp_path / "thinking").mkdir()
     thinking = with_template(tiny_llama, tmp_path / "thinking", THINKING)
     before = prepared(write_recipe(thinking, extra=GENERATE), store, *ASK)
-    [prompt, *_] = prompts.prompts(before.recipe.data, Generate(), tmp_path)
-    writer, by_chat = generate._writer(before, [prompt], Completions())
+    [prompt, *_] = prompts.load_prompts(before.recipe.data, Generate(), tmp_path)
+    writer, by_chat = generate._writer(before, [prompt], AnswerCache())
     request = writer.request(prompt, 7)
     assert request
     assert request["opening"] == "<think>\n"
-    text, _ = generate.written(before)
+    text, _ = generate.generate_text(before)
     assert all(d.messages[-1]["content"].startswith("<think>\n") for d in corpus.read(text.train))
     # This template drops what was thought: then the prompt is what it gives, in plain, and the answer follows it.
-    document = prompts.layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
+    document = prompts.document_layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
     assert document.prompt == f"<user>{prompt.text}\n<assistant>"
     assert document.completion == "<think>\nhm\n</think>\n4"
     # One that keeps it is used as it is.
     before.tokenizer.chat_template = TEMPLATE
-    document = prompts.layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
+    document = prompts.document_layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
     assert document.messages[-1] == {"role": "assistant", "content": "<think>\nhm\n</think>\n4"}
 
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import Blocks, make_blocks, train_tokenizer
 from limbeck.distill.data.corpus import Document
-from limbeck.distill.models.alignment import Piece, encode, pieces, token_bytes
+from limbeck.distill.models.alignment import TextSpan, document_spans, token_bytes, tokenize_spans
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.teacher import retokenize
-from limbeck.distill.teacher.retokenize import SPREAD, TOLD, Retelling
+from limbeck.distill.teacher.retokenize import MIN_MAPPED_SHARE, SMOOTHING, Retokenizer
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import TEXT, make_model
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -63,7 +63,7 @@ def by_hand(
                 row[spelling[len(begun)]] = row.get(spelling[len(begun)], 0.0) + chance[token]
         stop = sum(chance[token] for token, spelling in enumerate(spelt) if begun and spelling == begun)
         told = sum(row.values())
-        if told < TOLD * (told + stop if begun else 1.0) or not row:
+        if told < MIN_MAPPED_SHARE * (told + stop if begun else 1.0) or not row:
             found.append(None)
             continue
         if not begun:  # the text's own next token, spelt by the teacher in several
@@ -82,13 +82,13 @@ def by_hand(
 @pytest.mark.parametrize("text", [TEXT[1], UNICODE, lines_of_text(5, 2)])
 def test_what_is_told_is_what_is_found_by_hand(tokenizers: dict[str, Any], theirs: str, own: str, text: str) -> None:
     teacher, student = tokenizers[theirs], tokenizers[own]
-    told = Retelling(teacher, student)
-    [read] = encode([Piece(text, 0, True, False)], teacher, told.theirs)
+    told = Retokenizer(teacher, student)
+    [read] = tokenize_spans([TextSpan(text, 0, True, False)], teacher, told.teacher_bytes)
     spoken = [student.eos_token_id, *student(text)["input_ids"]]
     logits = torch.randn(len(read.ids), len(teacher), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[torch.arange(len(logits) - 1), torch.from_numpy(read.ids[1:])] += 5.0  # the text itself is likely
-    ends = np.cumsum([len(told.own[token]) for token in spoken])
-    got = told.piece(logits, read, np.array(spoken), ends)
+    ends = np.cumsum([len(told.student_bytes[token]) for token in spoken])
+    got = told.span_probs(logits, read, np.array(spoken), ends)
     wanted = by_hand(logits.softmax(-1).numpy(), teacher, student, read.ids.tolist(), spoken)
     assert sum(row is not None for row in wanted) > 0.6 * len(wanted)
     for row, chances in zip(got, wanted, strict=True):
@@ -100,10 +100,10 @@ def test_what_is_told_is_what_is_found_by_hand(tokenizers: dict[str, Any], their
 
 def test_equal_tokenizers_are_told_as_they_are(tokenizers: dict[str, Any]) -> None:
     same = tokenizers["few"]
-    told = Retelling(same, same)
-    [read] = encode([Piece(TEXT[0], 0, True, True)], same, told.theirs)
+    told = Retokenizer(same, same)
+    [read] = tokenize_spans([TextSpan(TEXT[0], 0, True, True)], same, told.teacher_bytes)
     logits = torch.randn(len(read.ids), len(same), generator=torch.Generator().manual_seed(1))
-    got = told.piece(logits, read, read.ids, read.ends)
+    got = told.span_probs(logits, read, read.ids, read.ends)
     torch.testing.assert_close(got, logits[:-1].softmax(-1))
 
 
@@ -111,17 +111,17 @@ def test_equal_tokenizers_are_told_as_they_are(tokenizers: dict[str, Any]) -> No
 def test_amid_a_token_that_may_have_ended_little_is_told(
     tokenizers: dict[str, Any], stops: float, is_told: bool
 ) -> None:
-    told = Retelling(tokenizers["many"], tokenizers["bytes"])
-    begun = next(spelling for spelling in told.goes_on if len(told.ends[spelling]) == 1)
-    [[longer, *_], _] = told.goes_on[begun].tolist()
-    probs = torch.zeros(len(told.spelt))
+    told = Retokenizer(tokenizers["many"], tokenizers["bytes"])
+    begun = next(spelling for spelling in told.continuations if len(told.ends[spelling]) == 1)
+    [[longer, *_], _] = told.continuations[begun].tolist()
+    probs = torch.zeros(len(told.spellings))
     probs[told.ends[begun]], probs[longer] = stops, 1 - stops
-    row = told.amid(probs, begun)
+    row = told.probs_inside_token(probs, begun)
     assert (row is not None) == is_told
     if row is not None:
-        assert row.argmax() == told.spelt[longer][len(begun)]
+        assert row.argmax() == told.spellings[longer][len(begun)]
         assert row.sum() == 1
-    assert told.amid(probs, (-1,)) is None
+    assert told.probs_inside_token(probs, (-1,)) is None
 
 
 def layout(tokenizer: PreTrainedTokenizerBase) -> Blocks:
@@ -134,7 +134,7 @@ def dense(
 ) -> np.ndarray:
     """All that is stored of the blocks: probabilities (N, T, V)."""
     cache = TeacherCache({"test": str(folder)}, blocks.ids.shape, Form("topk", len(own), len(own)))
-    run = retokenize.retold_pass(model, theirs, blocks, own, bf16=False)
+    run = retokenize.retokenized_pass(model, theirs, blocks, own, bf16=False)
     [arrays] = run(np.arange(len(blocks.ids)), [cache])
     probs = np.zeros((*blocks.ids.shape, len(own)))
     np.put_along_axis(probs, arrays["ids"].astype(int), np.exp(arrays["logprobs"].astype(float)), axis=-1)
@@ -151,7 +151,7 @@ def test_a_teacher_is_told_block_by_block(
     got = dense(model, theirs, own, blocks, tmp_path)
     texts, checked = token_bytes(own), 0
     for number in (0, 1):
-        for places, _, piece in pieces(blocks, number, own, texts):
+        for places, _, piece in document_spans(blocks, number, own, texts):
             if piece.skipped or not piece.begins:
                 continue
             read = [theirs.eos_token_id, *theirs(piece.text)["input_ids"]]
@@ -162,9 +162,9 @@ def test_a_teacher_is_told_block_by_block(
                 spoken = spoken[:-1]
             for at, chances in enumerate(by_hand(probs, theirs, own, read, spoken)):
                 row = got[number, places.start + at]
-                wanted = np.full(len(own), SPREAD / len(own))
+                wanted = np.full(len(own), SMOOTHING / len(own))
                 for token, value in (chances or {spoken[at + 1]: 1.0}).items():  # untold: the label
-                    wanted[token] += (1 - SPREAD) * value
+                    wanted[token] += (1 - SMOOTHING) * value
                 np.testing.assert_allclose(row, wanted, rtol=0.02, atol=1e-4)
                 checked += 1
     assert checked > 20
@@ -181,7 +181,7 @@ def test_where_nothing_is_told_the_label_is(
     blocks = layout(own)
     probs = dense(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs, own, blocks, tmp_path)
     for number in range(len(blocks.ids)):
-        for places, _, piece in pieces(blocks, number, own, token_bytes(own)):
+        for places, _, piece in document_spans(blocks, number, own, token_bytes(own)):
             if "\n" not in piece.text:
                 continue
             following = blocks.ids[number, places][1:]
@@ -196,14 +196,14 @@ def test_a_student_with_a_tokenizer_of_its_own(
     store: Store, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra="[tokenizer]\nvocab_size = 270\n")
-    result = limbeck("distill", recipe, "--set", "teacher.retell=true")
+    result = limbeck("distill", recipe, "--set", "teacher.retokenize=true")
     assert result.code == 0, result.err
     distilled = store.get("tiny/2")
     assert len(AutoTokenizer.from_pretrained(store.verified_folder(distilled))) == 270
     assert distilled.parent == "tiny/1"
     agreement = store.client.get_metric_history(distilled.run_id, "agreement")
     assert [metric.step for metric in agreement] == [2, 4]
-    again = limbeck("distill", recipe, "--set", "teacher.retell=true", "--set", "training.max_steps=1")
+    again = limbeck("distill", recipe, "--set", "teacher.retokenize=true", "--set", "training.max_steps=1")
     assert again.code == 0, again.err
     assert " 0 of them captured now" in again.err
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_retold_is_refused(
     message: str,
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED)
-    given = [part for each in ["teacher.retell=true", *sets] for part in ("--set", each)]
+    given = [part for each in ["teacher.retokenize=true", *sets] for part in ("--set", each)]
     result = limbeck("distill", recipe, *given)
     assert result.code == 2
     assert message in result.err

@@ -13,7 +13,7 @@ from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.context import Setting
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.run.prepare import prepare
+from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.teacher.signal import caches_for, form_of, teachers_for
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import Result
@@ -53,7 +53,7 @@ def shorten(recipe: Path) -> None:
 
 
 def setting_of(path: Path, store: Store, *sets: str) -> Setting:
-    return prepare(load.load(path, [*sets]), Source(path, sets), store)
+    return prepare_setting(load.load(path, [*sets]), Source(path, sets), store)
 
 
 def test_after_one_capture_students_cost_no_forward_pass_of_the_teacher(

@@ -17,12 +17,12 @@ from limbeck.distill.data.blocks import Blocks, make_blocks, train_tokenizer
 from limbeck.distill.data.corpus import Document
 from limbeck.distill.models.heldout import bits_per_byte
 from limbeck.distill.recipe.schema import Budget, Objective, Training
-from limbeck.distill.students.initialise import fresh
+from limbeck.distill.students.initialise import fresh_model
 from limbeck.distill.training import budget
 from limbeck.distill.training import callbacks as watching
 from limbeck.distill.training.budget import Evaluation
 from limbeck.distill.training.callbacks import Progress
-from limbeck.distill.training.trainer import Job, Trained, train
+from limbeck.distill.training.trainer import Job, TrainingResult, train
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import SIZES
 from tests.distill.conftest import lines_of_text
@@ -54,8 +54,8 @@ def run(tmp_path: Path, text: tuple[Any, Blocks, Blocks], clock: SimpleNamespace
 
     def go(
         limits: Budget, training: Training = TRAINING, paid: float = 0.0, folder: str = "run", stop: int | None = None
-    ) -> tuple[Trained, list[float], dict[str, torch.Tensor]]:
-        student = fresh({"model_type": "llama", **SIZES["llama"]}, tokenizer, 32, seed=0)
+    ) -> tuple[TrainingResult, list[float], dict[str, torch.Tensor]]:
+        student = fresh_model({"model_type": "llama", **SIZES["llama"]}, tokenizer, 32, seed=0)
         rates: dict[int, float] = {}
 
         def on_progress(now: Progress) -> None:
@@ -68,7 +68,7 @@ def run(tmp_path: Path, text: tuple[Any, Blocks, Blocks], clock: SimpleNamespace
                 rates[step] = values["learning_rate"]
 
         job = Job(student, blocks, held, Objective(labels=1.0), training, None, tmp_path / folder, 0, 300, limits)
-        trained = train(job._replace(paid=paid), on_progress, on_log)
+        trained = train(job._replace(paid_usd=paid), on_progress, on_log)
         assert math.isfinite(bits_per_byte(student, held))
         return trained, list(rates.values()), student.state_dict()
 
@@ -79,7 +79,7 @@ def test_tokens_are_fewer_steps_with_a_schedule_of_their_own(run: Callable[..., 
     limited, rates, weights = run(Budget(max_tokens=10 * STEP + 5), folder="limited")
     _, planned_rates, planned = run(Budget(), TRAINING.model_copy(update={"max_steps": 10}), folder="planned")
     assert limited.tokens == 10 * STEP
-    assert limited.stopped == f"budget.max_tokens: {10 * STEP + 5} tokens are 10 of 40 steps"
+    assert limited.stop_reason == f"budget.max_tokens: {10 * STEP + 5} tokens are 10 of 40 steps"
     assert rates == planned_rates
     assert all(torch.equal(weights[name], planned[name]) for name in weights)
 
@@ -96,7 +96,7 @@ def test_the_learning_rate_comes_down_with_the_time_or_money(
     run: Callable[..., Any], limits: Budget, paid: float, why: str
 ) -> None:
     trained, rates, _ = run(limits, paid=paid)
-    assert trained.stopped.startswith(why)
+    assert trained.stop_reason.startswith(why)
     assert trained.tokens == 11 * STEP
     peak = 2e-3
     assert rates[-1] < 0.1 * peak  # as at the end of 40 steps
@@ -111,7 +111,7 @@ def test_what_does_not_bind_changes_nothing(run: Callable[..., Any]) -> None:
     plain, rates, weights = run(Budget(), short, folder="plain")
     wide = Budget(max_tokens=10**6, max_minutes=10**6, max_usd=1e6, usd_per_hour=1.0)
     trained, wide_rates, same = run(wide, short, folder="wide")
-    assert plain.stopped is trained.stopped is None
+    assert plain.stop_reason is trained.stop_reason is None
     assert trained.tokens == plain.tokens == 12 * STEP
     assert rates == wide_rates
     assert all(torch.equal(weights[name], same[name]) for name in weights)
@@ -123,7 +123,7 @@ def test_a_resumed_run_counts_what_was_spent_before(run: Callable[..., Any]) -> 
         run(Budget(max_minutes=10), saving, stop=7)
     trained, rates, _ = run(Budget(max_minutes=10), saving)
     # Six minutes and their checkpoint: the step that was cut short is not counted.
-    assert trained.stopped == "budget.max_minutes: 10 of 10 minutes used at step 12"
+    assert trained.stop_reason == "budget.max_minutes: 10 of 10 minutes used at step 12"
     assert trained.seconds == 11 * 60  # the last step's own minute with them
     assert rates[-1] < 0.1 * 2e-3
 
@@ -131,17 +131,17 @@ def test_a_resumed_run_counts_what_was_spent_before(run: Callable[..., Any]) -> 
 def test_a_run_stops_when_it_is_not_worth_its_money(run: Callable[..., Any]) -> None:
     often = TRAINING.model_copy(update={"eval_steps": 5, "max_steps": 20})
     trained, rates, _ = run(Budget(usd_per_hour=60, stop_when=100.0), often)  # a dollar a step
-    assert "bits per byte a dollar gained at step 15, and 100 asked for" in trained.stopped
+    assert "bits per byte a dollar gained at step 15, and 100 asked for" in trained.stop_reason
     assert trained.tokens == 16 * STEP  # a tenth of the way again to cool down
     assert rates[14] > 2e-4  # the schedule itself was not at its end
     going_on, _, _ = run(Budget(usd_per_hour=60, stop_when=1e-9), often, folder="worth it")
-    assert going_on.stopped is None
+    assert going_on.stop_reason is None
 
 
 def test_cooling_down_ends_at_nothing(run: Callable[..., Any]) -> None:
     often = TRAINING.model_copy(update={"eval_steps": 15, "max_steps": 1000, "lr_scheduler_type": "constant"})
     trained, rates, _ = run(Budget(usd_per_hour=60, stop_when=100.0), often)
-    assert "at step 45" in trained.stopped
+    assert "at step 45" in trained.stop_reason
     np.testing.assert_allclose(rates[45:], 2e-3 * np.arange(4, 0, -1) / 4, atol=1e-9)
 
 
@@ -169,10 +169,10 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     training = Training(
         num_train_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation
     )
-    assert budget.steps_asked(training, 50, processes) == steps
+    assert budget.planned_steps(training, 50, processes) == steps
 
 
 def test_steps_of_epochs_are_what_a_run_takes(run: Callable[..., Any], text: tuple[Any, Blocks, Blocks]) -> None:
     training = TRAINING.model_copy(update={"max_steps": -1, "num_train_epochs": 0.5, "gradient_accumulation_steps": 3})
     trained, _, _ = run(Budget(), training)
-    assert trained.tokens == budget.steps_asked(training, len(text[1].ids)) * 3 * STEP
+    assert trained.tokens == budget.planned_steps(training, len(text[1].ids)) * 3 * STEP

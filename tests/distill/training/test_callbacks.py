@@ -19,7 +19,7 @@ from limbeck.distill.models import heldout, loading
 from limbeck.distill.recipe.schema import Objective, Training
 from limbeck.distill.training import health
 from limbeck.distill.training.callbacks import Progress
-from limbeck.distill.training.trainer import Job, Trained, train
+from limbeck.distill.training.trainer import Job, TrainingResult, train
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -31,7 +31,7 @@ FORWARD = Objective(divergence="forward_kl")
 class Told(NamedTuple):
     """A run, what it logged by curve and step, and its progress."""
 
-    trained: Trained
+    trained: TrainingResult
     curves: dict[str, dict[int, float]]
     progress: list[Progress]
 
@@ -103,7 +103,7 @@ def test_agreement_is_the_share_of_equal_likeliest_tokens(
     teacher = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     told = run(FORWARD, student, teacher, max_steps=2, learning_rate=1e-9)
     sample = heldout.sample(text[1])
-    assert 1 < len(sample.ids) <= heldout.BLOCKS
+    assert 1 < len(sample.ids) <= heldout.SAMPLE_BLOCKS
     equal = nats = count = 0.0
     for index in range(len(sample.ids)):  # block by block, by hand
         batch = sample.batch(np.array([index]))
@@ -224,7 +224,7 @@ FALLING = [8 * 0.9**n for n in range(40)]
     ],
 )
 def test_what_counts_as_a_rise(losses: list[float], rises: bool) -> None:
-    assert (health.risen(losses, logging_steps=1) is not None) == rises
+    assert (health.describe_loss_rise(losses, logging_steps=1) is not None) == rises
 
 
 def test_a_run_that_diverges_registers_nothing(

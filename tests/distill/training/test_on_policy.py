@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from limbeck.distill.data.blocks import Blocks, layout_digest, positions
+from limbeck.distill.data.blocks import Blocks, layout_digest, position_ids
 from limbeck.distill.recipe import load as load_module
 from limbeck.distill.recipe.schema import Objective, OnPolicy, Training
-from limbeck.distill.training.on_policy import Writer, prompts
+from limbeck.distill.training.on_policy import StudentWriter, prompts
 from limbeck.distill.training.trainer import Job, train
 from limbeck.registry.core.errors import BadInput
 
@@ -27,7 +27,7 @@ def blocks_of(rows: int, seed: int = 0) -> Blocks:
     """Random tokens, a document to a block."""
     ids = np.random.default_rng(seed).integers(1, VOCABULARY, (rows, LENGTH), dtype=np.int32)
     segments = np.ones((rows, LENGTH), dtype=np.uint16)
-    targets = positions(segments) > 0
+    targets = position_ids(segments) > 0
     return Blocks(ids, segments, targets, int(targets.sum()), int(targets.sum()), layout_digest(ids, segments, targets))
 
 
@@ -42,7 +42,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 def seed_of(student: PreTrainedModel, wanted: OnPolicy, batch: dict[str, Any], step: int, number: int) -> torch.Tensor:
     """What a writer makes of a batch: its ids."""
-    return Writer(student, wanted, seed=3)(batch, step, number)["input_ids"]
+    return StudentWriter(student, wanted, seed=3)(batch, step, number)["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -125,7 +125,7 @@ def test_what_is_written_depends_on_seed_step_and_number_alone(tiny_llama: Path)
 
 def test_the_share_of_batches_is_lmbda(tiny_llama: Path) -> None:
     student, batch = load(tiny_llama), dict(blocks_of(1).batch(np.arange(1)))
-    writer = Writer(student, OnPolicy(lmbda=0.3, max_new_tokens=1), seed=0)
+    writer = StudentWriter(student, OnPolicy(lmbda=0.3, max_new_tokens=1), seed=0)
     share = np.mean([writer(batch, step, number) is not batch for step in range(50) for number in range(4)])
     assert 0.2 < share < 0.4  # 0.3 give or take three standard errors
 
@@ -134,7 +134,7 @@ def test_only_what_was_written_is_learnt_up_to_the_end_token(tiny_llama: Path) -
     student = load(tiny_llama)
     end = student.config.eos_token_id
     batch = dict(blocks_of(64).batch(np.arange(64)))
-    made = Writer(student, OnPolicy(lmbda=1.0, max_new_tokens=12, temperature=20.0), seed=0)(batch, 0, 0)
+    made = StudentWriter(student, OnPolicy(lmbda=1.0, max_new_tokens=12, temperature=20.0), seed=0)(batch, 0, 0)
     assert made["written"]
     lengths = []
     for ids, labels, row in zip(made["input_ids"], made["labels"], batch["input_ids"], strict=True):
@@ -154,13 +154,13 @@ def test_prompts_are_those_of_the_text() -> None:
     segments = np.ones((4, 24), dtype=np.uint16)
     segments[1, 10:] = 2  # two documents, the second has more
     segments[2, 20:] = 0  # padding
-    targets = positions(segments) > 0
+    targets = position_ids(segments) > 0
     targets[2, :5] = targets[2, 20:] = False  # a question of four tokens after the start token
     targets[3, :20] = False  # a question that leaves no room
     batch = {
         "input_ids": ids,
         "labels": torch.where(torch.from_numpy(targets), ids, -100),
-        "position_ids": torch.from_numpy(positions(segments)),
+        "position_ids": torch.from_numpy(position_ids(segments)),
     }
     found = [prompt.tolist() for prompt in prompts(batch, tokens=12, at_most=15)]
     assert found == [list(range(12)), list(range(10, 17)), list(range(5)), list(range(5, 20))]

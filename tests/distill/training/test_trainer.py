@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from limbeck.distill.data.blocks import Blocks, layout_digest, positions
+from limbeck.distill.data.blocks import Blocks, layout_digest, position_ids
 from limbeck.distill.models import precision
 from limbeck.distill.recipe.schema import Layers, Objective, OnPolicy, Training
 from limbeck.distill.training.trainer import Job, train
@@ -30,7 +30,7 @@ def blocks_of(rows: int) -> Blocks:
     chance = np.random.default_rng(0)
     ids = chance.integers(1, VOCABULARY, (rows, LENGTH), dtype=np.int32)
     segments = 1 + (np.arange(LENGTH) >= chance.integers(1, LENGTH, (rows, 1))).astype(np.uint16)
-    targets = (positions(segments) > 0) & (np.arange(LENGTH) < chance.integers(4, LENGTH, (rows, 1)))
+    targets = (position_ids(segments) > 0) & (np.arange(LENGTH) < chance.integers(4, LENGTH, (rows, 1)))
     return Blocks(ids, segments, targets, int(targets.sum()), int(targets.sum()), layout_digest(ids, segments, targets))
 
 
