@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 
 from limbeck.registry.core.errors import LimbeckError
+from limbeck.registry.core.extras import install_command
 
 # Threads that spin long while they wait take the core that another process needs. Training tokens per second on 2
 # cores, idle and with one core busy: 35,000 and 10,000 by default, 33,000 and 16,000 so, 28,000 and 19,000 unspun.
@@ -37,7 +38,7 @@ POLICY: Table = {
         "Say in words what a policy asks; with --model, judge a version by it.",
     ),
 }
-HOOKS: Table = {
+WEBHOOKS_COMMANDS: Table = {
     "list": ("limbeck.registry.commands.webhooks:list_", "The webhooks of the server."),
     "add": ("limbeck.registry.commands.webhooks:add", "Have the server tell an address of what happens."),
     "remove": ("limbeck.registry.commands.webhooks:remove", "Send no more notices by a webhook."),
@@ -83,27 +84,38 @@ COMMANDS: Table = {
     "deploy": ("limbeck.export.commands.serve:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("limbeck.export.commands.serve:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("limbeck.export.commands.export:generate", "Complete a prompt and tell the speed."),
-    "hooks": (HOOKS, "Notices by webhook of what happens to models."),
+    "hooks": (WEBHOOKS_COMMANDS, "Notices by webhook of what happens to models."),
     "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
     "doctor": ("limbeck.registry.commands.doctor:doctor", "What is installed, reachable, and what is wrong."),
 }
 
+# Which extra of the distribution the commands of a module need. `serve` and `deploy` need less than the rest of export.
+EXTRAS = {
+    "limbeck.distill": "train",
+    "limbeck.evals": "eval",
+    "limbeck.export": "export",
+    "limbeck.export.commands.serve": "serve",
+    "limbeck.quickstart": "all",
+    "limbeck.registry": "registry",
+    "limbeck.web": "web",
+}
 
-class Rooms(click.Group):
+
+class LazyGroup(click.Group):
     """A group whose commands live in the rooms and are imported one at a time."""
 
-    table: Table = COMMANDS
+    command_table: Table = COMMANDS
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.table)
+        return list(self.command_table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.table:
+        if cmd_name not in self.command_table:
             return None
-        where, line = self.table[cmd_name]
+        where, line = self.command_table[cmd_name]
         if not isinstance(where, str):
-            group = Rooms(cmd_name, help=line)
-            group.table = where
+            group = LazyGroup(cmd_name, help=line)
+            group.command_table = where
             return group
         module, name = where.split(":")
         command: click.Command = getattr(import_module(module), name)
@@ -112,7 +124,7 @@ class Rooms(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # From the table alone: help must not import a room.
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in self.command_table.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -122,13 +134,13 @@ class Rooms(click.Group):
         except click.UsageError as error:
             from difflib import get_close_matches
 
-            near = get_close_matches(args[0], self.table, n=1)
+            near = get_close_matches(args[0], self.command_table, n=1)
             if not near:
                 raise
             raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
 
 
-@click.group(cls=Rooms)
+@click.group(cls=LazyGroup)
 @click.version_option(package_name="limbeck")
 def cli() -> None:
     """Turn a large language model into the cheapest small one that provably keeps its quality, and ship it.
@@ -152,6 +164,12 @@ def main(args: list[str] | None = None) -> None:
     except LimbeckError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        line = missing_package(sys.argv[1:] if args is None else args, error.name or "")
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
@@ -161,6 +179,28 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         print("  make room, or move the state with LIMBECK_HOME, and run the same command again", file=sys.stderr)
         sys.exit(2)
+
+
+def missing_package(args: list[str], module: str) -> str | None:
+    """What to say if the command of `args` cannot import `module`; None if that is no package of an extra."""
+    command, address = _named_command(args)
+    room = max((name for name in EXTRAS if f"{address}.".startswith(f"{name}.")), key=len, default="")
+    install = install_command(module, EXTRAS.get(room, ""))
+    return install and f"`{command}` needs {module}, which is not installed: {install}"
+
+
+def _named_command(args: list[str]) -> tuple[str, str]:
+    """The command that `args` begin with, as a user types it, and its module."""
+    words, table = ["limbeck"], COMMANDS
+    for word in args:
+        if word not in table:
+            break
+        words.append(word)
+        target = table[word][0]
+        if isinstance(target, str):
+            return " ".join(words), target.partition(":")[0]
+        table = target
+    return " ".join(words), ""
 
 
 if __name__ == "__main__":

@@ -11,22 +11,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.registry.core.digest import read_manifest
-from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, redacted
+from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, redact_urls
+from limbeck.registry.core.extras import canonical_name, install_command, packages_of_extras
 from limbeck.registry.core.home import home, tracking_uri
-from limbeck.registry.core.machine import cpu_bf16, proc
-from limbeck.registry.core.terminal import bytes_said, progress
+from limbeck.registry.core.machine import cpu_bf16_flags, read_proc_file
+from limbeck.registry.core.terminal import format_bytes, progress_bar
 from limbeck.registry.gate import audit
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.mlflow.transfer import discard
+from limbeck.registry.mlflow.transfer import discard_upload
 from limbeck.registry.policy import stored
 from limbeck.registry.records import Version
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # only in a source tree
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+CONSTRAINTS = files("limbeck") / "constraints.txt"  # a link in a source tree, a file in a wheel
+FOR_DEVELOPERS = {"bench", "dev"}  # extras that only those need who work on Limbeck
 LEAST_DISK = 2**30  # bytes
 HUB_SECONDS = 3.0
 
@@ -36,16 +42,16 @@ class Check:
     """One thing that was looked at."""
 
     state: Literal["ok", "note", "wrong"]  # note: works, but worth knowing
-    what: str
+    subject: str
     found: str
     fix: str | None = None  # of what is wrong
 
     def json(self) -> dict[str, Any]:
-        """`{state, what, found, fix}`."""
+        """`{state, subject, found, fix}`."""
         return asdict(self)
 
 
-def examine(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
+def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     """Look at everything; a check that fails is told of and the next one goes on.
 
     Args:
@@ -68,8 +74,11 @@ def examine(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     except LimbeckError as error:
         yield Check("wrong", "tracking store", error.message, error.fix or "see above")
         return
+    except ModuleNotFoundError as error:
+        yield Check("note", "tracking store", _not_examined(error))
+        return
     took = time.monotonic() - start
-    yield Check("ok", "tracking store", f"{redacted(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")
+    yield Check("ok", "tracking store", f"{redact_urls(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")
     yield from _artifacts(store, versions, deep)
     yield from _uploads(store, clean)
     for name in sorted({version.name for version in versions}):
@@ -77,42 +86,92 @@ def examine(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """What pyproject.toml asks for, against what is installed and what Limbeck was tested with."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
+    """What Limbeck and its extras ask for, against what is installed and what Limbeck was tested with."""
     try:
-        asked = [Requirement(text) for text in metadata.requires("limbeck") or []]
+        extras = _requirements_of_extras()
     except metadata.PackageNotFoundError:
         yield Check("wrong", "limbeck", "it is not installed", "make install")
         return
-    lines = CONSTRAINTS.read_text().splitlines() if CONSTRAINTS.exists() else []
-    pins = {canonicalize_name(n): v for n, v in (line.split("==") for line in lines if "==" in line)}
-    fine = 0
-    for package in asked:
-        if package.marker is not None and not package.marker.evaluate({"extra": ""}):
+    pins = read_tested_versions()
+    missing = {extra: [r for r in asked if _version(r) is None] for extra, asked in extras.items()}
+    for extra, absent in missing.items():
+        yield from _missing(extra, absent)
+    seen: set[str] = set()
+    tested = 0
+    for extra in sorted(extras, key=lambda extra: bool(missing[extra])):  # whole ones first: their misfits are wrong
+        for asked in extras[extra]:
+            version = _version(asked)
+            if version is None or asked.name in seen:
+                continue
+            seen.add(asked.name)
+            pin = pins.get(canonical_name(asked.name))
+            tested += version.split("+")[0] == pin
+            yield from _misfit(asked, version, pin, needed=not extra or not missing[extra])
+    if pins:
+        yield Check("ok", "packages", f"{tested} of {len(seen)} as they were tested")
+    else:
+        unknown = "which versions Limbeck was tested with is unknown: constraints.txt is missing"
+        yield Check("note", "packages", f"{len(seen)} are installed; {unknown}")
+
+
+def read_tested_versions() -> dict[str, str]:
+    """Package -> the version that Limbeck was tested with; empty if the file of these versions is missing."""
+    try:
+        lines = CONSTRAINTS.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    return {canonical_name(name): pin for name, pin in (line.split("==") for line in lines if "==" in line)}
+
+
+def _requirements_of_extras() -> dict[str, list[Requirement]]:
+    """Extra -> the packages that it lists, under "" what is always needed; extras for developers are left out."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, list[Requirement]] = {}
+    for asked in map(Requirement, metadata.requires("limbeck") or []):
+        marker = asked.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            found.setdefault("", []).append(asked)
             continue
-        pin = pins.get(canonicalize_name(package.name))
-        try:
-            version = metadata.version(package.name)
-        except metadata.PackageNotFoundError:
-            yield Check("wrong", package.name, "not installed", "make install")
-            continue
-        if not package.specifier.contains(version, prereleases=True):
-            yield Check("wrong", package.name, f"{version}, needed is {package.specifier}", "make install")
-        elif pin and version.split("+")[0] != pin:
-            yield Check("note", package.name, f"{version}; Limbeck was tested with {pin}")
-        else:
-            fine += 1
-    yield Check("ok", "packages", f"{fine} as they were tested")
+        for extra in packages_of_extras().keys() - FOR_DEVELOPERS:
+            if asked.name != "limbeck" and marker.evaluate({"extra": extra}):
+                found.setdefault(extra, []).append(asked)
+    return found
+
+
+def _version(asked: Requirement) -> str | None:
+    """The installed version of a package; None if it is not installed."""
+    try:
+        return metadata.version(asked.name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _missing(extra: str, absent: list[Requirement]) -> Iterator[Check]:
+    """What is not installed: wrong if Limbeck always needs it, a note if an extra brings it."""
+    if extra and absent:
+        names = ", ".join(asked.name for asked in absent)
+        yield Check("note", f"extra {extra}", f"not installed: {names}; to install: pip install 'limbeck[{extra}]'")
+        return
+    for asked in absent:
+        yield Check("wrong", asked.name, "not installed", f"pip install '{asked.name}{asked.specifier}'")
+
+
+def _misfit(asked: Requirement, version: str, pin: str | None, *, needed: bool) -> Iterator[Check]:
+    """A version that is not the one asked for or tested; wrong only if the extra is `needed`: installed as a whole."""
+    if not asked.specifier.contains(version, prereleases=True):
+        found, fix = f"{version}, needed is {asked.specifier}", f"pip install '{asked.name}{asked.specifier}'"
+        yield Check("wrong", asked.name, found, fix) if needed else Check("note", asked.name, found)
+    elif pin and version.split("+")[0] != pin:
+        yield Check("note", asked.name, f"{version}; Limbeck was tested with {pin}")
 
 
 def _machine() -> Iterator[Check]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Check("ok", "machine", f"{os.cpu_count()} cores, {memory / 2**30:.1f} GiB of memory")
-    fast = cpu_bf16()
+    fast = cpu_bf16_flags()
     yield Check("ok", "bf16", f"in hardware ({', '.join(fast)})" if fast else "not in hardware: training is in fp32")
-    driver = re.search(r"\d+\.\d+(\.\d+)?", proc("/proc/driver/nvidia/version"))
+    driver = re.search(r"\d+\.\d+(\.\d+)?", read_proc_file("/proc/driver/nvidia/version"))
     yield Check("ok", "CUDA", f"NVIDIA driver {driver[0]}" if driver else "no NVIDIA driver: all runs on the CPU")
     folder = home()
     free = shutil.disk_usage(folder).free
@@ -127,9 +186,11 @@ def _machine() -> Iterator[Check]:
 
 def _hub() -> Check:
     """Whether the Hugging Face hub can be asked; nothing is wrong where it cannot."""
-    import requests
-    from huggingface_hub import constants
-
+    try:
+        import requests
+        from huggingface_hub import constants
+    except ModuleNotFoundError as error:
+        return Check("note", "hub", _not_examined(error))
     if constants.HF_HUB_OFFLINE:
         return Check("note", "hub", "HF_HUB_OFFLINE is set: local and registered models only")
     answers: list[str] = []
@@ -151,17 +212,25 @@ def _hub() -> Check:
     return Check("note", "hub", f"{constants.ENDPOINT} does not answer: local and registered models only")
 
 
+def _not_examined(error: ModuleNotFoundError) -> str:
+    """Why there was no look at something that only an extra can look at. Raises `error` if no extra brings it."""
+    install = install_command(error.name or "", "registry")
+    if install is None:
+        raise error
+    return f"not examined: {error.name} is not installed; to install: {install}"
+
+
 def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Check]:
     """The files of every version: there, and with `deep` those of its digest."""
     damaged = 0
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("verifying" if deep else "looking", total=len(versions), rate="")
         for version in versions:
             try:
                 if deep:
-                    store.folder(version)
+                    store.verified_folder(version)
                 elif store.is_local(version):
-                    _present(version, store.at_hand(version))
+                    _check_files_present(version, store.find_local_folder(version))
             except LimbeckError as error:
                 damaged += 1
                 yield Check("wrong", version.ref, error.message, error.fix or "register it again")
@@ -174,17 +243,17 @@ def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Ch
 def _uploads(store: Store, clean: bool) -> Iterator[Check]:
     """Uploads that never became a version; nobody else sees them."""
     try:
-        for each in store.unfinished():
-            found = f"begun {each.begun:%Y-%m-%d %H:%M}, never finished, {bytes_said(each.size)}"
+        for each in store.unfinished_uploads():
+            found = f"begun {each.started_at:%Y-%m-%d %H:%M}, never finished, {format_bytes(each.size)}"
             if clean:
-                discard(store.client, each.model_id, each.uri)
+                discard_upload(store.client, each.model_id, each.uri)
             after = "taken away" if clean else "register it again to go on, or: limbeck doctor --clean"
             yield Check("note", f"upload of {each.name}", f"{found}; {after}")
     except LimbeckError as error:
         yield Check("wrong", "uploads", error.message, error.fix or "see above")
 
 
-def _present(version: Version, folder: Path | None) -> None:
+def _check_files_present(version: Version, folder: Path | None) -> None:
     if folder is None:
         raise DamagedArtifact(version.ref, [f"its files are gone from {version.source}"])
     missing = [name for name in read_manifest(folder).get("files", {}) if not (folder / name).is_file()]
@@ -194,7 +263,7 @@ def _present(version: Version, folder: Path | None) -> None:
 
 def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
     """The aliases of a model point at something, and are where its ledger says."""
-    book = audit.read(store, name)
+    book = audit.audit_ledger(store, name)
     problems = book.problems()
     for alias, number in sorted(book.aliases.items()):
         if number not in numbers:
@@ -203,12 +272,12 @@ def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
     for problem in problems:
         yield Check("wrong", f"aliases of {name}", problem, f"look at: {history}")
     if not problems:
-        held = [alias for alias in sorted(book.aliases) if stored.protecting(book.entries, alias)]
+        held = [alias for alias in sorted(book.aliases) if stored.protection_entry(book.entries, alias)]
         aliases = "alias" if len(book.aliases) == 1 else "aliases"
         found = f"{len(book.aliases)} {aliases}, {len(held)} protected by a policy"
         yield Check(
             "ok", f"aliases of {name}", f"{found}; {len(book.entries)} entries in the ledger, each in its place"
         )
-    for entry in (last for alias in sorted(book.aliases) if (last := book.last(alias)) and last.override):
+    for entry in (last for alias in sorted(book.aliases) if (last := book.last_move(alias)) and last.override):
         words = f"{entry.alias} is version {entry.to_version} by an override of {entry.who}: {entry.reason}"
         yield Check("note", f"override of {name}", words)

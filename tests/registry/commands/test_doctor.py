@@ -7,7 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from limbeck.registry.core.home import home
+from limbeck.registry.doctor import read_tested_versions
 from tests.conftest import Result
 from tests.registry.conftest import Still
 
@@ -15,7 +18,22 @@ Limbeck = Callable[..., Result]
 
 
 def states(result: Result) -> dict[str, str]:
-    return {check["what"]: check["state"] for check in json.loads(result.out)}
+    return {check["subject"]: check["state"] for check in json.loads(result.out)}
+
+
+def findings(result: Result) -> dict[str, str]:
+    return {check["subject"]: check["found"] for check in json.loads(result.out)}
+
+
+REQUIRED = [
+    "click>=8.0",
+    "limbeck[registry]; extra == 'serve'",
+    "absent-one>=1; extra == 'serve'",
+    "scipy>=99; extra == 'registry'",
+    "numpy<2; extra == 'other'",
+    "absent-two; extra == 'other'",
+    "absent-three; extra == 'dev'",
+]
 
 
 def test_doctor_on_a_healthy_machine(scored: Still, limbeck: Limbeck, policy: Path) -> None:
@@ -38,7 +56,7 @@ def test_doctor_before_anything_is_there(limbeck_home: Path, limbeck: Limbeck) -
 def test_doctor_finds_what_is_wrong(scored: Still, limbeck: Limbeck, policy: Path) -> None:
     limbeck("promote", "still/3")
     store = scored.store
-    weights = store.folder(scored.variants["int8"]) / "model.onnx"
+    weights = store.verified_folder(scored.variants["int8"]) / "model.onnx"
     weights.write_text(weights.read_text()[:-1] + "!")
     assert limbeck("doctor").code == 0  # it is there
     deep = limbeck("doctor", "--deep", "--format", "json")
@@ -53,3 +71,36 @@ def test_doctor_finds_what_is_wrong(scored: Still, limbeck: Limbeck, policy: Pat
     (home() / "mlflow.db").write_text("this is no database at all, but some text that is long enough")
     result = limbeck("doctor")
     assert (result.code, "not a database" in result.out) == (1, True)
+
+
+def test_doctor_names_the_extra_of_what_is_not_installed(
+    limbeck_home: Path, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIRED)
+    result = limbeck("doctor", "--format", "json")
+    found = findings(result)
+    assert result.code == 1  # scipy, of an extra that is there as a whole
+    assert found["extra serve"] == "not installed: absent-one; to install: pip install 'limbeck[serve]'"
+    assert states(result)["extra serve"] == states(result)["extra other"] == "note"
+    assert "extra dev" not in found
+    assert (states(result)["scipy"], "needed is >=99" in found["scipy"]) == ("wrong", True)
+    assert states(result)["numpy"] == "note"  # its extra is not there as a whole
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: ["absent-four>=2"])
+    result = limbeck("doctor", "--format", "json")
+    assert (result.code, findings(result)["absent-four"]) == (1, "not installed")
+
+
+def test_doctor_knows_the_tested_versions_or_says_that_it_does_not(
+    limbeck_home: Path, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert read_tested_versions()["lm-eval"]
+    pins = tmp_path / "constraints.txt"
+    monkeypatch.setattr("limbeck.registry.doctor.CONSTRAINTS", pins)
+    pins.write_text("# pins\nclick==1.0\n")
+    result = limbeck("doctor", "--format", "json")
+    assert (states(result)["click"], "tested with 1.0" in findings(result)["click"]) == ("note", True)
+    pins.unlink()
+    result = limbeck("doctor", "--format", "json")
+    assert states(result)["packages"] == "note"
+    assert "unknown" in findings(result)["packages"]
+    assert "as they were tested" not in result.out
