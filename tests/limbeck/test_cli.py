@@ -16,7 +16,7 @@ from tests import ROOT
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from limbeck import cli; cli.main(['--help'], standalone_mode=False); "
+        "import sys; from limbeck.cli import cli; cli.main(['--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'transformers', 'mlflow', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_each_command_imports_nothing_heavy(name: str) -> None:
     code = (
-        f"import sys; from limbeck import cli; cli.main([{name!r}, '--help'], standalone_mode=False); "
+        f"import sys; from limbeck.cli import cli; cli.main([{name!r}, '--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'transformers', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
