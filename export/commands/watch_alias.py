@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from limbeck.export.commands.locate import find_onnx_artifact
+from limbeck.registry.core.extras import install_command
 from limbeck.registry.core.terminal import quiet_libraries
 from limbeck.registry.mlflow.store import Store
 
@@ -34,13 +35,20 @@ def main(ref: str, interval_s: float) -> None:
                 said = {"path": str(found.path), "name": found.name, "digest": found.digest}
                 name = new
         except Exception as error:  # a registry that is away comes back
-            said = {"error": getattr(error, "message", str(error)), "fix": getattr(error, "fix", None), "name": new}
+            said = {"error": getattr(error, "message", str(error)), "fix": _fix(error), "name": new}
             store = name = None
         if (line := json.dumps(said)) != told:
             print(line, flush=True)
             told = line
         if select.select([sys.stdin], [], [], interval_s)[0]:
             return
+
+
+def _fix(error: Exception) -> str | None:
+    """What to do about an error; None if that is unknown."""
+    if isinstance(error, ModuleNotFoundError):
+        return install_command(error.name or "", "registry")
+    return getattr(error, "fix", None)
 
 
 if __name__ == "__main__":

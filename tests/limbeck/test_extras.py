@@ -1,0 +1,174 @@
+"""The extras: each brings what its room imports, and a command says which one is missing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from limbeck.cli import EXTRAS, missing_package
+from limbeck.registry.core.extras import distribution_of_module, install_command, packages_of_extras
+from limbeck.registry.doctor import read_tested_versions
+from tests import ROOT
+
+ROOMS = {"limbeck", "registry", *(name.split(".")[1] for name in EXTRAS)}
+
+# A machine where only the distributions of ALLOWED are installed, beside Limbeck.
+HOST = """
+import importlib.abc, importlib.metadata, os, sys
+allowed = set(os.environ["ALLOWED"].split()) | {"limbeck"}
+installed = importlib.metadata.packages_distributions()
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        owners = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(top, ())}
+        if owners and not owners & allowed:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def distributions_of_host(*extras: str) -> set[str]:
+    """All that pip installs for `limbeck[extras]`, with what the packages need in turn."""
+    packages = packages_of_extras()
+    found: set[str] = set()
+    queue = [(name, "") for extra in ("", *extras) for name in packages[extra]]
+    seen = set()
+    while queue:
+        name, extra = queue.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        found.add(name)
+        for line in _requirements(name):
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                queue += [(canonicalize_name(needed.name), each) for each in ("", *needed.extras)]
+    return found
+
+
+def _requirements(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:  # for another Python or platform
+        return []
+
+
+def run_on_host(folder: Path, allowed: set[str], *args: object) -> subprocess.CompletedProcess[str]:
+    """Run a `limbeck` command line in a process that can import the distributions `allowed` alone."""
+    (folder / "sitecustomize.py").write_text(HOST)
+    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    environment = kept | {"PYTHONPATH": paths, "ALLOWED": " ".join(allowed), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-m", "limbeck", *map(str, args)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def imported_distributions(room: str) -> set[str]:
+    """What pip calls the packages that the files of a room import, at the top or within a function."""
+    files = (ROOT / room).glob("*.py") if room == "limbeck" else (ROOT / room).rglob("*.py")
+    modules = {name for file in files for name in _imports(ast.parse(file.read_text()))}
+    others = {name for name in modules if name.partition(".")[0] not in {*sys.stdlib_module_names, "limbeck"}}
+    return {found for name in others if (found := distribution_of_module(name) or _distribution_of_part(name))}
+
+
+def _distribution_of_part(name: str) -> str | None:
+    return distribution_of_module(name.partition(".")[0])
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_an_extra_brings_what_its_room_imports(room: str) -> None:
+    packages = packages_of_extras()
+    brought = packages[""] | packages.get(EXTRAS.get(f"limbeck.{room}", ""), set())
+    brought |= packages["ray"]  # distill --ray asks for it by name
+    assert imported_distributions(room) <= brought
+
+
+def test_a_lower_bound_is_the_version_that_was_tested() -> None:
+    pins = read_tested_versions()
+    for asked in map(Requirement, metadata.requires("limbeck") or []):
+        pin = pins.get(canonicalize_name(asked.name))
+        if pin:
+            tested = ".".join(pin.split(".")[:2])
+            assert f">={tested}" in [str(each) for each in asked.specifier], f"{asked} was tested with {pin}"
+
+
+def test_a_serving_host_has_no_torch_and_no_mlflow() -> None:
+    host = distributions_of_host("serve")
+    assert not host & {"mlflow", "torch", "transformers", "onnx", "optimum", "lm-eval", "datasets", "scipy", "pandas"}
+    assert {"onnxruntime", "fastapi", "tokenizers"} <= host
+
+
+CASES = [
+    (["eval", "model", "--tasks", "t"], "lm_eval", "limbeck[eval]"),
+    (["tasks", "text.jsonl", "--name", "t", "--to", "tasks"], "yaml", "limbeck[eval]"),
+    (["distill", "recipe.toml", "--check"], "torch", "limbeck[train]"),
+    (["models", "list"], "mlflow", "limbeck[registry]"),
+    (["serve", "model"], "onnxruntime", "limbeck[serve]"),
+    (["generate", "model", "x"], "onnxruntime", "limbeck[export]"),
+    (["ui"], "fastapi", "limbeck[web]"),
+]
+
+
+@pytest.mark.parametrize(("args", "module", "install"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_a_command_whose_package_is_missing_names_its_extra(
+    args: list[str], module: str, install: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.onnx").touch()
+    (tmp_path / "text.jsonl").write_text('{"path": "a", "text": "one line\\nanother line\\n"}\n')
+    hidden = {canonicalize_name(owner) for owner in metadata.packages_distributions()[module]}
+    ran = run_on_host(tmp_path, distributions_of_host("all") - hidden, *args)
+    command = " ".join(["limbeck", *args[: 2 if args[0] == "models" else 1]])
+    line = f"error: `{command}` needs {module}, which is not installed: pip install '{install}'\n"
+    assert (ran.returncode, ran.stderr) == (2, line)
+
+
+def test_following_an_alias_names_the_extra_that_asks_the_registry(tmp_path: Path) -> None:
+    ran = run_on_host(tmp_path, distributions_of_host("serve"), "serve", "coder@production")
+    assert ran.returncode == 2
+    assert ran.stderr == "error: No module named 'mlflow'\n  pip install 'limbeck[registry]'\n"
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_traceback(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['limbeck.registry.commands.doctor'] = None; from limbeck.cli import main; main()"
+    ran = subprocess.run([sys.executable, "-c", code, "doctor"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "ModuleNotFoundError" in ran.stderr
+    assert missing_package(["doctor"], "limbeck.registry.absent") is None
+    assert missing_package(["doctor"], "no_dependency_of_ours") is None
+    assert missing_package(["eval"], "torch.absent") is None  # the package is there, so this is a fault in it
+
+
+def test_the_extra_is_that_of_the_command_if_it_brings_the_package() -> None:
+    assert install_command("torch", "eval") == "pip install 'limbeck[eval]'"
+    assert install_command("yaml", "export") == "pip install 'limbeck[eval]'"
+    assert install_command("ray", "train") == "pip install 'limbeck[ray]'"
+    assert install_command("optimum.exporters", "export") == "pip install 'limbeck[export]'"
+    assert install_command("click", "serve") == "pip install limbeck"
+
+
+def test_doctor_on_a_machine_with_the_command_line_alone(tmp_path: Path) -> None:
+    (tmp_path / ".limbeck").mkdir()
+    (tmp_path / ".limbeck" / "mlflow.db").touch()
+    ran = run_on_host(tmp_path, distributions_of_host(), "doctor")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "mlflow is not installed; to install: pip install 'limbeck[registry]'" in ran.stdout
