@@ -9,14 +9,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.evals.leaderboard.page import Parts, View, parts
-from limbeck.evals.leaderboard.ranking import USD, pareto, ranked, sort_keys, value
+from limbeck.evals.leaderboard.ranking import pareto, ranked, sort_keys, value
 from limbeck.evals.leaderboard.rows import by_setting, rows
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import LeaderboardRow
+from limbeck.registry.records import FIGURES, USD, LeaderboardRow
 from limbeck.web.render import model_link, query_string, version_link
 
 ROWS_PER_PAGE = 200  # rows of a table; more are divided into pages
@@ -72,7 +71,7 @@ def leaderboard_page(
         BadInput: a cost or a key to sort by that is not there.
     """
     keys = sort_keys(all_rows)
-    for what, wanted, known in (("cost", view.cost, COSTS), ("key to sort by", view.sort or "retention", keys)):
+    for what, wanted, known in (("cost", view.cost, FIGURES), ("key to sort by", view.sort or "retention", keys)):
         if wanted not in known:
             raise BadInput(f"{wanted!r} is no {what}", fix=f"there are: {', '.join(known)}")
     shown = ranked(filter(view.shows, all_rows), view.sort or "retention", view.cost, keys)
@@ -124,7 +123,7 @@ def _in_view_order(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[Le
 
 def _plot_points(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]:
     """The frontier of the chosen task, and the best of the others."""
-    sign = -1 if COSTS[view.cost].higher_is_better else 1
+    sign = -1 if FIGURES[view.cost].higher_is_better else 1
     best: list[LeaderboardRow] = []
     others: list[LeaderboardRow] = []
     for alike in by_setting(ranked_rows):

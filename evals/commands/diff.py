@@ -81,10 +81,10 @@ def _score(row: ComparedTask) -> list[str]:
 
 
 def _cost(row: ComparedCost) -> list[str | None]:
-    from limbeck.evals.leaderboard.columns import COSTS
+    from limbeck.registry.records import FIGURES
 
-    column, sure = COSTS[row.figure], row.ratio_interval
+    column, sure = FIGURES[row.figure], row.ratio_interval
     said = (
         f"{row.ratio:.3f}" + (f" [{sure.low:.3f}, {sure.high:.3f}]" if sure else "") if row.ratio is not None else None
     )
-    return [column.title, column.cell(row.a), column.cell(row.b), said]
+    return [column.title, column.format_value(row.a), column.format_value(row.b), said]

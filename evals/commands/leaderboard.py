@@ -123,11 +123,12 @@ def _terms(row: LeaderboardRow) -> str:
 
 def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
     """Columns and cells of rows that were measured alike."""
-    from limbeck.evals.leaderboard.columns import COST_COLUMNS, COSTS, cost_cells, headers, title
-    from limbeck.evals.leaderboard.ranking import USD, value
+    from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, headers, title
+    from limbeck.evals.leaderboard.ranking import value
+    from limbeck.registry.records import FIGURES, USD
 
     metrics = {task: str(quality["metric"]) for row in found for task, quality in row.quality.items()}
-    chosen = COST_COLUMNS[:1] if cost == USD else [COSTS[cost].title.replace(" ", "\n", 1)]
+    chosen = COST_COLUMNS[:1] if cost == USD else [FIGURES[cost].title.replace(" ", "\n", 1)]
     columns = ["version", "what", *headers(metrics), "retention", *chosen, *COST_COLUMNS[1:3], "verdict"]
     lines = []
     for row in found:
@@ -139,7 +140,7 @@ def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[
                 title(row),
                 *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]" if kept else None,
-                COSTS[cost].cell(value(row, cost)),
+                FIGURES[cost].format_value(value(row, cost)),
                 *cost_cells(row.cost, row.cost_ratio, row.speedup)[1:3],
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]

@@ -43,7 +43,7 @@ from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import file_digests
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import available_memory, describe_hardware, physical_cores
-from limbeck.registry.records import BatchCost, Cost, Estimate
+from limbeck.registry.records import USD, BatchCost, Cost, Estimate
 
 PROTOCOL = 2
 BATCHES = (1, 8)
@@ -123,13 +123,13 @@ def groups(models: Sequence[ResolvedModel], teacher: ResolvedModel | None = None
 def priced(cost: Cost, usd_per_hour: float, price: str | None = None) -> Cost:
     """The same measurement at another price; `price` says in words where it comes from."""
     factor = usd_per_hour / cost.usd_per_hour
-    interval = cost.usd_interval
+    dollars = {name: scaled(each, factor) for name, each in cost.intervals.items() if name == USD}
     return cost.model_copy(
         update={
             "usd_per_hour": usd_per_hour,
             "price": price,
             "usd_per_million_tokens": cost.usd_per_million_tokens * factor,
-            "usd_interval": scaled(interval, factor) if interval else None,
+            "intervals": cost.intervals | dollars,
             "loads": tuple(
                 load.model_copy(update={"usd_per_million_tokens": load.usd_per_million_tokens * factor})
                 for load in cost.loads
@@ -217,8 +217,7 @@ def _cost(
         disk_bytes=_disk_bytes(model),
         requests=len(one.request_ms),
         usd_per_hour=USD_PER_HOUR,
-        usd_interval=scaled(interval, one.usd_per_million_tokens / interval.value),
-        p50_interval=interval,
+        intervals={USD: scaled(interval, one.usd_per_million_tokens / interval.value), "p50_ms": interval},
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from limbeck.registry.records import LeaderboardRow
 
@@ -21,29 +21,6 @@ class Described(Protocol):
     def precision(self) -> str | None: ...
 
 
-class Column(NamedTuple):
-    """How a figure of a cost is shown."""
-
-    title: str
-    form: str  # format specification
-    factor: float = 1.0
-    higher_is_better: bool = False
-
-    def cell(self, value: float | None) -> str | None:
-        return None if value is None else f"{value * self.factor:{self.form}}"
-
-
-COSTS = {  # the figures of limbeck.registry.records.Cost that versions are compared by
-    "usd_per_million_tokens": Column("$ per 1M tokens", ".3g"),
-    "p50_ms": Column("p50 ms", ",.1f"),
-    "p95_ms": Column("p95 ms", ",.1f"),
-    "prefill_tokens_per_s": Column("prefill tokens/s", ",.0f", higher_is_better=True),
-    "decode_tokens_per_s": Column("decode tokens/s", ",.0f", higher_is_better=True),
-    "params": Column("parameters M", ",.2f", 1e-6),
-    "disk_bytes": Column("size MB", ",.1f", 1e-6),
-    "peak_rss_bytes": Column("memory MB", ",.0f", 1e-6),
-    "flops_per_token": Column("MFLOPs a token", ",.1f", 1e-6),
-}
 COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from limbeck.evals.cost.measure import comparable, in_one_run, median, ratio
-from limbeck.evals.leaderboard.columns import COSTS
-from limbeck.evals.leaderboard.ranking import USD
 from limbeck.evals.scores.comparability import cost_difference
 from limbeck.evals.scores.compare import compare
 from limbeck.registry.catalog.lineage import run_parameters
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import ComparedModels, Cost, Estimate, Record, Version
+from limbeck.registry.records import FIGURES, USD, ComparedModels, Cost, Estimate, Record, Version
 
-TIMES = {USD, "p50_ms", "p95_ms", "prefill_tokens_per_s", "decode_tokens_per_s"}  # what depends on the moment, too
-OF_MACHINE = TIMES | {"peak_rss_bytes"}
+# What makes a figure vary -> whether two costs were measured so that its ratio has a meaning.
+COMPARES: dict[str, Callable[[Cost, Cost], bool]] = {
+    "nothing": lambda a, b: True,
+    "machine": comparable,
+    "time": in_one_run,
+}
 NOT_COMPARED = {"name", "version", "source", "created", "run_id", "author"}  # as good as always another
 
 
@@ -143,13 +145,13 @@ def _pair(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[Cost, Cost]:
 def _rows(a: Cost | None, b: Cost | None) -> tuple[ComparedCost, ...]:
     if a is None and b is None:
         return ()
-    return tuple(_row(figure, a, b) for figure in COSTS)
+    return tuple(_row(figure, a, b) for figure in FIGURES)
 
 
 def _row(figure: str, a: Cost | None, b: Cost | None) -> ComparedCost:
     """A figure of both; its ratio only where both were measured in a way that gives one."""
     ours, theirs = getattr(a, figure, None), getattr(b, figure, None)
-    if a is None or b is None or (figure in OF_MACHINE and not (in_one_run if figure in TIMES else comparable)(a, b)):
+    if a is None or b is None or not COMPARES[FIGURES[figure].varies_with](a, b):
         return ComparedCost(figure=figure, a=ours, b=theirs, ratio=None)
     sure = _paired(figure, a, b) if a.loads and b.loads else None
     quotient = ours / theirs if ours is not None and theirs else None

@@ -16,11 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.evals.leaderboard.columns import COSTS, title
-from limbeck.evals.leaderboard.ranking import USD, value
+from limbeck.evals.leaderboard.columns import title
+from limbeck.evals.leaderboard.ranking import value
 from limbeck.evals.leaderboard.rows import by_setting
 from limbeck.evals.scores.controls import told
-from limbeck.registry.records import LeaderboardRow
+from limbeck.registry.records import FIGURES, HEADLINES, USD, LeaderboardRow
 
 STYLE = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -100,7 +100,7 @@ class View:
     """What of a leaderboard is shown first, and how its rows are linked."""
 
     task: str = ""  # whose quality the plot shows; "": the mean over all
-    cost: str = USD  # the column of COSTS that the plot shows
+    cost: str = USD  # the column of FIGURES that the plot shows
     kind: str = ""  # the rows shown; "": all
     recipe: str = ""
     precision: str = ""
@@ -139,7 +139,7 @@ def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, c
     Args:
         rows: of `limbeck.evals.leaderboard.rows.rows`.
         task: the one that the rows are ranked by, if they are.
-        cost: the column of COSTS that the plot shows first.
+        cost: the column of FIGURES that the plot shows first.
     """
     script = SCRIPT.read_text(encoding="utf-8")
     subtitle = f"Cost against quality kept of the teacher's{f', on {task}' if task else ''}"
@@ -178,9 +178,9 @@ def parts(
         "boards": [[_point(row, view) for row in (*board, *_beside(board, dots))] for board in boards],
         "costs": {
             key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
-            for key, column in COSTS.items()
+            for key, column in FIGURES.items()
         },
-        "told": [USD, "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes"],
+        "told": HEADLINES,
         "paged": view.paged,
     }
     names = dict.fromkeys(name for row in every for name in row.task_retention) if tasks is None else tasks
@@ -228,9 +228,9 @@ def _six(value: float) -> float:
 
 
 def _controls(rows: Sequence[LeaderboardRow], view: View, tasks: dict[str, str]) -> Iterator[str]:
-    measured = [key for key in COSTS if key == view.cost or any(row.cost and row.cost[key] is not None for row in rows)]
+    measured = [key for key in FIGURES if key == view.cost or key in _measured_figures(rows)]
     yield _select("task", "quality kept on", tasks, view.task)
-    yield _select("cost", "cost", {key: COSTS[key].title for key in measured}, view.cost)
+    yield _select("cost", "cost", {key: FIGURES[key].title for key in measured}, view.cost)
     for field, wanted in view.filters.items():
         values = sorted({getattr(row, field) for row in rows} - {None})
         yield _select(field, field, {"": "all"} | {value: value for value in values}, wanted, hidden=len(values) < 2)
@@ -280,12 +280,13 @@ def _board(rows: Sequence[LeaderboardRow], view: View) -> str:
     """The plot and the table of one setting."""
     differs = rows[0].differs if rows else None
     metrics = {task: result for row in rows for task, result in row.quality.items()}
+    figures = _measured_figures(rows)
     return BOARD.format(
         heading=f"<h2>Ranked apart<small>{escape(differs)}</small></h2>" if differs else "",
         legend="".join(_legend(rows)),
         label=LABEL,
-        headers="".join(_headers(metrics, view)),
-        lines="\n".join(_line(place, row, list(metrics), view) for place, row in enumerate(rows)),
+        headers="".join(_headers(metrics, figures, view)),
+        lines="\n".join(_line(place, row, list(metrics), figures, view) for place, row in enumerate(rows)),
     )
 
 
@@ -309,12 +310,17 @@ def _legend(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
             yield f'<span><svg viewBox="-10 -10 20 20"><g class="{classes}">{mark}</g></svg>{words}</span>'
 
 
-def _headers(metrics: dict[str, dict[str, Any]], view: View) -> Iterator[str]:
+def _measured_figures(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """The cost figures that some row has, and dollars, which decide what is cheap."""
+    return [key for key in FIGURES if key == USD or any(row.cost and row.cost[key] is not None for row in rows)]
+
+
+def _headers(metrics: dict[str, dict[str, Any]], figures: Sequence[str], view: View) -> Iterator[str]:
     """Column titles; `data-first` is how a click sorts at first."""
-    first, *costs = COSTS
+    first, *costs = figures
     yield _header("version", "version", False, view)
     yield _header("retention", "quality kept", True, view)
-    yield _header(first, COSTS[first].title, COSTS[first].higher_is_better, view)
+    yield _header(first, FIGURES[first].title, FIGURES[first].higher_is_better, view)
     for key, words, descending in (("cost_ratio", "cost ratio", False), ("speedup", "speed-up", True)):
         yield _header(key, words, descending, view)
     yield _header("verdict", "verdict", False, view)
@@ -323,7 +329,7 @@ def _headers(metrics: dict[str, dict[str, Any]], view: View) -> Iterator[str]:
         words = task if task.endswith(metric) else f"{task}\n{metric}"
         yield _header(task, words, bool(result["higher_is_better"]), view)
     for key in costs:
-        yield _header(key, COSTS[key].title, COSTS[key].higher_is_better, view)
+        yield _header(key, FIGURES[key].title, FIGURES[key].higher_is_better, view)
 
 
 def _header(key: str, words: str, descending: bool, view: View) -> str:
@@ -336,7 +342,7 @@ def _header(key: str, words: str, descending: bool, view: View) -> str:
     return f'<th scope="col" data-key="{escape(key)}" data-first="{first}"{sorted_}>{shown}</th>'
 
 
-def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], view: View) -> str:
+def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequence[str], view: View) -> str:
     cost: dict[str, Any] = row.cost or {}
     kept = row.retention
     tags = [f'<span class="{row.verdict}">{row.verdict}</span>'] if row.verdict else []
@@ -349,7 +355,7 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], view: View) -> 
         name = f'<input type="checkbox" {words} aria-label="compare {escape(row.version)}"> {name}'
     name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(title(row))}</small>'
     whole = f"{kept['value']:.1%}<small>{kept['low']:.1%} to {kept['high']:.1%}</small>" if kept else None
-    prices = {key: _cell(cost.get(key), column.cell(cost.get(key))) for key, column in COSTS.items()}
+    prices = {key: _cell(cost.get(key), FIGURES[key].format_value(cost.get(key))) for key in figures}
     cells = [
         _cell(row.version, name),
         _cell(kept["value"] if kept else None, whole, " data-kept"),

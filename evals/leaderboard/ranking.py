@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from limbeck.evals.leaderboard.columns import COSTS
-from limbeck.registry.records import LeaderboardRow
+from limbeck.registry.records import FIGURES, LeaderboardRow
 
-USD = "usd_per_million_tokens"
 ABOUT = ("version", "kind", "recipe", "precision", "verdict", "retention")
 RATIOS = {"cost_ratio": False, "speedup": True}  # -> whether more is better
 
@@ -17,7 +15,7 @@ RATIOS = {"cost_ratio": False, "speedup": True}  # -> whether more is better
 def sort_keys(rows: Iterable[LeaderboardRow]) -> dict[str, bool]:
     """What rows can be sorted by -> whether the largest comes first."""
     tasks = {task: bool(result["higher_is_better"]) for row in rows for task, result in row.quality.items()}
-    costs = {name: column.higher_is_better for name, column in COSTS.items()}
+    costs = {name: column.higher_is_better for name, column in FIGURES.items()}
     return tasks | dict.fromkeys(ABOUT, False) | {"retention": True} | costs | RATIOS
 
 
@@ -27,7 +25,7 @@ def value(row: LeaderboardRow, key: str) -> Any:
         return int(row.version.rpartition("/")[2])
     if key == "retention":
         return row.retention["value"] if row.retention else None
-    if key in COSTS:
+    if key in FIGURES:
         return row.cost[key] if row.cost else None
     if key in ABOUT or key in RATIOS:
         return getattr(row, key)
@@ -48,7 +46,7 @@ def ranked(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[s
         return tuple(parts)
 
     result = []
-    sign = -1 if COSTS[cost].higher_is_better else 1
+    sign = -1 if FIGURES[cost].higher_is_better else 1
     for _, group in groupby(sorted(rows, key=rank), key=lambda row: row.setting):
         alike = list(group)
         prices = [value(row, cost) for row in alike]

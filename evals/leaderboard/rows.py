@@ -10,14 +10,13 @@ from difflib import get_close_matches
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from limbeck.evals.leaderboard.columns import COSTS
-from limbeck.evals.leaderboard.ranking import USD, ranked, sort_keys
+from limbeck.evals.leaderboard.ranking import ranked, sort_keys
 from limbeck.evals.scores.comparability import differences, group
 from limbeck.evals.scores.controls import against_controls
 from limbeck.registry.catalog.lineage import made_from_ref
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
-from limbeck.registry.records import Estimate, LeaderboardRow, Scorecard, TaskResult, top_level_tasks
+from limbeck.registry.records import FIGURES, USD, Estimate, LeaderboardRow, Scorecard, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.findings import VersionFindings
@@ -42,7 +41,7 @@ def rows(
     Args:
         task: rank by the retention of this task alone.
         sort: rank by this: retention, a task, a cost, cost_ratio, speedup, version, kind, recipe or precision.
-        cost: the column of `limbeck.evals.leaderboard.columns.COSTS` that the frontier is about.
+        cost: the column of `limbeck.evals.leaderboard.columns.FIGURES` that the frontier is about.
         only: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
 
     Raises:
@@ -56,7 +55,7 @@ def rows(
     if task and not groups:
         tasks = {known for several in cards.values() for card in several for known in card.tasks}
         raise BadInput(f"no version of {name} is scored on {task!r}", fix=_near(task, tasks))
-    _check(cost, COSTS, "cost")
+    _check(cost, FIGURES, "cost")
     for field, values in (only or {}).items():
         for one in values:
             _check(one, {getattr(each.version, field) for each in found} - {None}, field)
@@ -144,8 +143,7 @@ def _row(
     by_task = {name: _interval(kept) for name, kept in relative.task_retention.items()} if relative else {}
     overall = _interval(relative.retention) if relative and relative.retention else None
     spread = {
-        USD: cost and cost.usd_interval,
-        "p50_ms": cost and cost.p50_interval,
+        **(cost.intervals if cost else {}),
         "cost_ratio": relative and relative.cost_ratio_interval,
         "speedup": relative and relative.speedup_interval,
     }
@@ -157,7 +155,7 @@ def _row(
         precision=version.precision,
         quality={name: _quality(result) for name, result in shown.items()},
         retention=by_task.get(task) if task else overall,
-        cost={column: getattr(cost, column) for column in COSTS} if cost else None,
+        cost=cost.figures() if cost else None,
         cost_ratio=relative.cost_ratio if relative else None,
         speedup=relative.speedup if relative else None,
         pareto=False,

@@ -25,6 +25,7 @@ from limbeck.evals.verdict.caveats import not_measured
 from limbeck.evals.verdict.records import Answer, Candidate, Judgement, Open
 from limbeck.evals.verdict.wording import sentence, settle
 from limbeck.registry.records import (
+    USD,
     ComparedTask,
     Cost,
     Estimate,
@@ -173,7 +174,7 @@ def _ratio(cost: Cost | None, relative: Relative | None, setting: _Setting) -> t
         return relative.cost_ratio, relative.cost_ratio_interval
     if cost and setting.api:
         share = 1 / api_usd(setting.api, cost, setting.prices)[0]
-        interval = scaled(cost.usd_interval, share) if cost.usd_interval else None
+        interval = scaled(cost.intervals[USD], share) if USD in cost.intervals else None
         return cost.usd_per_million_tokens * share, interval
     return None, None
 

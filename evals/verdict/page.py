@@ -10,10 +10,10 @@ from pathlib import Path
 
 from limbeck.evals.cost.measure import load_of
 from limbeck.evals.leaderboard import page as leaderboard
-from limbeck.evals.leaderboard.columns import COSTS, Column, title
+from limbeck.evals.leaderboard.columns import title
 from limbeck.evals.verdict.records import Candidate, Judgement
 from limbeck.evals.verdict.wording import SHORT, between, chosen, named, payback, percent, signed, times
-from limbeck.registry.records import ComparedTask, Cost, Estimate
+from limbeck.registry.records import FIGURES, ComparedTask, Cost, Estimate, Figure
 
 MOST = 20  # candidates in the table
 
@@ -145,12 +145,12 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
         yield ""
     rows = [
         _compared(column.title, column, getattr(teachers, key) if teachers else None, getattr(cost, key))
-        for key, column in COSTS.items()
+        for key, column in FIGURES.items()
         if getattr(cost, key) is not None
     ]
     for load in cost.loads[1:]:
         beside = load_of(teachers, load.batch).usd_per_million_tokens if teachers and teachers.loads else None
-        dollars = COSTS["usd_per_million_tokens"]
+        dollars = FIGURES["usd_per_million_tokens"]
         what = f"{dollars.title}, batches of {load.batch}"
         rows.append(_compared(what, dollars, beside, load.usd_per_million_tokens))
     yield from _table(["", plain(judgement.teacher), best.version, "of the teacher's"], rows)
@@ -180,11 +180,11 @@ def _timed(judgement: Judgement, best: Candidate, cost: Cost) -> str:
     return words
 
 
-def _compared(what: str, column: Column, teachers: float | None, own: float) -> list[str | None]:
+def _compared(what: str, column: Figure, teachers: float | None, own: float) -> list[str | None]:
     """A figure of both, and their ratio."""
     ratio = own / teachers if teachers else None
     beside = ratio and (f"{times(ratio)} times" if ratio >= 2 else percent(ratio))
-    return [what, column.cell(teachers), column.cell(own), beside or None]
+    return [what, column.format_value(teachers), column.format_value(own), beside or None]
 
 
 def _prices(best: Candidate) -> list[str]:

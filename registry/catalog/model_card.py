@@ -13,7 +13,7 @@ from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.core.markdown import code_block, escape_inline, markdown_table
 from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.provenance.licences import LineageLicence, licence_names, lineage_licences, terms_of_licence
-from limbeck.registry.records import Parity, Scorecard, TaskResult, TrainingCost, Verdict, Version
+from limbeck.registry.records import FIGURES, Cost, Parity, Scorecard, TaskResult, TrainingCost, Verdict, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
@@ -182,17 +182,9 @@ def _cost(content: _CardContent) -> str:
     relative = content.scorecard.relative if content.scorecard else None
     if cost is None:
         return "What it costs has not been measured.\n"
-    usd, p50 = cost.usd_interval, cost.p50_interval
     ratio, speedup = (relative.cost_ratio, relative.speedup) if relative else (None, None)
     rows = {
-        "USD per million tokens": f"{cost.usd_per_million_tokens:.3g}"
-        + (f" [{usd.low:.3g}, {usd.high:.3g}]" if usd else ""),
-        "a request, median": f"{cost.p50_ms:.1f} ms" + (f" [{p50.low:.1f}, {p50.high:.1f}]" if p50 else ""),
-        "a request, 95th percentile": f"{cost.p95_ms:.1f} ms",
-        "prefill": f"{cost.prefill_tokens_per_s:,.0f} tokens/s",
-        "decode": f"{cost.decode_tokens_per_s:,.0f} tokens/s",
-        "files": f"{cost.disk_bytes / 1e6:,.1f} MB",
-        "peak memory": f"{cost.peak_rss_bytes / 1e6:,.0f} MB",
+        **{figure.title: _format_figure(cost, name) for name, figure in FIGURES.items()},
         "cost beside its teacher's": f"{ratio:.3g} of it" if ratio is not None else None,
         "speed beside its teacher's": f"{speedup:.3g} times" if speedup is not None else None,
     }
@@ -200,6 +192,15 @@ def _cost(content: _CardContent) -> str:
     price = f" at {cost.usd_per_hour:g} USD an hour" + (f" ({escape_inline(cost.price)})" if cost.price else "")
     request = f"a request is {cost.prompt_tokens} tokens in and {cost.new_tokens} out"
     return f"On {how}; {request};{price}.\n\n{_key_value_table(rows)}"
+
+
+def _format_figure(cost: Cost, name: str) -> str | None:
+    """A cost figure with its interval, in the unit of its title; None if it was not measured."""
+    figure, interval = FIGURES[name], cost.intervals.get(name)
+    value = figure.format_value(cost.figures()[name])
+    if value is None or interval is None:
+        return value
+    return f"{value} [{figure.format_value(interval.low)}, {figure.format_value(interval.high)}]"
 
 
 def _parity(content: _CardContent) -> str:

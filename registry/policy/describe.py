@@ -6,16 +6,10 @@ from collections.abc import Iterator
 
 from limbeck.registry.policy.plugins import find_plugin
 from limbeck.registry.policy.schema import Policy, QualityRules
+from limbeck.registry.records import FIGURES
 
-COST = {
-    "cost_ratio": "dollars per million tokens over the teacher's",
-    "usd_per_million_tokens": "dollars per million tokens",
-    "p50_ms": "milliseconds of a request, the median",
-    "p95_ms": "milliseconds of a request, 95 in 100",
-    "disk_bytes": "bytes on disk",
-    "peak_rss_bytes": "bytes of memory",
-    "peak_device_bytes": "bytes of a GPU's memory",
-    "decode_tokens_per_s": "new tokens per second",
+COST = {name: figure.description for name, figure in FIGURES.items()} | {
+    "cost_ratio": "dollars per million tokens over the teacher's"
 }
 PARITY = {
     "mean_kl": "mean KL to its PyTorch model, nats per token",

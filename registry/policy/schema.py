@@ -71,12 +71,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, create_model
 
-from limbeck.registry.records import Frozen, Record
+from limbeck.registry.records import FIGURES, Cost, Frozen, Record, limit_name
 
 Retention = Annotated[float, Field(ge=0, le=1.5)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -93,17 +94,17 @@ class QualityRules(Frozen):
     max_age_days: Positive | None = None
 
 
-class CostLimits(Frozen):
-    """How much it may cost to run."""
+def _cost_limit_fields() -> dict[str, Any]:
+    """A key for each figure of `limbeck.registry.records.FIGURES`: max_..., or min_... if more is better."""
+    whole = {name for name, field in Cost.model_fields.items() if field.annotation in (int, int | None)}
+    kinds = {name: PositiveInt if name in whole else Positive for name in FIGURES}
+    return {limit_name(name): (kind | None, None) for name, kind in kinds.items()}
+
+
+class CostLimits(create_model("CostFigureLimits", __base__=Frozen, **_cost_limit_fields())):  # type: ignore[misc]
+    """How much it may cost to run: a limit for each cost figure, and one on its ratio to the teacher's cost."""
 
     max_cost_ratio: Positive | None = None
-    max_p95_ms: Positive | None = None
-    max_disk_bytes: int | None = Field(default=None, gt=0)
-    max_peak_rss_bytes: int | None = Field(default=None, gt=0)
-    min_decode_tokens_per_s: Positive | None = None
-    max_usd_per_million_tokens: Positive | None = None
-    max_p50_ms: Positive | None = None
-    max_peak_device_bytes: Annotated[int, Field(gt=0)] | None = None
 
 
 class ParityLimits(Frozen):

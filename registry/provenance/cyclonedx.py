@@ -196,8 +196,9 @@ def _metrics(card: Scorecard) -> Iterator[Json]:
     if card.relative and card.relative.cost_ratio is not None:
         yield _metric(f"cost over that of {card.relative.teacher}", card.relative.cost_ratio)
     if card.cost:
-        for name in ("usd_per_million_tokens", "p50_ms", "p95_ms", "decode_tokens_per_s", "peak_rss_bytes"):
-            yield _metric(name, getattr(card.cost, name))
+        for name, value in card.cost.figures().items():
+            if value is not None:
+                yield _metric(name, value)
 
 
 def _metric(kind: str, value: float, limits: tuple[float, float] | None = None, task: str | None = None) -> Json:

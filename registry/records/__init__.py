@@ -18,7 +18,7 @@ from limbeck.registry.records.comparisons import (
     LeaderboardRow,
     Noninferiority,
 )
-from limbeck.registry.records.cost import BatchCost, Cost
+from limbeck.registry.records.cost import FIGURES, HEADLINES, USD, BatchCost, Cost, Figure, limit_name
 from limbeck.registry.records.gate import Approval, LedgerEntry, Request, RuleResult, Verdict
 from limbeck.registry.records.scores import (
     Contamination,
@@ -32,6 +32,9 @@ from limbeck.registry.records.scores import (
 from limbeck.registry.records.version import TrainingCost, Version
 
 __all__ = [
+    "FIGURES",
+    "HEADLINES",
+    "USD",
     "AnswerDifferences",
     "Approval",
     "BatchCost",
@@ -43,6 +46,7 @@ __all__ = [
     "Cost",
     "Engine",
     "Estimate",
+    "Figure",
     "Flip",
     "Frozen",
     "Kind",
@@ -61,5 +65,6 @@ __all__ = [
     "TrainingCost",
     "Verdict",
     "Version",
+    "limit_name",
     "top_level_tasks",
 ]

@@ -51,7 +51,7 @@ class Blocker:
         if name.split(".")[0] in {"torch", "transformers", "optimum", "onnx", "mlflow", "datasets", "scipy"}:
             raise ImportError(f"{name} is not here")
 sys.meta_path.insert(0, Blocker())
-from limbeck import main
+from limbeck.cli import main
 main(sys.argv[1:])
 """
 

@@ -13,11 +13,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
 
-from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.evals.leaderboard.diff import Diff, diff
 from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
 from limbeck.registry.gate import approvals, promotion
-from limbeck.registry.records import LedgerEntry, Version
+from limbeck.registry.records import FIGURES, HEADLINES, LedgerEntry, Version
 from limbeck.web.render import model_link, query_string, render_page, version_link
 from limbeck.web.routes.pages import not_found_as_404
 from limbeck.web.security import NotLoggedIn, Session, require_session_form
@@ -28,7 +27,6 @@ from limbeck.web.views.gate import PRODUCTION, AliasGate
 router = APIRouter()
 SiteDependency = Annotated[Site, Depends(current_site)]
 SentForm = Annotated[dict[str, str], Depends(require_session_form)]
-COST_FIGURES = ("usd_per_million_tokens", "p50_ms", "decode_tokens_per_s", "disk_bytes", "peak_rss_bytes")
 
 
 # --- promote
@@ -127,9 +125,9 @@ def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | Non
     except BadInput:
         return None
     costs = [
-        (COSTS[row.figure], row.b, row.a, row.ratio)
+        (FIGURES[row.figure], row.b, row.a, row.ratio)
         for row in found.cost
-        if row.figure in COST_FIGURES and (row.a is not None or row.b is not None)
+        if row.figure in HEADLINES and (row.a is not None or row.b is not None)
     ]
     tasks = found.quality.tasks if found.quality else ()
     return {"costs": costs, "tasks": tasks, "no_quality": found.no_quality, "no_cost": found.no_cost}

@@ -15,11 +15,10 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from limbeck.evals.leaderboard import page as leaderboard_page
 from limbeck.evals.leaderboard.diff import diff
 from limbeck.evals.leaderboard.page import View
-from limbeck.evals.leaderboard.ranking import USD
 from limbeck.registry.catalog.lineage import lineage_trees
 from limbeck.registry.catalog.model_card import model_card as model_card
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.records import Version
+from limbeck.registry.records import USD, Version
 from limbeck.web import leaderboards
 from limbeck.web.render import markdown, model_link, render_page
 from limbeck.web.site import Site, current_site

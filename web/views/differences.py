@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.evals.leaderboard.diff import Diff
 from limbeck.evals.scores.compare import compare
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import ComparedTask, Flip, Version
+from limbeck.registry.records import FIGURES, ComparedTask, Flip, Version
 from limbeck.web.views import plots
 from limbeck.web.views.version_data import MAIN_CURVES, training_curves, training_metrics
 
@@ -54,7 +53,7 @@ def comparison_values(store: Store, comparison: Diff) -> dict[str, Any]:
     rows = [*comparison.quality.tasks, *comparison.quality.over_all] if comparison.quality else []
     return {
         "tasks": [(row, _difference_interval(row)) for row in rows],
-        "costs": [(COSTS[row.figure], row) for row in comparison.cost if row.a is not None or row.b is not None],
+        "costs": [(FIGURES[row.figure], row) for row in comparison.cost if row.a is not None or row.b is not None],
         "curves": _paired_curves(store, comparison),
     }
 

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from limbeck.evals.leaderboard.ranking import USD, value
+from limbeck.evals.leaderboard.ranking import value
 from limbeck.registry.core.errors import LimbeckError, Unreachable
 from limbeck.registry.gate import approvals
 from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions
-from limbeck.registry.records import LeaderboardRow
+from limbeck.registry.records import USD, LeaderboardRow
 from limbeck.web.site import Site
 
 

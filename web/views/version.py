@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from limbeck.evals.leaderboard.columns import COSTS
 from limbeck.registry.catalog.lineage import made_from_ref
 from limbeck.registry.gate import approvals
 from limbeck.registry.ledger import log
-from limbeck.registry.records import Estimate, Overlap, Scorecard, TaskResult, Version
+from limbeck.registry.records import FIGURES, Estimate, Overlap, Scorecard, TaskResult, Version
 from limbeck.web.render import query_string, version_link
 from limbeck.web.site import Site
 from limbeck.web.views import plots
@@ -97,10 +96,10 @@ def _scores(scorecard: Scorecard) -> Iterator[TaskScore]:
 
 def _costs(scorecard: Scorecard) -> Iterator[tuple[str, str, str | None]]:
     teacher = scorecard.relative.teacher_cost if scorecard.relative else None
-    for key, column in COSTS.items():
-        value = column.cell(getattr(scorecard.cost, key, None))
+    for key, column in FIGURES.items():
+        value = column.format_value(getattr(scorecard.cost, key, None))
         if value is not None:
-            yield column.title, value, column.cell(getattr(teacher, key, None))
+            yield column.title, value, column.format_value(getattr(teacher, key, None))
 
 
 def _requests(site: Site, version: Version) -> Iterator[approvals.ApprovalState]:

@@ -9,9 +9,6 @@ from limbeck.registry.gate.rules.bounds import check_bound, format_number, rule_
 from limbeck.registry.policy.schema import CostLimits, ParityLimits
 from limbeck.registry.records import Cost, Estimate, RuleResult, Scorecard
 
-# Where a figure's interval over rounds is kept.
-INTERVALS = {"usd_per_million_tokens": "usd_interval", "p50_ms": "p50_interval"}
-
 
 def cost_results(rules: CostLimits, evidence: Evidence) -> Iterator[RuleResult]:
     """What the rules on cost say; nothing where there is no scorecard of these files, which is said elsewhere."""
@@ -39,7 +36,7 @@ def _measured_value(card: Scorecard, field: str) -> tuple[float | None, Estimate
         return None, None
     if field == "peak_device_bytes" and _on_cpu(card.cost):
         return 0, None
-    return getattr(card.cost, field), getattr(card.cost, INTERVALS.get(field, ""), None)
+    return getattr(card.cost, field), card.cost.intervals.get(field)
 
 
 def _on_cpu(cost: Cost) -> bool:

@@ -83,13 +83,13 @@ def test_speeds_and_dollars_agree(costs: list[Cost]) -> None:
             one.p95_ms,
             one.usd_per_million_tokens,
         )
-        assert cost.usd_interval
-        assert cost.p50_interval
-        assert cost.p50_interval.low == min(one.request_ms)
-        assert cost.p50_interval.confidence == pytest.approx(1 - 2 / 2**4)
-        assert cost.usd_interval.value == pytest.approx(cost.usd_per_million_tokens)
-        assert cost.usd_interval.low / cost.usd_interval.value == pytest.approx(
-            cost.p50_interval.low / cost.p50_interval.value
+        assert cost.intervals["usd_per_million_tokens"]
+        assert cost.intervals["p50_ms"]
+        assert cost.intervals["p50_ms"].low == min(one.request_ms)
+        assert cost.intervals["p50_ms"].confidence == pytest.approx(1 - 2 / 2**4)
+        assert cost.intervals["usd_per_million_tokens"].value == pytest.approx(cost.usd_per_million_tokens)
+        assert cost.intervals["usd_per_million_tokens"].low / cost.intervals["usd_per_million_tokens"].value == pytest.approx(
+            cost.intervals["p50_ms"].low / cost.intervals["p50_ms"].value
         )
 
 
@@ -125,10 +125,10 @@ def test_another_price(costs: list[Cost]) -> None:
     assert dear.price == "mine"
     assert dear.usd_per_million_tokens == pytest.approx(2 * cost.usd_per_million_tokens)
     assert dear.loads[1].usd_per_million_tokens == pytest.approx(2 * cost.loads[1].usd_per_million_tokens)
-    assert dear.usd_interval
-    assert cost.usd_interval
-    assert dear.usd_interval.high == pytest.approx(2 * cost.usd_interval.high)
-    assert (dear.p50_ms, dear.p50_interval) == (cost.p50_ms, cost.p50_interval)
+    assert dear.intervals["usd_per_million_tokens"]
+    assert cost.intervals["usd_per_million_tokens"]
+    assert dear.intervals["usd_per_million_tokens"].high == pytest.approx(2 * cost.intervals["usd_per_million_tokens"].high)
+    assert (dear.p50_ms, dear.intervals["p50_ms"]) == (cost.p50_ms, cost.intervals["p50_ms"])
     assert not comparable(dear, cost)
     assert priced(dear, 1.0) == cost
 
@@ -173,8 +173,8 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) ->
     asked.clear()
     measure(models, seconds=600, **brief)
     assert asked == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
-    assert a.p50_interval
-    assert a.p50_interval.confidence == 0.95
+    assert a.intervals["p50_ms"]
+    assert a.intervals["p50_ms"].confidence == 0.95
     assert a.run == b.run is not None
 
 

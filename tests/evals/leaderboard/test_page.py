@@ -105,7 +105,7 @@ def test_a_browser_draws_the_plot_to_scale(
 ) -> None:
     spread = Estimate(value=1.0, low=0.5, high=1.5)
     for retention, usd in ((1.0, 1.0), (0.8, 0.1), (0.9, 0.01), (0.9, 0.01), (0.7, 0.02)):
-        fields = {"decode_tokens_per_s": 10 / usd, "usd_interval": spread if usd == 1 else None}
+        fields = {"decode_tokens_per_s": 10 / usd, "intervals": {"usd_per_million_tokens": spread} if usd == 1 else {}}
         add((retention, usd, {"cost_fields": fields}), recipe=EVIL)
     add()
     found = rows(store, "m", cost=cost)
@@ -160,7 +160,7 @@ def test_a_browser_tells_of_the_point_that_has_the_focus(
     store: Store, add: Callable[..., Version], browse: Callable[..., str]
 ) -> None:
     add((1.0, 3.0, {}), kind="teacher", engine="torch")
-    add((0.8, 1.0, {"cost_fields": {"usd_interval": Estimate(value=1.0, low=0.5, high=1.5)}}), recipe="a<b")
+    add((0.8, 1.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": Estimate(value=1.0, low=0.5, high=1.5)}}}), recipe="a<b")
     page = render("m", rows(store, "m"))
     focus = "const first = document.querySelector('.plot g[tabindex=\"0\"]'); first.focus();"
     press = "first.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"

@@ -306,7 +306,7 @@ def test_licences_are_told_and_those_that_forbid_are_marked(
 
 def test_intervals_of_costs(store: Store, add: Callable[..., Version]) -> None:
     spread = Estimate(value=2.0, low=1.5, high=2.5)
-    add((1.0, 2.0, {"cost_fields": {"usd_interval": spread}}))
+    add((1.0, 2.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": spread}}}))
     assert rows(store, "m")[0].intervals == {"usd_per_million_tokens": {"low": 1.5, "high": 2.5}}
 
 

@@ -87,7 +87,7 @@ def test_lineage(still: Still, limbeck: Limbeck) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom limbeck import main\n"
+        "import sys\nfrom limbeck.cli import main\n"
         "try: main(sys.argv[1:])\nfinally:\n"
         "    heavy = {'torch', 'transformers', 'mlflow', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "    assert not heavy, heavy\n"
