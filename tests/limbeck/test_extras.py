@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -17,59 +16,9 @@ from limbeck.cli import EXTRAS, missing_package
 from limbeck.registry.core.extras import distribution_of_module, install_command, packages_of_extras
 from limbeck.registry.doctor import read_tested_versions
 from tests import ROOT
+from tests.limbeck.host_helpers import distributions_of_host, run_on_host
 
 ROOMS = {"limbeck", "registry", *(name.split(".")[1] for name in EXTRAS)}
-
-# A machine where only the distributions of ALLOWED are installed, beside Limbeck.
-HOST = """
-import importlib.abc, importlib.metadata, os, sys
-allowed = set(os.environ["ALLOWED"].split()) | {"limbeck"}
-installed = importlib.metadata.packages_distributions()
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        owners = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(top, ())}
-        if owners and not owners & allowed:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def distributions_of_host(*extras: str) -> set[str]:
-    """All that pip installs for `limbeck[extras]`, with what the packages need in turn."""
-    packages = packages_of_extras()
-    found: set[str] = set()
-    queue = [(name, "") for extra in ("", *extras) for name in packages[extra]]
-    seen = set()
-    while queue:
-        name, extra = queue.pop()
-        if (name, extra) in seen:
-            continue
-        seen.add((name, extra))
-        found.add(name)
-        for line in _requirements(name):
-            needed = Requirement(line)
-            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                queue += [(canonicalize_name(needed.name), each) for each in ("", *needed.extras)]
-    return found
-
-
-def _requirements(name: str) -> list[str]:
-    try:
-        return metadata.requires(name) or []
-    except metadata.PackageNotFoundError:  # for another Python or platform
-        return []
-
-
-def run_on_host(folder: Path, allowed: set[str], *args: object) -> subprocess.CompletedProcess[str]:
-    """Run a `limbeck` command line in a process that can import the distributions `allowed` alone."""
-    (folder / "sitecustomize.py").write_text(HOST)
-    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    paths = os.pathsep.join([str(folder), str(ROOT)])
-    environment = kept | {"PYTHONPATH": paths, "ALLOWED": " ".join(allowed), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-m", "limbeck", *map(str, args)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def imported_distributions(room: str) -> set[str]:
