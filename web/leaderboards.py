@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from limbeck.evals.leaderboard.page import Parts, View, parts
-from limbeck.evals.leaderboard.ranking import pareto, ranked, sort_keys, value
-from limbeck.evals.leaderboard.rows import by_setting, rows
+from limbeck.evals.leaderboard.page import PageParts, View, render_parts
+from limbeck.evals.leaderboard.ranking import pareto_flags, rank_rows, sort_keys, sort_value
+from limbeck.evals.leaderboard.rows import group_by_setting, leaderboard_rows
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions
 from limbeck.registry.mlflow.store import Store
@@ -31,7 +31,7 @@ class LeaderboardCache:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def rows(self, name: str, listed_versions: list[ListedVersion] | None = None) -> list[LeaderboardRow]:
-        """As `limbeck.evals.leaderboard.rows.rows`. Raises BadInput where there is no such model.
+        """As `limbeck.evals.leaderboard.rows.leaderboard_rows`. Raises BadInput where there is no such model.
 
         Args:
             listed_versions: what is registered of it, where that is known.
@@ -44,7 +44,7 @@ class LeaderboardCache:
             )
             before, made = self._cached.get(name, (None, []))
             if not listed_versions or before != listed_versions:
-                made = rows(self._store, name, quiet=True)
+                made = leaderboard_rows(self._store, name, quiet=True)
                 self._cached[name] = listed_versions, made
             return made
 
@@ -53,7 +53,7 @@ class LeaderboardPage(NamedTuple):
     """A leaderboard's page."""
 
     rows: list[LeaderboardRow]  # of this page, those that are hidden at first too
-    parts: Parts
+    parts: PageParts
     view: View
     number: int  # of the page, from 1
     pages: int
@@ -74,14 +74,14 @@ def leaderboard_page(
     for what, wanted, known in (("cost", view.cost, FIGURES), ("key to sort by", view.sort or "retention", keys)):
         if wanted not in known:
             raise BadInput(f"{wanted!r} is no {what}", fix=f"there are: {', '.join(known)}")
-    shown = ranked(filter(view.shows, all_rows), view.sort or "retention", view.cost, keys)
+    shown = rank_rows(filter(view.shows, all_rows), view.sort or "retention", view.cost, keys)
     total, pages = len(shown), max(1, -(-len(shown) // ROWS_PER_PAGE))
     page_number = min(max(page_number, 1), pages)
     view = replace(
         view,
         link=version_link,
-        sorting=lambda key, reverse: model_link(name) + _view_query(replace(view, sort=key, reverse=reverse)),
-        choosing="compare",
+        sort_link=lambda key, reverse: model_link(name) + _view_query(replace(view, sort=key, reverse=reverse)),
+        selection_form="compare",
         paged=len(all_rows) > ROWS_PER_PAGE,
     )
     dots: list[LeaderboardRow] = []
@@ -92,9 +92,11 @@ def leaderboard_page(
         )
     else:
         best = {row.version for row in shown if row.pareto}
-        whole = ranked(all_rows, view.sort or "retention", view.cost, keys)
+        whole = rank_rows(all_rows, view.sort or "retention", view.cost, keys)
         table = _in_view_order([row.model_copy(update={"pareto": row.version in best}) for row in whole], view)
-    return LeaderboardPage(table, parts(table, view, every=all_rows, dots=dots), view, page_number, pages, total)
+    return LeaderboardPage(
+        table, render_parts(table, view, all_rows=all_rows, extra_points=dots), view, page_number, pages, total
+    )
 
 
 def page_address(name: str, view: View, page_number: int = 1) -> str:
@@ -116,7 +118,7 @@ def _in_view_order(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[Le
     result: list[LeaderboardRow] = []
     for _, group in groupby(ranked_rows, key=lambda row: row.setting):
         alike = list(group)
-        known = [row for row in alike if value(row, view.sort or "retention") is not None]
+        known = [row for row in alike if sort_value(row, view.sort or "retention") is not None]
         result += [*reversed(known), *(row for row in alike if row not in known)]
     return result
 
@@ -126,15 +128,15 @@ def _plot_points(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[Lead
     sign = -1 if FIGURES[view.cost].higher_is_better else 1
     best: list[LeaderboardRow] = []
     others: list[LeaderboardRow] = []
-    for alike in by_setting(ranked_rows):
+    for alike in group_by_setting(ranked_rows):
         points = [(_signed_cost(row, view.cost, sign), _retention(row, view.task)) for row in alike]
-        for row, on in zip(alike, pareto(points), strict=True):
+        for row, on in zip(alike, pareto_flags(points), strict=True):
             (best if on else others).append(row)
     return best + others[: max(0, MAX_PLOT_POINTS - len(best))]
 
 
 def _signed_cost(row: LeaderboardRow, cost: str, sign: int) -> float | None:
-    price = value(row, cost)
+    price = sort_value(row, cost)
     return None if price is None else sign * price
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.records import ComparedModels, ComparedTask, Flip, Noninferiority
 
-SHOWN = 90  # characters of a text
-FLIPS = 10  # documents of each task, where --show-flips has no number
+MAX_TEXT_CHARACTERS = 90  # characters of a text
+DEFAULT_FLIPS = 10  # documents of each task, where --show-flips has no number
 
 
 @click.command()
@@ -36,8 +36,8 @@ FLIPS = 10  # documents of each task, where --show-flips has no number
     type=click.IntRange(min=1),
     metavar="[N]",
     is_flag=False,
-    flag_value=FLIPS,
-    help=f"Show the documents where they differ, at most N of each task. [N: {FLIPS}]",
+    flag_value=DEFAULT_FLIPS,
+    help=f"Show the documents where they differ, at most N of each task. [N: {DEFAULT_FLIPS}]",
 )
 @click.option("--check", is_flag=True, help="Exit with 1 unless every task passes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
@@ -65,7 +65,7 @@ def compare(
     The newest scores that both have are taken; no model runs, but for --tasks that are not scored yet.
     """
     quiet_libraries()
-    from limbeck.evals.scores.compare import compare as run
+    from limbeck.evals.scores.compare import compare_models as run
     from limbeck.evals.stats.noninferiority import Margins
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -76,7 +76,7 @@ def compare(
 
         return TaskSet.load(names, include_path)
 
-    found = run(a, b, names, load, margins=allowed, most_flips=show_flips or 0, trust_remote_code=trust_remote_code)
+    found = run(a, b, names, load, margins=allowed, max_flips=show_flips or 0, trust_remote_code=trust_remote_code)
     if output == "json":
         print_json(found)
     else:
@@ -86,9 +86,9 @@ def compare(
         raise Refused(f"{found.candidate} is not shown to be as good as {found.reference} on {', '.join(open_tasks)}")
 
 
-def _print(found: ComparedModels) -> None:
-    a, b = found.candidate, found.reference
-    rows = [*found.tasks, *found.over_all]
+def _print(comparison: ComparedModels) -> None:
+    a, b = comparison.candidate, comparison.reference
+    rows = [*comparison.tasks, *comparison.over_all]
     columns = ["task", "metric", a, b, "difference, paired", "better"]
     print_table("", columns, [_difference_cells(row) for row in rows])
     columns = ["task", "margin", "lower bound", "p", "p, Holm", "verdict", "detectable", "what would settle it"]
@@ -98,9 +98,9 @@ def _print(found: ComparedModels) -> None:
     for row in rows:
         if row.no_retention:
             print(f"{_name(row)}: {row.no_retention}")
-    for task, why in found.unknown_tasks.items():
+    for task, why in comparison.unknown_tasks.items():
         print(f"{task}: {why}")
-    for flip in found.flips:
+    for flip in comparison.flips:
         print("\n".join(_flip_lines(flip, a, b)))
 
 
@@ -118,10 +118,10 @@ def _difference_cells(row: ComparedTask) -> list[str]:
 def _verdict_cells(row: ComparedTask) -> list[str | None]:
     test = row.noninferiority
     numbers = f"{test.margin:g}", f"{test.lower:+.4f}", f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
-    return [_name(row), *numbers, test.verdict, f"{test.detectable:.2g}", _settling(test)]
+    return [_name(row), *numbers, test.verdict, f"{test.detectable:.2g}", _missing_evidence(test)]
 
 
-def _settling(test: Noninferiority) -> str | None:
+def _missing_evidence(test: Noninferiority) -> str | None:
     """What an inconclusive verdict lacks."""
     if test.verdict != "inconclusive":
         return None
@@ -129,10 +129,10 @@ def _settling(test: Noninferiority) -> str | None:
         return "it passes alone, not beside the others"
     if test.documents_needed is None:
         return "nothing: it is at the margin"
-    return f"about {_rounded(test.documents_needed)} documents"
+    return f"about {_round_up(test.documents_needed)} documents"
 
 
-def _rounded(count: int) -> str:
+def _round_up(count: int) -> str:
     """To two figures, upwards."""
     unit = 10 ** max(0, len(str(count)) - 2)
     return f"{-(-count // unit) * unit:,}"
@@ -155,15 +155,15 @@ def _answer_cells(row: ComparedTask) -> list[str | int | None]:
 def _flip_lines(flip: Flip, a: str, b: str) -> Iterator[str]:
     width = max(len(a), len(b), len("prompt"))
     yield f"\n{flip.task} {flip.doc_id}"
-    yield f"  {'prompt':{width}}  {_shown(flip.prompt_end)[-SHOWN:]}"
-    yield f"  {'target':{width}}  {_shown(flip.target)[:SHOWN]}"
+    yield f"  {'prompt':{width}}  {_escape_text(flip.prompt_end)[-MAX_TEXT_CHARACTERS:]}"
+    yield f"  {'target':{width}}  {_escape_text(flip.target)[:MAX_TEXT_CHARACTERS]}"
     for name, value, response in (
         (a, flip.candidate_value, flip.candidate_response),
         (b, flip.reference_value, flip.reference_response),
     ):
-        yield f"  {name:{width}}  {value:.4g}  {_shown(response)[:SHOWN]}"
+        yield f"  {name:{width}}  {value:.4g}  {_escape_text(response)[:MAX_TEXT_CHARACTERS]}"
 
 
-def _shown(text: str | None) -> str:
+def _escape_text(text: str | None) -> str:
     """On one line, without control characters that could rewrite the terminal."""
     return "-" if text is None else repr(text)[1:-1]

@@ -10,7 +10,7 @@ import click
 from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries
 
 if TYPE_CHECKING:
-    from limbeck.evals.leaderboard.diff import Changed, ComparedCost, Diff
+    from limbeck.evals.leaderboard.diff import ChangedField, ComparedCost, Diff
     from limbeck.registry.records import ComparedTask
 
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -27,7 +27,7 @@ def diff(a: str, b: str, output: str) -> None:
     ratios are A over B, and only of figures that were measured alike. `limbeck compare A B` has more on quality.
     """
     quiet_libraries()
-    from limbeck.evals.leaderboard.diff import diff as run
+    from limbeck.evals.leaderboard.diff import diff_versions as run
     from limbeck.registry.mlflow.store import Store
 
     found = run(Store(), a, b)
@@ -37,19 +37,19 @@ def diff(a: str, b: str, output: str) -> None:
         _print(found)
 
 
-def _print(found: Diff) -> None:
-    a, b = found.a.ref, found.b.ref
-    if found.fields:
-        _print_changed("versions", found.fields, a, b)
+def _print(comparison: Diff) -> None:
+    a, b = comparison.a.ref, comparison.b.ref
+    if comparison.fields:
+        _print_changed("versions", comparison.fields, a, b)
     else:
         print(f"versions: {a} and {b} do not differ in a field")
-    if found.no_recipe:
-        print(f"recipe: {found.no_recipe}")
-    elif found.recipe:
-        _print_changed("recipe", found.recipe, a, b)
+    if comparison.no_recipe:
+        print(f"recipe: {comparison.no_recipe}")
+    elif comparison.recipe:
+        _print_changed("recipe", comparison.recipe, a, b)
     else:
         print("recipe: the same in every parameter")
-    if quality := found.quality:
+    if quality := comparison.quality:
         columns = ["task", "metric", a, b, "difference, paired", "better", "documents"]
         print_table(f"scores, {quality.harness}", columns, [_score(row) for row in quality.tasks])
         if kept := quality.retention:
@@ -57,14 +57,14 @@ def _print(found: Diff) -> None:
         for task, why in quality.unknown_tasks.items():
             print(f"{task}: {why}")
     else:
-        print(f"scores: {found.no_quality}")
-    if found.cost:
-        print_table("cost", ["figure", a, b, f"{a} / {b}"], [_cost(row) for row in found.cost])
-    if found.no_cost:
-        print(f"cost: {found.no_cost}")
+        print(f"scores: {comparison.no_quality}")
+    if comparison.cost:
+        print_table("cost", ["figure", a, b, f"{a} / {b}"], [_cost(row) for row in comparison.cost])
+    if comparison.no_cost:
+        print(f"cost: {comparison.no_cost}")
 
 
-def _print_changed(title: str, rows: tuple[Changed, ...], a: str, b: str) -> None:
+def _print_changed(title: str, rows: tuple[ChangedField, ...], a: str, b: str) -> None:
     print_table(title, ["differs in", a, b], [(row.name, _short(row.a), _short(row.b)) for row in rows])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from limbeck.evals.cost.prices import Prices, price_options
-from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, headers
+from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, task_headers
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table, quiet_libraries
 
@@ -32,9 +32,9 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
     pairs of a snippet and one that is broken by a rule. lm-eval itself can run them too.
     """
     quiet_libraries()
-    from limbeck.evals.tasks.make_tasks import KINDS, make
+    from limbeck.evals.tasks.make_tasks import TASK_KINDS, make_tasks
 
-    made = make(corpus, to, name, kinds or KINDS, documents=documents)
+    made = make_tasks(corpus, to, name, kinds or TASK_KINDS, documents=documents)
     if output == "json":
         print_json(made)
         return
@@ -181,7 +181,12 @@ def _print_cards(cards: Sequence[Scorecard]) -> None:
     from limbeck.registry.records import top_level_tasks
 
     shown = list(dict.fromkeys(task for card in cards for task in top_level_tasks(card.tasks)))
-    columns = ["model", *headers({task: cards[0].tasks[task].metric for task in shown}), "retention", *COST_COLUMNS]
+    columns = [
+        "model",
+        *task_headers({task: cards[0].tasks[task].metric for task in shown}),
+        "retention",
+        *COST_COLUMNS,
+    ]
     table = []
     for card in cards:
         results = [card.tasks[task] for task in shown]

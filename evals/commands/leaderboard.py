@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from limbeck.registry.records import LeaderboardRow
 
 # Mark of a version -> what it says of the licences of what it learnt from.
-TERMS = {
+LICENCE_MARKS = {
     "!": "a licence of what it learnt from forbids that",
     "?": "whether the licences of what it learnt from allow that is not known: teacher.licence in the recipe says it",
 }
@@ -67,20 +67,20 @@ def leaderboard(
     Versions that were not measured alike (other tasks, documents, prompts, harness, teacher, machine, threads,
     request, price) are ranked apart, the largest group first.
     """
-    from limbeck.evals.leaderboard.rows import rows, to_csv
+    from limbeck.evals.leaderboard.rows import leaderboard_rows, to_csv
     from limbeck.registry.core.home import home
     from limbeck.registry.mlflow.store import Store
 
     if output == "table" and file:
         raise BadInput("--output takes no table", fix="add --format html, csv or json")
     only = {"kind": kind, "recipe": recipe, "precision": precision}
-    found = rows(Store(), name, task, sort=sort, cost=cost, only=only)
+    found = leaderboard_rows(Store(), name, task, sort=sort, cost=cost, filters=only)
     found = [row for row in found if row.pareto or not pareto]
     if output == "html":
-        from limbeck.evals.leaderboard.page import render
+        from limbeck.evals.leaderboard.page import render_page
 
         file = file or home() / "reports" / f"{name}.html"
-        text = render(name, found, task, cost)
+        text = render_page(name, found, task, cost)
     elif output == "csv":
         text = to_csv(found)
     elif output == "json" and file:
@@ -96,51 +96,51 @@ def leaderboard(
     write_report(text, file)
 
 
-def _print_rows(name: str, found: Sequence[LeaderboardRow], cost: str) -> None:
+def _print_rows(name: str, rows: Sequence[LeaderboardRow], cost: str) -> None:
     """A table for each setting."""
-    from limbeck.evals.leaderboard.rows import by_setting
-    from limbeck.evals.scores.controls import told
+    from limbeck.evals.leaderboard.rows import group_by_setting
+    from limbeck.evals.scores.controls import describe_control_result
 
-    for alike in by_setting(found) or [[]]:
+    for alike in group_by_setting(rows) or [[]]:
         apart = f", {alike[0].differs}" if alike and alike[0].differs else ""
         print_table(f"{name}{apart}: * is on the Pareto frontier", *_table(alike, cost))
-    marks = {_terms(row) for row in found}
-    for mark, words in TERMS.items():
+    marks = {_licence_mark(row) for row in rows}
+    for mark, words in LICENCE_MARKS.items():
         if mark in marks:
             print(f"{mark} {words}")
-    lines = [line for row in found for held in row.against_controls for line in told(held)]
+    lines = [line for row in rows for held in row.against_controls for line in describe_control_result(held)]
     if lines:
         print("what distillation brought, paired by document, with 95% intervals")
         print("\n".join(f"  {line}" for line in lines))
 
 
-def _terms(row: LeaderboardRow) -> str:
+def _licence_mark(row: LeaderboardRow) -> str:
     """The mark of `TERMS` for what a version learnt from; none where that is allowed, or where it is a teacher."""
     if row.kind == "teacher" or row.licence_allows_distillation:
         return ""
     return "!" if row.licence_allows_distillation is False else "?"
 
 
-def _table(found: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
+def _table(rows: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
     """Columns and cells of rows that were measured alike."""
-    from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, headers, title
-    from limbeck.evals.leaderboard.ranking import value
+    from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, describe_version, task_headers
+    from limbeck.evals.leaderboard.ranking import sort_value
     from limbeck.registry.records import FIGURES, USD
 
-    metrics = {task: str(quality["metric"]) for row in found for task, quality in row.quality.items()}
+    metrics = {task: str(quality["metric"]) for row in rows for task, quality in row.quality.items()}
     chosen = COST_COLUMNS[:1] if cost == USD else [FIGURES[cost].title.replace(" ", "\n", 1)]
-    columns = ["version", "what", *headers(metrics), "retention", *chosen, *COST_COLUMNS[1:3], "verdict"]
+    columns = ["version", "what", *task_headers(metrics), "retention", *chosen, *COST_COLUMNS[1:3], "verdict"]
     lines = []
-    for row in found:
-        values = [value(row, task) for task in metrics]
+    for row in rows:
+        values = [sort_value(row, task) for task in metrics]
         kept = row.retention
         lines.append(
             [
-                f"{row.version.rpartition('/')[2]}{_terms(row)}{' *' if row.pareto else ''}",
-                title(row),
+                f"{row.version.rpartition('/')[2]}{_licence_mark(row)}{' *' if row.pareto else ''}",
+                describe_version(row),
                 *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]" if kept else None,
-                FIGURES[cost].format_value(value(row, cost)),
+                FIGURES[cost].format_value(sort_value(row, cost)),
                 *cost_cells(row.cost, row.cost_ratio, row.speedup)[1:3],
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]

@@ -55,13 +55,13 @@ def verdict(
     was not measured. No model runs. The exit code is 0 whatever the answer: `limbeck promote` is the gate.
     """
     from limbeck.evals.stats.noninferiority import Margins
-    from limbeck.evals.verdict.judge import judge
+    from limbeck.evals.verdict.decide import decide_verdict
     from limbeck.registry.core.home import home
     from limbeck.registry.mlflow.store import Store
 
     if output == "table" and file:
         raise BadInput("--output takes no table", fix="add --format html, markdown or json")
-    judgement = judge(
+    judgement = decide_verdict(
         Store(),
         name,
         against=against,
@@ -73,14 +73,14 @@ def verdict(
     if output == "json" and file is None:
         print_json(judgement)
         return
-    from limbeck.evals.verdict.page import html, markdown, show
+    from limbeck.evals.verdict.page import print_report, render_html, render_markdown
 
     if output == "table":
-        show(judgement)
+        print_report(judgement)
         return
     if output == "html":
         file = file or home() / "reports" / f"{name}-verdict.html"
-        text = html(judgement)
+        text = render_html(judgement)
     else:
-        text = judgement.model_dump_json(indent=2) + "\n" if output == "json" else markdown(judgement)
+        text = judgement.model_dump_json(indent=2) + "\n" if output == "json" else render_markdown(judgement)
     write_report(text, file)

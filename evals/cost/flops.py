@@ -15,10 +15,10 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def flops_per_token(folder: Path, attended: float, trust_remote_code: bool = False) -> float | None:
-    """Operations of one token that attends to `attended` tokens; None where transformers cannot build the model.
+def flops_per_token(folder: Path, attended_tokens: float, trust_remote_code: bool = False) -> float | None:
+    """Operations of one token that attends to `attended_tokens` tokens; None where transformers cannot build the model.
 
-    Linear in `attended`: over a request of n tokens with a cache the mean is that of (n + 1) / 2.
+    Linear in `attended_tokens`: over a request of n tokens with a cache the mean is that of (n + 1) / 2.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,4 +41,4 @@ def flops_per_token(folder: Path, attended: float, trust_remote_code: bool = Fal
         weights += share * sum(w.numel() for w in module.parameters(recurse=False) if w.ndim > 1)
     heads = getattr(text, "num_attention_heads", 0)
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return 2 * weights + 4 * text.num_hidden_layers * heads * size * attended
+    return 2 * weights + 4 * text.num_hidden_layers * heads * size * attended_tokens

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from limbeck.evals.cost.flops import flops_per_token
-from limbeck.evals.cost.runner import Seen, Timed, time_in_turn
+from limbeck.evals.cost.runner import BatchTimings, ModelTimings, time_in_turn
 from limbeck.export.runtime.session import CONTEXT_KEYS
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import file_digests
@@ -53,7 +53,7 @@ CONFIDENCE = 0.95
 USD_PER_HOUR = 1.0  # of a cost that is not `priced` yet
 
 
-def measure(
+def measure_costs(
     models: Sequence[ResolvedModel],
     *,
     prompt_tokens: int = 64,
@@ -76,7 +76,7 @@ def measure(
     Raises:
         BadInput: a context with no room for a request. LimbeckError: a process died; with its last words.
     """
-    prompt_tokens, new_tokens = _fitting(models, prompt_tokens, new_tokens)
+    prompt_tokens, new_tokens = _fit_lengths(models, prompt_tokens, new_tokens)
     threads = threads or physical_cores()
     seen = time_in_turn(
         models,
@@ -97,7 +97,9 @@ def measure(
     return costs
 
 
-def groups(models: Sequence[ResolvedModel], teacher: ResolvedModel | None = None) -> Iterator[list[ResolvedModel]]:
+def group_by_memory(
+    models: Sequence[ResolvedModel], teacher: ResolvedModel | None = None
+) -> Iterator[list[ResolvedModel]]:
     """Models in runs that fit in memory at once, `teacher` in each; more than one only where they must.
 
     Reckoned with for each: three times its files (half precision is loaded as float32) and half a gigabyte.
@@ -120,10 +122,10 @@ def groups(models: Sequence[ResolvedModel], teacher: ResolvedModel | None = None
         yield group
 
 
-def priced(cost: Cost, usd_per_hour: float, price: str | None = None) -> Cost:
+def reprice(cost: Cost, usd_per_hour: float, price: str | None = None) -> Cost:
     """The same measurement at another price; `price` says in words where it comes from."""
     factor = usd_per_hour / cost.usd_per_hour
-    dollars = {name: scaled(each, factor) for name, each in cost.intervals.items() if name == USD}
+    dollars = {name: scale_estimate(each, factor) for name, each in cost.intervals.items() if name == USD}
     return cost.model_copy(
         update={
             "usd_per_hour": usd_per_hour,
@@ -138,7 +140,7 @@ def priced(cost: Cost, usd_per_hour: float, price: str | None = None) -> Cost:
     )
 
 
-def comparable(a: Cost, b: Cost) -> bool:
+def is_comparable(a: Cost, b: Cost) -> bool:
     """Whether two costs may stand in one table: measured by one protocol on one kind of machine, at one price.
 
     For a ratio they have to be of one run as well: see `in_one_run`.
@@ -146,18 +148,18 @@ def comparable(a: Cost, b: Cost) -> bool:
     return a.setting == b.setting
 
 
-def in_one_run(a: Cost, b: Cost) -> bool:
+def is_same_run(a: Cost, b: Cost) -> bool:
     """Whether two comparable costs were measured in turn, so that their ratio means something."""
-    return comparable(a, b) and a.run is not None and a.run == b.run
+    return is_comparable(a, b) and a.run is not None and a.run == b.run
 
 
-def ratio(a: Cost, b: Cost, batch: int = 1) -> Estimate:
+def paired_cost_ratio(a: Cost, b: Cost, batch: int = 1) -> Estimate:
     """Dollars a token of `a` over those of `b`, two costs of one run, with its interval."""
-    ours, theirs = (load_of(cost, batch).request_ms for cost in (a, b))
-    return scaled(median(np.divide(ours, theirs)), a.usd_per_hour / b.usd_per_hour)
+    ours, theirs = (cost_at_batch(cost, batch).request_ms for cost in (a, b))
+    return scale_estimate(median_estimate(np.divide(ours, theirs)), a.usd_per_hour / b.usd_per_hour)
 
 
-def load_of(cost: Cost, batch: int) -> BatchCost:
+def cost_at_batch(cost: Cost, batch: int) -> BatchCost:
     """The figures of one batch size. Raises BadInput where it was not measured."""
     for load in cost.loads:
         if load.batch == batch:
@@ -166,7 +168,7 @@ def load_of(cost: Cost, batch: int) -> BatchCost:
     raise BadInput(f"batches of {batch} were not measured", fix=f"measured are batches of: {known}")
 
 
-def median(values: Sequence[float] | np.ndarray) -> Estimate:
+def median_estimate(values: Sequence[float] | np.ndarray) -> Estimate:
     """The median of n values, and the narrowest interval between order statistics of at least 95% confidence.
 
     The k-th smallest and the k-th greatest enclose the true median with probability 1 - 2 P(B < k), B binomial
@@ -186,20 +188,20 @@ def median(values: Sequence[float] | np.ndarray) -> Estimate:
     )
 
 
-def scaled(estimate: Estimate, factor: float) -> Estimate:
+def scale_estimate(estimate: Estimate, factor: float) -> Estimate:
     """An estimate times a number above zero."""
     return estimate.model_copy(update={name: getattr(estimate, name) * factor for name in ("value", "low", "high")})
 
 
-def machine(model: ResolvedModel) -> str:
+def describe_machine(model: ResolvedModel) -> str:
     """This machine and the engine of `model`, in words: processor, cores, GPU, system; versions."""
     libraries = ["torch", "transformers"] if model.engine == "torch" else ["onnxruntime"]
     engine = ", ".join(f"{name} {version(name)}" for name in libraries)
-    return f"{describe_hardware(gpu())}; {engine}"
+    return f"{describe_hardware(gpu_name())}; {engine}"
 
 
 @functools.cache
-def gpu() -> str | None:
+def gpu_name() -> str | None:
     """The name of the GPU that torch uses, or None."""
     import torch
 
@@ -207,47 +209,53 @@ def gpu() -> str | None:
 
 
 def _cost(
-    model: ResolvedModel, seen: Seen, prompt_tokens: int, new_tokens: int, threads: int, run: str, flops: float | None
+    model: ResolvedModel,
+    timings: ModelTimings,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int,
+    run: str,
+    flops: float | None,
 ) -> Cost:
-    loads = tuple(_load(batch, timed, prompt_tokens, new_tokens) for batch, timed in seen.loads.items())
+    loads = tuple(_build_batch_cost(batch, timed, prompt_tokens, new_tokens) for batch, timed in timings.loads.items())
     one = loads[0]
-    interval = median(one.request_ms)
+    interval = median_estimate(one.request_ms)
     return Cost(
-        params=seen.params or (model.version and model.version.params) or _graph_params(model.path),
+        params=timings.params or (model.version and model.version.params) or _graph_params(model.path),
         disk_bytes=_disk_bytes(model),
         requests=len(one.request_ms),
         usd_per_hour=USD_PER_HOUR,
-        intervals={USD: scaled(interval, one.usd_per_million_tokens / interval.value), "p50_ms": interval},
+        intervals={USD: scale_estimate(interval, one.usd_per_million_tokens / interval.value), "p50_ms": interval},
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
-        machine=machine(model),
+        machine=describe_machine(model),
         protocol=PROTOCOL,
         run=run,
-        device=seen.device,
+        device=timings.device,
         flops_per_token=flops,
         loads=loads,
         **one.model_dump(exclude={"batch", "request_ms"}),
     )
 
 
-def _load(batch: int, timed: Timed, prompt_tokens: int, new_tokens: int) -> BatchCost:
-    p50, p95 = map(float, np.quantile(timed.request_s, [0.5, 0.95]))
-    prefill = float(np.median(timed.prefill_s))
+def _build_batch_cost(batch: int, timings: BatchTimings, prompt_tokens: int, new_tokens: int) -> BatchCost:
+    p50, p95 = map(float, np.quantile(timings.request_s, [0.5, 0.95]))
+    prefill = float(np.median(timings.prefill_s))
     return BatchCost(
         batch=batch,
-        request_ms=tuple(1000 * seconds for seconds in timed.request_s),
+        request_ms=tuple(1000 * seconds for seconds in timings.request_s),
         prefill_tokens_per_s=batch * prompt_tokens / prefill,
         decode_tokens_per_s=batch * (new_tokens - 1) / max(p50 - prefill, 1e-9),
         p50_ms=1000 * p50,
         p95_ms=1000 * p95,
         usd_per_million_tokens=USD_PER_HOUR * p50 / 3600 / (batch * (prompt_tokens + new_tokens)) * 1e6,
-        peak_rss_bytes=timed.peak_rss_bytes,
-        peak_device_bytes=timed.peak_device_bytes,
+        peak_rss_bytes=timings.peak_rss_bytes,
+        peak_device_bytes=timings.peak_device_bytes,
     )
 
 
-def _fitting(models: Sequence[ResolvedModel], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+def _fit_lengths(models: Sequence[ResolvedModel], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
     """Lengths that every model has room for."""
     for model in models:
         config = json.loads((model.path / "config.json").read_bytes())
@@ -269,7 +277,7 @@ def _gpu_memory() -> float:
     """Free bytes of the GPU; endless where there is none."""
     import torch
 
-    return torch.cuda.mem_get_info()[0] if gpu() else math.inf
+    return torch.cuda.mem_get_info()[0] if gpu_name() else math.inf
 
 
 def _graph_params(folder: Path) -> int:

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from limbeck.evals.cost.measure import in_one_run, load_of, median, priced
+from limbeck.evals.cost.measure import cost_at_batch, is_same_run, median_estimate, reprice
 from limbeck.evals.cost.prices import Prices
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Cost, Estimate, Frozen, Record, Scorecard, TrainingCost
 
-API = "tokens of the teacher's API"
+API_TOKENS_PART = "tokens of the teacher's API"
 
 
-class Part(Frozen):
+class TrainingCostPart(Frozen):
     """A part of what making a student took."""
 
     what: str
@@ -30,7 +30,7 @@ class Part(Frozen):
     price: str
 
 
-class Span(Frozen):
+class BreakEvenRange(Frozen):
     """A number with its interval, of which any may be None: never."""
 
     value: float | None
@@ -43,7 +43,7 @@ class Payback(Record):
 
     student: str
     teacher: str
-    parts: tuple[Part, ...]
+    parts: tuple[TrainingCostPart, ...]
     making_usd: float
     batch: int
     prompt_tokens: int
@@ -51,15 +51,15 @@ class Payback(Record):
     student_usd_per_million_tokens: float
     teacher_usd_per_million_tokens: float
     saving_usd_per_million_tokens: Estimate
-    break_even_tokens: Span
+    break_even_tokens: BreakEvenRange
     tokens_per_day: float | None
-    break_even_days: Span | None
+    break_even_days: BreakEvenRange | None
     prices: tuple[str, ...]  # all that the figures used
 
 
-def payback(
+def compute_payback(
     card: Scorecard,
-    making: TrainingCost,
+    training_cost: TrainingCost,
     prices: Prices,
     *,
     tokens_per_day: float | None = None,
@@ -71,7 +71,7 @@ def payback(
 
     Args:
         card: with its cost, and the teacher's of the same run in its relative part.
-        making: what the student took (`limbeck.registry.mlflow.store.Store.making`).
+        training_cost: what the student took (`limbeck.registry.mlflow.store.Store.making`).
         tokens_per_day: the load, prompt and new tokens together.
         batch: the batch size it is served at, one that was measured.
         scoring_seconds: the scorecard's own where None.
@@ -88,22 +88,24 @@ def payback(
         )
     if tokens_per_day is not None and not tokens_per_day > 0:
         raise BadInput(f"a load of {tokens_per_day:g} tokens a day", fix="give one above 0")
-    student = _at(card.cost, prices)
+    student = _price_cost(card.cost, prices)
     used = [student.price]
     if api_teacher is not None:
-        dollars, words = api_usd(api_teacher, student, prices)
-        saved = _less(Estimate(value=dollars, low=dollars, high=dollars, confidence=1.0), _usd(student, batch))
+        dollars, words = api_usd_per_million_tokens(api_teacher, student, prices)
+        saved = _subtract_estimates(
+            Estimate(value=dollars, low=dollars, high=dollars, confidence=1.0), _usd(student, batch)
+        )
         used.append(words)
     else:
         assert teacher is not None
-        teacher = _at(teacher, prices)
-        dollars = load_of(teacher, batch).usd_per_million_tokens
-        saved = saving(student, teacher, batch)
+        teacher = _price_cost(teacher, prices)
+        dollars = cost_at_batch(teacher, batch).usd_per_million_tokens
+        saved = saving_per_million_tokens(student, teacher, batch)
         used.append(teacher.price)
     seconds = (card.seconds or 0.0) if scoring_seconds is None else scoring_seconds
-    parts = making_parts(making, prices, seconds, card.cost.machine)
+    parts = training_cost_parts(training_cost, prices, seconds, card.cost.machine)
     made = sum(part.usd for part in parts)
-    tokens = break_even(made, saved)
+    tokens = break_even_range(made, saved)
     return Payback(
         student=card.model,
         teacher=api_teacher or (card.relative.teacher if card.relative else ""),
@@ -112,90 +114,100 @@ def payback(
         batch=batch,
         prompt_tokens=student.prompt_tokens,
         new_tokens=student.new_tokens,
-        student_usd_per_million_tokens=load_of(student, batch).usd_per_million_tokens,
+        student_usd_per_million_tokens=cost_at_batch(student, batch).usd_per_million_tokens,
         teacher_usd_per_million_tokens=dollars,
         saving_usd_per_million_tokens=saved,
         break_even_tokens=tokens,
         tokens_per_day=tokens_per_day,
-        break_even_days=_over(tokens, tokens_per_day) if tokens_per_day else None,
+        break_even_days=_divide_range(tokens, tokens_per_day) if tokens_per_day else None,
         prices=tuple(dict.fromkeys(words for words in [*used, *(part.price for part in parts)] if words)),
     )
 
 
-def making_parts(making: TrainingCost, prices: Prices, scoring_seconds: float, scoring_machine: str) -> list[Part]:
+def training_cost_parts(
+    training_cost: TrainingCost, prices: Prices, scoring_seconds: float, scoring_machine: str
+) -> list[TrainingCostPart]:
     """What making a student cost, part by part; a capture that several students share counts in full."""
-    shared = f", shared by {making.students_sharing_teacher} students" if making.students_sharing_teacher > 1 else ""
+    shared = (
+        f", shared by {training_cost.students_sharing_teacher} students"
+        if training_cost.students_sharing_teacher > 1
+        else ""
+    )
     spent = [
-        (f"teacher's forward passes{shared}", making.teacher_seconds, making.machine),
-        ("training", making.training_seconds, making.machine),
+        (f"teacher's forward passes{shared}", training_cost.teacher_seconds, training_cost.machine),
+        ("training", training_cost.training_seconds, training_cost.machine),
         ("scoring", scoring_seconds, scoring_machine),
     ]
     parts = []
     for what, seconds, machine in spent:
         if seconds:
-            price = prices.of_machine(machine)
-            parts.append(Part(what=what, seconds=seconds, usd=seconds / 3600 * price.usd_per_hour, price=price.words))
-    if making.api_model and making.api_usd is not None:
-        words = f"{making.api_model}, at the recipe's prices"
-        parts.append(Part(what=API, seconds=None, usd=making.api_usd, price=words))
-    elif making.api_model:
-        api = prices.of_api(making.api_model)
-        dollars = making.api_input_tokens * api.usd_per_million_input_tokens
-        dollars += making.api_output_tokens * api.usd_per_million_output_tokens
-        parts.append(Part(what=API, seconds=None, usd=dollars / 1e6, price=api.words))
+            price = prices.machine_price(machine)
+            parts.append(
+                TrainingCostPart(
+                    what=what, seconds=seconds, usd=seconds / 3600 * price.usd_per_hour, price=price.description
+                )
+            )
+    if training_cost.api_model and training_cost.api_usd is not None:
+        words = f"{training_cost.api_model}, at the recipe's prices"
+        parts.append(TrainingCostPart(what=API_TOKENS_PART, seconds=None, usd=training_cost.api_usd, price=words))
+    elif training_cost.api_model:
+        api = prices.api_price(training_cost.api_model)
+        dollars = training_cost.api_input_tokens * api.usd_per_million_input_tokens
+        dollars += training_cost.api_output_tokens * api.usd_per_million_output_tokens
+        parts.append(TrainingCostPart(what=API_TOKENS_PART, seconds=None, usd=dollars / 1e6, price=api.description))
     return parts
 
 
-def saving(student: Cost, teacher: Cost, batch: int = 1) -> Estimate:
+def saving_per_million_tokens(student: Cost, teacher: Cost, batch: int = 1) -> Estimate:
     """Dollars that a million tokens of the student save.
 
     Of one run: the median over paired rounds. Of two runs: the difference of the two medians, from the least to
     the most that their intervals allow.
     """
-    if not in_one_run(student, teacher):
-        return _less(_usd(teacher, batch), _usd(student, batch))
+    if not is_same_run(student, teacher):
+        return _subtract_estimates(_usd(teacher, batch), _usd(student, batch))
     ours, theirs = (_usd_of_rounds(cost, batch) for cost in (student, teacher))
-    return median(np.subtract(theirs, ours))
+    return median_estimate(np.subtract(theirs, ours))
 
 
-def break_even(making_usd: float, saved: Estimate) -> Span:
+def break_even_range(training_cost_usd: float, saved: Estimate) -> BreakEvenRange:
     """Tokens after which a student has paid for itself."""
 
     def tokens(dollars: float) -> float | None:
-        return making_usd / dollars * 1e6 if dollars > 0 else None
+        return training_cost_usd / dollars * 1e6 if dollars > 0 else None
 
     # The more it saves, the sooner.
-    return Span(value=tokens(saved.value), low=tokens(saved.high), high=tokens(saved.low))
+    return BreakEvenRange(value=tokens(saved.value), low=tokens(saved.high), high=tokens(saved.low))
 
 
-def _over(span: Span, per_day: float) -> Span:
+def _divide_range(span: BreakEvenRange, per_day: float) -> BreakEvenRange:
     numbers = {name: value / per_day if value is not None else None for name, value in span}
-    return Span(**numbers)
+    return BreakEvenRange(**numbers)
 
 
-def _at(cost: Cost, prices: Prices) -> Cost:
-    return priced(cost, *prices.of_machine(cost.machine))
+def _price_cost(cost: Cost, prices: Prices) -> Cost:
+    return reprice(cost, *prices.machine_price(cost.machine))
 
 
 def _usd_of_rounds(cost: Cost, batch: int) -> Sequence[float]:
     """Dollars per million tokens, round by round."""
     tokens = batch * (cost.prompt_tokens + cost.new_tokens)
-    return [ms / 3.6e6 * cost.usd_per_hour / tokens * 1e6 for ms in load_of(cost, batch).request_ms]
+    return [ms / 3.6e6 * cost.usd_per_hour / tokens * 1e6 for ms in cost_at_batch(cost, batch).request_ms]
 
 
 def _usd(cost: Cost, batch: int) -> Estimate:
-    return median(_usd_of_rounds(cost, batch))
+    return median_estimate(_usd_of_rounds(cost, batch))
 
 
-def _less(a: Estimate, b: Estimate) -> Estimate:
+def _subtract_estimates(a: Estimate, b: Estimate) -> Estimate:
     """a - b, from the least to the most that both intervals allow; as sure as both of them together (Bonferroni)."""
     sure = max(0.0, a.confidence + b.confidence - 1)
     return Estimate(value=a.value - b.value, low=a.low - b.high, high=a.high - b.low, confidence=sure)
 
 
-def api_usd(model: str, student: Cost, prices: Prices) -> tuple[float, str]:
+def api_usd_per_million_tokens(model: str, student: Cost, prices: Prices) -> tuple[float, str]:
     """Dollars per million tokens of an API, for requests as long as the student's."""
-    price = prices.of_api(model)
+    price = prices.api_price(model)
     dollars = student.prompt_tokens * price.usd_per_million_input_tokens
     dollars += student.new_tokens * price.usd_per_million_output_tokens
-    return dollars / (student.prompt_tokens + student.new_tokens), price.words
+    return dollars / (student.prompt_tokens + student.new_tokens), price.description

@@ -34,7 +34,7 @@ from limbeck.registry.core import toml
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Frozen
 
-SHIPPED = Path(__file__).with_name("prices.toml")
+DEFAULT_PRICES = Path(__file__).with_name("prices.toml")
 PLACEHOLDER = "no price known"
 
 
@@ -45,7 +45,7 @@ class _Dated(Frozen):
     source: str = Field(min_length=1)
 
 
-class Machine(_Dated):
+class MachineEntry(_Dated):
     """The price of an hour of a machine."""
 
     match: str
@@ -62,7 +62,7 @@ class Machine(_Dated):
         return match
 
 
-class Api(_Dated):
+class ApiEntry(_Dated):
     """The price of a model behind an API."""
 
     usd_per_million_input_tokens: float = Field(ge=0, allow_inf_nan=False)
@@ -73,11 +73,11 @@ class Price(NamedTuple):
     """Dollars an hour, and in words whose price that is."""
 
     usd_per_hour: float
-    words: str
+    description: str
 
     @property
     def is_placeholder(self) -> bool:
-        return self.words.startswith(PLACEHOLDER)
+        return self.description.startswith(PLACEHOLDER)
 
 
 class ApiPrice(NamedTuple):
@@ -85,14 +85,14 @@ class ApiPrice(NamedTuple):
 
     usd_per_million_input_tokens: float
     usd_per_million_output_tokens: float
-    words: str
+    description: str
 
 
 class Prices(Frozen):
     """Prices by name; of the machines the first that matches counts."""
 
-    machines: dict[str, Machine] = {}
-    apis: dict[str, Api] = {}
+    machines: dict[str, MachineEntry] = {}
+    apis: dict[str, ApiEntry] = {}
 
     @classmethod
     def load(cls, path: Path | str | None = None, usd_per_hour: float | None = None) -> Self:
@@ -104,19 +104,19 @@ class Prices(Frozen):
         Raises:
             BadInput: with file, line and key; a price that is not above zero.
         """
-        several = [toml.load_toml(file, cls) for file in (path, SHIPPED) if file is not None]
-        machines: dict[str, Machine] = {}
+        several = [toml.load_toml(file, cls) for file in (path, DEFAULT_PRICES) if file is not None]
+        machines: dict[str, MachineEntry] = {}
         if usd_per_hour is not None:
             check_price(usd_per_hour)
-            own = Machine(match="", usd_per_hour=usd_per_hour, date=date.today(), source="--usd-per-hour")
+            own = MachineEntry(match="", usd_per_hour=usd_per_hour, date=date.today(), source="--usd-per-hour")
             machines["your price"] = own
-        apis: dict[str, Api] = {}
+        apis: dict[str, ApiEntry] = {}
         for prices in several:
             machines |= {name: machine for name, machine in prices.machines.items() if name not in machines}
             apis |= {name: api for name, api in prices.apis.items() if name not in apis}
         return cls(machines=machines, apis=apis)
 
-    def of_machine(self, machine: str) -> Price:
+    def machine_price(self, machine: str) -> Price:
         """The price of a machine, as in `registry.core.machine.hardware` (what follows a ; is left out)."""
         words = machine.partition(";")[0]
         cores = re.search(r", (\d+) cores\b", words)
@@ -127,15 +127,15 @@ class Prices(Frozen):
             if found.cores and cores and int(cores[1]) != found.cores:
                 dollars *= int(cores[1]) / found.cores
                 scale = f" x {cores[1]}/{found.cores} cores"
-            return Price(dollars, _words(f"{name}{scale}", f"{dollars:.4g} USD/h", found))
+            return Price(dollars, _describe_price(f"{name}{scale}", f"{dollars:.4g} USD/h", found))
         raise BadInput(f"there is no price for this machine: {words}", fix="give one with --usd-per-hour")
 
-    def of_api(self, model: str) -> ApiPrice:
+    def api_price(self, model: str) -> ApiPrice:
         """The price of an API model. Raises BadInput, with near names, where it has none."""
         if found := self.apis.get(model):
             dollars = (found.usd_per_million_input_tokens, found.usd_per_million_output_tokens)
             return ApiPrice(
-                *dollars, _words(model, "{:g} and {:g} USD per 1M tokens in and out".format(*dollars), found)
+                *dollars, _describe_price(model, "{:g} and {:g} USD per 1M tokens in and out".format(*dollars), found)
             )
         near = difflib.get_close_matches(model, self.apis, n=1)
         raise BadInput(
@@ -150,10 +150,10 @@ def check_price(usd_per_hour: float) -> None:
         raise BadInput(f"a price of {usd_per_hour:g} dollars an hour", fix="give one above 0 with --usd-per-hour")
 
 
-def _words(name: str, dollars: str, found: _Dated) -> str:
-    if found.source == "--usd-per-hour":  # today's: a date would make the same price another one tomorrow
+def _describe_price(name: str, dollars: str, entry: _Dated) -> str:
+    if entry.source == "--usd-per-hour":  # today's: a date would make the same price another one tomorrow
         return f"{name}, {dollars} (--usd-per-hour)"
-    return f"{name}, {dollars} ({found.date}, {found.source})"
+    return f"{name}, {dollars} ({entry.date}, {entry.source})"
 
 
 def price_options(command: Callable[..., Any]) -> Callable[..., Any]:

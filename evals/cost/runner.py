@@ -16,10 +16,10 @@ from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.core.machine import one_cpu_per_core
 
-FEWEST = 6  # rounds: the fewest whose extremes are a 95% interval of the median
+MIN_ROUNDS = 6  # rounds: the fewest whose extremes are a 95% interval of the median
 
 
-class Timed(NamedTuple):
+class BatchTimings(NamedTuple):
     """What the rounds of one batch size showed of one model: seconds, round by round; the peak memory so far."""
 
     request_s: list[float]
@@ -28,12 +28,12 @@ class Timed(NamedTuple):
     peak_device_bytes: int | None
 
 
-class Seen(NamedTuple):
+class ModelTimings(NamedTuple):
     """What one run showed of one model."""
 
     params: int | None
     device: str
-    loads: dict[int, Timed]  # by batch size
+    loads: dict[int, BatchTimings]  # by batch size
 
 
 class _Worker:
@@ -42,7 +42,7 @@ class _Worker:
     def __init__(self, model: ResolvedModel, setting: dict[str, Any]) -> None:
         self.label = model.label
         # A file, since a full pipe would stop it; closed by `__exit__`.
-        self._said = TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._stderr = TemporaryFile("w+", errors="replace")  # noqa: SIM115
         about = {"folder": str(model.path), "engine": model.engine, **setting}
         environment = os.environ | {
             "OMP_NUM_THREADS": str(setting["threads"]),
@@ -54,7 +54,7 @@ class _Worker:
         command = [sys.executable, "-P", "-m", "limbeck.evals.cost.worker", json.dumps(about)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._said, text=True, env=environment
+            command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True, env=environment
         )
 
     def __enter__(self) -> Self:
@@ -63,9 +63,9 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self._process.kill()  # it has nothing to save
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
-    def ask(self, batch: int, new_tokens: int) -> dict[str, Any]:
+    def time_batch(self, batch: int, new_tokens: int) -> dict[str, Any]:
         """Have it run one batch; its answer."""
         assert self._process.stdin is not None
         try:
@@ -73,17 +73,17 @@ class _Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # its last words are better than this
-        return self.answer()
+        return self.read_answer()
 
-    def answer(self) -> dict[str, Any]:
+    def read_answer(self) -> dict[str, Any]:
         """The next line it prints. Raises LimbeckError, with its last words, where it died."""
         assert self._process.stdout is not None
         if line := self._process.stdout.readline():
             found: dict[str, Any] = json.loads(line)
             return found
         code = self._process.wait()
-        self._said.seek(0)
-        lines = self._said.read().strip().splitlines() or ["it said nothing"]
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines() or ["it said nothing"]
         raise LimbeckError(
             f"the cost of {self.label} could not be measured: "
             + (f"it was killed by signal {-code}" if code < 0 else lines[-1]),
@@ -102,7 +102,7 @@ def time_in_turn(
     threads: int,
     trust_remote_code: bool,
     on_round: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Seen]:
+) -> list[ModelTimings]:
     """Start a process for each model and time them in turn, by the protocol of `limbeck.evals.cost.measure`.
 
     Args:
@@ -122,18 +122,18 @@ def time_in_turn(
     }
     with ExitStack() as stack:
         workers = [stack.enter_context(_Worker(model, setting)) for model in models]
-        seen = [Seen(**worker.answer(), loads={}) for worker in workers]
-        planned = [rounds if batch == 1 else min(rounds, FEWEST) for batch in batches]
+        seen = [ModelTimings(**worker.read_answer(), loads={}) for worker in workers]
+        planned = [rounds if batch == 1 else min(rounds, MIN_ROUNDS) for batch in batches]
         for place, (batch, most) in enumerate(zip(batches, planned, strict=True)):
             answers: list[list[dict[str, Any]]] = [[] for _ in workers]
             end = time.monotonic() + seconds * len(workers)
             for number in range(most):
-                if number >= FEWEST and time.monotonic() > end:
+                if number >= MIN_ROUNDS and time.monotonic() > end:
                     break
                 for worker, own in zip(workers, answers, strict=True):
-                    own.append(worker.ask(batch, new_tokens))
+                    own.append(worker.time_batch(batch, new_tokens))
                 on_round(sum(planned[:place]) + number + 1, sum(planned))
             for each, own in zip(seen, answers, strict=True):
                 peaks = (own[-1]["peak_rss_bytes"], own[-1]["peak_device_bytes"])
-                each.loads[batch] = Timed([a["request_s"] for a in own], [a["prefill_s"] for a in own], *peaks)
+                each.loads[batch] = BatchTimings([a["request_s"] for a in own], [a["prefill_s"] for a in own], *peaks)
     return seen

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 WARM_UP_TOKENS = 8
 
 
-class Loaded(NamedTuple):
+class TimedModel(NamedTuple):
     """A model ready to be timed.
 
     `generate(batch, new_tokens)` runs that many equal prompts to their end and gives the seconds to the first
@@ -43,14 +43,14 @@ def main(setting: dict[str, Any], requests: Any, answers: Any) -> None:
     if setting["cpus"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, setting["cpus"])  # before any library starts its threads
     loaded = (_torch if setting["engine"] == "torch" else _onnx)(setting)
-    _answer(answers, params=loaded.params, device=loaded.device)
+    _write_answer(answers, params=loaded.params, device=loaded.device)
     for line in requests:
         batch, new_tokens = (json.loads(line)[key] for key in ("batch", "new_tokens"))
         # The models before it have taken the caches; as a server it would have them.
         loaded.generate(batch, min(WARM_UP_TOKENS, new_tokens))
         prefill_s, request_s = loaded.generate(batch, new_tokens)
         peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": loaded.peak_device_bytes()}
-        _answer(answers, prefill_s=prefill_s, request_s=request_s, **peaks)
+        _write_answer(answers, prefill_s=prefill_s, request_s=request_s, **peaks)
 
 
 def peak_rss_bytes() -> int:
@@ -66,14 +66,14 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _answer(answers: Any, **fields: Any) -> None:
+def _write_answer(answers: Any, **fields: Any) -> None:
     answers.write(json.dumps(fields) + "\n")
     answers.flush()
 
 
-def _check(made: int, asked: int) -> None:
-    if made != asked:
-        raise RuntimeError(f"the model stopped after {made} of {asked} tokens")
+def _check_token_count(generated: int, requested: int) -> None:
+    if generated != requested:
+        raise RuntimeError(f"the model stopped after {generated} of {requested} tokens")
 
 
 def _prompt(setting: dict[str, Any], vocab_size: int) -> list[int]:
@@ -81,7 +81,7 @@ def _prompt(setting: dict[str, Any], vocab_size: int) -> list[int]:
     return [(7 * place + 11) % vocab_size for place in range(setting["prompt_tokens"])]
 
 
-def _torch(setting: dict[str, Any]) -> Loaded:
+def _torch(setting: dict[str, Any]) -> TimedModel:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -119,14 +119,14 @@ def _torch(setting: dict[str, Any]) -> Loaded:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, stopping_criteria=[after_a_token]
         )
         ended = now()
-        _check(text.shape[1] - ids.shape[1], new_tokens)
+        _check_token_count(text.shape[1] - ids.shape[1], new_tokens)
         return first[0] - began, ended - began
 
     peak = torch.cuda.max_memory_allocated if cuda else lambda: None
-    return Loaded(generate, model.num_parameters(), "cuda" if cuda else "cpu", peak)
+    return TimedModel(generate, model.num_parameters(), "cuda" if cuda else "cpu", peak)
 
 
-def _onnx(setting: dict[str, Any]) -> Loaded:
+def _onnx(setting: dict[str, Any]) -> TimedModel:
     import onnxruntime
 
     from limbeck.export.runtime.runtime import Runtime
@@ -144,10 +144,10 @@ def _onnx(setting: dict[str, Any]) -> Loaded:
         done = runtime.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
         seconds = time.perf_counter() - began
         for completion in done:
-            _check(len(completion.token_ids), new_tokens)
+            _check_token_count(len(completion.token_ids), new_tokens)
         return done[0].prefill_s, seconds
 
-    return Loaded(generate, None, device, lambda: None)
+    return TimedModel(generate, None, device, lambda: None)
 
 
 if __name__ == "__main__":

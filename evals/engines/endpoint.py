@@ -14,12 +14,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from limbeck.evals.engines.batches import Scored, batches
-from limbeck.evals.engines.engine import Text
+from limbeck.evals.engines.batches import ContinuationScore, split_by_tokens
+from limbeck.evals.engines.engine import LoadedTokenizer
 from limbeck.registry.catalog.endpoint import Endpoint, EndpointClient
 from limbeck.registry.core.errors import BadInput, Unreachable
 
-PROMPTS = 8  # of one request, at most: what is lost where it fails
+PROMPTS_PER_REQUEST = 8  # of one request, at most: what is lost where it fails
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 Prompt = list[int]
@@ -35,30 +35,36 @@ class EndpointEngine:
 
     identity = "OpenAI completions"
 
-    def __init__(self, endpoint: Endpoint, text: Text) -> None:
-        self.tokenizer = text.tokenizer
-        self.context = min(text.max_length, endpoint.context or text.max_length)
+    def __init__(self, endpoint: Endpoint, loaded: LoadedTokenizer) -> None:
+        self.tokenizer = loaded.tokenizer
+        self.context = min(loaded.max_length, endpoint.context or loaded.max_length)
         self.max_length = self.context - 2
         self.endpoint = endpoint
         self._client = EndpointClient(endpoint.url, endpoint.num_concurrent)
-        self._checked = False
+        self._tokenizer_checked = False
 
-    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """See `Engine.scores`. Raises Unreachable where requests fail; what is answered is given before."""
         self._check_tokenizer()
         prompts = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         order = sorted(range(len(pairs)), key=lambda index: -len(prompts[index]))
-        groups = [part for batch in batches([prompts[i] for i in order], batch_tokens) for part in _parts(batch)]
+        groups = [
+            part
+            for batch in split_by_tokens([prompts[i] for i in order], batch_tokens)
+            for part in _split_prompts(batch)
+        ]
 
         def ask(group: Sequence[Prompt]) -> list[Choice]:
-            return self._ask(group, max_tokens=1, temperature=0, logprobs=1, echo=True)
+            return self._request_choices(group, max_tokens=1, temperature=0, logprobs=1, echo=True)
 
         starts = [0]
         for group in groups:
             starts.append(starts[-1] + len(group))
         for number, choices in self._client.map_concurrently(ask, groups):
             for index, choice in zip(order[starts[number] :], choices, strict=False):
-                yield index, self._scored(choice, len(prompts[index]), len(pairs[index][1]))
+                yield index, self._score_choice(choice, len(prompts[index]), len(pairs[index][1]))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
@@ -69,10 +75,10 @@ class EndpointEngine:
         else:
             sampling["temperature"] = 0.0
         stop = [text for text in until if text]
-        groups = list(_parts([list(prompt) for prompt in prompts]))
+        groups = list(_split_prompts([list(prompt) for prompt in prompts]))
 
         def ask(group: Sequence[Prompt]) -> list[Choice]:
-            return self._ask(group, max_tokens=max_new_tokens, stop=stop or None, **sampling)
+            return self._request_choices(group, max_tokens=max_new_tokens, stop=stop or None, **sampling)
 
         answers: dict[int, list[Choice]] = {}
         following = 0
@@ -82,7 +88,7 @@ class EndpointEngine:
                 yield from (str(choice.get("text") or "") for choice in answers.pop(following))
                 following += 1
 
-    def _ask(self, prompts: Sequence[Prompt], **settings: Any) -> list[Choice]:
+    def _request_choices(self, prompts: Sequence[Prompt], **settings: Any) -> list[Choice]:
         """The server's choices, one for each prompt."""
         payload = {"model": self.endpoint.name, "prompt": list(prompts), **settings}
         answer = self._client.request_json("/completions", payload)
@@ -94,7 +100,7 @@ class EndpointEngine:
             raise Unreachable(f"{self.endpoint.url} answered {len(prompts)} prompts with {len(choices)} choices")
         return choices
 
-    def _scored(self, choice: Choice, tokens: int, size: int) -> Scored:
+    def _score_choice(self, choice: Choice, tokens: int, size: int) -> ContinuationScore:
         """The score of the last `size` of the `tokens` of a prompt."""
         logprobs = choice.get("logprobs") or {}
         values = (logprobs.get("token_logprobs") or [])[tokens - size : tokens]
@@ -110,24 +116,24 @@ class EndpointEngine:
 
     def _check_tokenizer(self) -> None:
         """Raises BadInput where the server reads the ids otherwise: its scores would look fine and be of other text."""
-        if self._checked:
+        if self._tokenizer_checked:
             return
         ids = self.tokenizer.encode(PROBE, add_special_tokens=False)
-        (choice,) = self._ask([ids], max_tokens=1, temperature=0, logprobs=1, echo=True)
-        self._scored(choice, len(ids), len(ids) - 1)
-        expected, echoed = (_squeezed(text) for text in (self.tokenizer.decode(ids), str(choice.get("text"))))
+        (choice,) = self._request_choices([ids], max_tokens=1, temperature=0, logprobs=1, echo=True)
+        self._score_choice(choice, len(ids), len(ids) - 1)
+        expected, echoed = (_without_whitespace(text) for text in (self.tokenizer.decode(ids), str(choice.get("text"))))
         if not echoed.startswith(expected):
             raise BadInput(
                 f"{self.endpoint.label} has another tokenizer: it reads {PROBE!r} as {choice.get('text')!r}",
                 fix="give --tokenizer the model that it serves",
             )
-        self._checked = True
+        self._tokenizer_checked = True
 
 
-def _parts(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), PROMPTS):
-        yield prompts[start : start + PROMPTS]
+def _split_prompts(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
+        yield prompts[start : start + PROMPTS_PER_REQUEST]
 
 
-def _squeezed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
     return "".join(text.split())

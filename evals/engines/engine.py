@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from limbeck.evals.engines import batches
-from limbeck.evals.engines.batches import CPU_TOKENS, NotANumber, Scored, Work
-from limbeck.evals.engines.onnx_batches import OnnxRows
-from limbeck.evals.engines.torch_batches import TorchRows
+from limbeck.evals.engines.batches import CPU_TOKENS, ContinuationScore, NanLogits, TokenCounter
+from limbeck.evals.engines.onnx_batches import OnnxForward
+from limbeck.evals.engines.torch_batches import TorchForward
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.errors import BadInput
@@ -21,7 +21,12 @@ from limbeck.registry.core.terminal import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # what the runtime has of transformers' settings
+RUNTIME_SAMPLING_SETTINGS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+)  # what the runtime has of transformers' settings
 
 
 class Engine(Protocol):
@@ -37,7 +42,9 @@ class Engine(Protocol):
     max_length: int
     identity: str
 
-    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """(index, score) of each (context, continuation) of token ids, in the order they are finished.
 
         What is longer than the context loses its beginning.
@@ -69,14 +76,16 @@ class TorchEngine:
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.identity = identity("torch")
-        self._rows = TorchRows(self.model, max_length)
-        self.work = self._rows.work
+        self.identity = library_versions("torch")
+        self._forward = TorchForward(self.model, max_length)
+        self.work = self._forward.work
 
-    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """See `Engine.scores`."""
         on_cpu = self.model.device.type == "cpu"
-        return batches.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens)
+        return batches.score_pairs(self._forward, pairs, min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
@@ -88,7 +97,7 @@ class TorchEngine:
 
         def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             if (bad := logits.isnan().any(dim=-1)).any():  # the text would look like any other
-                raise NotANumber(int(bad.nonzero()[0, 0]))
+                raise NanLogits(int(bad.nonzero()[0, 0]))
             return logits
 
         pad = self.tokenizer.pad_token_id
@@ -119,50 +128,54 @@ class OnnxEngine:
         self.folder = folder
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.identity = identity("onnxruntime")
-        self.work = Work()
+        self.identity = library_versions("onnxruntime")
+        self.work = TokenCounter()
         # One of the two at a time: each holds the weights.
-        self._rows: OnnxRows | None = None
+        self._forward: OnnxForward | None = None
         self._runtime: Runtime | None = None
 
-    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """See `Engine.scores`."""
-        if self._rows is None:
+        if self._forward is None:
             self._runtime = None
-            self._rows = OnnxRows(self.folder, self.max_length)
-            self._rows.work = self.work
-        return batches.scores(self._rows, pairs, min(batch_tokens, CPU_TOKENS))
+            self._forward = OnnxForward(self.folder, self.max_length)
+            self._forward.work = self.work
+        return batches.score_pairs(self._forward, pairs, min(batch_tokens, CPU_TOKENS))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
     ) -> list[list[int]]:
         """See `Engine.generate`. Raises BadInput for a setting that the runtime does not have."""
-        settings = {key: value for key, value in sampling.items() if key in SAMPLING and value is not None}
+        settings = {
+            key: value for key, value in sampling.items() if key in RUNTIME_SAMPLING_SETTINGS and value is not None
+        }
         if sampling.pop("do_sample", False):
             settings["temperature"] = sampling.get("temperature") or 1.0
-        if unknown := sorted(sampling.keys() - {"temperature", *SAMPLING}):
+        if unknown := sorted(sampling.keys() - {"temperature", *RUNTIME_SAMPLING_SETTINGS}):
             raise BadInput(
                 f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model cannot do",
                 fix="leave it out of the task, or score the PyTorch model",
             )
         stop = [text for text in until if text]
         if self._runtime is None:
-            self._rows = None
+            self._forward = None
             self._runtime = Runtime.load(self.folder, verify=False)  # verified when the model was resolved
             (first,) = self._runtime.generate(prompts[:1], max_new_tokens=1, logprobs=0)
             if np.isnan(first.logprobs or []).any():  # the text would look like any other
-                raise NotANumber(0)
+                raise NanLogits(0)
         completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
 
 
-def identity(engine: str) -> str:
+def library_versions(engine: str) -> str:
     """The libraries that an engine's numbers depend on, with their versions, in words; loads none of them."""
     libraries = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime",)}[engine]
     return ", ".join(f"{library} {version(library)}" for library in libraries)
 
 
-class Text(NamedTuple):
+class LoadedTokenizer(NamedTuple):
     """How a model reads text: what is known before its weights are loaded."""
 
     config: PretrainedConfig
@@ -170,7 +183,7 @@ class Text(NamedTuple):
     max_length: int
 
 
-def read_text(folder: Path, label: str, trust_remote_code: bool = False) -> Text:
+def load_tokenizer(folder: Path, label: str, trust_remote_code: bool = False) -> LoadedTokenizer:
     """A model folder's tokenizer and context, as lm-eval's HFLM finds them. Raises BadInput."""
     quiet_libraries()
     from lm_eval.models.utils import configure_pad_token, resolve_max_length
@@ -182,15 +195,15 @@ def read_text(folder: Path, label: str, trust_remote_code: bool = False) -> Text
         tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(folder, **trust), model_config=config)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{label}: its configuration or tokenizer cannot be loaded: {error}") from error
-    return Text(config, tokenizer, resolve_max_length(config, tokenizer))
+    return LoadedTokenizer(config, tokenizer, resolve_max_length(config, tokenizer))
 
 
-def load(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
+def load_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
     """The engine for a model: onnxruntime for an ONNX artifact, else PyTorch.
 
     Raises BadInput where transformers cannot load the model or its tokenizer.
     """
-    config, tokenizer, max_length = read_text(model.path, model.label, trust_remote_code)
+    config, tokenizer, max_length = load_tokenizer(model.path, model.label, trust_remote_code)
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from limbeck.evals.engines.batches import Scored
+from limbeck.evals.engines.batches import ContinuationScore
 from limbeck.evals.engines.endpoint import EndpointEngine
-from limbeck.evals.engines.engine import Engine, identity, load, read_text
+from limbeck.evals.engines.engine import Engine, library_versions, load_engine, load_tokenizer
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.terminal import print_status
 
@@ -16,7 +16,7 @@ from limbeck.registry.core.terminal import print_status
 def open_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
     """The engine of any model. Raises BadInput where its tokenizer cannot be loaded."""
     if model.endpoint:
-        engine = EndpointEngine(model.endpoint, read_text(model.path, model.label, trust_remote_code))
+        engine = EndpointEngine(model.endpoint, load_tokenizer(model.path, model.label, trust_remote_code))
         print_status(
             f"{model.label}: of its context of {engine.context} tokens {engine.max_length} can be used over HTTP; "
             "only of longer texts the scores differ from those of the same model here"
@@ -31,20 +31,22 @@ class LazyEngine:
     def __init__(self, model: ResolvedModel, trust_remote_code: bool = False) -> None:
         self._model = model
         self._trust_remote_code = trust_remote_code
-        _, self.tokenizer, self.max_length = read_text(model.path, model.label, trust_remote_code)
-        self.identity = identity(model.engine)
+        _, self.tokenizer, self.max_length = load_tokenizer(model.path, model.label, trust_remote_code)
+        self.identity = library_versions(model.engine)
 
     @cached_property
-    def loaded(self) -> Engine:
+    def engine(self) -> Engine:
         """The engine itself."""
-        return load(self._model, self._trust_remote_code)
+        return load_engine(self._model, self._trust_remote_code)
 
-    def scores(self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """See `Engine.scores`."""
-        return self.loaded.scores(pairs, batch_tokens)
+        return self.engine.scores(pairs, batch_tokens)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
     ) -> Iterable[list[int] | str]:
         """See `Engine.generate`."""
-        return self.loaded.generate(prompts, max_new_tokens, until, **sampling)
+        return self.engine.generate(prompts, max_new_tokens, until, **sampling)

@@ -17,8 +17,8 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from limbeck.evals.engines.batches import BATCH_TOKENS, NotANumber, batches
-from limbeck.evals.engines.engine import Engine, Scored
+from limbeck.evals.engines.batches import BATCH_TOKENS, ContinuationScore, NanLogits, split_by_tokens
+from limbeck.evals.engines.engine import Engine
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
@@ -49,7 +49,7 @@ class LimbeckLM(TemplateLM):
         label: str = "the model",
         cache: ScoreCache | None = None,
         harness: str = "",
-        documents: Callable[[str], list[int] | None] = lambda task: None,
+        document_numbers: Callable[[str], list[int] | None] = lambda task: None,
         chat_template: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
         on_requests: Callable[[int], None] = lambda done: None,
@@ -60,13 +60,13 @@ class LimbeckLM(TemplateLM):
         self.max_length = engine.max_length
         self.label = label
         self.cache = cache
-        self.documents = documents
+        self.document_numbers = document_numbers
         self.template = chat_template
         self.batch_tokens = batch_tokens
         self.on_requests = on_requests
-        self._maker = [harness, engine.identity, engine.max_length]
-        self._asked: Sequence[Instance] = []
-        self._told_system = False
+        self._key_parts = [harness, engine.identity, engine.max_length]
+        self._requests: Sequence[Instance] = []
+        self._warned_of_system_role = False
 
     @property
     def eot_token_id(self) -> int:
@@ -104,9 +104,9 @@ class LimbeckLM(TemplateLM):
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, **settings))
         except TemplateError as error:
-            if not self._told_system:
+            if not self._warned_of_system_role:
                 print_status(f"the chat template refuses these messages ({error}): the system message is left out")
-            self._told_system = True
+            self._warned_of_system_role = True
         rest = [message for message in chat_history if message["role"] != "system"]
         try:
             return str(self.tokenizer.apply_chat_template(rest, **settings))
@@ -120,9 +120,9 @@ class LimbeckLM(TemplateLM):
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **given)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[ContinuationScore]:
         """(log-probability in nats, greedy) of each (context, continuation)."""
-        self._asked = requests
+        self._requests = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -140,7 +140,7 @@ class LimbeckLM(TemplateLM):
             owners += [index] * len(pair)
         missing = Counter(owners)
         totals = [0.0] * len(requests)
-        for window, (logprob, _) in self._scores([requests[owner] for owner in owners], windows):
+        for window, (logprob, _) in self._score_pairs([requests[owner] for owner in owners], windows):
             owner = owners[window]
             totals[owner] += logprob
             missing[owner] -= 1
@@ -149,35 +149,35 @@ class LimbeckLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[Scored]:
-        scores: list[Scored] = [(0.0, False)] * len(requests)
+    ) -> list[ContinuationScore]:
+        scores: list[ContinuationScore] = [(0.0, False)] * len(requests)
         pairs = [(context, continuation) for _, context, continuation in requests]
         # Of the last continuation token nothing is asked, so that it needs no room.
-        _say_cut(self._asked, [len(a) + len(b) - 1 for a, b in pairs], self.max_length, self.max_length)
-        for index, score in self._scores(self._asked, pairs):
+        _report_truncation(self._requests, [len(a) + len(b) - 1 for a, b in pairs], self.max_length, self.max_length)
+        for index, score in self._score_pairs(self._requests, pairs):
             scores[index] = score
             self.on_requests(1)
         return scores
 
-    def _scores(
-        self, asked: Sequence[Instance], pairs: Sequence[tuple[list[int], list[int]]]
-    ) -> Iterator[tuple[int, Scored]]:
+    def _score_pairs(
+        self, requests: Sequence[Instance], pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[int, ContinuationScore]]:
         """(index, score) of each (context, continuation) of token ids: what is kept first, then as it is run.
 
         Args:
-            asked: the request that each pair is of.
+            requests: the request that each pair is of.
         """
         places: dict[bytes, list[int]] = {}
-        for index, (request, (context, continuation)) in enumerate(zip(asked, pairs, strict=True)):
+        for index, (request, (context, continuation)) in enumerate(zip(requests, pairs, strict=True)):
             if not 0 < len(continuation) <= self.max_length:
                 raise BadInput(
-                    f"{self._where(request)}: a choice has {len(continuation)} tokens; "
+                    f"{self._describe_request(request)}: a choice has {len(continuation)} tokens; "
                     f"the model's context allows 1 to {self.max_length}",
                     fix="leave the task out, or give a model with a longer context",
                 )
-            key = request_key(request.request_type, request.task_name, context, continuation, *self._maker)
+            key = request_key(request.request_type, request.task_name, context, continuation, *self._key_parts)
             places.setdefault(key, []).append(index)
-        kept = self._kept(places)
+        kept = self._cached_answers(places)
         for key, (logprob, greedy) in kept.items():
             for index in places[key]:
                 yield index, (logprob, greedy)
@@ -188,13 +188,13 @@ class LimbeckLM(TemplateLM):
         try:
             for number, score in self.engine.scores(todo, self.batch_tokens):
                 if math.isnan(score[0]):
-                    raise NotANumber(number)
+                    raise NanLogits(number)
                 if self.cache:
                     self.cache.put(missing[number], score)
                 for index in places[missing[number]]:
                     yield index, score
-        except NotANumber as error:
-            raise self._no_number(asked[places[missing[error.index]][0]], error) from None
+        except NanLogits as error:
+            raise self._nan_error(requests[places[missing[error.index]][0]], error) from None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that follows each (context, generation_kwargs), up to one of its `until` strings."""
@@ -203,12 +203,12 @@ class LimbeckLM(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
         for members in groups.values():
-            for index, text in self._texts([requests[index] for index in members]):
+            for index, text in self._generate_texts([requests[index] for index in members]):
                 texts[members[index]] = text
                 self.on_requests(1)
         return texts
 
-    def _texts(self, requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
+    def _generate_texts(self, requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
         """(index, text) of requests with the same settings: what is kept first, then as it is generated."""
         settings: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS))
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
@@ -220,18 +220,18 @@ class LimbeckLM(TemplateLM):
                 f"the task generates up to {new_tokens} tokens, the model's context has {self.max_length}",
                 fix="set a smaller max_gen_toks in the task's generation_kwargs, or with --gen-kwargs",
             )
-        prompts = [self._prompt(request.args[0]) for request in requests]
-        _say_cut(requests, [len(prompt) for prompt in prompts], room, self.max_length)
+        prompts = [self._encode_prompt(request.args[0]) for request in requests]
+        _report_truncation(requests, [len(prompt) for prompt in prompts], room, self.max_length)
         places: dict[bytes, list[int]] = {}
         times: Counter[bytes] = Counter()
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            said = ("generate_until", request.task_name, prompt[-room:], until, new_tokens, settings, *self._maker)
+            said = ("generate_until", request.task_name, prompt[-room:], until, new_tokens, settings, *self._key_parts)
             key = request_key(*said)
             if settings["do_sample"]:  # asked again it says something else, and that is kept too
                 times[key] += 1
                 key = request_key(*said, times[key])
             places.setdefault(key, []).append(index)
-        kept = self._kept(places)
+        kept = self._cached_answers(places)
         for key, text in kept.items():
             for index in places[key]:
                 yield index, text
@@ -239,11 +239,11 @@ class LimbeckLM(TemplateLM):
         ids = {key: prompts[places[key][0]][-room:] for key in missing}
         missing.sort(key=lambda key: -len(ids[key]))
         done = 0
-        for batch in batches([ids[key] for key in missing], self.batch_tokens, new_tokens):
+        for batch in split_by_tokens([ids[key] for key in missing], self.batch_tokens, new_tokens):
             try:
                 answers = self._generate(batch, new_tokens, until, settings)
-            except NotANumber as error:
-                raise self._no_number(requests[places[missing[done + error.index]][0]], error) from None
+            except NanLogits as error:
+                raise self._nan_error(requests[places[missing[done + error.index]][0]], error) from None
             for made in answers:
                 key = missing[done]
                 text = made if isinstance(made, str) else self.tokenizer.decode(made, skip_special_tokens=True)
@@ -254,7 +254,7 @@ class LimbeckLM(TemplateLM):
                     yield index, text
                 done += 1
 
-    def _kept(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
+    def _cached_answers(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
         """The answers that the cache has."""
         found = ((key, self.cache.get(key)) for key in keys) if self.cache else ()
         return {key: answer for key, answer in found if answer is not None}
@@ -269,22 +269,22 @@ class LimbeckLM(TemplateLM):
             line = str(error).strip().splitlines()[0]
             raise BadInput(f"the model cannot generate with {settings}: {line}") from error
 
-    def _no_number(self, request: Instance, error: NotANumber) -> BadInput:
-        return BadInput(f"{self._where(request)}: {error.message}", fix=error.fix)
+    def _nan_error(self, request: Instance, error: NanLogits) -> BadInput:
+        return BadInput(f"{self._describe_request(request)}: {error.message}", fix=error.fix)
 
-    def _where(self, request: Instance) -> str:
-        chosen = self.documents(request.task_name or "")
+    def _describe_request(self, request: Instance) -> str:
+        chosen = self.document_numbers(request.task_name or "")
         number = request.doc_id if chosen is None or request.doc_id is None else chosen[request.doc_id]
         return f"{self.label}: task {request.task_name}, document {number}"
 
-    def _prompt(self, text: str) -> list[int]:
+    def _encode_prompt(self, text: str) -> list[int]:
         """The tokens of a prompt; the token that begins a text where it is empty."""
         bos = has_bos_prefix(text, self.tokenizer.bos_token)
         ids = self.tokenizer.encode(text, **({"add_special_tokens": False} if bos else {}))
         return ids or [self.prefix_token_id]
 
 
-def _say_cut(requests: Sequence[Instance], lengths: Sequence[int], room: int, context: int) -> None:
+def _report_truncation(requests: Sequence[Instance], lengths: Sequence[int], room: int, context: int) -> None:
     """Tell of each task how many requests lose their beginning, as they do in HFLM."""
     asked = Counter(request.task_name for request in requests)
     cut = Counter(request.task_name for request, length in zip(requests, lengths, strict=True) if length > room)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from limbeck.evals.engines.batches import Batch, Work
-from limbeck.evals.engines.onnx_graph import FLAT, TREE_MASK, open_session
-from limbeck.evals.engines.probe import IN_HALF, TOLERANCE, Probe
-from limbeck.evals.engines.torch_batches import additive, choose
+from limbeck.evals.engines.batches import Batch, TokenCounter
+from limbeck.evals.engines.onnx_graph import LOGIT_POSITIONS, TREE_MASK, open_session
+from limbeck.evals.engines.probe import HALF_PRECISION_TOLERANCE, TOLERANCE, SharingProbe
+from limbeck.evals.engines.torch_batches import additive_mask, target_logprobs
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape
 
 
-class OnnxRows:
+class OnnxForward:
     """A `rows.Forward`: a graph with key-value cache, with what it needs to share prefixes.
 
     With int8 activations every number depends a little on what else is in the batch, or on the last bit of what is
@@ -31,37 +31,37 @@ class OnnxRows:
             Runtime.load(folder, verify=False)  # says what is wrong with the artifact
             raise
         self.max_length = max_length
-        self.work = Work()
+        self.work = TokenCounter()
         self._inputs = {item.name: item for item in self.session.get_inputs()}
         self._past = [item for name, item in self._inputs.items() if name.startswith("past_key_values.")]
         self._present = [item.name.replace("past_key_values.", "present.", 1) for item in self._past]
         # The kernel of a fused graph takes several tokens behind a past for one row at a time.
-        self._alone = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
+        self._one_row_at_a_time = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         in_half = any(NUMPY_TYPES[item.type] == np.float16 for item in self._past)
-        self._probe = Probe(
-            lambda: OnnxRows(folder, max_length, float_products=True) if quantizes else self,
-            IN_HALF if in_half else TOLERANCE,
+        self._probe = SharingProbe(
+            lambda: OnnxForward(folder, max_length, float_products=True) if quantizes else self,
+            HALF_PRECISION_TOLERANCE if in_half else TOLERANCE,
         )
 
-    def reach(self, tokens: int) -> int:
+    def max_shared_tokens(self, tokens: int) -> int:
         """See `rows.Forward.reach`."""
         if TREE_MASK not in self._inputs or "position_ids" not in self._inputs:
             return 0
-        return self._probe.reach(tokens)
+        return self._probe.max_shared_tokens(tokens)
 
-    def run(self, batch: Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+    def run(self, batch: Batch, trunk: Any = None, keep_trunk: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
         """See `rows.Forward.run`. A trunk is the graph's past, (1, heads, tokens, width) each."""
         import torch
 
-        parts = [batch] if trunk is None or not self._alone else _each(batch)
-        run = [self._logits(part, trunk, keep) for part in parts]
+        parts = [batch] if trunk is None or not self._one_row_at_a_time else _split_rows(batch)
+        run = [self._logits(part, trunk, keep_trunk) for part in parts]
         logits = np.concatenate([logits for logits, _ in run]) if len(run) > 1 else run[0][0]
-        node, token = torch.from_numpy(batch.node), torch.from_numpy(batch.token)
-        logprobs, likeliest = choose(torch.from_numpy(logits), node, token)
-        return logprobs.numpy(), likeliest.numpy(), run[0][1] if keep else None
+        node, token = torch.from_numpy(batch.logit_rows), torch.from_numpy(batch.target_tokens)
+        logprobs, likeliest = target_logprobs(torch.from_numpy(logits), node, token)
+        return logprobs.numpy(), likeliest.numpy(), run[0][1] if keep_trunk else None
 
-    def _logits(self, batch: Batch, trunk: Any, keep: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _logits(self, batch: Batch, trunk: Any, keep_trunk: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """(M, V) logits after the tokens at `flat`, and the trunk that is kept."""
         count, width = batch.tokens.shape
         real = np.arange(batch.start + width) < batch.start + batch.lengths[:, None]
@@ -72,8 +72,8 @@ class OnnxRows:
             "input_ids": batch.tokens,
             "attention_mask": real.astype(np.int64),
             "position_ids": depth,
-            TREE_MASK: np.zeros((1, 1, 1, 1), np.float32) if batch.mask is None else additive(batch).numpy(),
-            FLAT: batch.flat,
+            TREE_MASK: np.zeros((1, 1, 1, 1), np.float32) if batch.mask is None else additive_mask(batch).numpy(),
+            LOGIT_POSITIONS: batch.logit_positions,
         }
         binding = self.session.io_binding()
         for name, value in feeds.items():
@@ -83,20 +83,20 @@ class OnnxRows:
             past = np.zeros(empty_past_shape(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
             whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
             binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
-        for name in ["logits", *self._present] if keep else ["logits"]:
+        for name in ["logits", *self._present] if keep_trunk else ["logits"]:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         logits, *kept = (value.numpy() for value in binding.get_outputs())
-        if FLAT not in self._inputs:
-            logits = logits.reshape(count * width, -1)[batch.flat]
-        return logits.reshape(len(batch.flat), -1), kept
+        if LOGIT_POSITIONS not in self._inputs:
+            logits = logits.reshape(count * width, -1)[batch.logit_positions]
+        return logits.reshape(len(batch.logit_positions), -1), kept
 
 
-def _each(batch: Batch) -> Iterator[Batch]:
+def _split_rows(batch: Batch) -> Iterator[Batch]:
     """The rows of a batch in which something is predicted, each a batch of its own without padding."""
     width = batch.tokens.shape[1]
     for row, length in enumerate(batch.lengths.tolist()):
-        flat = batch.flat[batch.flat // width == row] - row * width
+        flat = batch.logit_positions[batch.logit_positions // width == row] - row * width
         if len(flat):
             yield Batch(
                 tokens=batch.tokens[row : row + 1, :length],
@@ -104,7 +104,7 @@ def _each(batch: Batch) -> Iterator[Batch]:
                 start=batch.start,
                 depth=None if batch.depth is None else batch.depth[row : row + 1, :length],
                 mask=None if batch.mask is None else batch.mask[row : row + 1, :length, :length],
-                flat=flat,
-                node=np.empty(0, np.int64),
-                token=np.empty(0, np.int64),
+                logit_positions=flat,
+                logit_rows=np.empty(0, np.int64),
+                target_tokens=np.empty(0, np.int64),
             )

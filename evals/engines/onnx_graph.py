@@ -16,16 +16,16 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from limbeck.evals.engines.batches import MOST_PAIRS
+from limbeck.evals.engines.batches import MAX_ATTENTION_PAIRS
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.machine import physical_cores
 
-TREE_MASK, FLAT = "tree_mask", "flat"
+TREE_MASK, LOGIT_POSITIONS = "tree_mask", "flat"
 QDQ = {"QuantizeLinear", "DequantizeLinear"}
 ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh", *QDQ}  # what may follow the head
-HEADS = {"FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"}
-LONGEST = isqrt(MOST_PAIRS)  # tokens of a row that shares
-ATTENTION, BIAS = "GroupQueryAttention", 10  # the operator, and the place of its attention_bias
+HEAD_OPERATORS = {"FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"}
+MAX_TREE_TOKENS = isqrt(MAX_ATTENTION_PAIRS)  # tokens of a row that shares
+ATTENTION, ATTENTION_BIAS_INPUT = "GroupQueryAttention", 10  # the operator, and the place of its attention_bias
 IN_FLOAT32, IN_INT8 = 1, 4  # MatMulNBits' accuracy levels: what it rounds its activations to, block by block
 
 
@@ -65,10 +65,10 @@ def open_session(folder: Path, float_products: bool = False) -> tuple[ort.Infere
 
 def _quantizes(node: Any) -> bool:
     """Whether this operator quantises activations."""
-    return node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") or _level(node) == IN_INT8
+    return node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") or _accuracy_level(node) == IN_INT8
 
 
-def _level(node: Any) -> int:
+def _accuracy_level(node: Any) -> int:
     """The accuracy level of a MatMulNBits; 0 is whatever onnxruntime likes."""
     found = (item.i for item in node.attribute if item.name == "accuracy_level")
     return int(next(found, 0)) if node.op_type == "MatMulNBits" else 0
@@ -78,7 +78,7 @@ def pick_before_head(graph: Any) -> None:
     """Let the head see the (1, M, H) hidden states at `flat` alone."""
     made = {name: node for node in graph.node for name in node.output}
     search = [made["logits"]]
-    while search and search[-1].op_type not in HEADS:
+    while search and search[-1].op_type not in HEAD_OPERATORS:
         node = search.pop()
         if node.op_type in ELEMENTWISE:
             search += [made[name] for name in node.input if name in made]
@@ -93,13 +93,13 @@ def pick_before_head(graph: Any) -> None:
     place = next(index for index, node in enumerate(graph.node) if node is head)
     for node in (
         helper.make_node("Unsqueeze", [f"{picked}/rows", axis], [picked], name=picked),
-        helper.make_node("Gather", [rows, FLAT], [f"{picked}/rows"], name=f"{picked}/rows"),
+        helper.make_node("Gather", [rows, LOGIT_POSITIONS], [f"{picked}/rows"], name=f"{picked}/rows"),
         helper.make_node("Flatten", [hidden], [rows], name=rows, axis=2),
     ):
         graph.node.insert(place, node)
     head.input[0] = picked
     graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), axis))
-    graph.input.append(helper.make_tensor_value_info(FLAT, TensorProto.INT64, ["picked"]))
+    graph.input.append(helper.make_tensor_value_info(LOGIT_POSITIONS, TensorProto.INT64, ["picked"]))
     logits = next(output for output in graph.output if output.name == "logits")
     for dimension, name in zip(logits.type.tensor_type.shape.dim, ("one", "picked"), strict=False):
         dimension.dim_param = name
@@ -125,7 +125,11 @@ def mask_trees(graph: Any) -> None:
             masks = [place for place, name in enumerate(scores.input) if name not in computed]
             if len(masks) == 1:
                 masked.append((scores, masks[0]))
-    masked += [(node, BIAS) for node in graph.node if node.op_type == ATTENTION and _has(node, BIAS)]
+    masked += [
+        (node, ATTENTION_BIAS_INPUT)
+        for node in graph.node
+        if node.op_type == ATTENTION and _has_input(node, ATTENTION_BIAS_INPUT)
+    ]
     added: dict[str, str] = {}  # fused graphs have one mask for all layers
     for node, place in masked:
         mask = node.input[place]
@@ -141,7 +145,7 @@ def mask_trees(graph: Any) -> None:
         graph.input.append(helper.make_tensor_value_info(TREE_MASK, TensorProto.FLOAT, shape))
 
 
-def _has(node: Any, place: int) -> bool:
+def _has_input(node: Any, place: int) -> bool:
     return len(node.input) > place and bool(node.input[place])
 
 
@@ -178,10 +182,12 @@ def lengthen_rotary(graph: Any) -> None:
     for node in [node for node in graph.node if node.op_type == "RotaryEmbedding"]:
         for place in (2, 3):
             table = node.input[place]
-            if table in tables and tables[table].dims[0] < LONGEST and table not in longer:
+            if table in tables and tables[table].dims[0] < MAX_TREE_TOKENS and table not in longer:
                 longer[table] = f"{table}/longer"
                 positions, width = tables[table].dims
-                zeros = np.zeros((LONGEST - positions, width), helper.tensor_dtype_to_np_dtype(tables[table].data_type))
+                zeros = np.zeros(
+                    (MAX_TREE_TOKENS - positions, width), helper.tensor_dtype_to_np_dtype(tables[table].data_type)
+                )
                 graph.initializer.append(numpy_helper.from_array(zeros, f"{table}/more"))
                 inputs = [table, f"{table}/more"]
                 graph.node.insert(0, helper.make_node("Concat", inputs, [longer[table]], name=longer[table], axis=0))
@@ -203,24 +209,24 @@ def multiply_in_float(graph: Any) -> None:
             nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
             nodes.append(helper.make_node("Constant", [], [scale], value=one))
         elif node.op_type == "MatMulInteger":
-            nodes += _in_float(node)
+            nodes += _float_matmul(node)
         elif node.op_type == "DequantizeLinear" and (source := made.get(node.input[0])) is not None:
             plain = source.op_type == "QuantizeLinear"
             nodes.append(helper.make_node("Identity", [source.input[0]], [node.output[0]]) if plain else node)
         else:
-            if _level(node):
+            if _accuracy_level(node):
                 next(item for item in node.attribute if item.name == "accuracy_level").i = IN_FLOAT32
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _in_float(node: Any) -> list[Any]:
+def _float_matmul(node: Any) -> list[Any]:
     """A MatMulInteger as the float32 product of activations and the same weights."""
     out = node.output[0]
     weights = f"{out}/weights"
     nodes = [helper.make_node("Cast", [node.input[1]], [weights], to=TensorProto.FLOAT)]
-    if _has(node, 3):
+    if _has_input(node, 3):
         nodes.append(helper.make_node("Cast", [node.input[3]], [f"{out}/zero"], to=TensorProto.FLOAT))
         nodes.append(helper.make_node("Sub", [weights, f"{out}/zero"], [f"{out}/centred"]))
         weights = f"{out}/centred"

@@ -14,10 +14,12 @@ from itertools import pairwise
 
 import numpy as np
 
-ROW = 256  # tokens of a row, where it can be cut: beyond that attention to what is masked costs more than it saves
-REPEATED = 0.04  # of a row: a cut where neighbours share no more than this costs little
-TRUNK = 32  # tokens: a shorter prefix is sooner repeated than run alone
-BELOW = 4 * ROW  # tokens below a prefix that make it a trunk
+ROW_TOKENS = (
+    256  # tokens of a row, where it can be cut: beyond that attention to what is masked costs more than it saves
+)
+MAX_REPEATED_SHARE = 0.04  # of a row: a cut where neighbours share no more than this costs little
+MIN_TRUNK_TOKENS = 32  # tokens: a shorter prefix is sooner repeated than run alone
+MIN_TOKENS_BELOW_TRUNK = 4 * ROW_TOKENS  # tokens below a prefix that make it a trunk
 
 
 @dataclass(frozen=True)
@@ -86,25 +88,34 @@ class Inputs:
         self.names = range(len(tokens)) if names is None else names
         self.lengths = np.array([len(text) for text in tokens])
         neighbours = pairwise(tokens)
-        self.common = np.array([0, *(shared(*pair) for pair in neighbours)][: len(tokens)])
-        self.least = int((self.lengths - self.common).sum())
+        self.common = np.array([0, *(common_prefix_length(*pair) for pair in neighbours)][: len(tokens)])
+        self.min_tokens = int((self.lengths - self.common).sum())
 
     def chains(self) -> list[Group]:
         """Each input in a row of its own: nothing is shared."""
         return [Group(rows=[self._chain(index, 0, len(text), [index]) for index, text in enumerate(self.tokens)])]
 
-    def forest(self, most: int, reach: int, below: int = BELOW, shortest: int = TRUNK) -> list[Group]:
+    def forest(
+        self,
+        max_row_tokens: int,
+        max_shared_tokens: int,
+        min_below: int = MIN_TOKENS_BELOW_TRUNK,
+        min_trunk: int = MIN_TRUNK_TOKENS,
+    ) -> list[Group]:
         """Rows of the tree under their trunks; a trunk comes before what is below it.
 
         Args:
-            most: the most tokens of a row, a single text aside.
-            reach: the most tokens of a row and the trunk above it; a longer text shares nothing.
-            below: the fewest tokens below a trunk, unless trunk and all below it are more than `most`: then they
+            max_row_tokens: the most tokens of a row, a single text aside.
+            max_shared_tokens: the most tokens of a row and the trunk above it; a longer text shares nothing.
+            min_below: the fewest tokens below a trunk, unless trunk and all below it exceed `max_row_tokens`: then they
                 would be in several rows, and each would repeat it. shortest: the fewest tokens of a trunk.
         """
-        if (self.lengths > reach).any():
-            short, long = (self._only(self.lengths <= reach), self._only(self.lengths > reach))
-            return [*short.forest(most, reach, below, shortest), *long.chains()]
+        if (self.lengths > max_shared_tokens).any():
+            short, long = (
+                self._subset(self.lengths <= max_shared_tokens),
+                self._subset(self.lengths > max_shared_tokens),
+            )
+            return [*short.forest(max_row_tokens, max_shared_tokens, min_below, min_trunk), *long.chains()]
         groups = [Group()]
         owner = np.zeros(len(self.tokens), int)
         above = [(0, len(self.tokens), 0)]  # group, end of its inputs, depth
@@ -112,17 +123,21 @@ class Inputs:
             while above[-1][1] <= start:
                 above.pop()
             parent, _, top = above[-1]
-            if depth - top >= max(shortest, top // 8) and (hanging >= below or depth - top + hanging > most):
+            if depth - top >= max(min_trunk, top // 8) and (
+                hanging >= min_below or depth - top + hanging > max_row_tokens
+            ):
                 above.append((len(groups), end, depth))
                 owner[start:end] = len(groups)
                 groups.append(Group(self._chain(start, top, depth, range(start, end)), parent))
         order = np.argsort(owner, kind="stable")
         ends = np.cumsum(np.bincount(owner, minlength=len(groups)))
         for group, members in zip(groups, np.split(order, ends[:-1]), strict=True):
-            group.rows = list(self._pack(members.tolist(), group.depth, min(most, reach - group.depth)))
+            group.rows = list(
+                self._pack(members.tolist(), group.depth, min(max_row_tokens, max_shared_tokens - group.depth))
+            )
         return groups
 
-    def _only(self, chosen: np.ndarray) -> Inputs:
+    def _subset(self, chosen: np.ndarray) -> Inputs:
         members = np.flatnonzero(chosen).tolist()
         return Inputs([self.tokens[index] for index in members], [self.names[index] for index in members])
 
@@ -142,23 +157,23 @@ class Inputs:
                 open_.append((start, depth))
         return sorted(found, key=lambda fork: (fork[0], -fork[1]))
 
-    def _pack(self, members: Sequence[int], start: int, most: int) -> Iterator[Row]:
+    def _pack(self, members: Sequence[int], start: int, max_row_tokens: int) -> Iterator[Row]:
         """Rows of these inputs, in order; neighbours part where they share little or the row is full."""
-        row = _Open(start)
+        row = _RowBuilder(start)
         before = 0
         for index in members:
             if self.lengths[index] == start:
                 continue  # all of it is in the trunk
             common = max(start, int(self.common[before + 1 : index + 1].min())) if row.size else start
             size = row.size + int(self.lengths[index]) - common
-            cheap = common - start <= REPEATED * row.size
-            if row.size and (size > most or (size > ROW and cheap)):
-                yield row.close()
-                row, common = _Open(start), start
+            cheap = common - start <= MAX_REPEATED_SHARE * row.size
+            if row.size and (size > max_row_tokens or (size > ROW_TOKENS and cheap)):
+                yield row.build()
+                row, common = _RowBuilder(start), start
             row.add(self.names[index], self.tokens[index], common)
             before = index
         if row.size:
-            yield row.close()
+            yield row.build()
 
     def _chain(self, index: int, start: int, end: int, members: Iterable[int]) -> Row:
         """The tokens from `start` to `end` of one input, as `members` all have them."""
@@ -168,7 +183,7 @@ class Inputs:
         )
 
 
-class _Open:
+class _RowBuilder:
     """A row while it is filled."""
 
     def __init__(self, start: int) -> None:
@@ -186,11 +201,11 @@ class _Open:
         self.paths.append((name, self.path))
         self.size += len(new)
 
-    def close(self) -> Row:
+    def build(self) -> Row:
         return Row(np.concatenate(self.tokens), np.concatenate(self.depth), self.start, self.paths)
 
 
-def shared(first: np.ndarray, second: np.ndarray) -> int:
+def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
     """How many tokens two inputs begin with alike."""
     length = min(len(first), len(second))
     differ = first[:length] != second[:length]

@@ -17,16 +17,16 @@ import numpy as np
 from limbeck.evals.engines import batches
 
 if TYPE_CHECKING:
-    from limbeck.evals.engines.batches import Forward, Pair
+    from limbeck.evals.engines.batches import Forward, TokenPair
 
 TOLERANCE = 1e-4  # nats, of the log-probability of each text's last tokens
-IN_HALF = 0.02  # the same where the model itself rounds to 16 bits: what it is off by without sharing
-PREDICTED = 3  # of these
-SMALLEST = 32  # tokens of a row: a model that fails there shares nothing
+HALF_PRECISION_TOLERANCE = 0.02  # the same where the model itself rounds to 16 bits: what it is off by without sharing
+PREDICTED_TOKENS = 3  # of these
+MIN_ROW_TOKENS = 32  # tokens of a row: a model that fails there shares nothing
 NEVER = 2**62
 
 
-class Probe:
+class SharingProbe:
     """Asks one model, once for each length.
 
     Args:
@@ -38,10 +38,10 @@ class Probe:
         self.model, self.tolerance = model, tolerance
         self._passed, self._failed = 0, NEVER
 
-    def reach(self, tokens: int) -> int:
+    def max_shared_tokens(self, tokens: int) -> int:
         """See `rows.Forward.reach`. A power of two, or 0."""
-        size = max(SMALLEST, 1 << (tokens - 1).bit_length())
-        while size >= SMALLEST and size > self._passed:
+        size = max(MIN_ROW_TOKENS, 1 << (tokens - 1).bit_length())
+        while size >= MIN_ROW_TOKENS and size > self._passed:
             if size < self._failed:
                 if self._agrees(size):
                     self._passed = size
@@ -53,13 +53,13 @@ class Probe:
     def _agrees(self, size: int) -> bool:
         """Whether rows of `size` tokens, below a trunk and without one, give what plain rows give."""
         forward = self.model()
-        requests = batches.Requests(tree(size, forward.max_length, forward.vocab_size), forward.max_length)
-        inputs, most = requests.inputs, min(size + SMALLEST, isqrt(batches.MOST_PAIRS))
-        counted, forward.work = forward.work, batches.Work()
+        requests = batches.Requests(random_requests(size, forward.max_length, forward.vocab_size), forward.max_length)
+        inputs, most = requests.inputs, min(size + MIN_ROW_TOKENS, isqrt(batches.MAX_ATTENTION_PAIRS))
+        counted, forward.work = forward.work, batches.TokenCounter()
         try:
-            expected = dict(batches.run(forward, requests, inputs.chains(), size))
+            expected = dict(batches.run_groups(forward, requests, inputs.chains(), size))
             for below, shortest in ((NEVER, NEVER), (size // 4, 2)):
-                found = dict(batches.run(forward, requests, inputs.forest(most, NEVER, below, shortest), size))
+                found = dict(batches.run_groups(forward, requests, inputs.forest(most, NEVER, below, shortest), size))
                 if any(abs(found[pair][0] - score) > self.tolerance for pair, (score, _) in expected.items()):
                     return False
         except Exception:  # no masks, positions or cache from the caller: each model says so in its own way
@@ -69,7 +69,7 @@ class Probe:
         return True
 
 
-def tree(size: int, max_length: int, vocab_size: int) -> list[Pair]:
+def random_requests(size: int, max_length: int, vocab_size: int) -> list[TokenPair]:
     """Random texts whose tree has about `size` tokens.
 
     The first is as long as may be. The others leave it near its end, in its middle and near its beginning, and
@@ -89,5 +89,5 @@ def tree(size: int, max_length: int, vocab_size: int) -> list[Pair]:
         room -= new
         if room <= 0:
             break
-    texts.append(first[: length // 4 + PREDICTED])
-    return [(text[:-PREDICTED], text[-PREDICTED:]) for text in texts]
+    texts.append(first[: length // 4 + PREDICTED_TOKENS])
+    return [(text[:-PREDICTED_TOKENS], text[-PREDICTED_TOKENS:]) for text in texts]

@@ -32,15 +32,15 @@ class ScoreCache:
         anew: what was kept before is not given back, but replaced as new answers come.
     """
 
-    def __init__(self, digest: str, *, anew: bool = False) -> None:
+    def __init__(self, digest: str, *, overwrite: bool = False) -> None:
         self.path = home() / "scores" / f"{digest}.sqlite"
-        self._anew = anew
+        self._overwrite = overwrite
         self._written: set[bytes] = set()
         self._database = self._open()
 
     def get(self, key: bytes) -> Any | None:
         """The answer to a request; None where there is none, or one that is damaged."""
-        if self._anew and key not in self._written:
+        if self._overwrite and key not in self._written:
             return None
         rows = self._run("SELECT value, checksum FROM answers WHERE key = ?", key)
         value, checksum = rows[0] if rows else (b"", None)
@@ -65,7 +65,7 @@ class ScoreCache:
             raise BadInput(f"scores cannot be kept in {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._database.close()
-            self._replace(error)
+            self._delete_damaged(error)
             self._database = self._open()
             return self._database.execute(statement, values).fetchall()
 
@@ -76,10 +76,10 @@ class ScoreCache:
         except sqlite3.OperationalError as error:
             raise BadInput(f"scores cannot be kept in {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            self._replace(error)
+            self._delete_damaged(error)
             return _connect(self.path)
 
-    def _replace(self, error: Exception) -> None:
+    def _delete_damaged(self, error: Exception) -> None:
         print_status(f"{self.path} is damaged ({error}): its scores are computed again")
         for suffix in ("-wal", "-shm", ""):  # the journal first: a new file must not read an old one
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)

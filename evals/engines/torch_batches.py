@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.evals.engines.batches import Batch, Work
-from limbeck.evals.engines.probe import Probe
+from limbeck.evals.engines.batches import Batch, TokenCounter
+from limbeck.evals.engines.probe import SharingProbe
 
 if TYPE_CHECKING:
     import torch
     from transformers import DynamicCache, PreTrainedModel
 
-CHUNK = 2**19  # logits at a time: what a core's cache holds
+LOGITS_PER_CHUNK = 2**19  # logits at a time: what a core's cache holds
 
 
-class TorchRows:
+class TorchForward:
     """A `rows.Forward`: the model's own forward, with what it needs to share prefixes."""
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         self.model = model
         self.max_length = max_length
         self.vocab_size = int(model.config.get_text_config().vocab_size)
-        self.work = Work()
-        self.reach = Probe(lambda: self).reach
-        self._gathers = self._can_gather()
+        self.work = TokenCounter()
+        self.max_shared_tokens = SharingProbe(lambda: self).max_shared_tokens
+        self._gathers_before_head = self._can_gather()
 
-    def run(self, batch: Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+    def run(self, batch: Batch, trunk: Any = None, keep_trunk: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
         """See `rows.Forward.run`. A trunk is each layer's keys and values, (1, heads, tokens, width).
 
         Chains go without mask: what stands on the right of a token cannot change what it gives.
@@ -39,25 +39,28 @@ class TorchRows:
         device = self.model.device
         given: dict[str, Any] = {"use_cache": False}
         if batch.mask is not None:
-            given["attention_mask"] = additive(batch).to(device)
+            given["attention_mask"] = additive_mask(batch).to(device)
             given["position_ids"] = torch.from_numpy(batch.depth).to(device)
-        if trunk is not None or keep:
+        if trunk is not None or keep_trunk:
             given |= {"use_cache": True, "past_key_values": (cache := _cache(trunk, len(batch.tokens)))}
         if trunk is not None and batch.mask is None:
             places = torch.arange(batch.start, batch.start + batch.tokens.shape[1], device=device)
             given["position_ids"] = places.expand(len(batch.tokens), -1)
         with torch.inference_mode():
             tokens = torch.from_numpy(batch.tokens).to(device)
-            flat, node, token = (torch.from_numpy(array).to(device) for array in (batch.flat, batch.node, batch.token))
-            logprobs, likeliest = choose(self._logits(tokens, flat, given), node, token)
-            kept = [(layer.keys, layer.values) for layer in cache.layers] if keep else None
+            flat, node, token = (
+                torch.from_numpy(array).to(device)
+                for array in (batch.logit_positions, batch.logit_rows, batch.target_tokens)
+            )
+            logprobs, likeliest = target_logprobs(self._logits(tokens, flat, given), node, token)
+            kept = [(layer.keys, layer.values) for layer in cache.layers] if keep_trunk else None
             return logprobs.cpu().numpy(), likeliest.cpu().numpy(), kept
 
     def _logits(self, tokens: torch.Tensor, flat: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """(M, V) logits after the tokens at `flat`."""
-        if not self._gathers:
+        if not self._gathers_before_head:
             return self.model(input_ids=tokens, **given).logits.flatten(0, 1)[flat]
-        with _gathered(self.model.get_output_embeddings(), flat):
+        with _gather_before_head(self.model.get_output_embeddings(), flat):
             return self.model(input_ids=tokens, **given).logits[0]
 
     def _can_gather(self) -> bool:
@@ -72,25 +75,30 @@ class TorchRows:
         with torch.inference_mode():
             whole = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[flat]
             try:
-                with _gathered(head, flat):
+                with _gather_before_head(head, flat):
                     picked = self.model(input_ids=tokens, use_cache=False).logits
             except (RuntimeError, IndexError):  # a model that does more with the whole shape
                 return False
         return picked.shape == (1, *whole.shape) and bool(torch.allclose(picked[0], whole, rtol=1e-4, atol=1e-4))
 
 
-def choose(logits: torch.Tensor, node: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) float32 log-probabilities of `token` in the rows `node` of (M, V) logits, and whether it is likeliest."""
+def target_logprobs(
+    logits: torch.Tensor, logit_rows: torch.Tensor, target_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) float32 log-probabilities of `target_tokens` in the rows `logit_rows` of (M, V) logits, and whether each
+    is the likeliest."""
     import torch
 
-    size = max(1, CHUNK // logits.shape[1])
-    logprobs = torch.empty(len(node), device=logits.device)
-    likeliest = torch.zeros(len(node), dtype=torch.bool, device=logits.device)
-    order = node.argsort()
-    borders = torch.searchsorted(node[order], torch.arange(0, len(logits) + size, size, device=node.device)).tolist()
+    size = max(1, LOGITS_PER_CHUNK // logits.shape[1])
+    logprobs = torch.empty(len(logit_rows), device=logits.device)
+    likeliest = torch.zeros(len(logit_rows), dtype=torch.bool, device=logits.device)
+    order = logit_rows.argsort()
+    borders = torch.searchsorted(
+        logit_rows[order], torch.arange(0, len(logits) + size, size, device=logit_rows.device)
+    ).tolist()
     for number, piece in enumerate(logits.split(size)):
         chosen = order[borders[number] : borders[number + 1]]
-        rows, tokens = node[chosen] - number * size, token[chosen]
+        rows, tokens = logit_rows[chosen] - number * size, target_tokens[chosen]
         piece = piece.float()
         top = piece.amax(-1)
         given = piece[rows, tokens]
@@ -101,7 +109,7 @@ def choose(logits: torch.Tensor, node: torch.Tensor, token: torch.Tensor) -> tup
     return logprobs, likeliest
 
 
-def additive(batch: Batch) -> torch.Tensor:
+def additive_mask(batch: Batch) -> torch.Tensor:
     """(B, 1, T, start + T) float32: 0 where a token attends, the least number elsewhere."""
     import torch
 
@@ -126,7 +134,7 @@ def _cache(trunk: Any, count: int) -> DynamicCache:
 
 
 @contextmanager
-def _gathered(head: torch.nn.Module, flat: torch.Tensor) -> Iterator[None]:
+def _gather_before_head(head: torch.nn.Module, flat: torch.Tensor) -> Iterator[None]:
     """The model's head sees the (1, M, H) hidden states at `flat`; what follows it stays the model's own."""
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:]))
     try:

@@ -24,7 +24,7 @@ class Described(Protocol):
 COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 
-def title(row: Described) -> str:
+def describe_version(row: Described) -> str:
     """What a version is, in a word or two."""
     if row.kind == "teacher":
         return "teacher"
@@ -32,7 +32,7 @@ def title(row: Described) -> str:
     return f"{row.recipe or row.version} {row.precision if row.kind == 'onnx' else 'torch'}{control}"
 
 
-def headers(metrics: Mapping[str, str]) -> Iterator[str]:
+def task_headers(metrics: Mapping[str, str]) -> Iterator[str]:
     """Column titles of tasks: without the word that all names begin with, on short lines."""
     first = {task.partition("_")[0] for task in metrics}
     for task, metric in metrics.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from limbeck.evals.cost.measure import comparable, in_one_run, median, ratio
-from limbeck.evals.scores.comparability import cost_difference
-from limbeck.evals.scores.compare import compare
+from limbeck.evals.cost.measure import is_comparable, is_same_run, median_estimate, paired_cost_ratio
+from limbeck.evals.scores.comparability import describe_cost_difference
+from limbeck.evals.scores.compare import compare_models
 from limbeck.registry.catalog.lineage import run_parameters
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.client import NotFound
@@ -16,13 +16,13 @@ from limbeck.registry.records import FIGURES, USD, ComparedModels, Cost, Estimat
 # What makes a figure vary -> whether two costs were measured so that its ratio has a meaning.
 COMPARES: dict[str, Callable[[Cost, Cost], bool]] = {
     "nothing": lambda a, b: True,
-    "machine": comparable,
-    "time": in_one_run,
+    "machine": is_comparable,
+    "time": is_same_run,
 }
-NOT_COMPARED = {"name", "version", "source", "created", "run_id", "author"}  # as good as always another
+IGNORED_FIELDS = {"name", "version", "source", "created", "run_id", "author"}  # as good as always another
 
 
-class Changed(Record):
+class ChangedField(Record):
     """A field or parameter that is not the same in both; None where a side has none."""
 
     name: str
@@ -45,8 +45,8 @@ class Diff(Record):
 
     a: Version
     b: Version
-    fields: tuple[Changed, ...]  # of the versions
-    recipe: tuple[Changed, ...]  # parameters of the runs that made them
+    fields: tuple[ChangedField, ...]  # of the versions
+    recipe: tuple[ChangedField, ...]  # parameters of the runs that made them
     no_recipe: str | None  # why there is nothing to compare
     quality: ComparedModels | None  # A is the candidate, B the reference: differences are A - B
     no_quality: str | None  # why no documents were compared
@@ -54,7 +54,7 @@ class Diff(Record):
     no_cost: str | None  # why some figures have no ratio, or there are none
 
 
-def diff(store: Store, a: str, b: str) -> Diff:
+def diff_versions(store: Store, a: str, b: str) -> Diff:
     """Put two registered versions side by side.
 
     Args:
@@ -67,11 +67,13 @@ def diff(store: Store, a: str, b: str) -> Diff:
     parameters, no_recipe = _recipes(store, ours, theirs)
     quality, no_quality = _quality(store, ours, theirs)
     costs, no_cost = _costs(store, ours, theirs)
-    exclude = NOT_COMPARED - ({"name"} if ours.name != theirs.name else set())
+    exclude = IGNORED_FIELDS - ({"name"} if ours.name != theirs.name else set())
     return Diff(
         a=ours,
         b=theirs,
-        fields=_changed(*(_said(each.model_dump(mode="json", exclude=exclude)) for each in (ours, theirs))),
+        fields=_changed_fields(
+            *(_fields_as_text(each.model_dump(mode="json", exclude=exclude)) for each in (ours, theirs))
+        ),
         recipe=parameters,
         no_recipe=no_recipe,
         quality=quality,
@@ -81,7 +83,7 @@ def diff(store: Store, a: str, b: str) -> Diff:
     )
 
 
-def _said(fields: Mapping[str, object]) -> dict[str, str]:
+def _fields_as_text(fields: Mapping[str, object]) -> dict[str, str]:
     """Fields that say something, as text."""
     return {
         name: " ".join(value) if isinstance(value, list) else str(value)
@@ -90,12 +92,12 @@ def _said(fields: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def _changed(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Changed, ...]:
+def _changed_fields(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[ChangedField, ...]:
     names = dict.fromkeys([*a, *b])
-    return tuple(Changed(name=n, a=a.get(n), b=b.get(n)) for n in names if a.get(n) != b.get(n))
+    return tuple(ChangedField(name=n, a=a.get(n), b=b.get(n)) for n in names if a.get(n) != b.get(n))
 
 
-def _recipes(store: Store, a: Version, b: Version) -> tuple[tuple[Changed, ...], str | None]:
+def _recipes(store: Store, a: Version, b: Version) -> tuple[tuple[ChangedField, ...], str | None]:
     if a.run_id == b.run_id and a.run_id is not None:
         return (), "one training run made both"
     found = []
@@ -107,14 +109,14 @@ def _recipes(store: Store, a: Version, b: Version) -> tuple[tuple[Changed, ...],
     for version, parameters in zip((a, b), found, strict=True):
         if not parameters:
             return (), f"no training run of {version.ref} is recorded"
-    return _changed(*found), None
+    return _changed_fields(*found), None
 
 
 def _quality(store: Store, a: Version, b: Version) -> tuple[ComparedModels | None, str | None]:
     if a.digest == b.digest:
         return None, "they are the same files"
     try:
-        return compare(f"models:/{a.ref}", f"models:/{b.ref}", store=store), None
+        return compare_models(f"models:/{a.ref}", f"models:/{b.ref}", store=store), None
     except BadInput as error:  # nothing in common; documents that do not pair
         said = error.message.replace("models:/", "")
         return None, f"{said}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,..."
@@ -126,15 +128,19 @@ def _costs(store: Store, a: Version, b: Version) -> tuple[tuple[ComparedCost, ..
     if missing := [version.ref for version, costs in zip((a, b), known, strict=True) if not costs]:
         ours, theirs = (costs[0] if costs else None for costs in known)
         return _rows(ours, theirs), f"the cost of {' and '.join(missing)} is not measured"
-    ours, theirs = _pair(*known)
-    if in_one_run(ours, theirs):
+    ours, theirs = _choose_costs(*known)
+    if is_same_run(ours, theirs):
         return _rows(ours, theirs), None
-    why = "times were not measured in turn, in one run" if comparable(ours, theirs) else cost_difference(ours, theirs)
+    why = (
+        "times were not measured in turn, in one run"
+        if is_comparable(ours, theirs)
+        else describe_cost_difference(ours, theirs)
+    )
     return _rows(ours, theirs), f"{why}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,... --force"
 
 
-def _pair(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[Cost, Cost]:
-    for alike in (in_one_run, comparable):
+def _choose_costs(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[Cost, Cost]:
+    for alike in (is_same_run, is_comparable):
         for own in ours:
             for other in theirs:
                 if alike(own, other):
@@ -153,16 +159,16 @@ def _row(figure: str, a: Cost | None, b: Cost | None) -> ComparedCost:
     ours, theirs = getattr(a, figure, None), getattr(b, figure, None)
     if a is None or b is None or not COMPARES[FIGURES[figure].varies_with](a, b):
         return ComparedCost(figure=figure, a=ours, b=theirs, ratio=None)
-    sure = _paired(figure, a, b) if a.loads and b.loads else None
+    sure = _paired_ratio(figure, a, b) if a.loads and b.loads else None
     quotient = ours / theirs if ours is not None and theirs else None
     return ComparedCost(figure=figure, a=ours, b=theirs, ratio=sure.value if sure else quotient, ratio_interval=sure)
 
 
-def _paired(figure: str, a: Cost, b: Cost) -> Estimate | None:
+def _paired_ratio(figure: str, a: Cost, b: Cost) -> Estimate | None:
     """The ratio over rounds of one run."""
     if figure == USD:
-        return ratio(a, b)
+        return paired_cost_ratio(a, b)
     if figure == "p50_ms":
         pairs = zip(a.loads[0].request_ms, b.loads[0].request_ms, strict=True)
-        return median([ours / theirs for ours, theirs in pairs])
+        return median_estimate([ours / theirs for ours, theirs in pairs])
     return None

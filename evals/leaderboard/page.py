@@ -16,10 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.evals.leaderboard.columns import title
-from limbeck.evals.leaderboard.ranking import value
-from limbeck.evals.leaderboard.rows import by_setting
-from limbeck.evals.scores.controls import told
+from limbeck.evals.leaderboard.columns import describe_version
+from limbeck.evals.leaderboard.ranking import sort_value
+from limbeck.evals.leaderboard.rows import group_by_setting
+from limbeck.evals.scores.controls import describe_control_result
 from limbeck.registry.records import FIGURES, HEADLINES, USD, LeaderboardRow
 
 STYLE = Path(__file__).with_name("page.css")
@@ -75,7 +75,7 @@ BOARD = """<section class="board">
 </section>
 """
 
-NONE = "&ndash;"
+EMPTY_CELL = "&ndash;"
 LABEL = (
     "Quality kept against cost. The arrow keys go from point to point, with Shift they move the plot; plus and minus "
     "zoom, 0 shows all. Drag over a part to see it large; the wheel zooms with Ctrl held, or once the plot was clicked."
@@ -109,8 +109,8 @@ class View:
     )
     reverse: bool = False  # whether the worst, or last, comes first
     link: Callable[[str], str] | None = None  # from NAME/VERSION to its page; None: there is none
-    sorting: Callable[[str, bool], str] | None = None  # from a key, and whether reversed, to this page sorted so
-    choosing: str = ""  # the id of a form that takes two versions; "": there is none
+    sort_link: Callable[[str, bool], str] | None = None  # from a key, and whether reversed, to this page sorted so
+    selection_form: str = ""  # the id of a form that takes two versions; "": there is none
     paged: bool = False  # more rows than are given: any choice asks the server anew
 
     def shows(self, row: LeaderboardRow) -> bool:
@@ -123,7 +123,7 @@ class View:
         return {"recipe": self.recipe, "precision": self.precision, "kind": self.kind}
 
 
-class Parts(NamedTuple):
+class PageParts(NamedTuple):
     """The page in pieces of HTML; `data` is what page.js reads."""
 
     tiles: str
@@ -133,11 +133,11 @@ class Parts(NamedTuple):
     data: str
 
 
-def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, cost: str = USD) -> str:
+def render_page(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, cost: str = USD) -> str:
     """The page of a model's leaderboard, as one file.
 
     Args:
-        rows: of `limbeck.evals.leaderboard.rows.rows`.
+        rows: of `limbeck.evals.leaderboard.rows.leaderboard_rows`.
         task: the one that the rows are ranked by, if they are.
         cost: the column of FIGURES that the plot shows first.
     """
@@ -148,20 +148,20 @@ def render(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, c
         hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         style=STYLE.read_text(encoding="utf-8"),
         subtitle=escape(f"{subtitle} · {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
-        parts=parts(rows, View(cost=cost), all_tasks=task or "all tasks", tasks=() if task else None),
+        parts=render_parts(rows, View(cost=cost), all_tasks=task or "all tasks", tasks=() if task else None),
         script=script,
     )
 
 
-def parts(
+def render_parts(
     rows: Sequence[LeaderboardRow],
     view: View,
     *,
     all_tasks: str = "all tasks",
     tasks: Iterable[str] | None = None,
-    every: Sequence[LeaderboardRow] | None = None,
-    dots: Sequence[LeaderboardRow] = (),
-) -> Parts:
+    all_rows: Sequence[LeaderboardRow] | None = None,
+    extra_points: Sequence[LeaderboardRow] = (),
+) -> PageParts:
     """The page in pieces.
 
     Args:
@@ -169,13 +169,15 @@ def parts(
         view: what is shown of them first.
         all_tasks: what the mean over tasks is called.
         tasks: that can be chosen for the plot; None: all of the rows.
-        every: the rows that the choices and the tiles are made of, where those of the tables are some of them.
-        dots: further rows that the plot shows and the table does not.
+        all_rows: the rows that the choices and the tiles are made of, where those of the tables are some of them.
+        extra_points: further rows that the plot shows and the table does not.
     """
-    every = rows if every is None else every
-    boards = by_setting(rows) or [[]]
+    all_rows = rows if all_rows is None else all_rows
+    boards = group_by_setting(rows) or [[]]
     data = {
-        "boards": [[_point(row, view) for row in (*board, *_beside(board, dots))] for board in boards],
+        "boards": [
+            [_point(row, view) for row in (*board, *_extra_points_of_board(board, extra_points))] for board in boards
+        ],
         "costs": {
             key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
             for key, column in FIGURES.items()
@@ -183,34 +185,38 @@ def parts(
         "told": HEADLINES,
         "paged": view.paged,
     }
-    names = dict.fromkeys(name for row in every for name in row.task_retention) if tasks is None else tasks
-    return Parts(
-        tiles="".join(_tiles((by_setting(every) or [[]])[0])),
-        controls="".join(_controls(every, view, {"": all_tasks} | {name: name for name in names})),
+    names = dict.fromkeys(name for row in all_rows for name in row.task_retention) if tasks is None else tasks
+    return PageParts(
+        tiles="".join(_tiles((group_by_setting(all_rows) or [[]])[0])),
+        controls="".join(_controls(all_rows, view, {"": all_tasks} | {name: name for name in names})),
         boards="".join(_board(board, view) for board in boards) + _against_controls(rows),
         notes="".join(f"<p>{note}</p>" for note in NOTES),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
 
 
-def _beside(board: Sequence[LeaderboardRow], dots: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Those of `dots` that are of a board's setting and not in it."""
+def _extra_points_of_board(
+    board: Sequence[LeaderboardRow], extra_points: Sequence[LeaderboardRow]
+) -> list[LeaderboardRow]:
+    """Those of `extra_points` that are of a board's setting and not in it."""
     there = {row.version for row in board}
-    return [row for row in dots if board and row.setting == board[0].setting and row.version not in there]
+    return [row for row in extra_points if board and row.setting == board[0].setting and row.version not in there]
 
 
 def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
     """A row as page.js takes it; six digits are enough for a plot."""
-    spread = {key: [_six(ends["low"]), _six(ends["high"])] for key, ends in row.intervals.items()}
+    spread = {
+        key: [_round_six_digits(ends["low"]), _round_six_digits(ends["high"])] for key, ends in row.intervals.items()
+    }
     return {
         "version": row.version,
-        "title": title(row),
+        "title": describe_version(row),
         "kind": row.kind,
         "recipe": row.recipe,
         "precision": row.precision,
-        "kept": _ends(row.retention) if row.retention else None,
-        "tasks": {task: _ends(kept) for task, kept in row.task_retention.items()},
-        "cost": {key: _six(value) for key, value in (row.cost or {}).items() if value is not None},
+        "kept": _value_and_bounds(row.retention) if row.retention else None,
+        "tasks": {task: _value_and_bounds(kept) for task, kept in row.task_retention.items()},
+        "cost": {key: _round_six_digits(value) for key, value in (row.cost or {}).items() if value is not None},
         "spread": spread,
         "ratio": row.cost_ratio,
         "verdict": row.verdict,
@@ -219,11 +225,11 @@ def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
     }
 
 
-def _ends(kept: dict[str, float]) -> list[float]:
-    return [_six(kept[key]) for key in ("value", "low", "high")]
+def _value_and_bounds(retention: dict[str, float]) -> list[float]:
+    return [_round_six_digits(retention[key]) for key in ("value", "low", "high")]
 
 
-def _six(value: float) -> float:
+def _round_six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
@@ -253,19 +259,19 @@ def _tiles(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
         yield _tile(f"${teacher.cost[USD]:.3g}", f"per million tokens: the teacher, {teacher.version}")
     if best:
         top = max(best, key=lambda row: row.retention["value"] if row.retention else 0)
-        yield _kept_tile(top, "best on the frontier")
-        cheapest = min(best, key=lambda row: value(row, USD) or 0)
+        yield _retention_tile(top, "best on the frontier")
+        cheapest = min(best, key=lambda row: sort_value(row, USD) or 0)
         if cheapest is not top:
-            yield _kept_tile(cheapest, "cheapest on the frontier")
+            yield _retention_tile(cheapest, "cheapest on the frontier")
     for row in rows:
         if row.aliases:
-            yield _tile(row.version, f"is {', '.join(row.aliases)}: {title(row)}")
+            yield _tile(row.version, f"is {', '.join(row.aliases)}: {describe_version(row)}")
 
 
-def _kept_tile(row: LeaderboardRow, what: str) -> str:
+def _retention_tile(row: LeaderboardRow, role: str) -> str:
     kept = row.retention["value"] if row.retention else 0.0
     at = f" at {_percent(row.cost_ratio)} of the cost" if row.cost_ratio is not None else ""
-    return _tile(f"{kept:.1%}", f"kept{at}: {row.version}, {title(row)}, {what}")
+    return _tile(f"{kept:.1%}", f"kept{at}: {row.version}, {describe_version(row)}, {role}")
 
 
 def _tile(value: str, words: str) -> str:
@@ -294,7 +300,7 @@ def _against_controls(rows: Sequence[LeaderboardRow]) -> str:
     """What distillation brought, where there are controls."""
     items = []
     for held in (held for row in rows for held in row.against_controls):
-        first, *tasks = told(held)
+        first, *tasks = describe_control_result(held)
         items.append(
             f"<li>{escape(first)}<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in tasks)}</ul></li>"
         )
@@ -335,8 +341,8 @@ def _headers(metrics: dict[str, dict[str, Any]], figures: Sequence[str], view: V
 def _header(key: str, words: str, descending: bool, view: View) -> str:
     now = key == view.sort
     shown = escape(words).replace("\n", "<br>")
-    if view.sorting:
-        shown = f'<a href="{escape(view.sorting(key, now and not view.reverse))}">{shown}</a>'
+    if view.sort_link:
+        shown = f'<a href="{escape(view.sort_link(key, now and not view.reverse))}">{shown}</a>'
     sorted_ = f' aria-sort="{"descending" if descending != view.reverse else "ascending"}"' if now else ""
     first = "descending" if descending else "ascending"
     return f'<th scope="col" data-key="{escape(key)}" data-first="{first}"{sorted_}>{shown}</th>'
@@ -350,10 +356,10 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequen
     name = escape(row.version)
     if view.link:
         name = f'<a href="{escape(view.link(row.version))}">{name}</a>'
-    if view.choosing:
-        words = f'form="{view.choosing}" name="v" value="{escape(row.version)}"'
+    if view.selection_form:
+        words = f'form="{view.selection_form}" name="v" value="{escape(row.version)}"'
         name = f'<input type="checkbox" {words} aria-label="compare {escape(row.version)}"> {name}'
-    name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(title(row))}</small>'
+    name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(describe_version(row))}</small>'
     whole = f"{kept['value']:.1%}<small>{kept['low']:.1%} to {kept['high']:.1%}</small>" if kept else None
     prices = {key: _cell(cost.get(key), FIGURES[key].format_value(cost.get(key))) for key in figures}
     cells = [
@@ -374,6 +380,6 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequen
     return f'<tr class="{classes}" data-row="{place}"{"" if view.shows(row) else " hidden"}>{"".join(cells)}</tr>'
 
 
-def _cell(value: object, shown: str | bool | None, more: str = "") -> str:
+def _cell(value: object, shown: str | bool | None, attributes: str = "") -> str:
     """A cell, sorted by `value`, that shows HTML."""
-    return f'<td data-value="{"" if value is None else escape(str(value))}"{more}>{shown or NONE}</td>'
+    return f'<td data-value="{"" if value is None else escape(str(value))}"{attributes}>{shown or EMPTY_CELL}</td>'

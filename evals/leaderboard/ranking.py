@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.registry.records import FIGURES, LeaderboardRow
 
-ABOUT = ("version", "kind", "recipe", "precision", "verdict", "retention")
+VERSION_KEYS = ("version", "kind", "recipe", "precision", "verdict", "retention")
 RATIOS = {"cost_ratio": False, "speedup": True}  # -> whether more is better
 
 
@@ -16,10 +16,10 @@ def sort_keys(rows: Iterable[LeaderboardRow]) -> dict[str, bool]:
     """What rows can be sorted by -> whether the largest comes first."""
     tasks = {task: bool(result["higher_is_better"]) for row in rows for task, result in row.quality.items()}
     costs = {name: column.higher_is_better for name, column in FIGURES.items()}
-    return tasks | dict.fromkeys(ABOUT, False) | {"retention": True} | costs | RATIOS
+    return tasks | dict.fromkeys(VERSION_KEYS, False) | {"retention": True} | costs | RATIOS
 
 
-def value(row: LeaderboardRow, key: str) -> Any:
+def sort_value(row: LeaderboardRow, key: str) -> Any:
     """A row's value under one of `sort_keys`; None where it has none."""
     if key == "version":
         return int(row.version.rpartition("/")[2])
@@ -27,12 +27,12 @@ def value(row: LeaderboardRow, key: str) -> Any:
         return row.retention["value"] if row.retention else None
     if key in FIGURES:
         return row.cost[key] if row.cost else None
-    if key in ABOUT or key in RATIOS:
+    if key in VERSION_KEYS or key in RATIOS:
         return getattr(row, key)
     return row.quality[key]["value"] if key in row.quality else None
 
 
-def ranked(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[str, bool]) -> list[LeaderboardRow]:
+def rank_rows(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[str, bool]) -> list[LeaderboardRow]:
     """Setting by setting, best first, the cheaper of two that are as good; those without a figure last.
 
     Each row's `pareto` is set, against the others of its setting.
@@ -41,7 +41,7 @@ def ranked(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[s
     def rank(row: LeaderboardRow) -> tuple[Any, ...]:
         parts: list[Any] = [row.setting is None, row.setting or 0]
         for key in (sort, cost, "version"):
-            found = value(row, key)
+            found = sort_value(row, key)
             parts += [found is None, 0 if found is None else -found if keys[key] else found]
         return tuple(parts)
 
@@ -49,15 +49,15 @@ def ranked(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[s
     sign = -1 if FIGURES[cost].higher_is_better else 1
     for _, group in groupby(sorted(rows, key=rank), key=lambda row: row.setting):
         alike = list(group)
-        prices = [value(row, cost) for row in alike]
-        kept = [value(row, "retention") for row in alike]
-        best = pareto([(None if p is None else sign * p, k) for p, k in zip(prices, kept, strict=True)])
+        prices = [sort_value(row, cost) for row in alike]
+        kept = [sort_value(row, "retention") for row in alike]
+        best = pareto_flags([(None if p is None else sign * p, k) for p, k in zip(prices, kept, strict=True)])
         changed = zip(alike, best, strict=True)
         result += [row if row.pareto == on else row.model_copy(update={"pareto": on}) for row, on in changed]
     return result
 
 
-def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
+def pareto_flags(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
     """Which of the points (cost, quality) no other one beats: none is cheaper and as good, or better and as cheap.
 
     Points with None are on no frontier.

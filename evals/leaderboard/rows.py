@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from limbeck.evals.leaderboard.ranking import ranked, sort_keys
-from limbeck.evals.scores.comparability import differences, group
-from limbeck.evals.scores.controls import against_controls
+from limbeck.evals.leaderboard.ranking import rank_rows, sort_keys
+from limbeck.evals.scores.comparability import describe_differences, group_comparable
+from limbeck.evals.scores.controls import compare_with_controls
 from limbeck.registry.catalog.lineage import made_from_ref
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
 
-def rows(
+def leaderboard_rows(
     store: Store,
     name: str,
     task: str | None = None,
     *,
     sort: str = "retention",
     cost: str = USD,
-    only: Mapping[str, Collection[str]] | None = None,
+    filters: Mapping[str, Collection[str]] | None = None,
     quiet: bool = False,
 ) -> list[LeaderboardRow]:
     """The versions of `name`: those that were measured alike together, best first; unscored ones last.
@@ -42,7 +42,7 @@ def rows(
         task: rank by the retention of this task alone.
         sort: rank by this: retention, a task, a cost, cost_ratio, speedup, version, kind, recipe or precision.
         cost: the column of `limbeck.evals.leaderboard.columns.FIGURES` that the frontier is about.
-        only: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
+        filters: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
 
     Raises:
         BadInput: no such model, task, key, column or value; with the near ones.
@@ -51,22 +51,22 @@ def rows(
     if not found:
         raise store.not_found_error(name)
     cards = {each.version.version: each.scorecards for each in found}
-    groups = group(cards, task)
+    groups = group_comparable(cards, task)
     if task and not groups:
         tasks = {known for several in cards.values() for card in several for known in card.tasks}
-        raise BadInput(f"no version of {name} is scored on {task!r}", fix=_near(task, tasks))
-    _check(cost, FIGURES, "cost")
-    for field, values in (only or {}).items():
+        raise BadInput(f"no version of {name} is scored on {task!r}", fix=_suggest(task, tasks))
+    _check_choice(cost, FIGURES, "cost")
+    for field, values in (filters or {}).items():
         for one in values:
-            _check(one, {getattr(each.version, field) for each in found} - {None}, field)
-    listed = list(_listed(found, groups, task))
+            _check_choice(one, {getattr(each.version, field) for each in found} - {None}, field)
+    listed = list(_rows_of_groups(found, groups, task))
     keys = sort_keys(listed)
-    _check(sort, keys, "sort")
-    shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (only or {}).items())]
+    _check_choice(sort, keys, "sort")
+    shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (filters or {}).items())]
     if not quiet:
-        _say_hidden(cards, groups, task)
-        _say_apart(shown)
-    return ranked(_with_controls(store, found, shown, task), sort, cost, keys)
+        _report_hidden_tasks(cards, groups, task)
+        _report_ranked_apart(shown)
+    return rank_rows(_with_controls(store, found, shown, task), sort, cost, keys)
 
 
 def _with_controls(
@@ -74,27 +74,27 @@ def _with_controls(
 ) -> list[LeaderboardRow]:
     """The rows, those of distilled students held against their controls."""
     versions = [each.version for each in found]
-    held = against_controls(store, versions, task) if any(version.control for version in versions) else []
+    held = compare_with_controls(store, versions, task) if any(version.control for version in versions) else []
     return [
         row.model_copy(update={"against_controls": tuple(each for each in held if each.student == row.version)})
         for row in shown
     ]
 
 
-def by_setting(found: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
+def group_by_setting(rows: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
     """Rows as `rows` gives them, a list for each setting; the unscored ones join the first."""
-    groups = [list(alike) for _, alike in groupby(found, key=lambda row: row.setting)]
+    groups = [list(alike) for _, alike in groupby(rows, key=lambda row: row.setting)]
     if len(groups) > 1 and groups[-1][0].setting is None:
         groups[0] += groups.pop()
     return groups
 
 
-def to_csv(found: Sequence[LeaderboardRow]) -> str:
+def to_csv(rows: Sequence[LeaderboardRow]) -> str:
     """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`.
 
     Text that a spreadsheet would take for a formula has a ' before it.
     """
-    flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in found]
+    flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in rows]
     flat = [{key: _no_formula(value) for key, value in line.items()} for line in flat]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for line in flat for key in line)), lineterminator="\n")
@@ -120,13 +120,13 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return line
 
 
-def _listed(
+def _rows_of_groups(
     found: Sequence[VersionFindings], groups: Sequence[Mapping[int, Scorecard]], task: str | None
 ) -> Iterator[LeaderboardRow]:
     """A row for each version, group by group."""
     left = {each.version.version: each for each in found}
     for place, cards in enumerate(groups):
-        differs = "; ".join(differences(cards.values(), groups[0].values(), task)) if place else None
+        differs = "; ".join(describe_differences(cards.values(), groups[0].values(), task)) if place else None
         for number, card in cards.items():
             yield _row(left.pop(number), card, task, place, differs)
     for each in left.values():
@@ -178,8 +178,8 @@ def _row(
     )
 
 
-def _interval(kept: Estimate) -> dict[str, float]:
-    return {"value": kept.value, "low": kept.low, "high": kept.high}
+def _interval(retention: Estimate) -> dict[str, float]:
+    return {"value": retention.value, "low": retention.low, "high": retention.high}
 
 
 def _quality(result: TaskResult) -> dict[str, bool | float | str | None]:
@@ -191,15 +191,15 @@ def _quality(result: TaskResult) -> dict[str, bool | float | str | None]:
     }
 
 
-def _say_apart(shown: Sequence[LeaderboardRow]) -> None:
+def _report_ranked_apart(shown: Sequence[LeaderboardRow]) -> None:
     """What is ranked apart, and why."""
-    for alike in by_setting(shown):
+    for alike in group_by_setting(shown):
         if alike[0].differs:
             more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
             print_status(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
 
 
-def _say_hidden(
+def _report_hidden_tasks(
     cards: Mapping[int, Sequence[Scorecard]], groups: Sequence[Mapping[int, Scorecard]], task: str | None
 ) -> None:
     """The tasks that versions are scored on, beside those that are shown."""
@@ -213,11 +213,11 @@ def _say_hidden(
         print_status(f"also scored, to be seen with --task: {', '.join(words)}")
 
 
-def _check(name: str, among: Collection[str], option: str) -> None:
-    if name not in among:
-        raise BadInput(f"--{option} {name!r} is not there", fix=_near(name, among))
+def _check_choice(name: str, choices: Collection[str], option: str) -> None:
+    if name not in choices:
+        raise BadInput(f"--{option} {name!r} is not there", fix=_suggest(name, choices))
 
 
-def _near(name: str, known: Collection[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none yet'}"
+def _suggest(name: str, choices: Collection[str]) -> str:
+    near = get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(choices)) or 'none yet'}"

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from limbeck.evals.scores.comparability import differences, group, setting
-from limbeck.evals.scores.compare import Scored
-from limbeck.evals.scores.scorecard import all_kept
+from limbeck.evals.scores.comparability import describe_differences, group_comparable, measurement_setting
+from limbeck.evals.scores.compare import LazyScorecard
+from limbeck.evals.scores.scorecard import stored_scorecards
 from limbeck.registry.catalog.model_ref import REGISTERED, URL, ResolvedModel
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Engine, Scorecard, Version
@@ -26,19 +26,19 @@ class Teacher(NamedTuple):
     label: str  # NAME/VERSION, folder or endpoint
     digest: str
     engine: Engine | Literal["endpoint"]
-    scores: list[Scored]
+    scores: list[LazyScorecard]
 
 
-class Alike(NamedTuple):
+class ComparableScores(NamedTuple):
     """Scores of the same questions."""
 
-    teacher: Scored
-    candidates: dict[str, Scored]  # by NAME/VERSION
+    teacher: LazyScorecard
+    candidates: dict[str, LazyScorecard]  # by NAME/VERSION
     left_out: dict[str, str]  # NAME/VERSION -> why it is none
 
 
-def scores_of(store: Store, version: Version, cards: Sequence[Scorecard]) -> list[Scored]:
-    return [Scored(card, partial(store.documents, version, card)) for card in cards]
+def scorecards_of_version(store: Store, version: Version, cards: Sequence[Scorecard]) -> list[LazyScorecard]:
+    return [LazyScorecard(card, partial(store.documents, version, card)) for card in cards]
 
 
 def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[Scorecard]) -> Teacher:
@@ -64,17 +64,22 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
     if digest is None or REGISTERED.fullmatch(against):
         version = store.get(against)
         return Teacher(
-            version.ref, version.digest, version.engine, scores_of(store, version, store.scorecards(version))
+            version.ref,
+            version.digest,
+            version.engine,
+            scorecards_of_version(store, version, store.scorecards(version)),
         )
     # Its files, or its server, are not asked: its scores are kept under its digest.
     engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"
-    kept = list(all_kept(ResolvedModel(Path(against), digest, against, None, engine), None))
+    kept = list(stored_scorecards(ResolvedModel(Path(against), digest, against, None, engine), None))
     if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in kept):
         engine = "onnxruntime"
-    return Teacher(against, digest, engine, [Scored(each.card, partial(Path, each.documents)) for each in kept])
+    return Teacher(against, digest, engine, [LazyScorecard(each.card, partial(Path, each.documents)) for each in kept])
 
 
-def alike(teacher: Teacher, scores: Mapping[str, Sequence[Scored]], tasks: Sequence[str] = ()) -> Alike:
+def select_comparable_scores(
+    teacher: Teacher, scores: Mapping[str, Sequence[LazyScorecard]], tasks: Sequence[str] = ()
+) -> ComparableScores:
     """One scorecard of the teacher, and one of each version that was asked the same.
 
     The same in tasks, prompts and harness, in the largest setting that the teacher is in; not in how the cost was
@@ -89,44 +94,52 @@ def alike(teacher: Teacher, scores: Mapping[str, Sequence[Scored]], tasks: Seque
         BadInput: a task that nobody was scored on; a teacher without scores; nothing to hold against it.
     """
     several = {0: teacher.scores, **dict(enumerate(scores.values(), 1))}
-    _check(tasks, {task for scored in several.values() for each in scored for task in each.card.tasks})
+    _check_tasks_scored(tasks, {task for scored in several.values() for each in scored for task in each.card.tasks})
     able = {place: [each for each in of if each.card.tasks.keys() >= set(tasks)] for place, of in several.items()}
     evaluate = f"limbeck eval MODEL --tasks {','.join(tasks) or '...'} --against {teacher.label}"
     if not able[0]:
         raise BadInput(f"{teacher.label} is not scored, so nothing can be held against it", fix=evaluate)
     one = tasks[0] if len(tasks) == 1 else None
-    bare = {place: [_bare(each.card) for each in of] for place, of in able.items()}
-    mates = next(each for each in group(bare, one) if 0 in each)
+    bare = {place: [_scores_only(each.card) for each in of] for place, of in able.items()}
+    mates = next(each for each in group_comparable(bare, one) if 0 in each)
     if len(mates) == 1:
         raise BadInput(f"no other version was asked what {teacher.label} was asked", fix=evaluate)
-    wanted = setting(mates[0], one)
+    wanted = measurement_setting(mates[0], one)
 
-    def best(place: int) -> Scored:
-        same = [each for each, card in zip(able[place], bare[place], strict=True) if setting(card, one) == wanted]
+    def best(place: int) -> LazyScorecard:
+        same = [
+            each
+            for each, card in zip(able[place], bare[place], strict=True)
+            if measurement_setting(card, one) == wanted
+        ]
         return max(
             same, key=lambda each: (_is_against(each.card, teacher), each.card.cost is not None, each.card.created)
         )
 
     left_out = {
-        ref: "; ".join(differences(bare[place][-1:], [mates[0]], one)) if bare[place] else "not scored on these tasks"
+        ref: "; ".join(describe_differences(bare[place][-1:], [mates[0]], one))
+        if bare[place]
+        else "not scored on these tasks"
         for place, ref in enumerate(scores, 1)
         if place not in mates
     }
-    return Alike(best(0), {ref: best(place) for place, ref in enumerate(scores, 1) if place in mates}, left_out)
+    return ComparableScores(
+        best(0), {ref: best(place) for place, ref in enumerate(scores, 1) if place in mates}, left_out
+    )
 
 
 def _is_against(card: Scorecard, teacher: Teacher) -> bool:
     return card.relative is not None and card.relative.teacher_digest == teacher.digest
 
 
-def _bare(card: Scorecard) -> Scorecard:
+def _scores_only(card: Scorecard) -> Scorecard:
     """A scorecard with its scores alone."""
     return card.model_copy(update={"cost": None, "relative": None})
 
 
-def _check(tasks: Sequence[str], known: Collection[str]) -> None:
+def _check_tasks_scored(tasks: Sequence[str], scored_tasks: Collection[str]) -> None:
     for task in tasks:
-        if task not in known:
-            near = get_close_matches(task, known, n=1)
-            there = f"there are: {', '.join(sorted(known)) or 'none yet'}"
+        if task not in scored_tasks:
+            near = get_close_matches(task, scored_tasks, n=1)
+            there = f"there are: {', '.join(sorted(scored_tasks)) or 'none yet'}"
             raise BadInput(f"no version is scored on {task!r}", fix=f"did you mean {near[0]}?" if near else there)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from limbeck.registry.records import Cost, Relative, Scorecard, top_level_tasks
 
 
-class Setting(NamedTuple):
+class MeasurementSetting(NamedTuple):
     """What is alike in the scorecards of one ranking; None where a scorecard has no such part."""
 
     tasks: str  # digest of the tasks and their documents
@@ -19,15 +19,15 @@ class Setting(NamedTuple):
     teacher: str | None  # its digest
     cost: tuple[object, ...] | None  # Cost.setting
 
-    def fits(self, other: Setting) -> bool:
+    def is_compatible_with(self, other: MeasurementSetting) -> bool:
         """Whether what a scorecard has is as in `other`."""
         return self[:3] == other[:3] and self.teacher in (None, other.teacher) and self.cost in (None, other.cost)
 
 
-def setting(card: Scorecard, task: str | None = None) -> Setting:
+def measurement_setting(card: Scorecard, task: str | None = None) -> MeasurementSetting:
     """The setting of a scorecard, or of one task of it."""
     result = card.tasks[task] if task else None
-    return Setting(
+    return MeasurementSetting(
         result.task_hash if result else card.tasks_digest,
         result.prompt_hash if result else card.prompts_digest,
         card.harness,
@@ -36,7 +36,7 @@ def setting(card: Scorecard, task: str | None = None) -> Setting:
     )
 
 
-def group(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> list[dict[int, Scorecard]]:
+def group_comparable(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> list[dict[int, Scorecard]]:
     """Scorecards of versions in groups that were measured alike, the largest first, the newer of two as large.
 
     Each version is in the largest group that it has a scorecard for, with its newest one of these; one that is
@@ -47,12 +47,13 @@ def group(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> 
     """
     able = {
         number: sorted(
-            ((setting(card, task), card) for card in several if not task or task in card.tasks), key=_fullness
+            ((measurement_setting(card, task), card) for card in several if not task or task in card.tasks),
+            key=_completeness,
         )
         for number, several in cards.items()
     }
-    belongs = _merged([key for several in able.values() for key, _ in several])
-    alike: dict[Setting, dict[int, Scorecard]] = defaultdict(dict)
+    belongs = _merge_settings([key for several in able.values() for key, _ in several])
+    alike: dict[MeasurementSetting, dict[int, Scorecard]] = defaultdict(dict)
     for number, several in able.items():
         for key, card in several:
             alike[belongs[key]][number] = card  # the last one stays
@@ -64,29 +65,31 @@ def group(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> 
     return sorted(filter(None, groups), key=len, reverse=True)
 
 
-def _fullness(each: tuple[Setting, Scorecard]) -> tuple[int, datetime]:
+def _completeness(each: tuple[MeasurementSetting, Scorecard]) -> tuple[int, datetime]:
     """How much a scorecard has, then how new it is."""
     key, card = each
     return -key.count(None), card.created
 
 
-def _merged(keys: Sequence[Setting]) -> dict[Setting, Setting]:
+def _merge_settings(keys: Sequence[MeasurementSetting]) -> dict[MeasurementSetting, MeasurementSetting]:
     """Of each setting the one that it belongs to: itself, or the most frequent one that has what it lacks."""
     counts = Counter(keys)
-    whole: dict[tuple[str, ...], list[Setting]] = defaultdict(list)
-    belongs: dict[Setting, Setting] = {}
+    whole: dict[tuple[str, ...], list[MeasurementSetting]] = defaultdict(list)
+    belongs: dict[MeasurementSetting, MeasurementSetting] = {}
     for key in sorted(counts, key=lambda key: (key.count(None), -counts[key])):
         among = whole[key[:3]]
-        belongs[key] = next((other for other in among if key.fits(other)), key)
+        belongs[key] = next((other for other in among if key.is_compatible_with(other)), key)
         if belongs[key] is key:
             among.append(key)
     return belongs
 
 
-def differences(cards: Collection[Scorecard], others: Collection[Scorecard], task: str | None = None) -> list[str]:
+def describe_differences(
+    cards: Collection[Scorecard], others: Collection[Scorecard], task: str | None = None
+) -> list[str]:
     """In words, how the setting of some scorecards differs from that of others."""
     (ours, card), (theirs, other) = (
-        max(((setting(card, task), card) for card in of), key=_fullness) for of in (cards, others)
+        max(((measurement_setting(card, task), card) for card in of), key=_completeness) for of in (cards, others)
     )
     found = [] if ours[:2] == theirs[:2] else list(_tasks(card, other, task))
     if ours.harness != theirs.harness:
@@ -94,14 +97,14 @@ def differences(cards: Collection[Scorecard], others: Collection[Scorecard], tas
     if ours.teacher != theirs.teacher:
         found.append(_teacher(card.relative, other.relative))
     if ours.cost != theirs.cost:
-        found.append(cost_difference(card.cost, other.cost))
+        found.append(describe_cost_difference(card.cost, other.cost))
     return found
 
 
 def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]:
     ours, theirs = ([task] if task else top_level_tasks(each.tasks) for each in (card, other))
     if set(ours) != set(theirs):
-        yield f"scored on {_some(ours)}"
+        yield f"scored on {_join_names(ours)}"
         return
     for name in ours:
         here, there = card.tasks[name], other.tasks[name]
@@ -120,16 +123,20 @@ def _teacher(ours: Relative | None, theirs: Relative | None) -> str:
     return f"against {'other files of ' if same_name else ''}{ours.teacher} as the teacher"
 
 
-def cost_difference(ours: Cost | None, theirs: Cost | None) -> str:
+def describe_cost_difference(ours: Cost | None, theirs: Cost | None) -> str:
     """In words, how a cost was measured otherwise than another; both are not of one setting."""
     if ours is None or theirs is None:
         return "without a cost" if ours is None else "with a cost"
-    pairs = [pair for pair in zip(_measured(ours), _measured(theirs), strict=True) if len(set(pair)) > 1]
+    pairs = [
+        pair
+        for pair in zip(_describe_cost_setting(ours), _describe_cost_setting(theirs), strict=True)
+        if len(set(pair)) > 1
+    ]
     here, there = (", ".join(words) for words in zip(*pairs, strict=True))
     return f"cost measured {here}, not {there}"
 
 
-def _measured(cost: Cost) -> list[str]:
+def _describe_cost_setting(cost: Cost) -> list[str]:
     """The parts of `Cost.setting` in words."""
     machine, threads, prompt, new, price, protocol = cost.setting
     request = f"for {prompt} tokens in and {new} out"
@@ -142,5 +149,5 @@ def _measured(cost: Cost) -> list[str]:
     ]
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _join_names(names: Sequence[str], at_most: int = 4) -> str:
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

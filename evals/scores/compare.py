@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as parquet
 
-from limbeck.evals.scores.scorecard import all_kept, evaluate
-from limbeck.evals.stats.diagnostics import COLUMNS, flips
+from limbeck.evals.scores.scorecard import evaluate, stored_scorecards
+from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS, find_flips
 from limbeck.evals.stats.noninferiority import Margins
-from limbeck.evals.stats.paired_comparison import correct, hold
-from limbeck.evals.stats.retention import leaves, pair
+from limbeck.evals.stats.paired_comparison import compare_to_reference, correct_candidates_by_holm
+from limbeck.evals.stats.retention import leaf_tasks, pair_documents
 from limbeck.registry.catalog.model_ref import REGISTERED, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from limbeck.evals.tasks.task_set import TaskSet
 
 
-def compare(
+def compare_models(
     candidate: str,
     reference: str,
     tasks: Sequence[str] = (),
-    load: Callable[[], TaskSet] | None = None,
+    load_tasks: Callable[[], TaskSet] | None = None,
     *,
     margins: Margins | None = None,
-    most_flips: int = 0,
+    max_flips: int = 0,
     store: Store | None = None,
     trust_remote_code: bool = False,
 ) -> ComparedModels:
@@ -40,32 +40,35 @@ def compare(
 
     Args:
         tasks: tasks or groups; all that both were scored on where none is named.
-        load: makes the task set on which both are scored where they were not scored on all of `tasks`.
+        load_tasks: makes the task set on which both are scored where they were not scored on all of `tasks`.
         margins: how much worse the candidate may be.
-        most_flips: give so many documents of each task on which the two differ.
+        max_flips: give so many documents of each task on which the two differ.
 
     Raises:
         BadInput: a name that is no model, no documents in common, documents that do not pair (they are named), or
             a margin of a task that is not compared.
     """
     margins, store = margins or Margins(), store or Store()
-    sides = [_Side.of(text, store) for text in (candidate, reference)]
-    both = _common(sides[0], sides[1], tasks)
-    if both is None and tasks and load:
+    sides = [_Side.load(text, store) for text in (candidate, reference)]
+    both = _newest_common_scores(sides[0], sides[1], tasks)
+    if both is None and tasks and load_tasks:
         models = [resolve_model(text, store) for text in (candidate, reference)]
-        card = evaluate(models, load(), store, cost=False, trust_remote_code=trust_remote_code)[0]
-        sides = [_Side.of(text, store) for text in (candidate, reference)]
-        both = _common(sides[0], sides[1], top_level_tasks(card.tasks))  # a group may have no value of its own
+        card = evaluate(models, load_tasks(), store, cost=False, trust_remote_code=trust_remote_code)[0]
+        sides = [_Side.load(text, store) for text in (candidate, reference)]
+        both = _newest_common_scores(
+            sides[0], sides[1], top_level_tasks(card.tasks)
+        )  # a group may have no value of its own
     if both is None:
         raise BadInput(
-            f"{candidate} and {reference} have no common documents: {'; '.join(side.told() for side in sides)}",
+            f"{candidate} and {reference} have no common documents: "
+            + "; ".join(side.describe_scored_tasks() for side in sides),
             fix=f"limbeck eval {candidate} {reference} --tasks {','.join(tasks) or '...'}",
         )
     ours, theirs, results = both
     names = sides[0].label, sides[1].label
     margins.check([*top_level_tasks(results), *(result.metric for result in results.values())])
-    pairs = pair(documents(ours, results), documents(theirs, results), COLUMNS, names)
-    held = hold(pairs, results, margins, names)
+    pairs = pair_documents(read_documents(ours, results), read_documents(theirs, results), DIAGNOSTIC_COLUMNS, names)
+    held = compare_to_reference(pairs, results, margins, names)
     return ComparedModels(
         candidate=names[0],
         reference=names[1],
@@ -73,14 +76,14 @@ def compare(
         reference_digest=theirs.card.artifact,
         harness=ours.card.harness,
         retention=held.retention,
-        tasks=tuple(correct([held.tasks])[0]),
-        over_all=tuple(correct([held.over_all])[0]),
-        unknown_tasks=held.untold,
-        flips=tuple(flips(pairs, most_flips)),
+        tasks=tuple(correct_candidates_by_holm([held.tasks])[0]),
+        over_all=tuple(correct_candidates_by_holm([held.over_all])[0]),
+        unknown_tasks=held.unknown_tasks,
+        flips=tuple(find_flips(pairs, max_flips)),
     )
 
 
-class Scored(NamedTuple):
+class LazyScorecard(NamedTuple):
     """A scorecard, and what gives the parquet of its documents."""
 
     card: Scorecard
@@ -91,25 +94,27 @@ class _Side(NamedTuple):
     """One of the two models, with its scores, oldest first."""
 
     label: str
-    scores: list[Scored]
+    scores: list[LazyScorecard]
 
     @classmethod
-    def of(cls, text: str, store: Store) -> _Side:
+    def load(cls, text: str, store: Store) -> _Side:
         """What is known of a MODEL. A registered version is not fetched: its scores are enough."""
         if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
             version = store.get(text)
             cards = store.scorecards(version)
-            return cls(version.ref, [Scored(card, partial(store.documents, version, card)) for card in cards])
+            return cls(version.ref, [LazyScorecard(card, partial(store.documents, version, card)) for card in cards])
         model = resolve_model(text, store)
-        kept = sorted(all_kept(model, store), key=lambda each: each.card.created)
-        return cls(model.label, [Scored(each.card, partial(Path, each.documents)) for each in kept])
+        kept = sorted(stored_scorecards(model, store), key=lambda each: each.card.created)
+        return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in kept])
 
-    def told(self) -> str:
+    def describe_scored_tasks(self) -> str:
         known = dict.fromkeys(task for scored in self.scores for task in top_level_tasks(scored.card.tasks))
         return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
 
 
-def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[Scored, Scored, dict[str, TaskResult]] | None:
+def _newest_common_scores(
+    ours: _Side, theirs: _Side, wanted: Sequence[str]
+) -> tuple[LazyScorecard, LazyScorecard, dict[str, TaskResult]] | None:
     """The newest scores of the same tasks by the same harness, all those `wanted`; the reference's results on them."""
     for own in reversed(ours.scores):
         for other in reversed(theirs.scores):
@@ -126,8 +131,8 @@ def _common(ours: _Side, theirs: _Side, wanted: Sequence[str]) -> tuple[Scored, 
     return None
 
 
-def documents(scored: Scored, tasks: Mapping[str, TaskResult]) -> pa.Table:
+def read_documents(scored: LazyScorecard, tasks: Mapping[str, TaskResult]) -> pa.Table:
     """The documents of `tasks`."""
     table = parquet.read_table(scored.documents())
-    asked = [leaf for name in tasks for leaf in leaves(name, tasks)]
+    asked = [leaf for name in tasks for leaf in leaf_tasks(name, tasks)]
     return table.filter(pyarrow.compute.is_in(table["task"], pa.array(asked, pa.string())))

@@ -13,8 +13,8 @@ from limbeck.evals.engines.lazy import open_engine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
-from limbeck.evals.tasks.documents import DOCUMENTS, document_table
-from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, metric_of, outermost, quiet_bars
+from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
+from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, choose_metric, hide_progress_bars, outermost_groups
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, Unreachable
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
     documents: pa.Table
 
 
-def score(
+def score_model(
     model: ResolvedModel,
     tasks: TaskSet,
     *,
@@ -72,13 +72,13 @@ def score(
 
     settings = tasks.settings
     engine = open_engine(model, trust_remote_code)
-    with ScoreCache(model.digest, anew=force) as cache, quiet_bars():
+    with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars():
         lm = LimbeckLM(
             engine,
             label=model.label,
             cache=cache,
             harness=tasks.harness,
-            documents=settings.of,
+            document_numbers=settings.document_numbers,
             chat_template=_chat_template(engine, settings.apply_chat_template),
             batch_tokens=batch_tokens or BATCH_TOKENS,
             on_requests=advance,
@@ -90,12 +90,14 @@ def score(
                 lm,
                 {"tasks": tasks.tasks, "groups": tasks.groups},
                 limit=settings.limit,
-                samples={name: settings.of(name) for name in settings.samples} if settings.samples else None,
+                samples={name: settings.document_numbers(name) for name in settings.samples}
+                if settings.samples
+                else None,
                 bootstrap_iters=0,
                 log_samples=True,
                 system_instruction=settings.system_instruction,
                 apply_chat_template=settings.apply_chat_template,
-                fewshot_as_multiturn=settings.multiturn,
+                fewshot_as_multiturn=settings.uses_multiturn,
                 confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
             )
         except Unreachable as error:
@@ -106,15 +108,15 @@ def score(
     return _scores(tasks, results)
 
 
-def _chat_template(engine: Engine, asked: bool | str) -> str | None:
+def _chat_template(engine: Engine, requested: bool | str) -> str | None:
     """The name of the template to use; None is the only or default one. Raises BadInput where it is not there."""
-    if not asked:
+    if not requested:
         return None
     known, label = engine.tokenizer.chat_template, engine.tokenizer.name_or_path
     if not known:
         raise BadInput(f"the tokenizer of {label} has no chat template", fix="leave --apply-chat-template out")
     names = sorted(known) if isinstance(known, dict) else ["default"]
-    name = "default" if asked is True else asked
+    name = "default" if requested is True else requested
     if name not in names:
         raise BadInput(f"{label} has no chat template {name!r}", fix=f"it has {', '.join(names)}")
     return name if isinstance(known, dict) else None
@@ -122,11 +124,11 @@ def _chat_template(engine: Engine, asked: bool | str) -> str | None:
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:
     """lm-eval's results as `Scores`."""
-    chosen = {name: metric_of(name, task, tasks.groups) for name, task in tasks.tasks.items()}
+    chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
     tables = {name: document_table(task, chosen[name], results["samples"][name]) for name, task in tasks.tasks.items()}
     members = {
         group: leaves
-        for group, leaves in outermost(tasks.groups).items()
+        for group, leaves in outermost_groups(tasks.groups).items()
         if chosen[leaves[0]].key in results["results"][group]
     }
     for group, names in members.items():
@@ -135,9 +137,9 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
             documents = sum(tables[name].num_rows for name in names)
             for name in names:
                 weight = documents / len(names) / tables[name].num_rows
-                column = DOCUMENTS.get_field_index("weight")
+                column = DOCUMENT_SCHEMA.get_field_index("weight")
                 weights = pa.array([weight] * tables[name].num_rows)
-                tables[name] = tables[name].set_column(column, DOCUMENTS.field(column), weights)
+                tables[name] = tables[name].set_column(column, DOCUMENT_SCHEMA.field(column), weights)
 
     def result(name: str, leaves: Sequence[str], group: str | None) -> TaskResult:
         """Of a task, or of a group with its tasks as `leaves`."""

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from limbeck.evals.cost.measure import PROTOCOL, groups, machine, measure, priced, ratio
+from limbeck.evals.cost.measure import (
+    PROTOCOL,
+    describe_machine,
+    group_by_memory,
+    measure_costs,
+    paired_cost_ratio,
+    reprice,
+)
 from limbeck.evals.cost.prices import Prices
-from limbeck.evals.scores.harness import score
-from limbeck.evals.stats.retention import check_numbers, compare
-from limbeck.evals.tasks.contamination import contamination
+from limbeck.evals.scores.harness import score_model
+from limbeck.evals.stats.retention import check_numbers, compare_with_teacher
+from limbeck.evals.tasks.contamination import measure_contamination
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import verify_files, write_manifest
@@ -61,9 +68,9 @@ def evaluate(
     """
     prices = prices or Prices.load()
     every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
-    kept = {model.label: [] if force else list(all_kept(model, store)) for model in every}
-    scored: dict[str, Kept] = {}
-    cards: dict[str, Kept] = {}
+    kept = {model.label: [] if force else list(stored_scorecards(model, store)) for model in every}
+    scored: dict[str, StoredScorecard] = {}
+    cards: dict[str, StoredScorecard] = {}
     told: set[str] = set()
     timed = against if against and not against.endpoint else None
     if cost:
@@ -72,7 +79,7 @@ def evaluate(
                 print_status(f"  {model.label}: what an endpoint costs cannot be measured from here")
 
     def finish(model: ResolvedModel, own: Cost | None, teachers: Cost | None) -> None:
-        a, b = (priced(each, *prices.of_machine(each.machine)) if each else None for each in (own, teachers))
+        a, b = (reprice(each, *prices.machine_price(each.machine)) if each else None for each in (own, teachers))
         found = scored[model.label]
         update = {"model": model.label, "created": datetime.now(UTC), "cost": a}
         if overlap[model.label]:
@@ -84,21 +91,23 @@ def evaluate(
             for line in lines - told:
                 print_status(f"  {line}")
             told.update(lines)
-        cards[model.label] = _keep(found._replace(card=card), model, store, [*kept[model.label], found])
-        print_status(f"  {_told(cards[model.label].card)}")
+        cards[model.label] = _store_scorecard(found._replace(card=card), model, store, [*kept[model.label], found])
+        print_status(f"  {_summary_line(cards[model.label].card)}")
 
     overlap = _overlaps(every, tasks)
     unknown = []
     for model in every:
-        scored[model.label] = _find(kept[model.label], tasks) or _score(model, tasks, force, trust_remote_code)
+        scored[model.label] = _newest_matching(kept[model.label], tasks) or _score(
+            model, tasks, force, trust_remote_code
+        )
         costs = _known_costs(model, kept[model.label], timed, kept[timed.label] if timed else [])
-        if cost and not costs.enough and not model.endpoint:
+        if cost and not costs.is_complete and not model.endpoint:
             unknown.append(model)
         else:
-            finish(model, costs.own, costs.teachers)
-    for group in groups(unknown, timed) if unknown else ():
-        with _bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
-            found = measure(group, trust_remote_code=trust_remote_code, on_round=on_round)
+            finish(model, costs.own, costs.teacher)
+    for group in group_by_memory(unknown, timed) if unknown else ():
+        with _progress_bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
+            found = measure_costs(group, trust_remote_code=trust_remote_code, on_round=on_round)
         measured = {model.label: each for model, each in zip(group, found, strict=True)}
         for model in unknown:
             if model.label in measured and model.label not in cards:
@@ -114,21 +123,21 @@ def _overlaps(models: Sequence[ResolvedModel], tasks: TaskSet) -> dict[str, Cont
             texts.setdefault(model.version.data_digest, []).append(model.label)
     found: dict[str, Contamination | None] = {model.label: None for model in models}
     for digest, labels in texts.items():
-        with _bar("reading the training text", "documents") as on_progress:
-            overlap = contamination(tasks, digest, on_progress)
+        with _progress_bar("reading the training text", "documents") as on_progress:
+            overlap = measure_contamination(tasks, digest, on_progress)
         found |= dict.fromkeys(labels, overlap)
-        print_status(f"  training text of {', '.join(labels)}: {_overlap_told(overlap)}")
+        print_status(f"  training text of {', '.join(labels)}: {_describe_contamination(overlap)}")
     return found
 
 
-def _overlap_told(overlap: Contamination | None) -> str:
+def _describe_contamination(overlap: Contamination | None) -> str:
     if overlap is None:
         return "not at hand, so its overlap with the tasks is not known"
     words = [f"{each.contaminated} of {each.documents} of {task}" for task, each in overlap.tasks.items()]
     return f"documents that occur in it: {', '.join(words)}"
 
 
-class Kept(NamedTuple):
+class StoredScorecard(NamedTuple):
     """A scorecard and its parquet of documents."""
 
     card: Scorecard
@@ -136,9 +145,9 @@ class Kept(NamedTuple):
     registered: bool = False
 
 
-def all_kept(model: ResolvedModel, store: Store | None) -> Iterator[Kept]:
+def stored_scorecards(model: ResolvedModel, store: Store | None) -> Iterator[StoredScorecard]:
     """What is kept of these very files: below `home()`, then with the version in MLflow; each oldest first."""
-    folders = (path for path in _local(model).glob("*") if (path / "scorecard.json").exists())
+    folders = (path for path in _local_folder(model).glob("*") if (path / "scorecard.json").exists())
     found = []
     for folder in folders:
         try:
@@ -146,21 +155,23 @@ def all_kept(model: ResolvedModel, store: Store | None) -> Iterator[Kept]:
             card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
         except (DamagedArtifact, ValueError):  # scored again
             continue
-        found.append(Kept(card, folder / "documents.parquet"))
+        found.append(StoredScorecard(card, folder / "documents.parquet"))
     yield from sorted(found, key=lambda each: each.card.created)
     if store and model.version:
         for card in store.scorecards(model.version):
             if card.artifact == model.digest:
-                yield Kept(card, store.documents(model.version, card), registered=True)
+                yield StoredScorecard(card, store.documents(model.version, card), registered=True)
 
 
-def _find(kept: Sequence[Kept], tasks: TaskSet) -> Kept | None:
+def _newest_matching(kept: Sequence[StoredScorecard], tasks: TaskSet) -> StoredScorecard | None:
     """The newest that is of these tasks and this harness."""
     fitting = [each for each in kept if (each.card.tasks_digest, each.card.harness) == (tasks.digest, tasks.harness)]
     return max(fitting, key=lambda each: each.card.created, default=None)
 
 
-def _keep(own: Kept, model: ResolvedModel, store: Store | None, kept: Sequence[Kept]) -> Kept:
+def _store_scorecard(
+    own: StoredScorecard, model: ResolvedModel, store: Store | None, kept: Sequence[StoredScorecard]
+) -> StoredScorecard:
     """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
     wanted = bool(store and model.version)
     for each in reversed(kept):
@@ -169,28 +180,28 @@ def _keep(own: Kept, model: ResolvedModel, store: Store | None, kept: Sequence[K
     if store and model.version:
         store.add_scorecard(model.version, own.card, own.documents)
         return own
-    return _keep_local(own.card, parquet.read_table(own.documents), model)
+    return _store_locally(own.card, parquet.read_table(own.documents), model)
 
 
-def _keep_local(card: Scorecard, documents: pa.Table, model: ResolvedModel) -> Kept:
-    folder = _local(model) / card.digest()[:16]
+def _store_locally(card: Scorecard, documents: pa.Table, model: ResolvedModel) -> StoredScorecard:
+    folder = _local_folder(model) / card.digest()[:16]
     with atomic_write(folder) as part:
         part.mkdir()
         (part / "scorecard.json").write_text(card.model_dump_json(indent=1))
         parquet.write_table(documents, part / "documents.parquet")
         write_manifest(part)
-    return Kept(card, folder / "documents.parquet")
+    return StoredScorecard(card, folder / "documents.parquet")
 
 
-def _local(model: ResolvedModel) -> Path:
+def _local_folder(model: ResolvedModel) -> Path:
     return home() / "scorecards-local" / model.digest
 
 
-def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code: bool) -> Kept:
+def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code: bool) -> StoredScorecard:
     """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
     began = time.monotonic()
-    with _bar(f"{model.label}: scoring") as on_progress:
-        scores = score(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
+    with _progress_bar(f"{model.label}: scoring") as on_progress:
+        scores = score_model(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
     check_numbers(scores.documents, model.label)
     card = Scorecard(
         artifact=model.digest,
@@ -202,24 +213,27 @@ def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code:
         created=datetime.now(UTC),
         seconds=time.monotonic() - began,
     )
-    return _keep_local(card, scores.documents, model)
+    return _store_locally(card, scores.documents, model)
 
 
 class _Costs(NamedTuple):
     """What is known of the cost of a model, and of its teacher's in the same run."""
 
     own: Cost | None
-    teachers: Cost | None
-    enough: bool  # measured on this machine, and the teacher's with it
+    teacher: Cost | None
+    is_complete: bool  # measured on this machine, and the teacher's with it
 
 
 def _known_costs(
-    model: ResolvedModel, kept: Sequence[Kept], teacher: ResolvedModel | None, teachers: Sequence[Kept]
+    model: ResolvedModel,
+    stored: Sequence[StoredScorecard],
+    teacher: ResolvedModel | None,
+    teacher_cards: Sequence[StoredScorecard],
 ) -> _Costs:
     """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
-    here = machine(model)
-    beside = {each.card.cost.run: each.card.cost for each in teachers if each.card.cost}
-    for each in kept:
+    here = describe_machine(model)
+    beside = {each.card.cost.run: each.card.cost for each in teacher_cards if each.card.cost}
+    for each in stored:
         relative = each.card.relative
         if teacher and relative and relative.teacher_cost and relative.teacher_digest == teacher.digest:
             beside[relative.teacher_cost.run] = relative.teacher_cost
@@ -230,14 +244,14 @@ def _known_costs(
         fits = card.cost.protocol == PROTOCOL and (teacher is None or card.cost.run in beside)
         return fits, card.cost.machine == here, card.created
 
-    best = max((each.card for each in kept if each.card.cost), key=worth, default=None)
+    best = max((each.card for each in stored if each.card.cost), key=worth, default=None)
     if best is None or best.cost is None:
         return _Costs(None, None, False)
     return _Costs(best.cost, beside.get(best.cost.run), worth(best)[:2] == (True, True))
 
 
 @contextmanager
-def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | None], None]]:
+def _progress_bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | None], None]]:
     with progress_bar() as bar:
         row = bar.add_task(label, total=None, rate="")
         began = time.monotonic()
@@ -249,13 +263,17 @@ def _bar(label: str, unit: str = "requests") -> Iterator[Callable[[int, int | No
         yield on_progress
 
 
-def _relative(own: Kept, scored: Kept, teacher: ResolvedModel, teachers: Cost | None) -> tuple[Relative, set[str]]:
+def _relative(
+    own: StoredScorecard, teacher_scores: StoredScorecard, teacher: ResolvedModel, teacher_cost: Cost | None
+) -> tuple[Relative, set[str]]:
     """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
-    found = compare(parquet.read_table(own.documents), parquet.read_table(scored.documents), scored.card.tasks)
+    found = compare_with_teacher(
+        parquet.read_table(own.documents), parquet.read_table(teacher_scores.documents), teacher_scores.card.tasks
+    )
     said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
     cost, dearer, faster = own.card.cost, None, None
-    if cost and teachers:
-        dearer = ratio(cost, teachers)
+    if cost and teacher_cost:
+        dearer = paired_cost_ratio(cost, teacher_cost)
         faster = Estimate(
             value=1 / dearer.value, low=1 / dearer.high, high=1 / dearer.low, confidence=dearer.confidence
         )
@@ -271,12 +289,12 @@ def _relative(own: Kept, scored: Kept, teacher: ResolvedModel, teachers: Cost | 
         speedup=faster.value if faster else None,
         cost_ratio_interval=dearer,
         speedup_interval=faster,
-        teacher_cost=teachers,
+        teacher_cost=teacher_cost,
     )
     return relative, said
 
 
-def _told(card: Scorecard) -> str:
+def _summary_line(card: Scorecard) -> str:
     """A scorecard in one line."""
     words = [f"{task} {card.tasks[task].metric} {card.tasks[task].value:.4g}" for task in top_level_tasks(card.tasks)]
     if card.relative and (kept := card.relative.retention):

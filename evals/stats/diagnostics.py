@@ -14,16 +14,16 @@ from limbeck.registry.records import AnswerDifferences, Flip
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
+DIAGNOSTIC_COLUMNS = (
     "response",
     "choice_logprobs",
     "target",
     "prompt_end",
-)  # that `limbeck.evals.stats.retention.pair` is asked for
+)  # that `limbeck.evals.stats.retention.pair_documents` is asked for
 
 
-def answers(pairs: pd.DataFrame) -> AnswerDifferences:
-    """Over rows of `limbeck.evals.stats.retention.pair`, the student being the candidate, with COLUMNS."""
+def compare_answers(pairs: pd.DataFrame) -> AnswerDifferences:
+    """Over rows of `limbeck.evals.stats.retention.pair_documents`, the student being the candidate, with COLUMNS."""
     from scipy.stats import binomtest
 
     ours, theirs = pairs["student"].to_numpy(), pairs["teacher"].to_numpy()
@@ -34,13 +34,13 @@ def answers(pairs: pd.DataFrame) -> AnswerDifferences:
     return AnswerDifferences(right_to_wrong=lost, wrong_to_right=won, mcnemar_p=p_value, kl=_kl(pairs))
 
 
-def flips(pairs: pd.DataFrame, most: int) -> list[Flip]:
-    """The documents where the values differ, `most` of each task, the largest difference first."""
+def find_flips(pairs: pd.DataFrame, max_per_task: int) -> list[Flip]:
+    """The documents where the values differ, `max_per_task` of each task, the largest difference first."""
     import pandas as pd
 
     apart = (pairs["student"] - pairs["teacher"]).abs()
     rows = pairs.assign(apart=apart)[apart > 0].sort_values(["apart", "doc_id"], ascending=[False, True])
-    shown = pd.concat([rows[rows["task"] == task].head(most) for task in dict.fromkeys(pairs["task"])])
+    shown = pd.concat([rows[rows["task"] == task].head(max_per_task) for task in dict.fromkeys(pairs["task"])])
     texts = {
         "prompt_end": "teacher_prompt_end",
         "target": "teacher_target",

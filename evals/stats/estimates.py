@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Estimated:
+class ClusteredEstimate:
     """A number that is, near the truth, a sum over clusters.
 
     Attributes:
@@ -50,7 +50,7 @@ class Estimated:
         return float(stdtrit(self.degrees_of_freedom, probability))
 
 
-def mean(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> Estimated:
+def clustered_mean(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> ClusteredEstimate:
     """Weighted mean of (N,) values of documents in clusters (N,) int64.
 
     It is a ratio estimator, sum(w x) / sum(w). Leaving out cluster c moves it by its linearized error over
@@ -62,15 +62,15 @@ def mean(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> Estimate
     clusters = np.count_nonzero(shares)
     left = 1 - shares if clusters > 1 else np.full_like(shares, np.nan)
     errors = np.sqrt(1 - 1 / clusters) / left * np.bincount(codes, weights * (values - value))
-    return Estimated(value, errors, max(1.0, 1 / float((shares**2).sum()) - 1))
+    return ClusteredEstimate(value, errors, max(1.0, 1 / float((shares**2).sum()) - 1))
 
 
-def combine(value: float, *terms: tuple[float, Estimated]) -> Estimated:
+def delta_method(value: float, *terms: tuple[float, ClusteredEstimate]) -> ClusteredEstimate:
     """A function of estimates, given its value and its derivative by each; as free as the least free."""
     errors = np.zeros(max(len(estimate.errors) for _, estimate in terms))
     for derivative, estimate in terms:
         errors[: len(estimate.errors)] += derivative * estimate.errors
-    return Estimated(value, errors, min(estimate.degrees_of_freedom for _, estimate in terms))
+    return ClusteredEstimate(value, errors, min(estimate.degrees_of_freedom for _, estimate in terms))
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Difference:
         step: for scores of 0 and 1, what one document moves the mean by; else 0.
     """
 
-    estimate: Estimated
-    independent: float | None = None
+    estimate: ClusteredEstimate
+    effective_documents: float | None = None
     step: float = 0.0
 
-    def turned(self) -> Difference:
+    def negate(self) -> Difference:
         """Reference less candidate."""
         return replace(self, estimate=replace(self.estimate, value=-self.estimate.value, errors=-self.estimate.errors))
 
@@ -108,17 +108,17 @@ class Difference:
             value=self.estimate.value, low=low, high=high, confidence=CONFIDENCE, degrees_of_freedom=freedom
         )
 
-    def p_better(self, than: float) -> float:
-        """p-value of the one-sided test of "at most `than`"; below 0.05 just where the lower bound is above it."""
-        gap = self.estimate.value - self.step - than
-        return float(stdtr(self.estimate.degrees_of_freedom, -self._ratio(gap, than)))
+    def p_value_above(self, threshold: float) -> float:
+        """p-value of the one-sided test of "at most `threshold`"; below 0.05 just where the lower bound is above it."""
+        gap = self.estimate.value - self.step - threshold
+        return float(stdtr(self.estimate.degrees_of_freedom, -self._t_statistic(gap, threshold)))
 
     def stderr_at(self, truth: float) -> float:
         """The standard error were the true difference `truth`, in -1..1 for scores of 0 and 1."""
-        if self.independent is None:
+        if self.effective_documents is None:
             return self.estimate.stderr
         share = min(abs(truth), 1.0)
-        return max(self.estimate.stderr, float(np.sqrt(share * (1 - share) / self.independent)))
+        return max(self.estimate.stderr, float(np.sqrt(share * (1 - share) / self.effective_documents)))
 
     def detectable(self, probability: float, power: float) -> float:
         """The smallest distance from 0 that a one-sided test finds with `power`."""
@@ -128,51 +128,53 @@ class Difference:
     def _bounds(self, value: float, quantile: float) -> tuple[float, float]:
         reach = quantile * self.estimate.stderr
         low, high = value - self.step, value + self.step
-        if self.independent is None:
+        if self.effective_documents is None:
             return low - reach, high + reach
         return (
-            min(low - reach, -_wilson(-low, self.independent, quantile)),
-            max(high + reach, _wilson(high, self.independent, quantile)),
+            min(low - reach, -_wilson(-low, self.effective_documents, quantile)),
+            max(high + reach, _wilson(high, self.effective_documents, quantile)),
         )
 
-    def _ratio(self, gap: float, truth: float) -> float:
+    def _t_statistic(self, gap: float, truth: float) -> float:
         stderr = self.stderr_at(truth)
         return gap / stderr if stderr else float(np.copysign(np.inf, gap)) if gap else 0.0
 
 
-def difference(candidate: np.ndarray, reference: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> Difference:
+def clustered_difference(
+    candidate: np.ndarray, reference: np.ndarray, weights: np.ndarray, codes: np.ndarray
+) -> Difference:
     """Mean difference of (N,) values of the same documents, weighted, in clusters (N,) int64.
 
     How much clusters take from the documents of 0/1 scores is the largest of three design effects (Kish 1965):
     that of the difference, which a few changed documents tell little about, and those of both models' scores.
     """
-    estimate = mean(candidate - reference, weights, codes)
+    estimate = clustered_mean(candidate - reference, weights, codes)
     if not np.isin((candidate, reference), (0, 1)).all():
         return Difference(estimate)
     documents = float(weights.sum() ** 2 / (weights**2).sum())
     apart = np.arange(len(weights))
     effects = []
     for values in (candidate - reference, candidate, reference):
-        if alone := mean(values, weights, apart).stderr:
-            effects.append((mean(values, weights, codes).stderr / alone) ** 2)
+        if alone := clustered_mean(values, weights, apart).stderr:
+            effects.append((clustered_mean(values, weights, codes).stderr / alone) ** 2)
     # Where both are right, or both wrong, on all: as if the documents of a cluster were all the same.
     independent = documents / max(1.0, *effects) if effects else min(documents, estimate.degrees_of_freedom + 1)
     return Difference(estimate, independent, 1 / documents)
 
 
-def average(differences: Sequence[Difference]) -> Difference:
+def average_differences(differences: Sequence[Difference]) -> Difference:
     """The mean of the differences of K tasks (macro)."""
     share = 1 / len(differences)
     value = float(np.mean([each.estimate.value for each in differences]))
-    estimate = combine(value, *((share, each.estimate) for each in differences))
-    known = [each.independent for each in differences if each.independent is not None]
+    estimate = delta_method(value, *((share, each.estimate) for each in differences))
+    known = [each.effective_documents for each in differences if each.effective_documents is not None]
     if len(known) < len(differences):
         return Difference(estimate)
     independent = 1 / float(np.sum(share**2 / np.array(known)))
     return Difference(estimate, independent, float(np.sum([share**2 * each.step for each in differences])))
 
 
-def codes(clusters: Any) -> np.ndarray:
+def cluster_codes(clusters: Any) -> np.ndarray:
     """(N,) labels of any kind -> (N,) int64 from 0."""
     return np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
 

@@ -17,17 +17,17 @@ from limbeck.evals.stats.estimates import Difference
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Noninferiority, Outcome
 
-LEVEL = 0.05  # one-sided
+SIGNIFICANCE_LEVEL = 0.05  # one-sided
 POWER = 0.8
-MARGIN = 0.01
+DEFAULT_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Margins:
     """How much worse a candidate may be, in each metric's own units: by task, else by metric, else the default."""
 
-    default: float = MARGIN
-    named: Mapping[str, float] = field(default_factory=dict)
+    default: float = DEFAULT_MARGIN
+    by_name: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Margins:
@@ -35,7 +35,7 @@ class Margins:
 
         Raises BadInput for what is no finite number above 0.
         """
-        default, named = MARGIN, {}
+        default, named = DEFAULT_MARGIN, {}
         for text in texts:
             name, _, number = text.rpartition("=")
             try:
@@ -53,7 +53,7 @@ class Margins:
     def check(self, names: Iterable[str]) -> None:
         """Raise BadInput where a margin is of none of the tasks and metrics `names`."""
         known = list(dict.fromkeys(names))
-        for name in self.named:
+        for name in self.by_name:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3)
                 raise BadInput(
@@ -62,11 +62,11 @@ class Margins:
                     fix=f"there are {', '.join(known)}",
                 )
 
-    def of(self, task: str, metric: str) -> float:
-        return self.named.get(task, self.named.get(metric, self.default))
+    def margin_for(self, task: str, metric: str) -> float:
+        return self.by_name.get(task, self.by_name.get(metric, self.default))
 
 
-def noninferiority(
+def noninferiority_test(
     difference: Difference, margin: float, *, higher_is_better: bool, documents: int, clusters: int
 ) -> Noninferiority:
     """Test one difference, alone: `corrected` takes the others into account.
@@ -76,11 +76,11 @@ def noninferiority(
         margin: above 0.
         documents, clusters: that it is of, to tell how many more would settle it.
     """
-    advantage = difference if higher_is_better else difference.turned()
-    lower, upper = advantage.bounds(1 - LEVEL)
+    advantage = difference if higher_is_better else difference.negate()
+    lower, upper = advantage.bounds(1 - SIGNIFICANCE_LEVEL)
     outcome: Outcome = "pass" if lower > -margin else "fail" if upper < -margin else "inconclusive"
-    p_value = advantage.p_better(-margin)
-    needed = times_the_documents(advantage, margin, LEVEL) if outcome == "inconclusive" else None
+    p_value = advantage.p_value_above(-margin)
+    needed = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL) if outcome == "inconclusive" else None
     if needed is not None:
         needed = max(1 + 1 / documents, needed)
     return Noninferiority(
@@ -91,13 +91,13 @@ def noninferiority(
         p_holm=p_value,
         uncorrected=outcome,
         verdict=outcome,
-        detectable=advantage.detectable(1 - LEVEL, POWER),
+        detectable=advantage.detectable(1 - SIGNIFICANCE_LEVEL, POWER),
         documents_needed=math.ceil(documents * needed) if needed else None,
         clusters_needed=math.ceil(clusters * needed) if needed else None,
     )
 
 
-def times_the_documents(advantage: Difference, margin: float, level: float) -> float | None:
+def documents_factor(advantage: Difference, margin: float, level: float) -> float | None:
     """So many times the documents would settle a test with POWER, if the difference stays what it is.
 
     None where it is at the margin itself: no number would.
@@ -112,20 +112,20 @@ def passing_margin(advantage: Difference, level: float) -> float:
     return -advantage.bounds(1 - level)[0]
 
 
-def corrected(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
+def correct_by_holm(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
     """The same tests with Holm's correction over all of them: what no longer passes is inconclusive."""
 
     def verdict(test: Noninferiority, p_holm: float) -> Outcome:
-        return "inconclusive" if test.uncorrected == "pass" and p_holm >= LEVEL else test.uncorrected
+        return "inconclusive" if test.uncorrected == "pass" and p_holm >= SIGNIFICANCE_LEVEL else test.uncorrected
 
-    adjusted = holm([test.p_value for test in tests])
+    adjusted = holm_adjusted_p_values([test.p_value for test in tests])
     return [
         test.model_copy(update={"p_holm": p_holm, "verdict": verdict(test, p_holm)})
         for test, p_holm in zip(tests, adjusted, strict=True)
     ]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm_adjusted_p_values(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for all of them, so that at most one in twenty families has a false one below 0.05.
 
     Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979: no assumption on how they depend.

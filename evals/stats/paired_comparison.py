@@ -7,27 +7,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from limbeck.evals.stats.diagnostics import answers
-from limbeck.evals.stats.estimates import Difference, average
-from limbeck.evals.stats.noninferiority import Margins, corrected, noninferiority
-from limbeck.evals.stats.retention import compare_pairs, leaves, paired
+from limbeck.evals.stats.diagnostics import compare_answers
+from limbeck.evals.stats.estimates import Difference, average_differences
+from limbeck.evals.stats.noninferiority import Margins, correct_by_holm, noninferiority_test
+from limbeck.evals.stats.retention import compare_pairs, leaf_tasks, paired_difference
 from limbeck.registry.records import ComparedTask, Estimate, TaskResult, top_level_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Held(NamedTuple):
+class PairedComparison(NamedTuple):
     """A candidate against its reference; each test is alone: see `correct`."""
 
     tasks: list[ComparedTask]  # top-level tasks and groups
     over_all: list[ComparedTask]  # of each metric that several tasks have: macro, then pooled
-    untold: dict[str, str]  # task -> why nothing can be told of it
+    unknown_tasks: dict[str, str]  # task -> why nothing can be told of it
     retention: Estimate | None  # mean over the tasks that have one
     differences: dict[str, Difference]  # by task: candidate less reference
 
 
-def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins, names: tuple[str, str]) -> Held:
+def compare_to_reference(
+    pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins, names: tuple[str, str]
+) -> PairedComparison:
     """Hold a candidate against its reference.
 
     Macro is the mean of the tasks' differences, pooled the difference over all their documents together. Each
@@ -41,33 +43,37 @@ def hold(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins,
     """
     found = compare_pairs(pairs, tasks, names[1])
     top = top_level_tasks(tasks)
-    subjects: dict[str, _Subject] = {}
+    subjects: dict[str, _RowSubject] = {}
     for name in top:
-        rows = pairs[pairs["task"].isin(leaves(name, tasks))]
+        rows = pairs[pairs["task"].isin(leaf_tasks(name, tasks))]
         if name in found.difference:
             kept, why = found.task_retention.get(name), found.left_out.get(name)
-            subjects[name] = _Subject(name, (name,), tasks[name], rows, paired(rows), *_means(rows), kept, why)
-    metrics: dict[tuple[str, bool], list[_Subject]] = {}
+            subjects[name] = _RowSubject(
+                name, (name,), tasks[name], rows, paired_difference(rows), *_means(rows), kept, why
+            )
+    metrics: dict[tuple[str, bool], list[_RowSubject]] = {}
     for each in subjects.values():
         metrics.setdefault((each.result.metric, each.result.higher_is_better), []).append(each)
-    together = [row for parts in metrics.values() if len(parts) > 1 for row in _over_all(parts, pairs, tasks, names[1])]
-    return Held(
+    together = [
+        row for parts in metrics.values() if len(parts) > 1 for row in _macro_and_pooled(parts, pairs, tasks, names[1])
+    ]
+    return PairedComparison(
         tasks=[_row(each, margins, names) for each in subjects.values()],
         over_all=[_row(each, margins, names) for each in together],
-        untold={name: found.left_out[name] for name in top if name not in subjects},
+        unknown_tasks={name: found.left_out[name] for name in top if name not in subjects},
         retention=found.retention,
         differences={name: each.difference for name, each in subjects.items()},
     )
 
 
-def correct(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
+def correct_candidates_by_holm(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
     """The rows of several candidates, each test corrected for all the others of all of them (Holm)."""
     families = [list(rows) for rows in families]
-    tests = iter(corrected([row.noninferiority for rows in families for row in rows]))
+    tests = iter(correct_by_holm([row.noninferiority for rows in families for row in rows]))
     return [[row.model_copy(update={"noninferiority": next(tests)}) for row in rows] for rows in families]
 
 
-class _Subject(NamedTuple):
+class _RowSubject(NamedTuple):
     """What one row is of."""
 
     task: str
@@ -81,18 +87,18 @@ class _Subject(NamedTuple):
     no_retention: str | None
 
 
-def _over_all(
-    parts: Sequence[_Subject], pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str
-) -> Iterator[_Subject]:
+def _macro_and_pooled(
+    parts: Sequence[_RowSubject], pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str
+) -> Iterator[_RowSubject]:
     """Tasks of one metric together, two ways."""
     names = tuple(part.task for part in parts)
-    inner = [leaf for name in names for leaf in leaves(name, tasks)]
+    inner = [leaf for name in names for leaf in leaf_tasks(name, tasks)]
     rows = pairs[pairs["task"].isin(inner)]
     kept = compare_pairs(rows, {name: tasks[name] for name in (*names, *inner)})
     value, other = (float(np.mean([getattr(part, side) for part in parts])) for side in ("candidate", "reference"))
     why = None if kept.retention else "none of its tasks has one"
-    mean = average([part.difference for part in parts])
-    yield _Subject("macro", names, parts[0].result, rows, mean, value, other, kept.retention, why)
+    mean = average_differences([part.difference for part in parts])
+    yield _RowSubject("macro", names, parts[0].result, rows, mean, value, other, kept.retention, why)
 
     # Pooled is what a group of them would be, with the chance of its documents.
     weights = [float(part.rows["weight"].sum()) for part in parts]
@@ -102,7 +108,7 @@ def _over_all(
     members = {leaf: tasks[leaf].model_copy(update={"group": "pooled"}) for leaf in inner}
     kept = compare_pairs(rows, {"pooled": group, **members}, reference)
     retention, why = kept.task_retention.get("pooled"), kept.left_out.get("pooled")
-    yield _Subject("pooled", names, group, rows, paired(rows), *_means(rows), retention, why)
+    yield _RowSubject("pooled", names, group, rows, paired_difference(rows), *_means(rows), retention, why)
 
 
 def _means(rows: pd.DataFrame) -> tuple[float, float]:
@@ -111,31 +117,31 @@ def _means(rows: pd.DataFrame) -> tuple[float, float]:
     return student, teacher
 
 
-def _row(of: _Subject, margins: Margins, names: tuple[str, str]) -> ComparedTask:
-    interval, clusters = of.difference.interval(), of.rows["code"].nunique()
+def _row(subject: _RowSubject, margins: Margins, names: tuple[str, str]) -> ComparedTask:
+    interval, clusters = subject.difference.interval(), subject.rows["code"].nunique()
     better = None
     if not interval.low <= 0 <= interval.high:
-        better = names[0] if (interval.value > 0) == of.result.higher_is_better else names[1]
+        better = names[0] if (interval.value > 0) == subject.result.higher_is_better else names[1]
     return ComparedTask(
-        task=of.task,
-        tasks=of.parts,
-        metric=of.result.metric,
-        higher_is_better=of.result.higher_is_better,
-        documents=len(of.rows),
+        task=subject.task,
+        tasks=subject.parts,
+        metric=subject.result.metric,
+        higher_is_better=subject.result.higher_is_better,
+        documents=len(subject.rows),
         clusters=clusters,
-        candidate=of.candidate,
-        reference=of.reference,
+        candidate=subject.candidate,
+        reference=subject.reference,
         difference=interval,
-        stderr=of.difference.estimate.stderr,
+        stderr=subject.difference.estimate.stderr,
         better=better,
-        retention=of.retention,
-        no_retention=of.no_retention,
-        noninferiority=noninferiority(
-            of.difference,
-            margins.of(of.task, of.result.metric),
-            higher_is_better=of.result.higher_is_better,
-            documents=len(of.rows),
+        retention=subject.retention,
+        no_retention=subject.no_retention,
+        noninferiority=noninferiority_test(
+            subject.difference,
+            margins.margin_for(subject.task, subject.result.metric),
+            higher_is_better=subject.result.higher_is_better,
+            documents=len(subject.rows),
             clusters=clusters,
         ),
-        answers=answers(of.rows),
+        answers=compare_answers(subject.rows),
     )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from limbeck.evals.stats.estimates import Difference, Estimated, codes, combine, difference, mean
+from limbeck.evals.stats.estimates import (
+    ClusteredEstimate,
+    Difference,
+    cluster_codes,
+    clustered_difference,
+    clustered_mean,
+    delta_method,
+)
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Estimate, TaskResult, top_level_tasks
 
@@ -20,10 +27,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SIDES = ("student", "teacher")
-KEY = ["task", "doc_id", "doc_hash", "prompt_hash"]  # what makes two documents the same
+DOCUMENT_KEY = ["task", "doc_id", "doc_hash", "prompt_hash"]  # what makes two documents the same
 
 
-class Comparison(NamedTuple):
+class TeacherComparison(NamedTuple):
     """A student relative to its teacher."""
 
     retention: Estimate | None  # mean over the top-level tasks that have one
@@ -36,11 +43,11 @@ def mean_and_stderr(
     values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray
 ) -> tuple[float, float | None]:
     """Weighted mean of N documents and its cluster-robust standard error; None where there is one cluster."""
-    estimate = mean(np.asarray(values, np.float64), np.asarray(weights, np.float64), codes(clusters))
+    estimate = clustered_mean(np.asarray(values, np.float64), np.asarray(weights, np.float64), cluster_codes(clusters))
     return estimate.value, None if np.isnan(estimate.stderr) else estimate.stderr
 
 
-def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult]) -> Comparison:
+def compare_with_teacher(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult]) -> TeacherComparison:
     """Compare two models document by document.
 
     Retention of a task is (student - chance) / (teacher - chance): the share of what the teacher has above
@@ -52,27 +59,29 @@ def compare(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult
     cluster in it, so that their covariance counts.
 
     Args:
-        student, teacher: the `documents` of `limbeck.evals.scores.harness.score`.
+        student, teacher: the `documents` of `limbeck.evals.scores.harness.score_model`.
         tasks: the teacher's results.
 
     Raises:
         BadInput: documents that do not pair; they are named.
     """
-    return compare_pairs(pair(student, teacher), tasks)
+    return compare_pairs(pair_documents(student, teacher), tasks)
 
 
-def compare_pairs(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str = "the teacher") -> Comparison:
+def compare_pairs(
+    pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str = "the teacher"
+) -> TeacherComparison:
     """As `compare`, over what `pair` gives; `reference` is what the teacher is called."""
     differences, retentions, left_out = {}, {}, {}
     for name, result in tasks.items():
-        rows = pairs[pairs["task"].isin(leaves(name, tasks))]
+        rows = pairs[pairs["task"].isin(leaf_tasks(name, tasks))]
         if rows["code"].nunique() < 2:
             left_out[name] = "it needs documents of two groups or more to tell how sure a score is"
             continue
         weights, clusters = rows["weight"].to_numpy(), rows["code"].to_numpy()
-        differences[name] = paired(rows).interval()
-        ours, theirs = (mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
-        if _clear(theirs, result):
+        differences[name] = paired_difference(rows).interval()
+        ours, theirs = (clustered_mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
+        if _is_above_chance(theirs, result):
             retentions[name] = _retention(ours, theirs, result)
         else:
             sure = theirs.interval()
@@ -83,8 +92,8 @@ def compare_pairs(pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], referenc
             )
     top = [retentions[name] for name in top_level_tasks(tasks) if name in retentions]
     average = float(np.mean([estimate.value for estimate in top])) if top else 0.0
-    return Comparison(
-        retention=combine(average, *((1 / len(top), estimate) for estimate in top)).interval() if top else None,
+    return TeacherComparison(
+        retention=delta_method(average, *((1 / len(top), estimate) for estimate in top)).interval() if top else None,
         task_retention={name: estimate.interval() for name, estimate in retentions.items()},
         difference=differences,
         left_out=left_out,
@@ -95,15 +104,17 @@ def check_numbers(documents: pa.Table, model: str) -> None:
     """Raise BadInput, naming the documents, where a score is NaN or infinite."""
     broken = documents.to_pandas()[~np.isfinite(documents["value"].to_numpy())]
     if len(broken):
-        raise BadInput(f"the scores of {model} on {_named(broken)} are no numbers", fix="its logits are NaN there")
+        raise BadInput(
+            f"the scores of {model} on {_name_documents(broken)} are no numbers", fix="its logits are NaN there"
+        )
 
 
-def leaves(name: str, tasks: Mapping[str, TaskResult]) -> list[str]:
+def leaf_tasks(name: str, tasks: Mapping[str, TaskResult]) -> list[str]:
     """The sub-tasks of a group, or the task itself."""
     return [other for other, result in tasks.items() if result.group == name] or [name]
 
 
-def pair(
+def pair_documents(
     student: pa.Table,
     teacher: pa.Table,
     columns: Sequence[str] = (),
@@ -120,25 +131,27 @@ def pair(
         BadInput: the two were not asked the same documents; they are named.
     """
     ours, theirs = (
-        _side(table, [*KEY, "value", *more], columns, side)
+        _side(table, [*DOCUMENT_KEY, "value", *more], columns, side)
         for table, side, more in ((student, "student", ()), (teacher, "teacher", ("weight", "cluster")))
     )
-    pairs = ours.merge(theirs, how="outer", on=KEY, indicator=True)
+    pairs = ours.merge(theirs, how="outer", on=DOCUMENT_KEY, indicator=True)
     single = pairs[pairs["_merge"] != "both"]
     if len(single):
         sides = {"left_only": f"of {names[0]} alone", "right_only": f"of {names[1]} alone"}
         raise BadInput(
             f"{' and '.join(names)} were not asked the same documents: "
-            + "; ".join(f"{_named(rows)} {sides[str(side)]}" for side, rows in single.groupby("_merge", observed=True)),
+            + "; ".join(
+                f"{_name_documents(rows)} {sides[str(side)]}" for side, rows in single.groupby("_merge", observed=True)
+            ),
             fix="score both anew on the same tasks: add --force",
         )
-    return pairs.assign(code=codes(pairs["cluster"])).drop(columns="_merge")
+    return pairs.assign(code=cluster_codes(pairs["cluster"])).drop(columns="_merge")
 
 
-def paired(pairs: pd.DataFrame) -> Difference:
+def paired_difference(pairs: pd.DataFrame) -> Difference:
     """Student less teacher, over rows of `pair`."""
     student, teacher, weights, clusters = (pairs[name].to_numpy() for name in (*SIDES, "weight", "code"))
-    return difference(student, teacher, weights, clusters)
+    return clustered_difference(student, teacher, weights, clusters)
 
 
 def _side(table: pa.Table, wanted: Sequence[str], columns: Sequence[str], side: str) -> pd.DataFrame:
@@ -149,7 +162,7 @@ def _side(table: pa.Table, wanted: Sequence[str], columns: Sequence[str], side: 
     return frame.rename(columns={"value": side} | {name: f"{side}_{name}" for name in columns})
 
 
-def _clear(teacher: Estimated, result: TaskResult) -> bool:
+def _is_above_chance(teacher: ClusteredEstimate, result: TaskResult) -> bool:
     """Whether the teacher's whole interval is better than chance; above 0 where the metric has no chance."""
     interval = teacher.interval()
     if result.chance is None:
@@ -157,16 +170,16 @@ def _clear(teacher: Estimated, result: TaskResult) -> bool:
     return interval.low > result.chance if result.higher_is_better else interval.high < result.chance
 
 
-def _retention(student: Estimated, teacher: Estimated, result: TaskResult) -> Estimated:
+def _retention(student: ClusteredEstimate, teacher: ClusteredEstimate, result: TaskResult) -> ClusteredEstimate:
     upper, lower = student, teacher
     if result.chance is None and not result.higher_is_better:
         upper, lower = teacher, student
     above = lower.value - (result.chance or 0.0)
     ratio = (upper.value - (result.chance or 0.0)) / above
-    return combine(ratio, (1 / above, upper), (-ratio / above, lower))
+    return delta_method(ratio, (1 / above, upper), (-ratio / above, lower))
 
 
-def _named(rows: pd.DataFrame) -> str:
+def _name_documents(rows: pd.DataFrame) -> str:
     """The first documents of a table, in words."""
     shown = [f"{row.task} {row.doc_id}" for row in rows.head(4).itertuples()]
     more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""

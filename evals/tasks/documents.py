@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from limbeck.evals.tasks.task_set import Metric
 
-MOST_TEXT = 1000  # characters kept of a target and of a response
+MAX_TEXT_CHARACTERS = 1000  # characters kept of a target and of a response
 PROMPT_END = 300  # characters kept of a prompt, its last
-DOCUMENTS = pa.schema(
+DOCUMENT_SCHEMA = pa.schema(
     {
         "task": pa.string(),
         "doc_id": pa.int64(),
@@ -61,7 +61,7 @@ def document_table(task: Task, metric: Metric, samples: Sequence[dict[str, Any]]
                 **_answer(task, metric, sample),
             }
         )
-    return pa.Table.from_pylist(rows, DOCUMENTS)
+    return pa.Table.from_pylist(rows, DOCUMENT_SCHEMA)
 
 
 def _answer(task: Task, metric: Metric, sample: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _choice(task: Task, metric: Metric, sample: dict[str, Any]) -> dict[str, Any
         merit = merit - alone
     # Where each choice makes a prompt of its own, its number stands in the place of the text.
     target = task.doc_to_text(doc) if task.multiple_input else sample["target"]
-    right = [choices[one] if isinstance(one, int) and 0 <= one < len(choices) else one for one in _listed(target)]
+    right = [choices[one] if isinstance(one, int) and 0 <= one < len(choices) else one for one in _as_list(target)]
     return {
         "target": _text(right),
         "response": _text(choices[int(merit.argmax())]),
@@ -96,9 +96,9 @@ def _choice(task: Task, metric: Metric, sample: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _text(value: Any) -> str:
-    return " | ".join(map(str, _listed(value)))[:MOST_TEXT]
+    return " | ".join(map(str, _as_list(value)))[:MAX_TEXT_CHARACTERS]

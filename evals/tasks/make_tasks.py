@@ -15,7 +15,7 @@ from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import atomic_write
 from limbeck.registry.core.jsonl import read_rows
 
-KINDS = ("bits_per_byte", "next_line", "minimal_pairs")
+TASK_KINDS = ("bits_per_byte", "next_line", "minimal_pairs")
 RECORD = "limbeck-tasks.json"
 FORMAT = 1  # raised when the same corpus gives other tasks
 
@@ -27,7 +27,7 @@ PAIRS = 100  # for each rule
 CONTEXT_LINES, CONTEXT_CHARACTERS = 12, 240
 CHOICES = 4
 SHORTEST_LINE = 8  # characters; a shorter one says too little
-ALIKE = (0.75, 1.33)  # lengths of the wrong lines over that of the true one
+LENGTH_RATIO_RANGE = (0.75, 1.33)  # lengths of the wrong lines over that of the true one
 
 
 class Document(NamedTuple):
@@ -37,11 +37,11 @@ class Document(NamedTuple):
     text: str
 
 
-def make(
+def make_tasks(
     corpus: Path,
-    to: Path,
+    output_folder: Path,
     name: str,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = TASK_KINDS,
     *,
     documents: int | None = None,
     seed: int = 0,
@@ -65,19 +65,19 @@ def make(
         BadInput: a corpus that cannot be read, or a kind that it does not serve.
     """
     for kind in kinds:
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
+        if kind not in TASK_KINDS:
+            near = difflib.get_close_matches(kind, TASK_KINDS, n=1)
             raise BadInput(
                 f"unknown kind of task {kind!r}" + (f"; did you mean {near[0]}?" if near else ""),
-                fix=f"kinds: {', '.join(KINDS)}",
+                fix=f"kinds: {', '.join(TASK_KINDS)}",
             )
     if not re.fullmatch(r"[\w.-]+", name):
         raise BadInput(f"{name!r} is no name for tasks", fix="use letters, digits, '_', '-' and '.'")
     if documents is not None and documents < 1:
         raise BadInput(f"documents is {documents}; it must be at least 1")
-    texts = _read(corpus, seed)
-    folder = Path(to).resolve() / name
-    tasks = [f"{name}_{kind}" for kind in KINDS if kind in kinds]
+    texts = _read_documents(corpus, seed)
+    folder = Path(output_folder).resolve() / name
+    tasks = [f"{name}_{kind}" for kind in TASK_KINDS if kind in kinds]
     record = {"tasks": tasks, "digest": json_digest([file_digest(corpus), documents, seed, str(folder), FORMAT])}
     known = folder / RECORD
     if known.exists() and json.loads(known.read_text()) == record:
@@ -86,7 +86,7 @@ def make(
         raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
     with atomic_write(folder) as part:
         part.mkdir()
-        for kind in KINDS:
+        for kind in TASK_KINDS:
             if kind in kinds:
                 _WRITERS[kind](_Writer(part, folder, f"{name}_{kind}"), texts, documents, seed)
         (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -96,16 +96,16 @@ def make(
 class _Writer(NamedTuple):
     """Writes tasks to `part`, which will be called `folder`."""
 
-    part: Path
+    temporary_folder: Path
     folder: Path
     name: str
 
-    def task(self, rows: Sequence[dict[str, Any]], name: str | None = None, **config: Any) -> None:
+    def write_task(self, rows: Sequence[dict[str, Any]], name: str | None = None, **config: Any) -> None:
         """A task's documents and its YAML."""
         name = name or self.name
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.part / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        self.yaml(
+        (self.temporary_folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        self.write_yaml(
             name,
             task=name,
             dataset_path="json",
@@ -116,12 +116,12 @@ class _Writer(NamedTuple):
             metadata={"version": FORMAT},
         )
 
-    def yaml(self, file: str, **config: Any) -> None:
+    def write_yaml(self, file: str, **config: Any) -> None:
         """A YAML file."""
         import yaml
 
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
-        (self.part / f"{file}.yaml").write_text(text, encoding="utf-8")
+        (self.temporary_folder / f"{file}.yaml").write_text(text, encoding="utf-8")
 
 
 def _bits_per_byte(writer: _Writer, texts: Sequence[Document], documents: int | None, seed: int) -> None:
@@ -130,17 +130,19 @@ def _bits_per_byte(writer: _Writer, texts: Sequence[Document], documents: int | 
     for document in texts:
         if size >= ALL_BYTES if documents is None else len(rows) == documents:
             break
-        text = _beginning(document.text)
+        text = _truncate_document(document.text)
         size += len(text.encode())
         rows.append({"path": document.path, "text": text})
     metrics = [
         {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
         for metric, aggregation in (("bits_per_byte", "bits_per_byte"), ("byte_perplexity", "weighted_perplexity"))
     ]
-    writer.task(rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="text", metric_list=metrics)
+    writer.write_task(
+        rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="text", metric_list=metrics
+    )
 
 
-def _beginning(text: str) -> str:
+def _truncate_document(text: str) -> str:
     """The lines of a text that fit into DOCUMENT_BYTES; part of the first where that alone does not."""
     taken, size = [], 0
     for line in text.splitlines(keepends=True):
@@ -161,7 +163,7 @@ def _next_line(writer: _Writer, texts: Sequence[Document], documents: int | None
         raise BadInput(
             "next_line: no document has enough lines that look alike", fix="leave this kind of task out: --kind"
         )
-    writer.task(rows, **_choice_task(doc_to_text="context"))
+    writer.write_task(rows, **_choice_task(doc_to_text="context"))
 
 
 def _questions(document: Document, seed: int) -> Iterator[dict[str, Any]]:
@@ -182,7 +184,7 @@ def _questions(document: Document, seed: int) -> Iterator[dict[str, Any]]:
         others = {
             line
             for line in lines[:first] + lines[place + 1 :]
-            if _alike(line, true) and line != true and line.strip() not in seen
+            if _is_plausible_line(line, true) and line != true and line.strip() not in seen
         }
         fits = len(true.strip()) >= SHORTEST_LINE and true.strip() not in seen | asked and any(seen)
         if not fits or len(others) < CHOICES - 1:
@@ -202,10 +204,13 @@ def _questions(document: Document, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _alike(line: str, true: str) -> bool:
+def _is_plausible_line(line: str, true: str) -> bool:
     """Whether a line could stand in for the true one: as far indented, and about as long."""
     indents = [len(text) - len(text.lstrip()) for text in (line, true)]
-    return indents[0] == indents[1] and ALIKE[0] <= len(line.strip()) / max(1, len(true.strip())) <= ALIKE[1]
+    return (
+        indents[0] == indents[1]
+        and LENGTH_RATIO_RANGE[0] <= len(line.strip()) / max(1, len(true.strip())) <= LENGTH_RATIO_RANGE[1]
+    )
 
 
 def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | None, seed: int) -> None:
@@ -222,7 +227,7 @@ def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | 
             (number, document.path, pair)
             for document in sources
             for number, pair in enumerate(
-                minimal_pairs.pairs(document.text, rule, share, f"{seed}:{rule}:{document.path}")
+                minimal_pairs.make_pairs(document.text, rule, share, f"{seed}:{rule}:{document.path}")
             )
         ]
         rows = []
@@ -231,11 +236,11 @@ def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | 
             rows.append({"path": path, "choices": choices, "label": choices.index(pair.good)})
         if rows:
             tasks.append(f"{writer.name}_{rule}")
-            writer.task(rows, tasks[-1], **_choice_task(doc_to_text=""))
+            writer.write_task(rows, tasks[-1], **_choice_task(doc_to_text=""))
     if not tasks:
         raise BadInput("minimal_pairs: no document has a statement short enough", fix="leave it out: --kind")
     aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
-    writer.yaml(writer.name, group=writer.name, task=tasks, aggregate_metric_list=aggregate)
+    writer.write_yaml(writer.name, group=writer.name, task=tasks, aggregate_metric_list=aggregate)
 
 
 def _choice_task(doc_to_text: str) -> dict[str, Any]:
@@ -259,7 +264,7 @@ def _is_python(text: str) -> bool:
         return False
 
 
-def _read(corpus: Path, seed: int) -> list[Document]:
+def _read_documents(corpus: Path, seed: int) -> list[Document]:
     """The documents of a corpus that are not blank, in the order of a hash of their paths."""
     documents = [document for document in map(Document._make, read_rows(corpus)) if document.text.strip()]
     if not documents:

@@ -31,8 +31,8 @@ class Pair(NamedTuple):
     bad: str
 
 
-def pairs(text: str, rule: str, most: int, seed: str) -> list[Pair]:
-    """At most `most` pairs of one rule from a source file, from places that do not overlap.
+def make_pairs(text: str, rule: str, max_pairs: int, seed: str) -> list[Pair]:
+    """At most `max_pairs` pairs of one rule from a source file, from places that do not overlap.
 
     Args:
         rule: a key of RULES. seed: what decides which snippets are taken and where each is broken.
@@ -46,7 +46,7 @@ def pairs(text: str, rule: str, most: int, seed: str) -> list[Pair]:
     names = _bound_names(tree)
     for first, last, snippet in sorted(_snippets(tree, text), key=lambda item: text_digest(f"{seed}:{item}")):
         lines = set(range(first, last + 1))
-        if len(found) == most:
+        if len(found) == max_pairs:
             break
         if taken & lines or not is_source(snippet):
             continue
@@ -118,7 +118,7 @@ def _swapped_brackets(snippet: str, names: set[str]) -> Iterator[str]:
     for token in _tokens(snippet):
         if token.string in CLOSING:
             for other in CLOSING.replace(token.string, ""):
-                yield _replaced(snippet, token.start, token.end, other)
+                yield _replace_span(snippet, token.start, token.end, other)
 
 
 def _misplaced_keywords(snippet: str, names: set[str]) -> Iterator[str]:
@@ -129,10 +129,10 @@ def _misplaced_keywords(snippet: str, names: set[str]) -> Iterator[str]:
             continue
         if after.type in (tokenize.NAME, tokenize.NUMBER) and after.string != token.string:
             between = snippet.splitlines()[token.start[0] - 1][token.end[1] : after.start[1]]
-            yield _replaced(snippet, token.start, after.end, after.string + between + token.string)
+            yield _replace_span(snippet, token.start, after.end, after.string + between + token.string)
 
 
-def _undefined_names(snippet: str, names: set[str]) -> Iterator[str]:
+def _use_undefined_names(snippet: str, names: set[str]) -> Iterator[str]:
     """One use of a local name becomes a name that the file has elsewhere, of the same length."""
     tree = ast.parse(snippet)
     used = {token.string for token in _tokens(snippet)}
@@ -144,7 +144,7 @@ def _undefined_names(snippet: str, names: set[str]) -> Iterator[str]:
             start, end = (node.lineno, node.col_offset), (node.lineno, node.col_offset + len(node.id))
             # The places of names within f-strings are not to be trusted before Python 3.12.
             if lines[node.lineno - 1][start[1] : end[1]] == node.id:
-                yield from (_replaced(snippet, start, end, name) for name in others if len(name) == len(node.id))
+                yield from (_replace_span(snippet, start, end, name) for name in others if len(name) == len(node.id))
 
 
 def _wrong_indentations(snippet: str, names: set[str]) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _wrong_indentations(snippet: str, names: set[str]) -> Iterator[str]:
 RULES: dict[str, Callable[[str, set[str]], Iterator[str]]] = {
     "swapped_bracket": _swapped_brackets,
     "misplaced_keyword": _misplaced_keywords,
-    "undefined_name": _undefined_names,
+    "undefined_name": _use_undefined_names,
     "wrong_indentation": _wrong_indentations,
 }
 
@@ -179,7 +179,7 @@ def _tokens(snippet: str) -> list[tokenize.TokenInfo]:
     return [t for t in tokenize.generate_tokens(io.StringIO(snippet).readline) if t.type not in layout]
 
 
-def _replaced(snippet: str, start: tuple[int, int], end: tuple[int, int], new: str) -> str:
+def _replace_span(snippet: str, start: tuple[int, int], end: tuple[int, int], new: str) -> str:
     """The snippet with what is between two places (line from 1, column from 0) of one line replaced."""
     lines = snippet.splitlines()
     line = lines[start[0] - 1]

@@ -23,7 +23,7 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TaskSettings:
     """How tasks are asked, by the names that lm-eval has for it. All of it goes into the tasks' hashes.
 
     Attributes:
@@ -47,23 +47,23 @@ class Settings:
     confirm_run_unsafe_code: bool = False
 
     @property
-    def multiturn(self) -> bool:
+    def uses_multiturn(self) -> bool:
         """`fewshot_as_multiturn`, decided."""
         if self.fewshot_as_multiturn is None:
             return bool(self.apply_chat_template)
         return self.fewshot_as_multiturn
 
-    def of(self, task: str) -> list[int] | None:
+    def document_numbers(self, task: str) -> list[int] | None:
         """The documents taken of one task, in order; None where `samples` says nothing of it."""
         chosen = (self.samples or {}).get(task)
         return None if chosen is None else sorted(set(chosen))
 
-    def hashed(self, task: str) -> dict[str, Any]:
+    def hashed_settings(self, task: str) -> dict[str, Any]:
         """What is not lm-eval's default and is no part of the task's own configuration."""
         said = {
-            "samples": self.of(task),
+            "samples": self.document_numbers(task),
             "apply_chat_template": self.apply_chat_template or None,
-            "fewshot_as_multiturn": self.multiturn or None,
+            "fewshot_as_multiturn": self.uses_multiturn or None,
             "system_instruction": self.system_instruction,
         }
         return {key: value for key, value in said.items() if value is not None}
@@ -87,7 +87,7 @@ class TaskSet:
     task_hashes: dict[str, str]
     tasks: dict[str, Task]
     groups: dict[str, Group]
-    settings: Settings
+    settings: TaskSettings
 
     @classmethod
     def load(cls, names: Sequence[str], include_path: Sequence[Path] = (), **settings: Any) -> TaskSet:
@@ -104,19 +104,19 @@ class TaskSet:
         quiet_libraries()
         import importlib.metadata
 
-        asked = Settings(**settings)
+        asked = TaskSettings(**settings)
         names = list(dict.fromkeys(names))
         if not names:
             raise BadInput("no tasks are named", fix="name some with --tasks")
         if asked.samples is not None and asked.limit is not None:
             raise BadInput("samples and a limit cannot go together", fix="leave out --samples or --limit")
-        if asked.multiturn and not asked.apply_chat_template:
+        if asked.uses_multiturn and not asked.apply_chat_template:
             raise BadInput("--fewshot-as-multiturn makes turns of a chat", fix="give --apply-chat-template too")
         manager = _manager(names, [Path(folder) for folder in include_path])
         tasks: dict[str, Task] = {}
         groups: dict[str, Group] = {}
         for name in names:
-            for known, found in zip((tasks, groups), _loaded(manager, name), strict=True):
+            for known, found in zip((tasks, groups), _load_task(manager, name), strict=True):
                 known.update(found)
         _check_samples(tasks, asked)
         hashes = {}
@@ -125,8 +125,10 @@ class TaskSet:
             try:
                 hashes[name] = _prepare(task, asked)
             except Exception as error:  # a template that does not fit the documents raises whatever comes
-                raise BadInput(f"task {name} gives no prompts: {_said(error)}", fix=_from(manager, name)) from error
-            metric_of(name, task, groups)
+                raise BadInput(
+                    f"task {name} gives no prompts: {_first_error_line(error)}", fix=_defined_in(manager, name)
+                ) from error
+            choose_metric(name, task, groups)
         requests = sum(instance.repeats for task in tasks.values() for instance in task.instances)
         harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
         return cls(names, json_digest(hashes), harness, requests, hashes, tasks, groups, asked)
@@ -143,13 +145,13 @@ class Metric(NamedTuple):
         return f"{self.name},{self.filter}"
 
 
-def metric_of(name: str, task: Task, groups: dict[str, Group]) -> Metric:
+def choose_metric(name: str, task: Task, groups: dict[str, Group]) -> Metric:
     """The task's group decides, else it is the first metric that is a mean over documents."""
     from lm_eval.api.metrics import bits_per_byte, mean
 
     means = [metric for metric, how in task.aggregation().items() if how in (mean, bits_per_byte)]
     first_filter = task._filters[0].name
-    for group, leaves in outermost(groups).items():
+    for group, leaves in outermost_groups(groups).items():
         wanted = groups[group].aggregate_metric_list[0]  # type: ignore[index]
         if name in leaves and wanted.metric in means:
             return Metric(wanted.metric, (wanted.filter_list or [first_filter])[0])
@@ -161,7 +163,7 @@ def metric_of(name: str, task: Task, groups: dict[str, Group]) -> Metric:
     return Metric(means[0], first_filter)
 
 
-def outermost(groups: dict[str, Group]) -> dict[str, list[str]]:
+def outermost_groups(groups: dict[str, Group]) -> dict[str, list[str]]:
     """The groups that have a value of their own and are in no other such group, and the tasks below each."""
     valued = [group for group in groups.values() if group.has_aggregation]
     inner = {below.name for group in valued for below in group.get_all_groups()}
@@ -214,16 +216,18 @@ def _check_yaml(folders: Sequence[Path]) -> None:
             raise BadInput(f"{path} cannot be read as a task: {error}") from error
 
 
-def _loaded(manager: TaskManager, name: str) -> tuple[dict[str, Task], dict[str, Group]]:
+def _load_task(manager: TaskManager, name: str) -> tuple[dict[str, Task], dict[str, Group]]:
     """lm-eval's objects for one name. Raises BadInput for what it does not like, with the YAML file."""
     try:
         loaded = manager.load([name])
     except Exception as error:  # lm-eval, datasets and jinja raise whatever comes
-        raise BadInput(f"task {name} cannot be loaded: {_said(error)}", fix=_from(manager, name)) from error
+        raise BadInput(
+            f"task {name} cannot be loaded: {_first_error_line(error)}", fix=_defined_in(manager, name)
+        ) from error
     return loaded["tasks"], loaded.get("groups", {})
 
 
-def _check_code(name: str, task: Task, settings: Settings) -> None:
+def _check_code(name: str, task: Task, settings: TaskSettings) -> None:
     """Raises BadInput for what Limbeck does not do, and for code that may not be run."""
     if getattr(task, "MULTIMODAL", False):
         raise BadInput(f"task {name} needs images or sound; Limbeck does not do that")
@@ -234,7 +238,7 @@ def _check_code(name: str, task: Task, settings: Settings) -> None:
         )
 
 
-def _check_samples(tasks: dict[str, Task], settings: Settings) -> None:
+def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:
     """Raises BadInput for a task that is not asked, and for numbers that no document has."""
     for name, chosen in (settings.samples or {}).items():
         if name not in tasks:
@@ -246,7 +250,7 @@ def _check_samples(tasks: dict[str, Task], settings: Settings) -> None:
             raise BadInput(f"samples of {name} name {said}", fix=f"it has documents 0 to {count - 1}")
 
 
-def _prepare(task: Task, settings: Settings) -> str:
+def _prepare(task: Task, settings: TaskSettings) -> str:
     """Configure a task as lm-eval's simple_evaluate does, build its prompts, and give its hash."""
     if settings.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", dict(settings.gen_kwargs), update=True)
@@ -254,8 +258,8 @@ def _prepare(task: Task, settings: Settings) -> str:
     if own is None or (settings.num_fewshot is not None and own != 0):  # a task that fixes 0 keeps it
         task.set_config("num_fewshot", settings.num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    limit, samples = settings.limit, settings.of(task.task_name)
-    with quiet_bars():
+    limit, samples = settings.limit, settings.document_numbers(task.task_name)
+    with hide_progress_bars():
         # Without the chat template, which is the model's; a model's own prompts are in the prompt hashes.
         task.build_all_requests(limit=limit, samples=samples, system_instruction=settings.system_instruction)
     from lm_eval.utils import handle_non_serializable
@@ -269,13 +273,13 @@ def _prepare(task: Task, settings: Settings) -> str:
     config = {key: value for key, value in task.dump_config().items() if key not in places}
     documents = [document for _, document in task.doc_iterator(limit=limit, samples=samples)]
     hashed = [config, documents, limit]
-    if said := settings.hashed(task.task_name):
+    if said := settings.hashed_settings(task.task_name):
         hashed.append(said)
     return text_digest(json.dumps(hashed, sort_keys=True, default=plain))
 
 
 @contextmanager
-def quiet_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Without lm-eval's own progress bar, which cannot be turned off."""
     import lm_eval.api.task as module
 
@@ -287,12 +291,12 @@ def quiet_bars() -> Iterator[None]:
         module.tqdm = bar
 
 
-def _said(error: BaseException) -> str:
+def _first_error_line(error: BaseException) -> str:
     """The first line of what an error says; datasets hides that in the cause."""
     text = str(error.__cause__ or error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
 
-def _from(manager: TaskManager, name: str) -> str | None:
+def _defined_in(manager: TaskManager, name: str) -> str | None:
     entry = manager.task_index.get(name)
     return f"it is defined in {entry.yaml_path}" if entry and entry.yaml_path else None

@@ -7,45 +7,45 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from limbeck.evals.cost.prices import PLACEHOLDER
-from limbeck.evals.verdict.wording import between, chosen, named, percent
+from limbeck.evals.verdict.wording import chosen_candidate, describe_candidate, format_percent, format_share
 
 if TYPE_CHECKING:
-    from limbeck.evals.verdict.records import Candidate, Judgement
+    from limbeck.evals.verdict.records import Candidate, VerdictReport
     from limbeck.registry.records import Cost
 
 
-def not_measured(judgement: Judgement) -> tuple[str, ...]:
+def describe_caveats(report: VerdictReport) -> tuple[str, ...]:
     """In words, one sentence or two each; of the candidate that the judgement is about, and of the others."""
-    best = chosen(judgement)
-    said = [*_quality(judgement, best), *_cost(judgement, best), *_making(best), *_versions(judgement)]
+    best = chosen_candidate(report)
+    said = [*_quality(report, best), *_cost(report, best), *_training_cost(best), *_versions(report)]
     return tuple(said)
 
 
-def _quality(judgement: Judgement, best: Candidate) -> Iterator[str]:
+def _quality(report: VerdictReport, best: Candidate) -> Iterator[str]:
     for task in best.tasks:
         if task.no_retention:
             yield f"Quality kept on {task.task}: {task.no_retention}."
-    for name, why in best.untold.items():
+    for name, why in best.unknown_tasks.items():
         yield f"Quality on {name}: {why}."
-    asked = ", ".join(judgement.margins)
+    asked = ", ".join(report.margins)
     yield (
         f"Whatever these tasks do not ask ({asked}): other languages, other domains, longer texts, how an answer "
         "reads to a person, safety."
     )
-    if judgement.other_tasks:
-        yield f"Tasks that versions of {judgement.name} are scored on too: {', '.join(judgement.other_tasks)}."
-    alike = Counter(each.recipe for each in judgement.candidates if each.kind == "student" and each.recipe)
+    if report.other_tasks:
+        yield f"Tasks that versions of {report.name} are scored on too: {', '.join(report.other_tasks)}."
+    alike = Counter(each.recipe for each in report.candidates if each.kind == "student" and each.recipe)
     if best.recipe and not best.is_teacher and alike[best.recipe] < 2:
         yield f"Luck in training: one student of {best.recipe} was trained; another seed gives a better or a worse one."
 
 
-def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
+def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
     cost, teachers = best.cost, best.teacher_cost
     if cost is None:
         yield f"What {best.version} costs to run: speed, memory, dollars."
         return
     if best.cost_ratio is None:
-        yield f"Cost ratio and speed-up: {best.version} was not timed in one run with {judgement.teacher}."
+        yield f"Cost ratio and speed-up: {best.version} was not timed in one run with {report.teacher}."
     elif best.cost_ratio_interval is None:
         yield (
             "How sure the cost ratio and the speed-up are: they are of an older protocol, without intervals, "
@@ -56,44 +56,46 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
         f"Other requests than {cost.prompt_tokens} tokens in and {cost.new_tokens} out, in batches of "
         f"{' and '.join(map(str, batches))}; latency while requests come in faster than they are answered."
     )
-    yield from _machine(judgement, best, cost)
+    yield from _machine(report, best, cost)
     if (cost.price or "").startswith(PLACEHOLDER):
         yield (
             f"Dollars: no price of this machine is known, and ${cost.usd_per_hour:g} an hour is a placeholder (give "
             "--prices or --usd-per-hour). The ratios do not depend on it."
         )
-    if teachers and best.engine != judgement.teacher_engine:
-        yield _engines(judgement, best)
+    if teachers and best.engine != report.teacher_engine:
+        yield _engines(report, best)
 
 
-def _machine(judgement: Judgement, best: Candidate, cost: Cost) -> Iterator[str]:
+def _machine(report: VerdictReport, best: Candidate, cost: Cost) -> Iterator[str]:
     here = cost.machine.partition(";")[0]
     where = f"Other machines than {here}"
     yield f"{where}." if cost.device != "cpu" else f"{where}; no GPU was used."
-    elsewhere = [each.version for each in judgement.candidates if each.cost and each.cost.setting != cost.setting]
+    elsewhere = [each.version for each in report.candidates if each.cost and each.cost.setting != cost.setting]
     if elsewhere:
         yield (
-            f"Costs beside each other: {_some(elsewhere)} measured on another machine, or at other lengths, threads "
+            f"Costs side by side: {_join_names(elsewhere)} measured on another machine, or at other lengths, threads "
             f"or price, than {best.version}. Each ratio is of its own run."
         )
 
 
-def _engines(judgement: Judgement, best: Candidate) -> str:
+def _engines(report: VerdictReport, best: Candidate) -> str:
     words = (
-        f"How much of the speed-up is the engine's: {judgement.teacher} ran in {judgement.teacher_engine}, "
+        f"How much of the speed-up is the engine's: {report.teacher} ran in {report.teacher_engine}, "
         f"{best.version} in {best.engine}."
     )
-    exported = [each for each in judgement.candidates if each.is_teacher and each.cost_ratio is not None]
+    exported = [each for each in report.candidates if each.is_teacher and each.cost_ratio is not None]
     if best.is_teacher:
         return f"{words} The two are one model, so that all of it is the engine's and the precision's."
     if not exported:
-        return f"{words} limbeck export {judgement.teacher}, then limbeck eval, tells them apart."
+        return f"{words} limbeck export {report.teacher}, then limbeck eval, tells them apart."
     other = min(exported, key=lambda each: each.cost_ratio or 0)
-    ratio = between(other.cost_ratio_interval) if other.cost_ratio_interval else percent(other.cost_ratio or 0)
-    return f"{words} The teacher itself, as {named(other)}, is at {ratio} of its cost."
+    ratio = (
+        format_share(other.cost_ratio_interval) if other.cost_ratio_interval else format_percent(other.cost_ratio or 0)
+    )
+    return f"{words} The teacher itself, as {describe_candidate(other)}, is at {ratio} of its cost."
 
 
-def _making(best: Candidate) -> Iterator[str]:
+def _training_cost(best: Candidate) -> Iterator[str]:
     if best.is_teacher:
         return
     if best.making is None:
@@ -107,15 +109,15 @@ def _making(best: Candidate) -> Iterator[str]:
         yield "People's time, trials that were thrown away, and what making the teacher took."
 
 
-def _versions(judgement: Judgement) -> Iterator[str]:
-    for ref, why in list(judgement.left_out.items())[:5]:
+def _versions(report: VerdictReport) -> Iterator[str]:
+    for ref, why in list(report.left_out.items())[:5]:
         yield f"{ref}, which is no candidate: {why}."
-    if (more := len(judgement.left_out) - 5) > 0:
+    if (more := len(report.left_out) - 5) > 0:
         yield f"{more} more versions that are no candidates."
-    unknown = [each.version for each in judgement.candidates if each.cost_ratio is None]
-    if unknown and judgement.answer != "yes":
-        yield f"The cost ratio of {_some(unknown)}."
+    unknown = [each.version for each in report.candidates if each.cost_ratio is None]
+    if unknown and report.answer != "yes":
+        yield f"The cost ratio of {_join_names(unknown)}."
 
 
-def _some(refs: list[str], most: int = 4) -> str:
-    return ", ".join(refs[:most]) + (f" and {len(refs) - most} more" if len(refs) > most else "")
+def _join_names(refs: list[str], at_most: int = 4) -> str:
+    return ", ".join(refs[:at_most]) + (f" and {len(refs) - at_most} more" if len(refs) > at_most else "")

@@ -8,14 +8,23 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from limbeck.evals.cost.measure import load_of
+from limbeck.evals.cost.measure import cost_at_batch
 from limbeck.evals.leaderboard import page as leaderboard
-from limbeck.evals.leaderboard.columns import title
-from limbeck.evals.verdict.records import Candidate, Judgement
-from limbeck.evals.verdict.wording import SHORT, between, chosen, named, payback, percent, signed, times
+from limbeck.evals.leaderboard.columns import describe_version
+from limbeck.evals.verdict.records import Candidate, VerdictReport
+from limbeck.evals.verdict.wording import (
+    SHORT_ANSWERS,
+    chosen_candidate,
+    describe_candidate,
+    format_difference,
+    format_factor,
+    format_percent,
+    format_share,
+    payback_sentence,
+)
 from limbeck.registry.records import FIGURES, ComparedTask, Cost, Estimate, Figure
 
-MOST = 20  # candidates in the table
+MAX_CANDIDATES = 20  # candidates in the table
 
 STYLE = Path(__file__).with_name("page.css")
 HTML = """<!doctype html>
@@ -37,79 +46,79 @@ HTML = """<!doctype html>
 """
 
 
-def markdown(judgement: Judgement) -> str:
+def render_markdown(report: VerdictReport) -> str:
     """The page. Names and other people's words are escaped: nothing in them is taken for markup."""
-    return "\n".join(text for _, text in _sections(judgement))
+    return "\n".join(text for _, text in _sections(report))
 
 
-def html(judgement: Judgement) -> str:
+def render_html(report: VerdictReport) -> str:
     """The page as one HTML file that fetches nothing and runs nothing."""
     from markdown_it import MarkdownIt
 
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
-    plots = {"quality": _plot(chosen(judgement))}
+    plots = {"quality": _plot(chosen_candidate(report))}
     return HTML.format(
-        title=escape(f"{judgement.name}: {SHORT[judgement.answer]}"),
+        title=escape(f"{report.name}: {SHORT_ANSWERS[report.answer]}"),
         style=leaderboard.STYLE.read_text(encoding="utf-8") + STYLE.read_text(encoding="utf-8"),
-        answer=judgement.answer.replace(" ", "-"),
+        answer=report.answer.replace(" ", "-"),
         sections="".join(
             f'<section class="card {key}">{render(text)}{plots.get(key, "")}</section>\n'
-            for key, text in _sections(judgement)
+            for key, text in _sections(report)
         ),
     )
 
 
-def show(judgement: Judgement) -> None:
+def print_report(report: VerdictReport) -> None:
     """Print the page on the terminal."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
     width = min(console.width, 120) if console.is_terminal else 120  # a pipe has no width
-    Console(width=width, emoji=False).print(Markdown(markdown(judgement)))
+    Console(width=width, emoji=False).print(Markdown(render_markdown(report)))
 
 
-def _sections(judgement: Judgement) -> Iterator[tuple[str, str]]:
+def _sections(report: VerdictReport) -> Iterator[tuple[str, str]]:
     """What each section is, and its Markdown."""
-    best = chosen(judgement)
-    yield "answer", _lines(_answer(judgement))
-    if judgement.settle:
-        yield "settle", _lines(["## What would settle it", "", *_list(judgement.settle)])
-    yield "quality", _lines(_quality(judgement, best))
-    yield "cost", _lines(_cost(judgement, best))
-    yield "candidates", _lines(_candidates(judgement))
-    yield "unmeasured", _lines(["## What was not measured", "", *_list(judgement.not_measured)])
-    yield "trace", _lines(_trace(judgement, best))
+    best = chosen_candidate(report)
+    yield "answer", _lines(_answer(report))
+    if report.settle:
+        yield "settle", _lines(["## What would settle it", "", *_list(report.settle)])
+    yield "quality", _lines(_quality(report, best))
+    yield "cost", _lines(_cost(report, best))
+    yield "candidates", _lines(_candidates(report))
+    yield "unmeasured", _lines(["## What was not measured", "", *_list(report.not_measured)])
+    yield "trace", _lines(_trace(report, best))
 
 
-def _answer(judgement: Judgement) -> Iterator[str]:
-    yield f"# {plain(judgement.name)}: is the giant a waste here? {SHORT[judgement.answer]}."
+def _answer(report: VerdictReport) -> Iterator[str]:
+    yield f"# {escape_markdown(report.name)}: is the giant a waste here? {SHORT_ANSWERS[report.answer]}."
     yield ""
-    yield f"**{SHORT[judgement.answer]}:** {plain(judgement.sentence)}"
+    yield f"**{SHORT_ANSWERS[report.answer]}:** {escape_markdown(report.sentence)}"
     yield ""
-    widths = sorted(set(judgement.margins.values()))
+    widths = sorted(set(report.margins.values()))
     if len(widths) == 1:
         margins = f"by less than {widths[0]:g}"
     else:
-        margins = "by less than the margin: " + ", ".join(f"{task} {m:g}" for task, m in judgement.margins.items())
+        margins = "by less than the margin: " + ", ".join(f"{task} {m:g}" for task, m in report.margins.items())
     yield (
-        f"*As good* means: worse {plain(margins)}, in each metric's own units, with 95% confidence on every task, "
-        f"corrected for {judgement.tests} tests ({len(judgement.candidates)} candidates; Holm). "
+        f"*As good* means worse {escape_markdown(margins)}, in each metric's units, with 95% confidence on every task, "
+        f"corrected for {report.tests} tests ({len(report.candidates)} candidates; Holm). "
         + (
             "That margin is the default, nobody chose it: set your own with `--margin`, before you look."
-            if judgement.default_margins
+            if report.default_margins
             else "A margin means something only if it was set before looking at the scores."
         )
     )
 
 
-def _quality(judgement: Judgement, best: Candidate) -> Iterator[str]:
-    yield f"## Quality kept: {plain(named(best))}"
+def _quality(report: VerdictReport, best: Candidate) -> Iterator[str]:
+    yield f"## Quality kept: {escape_markdown(describe_candidate(best))}"
     yield ""
     if best.retention:
         yield (
-            f"It keeps **{between(best.retention)}** of what {plain(judgement.teacher)} has above guessing, as a mean "
-            "over tasks, with its 95% interval."
+            f"It keeps **{format_share(best.retention)}** of what {escape_markdown(report.teacher)} has above chance, "
+            "as a mean over tasks, with its 95% interval."
         )
     else:
         yield "What share of the teacher's quality it keeps is not known."
@@ -124,14 +133,14 @@ def _task(task: ComparedTask) -> list[str]:
         task.metric if task.higher_is_better else f"{task.metric}, less is better",
         f"{task.reference:.4f}",
         f"{task.candidate:.4f}",
-        signed(task.difference),
+        format_difference(task.difference),
         f"{task.noninferiority.margin:g}",
-        between(task.retention) if task.retention else "-",
+        format_share(task.retention) if task.retention else "-",
         task.noninferiority.verdict,
     ]
 
 
-def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
+def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
     yield "## Cost, and whether it pays"
     yield ""
     cost, teachers = best.cost, best.teacher_cost
@@ -141,23 +150,23 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
     ratio = best.cost_ratio_interval or best.cost_ratio
     speed = best.speedup_interval or best.speedup
     if ratio is not None:
-        yield f"It runs at **{_percent(ratio)}** of the teacher's cost{_faster(speed)}."
+        yield f"It runs at **{_percent(ratio)}** of the teacher's cost{_speedup_phrase(speed)}."
         yield ""
     rows = [
-        _compared(column.title, column, getattr(teachers, key) if teachers else None, getattr(cost, key))
+        _comparison_cells(column.title, column, getattr(teachers, key) if teachers else None, getattr(cost, key))
         for key, column in FIGURES.items()
         if getattr(cost, key) is not None
     ]
     for load in cost.loads[1:]:
-        beside = load_of(teachers, load.batch).usd_per_million_tokens if teachers and teachers.loads else None
+        beside = cost_at_batch(teachers, load.batch).usd_per_million_tokens if teachers and teachers.loads else None
         dollars = FIGURES["usd_per_million_tokens"]
         what = f"{dollars.title}, batches of {load.batch}"
-        rows.append(_compared(what, dollars, beside, load.usd_per_million_tokens))
-    yield from _table(["", plain(judgement.teacher), best.version, "of the teacher's"], rows)
+        rows.append(_comparison_cells(what, dollars, beside, load.usd_per_million_tokens))
+    yield from _table(["", escape_markdown(report.teacher), best.version, "of the teacher's"], rows)
     yield ""
-    yield plain(_timed(judgement, best, cost))
+    yield escape_markdown(_timing_sentence(report, best, cost))
     yield ""
-    yield plain(payback(best))
+    yield escape_markdown(payback_sentence(best))
     if best.payback:
         yield ""
         parts = [
@@ -167,9 +176,9 @@ def _cost(judgement: Judgement, best: Candidate) -> Iterator[str]:
         yield from _table(["making it took", "time", "dollars"], parts)
 
 
-def _timed(judgement: Judgement, best: Candidate, cost: Cost) -> str:
+def _timing_sentence(report: VerdictReport, best: Candidate, cost: Cost) -> str:
     hardware, _, engine = cost.machine.partition("; ")
-    beside = f", {judgement.teacher} in {best.teacher_cost.machine.partition('; ')[2]}" if best.teacher_cost else ""
+    beside = f", {report.teacher} in {best.teacher_cost.machine.partition('; ')[2]}" if best.teacher_cost else ""
     words = (
         f"Timed on {hardware}, with {cost.threads} threads: {best.version} in {engine}{beside}; {cost.prompt_tokens} "
         f"tokens in and {cost.new_tokens} out, one request at a time where no batch is named. Dollars: "
@@ -180,11 +189,11 @@ def _timed(judgement: Judgement, best: Candidate, cost: Cost) -> str:
     return words
 
 
-def _compared(what: str, column: Figure, teachers: float | None, own: float) -> list[str | None]:
+def _comparison_cells(label: str, column: Figure, teacher: float | None, own: float) -> list[str | None]:
     """A figure of both, and their ratio."""
-    ratio = own / teachers if teachers else None
-    beside = ratio and (f"{times(ratio)} times" if ratio >= 2 else percent(ratio))
-    return [what, column.format_value(teachers), column.format_value(own), beside or None]
+    ratio = own / teacher if teacher else None
+    beside = ratio and (f"{format_factor(ratio)} times" if ratio >= 2 else format_percent(ratio))
+    return [label, column.format_value(teacher), column.format_value(own), beside or None]
 
 
 def _prices(best: Candidate) -> list[str]:
@@ -193,38 +202,39 @@ def _prices(best: Candidate) -> list[str]:
 
 
 def _percent(ratio: Estimate | float) -> str:
-    return between(ratio) if isinstance(ratio, Estimate) else percent(ratio)
+    return format_share(ratio) if isinstance(ratio, Estimate) else format_percent(ratio)
 
 
-def _faster(speed: Estimate | float | None) -> str:
+def _speedup_phrase(speed: Estimate | float | None) -> str:
     if speed is None:
         return ""
     if isinstance(speed, Estimate):
-        return f", **{times(speed.value)}** times [{times(speed.low)}, {times(speed.high)}] as fast"
-    return f", **{times(speed)}** times as fast"
+        low, high = format_factor(speed.low), format_factor(speed.high)
+        return f", **{format_factor(speed.value)}** times [{low}, {high}] as fast"
+    return f", **{format_factor(speed)}** times as fast"
 
 
-def _candidates(judgement: Judgement) -> Iterator[str]:
+def _candidates(report: VerdictReport) -> Iterator[str]:
     yield "## Every candidate"
     yield ""
     rows = []
-    for each in judgement.candidates[:MOST]:
+    for each in report.candidates[:MAX_CANDIDATES]:
         words = {"pass": "as good", "fail": "worse", "inconclusive": "not settled"}[each.quality]
         rows.append(
             [
                 each.version,
-                title(each),
-                between(each.retention) if each.retention else None,
-                percent(each.cost_ratio) if each.cost_ratio is not None else None,
-                f"{times(each.speedup)}x" if each.speedup is not None else None,
+                describe_version(each),
+                format_share(each.retention) if each.retention else None,
+                format_percent(each.cost_ratio) if each.cost_ratio is not None else None,
+                f"{format_factor(each.speedup)}x" if each.speedup is not None else None,
                 words,
                 "; ".join(_reasons(each)),
             ]
         )
     yield from _table(["version", "what", "quality kept", "cost ratio", "speed-up", "it is", "because of"], rows)
-    if len(judgement.candidates) > MOST:
+    if len(report.candidates) > MAX_CANDIDATES:
         yield ""
-        yield f"{len(judgement.candidates) - MOST} more are in `--format json`."
+        yield f"{len(report.candidates) - MAX_CANDIDATES} more are in `--format json`."
 
 
 def _reasons(candidate: Candidate) -> Iterator[str]:
@@ -233,36 +243,34 @@ def _reasons(candidate: Candidate) -> Iterator[str]:
         if tasks := [task.task for task in candidate.tasks if task.noninferiority.verdict == outcome]:
             every = len(tasks) == len(candidate.tasks) > 1
             yield f"{outcome}: {'all tasks' if every else ', '.join(tasks)}"
-    if candidate.untold:
-        yield f"cannot be told: {', '.join(candidate.untold)}"
+    if candidate.unknown_tasks:
+        yield f"cannot be told: {', '.join(candidate.unknown_tasks)}"
 
 
-def _trace(judgement: Judgement, best: Candidate) -> Iterator[str]:
+def _trace(report: VerdictReport, best: Candidate) -> Iterator[str]:
     yield "## How to trace it"
     yield ""
     rows = [
-        ["teacher", judgement.teacher, f"files {judgement.teacher_digest[:12]}"],
+        ["teacher", report.teacher, f"files {report.teacher_digest[:12]}"],
         ["candidate", best.version, f"files {best.files[:12]}, scorecard {best.scorecard[:12]}"],
-        ["tasks", ", ".join(judgement.margins), f"tasks {judgement.tasks_digest[:12]}"],
-        ["prompts", judgement.harness, f"prompts {judgement.prompts_digest[:12]}"],
-        ["judged", f"{judgement.created:%Y-%m-%d %H:%M} UTC", ""],
+        ["tasks", ", ".join(report.margins), f"tasks {report.tasks_digest[:12]}"],
+        ["prompts", report.harness, f"prompts {report.prompts_digest[:12]}"],
+        ["judged", f"{report.created:%Y-%m-%d %H:%M} UTC", ""],
     ]
     yield from _table(["", "what", "digest"], rows)
     yield ""
     yield "To make it again (`eval` with the `--include-path` and `--limit` of the first time):"
     yield ""
-    tasks, widths = _word(",".join(judgement.margins)), set(judgement.margins.values())
+    tasks, widths = _word(",".join(report.margins)), set(report.margins.values())
     words = (
-        [f"{task}={margin:g}" for task, margin in judgement.margins.items()]
-        if len(widths) > 1
-        else [f"{widths.pop():g}"]
+        [f"{task}={margin:g}" for task, margin in report.margins.items()] if len(widths) > 1 else [f"{widths.pop():g}"]
     )
     margins = "".join(f" --margin {_word(word)}" for word in words)
-    asked = "".join(f" --task {_word(task)}" for task in judgement.asked)
+    asked = "".join(f" --task {_word(task)}" for task in report.asked)
     yield f"    limbeck models lineage {best.version}"
-    yield f"    limbeck eval {judgement.name} --tasks {tasks} --against {judgement.teacher}"
-    yield f"    limbeck compare {best.version} {judgement.teacher} --tasks {tasks}{margins}"
-    yield f"    limbeck verdict {judgement.name} --against {judgement.teacher}{asked}{margins}"
+    yield f"    limbeck eval {report.name} --tasks {tasks} --against {report.teacher}"
+    yield f"    limbeck compare {best.version} {report.teacher} --tasks {tasks}{margins}"
+    yield f"    limbeck verdict {report.name} --against {report.teacher}{asked}{margins}"
 
 
 # --- HTML
@@ -294,7 +302,7 @@ def _plot(best: Candidate) -> str:
 # --- Markdown
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text as Markdown that shows it as it is, on one line."""
     text = "".join(c if c.isprintable() else " " for c in text)
     # An underscore within a word is no emphasis, and brackets alone are no link.
@@ -313,7 +321,7 @@ def _lines(lines: Iterator[str] | Sequence[str]) -> str:
 def _list(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         # What begins like a list would be one.
-        yield "- " + re.sub(r"^([-+]|\d+(?=[.)]))", r"\\\1", plain(text))
+        yield "- " + re.sub(r"^([-+]|\d+(?=[.)]))", r"\\\1", escape_markdown(text))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> Iterator[str]:
@@ -325,4 +333,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> Iter
 
 def _cell(text: str) -> str:
     """A cell that keeps each interval on one line."""
-    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), plain(text))
+    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), escape_markdown(text))

@@ -8,10 +8,10 @@ from typing import Literal
 from limbeck.evals.cost.payback import Payback
 from limbeck.registry.records import ComparedTask, Cost, Engine, Estimate, Frozen, Kind, Outcome, TrainingCost
 
-Answer = Literal["yes", "no", "not settled"]
+VerdictAnswer = Literal["yes", "no", "not settled"]
 
 
-class Open(Frozen):
+class OpenTask(Frozen):
     """A task that a candidate does not pass: what would settle it, if the difference stays what it is."""
 
     task: str
@@ -35,8 +35,8 @@ class Candidate(Frozen):
     cheaper: bool | None  # surely so, or surely not; None: not known
     retention: Estimate | None  # mean over the tasks that have one
     tasks: tuple[ComparedTask, ...]
-    open: tuple[Open, ...]  # of the tasks that are inconclusive
-    untold: dict[str, str]  # task -> why nothing can be told of it
+    open: tuple[OpenTask, ...]  # of the tasks that are inconclusive
+    unknown_tasks: dict[str, str]  # task -> why nothing can be told of it
     cost: Cost | None
     teacher_cost: Cost | None  # of the same run, where there is one
     cost_ratio: float | None
@@ -47,11 +47,11 @@ class Candidate(Frozen):
     payback: Payback | None
 
 
-class Judgement(Frozen):
+class VerdictReport(Frozen):
     """`limbeck verdict NAME --format json`. Stable: fields are only ever added. What is not known is null."""
 
     name: str
-    answer: Answer
+    answer: VerdictAnswer
     sentence: str  # the answer in words
     candidate: str  # NAME/VERSION that it is about: the cheapest that is as good, else the one that comes closest
     settle: tuple[str, ...]  # not settled: what would settle it

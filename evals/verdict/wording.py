@@ -6,54 +6,55 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from limbeck.evals.leaderboard.columns import title
+from limbeck.evals.leaderboard.columns import describe_version
 from limbeck.registry.records import ComparedTask, Estimate
 
 if TYPE_CHECKING:
-    from limbeck.evals.cost.payback import Span
-    from limbeck.evals.verdict.records import Candidate, Judgement, Open
+    from limbeck.evals.cost.payback import BreakEvenRange
+    from limbeck.evals.verdict.records import Candidate, OpenTask, VerdictReport
 
-SHORT = {"yes": "Yes", "no": "No, not with these candidates", "not settled": "Not settled"}
+SHORT_ANSWERS = {"yes": "Yes", "no": "No, not with these candidates", "not settled": "Not settled"}
 
 
-def chosen(judgement: Judgement) -> Candidate:
+def chosen_candidate(report: VerdictReport) -> Candidate:
     """The candidate that the answer is about."""
-    return next(each for each in judgement.candidates if each.version == judgement.candidate)
+    return next(each for each in report.candidates if each.version == report.candidate)
 
 
-def sentence(judgement: Judgement) -> str:
+def answer_sentence(report: VerdictReport) -> str:
     """The answer in words, without its first word."""
-    best = chosen(judgement)
-    return {"yes": _yes, "no": _no, "not settled": _not_settled}[judgement.answer](judgement, best)
+    best = chosen_candidate(report)
+    return {"yes": _yes, "no": _no, "not settled": _not_settled}[report.answer](report, best)
 
 
-def _yes(judgement: Judgement, best: Candidate) -> str:
-    words = f"{named(best)} is as good as {judgement.teacher} within the margins on {_all_tasks(judgement)}, "
+def _yes(report: VerdictReport, best: Candidate) -> str:
+    words = f"{describe_candidate(best)} is as good as {report.teacher} within the margins on {_all_tasks(report)}, "
     words += f"at {_cost(best)}{_speed(best)}."
     if best.is_teacher:
         words += " It is the teacher itself in another form: what is wasted is its engine or precision, not its size."
-    return f"{words} {payback(best)}"
+    return f"{words} {payback_sentence(best)}"
 
 
-def _no(judgement: Judgement, best: Candidate) -> str:
+def _no(report: VerdictReport, best: Candidate) -> str:
     if best.quality == "pass":
-        return f"{named(best)} is as good as {judgement.teacher} within the margins, but not cheaper: {_cost(best)}."
-    worse = f"surely worse than {judgement.teacher} by more than the margin on some task"
-    if any(each.quality != "fail" for each in judgement.candidates):
+        name = describe_candidate(best)
+        return f"{name} is as good as {report.teacher} within the margins, but not cheaper: {_cost(best)}."
+    worse = f"surely worse than {report.teacher} by more than the margin on some task"
+    if any(each.quality != "fail" for each in report.candidates):
         worse += ", or surely not cheaper"
-    kept = f"keeps {between(best.retention)} of the teacher's quality" if best.retention else "is the best of them"
-    if len(judgement.candidates) == 1:
-        return f"{named(best)}, the only candidate, is {worse}. It {kept}."
-    words = f"each of the {len(judgement.candidates)} candidates is {worse}."
-    return f"{words} The closest, {named(best)}, {kept}."
+    kept = f"keeps {format_share(best.retention)} of the teacher's quality" if best.retention else "is the best of them"
+    if len(report.candidates) == 1:
+        return f"{describe_candidate(best)}, the only candidate, is {worse}. It {kept}."
+    words = f"each of the {len(report.candidates)} candidates is {worse}."
+    return f"{words} The closest, {describe_candidate(best)}, {kept}."
 
 
-def _not_settled(judgement: Judgement, best: Candidate) -> str:
+def _not_settled(report: VerdictReport, best: Candidate) -> str:
     passed = sum(task.noninferiority.verdict == "pass" for task in best.tasks)
-    shown = f"is {'' if passed else 'not '}shown to be as good as {judgement.teacher} on "
-    many = len(judgement.margins)
-    on = _all_tasks(judgement) if passed == many else f"{passed} of {many} tasks" if passed else "any task"
-    words = f"the most promising candidate, {named(best)}, {shown}{on}"
+    shown = f"is {'' if passed else 'not '}shown to be as good as {report.teacher} on "
+    many = len(report.margins)
+    on = _all_tasks(report) if passed == many else f"{passed} of {many} tasks" if passed else "any task"
+    words = f"the most promising candidate, {describe_candidate(best)}, {shown}{on}"
     words += ", and surely worse on none." if best.quality != "pass" else "."
     if best.cost_ratio is None:
         return f"{words} What it costs beside the teacher is not measured."
@@ -61,7 +62,7 @@ def _not_settled(judgement: Judgement, best: Candidate) -> str:
     return f"{words} It runs at {_cost(best)}{doubt}{_speed(best)}."
 
 
-def payback(candidate: Candidate) -> str:
+def payback_sentence(candidate: Candidate) -> str:
     """When the making of a candidate is paid back."""
     found = candidate.payback
     if found is None:
@@ -70,71 +71,72 @@ def payback(candidate: Candidate) -> str:
         return "Its making is never paid back."
     words = f"Its making, ${found.making_usd:.2g}, is paid back after {_tokens(found.break_even_tokens)} tokens"
     if found.break_even_days and found.tokens_per_day:
-        words += f": {_days(found.break_even_days)} at {large(found.tokens_per_day)} tokens a day"
+        words += f": {_days(found.break_even_days)} at {format_large_number(found.tokens_per_day)} tokens a day"
     return f"{words}."
 
 
-def settle(judgement: Judgement) -> tuple[str, ...]:
+def describe_next_steps(report: VerdictReport) -> tuple[str, ...]:
     """What would settle a judgement that is not settled: for its most promising candidate."""
-    return tuple(_settle(judgement, chosen(judgement))) if judgement.answer == "not settled" else ()
+    return tuple(_settle(report, chosen_candidate(report))) if report.answer == "not settled" else ()
 
 
-def _settle(judgement: Judgement, best: Candidate) -> Iterator[str]:
+def _settle(report: VerdictReport, best: Candidate) -> Iterator[str]:
     tasks = {task.task: task for task in best.tasks}
     for still in best.open:
-        yield _settle_task(tasks[still.task], still, judgement.tests)
-    for name, why in best.untold.items():
+        yield _settle_task(tasks[still.task], still, report.tests)
+    for name, why in best.unknown_tasks.items():
         yield f"{name}: {why}."
-    again = f"limbeck eval {best.version} --tasks {','.join(judgement.margins)} --against {judgement.teacher}"
+    again = f"limbeck eval {best.version} --tasks {','.join(report.margins)} --against {report.teacher}"
     if best.cost_ratio is None:
         yield f"Its cost, timed in one run with the teacher's: {again}"
     elif best.cheaper is None:
         yield f"Its cost, timed again on a machine with nothing else to do: {again} --force"
 
 
-def _settle_task(task: ComparedTask, still: Open, tests: int) -> str:
+def _settle_task(task: ComparedTask, open_task: OpenTask, tests: int) -> str:
     test = task.noninferiority
-    words = f"{task.task}: the difference is {signed(task.difference)}, the margin {test.margin:g}."
+    words = f"{task.task}: the difference is {format_difference(task.difference)}, the margin {test.margin:g}."
     if test.uncorrected == "pass":
         words += f" Alone it would pass; corrected for all {tests} tests it does not (p = {test.p_holm:.2g})."
-    if still.documents:
-        words += f" About {large(still.documents)} documents (now {large(task.documents)}) would settle it and show it "
-        words += f"{'as good' if still.as_good else 'worse'}, if the difference stays what it is."
+    if open_task.documents:
+        needed, now = format_large_number(open_task.documents), format_large_number(task.documents)
+        words += f" About {needed} documents (now {now}) would settle it and show it "
+        words += f"{'as good' if open_task.as_good else 'worse'}, if the difference stays what it is."
     else:
         words += " The difference is at the margin itself: no number of documents settles it while it stays there."
-    return f"{words} Or a margin of {wider(still.margin)}, if that is acceptable, and said to be wider."
+    return f"{words} Or a margin of {round_up_margin(open_task.margin)}, if that is acceptable, and said to be wider."
 
 
 # --- numbers in words
 
 
-def named(candidate: Candidate) -> str:
+def describe_candidate(candidate: Candidate) -> str:
     """What a candidate is, and its NAME/VERSION."""
-    what = title(candidate)
+    what = describe_version(candidate)
     return what if candidate.version in what else f"{what} ({candidate.version})"
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     return f"{share:.1%}" if abs(share) < 0.1 else f"{share:.0%}"
 
 
-def between(estimate: Estimate) -> str:
+def format_share(estimate: Estimate) -> str:
     """A share with its interval."""
     return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
 
 
-def signed(estimate: Estimate) -> str:
+def format_difference(estimate: Estimate) -> str:
     """A difference with its interval."""
     return f"{estimate.value:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
 
 
-def wider(margin: float) -> str:
+def round_up_margin(margin: float) -> str:
     """A margin rounded up to two digits."""
     step = 10 ** (math.floor(math.log10(margin)) - 1)
     return f"{math.ceil(margin / step) * step:.2g}"
 
 
-def large(number: float) -> str:
+def format_large_number(number: float) -> str:
     """Two or three digits of a number that may be large."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= size:
@@ -142,32 +144,32 @@ def large(number: float) -> str:
     return f"{float(f'{number:.3g}'):,.0f}" if number >= 1 else f"{number:.2g}"
 
 
-def times(factor: float) -> str:
+def format_factor(factor: float) -> str:
     return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
 
 
-def _tokens(span: Span) -> str:
+def _tokens(span: BreakEvenRange) -> str:
     assert span.value is not None
-    ends = [large(end) if end is not None else "never" for end in (span.low, span.high)]
-    return f"{large(span.value)} [{', '.join(ends)}]"
+    ends = [format_large_number(end) if end is not None else "never" for end in (span.low, span.high)]
+    return f"{format_large_number(span.value)} [{', '.join(ends)}]"
 
 
-def _days(span: Span) -> str:
+def _days(span: BreakEvenRange) -> str:
     assert span.value is not None
-    return f"{times(24 * span.value)} hours" if span.value < 2 else f"{times(span.value)} days"
+    return f"{format_factor(24 * span.value)} hours" if span.value < 2 else f"{format_factor(span.value)} days"
 
 
-def _all_tasks(judgement: Judgement) -> str:
-    many = len(judgement.margins)
-    return f"all {many} tasks" if many > 1 else next(iter(judgement.margins))
+def _all_tasks(report: VerdictReport) -> str:
+    many = len(report.margins)
+    return f"all {many} tasks" if many > 1 else next(iter(report.margins))
 
 
 def _cost(candidate: Candidate) -> str:
     sure = candidate.cost_ratio_interval
     if sure:
-        return f"{between(sure)} of its cost"
-    return f"{percent(candidate.cost_ratio or 0)} of its cost"
+        return f"{format_share(sure)} of its cost"
+    return f"{format_percent(candidate.cost_ratio or 0)} of its cost"
 
 
 def _speed(candidate: Candidate) -> str:
-    return f" and {times(candidate.speedup)} times its speed" if candidate.speedup is not None else ""
+    return f" and {format_factor(candidate.speedup)} times its speed" if candidate.speedup is not None else ""

@@ -41,7 +41,7 @@ def main(threads: int | None = None) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 
-    from limbeck.evals.engines.engine import load
+    from limbeck.evals.engines.engine import load_engine
     from limbeck.export.artifact.export import export_onnx
     from limbeck.registry.catalog.model_ref import resolve_model
     from limbeck.registry.core.machine import physical_cores
@@ -54,7 +54,7 @@ def main(threads: int | None = None) -> None:
         params, tokenizer = make_llama(folder / "torch")
         print_status(f"a random Llama of {params / 1e6:.0f}M parameters, {threads} threads")
         export_onnx(folder / "torch", folder / "onnx")
-        ours = {name: load(resolve_model(str(folder / name))) for name in ("torch", "onnx")}
+        ours = {name: load_engine(resolve_model(str(folder / name))) for name in ("torch", "onnx")}
         hflm = HFLM(pretrained=str(folder / "torch"), device="cpu", dtype="float32", batch_size=1)
         peer = ONNXRuntimeLM(str(folder / "onnx"), max_length=CONTEXT)
 
@@ -86,7 +86,7 @@ def compare(engine: Any, other: Callable[..., Any], pairs: list[Pair], *settings
 
     seconds: list[tuple[float, float]] = []
     for _ in range(ROUNDS + 1):
-        engine.work.forward = engine.work.least = 0
+        engine.work.tokens_run = engine.work.min_tokens = 0
         own, scores = timed(lambda: dict(engine.scores(pairs, BATCH_TOKENS)))
         their, expected = timed(other, pairs, *settings)
         seconds.append((own, their))
@@ -97,8 +97,8 @@ def compare(engine: Any, other: Callable[..., Any], pairs: list[Pair], *settings
         *(f"{statistics.median(column):.2f}" for column in zip(*seconds[1:], strict=True)),
         f"{statistics.median(ratios):.2f}",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
-        f"{work.forward:,}",
-        f"{work.least:,} (+{work.forward / work.least - 1:.1%})",
+        f"{work.tokens_run:,}",
+        f"{work.min_tokens:,} (+{work.tokens_run / work.min_tokens - 1:.1%})",
         f"{differ:.0e}",
     ]
 

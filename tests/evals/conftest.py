@@ -83,10 +83,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_tasks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder with the tasks `text_bits_per_byte` and `text_next_line`, for --include-path."""
-    from limbeck.evals.tasks.make_tasks import make
+    from limbeck.evals.tasks.make_tasks import make_tasks
 
     folder = tmp_path_factory.mktemp("tasks")
-    make(corpus, folder, "text", ["bits_per_byte", "next_line"], documents=24)
+    make_tasks(corpus, folder, "text", ["bits_per_byte", "next_line"], documents=24)
     return folder
 
 

@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from pyarrow import parquet
 
-from limbeck.evals.tasks.documents import DOCUMENTS
+from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 from limbeck.registry.mlflow.store import Store
 from limbeck.web.app import create_app
 from tests.registry.conftest import POLICY, Still, make_artifact, make_still
@@ -90,7 +90,7 @@ def write_answers(file: Path, wrong: int) -> Path:
         for task in ("bits", "choice")
         for number in range(80)
     ]
-    parquet.write_table(pa.Table.from_pylist(rows, DOCUMENTS), file)
+    parquet.write_table(pa.Table.from_pylist(rows, DOCUMENT_SCHEMA), file)
     return file
 
 

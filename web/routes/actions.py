@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
 
-from limbeck.evals.leaderboard.diff import Diff, diff
+from limbeck.evals.leaderboard.diff import Diff, diff_versions
 from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreachable
 from limbeck.registry.gate import approvals, promotion
 from limbeck.registry.records import FIGURES, HEADLINES, LedgerEntry, Version
@@ -121,7 +121,7 @@ def _promotion_page(
 def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | None:
     """What would be another: tasks with the difference, costs with the ratio; None where the present one is gone."""
     try:
-        found: Diff = diff(site.store, version.ref, present)
+        found: Diff = diff_versions(site.store, version.ref, present)
     except BadInput:
         return None
     costs = [

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 
 from limbeck.evals.leaderboard import page as leaderboard_page
-from limbeck.evals.leaderboard.diff import diff
+from limbeck.evals.leaderboard.diff import diff_versions
 from limbeck.evals.leaderboard.page import View
 from limbeck.registry.catalog.lineage import lineage_trees
 from limbeck.registry.catalog.model_card import model_card as model_card
@@ -209,7 +209,7 @@ def compare(
     if not (a and b):
         return render_page(request, "compare.html", a=a, b=b, found=None, crumbs=where)
     with not_found_as_404():
-        found = diff(site.store, a, b)
+        found = diff_versions(site.store, a, b)
     if wants_json(request):
         return JSONResponse(found.model_dump(mode="json"))
     return render_page(

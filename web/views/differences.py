@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from limbeck.evals.leaderboard.diff import Diff
-from limbeck.evals.scores.compare import compare
+from limbeck.evals.scores.compare import compare_models
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import FIGURES, ComparedTask, Flip, Version
@@ -35,7 +35,7 @@ def flips_page(store: Store, version: Version, against: str, task: str, page_num
         return FlipsPage("", (), (), {}, 1, 1, f"{version.ref} has no teacher; name a version to hold it against")
     try:
         reference = store.get(other).ref
-        found = compare(f"models:/{version.ref}", f"models:/{reference}", store=store, most_flips=MAX_FLIPS)
+        found = compare_models(f"models:/{version.ref}", f"models:/{reference}", store=store, max_flips=MAX_FLIPS)
     except BadInput as error:
         return FlipsPage(other, (), (), {}, 1, 1, str(error).replace("models:/", ""))
     counts: dict[str, int] = {}

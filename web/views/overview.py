@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from limbeck.evals.leaderboard.ranking import value
+from limbeck.evals.leaderboard.ranking import sort_value
 from limbeck.registry.core.errors import LimbeckError, Unreachable
 from limbeck.registry.gate import approvals
 from limbeck.registry.mlflow.findings import TAG_PREFIX
@@ -66,5 +66,5 @@ def _best(site: Site, name: str) -> LeaderboardRow | None:
         return None
     known = [(row, row.retention["value"]) for row in students if row.retention]
     # To a tenth of a per cent: what is kept to the same figure goes by its cost.
-    best = max(known, key=lambda each: (round(each[1], 3), -(value(each[0], USD) or 0)), default=None)
+    best = max(known, key=lambda each: (round(each[1], 3), -(sort_value(each[0], USD) or 0)), default=None)
     return best[0] if best else None

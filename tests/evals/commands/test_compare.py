@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 
 from limbeck.evals.scores.scorecard import evaluate
-from limbeck.evals.stats.diagnostics import COLUMNS
-from limbeck.evals.stats.noninferiority import Margins, holm
-from limbeck.evals.stats.paired_comparison import correct, hold
-from limbeck.evals.stats.retention import compare, pair
+from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS
+from limbeck.evals.stats.noninferiority import Margins, holm_adjusted_p_values
+from limbeck.evals.stats.paired_comparison import compare_to_reference, correct_candidates_by_holm
+from limbeck.evals.stats.retention import compare_with_teacher, pair_documents
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.mlflow.store import Store
@@ -52,7 +52,9 @@ def three_tasks() -> tuple[pa.Table, pa.Table, dict[str, Any]]:
 
 def test_over_all_is_of_the_tasks_of_one_metric(three_tasks: Any) -> None:
     ours, theirs, tasks = three_tasks
-    held = hold(pair(ours, theirs, COLUMNS), tasks, Margins.parse(["0.1", "one=0.2"]), ("m/2", "m/1"))
+    held = compare_to_reference(
+        pair_documents(ours, theirs, DIAGNOSTIC_COLUMNS), tasks, Margins.parse(["0.1", "one=0.2"]), ("m/2", "m/1")
+    )
     assert {row.task for row in held.tasks} == {"one", "two", "bits"}
     assert [(row.task, row.metric, set(row.tasks)) for row in held.over_all] == [
         ("macro", "acc", {"one", "two"}),
@@ -72,7 +74,7 @@ def test_over_all_is_of_the_tasks_of_one_metric(three_tasks: Any) -> None:
     assert macro.retention.value == pytest.approx((one.retention.value + two.retention.value) / 2)
     chance = (60 * 0.5 + 120 * 0.25) / 180
     assert pooled.retention.value == pytest.approx((pooled.candidate - chance) / (pooled.reference - chance))
-    found = compare(ours, theirs, tasks)
+    found = compare_with_teacher(ours, theirs, tasks)
     assert held.retention == found.retention
     assert one.difference == found.difference["one"]
     assert by_name["bits"].better == "m/1"  # fewer bits per byte
@@ -88,7 +90,11 @@ def test_macro_counts_that_tasks_share_files() -> None:
         ours = pa.concat_tables([documents("a", shared, files), documents("b", second, files)])
         theirs = pa.concat_tables([documents(name, zeros, files) for name in "ab"])
         tasks = {name: result(documents(name, zeros, files)) for name in "ab"}
-        return hold(pair(ours, theirs, COLUMNS), tasks, Margins(), ("x", "y")).over_all[0].stderr
+        return (
+            compare_to_reference(pair_documents(ours, theirs, DIAGNOSTIC_COLUMNS), tasks, Margins(), ("x", "y"))
+            .over_all[0]
+            .stderr
+        )
 
     alone = shared.std(ddof=1) / np.sqrt(60)
     assert stderr(shared) == pytest.approx(alone)  # the second task adds nothing
@@ -97,19 +103,25 @@ def test_macro_counts_that_tasks_share_files() -> None:
 
 def test_holm_is_over_tasks_and_candidates(three_tasks: Any) -> None:
     ours, theirs, tasks = three_tasks
-    rows = hold(pair(ours, theirs, COLUMNS), tasks, Margins(0.12), ("m/2", "m/1")).tasks
-    same = hold(pair(theirs, theirs, COLUMNS), tasks, Margins(0.12), ("m/3", "m/1")).tasks
-    families = correct([rows, same])
-    expected = holm([row.noninferiority.p_value for row in [*rows, *same]])
+    rows = compare_to_reference(
+        pair_documents(ours, theirs, DIAGNOSTIC_COLUMNS), tasks, Margins(0.12), ("m/2", "m/1")
+    ).tasks
+    same = compare_to_reference(
+        pair_documents(theirs, theirs, DIAGNOSTIC_COLUMNS), tasks, Margins(0.12), ("m/3", "m/1")
+    ).tasks
+    families = correct_candidates_by_holm([rows, same])
+    expected = holm_adjusted_p_values([row.noninferiority.p_value for row in [*rows, *same]])
     assert [row.noninferiority.p_holm for of in families for row in of] == expected
     assert [len(of) for of in families] == [3, 3]
 
 
 def test_a_task_of_one_cluster_is_told_to_say_nothing() -> None:
     table = documents("t", [0.0, 1.0, 1.0], ["one.py"] * 3)
-    held = hold(pair(table, table, COLUMNS), {"t": result(table)}, Margins(), ("a", "b"))
+    held = compare_to_reference(
+        pair_documents(table, table, DIAGNOSTIC_COLUMNS), {"t": result(table)}, Margins(), ("a", "b")
+    )
     assert held.tasks == []
-    assert "two groups" in held.untold["t"]
+    assert "two groups" in held.unknown_tasks["t"]
 
 
 # --- the command
@@ -259,4 +271,4 @@ def test_documents_that_do_not_pair_are_named(three_tasks: Any) -> None:
 
     ours, theirs, _ = three_tasks
     with pytest.raises(BadInput, match=r"m/2 and m/1 were not asked .*: documents bits 49 of m/1 alone"):
-        pair(ours.slice(0, len(ours) - 1), theirs, COLUMNS, ("m/2", "m/1"))
+        pair_documents(ours.slice(0, len(ours) - 1), theirs, DIAGNOSTIC_COLUMNS, ("m/2", "m/1"))

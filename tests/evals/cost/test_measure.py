@@ -18,14 +18,14 @@ from limbeck.evals.cost import worker as cost_worker
 from limbeck.evals.cost.flops import flops_per_token
 from limbeck.evals.cost.measure import (
     PROTOCOL,
-    comparable,
-    groups,
-    in_one_run,
-    load_of,
-    measure,
-    median,
-    priced,
-    ratio,
+    cost_at_batch,
+    group_by_memory,
+    is_comparable,
+    is_same_run,
+    measure_costs,
+    median_estimate,
+    paired_cost_ratio,
+    reprice,
 )
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.digest import file_digests, folder_digest
@@ -45,7 +45,7 @@ def costs(tiny_llama: Path, onnx_llama: Path) -> list[Cost]:
     """Of tiny_llama and of its ONNX export, measured in one run while this process holds 300 MB."""
     held = bytearray(300_000_000)
     held[::4096] = b"x" * len(held[::4096])
-    return measure([resolve_model(str(tiny_llama)), resolve_model(str(onnx_llama))], **BRIEF)
+    return measure_costs([resolve_model(str(tiny_llama)), resolve_model(str(onnx_llama))], **BRIEF)
 
 
 def test_what_is_known_of_each(costs: list[Cost], tiny_llama: Path) -> None:
@@ -88,9 +88,9 @@ def test_speeds_and_dollars_agree(costs: list[Cost]) -> None:
         assert cost.intervals["p50_ms"].low == min(one.request_ms)
         assert cost.intervals["p50_ms"].confidence == pytest.approx(1 - 2 / 2**4)
         assert cost.intervals["usd_per_million_tokens"].value == pytest.approx(cost.usd_per_million_tokens)
-        assert cost.intervals["usd_per_million_tokens"].low / cost.intervals["usd_per_million_tokens"].value == pytest.approx(
-            cost.intervals["p50_ms"].low / cost.intervals["p50_ms"].value
-        )
+        assert cost.intervals["usd_per_million_tokens"].low / cost.intervals[
+            "usd_per_million_tokens"
+        ].value == pytest.approx(cost.intervals["p50_ms"].low / cost.intervals["p50_ms"].value)
 
 
 def test_peak_memory_is_that_of_the_model_alone(costs: list[Cost]) -> None:
@@ -103,45 +103,47 @@ def test_peak_memory_is_that_of_the_model_alone(costs: list[Cost]) -> None:
 
 def test_a_ratio_is_over_paired_rounds(costs: list[Cost]) -> None:
     a, b = costs
-    assert in_one_run(a, b)
+    assert is_same_run(a, b)
     for batch in (1, 2):
-        each = np.divide(load_of(a, batch).request_ms, load_of(b, batch).request_ms)
-        found = ratio(a, b, batch)
+        each = np.divide(cost_at_batch(a, batch).request_ms, cost_at_batch(b, batch).request_ms)
+        found = paired_cost_ratio(a, b, batch)
         assert (found.value, found.low, found.high) == pytest.approx((np.median(each), each.min(), each.max()))
     with pytest.raises(BadInput, match="batches of 8 were not measured"):
-        ratio(a, b, 8)
+        paired_cost_ratio(a, b, 8)
     # A load on the machine that comes and goes leaves the ratio as it is.
     load = a.loads[0]
     slow = [(1 + place) * ms for place, ms in enumerate(load.request_ms)]
     twice = load.model_copy(update={"request_ms": tuple(2 * ms for ms in slow)})
     disturbed = a.model_copy(update={"loads": (load.model_copy(update={"request_ms": tuple(slow)}),)})
-    steady = ratio(a.model_copy(update={"loads": (twice,)}), disturbed)
+    steady = paired_cost_ratio(a.model_copy(update={"loads": (twice,)}), disturbed)
     assert (steady.value, steady.low, steady.high) == pytest.approx((2, 2, 2))
 
 
 def test_another_price(costs: list[Cost]) -> None:
     cost = costs[0]
-    dear = priced(cost, 2.0, "mine")
+    dear = reprice(cost, 2.0, "mine")
     assert dear.price == "mine"
     assert dear.usd_per_million_tokens == pytest.approx(2 * cost.usd_per_million_tokens)
     assert dear.loads[1].usd_per_million_tokens == pytest.approx(2 * cost.loads[1].usd_per_million_tokens)
     assert dear.intervals["usd_per_million_tokens"]
     assert cost.intervals["usd_per_million_tokens"]
-    assert dear.intervals["usd_per_million_tokens"].high == pytest.approx(2 * cost.intervals["usd_per_million_tokens"].high)
+    assert dear.intervals["usd_per_million_tokens"].high == pytest.approx(
+        2 * cost.intervals["usd_per_million_tokens"].high
+    )
     assert (dear.p50_ms, dear.intervals["p50_ms"]) == (cost.p50_ms, cost.intervals["p50_ms"])
-    assert not comparable(dear, cost)
-    assert priced(dear, 1.0) == cost
+    assert not is_comparable(dear, cost)
+    assert reprice(dear, 1.0) == cost
 
 
 def test_what_may_be_compared(costs: list[Cost]) -> None:
     cost = costs[0]
     later = cost.model_copy(update={"run": "another"})
-    assert comparable(cost, later)
-    assert not in_one_run(cost, later)
+    assert is_comparable(cost, later)
+    assert not is_same_run(cost, later)
     for changes in ({"threads": 2}, {"new_tokens": 9}, {"protocol": 1}, {"machine": "other; torch"}):
-        assert not comparable(cost, cost.model_copy(update=changes))
+        assert not is_comparable(cost, cost.model_copy(update=changes))
     old = cost.model_copy(update={"run": None})
-    assert not in_one_run(old, old)
+    assert not is_same_run(old, old)
 
 
 def test_every_model_of_a_run_is_asked_alike(onnx_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_every_model_of_a_run_is_asked_alike(onnx_llama: Path, tiny_llama: Path,
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     models = [model_in(onnx_llama, "onnxruntime"), model_in(short, "onnxruntime")]
     rounds: list[tuple[int, int]] = []
-    found = measure(models, rounds=3, batches=(1,), threads=1, on_round=lambda *done: rounds.append(done))
+    found = measure_costs(models, rounds=3, batches=(1,), threads=1, on_round=lambda *done: rounds.append(done))
     assert [(cost.prompt_tokens, cost.new_tokens) for cost in found] == [(10, 10), (10, 10)]
     assert rounds == [(1, 3), (2, 3), (3, 3)]
 
@@ -159,19 +161,19 @@ def test_every_model_of_a_run_is_asked_alike(onnx_llama: Path, tiny_llama: Path,
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) -> None:
     """A B A B, batch by batch; and no more rounds than the time allows, but enough for an interval."""
     asked: list[tuple[str, int]] = []
-    real = runner._Worker.ask
+    real = runner._Worker.time_batch
 
     def ask(worker: Any, batch: int, new_tokens: int) -> Any:
         asked.append((worker.label, batch))
         return real(worker, batch, new_tokens)
 
-    monkeypatch.setattr(runner._Worker, "ask", ask)
+    monkeypatch.setattr(runner._Worker, "time_batch", ask)
     models = [replace(model_in(onnx_llama, "onnxruntime"), label=label) for label in "AB"]
     brief = BRIEF | {"rounds": 9}
-    (a, b) = measure(models, seconds=0, **brief)
+    (a, b) = measure_costs(models, seconds=0, **brief)
     assert asked == [("A", 1), ("B", 1)] * 6 + [("A", 2), ("B", 2)] * 6
     asked.clear()
-    measure(models, seconds=600, **brief)
+    measure_costs(models, seconds=600, **brief)
     assert asked == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
     assert a.intervals["p50_ms"]
     assert a.intervals["p50_ms"].confidence == 0.95
@@ -184,17 +186,17 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) ->
 def test_the_interval_of_a_median() -> None:
     # Ranks for 95%: tables of the sign test.
     for n, rank in ((6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (15, 4), (20, 6), (30, 10)):
-        found = median(np.arange(1, n + 1))
+        found = median_estimate(np.arange(1, n + 1))
         assert (found.low, found.high, found.confidence) == (rank, n + 1 - rank, 0.95)
         assert found.value == (n + 1) / 2
-    assert median([3.0]).confidence == 0
-    assert median([3.0, 1.0, 2.0]).confidence == pytest.approx(0.75)
+    assert median_estimate([3.0]).confidence == 0
+    assert median_estimate([3.0, 1.0, 2.0]).confidence == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("n", [6, 10, 17])
 def test_it_covers_the_median_as_often_as_it_says(n: int) -> None:
     draws = np.random.default_rng(0).lognormal(size=(4000, n))  # its median is 1
-    covered = np.mean([found.low <= 1 <= found.high for found in map(median, draws)])
+    covered = np.mean([found.low <= 1 <= found.high for found in map(median_estimate, draws)])
     assert covered > 0.94
 
 
@@ -247,14 +249,14 @@ def test_models_that_do_not_fit_together_are_measured_in_several_runs(
     def labels(room: float, **more: Any) -> list[str]:
         # Half a gigabyte is reckoned with for each process, three times its files for the model.
         monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: room)
-        return ["".join(model.label[0] for model in group) for group in groups([teacher, *students], **more)]
+        return ["".join(model.label[0] for model in group) for group in group_by_memory([teacher, *students], **more)]
 
     half = 2**29
     assert labels(1e12, teacher=teacher) == ["tabcd"]
     assert labels((3 * half + 3 * 4e6) / 0.8, teacher=teacher) == ["tab", "tc", "td"]
     assert labels((3 * half + 3 * 4e6) / 0.8) == ["tab", "cd"]
     assert labels(0, teacher=teacher) == ["ta", "tb", "tc", "td"]  # tried all the same
-    assert list(groups([teacher], teacher)) == [[teacher]]
+    assert list(group_by_memory([teacher], teacher)) == [[teacher]]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
@@ -297,21 +299,21 @@ def test_a_worker_that_dies_says_why_and_the_others_end(onnx_llama: Path, tmp_pa
     (folder / "model.onnx").write_bytes(b"no graph")
     models = [model_in(onnx_llama, "onnxruntime"), model_in(folder, "onnxruntime")]
     with pytest.raises(LimbeckError, match=r"broken could not be measured: .*damaged"):
-        measure(models, **BRIEF)
+        measure_costs(models, **BRIEF)
     assert not _children()
 
 
 def test_a_worker_that_is_killed_says_so(onnx_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = runner._Worker.ask
+    real: Callable[..., Any] = runner._Worker.time_batch
 
     def ask(worker: Any, batch: int, new_tokens: int) -> Any:
         worker._process.kill()
         worker._process.wait()
         return real(worker, batch, new_tokens)
 
-    monkeypatch.setattr(runner._Worker, "ask", ask)
+    monkeypatch.setattr(runner._Worker, "time_batch", ask)
     with pytest.raises(LimbeckError, match="killed by signal 9"):
-        measure([model_in(onnx_llama, "onnxruntime")], **BRIEF)
+        measure_costs([model_in(onnx_llama, "onnxruntime")], **BRIEF)
     assert not _children()
 
 
@@ -333,7 +335,7 @@ def test_on_a_gpu(tiny_llama: Path) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    (cost,) = measure([resolve_model(str(tiny_llama))], **BRIEF)
+    (cost,) = measure_costs([resolve_model(str(tiny_llama))], **BRIEF)
     assert cost.device == "cuda"
     assert torch.cuda.get_device_name(0) in cost.machine
     assert cost.peak_device_bytes

@@ -7,19 +7,26 @@ from typing import Any
 
 import pytest
 
-from limbeck.evals.cost.measure import median
-from limbeck.evals.cost.payback import Payback, Span, break_even, making_parts, payback, saving
-from limbeck.evals.cost.prices import Api, Machine, Prices
+from limbeck.evals.cost.measure import median_estimate
+from limbeck.evals.cost.payback import (
+    BreakEvenRange,
+    Payback,
+    break_even_range,
+    compute_payback,
+    saving_per_million_tokens,
+    training_cost_parts,
+)
+from limbeck.evals.cost.prices import ApiEntry, MachineEntry, Prices
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import BatchCost, Cost, Estimate, Relative, Scorecard, TrainingCost
 
 PRICES = Prices(
     machines={
-        "trainer": Machine(match="GPU", usd_per_hour=7.2, date=date(2026, 1, 1), source="a"),
-        "server": Machine(match="CPU", usd_per_hour=3.6, date=date(2026, 1, 1), source="b"),
+        "trainer": MachineEntry(match="GPU", usd_per_hour=7.2, date=date(2026, 1, 1), source="a"),
+        "server": MachineEntry(match="CPU", usd_per_hour=3.6, date=date(2026, 1, 1), source="b"),
     },
     apis={
-        "giant": Api(
+        "giant": ApiEntry(
             usd_per_million_input_tokens=2, usd_per_million_output_tokens=10, date=date(2026, 1, 1), source="c"
         )
     },
@@ -38,9 +45,9 @@ def cost(rounds: list[float], run: str | None = "r", **changes: Any) -> Cost:
             request_ms=tuple(factor * ms for ms in rounds),
             prefill_tokens_per_s=1,
             decode_tokens_per_s=1,
-            p50_ms=factor * median(rounds).value,
+            p50_ms=factor * median_estimate(rounds).value,
             p95_ms=1,
-            usd_per_million_tokens=factor * median(rounds).value / 3.6e6 / (batch * 100) * 1e6,
+            usd_per_million_tokens=factor * median_estimate(rounds).value / 3.6e6 / (batch * 100) * 1e6,
             peak_rss_bytes=1,
         )
         for batch, factor in ((1, 1.0), (4, 2.0))
@@ -94,7 +101,7 @@ def card(student: Cost | None = STUDENT, teacher: Cost | None = TEACHER, **chang
 
 
 def test_by_hand() -> None:
-    found = payback(card(), MAKING, PRICES, tokens_per_day=500_000)
+    found = compute_payback(card(), MAKING, PRICES, tokens_per_day=500_000)
     assert [(part.what, part.seconds, part.usd) for part in found.parts] == [
         ("teacher's forward passes, shared by 2 students", 100, pytest.approx(0.2)),
         ("training", 400, pytest.approx(0.8)),
@@ -118,20 +125,20 @@ def test_by_hand() -> None:
 
 
 def test_a_larger_batch() -> None:
-    found = payback(card(), MAKING, PRICES, batch=4)
+    found = compute_payback(card(), MAKING, PRICES, batch=4)
     # Twice the time for four times the tokens: all dollars are half.
     assert found.saving_usd_per_million_tokens.value == pytest.approx(0.4)
     assert found.teacher_usd_per_million_tokens == pytest.approx(0.5)
     assert found.break_even_days is None
     with pytest.raises(BadInput, match="batches of 3 were not measured"):
-        payback(card(), MAKING, PRICES, batch=3)
+        compute_payback(card(), MAKING, PRICES, batch=3)
 
 
 def test_an_api_makes_the_text_and_is_what_is_saved() -> None:
     making = MAKING.model_copy(
         update={"api_model": "giant", "api_input_tokens": 500_000, "api_output_tokens": 200_000, "teacher_seconds": 0}
     )
-    found = payback(card(teacher=None), making, PRICES, api_teacher="giant", scoring_seconds=0)
+    found = compute_payback(card(teacher=None), making, PRICES, api_teacher="giant", scoring_seconds=0)
     assert [(part.seconds, part.usd) for part in found.parts] == [(400, pytest.approx(0.8)), (None, pytest.approx(3))]
     assert found.teacher == "giant"
     assert found.teacher_usd_per_million_tokens == pytest.approx(0.75 * 2 + 0.25 * 10)
@@ -142,18 +149,22 @@ def test_an_api_makes_the_text_and_is_what_is_saved() -> None:
 
 
 def test_a_student_that_is_not_cheaper_never_pays() -> None:
-    never = payback(card(student=TEACHER, teacher=STUDENT), MAKING, PRICES, tokens_per_day=1)
-    assert never.break_even_tokens == never.break_even_days == Span(value=None, low=None, high=None)
-    assert break_even(1.0, Estimate(value=0.5, low=-0.1, high=1)) == Span(value=2e6, low=1e6, high=None)
-    assert break_even(1.0, Estimate(value=-0.5, low=-1, high=0.5)) == Span(value=None, low=2e6, high=None)
-    assert break_even(1.0, Estimate(value=0, low=0, high=0)) == Span(value=None, low=None, high=None)
-    assert break_even(0.0, Estimate(value=1, low=1, high=1)) == Span(value=0, low=0, high=0)
+    never = compute_payback(card(student=TEACHER, teacher=STUDENT), MAKING, PRICES, tokens_per_day=1)
+    assert never.break_even_tokens == never.break_even_days == BreakEvenRange(value=None, low=None, high=None)
+    assert break_even_range(1.0, Estimate(value=0.5, low=-0.1, high=1)) == BreakEvenRange(value=2e6, low=1e6, high=None)
+    assert break_even_range(1.0, Estimate(value=-0.5, low=-1, high=0.5)) == BreakEvenRange(
+        value=None, low=2e6, high=None
+    )
+    assert break_even_range(1.0, Estimate(value=0, low=0, high=0)) == BreakEvenRange(value=None, low=None, high=None)
+    assert break_even_range(0.0, Estimate(value=1, low=1, high=1)) == BreakEvenRange(value=0, low=0, high=0)
 
 
 def test_costs_of_two_runs_are_less_sure() -> None:
     priced = {"usd_per_hour": 3.6}
-    together = saving(STUDENT.model_copy(update=priced), TEACHER.model_copy(update=priced))
-    apart = saving(STUDENT.model_copy(update={"run": "s", **priced}), TEACHER.model_copy(update=priced))
+    together = saving_per_million_tokens(STUDENT.model_copy(update=priced), TEACHER.model_copy(update=priced))
+    apart = saving_per_million_tokens(
+        STUDENT.model_copy(update={"run": "s", **priced}), TEACHER.model_copy(update=priced)
+    )
     assert (together.value, together.low, together.high) == pytest.approx((0.8, 0.6, 0.9))
     assert (apart.value, apart.low, apart.high) == pytest.approx((0.8, 0.6, 1.0))
     assert apart.confidence == pytest.approx(0.9)
@@ -161,7 +172,7 @@ def test_costs_of_two_runs_are_less_sure() -> None:
 
 def test_what_took_no_time_is_no_part() -> None:
     making = MAKING.model_copy(update={"teacher_seconds": 0})
-    assert [part.what for part in making_parts(making, PRICES, 0, "CPU")] == ["training"]
+    assert [part.what for part in training_cost_parts(making, PRICES, 0, "CPU")] == ["training"]
 
 
 @pytest.mark.parametrize(
@@ -177,4 +188,4 @@ def test_what_took_no_time_is_no_part() -> None:
 )
 def test_what_is_not_known_is_said(changes: dict[str, Any], more: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        payback(card(**changes), MAKING, PRICES, **more)
+        compute_payback(card(**changes), MAKING, PRICES, **more)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.evals.cost.prices import SHIPPED, Prices
+from limbeck.evals.cost.prices import DEFAULT_PRICES, Prices
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import describe_hardware
 
@@ -44,30 +44,30 @@ def mine(tmp_path: Path) -> Path:
 
 def test_the_users_prices_come_first(mine: Path) -> None:
     prices = Prices.load(mine)
-    eight = prices.of_machine("AMD EPYC 9654, 8 cores, Linux x86_64; torch 2, transformers 4")
+    eight = prices.machine_price("AMD EPYC 9654, 8 cores, Linux x86_64; torch 2, transformers 4")
     assert eight == (0.5, "our server, 0.5 USD/h (2026-01-02, invoice of October)")
-    two = prices.of_machine("AMD EPYC 9654, 2 cores, Linux x86_64")
+    two = prices.machine_price("AMD EPYC 9654, 2 cores, Linux x86_64")
     assert two.usd_per_hour == pytest.approx(0.125)
-    assert two.words == "our server x 2/8 cores, 0.125 USD/h (2026-01-02, invoice of October)"
-    assert prices.of_api("gpt-4o")[:2] == (1, 2)
-    assert "contract" in prices.of_api("gpt-4o").words
+    assert two.description == "our server x 2/8 cores, 0.125 USD/h (2026-01-02, invoice of October)"
+    assert prices.api_price("gpt-4o")[:2] == (1, 2)
+    assert "contract" in prices.api_price("gpt-4o").description
     # What it does not have comes from the file that is shipped.
-    assert prices.of_machine("Intel Xeon, 4 cores, NVIDIA H100 80GB HBM3, Linux x86_64").usd_per_hour == 6.88
-    assert prices.of_api("gpt-4o-mini")[:2] == (0.15, 0.6)
+    assert prices.machine_price("Intel Xeon, 4 cores, NVIDIA H100 80GB HBM3, Linux x86_64").usd_per_hour == 6.88
+    assert prices.api_price("gpt-4o-mini")[:2] == (0.15, 0.6)
     # The engine's versions are no part of the machine.
-    assert prices.of_machine("a processor, 1 cores; EPYC 9654").is_placeholder
+    assert prices.machine_price("a processor, 1 cores; EPYC 9654").is_placeholder
 
 
 def test_a_price_on_the_command_line_is_before_any_file(mine: Path) -> None:
     prices = Prices.load(mine, usd_per_hour=3)
-    assert prices.of_machine("AMD EPYC 9654, 2 cores") == (3, "your price, 3 USD/h (--usd-per-hour)")
+    assert prices.machine_price("AMD EPYC 9654, 2 cores") == (3, "your price, 3 USD/h (--usd-per-hour)")
 
 
 def test_the_shipped_file() -> None:
     prices = Prices.load()
     assert list(prices.machines)[-1] == "no price known"  # it matches everything
-    assert prices.of_machine(describe_hardware()).usd_per_hour > 0
-    found = prices.of_machine("an unknown processor, 2 cores, Linux x86_64")
+    assert prices.machine_price(describe_hardware()).usd_per_hour > 0
+    found = prices.machine_price("an unknown processor, 2 cores, Linux x86_64")
     assert found.is_placeholder
     assert found.usd_per_hour == 0.1
     for words, dollars in {
@@ -78,9 +78,11 @@ def test_the_shipped_file() -> None:
         "AMD EPYC 7R13, 2 cores, NVIDIA L40S, Linux x86_64": 0.1,
         "Intel(R) Xeon(R) Platinum 8488C, 4 cores, Linux x86_64": 2 * 0.1785,
     }.items():
-        assert prices.of_machine(words).usd_per_hour == pytest.approx(dollars), words
-    packaged = tomllib.loads((SHIPPED.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert SHIPPED.name in packaged["evals"]
+        assert prices.machine_price(words).usd_per_hour == pytest.approx(dollars), words
+    packaged = tomllib.loads((DEFAULT_PRICES.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    assert DEFAULT_PRICES.name in packaged["evals"]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,10 @@ def test_a_price_has_to_be_above_zero(price: float) -> None:
 
 def test_no_price(mine: Path) -> None:
     with pytest.raises(BadInput, match="no price for 'gpt-5o'") as error:
-        Prices.load(mine).of_api("gpt-5o")
+        Prices.load(mine).api_price("gpt-5o")
     assert "gpt-4o" in str(error.value.fix)
     with pytest.raises(BadInput, match="no price for this machine: a"):
-        Prices().of_machine("a; b")
+        Prices().machine_price("a; b")
 
 
 def test_eval_says_which_price_it_used(
@@ -129,7 +131,7 @@ def test_eval_says_which_price_it_used(
     given = ("eval", onnx_llama, "--tasks", "text_next_line", "--include-path", text_tasks, "--limit", 2)
     done = limbeck(*given)
     assert done.code == 0
-    assert f"dollars: {Prices.load().of_machine(describe_hardware()).words}\n" in done.err
+    assert f"dollars: {Prices.load().machine_price(describe_hardware()).description}\n" in done.err
     mine.write_text(MINE.replace('"apple m\\\\d"', '""'))
     done = limbeck(*given, "--prices", mine)
     assert "dollars: laptop, 0.05 USD/h (2026-01-02, bought)" in done.err

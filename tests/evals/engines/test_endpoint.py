@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from limbeck.evals.cost.measure import measure
+from limbeck.evals.cost.measure import measure_costs
 from limbeck.evals.engines.lazy import open_engine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.scores import scorecard
-from limbeck.evals.scores.harness import score
+from limbeck.evals.scores.harness import score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog import endpoint
 from limbeck.registry.catalog.model_ref import resolve_model
@@ -244,7 +244,7 @@ def test_an_endpoint_is_held_against_the_model_it_serves(
         assert card["relative"]["difference"][task]["value"] == 0
     assert KEY not in result.out + result.err
     brief: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "rounds": 3, "batches": (1,), "threads": 1}
-    monkeypatch.setattr(scorecard, "measure", lambda models, **more: measure(models, **more, **brief))
+    monkeypatch.setattr(scorecard, "measure", lambda models, **more: measure_costs(models, **more, **brief))
     timed = run(limbeck, tiny_llama, "--tokenizer", tiny_llama, "--against", served.url, tasks="sums")
     assert "what an endpoint costs cannot be measured" in timed.err
     teacher, card = json.loads(timed.out)
@@ -255,10 +255,10 @@ def test_an_endpoint_is_held_against_the_model_it_serves(
 
 def test_failures_that_pass_are_tried_again(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
-    local = score(resolve_model(str(tiny_llama)), TaskSet.load(["sums", "say"], [folder]))
+    local = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums", "say"], [folder]))
     flaky.script = ["503", "ok", "500", "drop", "cut", "ok", "429:0", "429", "ok", "502", "cut", "408"]
     model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=3)
-    scores = score(model, TaskSet.load(["sums", "say"], [folder]))
+    scores = score_model(model, TaskSet.load(["sums", "say"], [folder]))
     assert flaky.script == []
     for ours, theirs in zip(scores.documents.to_pylist(), local.documents.to_pylist(), strict=True):
         assert np.allclose(ours.pop("choice_logprobs") or [], theirs.pop("choice_logprobs") or [], atol=1e-4)
@@ -269,13 +269,13 @@ def test_retry_after_is_waited_for(tmp_path: Path, tiny_llama: Path, flaky: Flak
     folder = write_tasks(tmp_path / "tasks")
     flaky.script = ["429:1"]
     model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
-    score(model, TaskSet.load(["say"], [folder], limit=1))
+    score_model(model, TaskSet.load(["say"], [folder], limit=1))
     (began, refused, body), (again, answered, same) = flaky.posts
     assert (refused, answered, body) == ("429:1", "ok", same)
     assert again - began >= 1
     flaky.script = ["429:3600"]
     with pytest.raises(Unreachable, match="it asks to wait 3600 s"):
-        score(model, TaskSet.load(["say"], [folder], limit=2))
+        score_model(model, TaskSet.load(["say"], [folder], limit=2))
 
 
 def test_an_endpoint_that_dies_half_way_is_resumed(
@@ -308,9 +308,9 @@ def test_texts_are_kept_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, 
     model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
     flaky.dead_after = 1
     with pytest.raises(Unreachable, match="of 20 requests 8 are answered"):
-        score(model, TaskSet.load(["say"], [folder]))
+        score_model(model, TaskSet.load(["say"], [folder]))
     flaky.dead_after = None
-    score(model, TaskSet.load(["say"], [folder]))
+    score_model(model, TaskSet.load(["say"], [folder]))
     assert flaky.prompts() + 1 == 20
 
 

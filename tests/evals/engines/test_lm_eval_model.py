@@ -10,7 +10,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from limbeck.evals.engines.engine import Engine, load
+from limbeck.evals.engines.engine import Engine, load_engine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -85,7 +85,7 @@ def reference(folder: Path, references: dict[Path, Reference]) -> Reference:
 def engine(request: pytest.FixtureRequest, folder: Path, onnx: Any) -> Engine:
     model = resolve_model(str(folder if request.param == "torch" else onnx(folder)))
     assert model.engine == request.param
-    return load(model)
+    return load_engine(model)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
@@ -97,7 +97,7 @@ def test_every_loglikelihood_is_that_of_hflm(reference: Reference, engine: Engin
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
     assert len({greedy for _, greedy in expected}) == 2, "both kinds have to occur"
     # One row for each request would be five times the least.
-    assert engine.work.forward <= (1.1 if batch_tokens >= 300 else 2) * engine.work.least
+    assert engine.work.tokens_run <= (1.1 if batch_tokens >= 300 else 2) * engine.work.min_tokens
 
 
 def test_rolling_windows_are_those_of_hflm(reference: Reference, engine: Engine) -> None:
@@ -132,15 +132,16 @@ def test_context_prefix_and_special_tokens_are_those_of_hflm(reference: Referenc
 
 def test_the_bos_model_adds_bos(tiny_llama_bos: Path, tiny_llama: Path) -> None:
     begins = [
-        LimbeckLM(load(resolve_model(str(folder)))).tok_encode("def")[0] for folder in (tiny_llama_bos, tiny_llama)
+        LimbeckLM(load_engine(resolve_model(str(folder)))).tok_encode("def")[0]
+        for folder in (tiny_llama_bos, tiny_llama)
     ]
-    bos = load(resolve_model(str(tiny_llama_bos))).tokenizer.bos_token_id
+    bos = load_engine(resolve_model(str(tiny_llama_bos))).tokenizer.bos_token_id
     assert begins[0] == bos
     assert begins[1] != bos
 
 
 def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dict[Path, Reference]) -> None:
-    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
+    lm = LimbeckLM(load_engine(resolve_model(str(tiny_llama))))
     theirs = references.setdefault(tiny_llama, Reference(tiny_llama)).lm
     template = (
         "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -152,29 +153,29 @@ def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dic
 
 
 def test_requests_with_the_same_input_run_once(tiny_llama: Path) -> None:
-    engine = load(resolve_model(str(tiny_llama)))
+    engine = load_engine(resolve_model(str(tiny_llama)))
     done: list[int] = []
     lm = LimbeckLM(engine, on_requests=done.append)
     letters = [("Answer:", choice) for choice in "ABCD"]
     scores = lm.loglikelihood(instances("loglikelihood", [*letters, *letters]))
-    assert engine.work.forward == engine.work.least == len(lm.tok_encode("Answer:"))
+    assert engine.work.tokens_run == engine.work.min_tokens == len(lm.tok_encode("Answer:"))
     assert scores[:4] == scores[4:]
     assert sum(done) == 8
 
 
 def test_a_choice_longer_than_the_context_is_refused(tiny_llama: Path) -> None:
-    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
+    lm = LimbeckLM(load_engine(resolve_model(str(tiny_llama))))
     with pytest.raises(BadInput, match=r"\d{3} tokens.*allows 1 to 128"):
         lm.loglikelihood(instances("loglikelihood", [("def", LONG)]))
 
 
 def test_no_room_to_generate_is_refused(tiny_llama: Path) -> None:
-    lm = LimbeckLM(load(resolve_model(str(tiny_llama))))
+    lm = LimbeckLM(load_engine(resolve_model(str(tiny_llama))))
     with pytest.raises(BadInput, match=r"up to 256 tokens.* 128"):
         lm.generate_until(instances("generate_until", [("def", {"until": ["\n"]})]))
 
 
 def test_a_setting_that_onnx_cannot_do_is_refused(tiny_llama: Path, onnx: Any) -> None:
-    lm = LimbeckLM(load(resolve_model(str(onnx(tiny_llama)))))
+    lm = LimbeckLM(load_engine(resolve_model(str(onnx(tiny_llama)))))
     with pytest.raises(BadInput, match="num_beams"):
         lm.generate_until(instances("generate_until", [("def", {"max_gen_toks": 4, "num_beams": 3})]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.evals.scores.harness import Scores, score
+from limbeck.evals.scores.harness import Scores, score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
 from tests.evals.scores.test_harness import questions, write_task
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def offline(model: Path, folder: Path, onnx: Callable[[Path], Path]) -> Scores:
-    return score(resolve_model(str(onnx(model))), TaskSet.load(TASKS, [folder]))
+    return score_model(resolve_model(str(onnx(model))), TaskSet.load(TASKS, [folder]))
 
 
 @pytest.fixture(scope="module")

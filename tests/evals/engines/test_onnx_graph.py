@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.evals.engines.batches import Pair
-from limbeck.evals.engines.engine import OnnxEngine, load
+from limbeck.evals.engines.batches import TokenPair
+from limbeck.evals.engines.engine import OnnxEngine, load_engine
 from limbeck.evals.engines.onnx_graph import open_session
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.catalog.model_ref import resolve_model
@@ -59,7 +59,7 @@ def four_bits(source: Path, out: Path) -> None:
     (out / "limbeck.json").unlink()
 
 
-def shared(seed: int = 0) -> list[Pair]:
+def shared(seed: int = 0) -> list[TokenPair]:
     """Texts below one long beginning, more than one row of them, and some that are alone."""
     random = np.random.default_rng(seed)
 
@@ -71,7 +71,7 @@ def shared(seed: int = 0) -> list[Pair]:
     return [(context, tokens(int(random.integers(1, 6)))) for context in contexts for _ in range(3)]
 
 
-def alone(folder: Path, pairs: list[Pair]) -> np.ndarray:
+def alone(folder: Path, pairs: list[TokenPair]) -> np.ndarray:
     """Each pair's log-probability by one run of the unchanged graph."""
     runtime = Runtime.load(folder, threads=1, verify=False)
     found = []
@@ -84,7 +84,7 @@ def alone(folder: Path, pairs: list[Pair]) -> np.ndarray:
 
 
 def engine_of(folder: Path) -> OnnxEngine:
-    engine = load(resolve_model(str(folder)))
+    engine = load_engine(resolve_model(str(folder)))
     assert isinstance(engine, OnnxEngine)
     return engine
 
@@ -107,8 +107,8 @@ def test_scores_are_those_of_each_text_alone(
         assert differences.max() < 0.01
     else:
         assert differences.max() < (0.01 if kind == "fp16" else 1e-4)
-    assert engine.work.forward < 1.3 * engine.work.least, "prefixes were not shared"
-    assert engine.work.least < 0.5 * sum(len(context + continuation) - 1 for context, continuation in pairs)
+    assert engine.work.tokens_run < 1.3 * engine.work.min_tokens, "prefixes were not shared"
+    assert engine.work.min_tokens < 0.5 * sum(len(context + continuation) - 1 for context, continuation in pairs)
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -127,17 +127,17 @@ def test_the_model_is_asked_with_activations_as_they_are(artifact: Callable[[str
     for kind in ("int8", "int4"):
         asked: Any = engine_of(artifact("tiny_llama", kind))
         list(asked.scores([([1], [2])], 100))
-        exact = asked._rows._probe.model()
+        exact = asked._forward._probe.model()
         float_scores = alone_by(exact, shared())
         plain = alone(artifact("tiny_llama", kind), shared())
         assert np.abs(float_scores - plain).max() > 1e-3, "activations were rounded all the same"
 
 
-def alone_by(forward: Any, pairs: list[Pair]) -> np.ndarray:
+def alone_by(forward: Any, pairs: list[TokenPair]) -> np.ndarray:
     from limbeck.evals.engines import batches
 
     requests = batches.Requests(pairs, forward.max_length)
-    found = dict(batches.run(forward, requests, requests.inputs.chains(), 100))
+    found = dict(batches.run_groups(forward, requests, requests.inputs.chains(), 100))
     return np.array([found[index][0] for index in range(len(pairs))])
 
 
@@ -146,4 +146,4 @@ def test_a_row_may_be_longer_than_the_context(artifact: Callable[[str, str], Pat
     engine: Any = engine_of(artifact("tiny_llama", "fp32"))
     list(engine.scores([([1], [2])], 100))
     assert engine.max_length == 128
-    assert engine._rows.reach(300) == 512
+    assert engine._forward.max_shared_tokens(300) == 512

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from limbeck.evals.engines import batches
-from limbeck.evals.engines.batches import NotANumber, Pair, Work
-from limbeck.evals.engines.engine import Engine, load
+from limbeck.evals.engines.batches import NanLogits, TokenCounter, TokenPair
+from limbeck.evals.engines.engine import Engine, load_engine
 from limbeck.evals.engines.prefix_tree import Group, Inputs
 from limbeck.registry.catalog.model_ref import resolve_model
 from tests.conftest import make_model
@@ -30,7 +30,7 @@ def random_texts(seed: int, count: int, longest: int, vocab_size: int = 300) -> 
     return texts
 
 
-def pairs_of(texts: list[list[int]], seed: int = 0) -> list[Pair]:
+def pairs_of(texts: list[list[int]], seed: int = 0) -> list[TokenPair]:
     """Each text cut in two at random; some have an empty context's single token, some are repeated."""
     random = np.random.default_rng(seed)
     pairs = []
@@ -85,40 +85,46 @@ def test_every_text_is_in_the_rows_whole(seed: int, most: int, reach: int, below
 def test_the_least_is_the_number_of_distinct_prefixes() -> None:
     texts = random_texts(3, 80, 50)
     prefixes = {tuple(text[: end + 1]) for text in texts for end in range(len(text))}
-    assert Inputs(sorted_inputs(texts)).least == len(prefixes)
+    assert Inputs(sorted_inputs(texts)).min_tokens == len(prefixes)
 
 
 class Counting:
     """A model that gives nothing, and says which rows it is given."""
 
-    vocab_size, work = 32_000, Work()
+    vocab_size, work = 32_000, TokenCounter()
 
     def __init__(self, max_length: int) -> None:
-        self.max_length, self.work = max_length, Work()
+        self.max_length, self.work = max_length, TokenCounter()
         self.batches: list[batches.Batch] = []
 
-    def reach(self, tokens: int) -> int:
+    def max_shared_tokens(self, tokens: int) -> int:
         return tokens
 
-    def run(self, batch: batches.Batch, trunk: Any = None, keep: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
+    def run(
+        self, batch: batches.Batch, trunk: Any = None, keep_trunk: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, Any]:
         assert (trunk is None) == (batch.start == 0)
         self.batches.append(batch)
-        return np.zeros(len(batch.token), np.float32), np.ones(len(batch.token), bool), batch if keep else None
+        return (
+            np.zeros(len(batch.target_tokens), np.float32),
+            np.ones(len(batch.target_tokens), bool),
+            batch if keep_trunk else None,
+        )
 
 
 def tokens(random: np.random.Generator, count: int) -> list[int]:
     return random.integers(1, 30_000, count).tolist()
 
 
-def choices() -> list[Pair]:
+def choices() -> list[TokenPair]:
     random = np.random.default_rng(0)
     contexts = [tokens(random, int(random.integers(230, 280))) for _ in range(40)]
     return [(context, tokens(random, int(random.integers(1, 20)))) for context in contexts for _ in range(4)]
 
 
-def minimal_pairs() -> list[Pair]:
+def minimal_pairs() -> list[TokenPair]:
     random = np.random.default_rng(0)
-    pairs: list[Pair] = []
+    pairs: list[TokenPair] = []
     for _ in range(500):
         sentence = [
             int(random.integers(1, 40)),
@@ -131,9 +137,9 @@ def minimal_pairs() -> list[Pair]:
     return pairs
 
 
-def few_shot() -> list[Pair]:
+def few_shot() -> list[TokenPair]:
     random = np.random.default_rng(0)
-    pairs: list[Pair] = []
+    pairs: list[TokenPair] = []
     for _ in range(2):
         shots = tokens(random, 900)
         for _ in range(60):
@@ -142,13 +148,13 @@ def few_shot() -> list[Pair]:
     return pairs
 
 
-def windows() -> list[Pair]:
+def windows() -> list[TokenPair]:
     random = np.random.default_rng(0)
     lengths = random.integers(20, 4000, 80)
     return [(tokens(random, 1), tokens(random, min(1024, int(left)))) for n in lengths for left in range(n, 0, -1024)]
 
 
-def long_contexts() -> list[Pair]:
+def long_contexts() -> list[TokenPair]:
     random = np.random.default_rng(0)
     contexts = [tokens(random, 3000 + 50 * number) for number in range(6)]
     return [(context, tokens(random, 8)) for context in contexts for _ in range(4)]
@@ -159,27 +165,27 @@ def long_contexts() -> list[Pair]:
 def test_hardly_more_is_run_than_each_distinct_prefix_once(shape: Any, batch_tokens: int) -> None:
     model = Counting(4096)
     pairs = shape()
-    assert len(dict(batches.scores(model, pairs, batch_tokens))) == len(pairs)
+    assert len(dict(batches.score_pairs(model, pairs, batch_tokens))) == len(pairs)
     inputs = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
-    assert model.work.least == len({hash(text[: end + 1]) for text in inputs for end in range(len(text))})
-    assert model.work.forward == sum(batch.tokens.size for batch in model.batches) <= 1.1 * model.work.least
+    assert model.work.min_tokens == len({hash(text[: end + 1]) for text in inputs for end in range(len(text))})
+    assert model.work.tokens_run == sum(batch.tokens.size for batch in model.batches) <= 1.1 * model.work.min_tokens
 
 
 @pytest.mark.parametrize("shape", [choices, minimal_pairs, few_shot, windows, long_contexts])
 def test_a_batch_stays_within_its_bounds(shape: Any) -> None:
     model = Counting(4096)
-    list(batches.scores(model, shape(), 2048))
+    list(batches.score_pairs(model, shape(), 2048))
     for batch in model.batches:
         count, width = batch.tokens.shape
         assert count == 1 or batch.tokens.size <= 2048
-        assert count == 1 or batch.tokens.size * (batch.start + width) <= batches.MOST_PAIRS
-        assert len(batch.flat) * model.vocab_size <= batches.MOST_LOGITS
-        assert len(np.unique(batch.flat)) == len(batch.flat)
+        assert count == 1 or batch.tokens.size * (batch.start + width) <= batches.MAX_ATTENTION_PAIRS
+        assert len(batch.logit_positions) * model.vocab_size <= batches.MAX_LOGITS
+        assert len(np.unique(batch.logit_positions)) == len(batch.logit_positions)
 
 
 def test_windows_go_without_masks() -> None:
     model = Counting(4096)
-    list(batches.scores(model, windows(), 4096))
+    list(batches.score_pairs(model, windows(), 4096))
     assert all(batch.mask is None for batch in model.batches)
 
 
@@ -187,10 +193,10 @@ def test_windows_go_without_masks() -> None:
 def engine(request: pytest.FixtureRequest, onnx: Any) -> Engine:
     name, kind = request.param.split("-")
     folder = request.getfixturevalue(name)
-    return load(resolve_model(str(folder if kind == "torch" else onnx(folder))))
+    return load_engine(resolve_model(str(folder if kind == "torch" else onnx(folder))))
 
 
-def plain(folder: Path, pairs: list[Pair], max_length: int = 128) -> list[tuple[float, bool]]:
+def plain(folder: Path, pairs: list[TokenPair], max_length: int = 128) -> list[tuple[float, bool]]:
     """One forward pass of transformers for each pair."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,7 +228,7 @@ def test_random_trees_are_scored_as_plain_texts(
     folder = request.getfixturevalue(request.node.callspec.params["engine"].split("-")[0])
     pairs = pairs_of(random_texts(seed, 50, 140), seed)
     check(dict(engine.scores(pairs, batch_tokens)), plain(folder, pairs))
-    assert engine.work.forward < 0.8 * sum(len(c) + len(d) - 1 for c, d in pairs), "prefixes were not shared"
+    assert engine.work.tokens_run < 0.8 * sum(len(c) + len(d) - 1 for c, d in pairs), "prefixes were not shared"
 
 
 @pytest.mark.parametrize(
@@ -241,31 +247,31 @@ def test_only_a_model_that_gives_the_same_numbers_shares(
     tmp_path: Path, tokenizer_folder: Path, onnx: Any, model_type: str, kind: str, shares: bool
 ) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, model_type)
-    engine = load(resolve_model(str(folder if kind == "torch" else onnx(folder))))
+    engine = load_engine(resolve_model(str(folder if kind == "torch" else onnx(folder))))
     pairs = pairs_of(random_texts(1, 40, 90))
     check(dict(engine.scores(pairs, 300)), plain(folder, pairs, engine.max_length))
-    assert (engine.work.forward < 1.5 * engine.work.least) == shares
+    assert (engine.work.tokens_run < 1.5 * engine.work.min_tokens) == shares
 
 
 def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, "mistral", sliding_window=64)
-    engine = load(resolve_model(str(folder)))
+    engine = load_engine(resolve_model(str(folder)))
     texts = [[*range(20, 40), *end] for end in random_texts(1, 12, 8)]
     long = [[*range(1, 100), *end] for end in random_texts(2, 6, 8)]
     pairs = pairs_of([*texts, *long])
     check(dict(engine.scores(pairs, 300)), plain(folder, pairs))
-    assert engine._rows.reach(120) == 64
-    assert engine.work.forward < sum(len(context + continuation) - 1 for context, continuation in pairs)
+    assert engine._forward.max_shared_tokens(120) == 64
+    assert engine.work.tokens_run < sum(len(context + continuation) - 1 for context, continuation in pairs)
 
 
 def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) -> None:
     from limbeck.export.artifact.export import export_onnx
 
     export_onnx(tiny_llama, tmp_path / "int8", "int8")
-    engine = load(resolve_model(str(tmp_path / "int8")))
+    engine = load_engine(resolve_model(str(tmp_path / "int8")))
     pairs = pairs_of(random_texts(0, 40, 60))
     found = dict(engine.scores(pairs, 300))
-    assert engine.work.forward < 1.5 * engine.work.least
+    assert engine.work.tokens_run < 1.5 * engine.work.min_tokens
     # Activations are quantised batch by batch: near the float model, and near the same texts one at a time.
     alone = [next(iter(engine.scores([pair], 300)))[1][0] for pair in pairs]
     differences = np.abs([found[index][0] - score for index, score in enumerate(alone)])
@@ -274,10 +280,10 @@ def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_only_what_is_predicted_passes_through_the_head(tiny_llama: Path) -> None:
-    engine = load(resolve_model(str(tiny_llama)))
+    engine = load_engine(resolve_model(str(tiny_llama)))
     context = list(range(20, 60))
     # Three choices, two of which begin alike.
-    pairs: list[Pair] = [(context, [5, 6, 7]), (context, [5, 6, 9]), (context, [8])]
+    pairs: list[TokenPair] = [(context, [5, 6, 7]), (context, [5, 6, 9]), (context, [8])]
     list(engine.scores(pairs, 300))  # asks the model first
     seen: list[int] = []
     head = engine.model.get_output_embeddings()
@@ -316,16 +322,16 @@ def test_what_is_no_number_is_told_by_its_pair(tiny_llama: Path, tmp_path: Path,
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "nan")
-    engine = load(resolve_model(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))
+    engine = load_engine(resolve_model(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))
     start = list(range(20, 50))
-    with pytest.raises(NotANumber) as raised:
+    with pytest.raises(NanLogits) as raised:
         list(engine.scores([(start, [3]), (start, [3, 4]), ([*start, 77], [5]), (start, [3, 5])], 300))
     assert raised.value.index == 2
 
 
 def test_generation_and_scores_take_turns(tiny_llama: Path, onnx: Any) -> None:
-    engine = load(resolve_model(str(onnx(tiny_llama))))
-    pair: Pair = ([1, 2, 3], [4, 5])
+    engine = load_engine(resolve_model(str(onnx(tiny_llama))))
+    pair: TokenPair = ([1, 2, 3], [4, 5])
     before = list(engine.scores([pair], 300))
     text = list(engine.generate([[1, 2, 3]], 4, []))
     assert list(engine.scores([pair], 300)) == before
@@ -337,12 +343,12 @@ def test_of_tokens_that_are_equally_likely_the_first_is_greedy(monkeypatch: pyte
 
     from limbeck.evals.engines import torch_batches
 
-    monkeypatch.setattr(torch_batches, "CHUNK", 3 * 50)  # three rows at a time
+    monkeypatch.setattr(torch_batches, "LOGITS_PER_CHUNK", 3 * 50)  # three rows at a time
     random = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 4, (11, 50), generator=random).float()
     node = torch.randint(0, 11, (400,), generator=random)
     token = torch.randint(0, 50, (400,), generator=random)
-    logprobs, likeliest = torch_batches.choose(logits, node, token)
+    logprobs, likeliest = torch_batches.target_logprobs(logits, node, token)
     assert torch.allclose(logprobs, logits.double().log_softmax(-1)[node, token].float(), atol=1e-5)
     assert likeliest.tolist() == (logits.argmax(-1)[node] == token).tolist()
     assert likeliest.any()

@@ -21,7 +21,7 @@ from limbeck.evals.engines.engine import TorchEngine
 from limbeck.evals.engines.lazy import LazyEngine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
-from limbeck.evals.scores.harness import Scores, score
+from limbeck.evals.scores.harness import Scores, score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -76,23 +76,23 @@ def numbers(scores: Scores) -> list[float]:
 
 def test_scoring_again_needs_no_weights(text_tasks: Path, model: ResolvedModel) -> None:
     tasks = load(text_tasks)
-    first = score(model, tasks)
+    first = score_model(model, tasks)
     (model.path / "model.safetensors").unlink()
     seen: list[tuple[int, int]] = []
-    again = score(model, load(text_tasks), on_progress=lambda done, total: seen.append((done, total)))
+    again = score_model(model, load(text_tasks), on_progress=lambda done, total: seen.append((done, total)))
     assert answers(again) == answers(first)  # to the last digit
     assert again.tasks == first.tasks
     assert seen[-1] == (tasks.requests, tasks.requests)
     with pytest.raises(BadInput, match="cannot be loaded"):
-        score(model, tasks, force=True)
+        score_model(model, tasks, force=True)
 
 
 def test_a_higher_limit_runs_the_new_documents_only(text_tasks: Path, model: ResolvedModel, asked: list[int]) -> None:
-    score(model, TaskSet.load(["text_next_line"], [text_tasks], limit=3))
+    score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=3))
     assert asked == [12]  # four choices each
-    more = score(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8))
+    more = score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8))
     assert asked == [12, 20]
-    fresh = score(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8), force=True)
+    fresh = score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8), force=True)
     assert asked == [12, 20, 32]
     assert numbers(more) == pytest.approx(numbers(fresh), abs=1e-4)
 
@@ -102,9 +102,9 @@ def test_a_second_model_never_sees_the_first_ones_answers(
 ) -> None:
     other = resolve_model(str(make_model(tmp_path / "other", tokenizer_folder, "llama", seed=5)))
     tasks = load(text_tasks)
-    first, second = score(model, tasks), score(other, tasks)
+    first, second = score_model(model, tasks), score_model(other, tasks)
     monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "alone"))
-    assert answers(score(other, tasks)) == answers(second)
+    assert answers(score_model(other, tasks)) == answers(second)
     assert answers(second) != answers(first)
 
 
@@ -145,11 +145,11 @@ def test_a_run_that_stops_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(TorchEngine, "scores", stopped)
         with pytest.raises(KeyboardInterrupt):
-            score(model, tasks)
+            score_model(model, tasks)
     first: list[int] = []
-    again = score(model, tasks, on_progress=lambda done, total: first.append(done))
+    again = score_model(model, tasks, on_progress=lambda done, total: first.append(done))
     assert asked == [tasks.requests, tasks.requests - 50]
-    assert answers(again) == answers(score(model, tasks))
+    assert answers(again) == answers(score_model(model, tasks))
     assert first[49] == 50
 
 
@@ -158,14 +158,14 @@ def test_a_damaged_answer_is_run_again(
     text_tasks: Path, model: ResolvedModel, home: Path, asked: list[int], damage: str
 ) -> None:
     tasks = load(text_tasks)
-    first = score(model, tasks)
+    first = score_model(model, tasks)
     asked.clear()
     database = sqlite3.connect(cache_file(home, model))
     wrong = {"value": b"[-0.5, true]", "null": None, "text": "[-0.5, true]"}[damage]
     with database:
         database.execute("UPDATE answers SET value = ? WHERE key IN (SELECT key FROM answers LIMIT 3)", (wrong,))
     database.close()
-    assert numbers(score(model, tasks)) == pytest.approx(numbers(first), abs=1e-4)
+    assert numbers(score_model(model, tasks)) == pytest.approx(numbers(first), abs=1e-4)
     assert sum(asked) == 3
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_replaced(
     text_tasks: Path, model: ResolvedModel, home: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     tasks = load(text_tasks)
-    first = score(model, tasks)
+    first = score_model(model, tasks)
     path = cache_file(home, model)
     data = bytearray(path.read_bytes())
     if damage == "header":
@@ -182,25 +182,25 @@ def test_a_damaged_file_is_replaced(
     if damage == "middle":
         data[4096:] = b"\xa5" * (len(data) - 4096)
     path.write_bytes(b"" if damage == "empty" else bytes(data))
-    for again in (score(model, tasks), score(model, tasks)):
+    for again in (score_model(model, tasks), score_model(model, tasks)):
         assert numbers(again) == pytest.approx(numbers(first), abs=1e-4)
     assert capsys.readouterr().err.count("is damaged") == (damage != "empty")
 
 
 def test_force_replaces_what_is_kept(text_tasks: Path, model: ResolvedModel, home: Path) -> None:
     tasks = load(text_tasks)
-    true = score(model, tasks)
+    true = score_model(model, tasks)
     database = sqlite3.connect(cache_file(home, model))
     keys = [key for (key,) in database.execute("SELECT key FROM answers")]
     database.close()
     with ScoreCache(model.digest) as cache:
         for key in keys:
             cache.put(key, [-1.0, False])
-    wrong = score(model, tasks)
+    wrong = score_model(model, tasks)
     choices = [row["choice_logprobs"] for row in answers(wrong) if row["choice_logprobs"]]
     assert len(choices) == 6
     assert all(set(each) == {-1.0} for each in choices)  # they are taken from there
-    forced, after = score(model, tasks, force=True), score(model, tasks)
+    forced, after = score_model(model, tasks, force=True), score_model(model, tasks)
     assert answers(forced) == answers(after)
     assert numbers(forced) == pytest.approx(numbers(true), abs=1e-4)
 
@@ -265,7 +265,7 @@ with ScoreCache("shared") as cache:
 def test_where_nothing_can_be_kept_is_told(home: Path, model: ResolvedModel, text_tasks: Path) -> None:
     cache_file(home, model).mkdir(parents=True)
     with pytest.raises(BadInput, match=r"scores cannot be kept in .*\.sqlite: unable to open"):
-        score(model, load(text_tasks))
+        score_model(model, load(text_tasks))
 
 
 def test_numbers_and_texts_come_back_exactly(home: Path) -> None:

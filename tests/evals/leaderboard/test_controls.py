@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from limbeck.evals.leaderboard.rows import rows
-from limbeck.evals.scores.controls import against_controls
+from limbeck.evals.leaderboard.rows import leaderboard_rows
+from limbeck.evals.scores.controls import compare_with_controls
 from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
 from limbeck.registry.records import TrainingCost, Version
 from tests.evals.leaderboard_helpers import make_card
@@ -55,7 +55,7 @@ def test_distillation_is_held_against_the_controls_of_its_family(
     add_scored("small-labels-equal-cost", 1.9, control="labels_equal_cost")
     add_scored("other-labels", 1.0, control="labels", family="g")
     add_scored("other-distilled", 1.0, family="g")
-    held = {(each.student, each.kind): each for each in against_controls(store, store.versions("m"))}
+    held = {(each.student, each.kind): each for each in compare_with_controls(store, store.versions("m"))}
     assert held.keys() == {("m/1", "labels"), ("m/1", "labels_equal_cost"), ("m/5", "labels")}
     tokens, cost, same = held.values()
     assert (tokens.control, tokens.outcome) == ("m/2", "better")
@@ -65,7 +65,7 @@ def test_distillation_is_held_against_the_controls_of_its_family(
     assert cost.tasks["single"].better == "control"
     assert (same.outcome, same.tasks["single"].better) == ("not settled", None)
 
-    shown = {row.version: row for row in rows(store, "m")}
+    shown = {row.version: row for row in leaderboard_rows(store, "m")}
     assert [shown[f"m/{number}"].control for number in range(1, 6)] == [
         None,
         "labels",
@@ -97,7 +97,7 @@ def test_controls_that_were_not_scored_are_left_out(
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     store.register("m", folder, kind="student", family="f", control="labels")
-    assert against_controls(store, store.versions("m")) == []
+    assert compare_with_controls(store, store.versions("m")) == []
 
 
 def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callable[..., Version]) -> None:
@@ -113,6 +113,6 @@ def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callabl
         card = make_card(version.digest, 0.5, 1.0)
         result = card.tasks["single"]
         store.add_scorecard(version, card.model_copy(update={"tasks": {"a": result, "b": result}}), file)
-    [held] = against_controls(store, store.versions("m"))
+    [held] = compare_with_controls(store, store.versions("m"))
     assert held.outcome == "mixed"
     assert {name: each.better for name, each in held.tasks.items()} == {"a": "control", "b": "student"}

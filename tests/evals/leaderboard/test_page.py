@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.evals.leaderboard.page import render
-from limbeck.evals.leaderboard.rows import rows
+from limbeck.evals.leaderboard.page import render_page
+from limbeck.evals.leaderboard.rows import leaderboard_rows
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Estimate, Version
 
@@ -47,7 +47,7 @@ def test_the_page_stands_alone_and_escapes(store: Store, add: Callable[..., Vers
     add((0.8, 0.1, {}), recipe=EVIL, precision="int8")
     add((0.7, 0.3, {}), kind="student", engine="torch", recipe="plain")
     add()
-    text = render("m", rows(store, "m"))
+    text = render_page("m", leaderboard_rows(store, "m"))
     page = Page(text)
     assert page.fetched == []
     assert page.open == []
@@ -59,7 +59,7 @@ def test_the_page_stands_alone_and_escapes(store: Store, add: Callable[..., Vers
     assert "light-dark(" in text
     assert "@import" not in text
     assert "url(" not in text.replace("url(#", "")  # but for parts of the page itself
-    Page(render("m", []))
+    Page(render_page("m", []))
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_a_browser_draws_the_plot_to_scale(
         fields = {"decode_tokens_per_s": 10 / usd, "intervals": {"usd_per_million_tokens": spread} if usd == 1 else {}}
         add((retention, usd, {"cost_fields": fields}), recipe=EVIL)
     add()
-    found = rows(store, "m", cost=cost)
-    document = browse(render("m", found, cost=cost))
+    found = leaderboard_rows(store, "m", cost=cost)
+    document = browse(render_page("m", found, cost=cost))
     places = points(document)
     assert places.keys() == {"m/1", "m/2", "m/3", "m/4", "m/5"}
     dear, middle, cheap = places["m/1"], places["m/2"], places["m/3"]
@@ -136,7 +136,7 @@ def test_a_browser_sorts_and_filters(store: Store, add: Callable[..., Version], 
     add((0.7, 10.0, {}), recipe="large")
     add(recipe="small")
     add((0.9, 0.5, {"harness": "lm-eval 1"}), recipe="small")
-    page = render("m", rows(store, "m"))
+    page = render_page("m", leaderboard_rows(store, "m"))
     choose = "controls.elements.{}.value = '{}'; controls.dispatchEvent(new Event('change'));"
     small = browse(page, choose.format("recipe", "small"))
     assert visible(small) == ["m/3", "m/2", "m/5", "m/6"]
@@ -160,8 +160,11 @@ def test_a_browser_tells_of_the_point_that_has_the_focus(
     store: Store, add: Callable[..., Version], browse: Callable[..., str]
 ) -> None:
     add((1.0, 3.0, {}), kind="teacher", engine="torch")
-    add((0.8, 1.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": Estimate(value=1.0, low=0.5, high=1.5)}}}), recipe="a<b")
-    page = render("m", rows(store, "m"))
+    add(
+        (0.8, 1.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": Estimate(value=1.0, low=0.5, high=1.5)}}}),
+        recipe="a<b",
+    )
+    page = render_page("m", leaderboard_rows(store, "m"))
     focus = "const first = document.querySelector('.plot g[tabindex=\"0\"]'); first.focus();"
     press = "first.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"
     tip = re.compile(r'<div class="tip"[^>]*>(.*?)</div>')
@@ -178,9 +181,9 @@ def test_a_browser_tells_of_the_point_that_has_the_focus(
 
 def test_one_point_and_none_can_be_drawn(store: Store, add: Callable[..., Version], browse: Callable[..., str]) -> None:
     add((1.0, 2.0, {}), kind="teacher", engine="torch")
-    document = browse(render("m", rows(store, "m")))
+    document = browse(render_page("m", leaderboard_rows(store, "m")))
     assert points(document).keys() == {"m/1"}
     assert "NaN" not in document.partition('<script type="application/json"')[0]
-    empty = browse(render("m", [row.model_copy(update={"cost": None}) for row in rows(store, "m")]))
+    empty = browse(render_page("m", [row.model_copy(update={"cost": None}) for row in leaderboard_rows(store, "m")]))
     assert points(empty) == {}
     assert '<p class="empty">Nothing that is shown' in empty

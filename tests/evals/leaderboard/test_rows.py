@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from limbeck.evals.leaderboard.page import render
-from limbeck.evals.leaderboard.ranking import pareto
-from limbeck.evals.leaderboard.rows import rows
-from limbeck.evals.scores.comparability import group
+from limbeck.evals.leaderboard.page import render_page
+from limbeck.evals.leaderboard.ranking import pareto_flags
+from limbeck.evals.leaderboard.rows import leaderboard_rows
+from limbeck.evals.scores.comparability import group_comparable
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Estimate, LeaderboardRow, Verdict, Version
@@ -48,8 +48,8 @@ def test_the_frontier_is_what_no_other_beats() -> None:
             cheaper = any(c < cost and q >= quality for c, q in points)
             better = any(c <= cost and q > quality for c, q in points)
             expected.append(not cheaper and not better)
-        assert pareto(points) == expected
-    assert pareto([(1, 1), (1, 1), (None, 2), (0.5, None)]) == [True, True, False, False]
+        assert pareto_flags(points) == expected
+    assert pareto_flags([(1, 1), (1, 1), (None, 2), (0.5, None)]) == [True, True, False, False]
 
 
 def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
@@ -60,7 +60,7 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
     store.add_verdict(cheap, verdict_on(cheap, "fail", 1))
     store.add_verdict(cheap, verdict_on(cheap, "pass", 2))
     store.client.set_registered_model_alias("m", "production", str(cheap.version))
-    found = rows(store, "m")
+    found = leaderboard_rows(store, "m")
     assert [row.version for row in found] == [teacher.ref, cheap.ref, beaten.ref, new.ref]
     assert [row.pareto for row in found] == [True, True, False, False]
     row = found[1].model_dump()
@@ -104,7 +104,7 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
     assert found[2].parent == "m/1"
     assert (found[3].retention, found[3].cost, found[3].quality, found[3].verdict) == (None, None, {}, None)
     # One task alone.
-    alone = rows(store, "m", "single")
+    alone = leaderboard_rows(store, "m", "single")
     assert [round(row.retention["value"], 2) for row in alone if row.retention] == [0.9, 0.7, 0.65]
     assert alone[0].quality.keys() == {"single"}
 
@@ -124,9 +124,9 @@ def test_a_version_counts_with_its_newest_scorecard_of_the_largest_setting(
     others = {"created": LATER, "tasks_digest": "others", "tasks": {"other": make_card("", 1, 1).tasks["single"]}}
     # One of other tasks, and one against no teacher: neither is the one to rank by.
     add((0.6, 1.0, {}), (0.9, 1.0, others), (None, 1.0, {"created": LATER}))
-    assert kept_by(rows(store, "m")) == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6}
+    assert kept_by(leaderboard_rows(store, "m")) == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6}
     assert capsys.readouterr().err == "also scored, to be seen with --task: other (1 version)\n"
-    assert kept_by(rows(store, "m", "single")) == {"m/1": 0.9, "m/2": 0.6, "m/3": 0.5}
+    assert kept_by(leaderboard_rows(store, "m", "single")) == {"m/1": 0.9, "m/2": 0.6, "m/3": 0.5}
 
 
 HERE = "a processor, 2 cores, Linux; torch 1"
@@ -181,7 +181,7 @@ def test_what_was_measured_otherwise_is_ranked_apart(
     assert written.err == f"ranked apart: m/3: {found[2].differs}\n"
     tables = limbeck("leaderboard", "m").out.split("┏")[1:]
     assert [("lonely" in table) for table in tables] == [False, True]
-    page = render("m", found)
+    page = render_page("m", found)
     assert page.count('<section class="board">') == 2
     assert "<h2>Ranked apart" in page
 
@@ -193,7 +193,7 @@ def test_a_card_without_a_cost_or_a_teacher_stands_with_those_that_have_them(
     for _ in range(3):
         add((0.8, 1.0, {"cost": None}))
     add((None, 1.0, {}))
-    found = rows(store, "m")
+    found = leaderboard_rows(store, "m")
     assert [row.setting for row in found] == [0] * 5
     assert [row.pareto for row in found] == [True, False, False, False, False]
     assert capsys.readouterr().err == ""
@@ -211,7 +211,7 @@ def test_groups_do_not_depend_on_order() -> None:
                 )
                 for _ in range(dice.randint(0, 3))
             ]
-        groups = group(cards)
+        groups = group_comparable(cards)
         placed = [number for alike in groups for number in alike]
         assert sorted(placed) == [number for number, several in cards.items() if several]
         assert [len(alike) for alike in groups] == sorted((len(alike) for alike in groups), reverse=True)
@@ -307,15 +307,15 @@ def test_licences_are_told_and_those_that_forbid_are_marked(
 def test_intervals_of_costs(store: Store, add: Callable[..., Version]) -> None:
     spread = Estimate(value=2.0, low=1.5, high=2.5)
     add((1.0, 2.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": spread}}}))
-    assert rows(store, "m")[0].intervals == {"usd_per_million_tokens": {"low": 1.5, "high": 2.5}}
+    assert leaderboard_rows(store, "m")[0].intervals == {"usd_per_million_tokens": {"low": 1.5, "high": 2.5}}
 
 
 def test_what_is_not_there(store: Store, add: Callable[..., Version]) -> None:
     add((1.0, 2.0, {}))
     with pytest.raises(BadInput, match="did you mean m"):
-        rows(store, "mm")
+        leaderboard_rows(store, "mm")
     with pytest.raises(BadInput, match="did you mean single"):
-        rows(store, "m", "singel")
+        leaderboard_rows(store, "m", "singel")
 
 
 def test_formats_say_the_same(
@@ -326,7 +326,7 @@ def test_formats_say_the_same(
     add()
     as_json = limbeck("leaderboard", "m", "--format", "json")
     found = json.loads(as_json.out)
-    assert [LeaderboardRow.model_validate(row) for row in found] == rows(store, "m")
+    assert [LeaderboardRow.model_validate(row) for row in found] == leaderboard_rows(store, "m")
     table = limbeck("leaderboard", "m").out
     assert "0.800 [0.750, 0.850]" in table
     assert "small int8" in table

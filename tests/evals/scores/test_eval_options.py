@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from limbeck.evals.scores.harness import score
+from limbeck.evals.scores.harness import score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -68,7 +68,7 @@ def chatty(tmp_path: Path, tokenizer_folder: Path) -> Callable[[Any], Path]:
 
 def prompts(model: Path, folder: Path, **settings: Any) -> list[str]:
     return (
-        score(resolve_model(str(model)), TaskSet.load(["sums"], [folder], **settings))
+        score_model(resolve_model(str(model)), TaskSet.load(["sums"], [folder], **settings))
         .documents["prompt_end"]
         .to_pylist()
     )
@@ -83,7 +83,7 @@ def test_prompts_are_those_that_lm_eval_makes(sums: Path, chatty: Callable[[Any]
     settings: dict[str, Any] = {"num_fewshot": 2, "system_instruction": "Be brief.", "apply_chat_template": True}
     lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
     for multiturn in (True, False):
-        scores = score(
+        scores = score_model(
             resolve_model(str(model)), TaskSet.load(["sums"], [sums], fewshot_as_multiturn=multiturn, **settings)
         )
         results = lm_eval.simple_evaluate(
@@ -147,10 +147,10 @@ def test_each_setting_makes_another_hash_and_none_makes_the_old_one(sums: Path) 
 
 
 def test_samples_are_the_documents_named(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
-    every = score(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums])).documents.to_pylist()
+    every = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums])).documents.to_pylist()
     file = sums / "samples.json"
     file.write_text('{"sums": [6, 2]}')
-    picked = score(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums], samples={"sums": [6, 2]}))
+    picked = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums], samples={"sums": [6, 2]}))
     assert picked.documents.to_pylist() == [every[2], every[6]]
     for given in ('{"sums": [2, 6]}', file):
         ran = run(limbeck, tiny_llama, sums, "--samples", given, "--format", "json")
@@ -195,7 +195,7 @@ def test_gsm8k_is_answered_up_to_a_stop(
 
     def said(**gen_kwargs: Any) -> list[str]:
         tasks = TaskSet.load(["gsm"], [tmp_path], gen_kwargs=gen_kwargs)
-        return score(resolve_model(str(model)), tasks).documents["response"].to_pylist()
+        return score_model(resolve_model(str(model)), tasks).documents["response"].to_pylist()
 
     whole = said()
     stop = whole[0][2:4]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.evals.scores.harness import Scores, score
-from limbeck.evals.tasks.documents import DOCUMENTS
-from limbeck.evals.tasks.make_tasks import make
+from limbeck.evals.scores.harness import Scores, score_model
+from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
+from limbeck.evals.tasks.make_tasks import make_tasks
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> Path:
     """The three kinds of tasks, 8 documents each."""
     folder = tmp_path_factory.mktemp("tasks")
-    make(sources, folder, "std", documents=8)
+    make_tasks(sources, folder, "std", documents=8)
     return folder
 
 
@@ -54,7 +54,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
 
 @pytest.fixture(scope="module")
 def scores(tasks: TaskSet, llama: Path) -> Scores:
-    return score(resolve_model(str(llama)), tasks)
+    return score_model(resolve_model(str(llama)), tasks)
 
 
 def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **config: Any) -> None:
@@ -94,7 +94,7 @@ def test_values_are_those_that_lm_eval_gives_hflm(folder: Path, scores: Scores, 
 
 
 def test_a_metric_is_the_weighted_mean_of_its_documents(scores: Scores) -> None:
-    assert scores.documents.schema == DOCUMENTS
+    assert scores.documents.schema == DOCUMENT_SCHEMA
     table = scores.documents.to_pandas()
     for name, result in scores.tasks.items():
         rows = table[[task in (name, *members(scores, name)) for task in table["task"]]]
@@ -124,7 +124,9 @@ def test_groups_chance_and_clusters_are_told(scores: Scores, sources: Path) -> N
 
 def test_onnx_scores_as_pytorch_does(tasks: TaskSet, scores: Scores, llama: Path, onnx: Any) -> None:
     seen: list[tuple[int, int]] = []
-    other = score(resolve_model(str(onnx(llama))), tasks, on_progress=lambda done, total: seen.append((done, total)))
+    other = score_model(
+        resolve_model(str(onnx(llama))), tasks, on_progress=lambda done, total: seen.append((done, total))
+    )
     assert seen[-1] == (tasks.requests, tasks.requests)
     assert other.prompts_digest == scores.prompts_digest
     ours, theirs = other.documents.to_pandas(), scores.documents.to_pandas()
@@ -140,14 +142,14 @@ def test_the_digest_is_of_documents_and_settings_not_of_places(folder: Path, tmp
         return TaskSet.load(["std_bits_per_byte", "std_next_line"], [at], **settings).digest
 
     first = digest(folder)
-    make(sources, tmp_path / "again", "std", documents=8)
-    make(sources, tmp_path / "more", "std", documents=9)
+    make_tasks(sources, tmp_path / "again", "std", documents=8)
+    make_tasks(sources, tmp_path / "more", "std", documents=9)
     assert digest(tmp_path / "again") == first
     assert len({first, digest(tmp_path / "more"), digest(folder, limit=4)}) == 3
 
 
 def test_a_limit_takes_the_first_documents(folder: Path, tiny_llama: Path) -> None:
-    few = score(resolve_model(str(tiny_llama)), TaskSet.load(["std_bits_per_byte"], [folder], limit=3))
+    few = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["std_bits_per_byte"], [folder], limit=3))
     assert few.documents["doc_id"].to_pylist() == [0, 1, 2]
 
 
@@ -158,8 +160,8 @@ def test_examples_are_put_before_a_question(tmp_path: Path, tiny_llama: Path) ->
     assert shown.digest != plain.digest
     assert shown.task_hashes["fixed"] == plain.task_hashes["fixed"]
     model = resolve_model(str(tiny_llama))
-    twice = [score(model, shown) for _ in range(2)]
-    assert twice[0].prompts_digest == twice[1].prompts_digest != score(model, plain).prompts_digest
+    twice = [score_model(model, shown) for _ in range(2)]
+    assert twice[0].prompts_digest == twice[1].prompts_digest != score_model(model, plain).prompts_digest
 
 
 def test_a_group_of_unequal_tasks_is_the_mean_of_their_means(tmp_path: Path, tiny_llama: Path) -> None:
@@ -169,7 +171,7 @@ def test_a_group_of_unequal_tasks_is_the_mean_of_their_means(tmp_path: Path, tin
     metrics = [{"metric": "acc", "weight_by_size": False}]
     group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": metrics}
     (tmp_path / "both.yaml").write_text(json.dumps(group))
-    scores = score(resolve_model(str(tiny_llama)), TaskSet.load(["both"], [tmp_path]))
+    scores = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["both"], [tmp_path]))
     means = [scores.tasks[name].value for name in ("one", "two")]
     assert means[0] != means[1]
     assert scores.tasks["both"].value == pytest.approx(np.mean(means))
@@ -197,13 +199,13 @@ def test_generated_answers_may_all_be_wrong(tmp_path: Path, tiny_llama: Path, on
     )  # fmt: skip
     tasks = TaskSet.load(["answers"], [tmp_path])
     for model in (tiny_llama, onnx_llama):
-        scores = score(resolve_model(str(model)), tasks)
+        scores = score_model(resolve_model(str(model)), tasks)
         result = scores.tasks["answers"]
         assert (result.value, result.chance, result.documents) == (0.0, 0.0, 4)
 
 
 def rows_of(folder: Path, name: str, model: Path) -> list[dict[str, Any]]:
-    return score(resolve_model(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
+    return score_model(resolve_model(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
 
 
 def test_choices_and_what_was_taken_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
@@ -263,7 +265,7 @@ def test_perplexity_gives_way_to_bits_per_byte(tmp_path: Path, tiny_llama: Path)
     write_task(tmp_path, "text", [{"text": "Hello."}], **rolling, doc_to_target="{{text}}", metric_list=metrics)
     write_task(tmp_path, "words", [{"text": "Hi."}], **rolling, doc_to_target="{{text}}", metric_list=metrics[:1])
     assert (
-        score(resolve_model(str(tiny_llama)), TaskSet.load(["text"], [tmp_path])).tasks["text"].metric
+        score_model(resolve_model(str(tiny_llama)), TaskSet.load(["text"], [tmp_path])).tasks["text"].metric
         == "bits_per_byte"
     )
     with pytest.raises(BadInput, match=r"words has no metric that is a mean.*word_perplexity"):
@@ -312,7 +314,7 @@ def test_blimp_is_a_yaml_away(tmp_path: Path, tiny_llama: Path) -> None:
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
     }
     (tmp_path / "blimp.yaml").write_text(json.dumps(group))
-    scores = score(resolve_model(str(tiny_llama)), TaskSet.load(["blimp_part"], [tmp_path], limit=20))
+    scores = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["blimp_part"], [tmp_path], limit=20))
     assert scores.tasks["blimp_part"].documents == 40
     assert scores.tasks["blimp_part"].chance == 0.5
     assert members(scores, "blimp_part") == ["blimp_part::causative", "blimp_part::passive_1"]

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from limbeck.evals.cost.measure import ratio
+from limbeck.evals.cost.measure import paired_cost_ratio
 from limbeck.evals.cost.prices import Prices
 from limbeck.evals.scores import scorecard
 from limbeck.evals.scores.scorecard import evaluate
-from limbeck.evals.stats.retention import compare
+from limbeck.evals.stats.retention import compare_with_teacher
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel, load_registered_version, resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -97,7 +97,7 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     assert b
     assert a.run == b.run
     assert exported.teacher_cost == b
-    assert exported.cost_ratio_interval == ratio(a, b)
+    assert exported.cost_ratio_interval == paired_cost_ratio(a, b)
     assert exported.cost_ratio == exported.cost_ratio_interval.value
     assert exported.speedup_interval
     assert exported.speedup == exported.speedup_interval.value == pytest.approx(1 / exported.cost_ratio)
@@ -126,7 +126,7 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     assert student.version
     assert teacher.version
     tables = (parquet.read_table(store.documents(m.version, c)) for m, c in ((student, again[2]), (teacher, cards[0])))
-    expected = compare(*tables, cards[0].tasks)
+    expected = compare_with_teacher(*tables, cards[0].tasks)
     assert again[2].relative
     assert again[2].relative.difference == expected.difference
     assert again[2].relative.retention == expected.retention

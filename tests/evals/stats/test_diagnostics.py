@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from limbeck.evals.stats.diagnostics import COLUMNS, answers, flips
-from limbeck.evals.stats.retention import pair
-from limbeck.evals.tasks.documents import DOCUMENTS
+from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS, compare_answers, find_flips
+from limbeck.evals.stats.retention import pair_documents
+from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 
 
 def table(values: Any, logprobs: Any = None, **more: Any) -> pa.Table:
@@ -35,13 +35,13 @@ def table(values: Any, logprobs: Any = None, **more: Any) -> pa.Table:
 
 
 def fields() -> tuple[list[str], list[pa.DataType]]:
-    return DOCUMENTS.names, DOCUMENTS.types
+    return DOCUMENT_SCHEMA.names, DOCUMENT_SCHEMA.types
 
 
 @pytest.mark.parametrize("counts", [(40, 9, 3, 8), (40, 0, 0, 8), (0, 5, 0, 0), (10, 6, 6, 1)])
 def test_flips_and_mcnemar(counts: tuple[int, int, int, int]) -> None:
     candidate, reference = np.repeat([1, 0, 1, 0], counts), np.repeat([1, 1, 0, 0], counts)
-    found = answers(pair(table(candidate), table(reference), COLUMNS))
+    found = compare_answers(pair_documents(table(candidate), table(reference), DIAGNOSTIC_COLUMNS))
     both, lost, won, neither = counts
     assert (found.right_to_wrong, found.wrong_to_right) == (lost, won)
     assert found.mcnemar_p == pytest.approx(mcnemar([[both, lost], [won, neither]], exact=True).pvalue)
@@ -50,19 +50,19 @@ def test_flips_and_mcnemar(counts: tuple[int, int, int, int]) -> None:
 def test_kl_is_from_the_reference_to_the_candidate() -> None:
     random = np.random.default_rng(0)
     of = [[list(random.normal(size=size) - 20) for size in (2, 4, 3)] for _ in range(2)]
-    found = answers(pair(table([1, 0, 1], of[0]), table([1, 1, 1], of[1]), COLUMNS))
+    found = compare_answers(pair_documents(table([1, 0, 1], of[0]), table([1, 1, 1], of[1]), DIAGNOSTIC_COLUMNS))
     softmax = [[np.exp(x) / np.exp(x).sum() for x in each] for each in of]
     expected = np.mean([stats.entropy(p, q) for q, p in zip(*softmax, strict=True)])
     assert found.kl == pytest.approx(expected)
-    same = answers(pair(table([1, 0, 1], of[0]), table([1, 0, 1], of[0]), COLUMNS))
+    same = compare_answers(pair_documents(table([1, 0, 1], of[0]), table([1, 0, 1], of[0]), DIAGNOSTIC_COLUMNS))
     assert same.kl == pytest.approx(0, abs=1e-12)
 
 
 def test_what_cannot_be_told_is_null() -> None:
     old = table([0.5, 1.2]).drop_columns(["target", "response", "choice_logprobs", "choice_lengths", "prompt_end"])
-    found = answers(pair(old, table([1.5, 1.0], [[-1.0, -2.0]] * 2), COLUMNS))
+    found = compare_answers(pair_documents(old, table([1.5, 1.0], [[-1.0, -2.0]] * 2), DIAGNOSTIC_COLUMNS))
     assert set(found.model_dump().values()) == {None}
-    (flip, _) = flips(pair(old, old.set_column(5, "value", pa.array([0.7, 2.2])), COLUMNS), 5)
+    (flip, _) = find_flips(pair_documents(old, old.set_column(5, "value", pa.array([0.7, 2.2])), DIAGNOSTIC_COLUMNS), 5)
     assert (flip.prompt_end, flip.target, flip.candidate_response, flip.reference_response) == (None,) * 4
 
 
@@ -70,10 +70,10 @@ def test_the_largest_differences_come_first() -> None:
     names = ["a", "a", "b", "b", "b"]
     ours = table([1.0, 3.0, 0.0, 1.0, 1.0], task=names, response=["v", "w", "x", "y", "z"])
     theirs = table([1.5, 1.0, 1.0, 1.0, 0.0], task=names, response=["V", "W", "X", "Y", "Z"], target=["1"] * 5)
-    pairs = pair(ours, theirs, COLUMNS)
-    assert [(flip.task, flip.doc_id) for flip in flips(pairs, 9)] == [("a", 1), ("a", 0), ("b", 2), ("b", 4)]
-    assert [(flip.task, flip.doc_id) for flip in flips(pairs, 1)] == [("a", 1), ("b", 2)]
-    first = flips(pairs, 1)[0]
+    pairs = pair_documents(ours, theirs, DIAGNOSTIC_COLUMNS)
+    assert [(flip.task, flip.doc_id) for flip in find_flips(pairs, 9)] == [("a", 1), ("a", 0), ("b", 2), ("b", 4)]
+    assert [(flip.task, flip.doc_id) for flip in find_flips(pairs, 1)] == [("a", 1), ("b", 2)]
+    first = find_flips(pairs, 1)[0]
     assert (first.candidate_value, first.reference_value) == (3.0, 1.0)
     assert (first.candidate_response, first.reference_response, first.target) == ("w", "W", "1")
-    assert flips(pairs, 0) == []
+    assert find_flips(pairs, 0) == []

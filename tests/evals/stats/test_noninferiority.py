@@ -10,8 +10,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from limbeck.evals.stats.estimates import Difference, average, difference
-from limbeck.evals.stats.noninferiority import Margins, corrected, holm, noninferiority
+from limbeck.evals.stats.estimates import Difference, average_differences, clustered_difference
+from limbeck.evals.stats.noninferiority import Margins, correct_by_holm, holm_adjusted_p_values, noninferiority_test
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Noninferiority
 
@@ -19,12 +19,14 @@ from limbeck.registry.records import Noninferiority
 def judged(
     found: Difference, margin: float, *, higher_is_better: bool = True, documents: int = 100, clusters: int = 100
 ) -> Noninferiority:
-    return noninferiority(found, margin, higher_is_better=higher_is_better, documents=documents, clusters=clusters)
+    return noninferiority_test(found, margin, higher_is_better=higher_is_better, documents=documents, clusters=clusters)
 
 
 def of_values(candidate: np.ndarray, reference: np.ndarray, clusters: np.ndarray | None = None) -> Difference:
     count = len(candidate)
-    return difference(candidate, reference, np.ones(count), np.arange(count) if clusters is None else clusters)
+    return clustered_difference(
+        candidate, reference, np.ones(count), np.arange(count) if clusters is None else clusters
+    )
 
 
 def test_independent_documents_equal_a_one_sided_t_test() -> None:
@@ -214,15 +216,15 @@ def test_a_difference_at_the_margin_is_never_settled() -> None:
 def test_macro_is_the_mean_of_the_tasks() -> None:
     random = np.random.default_rng(8)
     parts = [of_values(random.normal(size=n), random.normal(size=n)) for n in (30, 90)]
-    found = average(parts)
+    found = average_differences(parts)
     assert found.estimate.value == pytest.approx(np.mean([part.estimate.value for part in parts]))
     # The tasks' documents are numbered alike, so that the first 30 of both are the same clusters.
     a, b = (part.estimate.errors for part in parts)
     together = np.concatenate([a + b[:30], b[30:]]) / 2
     assert found.estimate.stderr == pytest.approx(np.sqrt((together**2).sum()))
     ones = [of_values(*binary((20, 2, 2, 6))), of_values(*binary((60, 2, 2, 16)))]
-    assert average(ones).step == pytest.approx((1 / 30 + 1 / 80) / 4)
-    assert average([*ones, *parts]).step == 0  # not all are of 0 and 1
+    assert average_differences(ones).step == pytest.approx((1 / 30 + 1 / 80) / 4)
+    assert average_differences([*ones, *parts]).step == 0  # not all are of 0 and 1
 
 
 # --- several at once
@@ -232,8 +234,8 @@ def test_holm_equals_statsmodels() -> None:
     random = np.random.default_rng(9)
     for count in (1, 2, 7, 30):
         p_values = list(random.random(count) ** 3)
-        assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], rel=1e-12)
-    assert holm([]) == []
+        assert holm_adjusted_p_values(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], rel=1e-12)
+    assert holm_adjusted_p_values([]) == []
 
 
 def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
@@ -242,10 +244,10 @@ def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
     clear, near, bad = (of_values(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
     alone = [judged(each, 0.05) for each in (clear, near, bad)]
     assert [test.uncorrected for test in alone] == ["pass", "pass", "fail"]
-    found = corrected(alone)
+    found = correct_by_holm(alone)
     assert [test.verdict for test in found] == ["pass", "inconclusive", "fail"]
-    assert [test.p_holm for test in found] == holm([test.p_value for test in alone])
-    assert corrected(alone[1:2])[0].verdict == "pass"  # nothing else is tested
+    assert [test.p_holm for test in found] == holm_adjusted_p_values([test.p_value for test in alone])
+    assert correct_by_holm(alone[1:2])[0].verdict == "pass"  # nothing else is tested
 
 
 # --- margins
@@ -253,10 +255,10 @@ def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
 
 def test_margins_by_task_by_metric_and_for_the_rest() -> None:
     margins = Margins.parse(["0.02", "bits_per_byte=0.1", "hard=0.05"])
-    assert margins.of("hard", "acc") == 0.05
-    assert margins.of("easy", "acc") == 0.02
-    assert margins.of("text", "bits_per_byte") == 0.1
-    assert Margins.parse([]).of("easy", "acc") == 0.01
+    assert margins.margin_for("hard", "acc") == 0.05
+    assert margins.margin_for("easy", "acc") == 0.02
+    assert margins.margin_for("text", "bits_per_byte") == 0.1
+    assert Margins.parse([]).margin_for("easy", "acc") == 0.01
     margins.check(["hard", "easy", "text", "acc", "bits_per_byte"])
     with pytest.raises(BadInput, match=r"hard=.*did you mean hardest"):
         margins.check(["hardest", "acc", "bits_per_byte"])

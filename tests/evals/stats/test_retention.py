@@ -11,8 +11,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from limbeck.evals.stats.estimates import mean
-from limbeck.evals.stats.retention import check_numbers, compare, mean_and_stderr
+from limbeck.evals.stats.estimates import clustered_mean
+from limbeck.evals.stats.retention import check_numbers, compare_with_teacher, mean_and_stderr
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import TaskResult
 
@@ -102,7 +102,7 @@ def test_the_difference_is_paired_and_equals_statsmodels() -> None:
     tables = documents("t", student, labels), documents("t", teacher, labels)
     # Rows may come in any order.
     tables = tables[0].take(random.permutation(len(labels))), tables[1]
-    comparison = compare(*tables, {"t": result(tables[1])})
+    comparison = compare_with_teacher(*tables, {"t": result(tables[1])})
     value, stderr = jackknife(student - teacher, np.ones(len(labels)), labels)
     sizes = np.bincount(labels)
     half = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1) * stderr
@@ -115,7 +115,7 @@ def test_the_difference_is_paired_and_equals_statsmodels() -> None:
 
 def test_the_teacher_keeps_exactly_all_of_itself() -> None:
     table = documents("t", np.random.default_rng(3).random(30), range(30))
-    found = compare(table, table, {"t": result(table)})
+    found = compare_with_teacher(table, table, {"t": result(table)})
     assert found.retention is not None
     assert (found.retention.value, found.retention.low, found.retention.high) == (1.0, 1.0, 1.0)
     assert found.difference["t"].value == 0.0
@@ -134,7 +134,7 @@ def test_the_teacher_keeps_exactly_all_of_itself() -> None:
 def test_retention_by_hand(student: float, teacher: float, changes: dict[str, Any], expected: float) -> None:
     noise = 0.1 * np.tile([1.0, -1.0], 50)
     tables = documents("t", student + noise, range(100)), documents("t", teacher - noise, range(100))
-    found = compare(*tables, {"t": result(tables[1], **changes)})
+    found = compare_with_teacher(*tables, {"t": result(tables[1], **changes)})
     assert found.task_retention["t"].value == pytest.approx(expected)
     assert found.task_retention["t"].low < expected < found.task_retention["t"].high
     assert found.retention == found.task_retention["t"]
@@ -171,7 +171,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     covered = []
     for _ in range(400):
         *given, truth = two_tasks(random)
-        found = compare(*given).retention
+        found = compare_with_teacher(*given).retention
         assert found is not None
         covered.append(found.low <= truth <= found.high)
     # Within three standard errors of 95% at 400 draws, and a little for the delta method.
@@ -186,7 +186,7 @@ def test_intervals_cover_where_one_cluster_is_half_of_all(rho: float) -> None:
     covered = 0
     for _ in range(1500):
         shared, own = random.normal(size=12)[labels], random.normal(size=len(labels))
-        interval = mean(np.sqrt(rho) * shared + np.sqrt(1 - rho) * own, weights, codes).interval()
+        interval = clustered_mean(np.sqrt(rho) * shared + np.sqrt(1 - rho) * own, weights, codes).interval()
         covered += interval.low <= 0 <= interval.high
     # With G / (G - 1) and G - 1 degrees of freedom it would be 83% at rho 0.3.
     assert covered / 1500 >= 0.94
@@ -195,7 +195,7 @@ def test_intervals_cover_where_one_cluster_is_half_of_all(rho: float) -> None:
 def test_the_interval_agrees_with_a_cluster_bootstrap() -> None:
     random = np.random.default_rng(5)
     student, teacher, tasks, _ = two_tasks(random, clusters=120)
-    found = compare(student, teacher, tasks).retention
+    found = compare_with_teacher(student, teacher, tasks).retention
     assert found is not None
     ours, theirs = student.to_pandas(), teacher.to_pandas()
     files = theirs["cluster"].unique()
@@ -224,7 +224,7 @@ def test_a_group_counts_once_and_pools_its_documents() -> None:
     pooled = pa.concat_tables([teacher["a"], teacher["b"]])
     tasks = {name: result(table, group="group" if name != "single" else None) for name, table in teacher.items()}
     tasks["group"] = result(pooled)
-    found = compare(*tables, tasks)
+    found = compare_with_teacher(*tables, tasks)
 
     def kept(table: Any, of: Any) -> float:
         return float((np.mean(table["value"]) - 0.25) / (np.mean(of["value"]) - 0.25))
@@ -242,22 +242,22 @@ def test_a_teacher_that_guesses_is_left_out_of_the_mean() -> None:
     good, guessed = (documents(name, random.random(200) < p, range(200)) for name, p in (("good", 0.8), ("bad", 0.27)))
     both = pa.concat_tables([good, guessed])
     tasks = {"good": result(good), "bad": result(guessed)}
-    found = compare(both, both, tasks)
+    found = compare_with_teacher(both, both, tasks)
     assert found.retention == found.task_retention["good"]
     assert "bad" not in found.task_retention
     assert "retention is undefined" in found.left_out["bad"]
     assert "not clearly better than chance, 0.25" in found.left_out["bad"]
     assert found.difference["bad"].value == 0
-    assert compare(guessed, guessed, {"bad": tasks["bad"]}).retention is None
+    assert compare_with_teacher(guessed, guessed, {"bad": tasks["bad"]}).retention is None
 
 
 def test_documents_that_do_not_pair_are_named() -> None:
     table = documents("t", np.arange(10.0), range(10))
     changed = table.set_column(3, "prompt_hash", pa.array([*table["prompt_hash"].to_pylist()[:9], "other"]))
     with pytest.raises(BadInput, match=r"t 9 of the student alone; documents t 9 of the teacher alone"):
-        compare(changed, table, {"t": result(table)})
+        compare_with_teacher(changed, table, {"t": result(table)})
     with pytest.raises(BadInput, match=r"t 3, t 4, t 5, t 6 and 3 more of the teacher alone"):
-        compare(table.slice(0, 3), table, {"t": result(table)})
+        compare_with_teacher(table.slice(0, 3), table, {"t": result(table)})
 
 
 def test_scores_that_are_no_numbers_are_named() -> None:

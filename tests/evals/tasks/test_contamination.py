@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.evals.scores.scorecard import evaluate
-from limbeck.evals.tasks.contamination import contamination, overlaps
+from limbeck.evals.tasks.contamination import measure_contamination, overlaps
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.core import jsonl
@@ -125,11 +125,11 @@ def test_the_prompt_with_the_right_answer_is_looked_for(
 ) -> None:
     tasks = load(f"output_type: {kind.split()[0]}\n{KINDS[kind]}", ROWS)
     training_text("as before: " + " ".join(WORDS) + " and so on", "another end of all that")
-    found = contamination(tasks, DIGEST)
+    found = measure_contamination(tasks, DIGEST)
     assert found is not None
     assert found.tasks == {"t": Overlap(documents=2, contaminated=1)}
     training_text("as before: " + " ".join(WORDS[:12]), digest="e" * 64)
-    again = contamination(tasks, "e" * 64)
+    again = measure_contamination(tasks, "e" * 64)
     assert again is not None
     assert again.tasks["t"].contaminated == 0
 
@@ -140,7 +140,7 @@ def test_only_the_documents_that_are_asked_count(
     training_text(" ".join(WORDS))
     yaml = f"output_type: loglikelihood\n{KINDS['loglikelihood']}"
     for settings, documents, dirty in (({"limit": 1}, 1, 1), ({"samples": {"t": [1]}}, 1, 0)):
-        found = contamination(load(yaml, ROWS, **settings), DIGEST)
+        found = measure_contamination(load(yaml, ROWS, **settings), DIGEST)
         assert found is not None
         assert found.tasks["t"] == Overlap(documents=documents, contaminated=dirty)
 
@@ -150,16 +150,16 @@ def test_text_that_is_not_at_hand_or_no_text(
 ) -> None:
     tasks = load(f"output_type: loglikelihood\n{KINDS['loglikelihood']}", ROWS)
     folder = training_text("some text")
-    assert contamination(tasks, "f" * 64) is None
+    assert measure_contamination(tasks, "f" * 64) is None
     (folder / "train.jsonl").write_text("not JSON\n")
     with pytest.raises(BadInput, match=r"train.jsonl, line 1"):
-        contamination(tasks, DIGEST)
+        measure_contamination(tasks, DIGEST)
     training_text("some text")
-    found = contamination(tasks, DIGEST)
+    found = measure_contamination(tasks, DIGEST)
     shutil.rmtree(folder)
     assert jsonl.find_training_text(DIGEST) is None
     assert found is not None
-    assert contamination(tasks, DIGEST) is None
+    assert measure_contamination(tasks, DIGEST) is None
 
 
 def test_eval_keeps_the_overlap_with_the_scorecard(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from limbeck.evals.tasks.make_tasks import make
+from limbeck.evals.tasks.make_tasks import make_tasks
 from limbeck.evals.tasks.minimal_pairs import is_broken, undefined_names
 from limbeck.registry.core.errors import BadInput
 
@@ -21,7 +21,11 @@ RULES = ("swapped_bracket", "misplaced_keyword", "undefined_name", "wrong_indent
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    assert make(sources, folder, "std", documents=40) == ["std_bits_per_byte", "std_next_line", "std_minimal_pairs"]
+    assert make_tasks(sources, folder, "std", documents=40) == [
+        "std_bits_per_byte",
+        "std_next_line",
+        "std_minimal_pairs",
+    ]
     return folder / "std"
 
 
@@ -109,11 +113,11 @@ def unbound(source: str) -> set[str]:
 
 
 def test_the_same_corpus_gives_the_same_tasks(made: Path, sources: Path, tmp_path: Path) -> None:
-    make(sources, made.parent, "other", documents=40)
+    make_tasks(sources, made.parent, "other", documents=40)
     for name, content in contents(made.parent / "other").items():
         if name.endswith(".jsonl"):
             assert content == contents(made)[name.replace("other_", "std_")]
-    make(sources, tmp_path, "std", documents=40, seed=1)
+    make_tasks(sources, tmp_path, "std", documents=40, seed=1)
     assert contents(tmp_path / "std")["std_next_line.jsonl"] != contents(made)["std_next_line.jsonl"]
 
 
@@ -121,14 +125,14 @@ def test_tasks_that_are_there_are_left_and_moved_ones_are_made_anew(sources: Pat
     def modified(folder: Path) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
-    make(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=2)
+    make_tasks(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=2)
     before = modified(tmp_path / "a/std")
-    make(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=2)
+    make_tasks(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=2)
     assert modified(tmp_path / "a/std") == before
-    make(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=3)
+    make_tasks(sources, tmp_path / "a", "std", ["bits_per_byte"], documents=3)
     assert len(rows(tmp_path / "a/std", "std_bits_per_byte")) == 3
     shutil.move(tmp_path / "a", tmp_path / "b")
-    make(sources, tmp_path / "b", "std", ["bits_per_byte"], documents=3)
+    make_tasks(sources, tmp_path / "b", "std", ["bits_per_byte"], documents=3)
     assert str(tmp_path / "b") in (tmp_path / "b/std/std_bits_per_byte.yaml").read_text()
 
 
@@ -136,10 +140,10 @@ def test_text_that_is_no_python_has_no_minimal_pairs(tmp_path: Path) -> None:
     lines = [f"{who} has {number} good reasons to leave the town\n" for who in "ABCD" for number in range(20)]
     corpus = tmp_path / "plain.jsonl"
     corpus.write_text(json.dumps({"path": "play", "text": "".join(lines)}) + "\n")
-    make(corpus, tmp_path / "tasks", "plain", ["bits_per_byte", "next_line"])
+    make_tasks(corpus, tmp_path / "tasks", "plain", ["bits_per_byte", "next_line"])
     assert rows(tmp_path / "tasks/plain", "plain_next_line")
     with pytest.raises(BadInput, match="minimal_pairs: no document of the corpus is Python"):
-        make(corpus, tmp_path / "all", "plain")
+        make_tasks(corpus, tmp_path / "all", "plain")
     assert not list((tmp_path / "all").iterdir()), "nothing half-written"
 
 
@@ -156,14 +160,14 @@ def test_what_cannot_be_used_is_said(tmp_path: Path, text: str, kinds: list[str]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(text)
     with pytest.raises(BadInput, match=message):
-        make(corpus, tmp_path / "tasks", "name", kinds)
+        make_tasks(corpus, tmp_path / "tasks", "name", kinds)
 
 
 def test_another_folder_is_not_overwritten(tmp_path: Path, sources: Path) -> None:
     (tmp_path / "std").mkdir()
     (tmp_path / "std/notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="holds something else"):
-        make(sources, tmp_path, "std")
+        make_tasks(sources, tmp_path, "std")
     assert (tmp_path / "std/notes.txt").read_text() == "mine"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from limbeck.evals.stats.estimates import difference
+from limbeck.evals.stats.estimates import clustered_difference
 from limbeck.registry.gate.rules.bounds import describe_documents_needed, estimate_at_confidence
 from limbeck.registry.records import Estimate
 
@@ -17,7 +17,7 @@ from limbeck.registry.records import Estimate
 def test_an_interval_at_another_confidence(confidence: float) -> None:
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(0.1, 1, 12), rng.normal(0, 1, 12)
-    kept = difference(ours, theirs, np.ones(12), np.arange(12)).interval()
+    kept = clustered_difference(ours, theirs, np.ones(12), np.arange(12)).interval()
     found = estimate_at_confidence(kept, confidence)
     expected = stats.ttest_rel(ours, theirs).confidence_interval(confidence)
     assert found is not None
@@ -30,7 +30,7 @@ def test_bounds_of_0_and_1_are_never_too_narrow_when_widened() -> None:
     for share in (0.0, 0.02, 0.3):
         theirs = rng.integers(0, 2, 200).astype(float)
         ours = np.where(rng.random(200) < share, 1 - theirs, theirs)
-        exact = difference(ours, theirs, np.ones(200), np.arange(200))
+        exact = clustered_difference(ours, theirs, np.ones(200), np.arange(200))
         found = estimate_at_confidence(exact.interval(), 0.99, wilson=True)
         low, high = exact.bounds(0.995)
         assert found is not None

@@ -1,0 +1,285 @@
+"""Is the giant a waste here? What is kept of a model's versions, judged: no model runs.
+
+Every candidate is held against the teacher, document by document, on the tasks that both were scored on. It is as
+good where every top-level task passes a one-sided test of non-inferiority, corrected over all tasks and all
+candidates (Holm): picking the best of many would else find one that is as good by luck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+from limbeck.evals.cost.measure import reprice, scale_estimate
+from limbeck.evals.cost.payback import Payback, api_usd_per_million_tokens, compute_payback
+from limbeck.evals.cost.prices import Prices
+from limbeck.evals.scores.candidates import Teacher, find_teacher, scorecards_of_version, select_comparable_scores
+from limbeck.evals.scores.compare import LazyScorecard, read_documents
+from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS
+from limbeck.evals.stats.noninferiority import SIGNIFICANCE_LEVEL, Margins, documents_factor, passing_margin
+from limbeck.evals.stats.paired_comparison import PairedComparison, compare_to_reference, correct_candidates_by_holm
+from limbeck.evals.stats.retention import pair_documents
+from limbeck.evals.verdict.caveats import describe_caveats
+from limbeck.evals.verdict.records import Candidate, OpenTask, VerdictAnswer, VerdictReport
+from limbeck.evals.verdict.wording import answer_sentence, describe_next_steps
+from limbeck.registry.records import (
+    USD,
+    ComparedTask,
+    Cost,
+    Estimate,
+    Outcome,
+    Relative,
+    Scorecard,
+    TaskResult,
+    TrainingCost,
+    Version,
+    top_level_tasks,
+)
+
+if TYPE_CHECKING:
+    from limbeck.evals.stats.estimates import Difference
+    from limbeck.registry.mlflow.store import Store
+
+
+def decide_verdict(
+    store: Store,
+    name: str,
+    *,
+    against: str | None = None,
+    tasks: Sequence[str] = (),
+    margins: Margins | None = None,
+    tokens_per_day: float | None = None,
+    prices: Prices | None = None,
+) -> VerdictReport:
+    """Judge the versions of `name` against their teacher.
+
+    Args:
+        against: NAME/VERSION or NAME@ALIAS of the teacher; where None, the one that most were scored against.
+        tasks: to judge by; where empty, the top-level ones of the largest setting (`limbeck.evals.scores.candidates`).
+        margins: how much worse is still as good; the default where None.
+        tokens_per_day: the load, prompt and new tokens together.
+        prices: of machines; those that come with Limbeck where None.
+
+    Raises:
+        BadInput: no such model or task; a teacher, or candidates, without scores.
+    """
+    found = {each.version.ref: each for each in store.findings(name)}
+    if not found:
+        raise store.not_found_error(name)
+    every = [card for each in found.values() for card in each.scorecards]
+    teacher = find_teacher(store, name, against, every)
+    others = {
+        ref: scorecards_of_version(store, each.version, each.scorecards)
+        for ref, each in found.items()
+        if each.version.digest != teacher.digest
+    }
+    chosen = select_comparable_scores(teacher, others, tasks)
+    card = chosen.teacher.card
+    results = {task: result for task, result in card.tasks.items() if not tasks or {task, result.group} & {*tasks}}
+    margins_of = margins or Margins()
+    margins_of.check([*top_level_tasks(results), *(results[task].metric for task in top_level_tasks(results))])
+    setting = _VerdictContext(
+        store, teacher, chosen.teacher, results, margins_of, prices or Prices.load(), tokens_per_day
+    )
+    held = [_test_candidate(found[ref].version, scored, setting) for ref, scored in chosen.candidates.items()]
+    judged = sorted(_correct_candidates(held), key=_rank)
+    answer = _answer(judged)
+    best = _best(judged, answer)
+    judgement = VerdictReport(
+        name=name,
+        answer=answer,
+        sentence="",
+        candidate=best.version,
+        settle=(),
+        not_measured=(),
+        teacher=teacher.label,
+        teacher_digest=teacher.digest,
+        teacher_engine=teacher.engine,
+        asked=tuple(tasks),
+        margins={task: margins_of.margin_for(task, results[task].metric) for task in top_level_tasks(results)},
+        default_margins=margins is None,
+        tests=sum(len(each.tasks) for each in judged),
+        candidates=tuple(judged),
+        left_out=chosen.left_out,
+        other_tasks=tuple(sorted({task for each in every for task in top_level_tasks(each.tasks)} - results.keys())),
+        tokens_per_day=tokens_per_day,
+        tasks_digest=card.tasks_digest,
+        prompts_digest=card.prompts_digest,
+        harness=card.harness,
+        created=datetime.now(UTC),
+    )
+    words = {
+        "sentence": answer_sentence(judgement),
+        "settle": describe_next_steps(judgement),
+        "not_measured": describe_caveats(judgement),
+    }
+    return judgement.model_copy(update=words)
+
+
+class _VerdictContext(NamedTuple):
+    """What all candidates have in common."""
+
+    store: Store
+    teacher: Teacher
+    teacher_scores: LazyScorecard
+    teacher_results: dict[str, TaskResult]  # the teacher's, of the tasks that are judged by
+    margins: Margins
+    prices: Prices
+    tokens_per_day: float | None
+
+    @property
+    def api_name(self) -> str | None:
+        """The teacher's name at its API, where that has a price."""
+        name = self.teacher.label.rpartition("#")[2]
+        return name if self.teacher.engine == "endpoint" and name in self.prices.apis else None
+
+
+def _test_candidate(
+    version: Version, scored: LazyScorecard, context: _VerdictContext
+) -> tuple[Candidate, PairedComparison]:
+    """A candidate with every task tested alone, and not yet judged."""
+    card, teacher = scored.card, context.teacher
+    names = version.ref, teacher.label
+    pairs = pair_documents(
+        read_documents(scored, context.teacher_results),
+        read_documents(context.teacher_scores, context.teacher_results),
+        DIAGNOSTIC_COLUMNS,
+        names,
+    )
+    held = compare_to_reference(pairs, context.teacher_results, context.margins, names)
+    relative = card.relative if card.relative and card.relative.teacher_digest == teacher.digest else None
+    costs = card.cost, relative.teacher_cost if relative else None
+    cost, teacher_cost = (reprice(c, *context.prices.machine_price(c.machine)) if c else None for c in costs)
+    ratio, interval = _ratio(cost, relative, context)
+    making = context.store.training_cost(version)
+    candidate = Candidate(
+        version=version.ref,
+        files=version.digest,
+        kind=version.kind,
+        engine=version.engine,
+        precision=version.precision,
+        recipe=version.recipe,
+        is_teacher=version.kind == "onnx" and version.parent == teacher.label,
+        scorecard=card.digest(),
+        quality="inconclusive",
+        cheaper=_is_cheaper(ratio, interval),
+        retention=held.retention,
+        tasks=tuple(held.tasks),
+        open=(),
+        unknown_tasks=held.unknown_tasks,
+        cost=cost,
+        teacher_cost=teacher_cost,
+        cost_ratio=ratio,
+        cost_ratio_interval=interval,
+        speedup=relative.speedup if relative else None,
+        speedup_interval=relative.speedup_interval if relative else None,
+        making=making,
+        payback=_payback(card.model_copy(update={"relative": relative}), making, context),
+    )
+    return candidate, held
+
+
+def _ratio(
+    cost: Cost | None, relative: Relative | None, context: _VerdictContext
+) -> tuple[float | None, Estimate | None]:
+    """Its cost over the teacher's, and the interval of that: of one run, or over the price of the teacher's API."""
+    if relative and relative.cost_ratio is not None:
+        return relative.cost_ratio, relative.cost_ratio_interval
+    if cost and context.api_name:
+        share = 1 / api_usd_per_million_tokens(context.api_name, cost, context.prices)[0]
+        interval = scale_estimate(cost.intervals[USD], share) if USD in cost.intervals else None
+        return cost.usd_per_million_tokens * share, interval
+    return None, None
+
+
+def _is_cheaper(ratio: float | None, interval: Estimate | None) -> bool | None:
+    """Whether it surely is, by the interval of the cost ratio where there is one."""
+    if ratio is None:
+        return None
+    low, high = (interval.low, interval.high) if interval else (ratio, ratio)
+    return True if high < 1 else False if low >= 1 else None
+
+
+def _payback(card: Scorecard, training_cost: TrainingCost | None, context: _VerdictContext) -> Payback | None:
+    """When its making is paid back; None where what it took, or what it saves, is not known."""
+    known = context.api_name or (card.relative and card.relative.teacher_cost)
+    if training_cost is None or card.cost is None or not card.cost.loads or not known:
+        return None
+    return compute_payback(
+        card, training_cost, context.prices, tokens_per_day=context.tokens_per_day, api_teacher=context.api_name
+    )
+
+
+def _correct_candidates(tested: Sequence[tuple[Candidate, PairedComparison]]) -> Iterator[Candidate]:
+    """The candidates with every test corrected for all the others, and what follows from it."""
+    families = correct_candidates_by_holm([each.tasks for each, _ in tested])
+    tests = sum(map(len, families))
+    for (candidate, kept), tasks in zip(tested, families, strict=True):
+        outcomes = {task.noninferiority.verdict for task in tasks}
+        quality: Outcome = "inconclusive"
+        if "fail" in outcomes:
+            quality = "fail"
+        elif outcomes == {"pass"} and not candidate.unknown_tasks:
+            quality = "pass"
+        still = [task for task in tasks if task.noninferiority.verdict == "inconclusive"]
+        settling = tuple(_open_task(task, kept.differences[task.task], tests) for task in still)
+        yield candidate.model_copy(update={"tasks": tuple(tasks), "quality": quality, "open": settling})
+
+
+def _open_task(task: ComparedTask, difference: Difference, tests: int) -> OpenTask:
+    """To pass, a test has to be the first of Holm's steps at worst; to fail it needs no correction."""
+    advantage, margin = difference if task.higher_is_better else difference.negate(), task.noninferiority.margin
+    as_good = advantage.estimate.value > -margin
+    times = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL / tests if as_good else SIGNIFICANCE_LEVEL)
+    return OpenTask(
+        task=task.task,
+        documents=max(math.ceil(task.documents * times), task.documents + 1) if times is not None else None,
+        as_good=as_good,
+        margin=passing_margin(advantage, SIGNIFICANCE_LEVEL / tests),
+    )
+
+
+def _rank(candidate: Candidate) -> tuple[int, float]:
+    return ("pass", "inconclusive", "fail").index(candidate.quality), _cost_ratio_or_infinity(candidate)
+
+
+def _cost_ratio_or_infinity(candidate: Candidate) -> float:
+    return math.inf if candidate.cost_ratio is None else candidate.cost_ratio
+
+
+def _answer(candidates: Sequence[Candidate]) -> VerdictAnswer:
+    if any(each.quality == "pass" and each.cheaper for each in candidates):
+        return "yes"
+    return "no" if all(map(_is_ruled_out, candidates)) else "not settled"
+
+
+def _is_ruled_out(candidate: Candidate) -> bool:
+    return candidate.quality == "fail" or candidate.cheaper is False
+
+
+def _best(candidates: Sequence[Candidate], answer: VerdictAnswer) -> Candidate:
+    """The one that the answer is about: the cheapest that is as good, or the one that comes closest to it."""
+    if answer == "yes":
+        return min(
+            (each for each in candidates if each.quality == "pass" and each.cheaper), key=_cost_ratio_or_infinity
+        )
+    if answer == "no":
+        passed = [each for each in candidates if each.quality == "pass"]
+        return min(passed, key=_cost_ratio_or_infinity) if passed else max(candidates, key=_retention_value)
+
+    def missing(candidate: Candidate) -> tuple[int, int, float, float]:
+        """Tasks on which it looks worse, tasks that it does not pass, how many times the documents; cost."""
+        bad = sum(not task.as_good for task in candidate.open)
+        documents = {task.task: task.documents for task in candidate.tasks}
+        more = (
+            max((task.documents or math.inf) / documents[task.task] for task in candidate.open) if candidate.open else 0
+        )
+        return bad, len(candidate.open) + len(candidate.unknown_tasks), more, _cost_ratio_or_infinity(candidate)
+
+    return min((each for each in candidates if not _is_ruled_out(each)), key=missing)
+
+
+def _retention_value(candidate: Candidate) -> float:
+    return candidate.retention.value if candidate.retention else -math.inf
