@@ -22,12 +22,12 @@ def cache() -> None:
 
 @cache.command("list")
 @format_option
-def list_(output: str) -> None:
+def list_(output_format: str) -> None:
     """What is stored: teacher, form, size, when it was last used."""
     from limbeck.distill.cache.inventory import list_caches
 
     every = list_caches()
-    if output == "json":
+    if output_format == "json":
         print_json([_json(each) for each in every])
         return
     columns = ["id", "teacher", "form", "tokens", "size", "bytes a token", "shards", "last used"]
@@ -54,7 +54,7 @@ def _json(each: CacheInfo) -> dict[str, Any]:
 @cache.command()
 @click.argument("ids", nargs=-1)
 @format_option
-def verify(ids: tuple[str, ...], output: str) -> None:
+def verify(ids: tuple[str, ...], output_format: str) -> None:
     """Check every shard against the checksum taken when it was written; all caches, or those given by ID.
 
     Exit code 1 where one is damaged.
@@ -62,7 +62,7 @@ def verify(ids: tuple[str, ...], output: str) -> None:
     from limbeck.distill.cache.inventory import find_caches, list_caches
 
     found = [(each, each.damaged_shards()) for each in (find_caches(ids) if ids else list_caches())]
-    if output == "json":
+    if output_format == "json":
         print_json([_json(each) | {"damaged": damaged} for each, damaged in found])
     else:
         print_table(
@@ -101,7 +101,7 @@ def prune(
     everything: bool,
     dry_run: bool,
     yes: bool,
-    output: str,
+    output_format: str,
 ) -> None:
     """Remove caches: those given by ID, and those that the options choose.
 
@@ -126,7 +126,7 @@ def prune(
     if going and not (dry_run or yes):
         _ask(going)
     removed = {each.id: not dry_run and remove(each) for each in going}
-    if output == "json":
+    if output_format == "json":
         print_json([_json(each) | {"removed": removed[each.id]} for each in going])
     else:
         rows = [(*_row(each)[:3], format_bytes(each.disk_bytes), _outcome(removed[each.id], dry_run)) for each in going]

@@ -42,7 +42,7 @@ def distill(
     ray: str | None,
     check_only: bool,
     yes: bool,
-    output: str,
+    output_format: str,
 ) -> None:
     """Distil the teacher of RECIPE into its students: every size, objective, temperature and seed, and controls.
 
@@ -67,25 +67,25 @@ def distill(
             run_worker(recipe, list(overrides))
         return
     if check_only:
-        _check(recipe, list(overrides), output)
+        _check(recipe, list(overrides), output_format)
         return
     begin: Begin = "resume" if resume else "restart" if restart else "go on"
     try:
         with distributed.lead_workers():
             students = run(recipe, list(overrides), Store(), to, begin=begin, ray=ray, yes=yes)
     except SomeFailed as error:
-        _print_students(error.made, output)
+        _print_students(error.made, output_format)
         raise
-    _print_students(students, output)
+    _print_students(students, output_format)
 
 
-def _check(recipe: Path, overrides: list[str], output: str) -> None:
+def _check(recipe: Path, overrides: list[str], output_format: str) -> None:
     """Print the findings; exit code 2 where one is an error."""
     from limbeck.distill.run.preflight import check_recipe
     from limbeck.registry.mlflow.store import Store
 
     findings = check_recipe(recipe, overrides, Store())
-    if output == "json":
+    if output_format == "json":
         print_json(findings)
     else:
         rows = [(f.check, f.level, f.message + (f"\n{f.fix}" if f.fix and f.level != "ok" else "")) for f in findings]
@@ -94,8 +94,8 @@ def _check(recipe: Path, overrides: list[str], output: str) -> None:
         raise click.exceptions.Exit(2)
 
 
-def _print_students(students: list[Student], output: str) -> None:
-    if output == "json":
+def _print_students(students: list[Student], output_format: str) -> None:
+    if output_format == "json":
         print_json([{**s.version.model_dump(mode="json"), "trained": s.trained} for s in students])
         return
     rows = [
@@ -109,7 +109,7 @@ def _print_students(students: list[Student], output: str) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @set_option
 @format_option
-def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
+def data(recipe: Path, overrides: tuple[str, ...], output_format: str) -> None:
     """Write the train and held-out documents of RECIPE as JSON lines below .limbeck/data/NAME.
 
     Where RECIPE has [generate], the teacher writes them.
@@ -128,7 +128,7 @@ def data(recipe: Path, overrides: tuple[str, ...], output: str) -> None:
         text = with_generated_text(prepare_setting(loaded, Source(recipe, overrides), Store())).corpus
     else:
         text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
-    if output == "json":
+    if output_format == "json":
         print_json(text._asdict())
         return
     rows = [

@@ -51,7 +51,7 @@ def compare(
     show_flips: int | None,
     check: bool,
     trust_remote_code: bool,
-    output: str,
+    output_format: str,
 ) -> None:
     """Hold A against B, document by document: what is the difference, and is A as good as B?
 
@@ -77,7 +77,7 @@ def compare(
         return TaskSet.load(names, include_path)
 
     found = run(a, b, names, load, margins=allowed, max_flips=show_flips or 0, trust_remote_code=trust_remote_code)
-    if output == "json":
+    if output_format == "json":
         print_json(found)
     else:
         _print(found)

@@ -20,7 +20,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 @click.argument("a")
 @click.argument("b")
 @format_option
-def diff(a: str, b: str, output: str) -> None:
+def diff(a: str, b: str, output_format: str) -> None:
     """Two versions side by side: recipe, scores, cost.
 
     A and B are NAME/VERSION or NAME@ALIAS. Differences are A - B, paired by document, with their 95% intervals;
@@ -31,7 +31,7 @@ def diff(a: str, b: str, output: str) -> None:
     from limbeck.registry.mlflow.store import Store
 
     found = run(Store(), a, b)
-    if output == "json":
+    if output_format == "json":
         print_json(found)
     else:
         _print(found)

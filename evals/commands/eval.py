@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--kind", "kinds", multiple=True, help="bits_per_byte, next_line or minimal_pairs. [default: all]")
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many of each task.")
 @format_option
-def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: int | None, output: str) -> None:
+def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: int | None, output_format: str) -> None:
     """Make lm-eval tasks from the held-out text in CORPUS, a JSON object with "path" and "text" a line.
 
     Three kinds: bits per byte of the text; the true next line among lines of the same file; and, for Python,
@@ -35,7 +35,7 @@ def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: 
     from limbeck.evals.tasks.make_tasks import TASK_KINDS, make_tasks
 
     made = make_tasks(corpus, to, name, kinds or TASK_KINDS, documents=documents)
-    if output == "json":
+    if output_format == "json":
         print_json(made)
         return
     for task in made:
@@ -103,7 +103,7 @@ def evaluate(
     num_concurrent: int,
     force: bool,
     trust_remote_code: bool,
-    output: str,
+    output_format: str,
 ) -> None:
     """Score each MODEL with lm-eval, and tell what it costs to run, relative to a teacher.
 
@@ -144,7 +144,7 @@ def evaluate(
         force=force,
         trust_remote_code=trust_remote_code,
     )
-    if output == "json":
+    if output_format == "json":
         print_json(cards)
         return
     _print_cards(cards)

@@ -42,7 +42,7 @@ LICENCE_MARKS = {
 @click.option("--pareto", is_flag=True, help="Show only the frontier.")
 @click.option(
     "--format",
-    "output",
+    "output_format",
     type=click.Choice(["table", "json", "csv", "html"]),
     default="table",
     show_default=True,
@@ -58,7 +58,7 @@ def leaderboard(
     recipe: tuple[str, ...],
     precision: tuple[str, ...],
     pareto: bool,
-    output: str,
+    output_format: str,
     file: Path | None,
 ) -> None:
     """Rank the versions of NAME: quality kept of the teacher's, against cost.
@@ -71,23 +71,23 @@ def leaderboard(
     from limbeck.registry.core.home import home
     from limbeck.registry.mlflow.store import Store
 
-    if output == "table" and file:
+    if output_format == "table" and file:
         raise BadInput("--output takes no table", fix="add --format html, csv or json")
     only = {"kind": kind, "recipe": recipe, "precision": precision}
     found = leaderboard_rows(Store(), name, task, sort=sort, cost=cost, filters=only)
     found = [row for row in found if row.pareto or not pareto]
-    if output == "html":
+    if output_format == "html":
         from limbeck.evals.leaderboard.page import render_page
 
         file = file or home() / "reports" / f"{name}.html"
         text = render_page(name, found, task, cost)
-    elif output == "csv":
+    elif output_format == "csv":
         text = to_csv(found)
-    elif output == "json" and file:
+    elif output_format == "json" and file:
         import json
 
         text = json.dumps([row.model_dump(mode="json") for row in found], indent=2) + "\n"
-    elif output == "json":
+    elif output_format == "json":
         print_json(found)
         return
     else:

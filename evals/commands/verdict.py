@@ -31,7 +31,7 @@ from limbeck.registry.core.terminal import print_json, write_report
 @price_options
 @click.option(
     "--format",
-    "output",
+    "output_format",
     type=click.Choice(["table", "markdown", "html", "json"]),
     default="table",
     show_default=True,
@@ -46,7 +46,7 @@ def verdict(
     tokens_per_day: float | None,
     prices_file: Path | None,
     usd_per_hour: float | None,
-    output: str,
+    output_format: str,
     file: Path | None,
 ) -> None:
     """Is the giant a waste here? One page: is some version of NAME as good as its teacher, and cheaper?
@@ -59,7 +59,7 @@ def verdict(
     from limbeck.registry.core.home import home
     from limbeck.registry.mlflow.store import Store
 
-    if output == "table" and file:
+    if output_format == "table" and file:
         raise BadInput("--output takes no table", fix="add --format html, markdown or json")
     judgement = decide_verdict(
         Store(),
@@ -70,17 +70,17 @@ def verdict(
         tokens_per_day=tokens_per_day,
         prices=Prices.load(prices_file, usd_per_hour),
     )
-    if output == "json" and file is None:
+    if output_format == "json" and file is None:
         print_json(judgement)
         return
     from limbeck.evals.verdict.page import print_report, render_html, render_markdown
 
-    if output == "table":
+    if output_format == "table":
         print_report(judgement)
         return
-    if output == "html":
+    if output_format == "html":
         file = file or home() / "reports" / f"{name}-verdict.html"
         text = render_html(judgement)
     else:
-        text = judgement.model_dump_json(indent=2) + "\n" if output == "json" else render_markdown(judgement)
+        text = judgement.model_dump_json(indent=2) + "\n" if output_format == "json" else render_markdown(judgement)
     write_report(text, file)

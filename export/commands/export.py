@@ -63,7 +63,7 @@ def export(
     calibration: Path | None,
     max_change: float,
     trust_remote_code: bool,
-    output: str,
+    output_format: str,
 ) -> None:
     """Export each MODEL to ONNX, and hold every variant against PyTorch on held-out text.
 
@@ -97,7 +97,7 @@ def export(
         for model, how in zip(found, settings, strict=True):
             variants += _export(model, precisions, documents, how, to, trust_remote_code)
             bar.advance(task)
-    if output == "json":
+    if output_format == "json":
         print_json([variant.to_json() for variant in variants])
         return
     columns = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "top-1", "bits/byte", "greedy", ""]
@@ -173,7 +173,7 @@ def generate(
     beside: str | None,
     threads: int | None,
     device: Literal["cpu", "cuda"],
-    output: str,
+    output_format: str,
     **sampling: Any,
 ) -> None:
     """Complete PROMPT (or what stands on stdin) with MODEL, and tell the speed.
@@ -189,7 +189,7 @@ def generate(
     if prompt is None:
         prompt = sys.stdin.read()
     results = [_complete(find_artifact(name), prompt, request, threads, device) for name in (model, beside) if name]
-    if output == "json":
+    if output_format == "json":
         print_json(results)
         return
     print(prompt + results[0]["text"])

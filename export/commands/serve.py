@@ -22,7 +22,7 @@ SECONDS = click.FloatRange(min=0, min_open=True)
 @click.argument("model")
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
 @format_option
-def deploy(model: str, to: Path, output: str) -> None:
+def deploy(model: str, to: Path, output_format: str) -> None:
     """Write the ONNX artifact MODEL, verified, to a folder with all that serves it.
 
     A host needs Python and the folder's requirements.txt: no torch, transformers, MLflow or registry, nor Limbeck.
@@ -43,7 +43,7 @@ def deploy(model: str, to: Path, output: str) -> None:
     digest = write(
         found.path, to, digest=found.digest, manifest_fields={"model": found.name}, model_card=told, sbom=found.sbom
     )
-    if output == "json":
+    if output_format == "json":
         sbom = found.sbom and found.sbom.digest
         said = {"bundle": str(to), "model": found.name, "digest": digest, "sbom": sbom, "signed_by": found.signed_by}
         print_json(said)

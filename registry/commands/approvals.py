@@ -27,7 +27,7 @@ alias_option = click.option(
 @alias_option
 @click.option("--reason", required=True, help="Why; kept with the version.")
 @format_option
-def request(ref: str, alias: str, reason: str, output: str) -> None:
+def request(ref: str, alias: str, reason: str, output_format: str) -> None:
     """Ask that an alias may point at the version REF.
 
     It is bound to the digest of the version's files. It ends where the alias is moved off the version again.
@@ -35,7 +35,7 @@ def request(ref: str, alias: str, reason: str, output: str) -> None:
     from limbeck.registry.gate import approvals
 
     made = approvals.request_approval(_store(), ref, alias, reason=reason)
-    if output == "json":
+    if output_format == "json":
         print_json(made)
     print_status(
         f"{made.who} asks for {made.name}/{made.version} at {alias}; to answer: limbeck approve {ref} --to {alias}"
@@ -49,12 +49,12 @@ def request(ref: str, alias: str, reason: str, output: str) -> None:
 @policy_option
 @click.option("--yes", is_flag=True, help="Ask nothing, on a terminal too.")
 @format_option
-def approve(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output: str) -> None:
+def approve(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output_format: str) -> None:
     """Say yes to the newest request for the version REF, with the verdict of now before you.
 
     The author of the version and who asked cannot. It is signed where LIMBECK_SIGNING_KEY names a key.
     """
-    _answer_request(ref, alias, "approve", reason, path, yes, output)
+    _answer_request(ref, alias, "approve", reason, path, yes, output_format)
 
 
 @click.command()
@@ -64,13 +64,13 @@ def approve(ref: str, alias: str, reason: str, path: Path | None, yes: bool, out
 @policy_option
 @click.option("--yes", is_flag=True, help="Ask nothing, on a terminal too.")
 @format_option
-def reject(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output: str) -> None:
+def reject(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output_format: str) -> None:
     """Say no to the newest request for the version REF; your newest answer counts."""
-    _answer_request(ref, alias, "reject", reason, path, yes, output)
+    _answer_request(ref, alias, "reject", reason, path, yes, output_format)
 
 
 def _answer_request(
-    ref: str, alias: str, answer: Answer, reason: str, path: Path | None, yes: bool, output: str
+    ref: str, alias: str, answer: Answer, reason: str, path: Path | None, yes: bool, output_format: str
 ) -> None:
     from limbeck.registry.gate import approvals
     from limbeck.registry.gate.evidence import gather_evidence
@@ -82,14 +82,14 @@ def _answer_request(
     shown = approvals.request_to_answer(store, asked, alias).digest()
     policy = policy_for_alias(store, version.name, alias, path)
     verdict = apply_policy(policy, gather_evidence(store, version, policy, alias)) if policy else None
-    if output == "table":
+    if output_format == "table":
         _print_request(asked, policy, verdict)
     if not yes and sys.stdin.isatty():
         click.confirm(f"{answer} {version.ref} for {alias}?", abort=True, err=True)
     made = approvals.answer_request(
         store, version.ref, alias, answer, reason=reason, verdict=verdict, expected_request=shown
     )
-    if output == "json":
+    if output_format == "json":
         print_json({"approval": made, "verdict": verdict})
     signed = "signed" if made.signature else "not signed"
     print_status(f"{made.who} {answer}s {version.ref} for {alias} ({signed})")
@@ -117,12 +117,12 @@ def _print_request(state: ApprovalState, policy: Policy | None, verdict: Verdict
 @click.command()
 @click.argument("name", required=False)
 @format_option
-def requests(name: str | None, output: str) -> None:
+def requests(name: str | None, output_format: str) -> None:
     """The requests that wait for an answer or for their promotion, of NAME or of all models."""
     from limbeck.registry.gate import approvals
 
     found = approvals.open_requests(_store(), name)
-    if output == "json":
+    if output_format == "json":
         print_json([_request_json(each) for each in found])
         return
     if not found:

@@ -12,12 +12,12 @@ from limbeck.registry.core.terminal import format_option, indent_lines, print_js
 @click.option("--deep", is_flag=True, help="Verify the digest of every version's files (fetches them from a server).")
 @click.option("--clean", is_flag=True, help="Take away uploads that nobody went on with for a day.")
 @format_option
-def doctor(deep: bool, clean: bool, output: str) -> None:
+def doctor(deep: bool, clean: bool, output_format: str) -> None:
     """What is installed, reachable, and what is wrong. Exit code 1 where something is wrong."""
     from limbeck.registry.doctor import run_checks
 
     checks = list(run_checks(deep=deep, clean=clean))
-    if output == "json":
+    if output_format == "json":
         print_json([check.json() for check in checks])
     else:
         print_table("", ["", "subject", "found"], [(check.state, check.subject, check.found) for check in checks])

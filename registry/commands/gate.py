@@ -53,7 +53,14 @@ def policy_for_alias(store: Store, name: str, alias: str, path: Path | None) -> 
 @adopt_option
 @format_option
 def promote(
-    model: str, alias: str, path: Path | None, reason: str, dry_run: bool, override: bool, adopt: bool, output: str
+    model: str,
+    alias: str,
+    path: Path | None,
+    reason: str,
+    dry_run: bool,
+    override: bool,
+    adopt: bool,
+    output_format: str,
 ) -> None:
     """Move an alias to a version that passes the policy.
 
@@ -74,11 +81,11 @@ def promote(
     try:
         done = run(store, model, alias, policy, reason=reason, dry_run=dry_run, adopt=adopt, override=override)
     except Vetoed as veto:
-        if output == "json":
+        if output_format == "json":
             print_json(_promotion_json(alias, veto.candidates))
         veto.fix = veto.fix or _override_hint(store, model, alias, policy)
         raise
-    if output == "json":
+    if output_format == "json":
         print_json(
             _promotion_json(alias, done.candidates)
             | {
@@ -171,7 +178,7 @@ def _print_candidates(candidates: list[Candidate]) -> None:
 @click.option("--reason", default="", help="Kept in the ledger.")
 @adopt_option
 @format_option
-def rollback(name: str, alias: str, reason: str, adopt: bool, output: str) -> None:
+def rollback(name: str, alias: str, reason: str, adopt: bool, output_format: str) -> None:
     """Put an alias back on the version before; its files are verified first.
 
     Rolling back the first promotion takes the alias away.
@@ -179,7 +186,7 @@ def rollback(name: str, alias: str, reason: str, adopt: bool, output: str) -> No
     from limbeck.registry.gate.promotion import rollback as run
 
     entry = run(_store(), name, alias, reason=reason, adopt=adopt)
-    if output == "json":
+    if output_format == "json":
         print_json(entry)
     else:
         print_entries(name, [entry])
@@ -195,7 +202,7 @@ def rollback(name: str, alias: str, reason: str, adopt: bool, output: str) -> No
 @click.option("--remove", is_flag=True, help="No policy holds any more.")
 @click.option("--reason", default="", help="Kept in the ledger.")
 @format_option
-def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str, output: str) -> None:
+def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str, output_format: str) -> None:
     """Let an alias of NAME move by one policy alone, whoever promotes; without --policy, show the one that holds.
 
     The policy is kept with the model. Only those in its [override] people, and who set it, may change or remove
@@ -210,7 +217,7 @@ def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str,
         raise BadInput("--policy and --remove say opposite things", fix="give one of them")
     if path is None and not remove:
         policy = protecting_policy(store, name, alias)
-        if output == "json":
+        if output_format == "json":
             print_json({"alias": alias, "digest": policy and policy.digest(), "policy": policy})
         elif policy:
             print_table(
@@ -220,7 +227,7 @@ def protect(name: str, alias: str, path: Path | None, remove: bool, reason: str,
             print_status(f"{name}@{alias} is not protected; give it a policy: --policy FILE")
         return
     entry = run(store, name, alias, load_policy(path) if path else None, reason=reason)
-    if output == "json":
+    if output_format == "json":
         print_json(entry)
     if entry is None:
         print_status(f"{name}@{alias} is protected by this policy already")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--adopt", is_flag=True, help="Take what is wrong as it is: written as an entry, told no more.")
 @click.option("--reason", default="", help="With --adopt: kept in the ledger.")
 @format_option
-def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str, output: str) -> None:
+def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str, output_format: str) -> None:
     """The alias moves of NAME, from its ledger."""
     from limbeck.registry.gate import audit
     from limbeck.registry.mlflow.store import Store
@@ -37,7 +37,7 @@ def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str
     if alias is not None and not entries and alias not in book.aliases:
         known = sorted({entry.alias for entry in book.entries} | book.aliases.keys())
         raise BadInput(f"{name} never had an alias {alias!r}", fix=f"it had {', '.join(known) or 'none'}")
-    if output == "json":
+    if output_format == "json":
         told = {"problems": book.problems(), "adopted": book.remaining_adopted_problems()}
         print_json({"name": name, "aliases": book.aliases, "entries": entries} | told)
     else:

@@ -53,7 +53,7 @@ def list_(
     query: str,
     sort: str | None,
     limit: int | None,
-    output: str,
+    output_format: str,
     **fields: str | None,
 ) -> None:
     """The versions of NAME, or of all models; those of which everything holds that is asked."""
@@ -69,7 +69,7 @@ def list_(
     narrowed = asked or since or until or alias
     if name and not hits and not narrowed:
         raise store.not_found_error(name)
-    if output == "json":
+    if output_format == "json":
         print_json([_plain(hit) for hit in hits])
         return
     shown = list(dict.fromkeys(metric for hit in hits for metric in hit.metrics))
@@ -110,7 +110,7 @@ def _row(version: Version) -> tuple[Any, ...]:
 @click.command()
 @click.argument("ref")
 @format_option
-def show(ref: str, output: str) -> None:
+def show(ref: str, output_format: str) -> None:
     """All that is known of the version REF: NAME/VERSION or NAME@ALIAS."""
     from limbeck.registry.catalog.lineage import lineage_path
     from limbeck.registry.catalog.snippets import command_snippets, python_snippets
@@ -121,7 +121,7 @@ def show(ref: str, output: str) -> None:
     parity = store.parity(version)
     verdicts = store.verdicts(version)
     files = _files(store, version)
-    if output == "json":
+    if output_format == "json":
         about: dict[str, Any] = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files}
         about |= {"lineage": [node.ref for node in lineage_path(store, version)]}
         about |= {"use": command_snippets(version), "python": python_snippets(version)}
@@ -228,7 +228,7 @@ def _format_figures(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
 @click.command()
 @click.argument("model")
 @format_option
-def lineage(model: str, output: str) -> None:
+def lineage(model: str, output_format: str) -> None:
     """The tree that MODEL is in: teacher, student, ONNX variant.
 
     NAME/VERSION or NAME@ALIAS: the way up to its teacher, and all that was made of it. NAME: every tree.
@@ -236,7 +236,7 @@ def lineage(model: str, output: str) -> None:
     from limbeck.registry.catalog.lineage import lineage_trees as trees
 
     found = trees(_store(), model)
-    if output == "json":
+    if output_format == "json":
         print_json([tree.json() for tree in found])
         return
     for tree in found:

@@ -15,7 +15,7 @@ from limbeck.registry.core.terminal import format_option, print_json, print_stat
 @click.option("--model", "ref", metavar="NAME/VERSION", help="Judge this version, and write nothing.")
 @click.option("--to", "alias", default="production", show_default=True, help="The alias that is to point at it.")
 @format_option
-def check(file: Path, ref: str | None, alias: str, output: str) -> None:
+def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
     """Say in words what a policy asks, with the lines of what is wrong in it.
 
     Exit code 2 for a policy that cannot be used, that asks nothing or that no model can pass; with --model, 1
@@ -27,7 +27,7 @@ def check(file: Path, ref: str | None, alias: str, output: str) -> None:
     policy = load_policy(file)
     rules = list(describe_policy(policy))
     if ref is None:
-        if output == "json":
+        if output_format == "json":
             print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": None})
         else:
             print_table(str(file), ["rule", "what it asks"], rules)
@@ -41,7 +41,7 @@ def check(file: Path, ref: str | None, alias: str, output: str) -> None:
     store = Store()
     version = store.get(ref)
     verdict = apply_policy(policy, gather_evidence(store, version, policy, alias))
-    if output == "json":
+    if output_format == "json":
         print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": verdict})
     else:
         rows = [(each.rule, each.outcome, each.message) for each in verdict.rules]

@@ -18,11 +18,11 @@ EVENT_NAMES = ("promoted", "withdrawn", "registered", "new-model", "tagged")  # 
 
 @click.command("list")
 @format_option
-def list_(output: str) -> None:
+def list_(output_format: str) -> None:
     """The webhooks of the server."""
     from limbeck.registry.mlflow.webhooks import list_webhooks
 
-    _print(list_webhooks(_store()), output)
+    _print(list_webhooks(_store()), output_format)
 
 
 @click.command()
@@ -31,7 +31,7 @@ def list_(output: str) -> None:
     "--on", "on", type=click.Choice(EVENT_NAMES), multiple=True, required=True, help="What to tell of; repeatable."
 )
 @format_option
-def add(url: str, on: tuple[str, ...], output: str) -> None:
+def add(url: str, on: tuple[str, ...], output_format: str) -> None:
     """Have the server tell URL of what happens, after it has happened: a notice cannot veto.
 
     `promoted` tells of rollbacks too: an alias points at another version. Notices are signed where
@@ -41,7 +41,7 @@ def add(url: str, on: tuple[str, ...], output: str) -> None:
 
     secret = os.environ.get("LIMBECK_HOOK_SECRET") or None
     made = webhooks.add_webhook(_store(), url, list(dict.fromkeys(on)), secret)
-    _print([made], output)
+    _print([made], output_format)
     if secret is None:
         print_status("its notices are not signed: LIMBECK_HOOK_SECRET is not set")
 
@@ -65,8 +65,8 @@ def test(hook: str) -> None:
     print_status(f"hook {hook} answers {webhooks.send_test_notice(_store(), hook)}")
 
 
-def _print(found: list[Webhook], output: str) -> None:
-    if output == "json":
+def _print(found: list[Webhook], output_format: str) -> None:
+    if output_format == "json":
         print_json([hook._asdict() for hook in found])
     else:
         rows = [(hook.id, hook.url, " ".join(hook.events), "yes" if hook.active else "no") for hook in found]

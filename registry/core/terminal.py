@@ -19,7 +19,7 @@ LONGEST = 5000  # characters of a cell
 
 format_option = click.option(
     "--format",
-    "output",
+    "output_format",
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
