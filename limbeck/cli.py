@@ -38,7 +38,7 @@ POLICY: Table = {
         "Say in words what a policy asks; with --model, judge a version by it.",
     ),
 }
-WEBHOOKS_COMMANDS: Table = {
+WEBHOOKS: Table = {
     "list": ("limbeck.registry.commands.webhooks:list_", "The webhooks of the server."),
     "add": ("limbeck.registry.commands.webhooks:add", "Have the server tell an address of what happens."),
     "remove": ("limbeck.registry.commands.webhooks:remove", "Send no more notices by a webhook."),
@@ -84,7 +84,7 @@ COMMANDS: Table = {
     "deploy": ("limbeck.export.commands.serve:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("limbeck.export.commands.serve:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("limbeck.export.commands.export:generate", "Complete a prompt and tell the speed."),
-    "hooks": (WEBHOOKS_COMMANDS, "Notices by webhook of what happens to models."),
+    "webhooks": (WEBHOOKS, "Notices by webhook of what happens to models."),
     "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
     "doctor": ("limbeck.registry.commands.doctor:doctor", "What is installed, reachable, and what is wrong."),
 }

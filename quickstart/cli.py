@@ -79,7 +79,7 @@ def steps(
     yield ("Verdict: is the giant a waste here?", [("verdict", name)])
     yield (
         "Promotion: the cheapest variant that passes the policy",
-        [("promote", name, "--to", "production", "--policy", policy), ("leaderboard", name, "--format", "html")],
+        [("promote", name, "--alias", "production", "--policy", policy), ("leaderboard", name, "--format", "html")],
     )
     yield (
         "Use: a fresh process, the torch-free runtime, beside the teacher",

@@ -15,7 +15,7 @@ def command_snippets(version: Version) -> list[str]:
             f"limbeck generate {ref} PROMPT",
             f"limbeck serve {ref}",
             f"limbeck deploy {ref} --to DIR",
-            f"limbeck promote {ref} --to production",
+            f"limbeck promote {ref} --alias production",
         ]
     score = f"limbeck eval {ref} --tasks TASK,... --against {shlex.quote(version.teacher or 'TEACHER')}"
     return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from limbeck.registry.policy.schema import Policy
     from limbeck.registry.records import Verdict
 
-alias_option = click.option(
-    "--to", "alias", default="production", show_default=True, help="The alias that is asked for."
-)
+alias_option = click.option("--alias", default="production", show_default=True, help="The alias that is asked for.")
 
 
 @click.command()
@@ -38,7 +36,7 @@ def request(ref: str, alias: str, reason: str, output_format: str) -> None:
     if output_format == "json":
         print_json(made)
     print_status(
-        f"{made.who} asks for {made.name}/{made.version} at {alias}; to answer: limbeck approve {ref} --to {alias}"
+        f"{made.who} asks for {made.name}/{made.version} at {alias}; to answer: limbeck approve {ref} --alias {alias}"
     )
 
 

@@ -43,7 +43,7 @@ def policy_for_alias(store: Store, name: str, alias: str, path: Path | None) -> 
 
 @click.command()
 @click.argument("model")
-@click.option("--to", "alias", default="production", show_default=True, help="The alias to move.")
+@click.option("--alias", default="production", show_default=True, help="The alias to move.")
 @policy_option
 @click.option("--reason", default="", help="Kept in the ledger.")
 @click.option("--dry-run", is_flag=True, help="Judge, and write nothing.")
@@ -115,7 +115,7 @@ def _override_hint(store: Store, model: str, alias: str, policy: Policy) -> str 
     version = store.get(model)
     if not can_override(policy, identity.current_user(store.tracking_uri), store, version.name):
         return None
-    return f"you may all the same: limbeck promote {version.ref} --to {alias} --override --reason ..."
+    return f"you may all the same: limbeck promote {version.ref} --alias {alias} --override --reason ..."
 
 
 def _warn_unprotected(store: Store, name: str, alias: str) -> None:

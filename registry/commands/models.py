@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--until", metavar="DATE", help="Registered before.")
 @click.option("--filter", "query", default="", help="MLflow's language, as in \"tags.`limbeck.precision` = 'int8'\".")
 @click.option("--sort", metavar="KEY", help="A column or metric; -KEY turns the order.")
-@click.option("--limit", type=click.IntRange(min=1), help="So many at most.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N versions.", metavar="N")
 @format_option
 def list_(
     name: str | None,
@@ -169,7 +169,7 @@ def _requests_and_sbom(store: Store, version: Version) -> dict[str, Any]:
         answers = {request.alias: approvals.request_and_answers(store, version, request.alias)[1] for request in own}
         found["requests"] = [{"request": each, "answers": answers[each.alias]} for each in own]
     if bill := attestation.find_sbom(store, version):
-        found["bill_of_materials"] = bill.digest
+        found["sbom"] = bill.digest
     return found
 
 
@@ -179,8 +179,8 @@ def _request_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{request.alias} is asked for by {request.who}", request.reason
         for answer in each["answers"]:
             yield f"  {answer.answer} by {answer.who}", answer.reason
-    if "bill_of_materials" in found:
-        yield "bill of materials", found["bill_of_materials"]
+    if "sbom" in found:
+        yield "SBOM", found["sbom"]
 
 
 def _step(node: LineageNode) -> tuple[str, str, str | None]:

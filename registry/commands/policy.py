@@ -13,7 +13,7 @@ from limbeck.registry.core.terminal import format_option, print_json, print_stat
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", "ref", metavar="NAME/VERSION", help="Judge this version, and write nothing.")
-@click.option("--to", "alias", default="production", show_default=True, help="The alias that is to point at it.")
+@click.option("--alias", default="production", show_default=True, help="The alias that is to point at it.")
 @format_option
 def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
     """Say in words what a policy asks, with the lines of what is wrong in it.

@@ -1,4 +1,4 @@
-"""`limbeck hooks list`, `add`, `remove` and `test`: notices by webhook, for those who want them."""
+"""`limbeck webhooks list`, `add`, `remove` and `test`: the webhooks of the MLflow server."""
 
 from __future__ import annotations
 
@@ -14,63 +14,70 @@ if TYPE_CHECKING:
     from limbeck.registry.mlflow.webhooks import Webhook
 
 EVENT_NAMES = ("promoted", "withdrawn", "registered", "new-model", "tagged")  # limbeck.registry.mlflow.webhooks.EVENTS
+SECRET_VARIABLE = "LIMBECK_WEBHOOK_SECRET"
 
 
 @click.command("list")
 @format_option
 def list_(output_format: str) -> None:
-    """The webhooks of the server."""
+    """List the webhooks of the server."""
     from limbeck.registry.mlflow.webhooks import list_webhooks
 
-    _print(list_webhooks(_store()), output_format)
+    _print_webhooks(list_webhooks(_store()), output_format)
 
 
 @click.command()
 @click.argument("url")
 @click.option(
-    "--on", "on", type=click.Choice(EVENT_NAMES), multiple=True, required=True, help="What to tell of; repeatable."
+    "--event",
+    "events",
+    type=click.Choice(EVENT_NAMES),
+    multiple=True,
+    required=True,
+    help="Send a notice of this event; repeatable.",
 )
 @format_option
-def add(url: str, on: tuple[str, ...], output_format: str) -> None:
-    """Have the server tell URL of what happens, after it has happened: a notice cannot veto.
+def add(url: str, events: tuple[str, ...], output_format: str) -> None:
+    """Have the server send a notice to URL after an event. A notice cannot veto the event.
 
-    `promoted` tells of rollbacks too: an alias points at another version. Notices are signed where
-    LIMBECK_HOOK_SECRET is set (HMAC-SHA256; X-MLflow-Signature). It takes an administrator of the server.
+    `promoted` means that an alias points at another version, so rollbacks send it too. If LIMBECK_WEBHOOK_SECRET is
+    set, the server signs its notices (HMAC-SHA256 in X-MLflow-Signature). Only an administrator of the server can add
+    a webhook.
     """
     from limbeck.registry.mlflow import webhooks
 
-    secret = os.environ.get("LIMBECK_HOOK_SECRET") or None
-    made = webhooks.add_webhook(_store(), url, list(dict.fromkeys(on)), secret)
-    _print([made], output_format)
+    secret = os.environ.get(SECRET_VARIABLE) or None
+    webhook = webhooks.add_webhook(_store(), url, list(dict.fromkeys(events)), secret)
+    _print_webhooks([webhook], output_format)
     if secret is None:
-        print_status("its notices are not signed: LIMBECK_HOOK_SECRET is not set")
+        print_status(f"its notices are not signed: {SECRET_VARIABLE} is not set")
 
 
 @click.command()
-@click.argument("hook")
-def remove(hook: str) -> None:
-    """Send no more notices by the webhook of the id HOOK."""
+@click.argument("webhook")
+def remove(webhook: str) -> None:
+    """Remove the webhook with the id WEBHOOK."""
     from limbeck.registry.mlflow import webhooks
 
-    webhooks.remove_webhook(_store(), hook)
-    print_status(f"hook {hook} is removed")
+    webhooks.remove_webhook(_store(), webhook)
+    print_status(f"webhook {webhook} is removed")
 
 
 @click.command()
-@click.argument("hook")
-def test(hook: str) -> None:
-    """Have the server send an example by the webhook of the id HOOK now."""
+@click.argument("webhook")
+def test(webhook: str) -> None:
+    """Have the server send an example notice by the webhook with the id WEBHOOK now."""
     from limbeck.registry.mlflow import webhooks
 
-    print_status(f"hook {hook} answers {webhooks.send_test_notice(_store(), hook)}")
+    print_status(f"webhook {webhook} answers {webhooks.send_test_notice(_store(), webhook)}")
 
 
-def _print(found: list[Webhook], output_format: str) -> None:
+def _print_webhooks(webhooks: list[Webhook], output_format: str) -> None:
     if output_format == "json":
-        print_json([hook._asdict() for hook in found])
+        print_json([each._asdict() for each in webhooks])
     else:
-        rows = [(hook.id, hook.url, " ".join(hook.events), "yes" if hook.active else "no") for hook in found]
-        print_table("", ["hook", "address", "tells of", "active"], rows)
+        rows = [(each.id, each.url, " ".join(each.events), "yes" if each.active else "no") for each in webhooks]
+        print_table("", ["webhook", "address", "events", "active"], rows)
 
 
 def _store() -> Store:

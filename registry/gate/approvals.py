@@ -165,7 +165,7 @@ def request_to_answer(store: Store, state: ApprovalState, alias: str, who: str |
             "\n".join(
                 [f"nobody asks that {alias} may point at {version.ref}", *(f"  {why}" for why in state.ignored_records)]
             ),
-            fix=f"ask first: limbeck request {version.ref} --to {alias} --reason ...",
+            fix=f"ask first: limbeck request {version.ref} --alias {alias} --reason ...",
         )
     policy = protection.protecting_policy(store, version.name, alias)
     if why := ineligibility_reason(version, state.request, policy, who):

@@ -222,7 +222,7 @@ def rollback_target(ledger_snapshot: Ledger, alias: str) -> int | None:
     if history[-1] != ledger_snapshot.aliases.get(alias) or (len(history) == 1 and ledger_snapshot.adopted_problems):
         raise Refused(
             f"the ledger of {ledger_snapshot.name} does not tell where {alias} was before",
-            fix=f"name the version: limbeck promote {ledger_snapshot.name}/VERSION --to {alias} --adopt",
+            fix=f"name the version: limbeck promote {ledger_snapshot.name}/VERSION --alias {alias} --adopt",
         )
     return history[-2] if len(history) > 1 else None
 

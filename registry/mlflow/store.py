@@ -315,7 +315,7 @@ class Store(Findings):
         aliases = list(self.aliases(name))
         return BadInput(
             f"{name} has no alias {alias!r}",
-            fix=f"it has {', '.join(aliases)}" if aliases else f"give it one: limbeck promote {name} --to {alias}",
+            fix=f"it has {', '.join(aliases)}" if aliases else f"give it one: limbeck promote {name} --alias {alias}",
         )
 
     def versions(self, name: str | None = None, filter_string: str = "") -> list[Version]:

@@ -63,7 +63,7 @@ def add_webhook(store: Store, url: str, event_names: list[str], secret: str | No
     if same := [
         each for each in list_webhooks(store) if each.url == redact_urls(url) and set(each.events) == set(event_names)
     ]:
-        raise BadInput(f"hook {same[0].id} is there already", fix=f"limbeck hooks remove {same[0].id}")
+        raise BadInput(f"webhook {same[0].id} is there already", fix=f"limbeck webhooks remove {same[0].id}")
     events = [EVENTS[word] for word in event_names]
     return _to_webhook(store.client.create_webhook("limbeck-" + "-".join(event_names), url, events, secret=secret))
 
@@ -90,14 +90,14 @@ def send_test_notice(store: Store, webhook_id: str) -> int:
     if not result.success:
         answer = f"it answers {result.response_status}" if result.response_status else result.error_message
         raise LimbeckError(
-            f"hook {webhook_id}: {answer}",
+            f"webhook {webhook_id}: {answer}",
             fix="the server has to reach it; MLflow sends to public addresses alone, see docs/team.md",
         )
     return int(result.response_status)
 
 
 def _unknown_webhook_error(webhook_id: str) -> BadInput:
-    return BadInput(f"there is no hook {webhook_id}", fix="limbeck hooks list")
+    return BadInput(f"there is no webhook {webhook_id}", fix="limbeck webhooks list")
 
 
 def _to_webhook(found: Any) -> Webhook:

@@ -192,7 +192,7 @@ def _metrics(card: Scorecard) -> Iterator[Json]:
         limits = None if half is None else (result.value - half, result.value + half)
         yield _metric(result.metric, result.value, limits, task)
     if card.relative and (kept := card.relative.retention):
-        yield _metric(f"share of the quality of {card.relative.teacher}", kept.value, (kept.low, kept.high))
+        yield _metric(f"retention against {card.relative.teacher}", kept.value, (kept.low, kept.high))
     if card.relative and card.relative.cost_ratio is not None:
         yield _metric(f"cost over that of {card.relative.teacher}", card.relative.cost_ratio)
     if card.cost:

@@ -136,10 +136,10 @@ def test_names_that_are_long_or_twins(still: Still) -> None:
 @pytest.mark.parametrize("alias", ["latest", "LATEST", "v3", "V12"])
 def test_aliases_that_mlflow_keeps_for_itself(still: Still, alias: str, limbeck: Callable[..., Result]) -> None:
     for command in (
-        ("promote", "still/3", "--to", alias),
+        ("promote", "still/3", "--alias", alias),
         ("rollback", "still", "--alias", alias),
         ("protect", "still", "--alias", alias, "--policy", "policy.toml"),
-        ("request", "still/3", "--to", alias, "--reason", "why"),
+        ("request", "still/3", "--alias", alias, "--reason", "why"),
     ):
         code, _, err = limbeck(*command)
         assert (code, "is reserved by MLflow" in err) == (2, True), command
@@ -148,7 +148,7 @@ def test_aliases_that_mlflow_keeps_for_itself(still: Still, alias: str, limbeck:
 
 @pytest.mark.parametrize("alias", ["", "a/b", "../a", "a@b", "é", "a\n", "1", "x" * 101, "\x1b[2J"])
 def test_aliases_that_are_none(still: Still, alias: str, limbeck: Callable[..., Result]) -> None:
-    for command in (("promote", "still/3", "--to", alias), ("request", "still/3", "--to", alias, "--reason", "why")):
+    for command in (("promote", "still/3", "--alias", alias), ("request", "still/3", "--alias", alias, "--reason", "why")):
         code, _, err = limbeck(*command)
         assert (code, "is no alias" in err, is_clean(err)) == (2, True, True)
 
@@ -319,7 +319,7 @@ def test_a_source_elsewhere(still: Still, source: str, limbeck: Callable[..., Re
     with pytest.raises(DamagedArtifact, match="where Limbeck keeps none"):
         still.store.verified_folder(version)
     assert still.store.find_local_folder(version) is None
-    code, _, err = limbeck("promote", "still/3", "--to", "staging")
+    code, _, err = limbeck("promote", "still/3", "--alias", "staging")
     assert (code, is_clean(err)) == (2, True)
     assert still.store.aliases("still") == {"production": 3}
 
@@ -349,7 +349,7 @@ def test_nobodys_text_tells_the_terminal_what_to_do(still: Still, limbeck: Calla
         ("models", "history", "still"),
         ("models", "lineage", "still/3"),
         ("models", "card", "still/4"),
-        ("promote", "still/4", "--to", "other"),
+        ("promote", "still/4", "--alias", "other"),
         ("leaderboard", "still"),
     ):
         _, out, err = limbeck(*command)
@@ -434,7 +434,7 @@ def test_what_is_too_large(still: Still, limbeck: Callable[..., Result]) -> None
 def test_policies_that_no_model_can_pass(still: Still, text: str, words: str, limbeck: Callable[..., Result]) -> None:
     Path("policy.toml").write_text(text)
     for command in (
-        ("promote", "still/3", "--to", "staging"),
+        ("promote", "still/3", "--alias", "staging"),
         ("protect", "still", "--alias", "staging", "--policy", "policy.toml"),
         ("policy", "check", "policy.toml"),
     ):
@@ -538,7 +538,7 @@ def test_somebody_elses_score_is_no_score(still: Still, limbeck: Callable[..., R
     tags = store.client.get_model_version("still", "3").tags
     key = next(key for key in tags if key.startswith("limbeck.scorecard."))
     store.client.set_model_version_tag("still", "5", key, tags[key])
-    code, _, err = limbeck("promote", "still/5", "--to", "staging")
+    code, _, err = limbeck("promote", "still/5", "--alias", "staging")
     assert (code, "the scorecard is of other files" in err) == (1, True)
     assert store.aliases("still") == {"production": 3}
 

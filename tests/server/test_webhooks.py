@@ -48,18 +48,18 @@ def test_notices_are_sent_and_signed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url, got = receiver
-    monkeypatch.setenv("LIMBECK_HOOK_SECRET", "known to both")
+    monkeypatch.setenv("LIMBECK_WEBHOOK_SECRET", "known to both")
     be("ann")
-    refused = limbeck("hooks", "add", url, "--on", "promoted")
+    refused = limbeck("webhooks", "add", url, "--event", "promoted")
     assert (refused.code, "does not let ann do this (webhooks)" in refused.err) == (2, True), refused.err
     be("admin")
-    added = limbeck("hooks", "add", url, "--on", "promoted", "--on", "registered", "--format", "json")
+    added = limbeck("webhooks", "add", url, "--event", "promoted", "--event", "registered", "--format", "json")
     assert added.code == 0, added.err
-    (hook,) = json.loads(added.out)
-    assert (hook["url"], sorted(hook["on"])) == (url, ["promoted", "registered"])
-    assert "known to both" not in added.out + added.err + limbeck("hooks", "list", "--format", "json").out
-    assert limbeck("hooks", "add", url, "--on", "registered", "--on", "promoted").code == 2  # it is there
-    assert limbeck("hooks", "test", hook["id"]).code == 0
+    (webhook,) = json.loads(added.out)
+    assert (webhook["url"], sorted(webhook["events"])) == (url, ["promoted", "registered"])
+    assert "known to both" not in added.out + added.err + limbeck("webhooks", "list", "--format", "json").out
+    assert limbeck("webhooks", "add", url, "--event", "registered", "--event", "promoted").code == 2  # it is there
+    assert limbeck("webhooks", "test", webhook["id"]).code == 0
     assert len(got) == 1
 
     be("ann")
@@ -78,13 +78,13 @@ def test_notices_are_sent_and_signed(
         assert headers["X-MLflow-Signature"] == "v1," + base64.b64encode(expected).decode()
 
     be("admin")
-    assert limbeck("hooks", "remove", hook["id"]).code == 0
-    assert json.loads(limbeck("hooks", "list", "--format", "json").out) == []
-    assert limbeck("hooks", "remove", hook["id"]).code == 2
+    assert limbeck("webhooks", "remove", webhook["id"]).code == 0
+    assert json.loads(limbeck("webhooks", "list", "--format", "json").out) == []
+    assert limbeck("webhooks", "remove", webhook["id"]).code == 2
 
 
 @pytest.mark.parametrize("url", ["http://example.com/x", "ftp://127.0.0.1", "nowhere", "https://"])
 def test_addresses_that_cannot_be_used(be: Callable[..., None], limbeck: Callable[..., Result], url: str) -> None:
     be("admin")
-    result = limbeck("hooks", "add", url, "--on", "promoted")
+    result = limbeck("webhooks", "add", url, "--event", "promoted")
     assert (result.code, "is no address for notices" in result.err) == (2, True)

@@ -27,7 +27,7 @@ def approval_results(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]
     need = f"{asked.needed} {'person has' if asked.needed == 1 else 'people have'} to approve{of}"
     void = "".join(f"; {why}" for why in evidence.ignored_records)
     if request is None or not _request_matches(request, evidence):
-        ask = f"limbeck request {version.ref} --to {evidence.alias} --reason ..."
+        ask = f"limbeck request {version.ref} --alias {evidence.alias} --reason ..."
         yield rule_result(NAME, "inconclusive", f"{need}, and nobody asked for it{void}; run: {ask}")
         return
     answers = {
@@ -44,7 +44,7 @@ def approval_results(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]
     if len(counting) >= asked.needed:
         yield rule_result(NAME, "pass", words)
     else:
-        yield rule_result(NAME, "inconclusive", f"{words}; run: limbeck approve {version.ref} --to {evidence.alias}")
+        yield rule_result(NAME, "inconclusive", f"{words}; run: limbeck approve {version.ref} --alias {evidence.alias}")
 
 
 def _request_matches(request: Request, evidence: Evidence) -> bool:

@@ -60,7 +60,7 @@ def test_policies_and_aliases_that_cannot_be_used(scored: Still, limbeck: Limbec
     result = limbeck("promote", "still")
     assert (result.code, "policy.toml:2: unknown key quality.min_retantion" in result.err) == (2, True)
     Path("policy.toml").write_text("[quality]\nmin_retention = 0.8\n")
-    result = limbeck("promote", "still", "--to", "v1")
+    result = limbeck("promote", "still", "--alias", "v1")
     assert (result.code, "reserved by MLflow" in result.err) == (2, True)
     assert limbeck("rollback", "still", "--alias", "a b").code == 2
     assert limbeck("promote", "still", "--reason", "x" * 3000).code == 2

@@ -216,7 +216,7 @@ def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.Monke
     assert limbeck("request", "still/4").code == 2
     asked = limbeck("request", "still/4", "--reason", "<b>cheap</b>\x1b[2J", "--format", "json")
     assert json.loads(asked.out)["reason"] == "<b>cheap</b>\x1b[2J"
-    assert asked.err == "ann asks for still/4 at production; to answer: limbeck approve still/4 --to production\n"
+    assert asked.err == "ann asks for still/4 at production; to answer: limbeck approve still/4 --alias production\n"
     refused = limbeck("approve", "still/4")
     assert (refused.code, "ann made still/4" in refused.err, refused.out) == (1, True, "")
     refused = limbeck("promote", "still/4")
@@ -232,7 +232,7 @@ def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.Monke
     assert "retention 0.9700 [0.9500, 0.9900]" in yes.out  # the verdict
     assert "not yet" in yes.out  # the answers so far
     (waits,) = json.loads(limbeck("requests", "--format", "json").out)
-    assert (waits["version"], waits["approved_by"], waits["waiting"]) == (4, ["bob"], ["carol"])
+    assert (waits["version"], waits["approved_by"], waits["eligible_approvers"]) == (4, ["bob"], ["carol"])
     assert [answer["answer"] for answer in waits["answers"]] == ["reject", "approve"]
     assert waits["answers"][1]["verdict"]
     assert limbeck("promote", "still/4").code == 0

@@ -167,7 +167,7 @@ def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.Monke
     assert (refused.code, "the policy lets carol override it, not ann" in refused.err) == (1, True)
     monkeypatch.setenv("LIMBECK_USER", "carol")
     refused = limbeck("promote", "still/5")
-    assert "limbeck promote still/5 --to production --override --reason ..." in refused.err
+    assert "limbeck promote still/5 --alias production --override --reason ..." in refused.err
     tried = limbeck("promote", "still/5", "--override", "--reason", "now", "--dry-run")
     assert (tried.code, scored.store.aliases("still")) == (0, {})
     done = limbeck("promote", "still/5", "--override", "--reason", "now", "--format", "json")

@@ -129,7 +129,7 @@ def test_scores_and_verdict_are_in_it(scored: Still) -> None:
     bits = next(each for each in metrics if each.get("slice") == "bits")
     assert (bits["type"], bits["value"]) == ("acc", "0.5")
     assert bits["confidenceInterval"] == {"lowerBound": "0.4804", "upperBound": "0.5196"}
-    kept = next(each for each in metrics if each["type"] == "share of the quality of still/1")
+    kept = next(each for each in metrics if each["type"] == "retention against still/1")
     assert (kept["value"], kept["confidenceInterval"]) == ("0.97", {"lowerBound": "0.95", "upperBound": "0.99"})
     properties = {each["name"]: each["value"] for each in said["metadata"]["component"]["properties"]}
     [verdict] = scored.store.verdicts(version)
