@@ -62,6 +62,14 @@ def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     yield from _packages()
     yield from _machine()
     yield _hub()
+    try:
+        yield from _registry(deep, clean)
+    except ModuleNotFoundError as error:
+        yield Check("note", "registry", _not_examined(error))
+
+
+def _registry(deep: bool, clean: bool) -> Iterator[Check]:
+    """The tracking store, and what is registered there."""
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         yield Check("note", "tracking store", f"{uri} is not there yet; the first command that needs it makes it")
@@ -73,9 +81,6 @@ def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
         versions = store.versions()
     except LimbeckError as error:
         yield Check("wrong", "tracking store", error.message, error.fix or "see above")
-        return
-    except ModuleNotFoundError as error:
-        yield Check("note", "tracking store", _not_examined(error))
         return
     took = time.monotonic() - start
     yield Check("ok", "tracking store", f"{redact_urls(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from limbeck.cli import EXTRAS, missing_package
 from limbeck.registry.core.extras import distribution_of_module, install_command, packages_of_extras
 from limbeck.registry.doctor import read_tested_versions
+from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.limbeck.host_helpers import distributions_of_host, run_on_host
 
@@ -115,9 +116,9 @@ def test_the_extra_is_that_of_the_command_if_it_brings_the_package() -> None:
     assert install_command("click", "serve") == "pip install limbeck"
 
 
-def test_doctor_on_a_machine_with_the_command_line_alone(tmp_path: Path) -> None:
-    (tmp_path / ".limbeck").mkdir()
-    (tmp_path / ".limbeck" / "mlflow.db").touch()
+def test_doctor_on_a_machine_with_the_command_line_alone(store: Store, limbeck_home: Path, tmp_path: Path) -> None:
+    limbeck_home.rename(tmp_path / ".limbeck")
     ran = run_on_host(tmp_path, distributions_of_host(), "doctor")
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "lists 0 versions" in ran.stdout
     assert "mlflow is not installed; to install: pip install 'limbeck[registry]'" in ran.stdout
