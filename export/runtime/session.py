@@ -56,7 +56,7 @@ class Session:
     ) -> None:
         self.onnx_session = session
         self.device = device
-        self.is_fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "is_fused"
+        self.is_fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config

@@ -232,7 +232,7 @@ async def stream_deltas(
                 )
             for index in range(place * n, place * n + n):
                 lengths[index] = len(text)
-                yield Delta(index, text, None if body.max_new_tokens() else "max_new_tokens", logprobs)
+                yield Delta(index, text, None if body.max_new_tokens() else "length", logprobs)
     if body.max_new_tokens() == 0:
         return
     async with aclosing(scheduler.generate(rows, body.to_sampling(body.max_new_tokens(), body.logprobs))) as events:

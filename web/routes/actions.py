@@ -36,9 +36,11 @@ SentForm = Annotated[dict[str, str], Depends(require_session_form)]
 def choose_version(request: Request, name: str, site: SiteDependency, alias: str = PRODUCTION) -> Response:
     """The versions that may be promoted, each with the gate's verdict."""
     with not_found_as_404():
-        door = gate.read_alias_gate(site, name, alias)
-    known, others = gate.cheapest_candidates(site, door) if door.policy else ([], 0)
-    return _alias_page(request, "choose.html", door, "promote", known=known, others=others)
+        alias_gate = gate.read_alias_gate(site, name, alias)
+    candidates, not_judged_count = gate.cheapest_candidates(site, alias_gate) if alias_gate.policy else ([], 0)
+    return _alias_page(
+        request, "choose.html", alias_gate, "promote", candidates=candidates, not_judged_count=not_judged_count
+    )
 
 
 @router.get("/models/{name}/{number}/promote")
@@ -53,20 +55,20 @@ def promote(request: Request, name: str, number: int, site: SiteDependency, sent
     alias, reason, override = _field(sent, "alias"), sent.get("reason", ""), "override" in sent
 
     def act() -> str:
-        door, version = _alias_and_version(site, name, number, alias)
+        alias_gate, version = _alias_and_version(site, name, number, alias)
         if override and sent.get("confirm", "").strip() != version.ref:
             raise BadInput(f"to go over the verdict, type {version.ref} in the form")
-        if door.last_entry_hash != _field(sent, "last_entry_hash"):
+        if alias_gate.last_entry_hash != _field(sent, "last_entry_hash"):
             raise Refused(f"{name}@{alias} was moved meanwhile", fix="look again at what is replaced, then promote")
         done = promotion.promote(
             site.store,
             version.ref,
             alias,
-            door.fallback_policy,
-            who=door.user,
+            alias_gate.fallback_policy,
+            who=alias_gate.user,
             reason=reason,
             override=override,
-            expected_verdict=_field(sent, "judgement"),
+            expected_verdict=_field(sent, "verdict_digest"),
         )
         return _history(name, done.entry)
 
@@ -85,33 +87,33 @@ def _promotion_page(
     error: LimbeckError | None = None,
     reason: str = "",
 ) -> Response:
-    door, version = _alias_and_version(site, name, number, alias)
-    candidate = gate.judge_candidate(site, door, version)
+    alias_gate, version = _alias_and_version(site, name, number, alias)
+    candidate = gate.judge_candidate(site, alias_gate, version)
     verdict = candidate.verdict if candidate else None
-    asked = gate.approval_state(site, door, version)
-    present = f"{name}/{door.current_version}" if door.current_version is not None else None
-    why = list(_obstacles(request.state.session, door))
-    if door.current_version == number:
+    asked = gate.approval_state(site, alias_gate, version)
+    present = f"{name}/{alias_gate.current_version}" if alias_gate.current_version is not None else None
+    why = list(_obstacles(request.state.session, alias_gate))
+    if alias_gate.current_version == number:
         why.append(f"{alias} is {version.ref} already")
     may_override = (
-        bool(verdict and verdict.outcome != "pass" and not why) and gate.override_obstacle(site, door) is None
+        bool(verdict and verdict.outcome != "pass" and not why) and gate.override_obstacle(site, alias_gate) is None
     )
-    if door.policy is None and not door.problem:
+    if alias_gate.policy is None and not alias_gate.problem:
         why.append("no policy judges this alias")
     if verdict and verdict.outcome != "pass":
         why.append(f"the verdict is {verdict.outcome}")
     return _alias_page(
         request,
         "promote.html",
-        door,
+        alias_gate,
         "promote",
         error,
         version=version,
         verdict=verdict,
         asked=asked,
-        no_say=gate.answer_obstacle(door, asked),
+        answer_obstacle=gate.answer_obstacle(alias_gate, asked),
         present=present,
-        changes=_changes(site, version, present) if present and door.current_version != number else None,
+        changes=_changes(site, version, present) if present and alias_gate.current_version != number else None,
         why=why,
         may_override=may_override,
         reason=reason,
@@ -151,9 +153,14 @@ def roll_back(request: Request, name: str, site: SiteDependency, sent: SentForm)
         if not reason:
             raise BadInput("a rollback needs a reason")
         with not_found_as_404():
-            door = gate.read_alias_gate(site, name, alias)
+            alias_gate = gate.read_alias_gate(site, name, alias)
         entry = promotion.rollback(
-            site.store, name, alias, who=door.user, reason=reason, expected_last_entry=_field(sent, "seen")
+            site.store,
+            name,
+            alias,
+            who=alias_gate.user,
+            reason=reason,
+            expected_last_entry=_field(sent, "last_entry_hash"),
         )
         return _history(name, entry)
 
@@ -167,10 +174,10 @@ def _rollback_page(
     request: Request, site: Site, name: str, alias: str, error: LimbeckError | None = None, reason: str = ""
 ) -> Response:
     with not_found_as_404():
-        door = gate.read_alias_gate(site, name, alias)
-    back = gate.rollback_target_with_entry(door)
+        alias_gate = gate.read_alias_gate(site, name, alias)
+    back = gate.rollback_target_with_entry(alias_gate)
     target, entry = back or (None, None)
-    why = list(_obstacles(request.state.session, door))
+    why = list(_obstacles(request.state.session, alias_gate))
     if back is None:
         why.append(f"nothing was promoted to {alias} that could be rolled back")
     version = None
@@ -183,7 +190,7 @@ def _rollback_page(
     return _alias_page(
         request,
         "rollback.html",
-        door,
+        alias_gate,
         "roll back",
         error,
         back=back is not None,
@@ -210,8 +217,8 @@ def request_promotion(request: Request, name: str, number: int, site: SiteDepend
     alias, reason = _field(sent, "alias"), sent.get("reason", "")
 
     def act() -> str:
-        door, version = _alias_and_version(site, name, number, alias)
-        approvals.request_approval(site.store, version.ref, alias, who=door.user, reason=reason)
+        alias_gate, version = _alias_and_version(site, name, number, alias)
+        approvals.request_approval(site.store, version.ref, alias, who=alias_gate.user, reason=reason)
         return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
 
     try:
@@ -226,23 +233,23 @@ def answer_request(request: Request, name: str, number: int, site: SiteDependenc
     alias = _field(sent, "alias")
 
     def act() -> str:
-        door, version = _alias_and_version(site, name, number, alias)
-        said = _field(sent, "said")
+        alias_gate, version = _alias_and_version(site, name, number, alias)
+        said = _field(sent, "answer")
         if said not in ("approve", "reject"):
             raise BadInput(f"an answer is approve or reject, not {said!r}")
-        asked = gate.approval_state(site, door, version)
-        candidate = gate.judge_candidate(site, door, version)
+        asked = gate.approval_state(site, alias_gate, version)
+        candidate = gate.judge_candidate(site, alias_gate, version)
         verdict = candidate.verdict if candidate else None
         if asked.request is None or asked.request.digest() != sent.get("request"):
             raise Refused("another request is open now than the one that was shown", fix="look again, then answer")
-        if (verdict.content_digest if verdict else "") != sent.get("content_digest"):
+        if (verdict.content_digest if verdict else "") != _field(sent, "verdict_digest"):
             raise Refused("the verdict is another one now than the one that was shown", fix="look again, then answer")
         approvals.answer_request(
             site.store,
             version.ref,
             alias,
             "approve" if said == "approve" else "reject",
-            who=door.user,
+            who=alias_gate.user,
             reason=sent.get("reason", ""),
             verdict=verdict,
         )
@@ -269,7 +276,7 @@ def _obstacles(session: Session | None, alias_gate: AliasGate) -> list[str]:
 
 def _act_once(request: Request, site: Site, form_fields: dict[str, str], action: Callable[[], str]) -> Response:
     """Go where `action` says; the same form sent again goes there too, and nothing is done twice."""
-    _field(form_fields, "once")
+    _field(form_fields, "form_id")
     form = "&".join([request.url.path, *(f"{name}={value}" for name, value in sorted(form_fields.items()))])
     return RedirectResponse(site.guard.once_per_form.run(form, action), 303)
 
@@ -295,7 +302,7 @@ def _alias_page(
         }
     )
     crumbs = [("Models", "/"), (alias_gate.name, model_link(alias_gate.name)), (current_crumb, None)]
-    shared = {"door": alias_gate, "aliases": aliases, "crumbs": crumbs, "once": secrets.token_urlsafe(9)}
+    shared = {"alias_gate": alias_gate, "aliases": aliases, "crumbs": crumbs, "form_id": secrets.token_urlsafe(9)}
     if error is not None:
         shared |= {"flash": str(error), "flash_kind": "problem"}
     return render_page(request, template, status=status, **shared | values)

@@ -37,7 +37,7 @@ def history(request: Request, name: str, site: Annotated[Site, Depends(current_s
         flash=describe_entry(written) if written else None,
         book=book,
         problems=problems,
-        unfinished_move=[book.unfinished_move(alias) for alias in sorted({each.alias for each in book.entries})],
+        unfinished_moves=[book.unfinished_move(alias) for alias in sorted({each.alias for each in book.entries})],
         written=entry,
     )
 

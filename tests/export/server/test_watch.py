@@ -18,7 +18,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.gate.promotion import rollback
 from limbeck.registry.ledger import log as ledger
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Version
+from limbeck.registry.records import NewVersion, Version
 from tests.conftest import make_model
 from tests.export.export_helpers import Served, serving
 from tests.export.server.test_clients import body, metric, root, until
@@ -85,12 +85,12 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
     store: Store, artifacts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first, second = (
-        store.register("coder", folder, kind="onnx", engine="onnxruntime", parent=f"coder/{i}")
+        store.register(NewVersion(name="coder", kind="onnx", engine="onnxruntime", parent=f"coder/{i}"), folder)
         for i, folder in enumerate(artifacts)
     )
     move(store, first)
     expected = {version.ref: said(store.verified_folder(version)) for version in (first, second)}
-    with serving("coder@production", "", "--follow-seconds", 0.1) as served:
+    with serving("coder@production", "", "--watch-seconds", 0.1) as served:
 
         def version() -> str:
             return httpx.get(f"{root(served)}/ready").json()["version"]
@@ -122,7 +122,7 @@ def test_a_folder_is_served_anew_when_it_is_replaced_or_sighup_comes(
 ) -> None:
     bundle = shutil.copytree(artifacts[0], tmp_path / "bundle")
     texts = [said(folder) for folder in artifacts]
-    with serving(bundle, "", "--follow-seconds", 0.1) as served, hammered(served, "bundle") as told:
+    with serving(bundle, "", "--watch-seconds", 0.1) as served, hammered(served, "bundle") as told:
         shutil.copytree(artifacts[1], tmp_path / "next")
         bundle.rename(tmp_path / "old")
         (tmp_path / "next").rename(bundle)

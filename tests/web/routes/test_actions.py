@@ -73,7 +73,14 @@ def test_a_reader_sees_all_and_can_press_nothing(site: Site) -> None:
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("what", ["4/promote", "rollback", "4/request", "4/answer"])
 def test_a_change_without_a_session_is_refused(site: Site, what: str) -> None:
-    form = {"csrf": "", "once": "1", "alias": "production", "seen": "", "judgement": "", "reason": "r"}
+    form = {
+        "csrf": "",
+        "form_id": "1",
+        "alias": "production",
+        "last_entry_hash": "",
+        "verdict_digest": "",
+        "reason": "r",
+    }
     answer = Visitor(site).post(f"/models/still/{what}", form)
     assert answer.status_code == 403
     assert "you are not logged in" in answer.text
@@ -134,7 +141,7 @@ def test_what_is_not_there(site: Site) -> None:
         reader.get(f"/models/still/{path}", 404)
     visitor = member(site)
     path, form = open_form(visitor, site, "int8", "production")
-    del form["judgement"]
+    del form["verdict_digest"]
     assert visitor.post(path, form).status_code == 400
     assert visitor.post(path, form | {"reason": "x" * 70_000}).status_code == 400
     json = visitor.http.post(path, json=form)
@@ -254,7 +261,7 @@ def test_a_rollback_goes_one_step_and_says_why(site: Site) -> None:
     *_, entry = found = entries(site, "back")
     assert (len(found), entry.action, entry.to_version, entry.reason) == (3, "rollback", 3, form["reason"])
     # The same page sent from another window, which has not seen that.
-    answer = visitor.post(path, form | {"once": "another"})
+    answer = visitor.post(path, form | {"form_id": "another"})
     assert (answer.status_code, "was moved by ada meanwhile" in answer.text) == (409, True)
     page = visitor.get(f"{path}?alias=back")
     assert page.buttons["Take back away"] is True
@@ -301,12 +308,12 @@ def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     page = visitor.get(f"{path}?alias=asked")
     assert page.buttons["Approve as bob"] is True
     form = page.form("/models/still/4/answer")
-    forged = visitor.post("/models/still/4/answer", form | {"said": "maybe"})
+    forged = visitor.post("/models/still/4/answer", form | {"answer": "maybe"})
     assert forged.status_code == 400
-    other = visitor.post("/models/still/4/answer", form | {"said": "approve", "judgement": "0" * 64})
+    other = visitor.post("/models/still/4/answer", form | {"answer": "approve", "verdict_digest": "0" * 64})
     assert (other.status_code, "the verdict is another one now" in other.text) == (409, True)
-    assert visitor.post("/models/still/4/answer", form | {"said": "reject"}).status_code == 400  # says not why
-    assert visitor.post("/models/still/4/answer", form | {"said": "approve", "reason": "tried it"}).status_code == 303
+    assert visitor.post("/models/still/4/answer", form | {"answer": "reject"}).status_code == 400  # says not why
+    assert visitor.post("/models/still/4/answer", form | {"answer": "approve", "reason": "tried it"}).status_code == 303
     (answered,) = approvals.request_and_answers(site.store, version(site, 4), "asked")[1]
     assert (answered.who, answered.answer, answered.reason) == ("bob", "approve", "tried it")
     page = visitor.get(f"{path}?alias=asked")
