@@ -14,6 +14,7 @@ from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
+from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, choose_metric, hide_progress_bars, outermost_groups
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
@@ -22,8 +23,6 @@ from limbeck.registry.core.terminal import quiet_libraries
 from limbeck.registry.records import TaskResult
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import Task
-
     from limbeck.evals.engines.engine import Engine
 
 
@@ -148,7 +147,10 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         columns = (table[column].to_numpy() for column in ("value", "weight", "cluster"))
         hashes = [tasks.task_hashes[leaf] for leaf in leaves]
         prompts = [json_digest(tables[leaf]["prompt_hash"].to_pylist()) for leaf in leaves]
-        chances = [(_chance(tasks.tasks[leaf], metric.name), _total(tables[leaf])) for leaf in leaves]
+        chances = [
+            (output_type_of(tasks.tasks[leaf]).chance(tasks.tasks[leaf], metric.name), _total(tables[leaf]))
+            for leaf in leaves
+        ]
         known = [chance for chance, _ in chances if chance is not None]
         return TaskResult(
             metric=metric.name,
@@ -172,13 +174,3 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
 
 def _total(table: pa.Table) -> float:
     return float(table["weight"].to_numpy().sum())
-
-
-def _chance(task: Task, metric: str) -> float | None:
-    """The metric's value for guessing; None where that has no meaning."""
-    if metric == "bits_per_byte":
-        return 8.0  # a byte drawn from all 256
-    if task.OUTPUT_TYPE == "multiple_choice" and metric in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info"):
-        docs = {instance.doc_id: instance.doc for instance in task.instances}
-        return float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in docs.values()]))
-    return 0.0 if task.OUTPUT_TYPE == "generate_until" and task.higher_is_better().get(metric, True) else None

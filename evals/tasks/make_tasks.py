@@ -1,9 +1,10 @@
-"""lm-eval tasks from held-out text: plain YAML beside JSON lines, for `limbeck eval` and for lm-eval itself."""
+"""Makes lm-eval tasks from held-out text: YAML and JSON lines, for `limbeck eval` and for lm-eval itself."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,21 +18,21 @@ from limbeck.registry.core.jsonl import read_rows
 
 TASK_KINDS = ("bits_per_byte", "next_line", "minimal_pairs")
 RECORD = "limbeck-tasks.json"
-FORMAT = 1  # raised when the same corpus gives other tasks
+FORMAT = 1  # version of the tasks: raise it if the same corpus gives other tasks
 
-ALL_BYTES = 100_000  # of bits_per_byte, where the number of documents is not given
-DOCUMENT_BYTES = 1_400  # a longer document is cut: many files tell more than long ones
+ALL_BYTES = 100_000  # of bits_per_byte, if the number of documents is not given
+DOCUMENT_BYTES = 1_400  # a longer document is truncated: many files are better evidence than long files
 NEXT_LINES = 300
-PAIRS = 100  # for each rule
+PAIRS = 100  # of each rule
 
 CONTEXT_LINES, CONTEXT_CHARACTERS = 12, 240
 CHOICES = 4
-SHORTEST_LINE = 8  # characters; a shorter one says too little
-LENGTH_RATIO_RANGE = (0.75, 1.33)  # lengths of the wrong lines over that of the true one
+MIN_LINE_CHARACTERS = 8
+LENGTH_RATIO_RANGE = (0.75, 1.33)  # length of a wrong line over that of the true one
 
 
 class Document(NamedTuple):
-    """One held-out text; `path` is what the standard errors are clustered by."""
+    """One held-out text; standard errors are clustered by `path`."""
 
     path: str
     text: str
@@ -46,35 +47,26 @@ def make_tasks(
     documents: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Write the tasks `NAME_bits_per_byte`, `NAME_next_line`, `NAME_minimal_pairs` to the folder `to/NAME`.
+    """Write the tasks `NAME_bits_per_byte`, `NAME_next_line`, `NAME_minimal_pairs` to `output_folder/NAME`.
 
-    The same corpus gives the same tasks; tasks that are there already are left as they are. The folder is
-    written whole or not at all. Its YAML names the data files by absolute path, since lm-eval looks for
-    relative ones in the current folder: a folder that was moved is made anew.
+    The same corpus gives the same tasks, and existing tasks are left unchanged. The folder is written whole or
+    not at all. Its YAML has absolute paths of the data files, since lm-eval resolves relative paths from the current
+    folder: if the folder was moved, its tasks are made again.
 
     Args:
-        corpus: held-out text, a JSON object with "path" and "text" a line. to: for `--include-path`.
-        documents: of each task (of each rule of the minimal pairs), at most; the default is chosen so that a
-            small model is scored in seconds.
-        seed: decides what is taken where there is more.
+        corpus: held-out text, one JSON object with "path" and "text" on each line.
+        output_folder: the folder to give to `--include-path`.
+        documents: at most this many for each task (for each rule of the minimal pairs); the default is small
+            enough to score a small model in seconds.
+        seed: decides which documents are chosen if there are more.
 
     Returns:
-        The names to score; the minimal pairs are one, a group of a task for each rule.
+        The names to score. The minimal pairs are one group, with a task for each rule.
 
     Raises:
-        BadInput: a corpus that cannot be read, or a kind that it does not serve.
+        BadInput: a corpus that cannot be read, or that has no text for a kind.
     """
-    for kind in kinds:
-        if kind not in TASK_KINDS:
-            near = difflib.get_close_matches(kind, TASK_KINDS, n=1)
-            raise BadInput(
-                f"unknown kind of task {kind!r}" + (f"; did you mean {near[0]}?" if near else ""),
-                fix=f"kinds: {', '.join(TASK_KINDS)}",
-            )
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise BadInput(f"{name!r} is no name for tasks", fix="use letters, digits, '_', '-' and '.'")
-    if documents is not None and documents < 1:
-        raise BadInput(f"documents is {documents}; it must be at least 1")
+    _check_arguments(name, kinds, documents)
     texts = _read_documents(corpus, seed)
     folder = Path(output_folder).resolve() / name
     tasks = [f"{name}_{kind}" for kind in TASK_KINDS if kind in kinds]
@@ -83,7 +75,7 @@ def make_tasks(
     if known.exists() and json.loads(known.read_text()) == record:
         return tasks
     if folder.exists() and not known.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
+        raise BadInput(f"{folder} holds files that are not tasks", fix="choose another folder with --output")
     with atomic_write(folder) as part:
         part.mkdir()
         for kind in TASK_KINDS:
@@ -93,15 +85,29 @@ def make_tasks(
     return tasks
 
 
+def _check_arguments(name: str, kinds: Sequence[str], documents: int | None) -> None:
+    for kind in kinds:
+        if kind not in TASK_KINDS:
+            near = difflib.get_close_matches(kind, TASK_KINDS, n=1)
+            raise BadInput(
+                f"unknown kind of task {kind!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                fix=f"kinds: {', '.join(TASK_KINDS)}",
+            )
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise BadInput(f"{name!r} cannot be a task name", fix="use letters, digits, '_', '-' and '.'")
+    if documents is not None and documents < 1:
+        raise BadInput(f"documents is {documents}; it must be at least 1")
+
+
 class _Writer(NamedTuple):
-    """Writes tasks to `part`, which will be called `folder`."""
+    """Writes tasks to `temporary_folder`, which is renamed to `folder` when all are written."""
 
     temporary_folder: Path
     folder: Path
     name: str
 
     def write_task(self, rows: Sequence[dict[str, Any]], name: str | None = None, **config: Any) -> None:
-        """A task's documents and its YAML."""
+        """Write a task's documents and its YAML file."""
         name = name or self.name
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.temporary_folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -117,7 +123,7 @@ class _Writer(NamedTuple):
         )
 
     def write_yaml(self, file: str, **config: Any) -> None:
-        """A YAML file."""
+        """Write one YAML file."""
         import yaml
 
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
@@ -128,7 +134,8 @@ def _bits_per_byte(writer: _Writer, texts: Sequence[Document], documents: int | 
     rows: list[dict[str, Any]] = []
     size = 0
     for document in texts:
-        if size >= ALL_BYTES if documents is None else len(rows) == documents:
+        is_full = size >= ALL_BYTES if documents is None else len(rows) == documents
+        if is_full:
             break
         text = _truncate_document(document.text)
         size += len(text.encode())
@@ -143,59 +150,53 @@ def _bits_per_byte(writer: _Writer, texts: Sequence[Document], documents: int | 
 
 
 def _truncate_document(text: str) -> str:
-    """The lines of a text that fit into DOCUMENT_BYTES; part of the first where that alone does not."""
-    taken, size = [], 0
+    """The first lines of a text that fit into DOCUMENT_BYTES; part of the first line if it alone is longer."""
+    lines, size = [], 0
     for line in text.splitlines(keepends=True):
         size += len(line.encode())
         if size > DOCUMENT_BYTES:
             break
-        taken.append(line)
-    return "".join(taken) or text.encode()[:DOCUMENT_BYTES].decode(errors="ignore")
+        lines.append(line)
+    return "".join(lines) or text.encode()[:DOCUMENT_BYTES].decode(errors="ignore")
 
 
 def _next_line(writer: _Writer, texts: Sequence[Document], documents: int | None, seed: int) -> None:
-    most = documents or NEXT_LINES
-    # Twice an even share of each file, since some files give fewer; then the first of every file, and so on.
-    share = -(-2 * most // len(texts))
+    max_questions = documents or NEXT_LINES
+    # At most twice an even share of each file, since some files have fewer questions. The first question of every
+    # file comes first, then the second, and so on.
+    share = math.ceil(2 * max_questions / len(texts))
     found = [row for document in texts for row in zip(range(share), _questions(document, seed), strict=False)]
-    rows = [question for _, question in sorted(found, key=lambda row: row[0])[:most]]
+    rows = [question for _, question in sorted(found, key=lambda row: row[0])[:max_questions]]
     if not rows:
-        raise BadInput(
-            "next_line: no document has enough lines that look alike", fix="leave this kind of task out: --kind"
-        )
+        raise BadInput("next_line: no document has enough similar lines", fix="leave this kind out: --kind")
     writer.write_task(rows, **_choice_task(doc_to_text="context"))
 
 
 def _questions(document: Document, seed: int) -> Iterator[dict[str, Any]]:
-    """Places in a document where a line is to be told from three others of the same indentation and length.
+    """Questions about one document: which of four lines of equal indentation and similar length comes next?
 
-    No choice stands in the context, so that none is given away by being repeated.
+    No choice occurs in the context: a repeated line would give it away.
     """
     lines = [line.rstrip() for line in document.text.splitlines()]
-    places = sorted(range(2, len(lines)), key=lambda place: text_digest(f"{seed}:{document.path}:{place}"))
-    asked: set[str] = set()
-    for place in places:
-        true = lines[place]
-        first = place
-        while first > max(0, place - CONTEXT_LINES) and len("\n".join(lines[first - 1 : place])) <= CONTEXT_CHARACTERS:
-            first -= 1
-        context = lines[first:place]
-        seen = {line.strip() for line in context}
+    indices = sorted(range(2, len(lines)), key=lambda index: text_digest(f"{seed}:{document.path}:{index}"))
+    used: set[str] = set()
+    for index in indices:
+        true = lines[index]
+        first = _context_start(lines, index)
+        context = lines[first:index]
+        in_context = {line.strip() for line in context}
         others = {
             line
-            for line in lines[:first] + lines[place + 1 :]
-            if _is_plausible_line(line, true) and line != true and line.strip() not in seen
+            for line in lines[:first] + lines[index + 1 :]
+            if _is_plausible_line(line, true) and line != true and line.strip() not in in_context
         }
-        fits = len(true.strip()) >= SHORTEST_LINE and true.strip() not in seen | asked and any(seen)
-        if not fits or len(others) < CHOICES - 1:
+        is_repeated = true.strip() in in_context | used
+        if len(true.strip()) < MIN_LINE_CHARACTERS or is_repeated or not any(in_context) or len(others) < CHOICES - 1:
             continue
-        asked.add(true.strip())
-
-        def order(line: str, place: int = place) -> str:
-            return text_digest(f"{seed}:{document.path}:{place}:{line}")
-
-        wrong = sorted(others, key=order)[: CHOICES - 1]
-        choices = sorted([true, *wrong], key=lambda line: text_digest(order(line)))
+        used.add(true.strip())
+        order = {line: text_digest(f"{seed}:{document.path}:{index}:{line}") for line in (true, *others)}
+        wrong = sorted(others, key=order.__getitem__)[: CHOICES - 1]
+        choices = sorted([true, *wrong], key=lambda line: text_digest(order[line]))
         yield {
             "path": document.path,
             "context": "\n".join(context),
@@ -204,8 +205,16 @@ def _questions(document: Document, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def _context_start(lines: Sequence[str], index: int) -> int:
+    """The first line of the context before a line: at most CONTEXT_LINES, until CONTEXT_CHARACTERS are reached."""
+    first = index
+    while first > max(0, index - CONTEXT_LINES) and len("\n".join(lines[first - 1 : index])) <= CONTEXT_CHARACTERS:
+        first -= 1
+    return first
+
+
 def _is_plausible_line(line: str, true: str) -> bool:
-    """Whether a line could stand in for the true one: as far indented, and about as long."""
+    """Whether a line could replace the true one: equal indentation and similar length."""
     indents = [len(text) - len(text.lstrip()) for text in (line, true)]
     return (
         indents[0] == indents[1]
@@ -214,13 +223,11 @@ def _is_plausible_line(line: str, true: str) -> bool:
 
 
 def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | None, seed: int) -> None:
-    most = documents or PAIRS
+    max_pairs = documents or PAIRS
     sources = [document for document in texts if _is_python(document.text)]
     if not sources:
-        raise BadInput(
-            "minimal_pairs: no document of the corpus is Python source", fix="leave this kind of task out: --kind"
-        )
-    share = -(-2 * most // len(sources))
+        raise BadInput("minimal_pairs: no document of the corpus is Python source", fix="leave this kind out: --kind")
+    share = math.ceil(2 * max_pairs / len(sources))
     tasks = []
     for rule in minimal_pairs.RULES:
         found = [
@@ -231,14 +238,14 @@ def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | 
             )
         ]
         rows = []
-        for _, path, pair in sorted(found, key=lambda row: row[0])[:most]:
+        for _, path, pair in sorted(found, key=lambda row: row[0])[:max_pairs]:
             choices = sorted(pair, key=lambda text: text_digest(f"{seed}:{text}"))
             rows.append({"path": path, "choices": choices, "label": choices.index(pair.good)})
         if rows:
             tasks.append(f"{writer.name}_{rule}")
             writer.write_task(rows, tasks[-1], **_choice_task(doc_to_text=""))
     if not tasks:
-        raise BadInput("minimal_pairs: no document has a statement short enough", fix="leave it out: --kind")
+        raise BadInput("minimal_pairs: no document has a short enough statement", fix="leave this kind out: --kind")
     aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
     writer.write_yaml(writer.name, group=writer.name, task=tasks, aggregate_metric_list=aggregate)
 
@@ -265,7 +272,7 @@ def _is_python(text: str) -> bool:
 
 
 def _read_documents(corpus: Path, seed: int) -> list[Document]:
-    """The documents of a corpus that are not blank, in the order of a hash of their paths."""
+    """The documents of a corpus that are not blank, sorted by a hash of their paths."""
     documents = [document for document in map(Document._make, read_rows(corpus)) if document.text.strip()]
     if not documents:
         raise BadInput(f"{corpus} has no text")

@@ -1,7 +1,7 @@
-"""Minimal pairs of Python source, in the manner of BLiMP (Warstadt et al. 2020, arXiv 1912.00582).
+"""Minimal pairs of Python source, after BLiMP (Warstadt et al. 2020, arXiv 1912.00582).
 
-A pair is a snippet and the same snippet broken by one rule, of the same length. That the one is right and the
-other wrong is checked with `compile()` or by the scopes of its names.
+A pair is a snippet and the same snippet broken by one rule, of equal length. `compile()` or the scopes of names
+confirm that one is valid and the other broken.
 """
 
 from __future__ import annotations
@@ -20,55 +20,57 @@ from typing import NamedTuple
 
 from limbeck.registry.core.digest import text_digest
 
-SHORTEST, LONGEST = 30, 280  # characters of a snippet
+MIN_CHARACTERS, MAX_CHARACTERS = 30, 280  # of a snippet
 CLOSING = ")]}"
 
 
 class Pair(NamedTuple):
-    """A right snippet, and a broken one."""
+    """A valid snippet and a broken one."""
 
     good: str
     bad: str
 
 
 def make_pairs(text: str, rule: str, max_pairs: int, seed: str) -> list[Pair]:
-    """At most `max_pairs` pairs of one rule from a source file, from places that do not overlap.
+    """At most `max_pairs` pairs of one rule from a source file, from snippets that do not overlap.
 
     Args:
-        rule: a key of RULES. seed: what decides which snippets are taken and where each is broken.
+        text: the source file.
+        rule: a key of RULES.
+        seed: decides which snippets are chosen and where each is broken.
 
     Raises:
-        SyntaxError: `text` is no Python source.
+        SyntaxError: `text` is not Python source.
     """
     tree = parse(text)
-    found: list[Pair] = []
-    taken: set[int] = set()
+    pairs: list[Pair] = []
+    used_lines: set[int] = set()
     names = _bound_names(tree)
     for first, last, snippet in sorted(_snippets(tree, text), key=lambda item: text_digest(f"{seed}:{item}")):
         lines = set(range(first, last + 1))
-        if len(found) == max_pairs:
+        if len(pairs) == max_pairs:
             break
-        if taken & lines or not is_source(snippet):
+        if used_lines & lines or not is_source(snippet):
             continue
         options = [bad for bad in RULES[rule](snippet, names) if is_broken(bad, snippet, rule)]
         if options:
-            found.append(Pair(snippet, min(options, key=lambda bad: text_digest(f"{seed}:{bad}"))))
-            taken |= lines
-    return found
+            pairs.append(Pair(snippet, min(options, key=lambda bad: text_digest(f"{seed}:{bad}"))))
+            used_lines |= lines
+    return pairs
 
 
 def parse(text: str) -> ast.Module:
-    """The syntax tree of a source file. Raises SyntaxError where it is none."""
+    """The syntax tree of a source file. Raises SyntaxError if it is not Python source."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text)
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, or nested too deep
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, or too deeply nested
         raise SyntaxError(str(error)) from error
 
 
 def is_source(snippet: str) -> bool:
-    """Whether `compile()` takes it."""
+    """Whether `compile()` accepts the snippet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,14 +81,14 @@ def is_source(snippet: str) -> bool:
 
 
 def is_broken(bad: str, good: str, rule: str) -> bool:
-    """Whether `bad` is wrong in the way of the rule: no source, or a name that `good` defines is undefined."""
+    """Whether `bad` breaks the rule: it does not compile, or for `undefined_name` has one more undefined name."""
     if rule != "undefined_name":
         return not is_source(bad)
     return is_source(bad) and len(undefined_names(bad) - undefined_names(good)) == 1
 
 
 def undefined_names(source: str) -> set[str]:
-    """Names that a snippet reads, but neither binds nor imports, and that are no builtins."""
+    """Names that a snippet reads but neither binds nor imports, and that are not builtins."""
     top = symtable.symtable(source, "<snippet>", "exec")
     bound = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     free = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
@@ -100,7 +102,7 @@ def undefined_names(source: str) -> set[str]:
 
 
 def _snippets(tree: ast.Module, text: str) -> Iterator[tuple[int, int, str]]:
-    """(first line, last line, source moved to the left margin) of each statement of a fitting length."""
+    """(first line, last line, dedented source) of each statement of suitable length, docstrings excluded."""
     lines = text.splitlines()
     for node in ast.walk(tree):
         if not isinstance(node, ast.stmt) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
@@ -109,12 +111,12 @@ def _snippets(tree: ast.Module, text: str) -> Iterator[tuple[int, int, str]]:
         first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
         last = node.end_lineno or node.lineno
         snippet = textwrap.dedent("\n".join(lines[first - 1 : last]))
-        if SHORTEST <= len(snippet) <= LONGEST and snippet.isascii():
+        if MIN_CHARACTERS <= len(snippet) <= MAX_CHARACTERS and snippet.isascii():
             yield first, last, snippet
 
 
 def _swapped_brackets(snippet: str, names: set[str]) -> Iterator[str]:
-    """A closing bracket becomes one of another kind."""
+    """Replace one closing bracket with one of another kind."""
     for token in _tokens(snippet):
         if token.string in CLOSING:
             for other in CLOSING.replace(token.string, ""):
@@ -122,7 +124,7 @@ def _swapped_brackets(snippet: str, names: set[str]) -> Iterator[str]:
 
 
 def _misplaced_keywords(snippet: str, names: set[str]) -> Iterator[str]:
-    """A keyword changes places with the word after it."""
+    """Swap a keyword with the word after it."""
     tokens = _tokens(snippet)
     for token, after in pairwise(tokens):
         if not keyword.iskeyword(token.string) or token.start[0] != after.start[0]:
@@ -133,7 +135,7 @@ def _misplaced_keywords(snippet: str, names: set[str]) -> Iterator[str]:
 
 
 def _use_undefined_names(snippet: str, names: set[str]) -> Iterator[str]:
-    """One use of a local name becomes a name that the file has elsewhere, of the same length."""
+    """Replace one use of a local name with a name of equal length from elsewhere in the file."""
     tree = ast.parse(snippet)
     used = {token.string for token in _tokens(snippet)}
     others = sorted(names - used - set(dir(builtins)))
@@ -142,13 +144,13 @@ def _use_undefined_names(snippet: str, names: set[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in local:
             start, end = (node.lineno, node.col_offset), (node.lineno, node.col_offset + len(node.id))
-            # The places of names within f-strings are not to be trusted before Python 3.12.
+            # Before Python 3.12 the positions of names inside f-strings are wrong.
             if lines[node.lineno - 1][start[1] : end[1]] == node.id:
                 yield from (_replace_span(snippet, start, end, name) for name in others if len(name) == len(node.id))
 
 
 def _wrong_indentations(snippet: str, names: set[str]) -> Iterator[str]:
-    """Two lines, one after the other, change their indentations. The first line stays at the margin."""
+    """Swap the indentations of two consecutive lines, the snippet's first line excepted."""
     lines = snippet.splitlines()
     for index in range(1, len(lines) - 1):
         first, second = (line.lstrip() for line in lines[index : index + 2])
@@ -159,7 +161,7 @@ def _wrong_indentations(snippet: str, names: set[str]) -> Iterator[str]:
                 yield "\n".join(lines[:index] + swapped + lines[index + 2 :])
 
 
-# rule -> gives every way to break a snippet, some of which may leave it right
+# rule -> yields every way to break a snippet; some may leave it valid (see `is_broken`)
 RULES: dict[str, Callable[[str, set[str]], Iterator[str]]] = {
     "swapped_bracket": _swapped_brackets,
     "misplaced_keyword": _misplaced_keywords,
@@ -180,7 +182,7 @@ def _tokens(snippet: str) -> list[tokenize.TokenInfo]:
 
 
 def _replace_span(snippet: str, start: tuple[int, int], end: tuple[int, int], new: str) -> str:
-    """The snippet with what is between two places (line from 1, column from 0) of one line replaced."""
+    """The snippet with a span of one line replaced; positions are (line from 1, column from 0)."""
     lines = snippet.splitlines()
     line = lines[start[0] - 1]
     lines[start[0] - 1] = line[: start[1]] + new + line[end[1] :]

@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_is_told(sums: Path, tiny_llama: Path, limbeck: Cal
         ("sums", ["--samples", '{"sums": [true]}'], "not of the right form"),
         ("sums", ["--samples", "gone.json"], "neither JSON nor a file"),
         ("sums", ["--samples", '{"sums": [0'], "neither JSON nor a file"),
-        ("sums", ["--samples", '{"sums": [0]}', "--limit", "2"], "cannot go together"),
+        ("sums", ["--samples", '{"sums": [0]}', "--limit", "2"], "cannot be combined"),
         ("sums", ["--fewshot-as-multiturn"], "give --apply-chat-template too"),
         ("sums", ["--apply-chat-template"], "has no chat template"),
         ("sums", ["--gen-kwargs", "temperature"], "a key without a value"),

@@ -293,7 +293,7 @@ def test_missing_data_and_fields_are_named(folder: Path, tmp_path: Path) -> None
     write_task(tmp_path, "odd", questions(2), output_type="guess")
     with pytest.raises(BadInput, match=r"odd cannot be loaded: .*guess"):
         TaskSet.load(["odd"], [tmp_path])
-    with pytest.raises(BadInput, match="nowhere is no folder"):
+    with pytest.raises(BadInput, match="nowhere is not a folder"):
         TaskSet.load(["odd"], [tmp_path / "nowhere"])
 
 

@@ -17,7 +17,7 @@ from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Overlap
+from limbeck.registry.records import NewVersion, Overlap
 from tests.conftest import Result
 
 DIGEST = "d" * 64
@@ -171,7 +171,7 @@ def test_eval_keeps_the_overlap_with_the_scorecard(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tasks = load(f"output_type: loglikelihood\n{KINDS['loglikelihood']}", ROWS)
-    version = store.register("m", tiny_llama, kind="student", data_digest=DIGEST)
+    version = store.register(NewVersion(name="m", kind="student", data_digest=DIGEST), tiny_llama)
     model = load_registered_version(version, store)
     (card,) = evaluate([model], tasks, store, cost=False)
     assert card.contamination is None

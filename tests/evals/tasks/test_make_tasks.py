@@ -166,7 +166,7 @@ def test_what_cannot_be_used_is_said(tmp_path: Path, text: str, kinds: list[str]
 def test_another_folder_is_not_overwritten(tmp_path: Path, sources: Path) -> None:
     (tmp_path / "std").mkdir()
     (tmp_path / "std/notes.txt").write_text("mine")
-    with pytest.raises(BadInput, match="holds something else"):
+    with pytest.raises(BadInput, match="holds files that are not tasks"):
         make_tasks(sources, tmp_path, "std")
     assert (tmp_path / "std/notes.txt").read_text() == "mine"
 

@@ -1,0 +1,144 @@
+"""What differs by lm-eval's output type: one class for each type, found with `output_type_of(task)`.
+
+To support a new output type, write its class and add it to `OUTPUT_TYPES`. Nothing else compares output types.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+MAX_TEXT_CHARACTERS = 1000  # of a target and of a response in a documents table
+BITS_OF_A_RANDOM_BYTE = 8.0  # a byte drawn from all 256
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # metrics that take one choice as the answer
+
+
+class OutputType:
+    """The base of all output types. Its methods give what holds for a type without special treatment."""
+
+    uses_gen_kwargs = False  # the task has generation settings, which --gen-kwargs overrides
+
+    def document_texts(self, task: Task, doc: Any) -> list[str]:
+        """A document's prompt without few-shot examples, and its right answer: what contamination looks for."""
+        return _texts_of_parts([task.doc_to_text(doc), task.doc_to_target(doc)], choices=[])
+
+    def chance(self, task: Task, metric: str) -> float | None:
+        """The metric's value for a model that guesses; None if guessing has no meaning for the metric."""
+        return BITS_OF_A_RANDOM_BYTE if metric == "bits_per_byte" else None
+
+    def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
+        """The target, response and choice columns of one document (see `documents.DOCUMENT_SCHEMA`).
+
+        Args:
+            sample: as lm-eval logs it. A column that is left out is null.
+        """
+        return {}
+
+
+class Loglikelihood(OutputType):
+    """`loglikelihood`: the log-probability of one continuation."""
+
+    def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
+        return {"target": _truncated_text(sample["target"])}
+
+
+class LoglikelihoodRolling(OutputType):
+    """`loglikelihood_rolling`: the log-probability of a whole text. The target is the text; there is no prompt."""
+
+    def document_texts(self, task: Task, doc: Any) -> list[str]:
+        return _texts_of_parts([task.doc_to_target(doc)], choices=[])
+
+
+class MultipleChoice(OutputType):
+    """`multiple_choice`: the log-probability of each choice; the likeliest is the answer."""
+
+    def document_texts(self, task: Task, doc: Any) -> list[str]:
+        return _texts_of_parts([task.doc_to_text(doc), task.doc_to_target(doc)], task.doc_to_choice(doc))
+
+    def chance(self, task: Task, metric: str) -> float | None:
+        """For an accuracy the mean of 1 / (number of choices) over documents."""
+        if metric not in ACCURACIES:
+            return super().chance(task, metric)
+        docs = {instance.doc_id: instance.doc for instance in task.instances}
+        return float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in docs.values()]))
+
+    def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
+        """The response is the choice that lm-eval's `process_results` takes for this metric."""
+        doc = sample["doc"]
+        choices = [str(choice) for choice in task.doc_to_choice(doc)]
+        logprobs = [float(logprob) for logprob, _ in sample["filtered_resps"]]
+        conditional, unconditional = logprobs[: len(choices)], logprobs[len(choices) :]
+        ranked = np.array(conditional)
+        if metric == "acc_norm":
+            ranked = ranked / [len(choice) for choice in choices]
+        elif metric == "acc_bytes":
+            ranked = ranked / [len(choice.encode()) for choice in choices]
+        elif metric == "acc_mutual_info":
+            ranked = ranked - unconditional
+        # If each choice makes a prompt of its own, doc_to_text gives the number of the right choice.
+        target = task.doc_to_text(doc) if task.multiple_input else sample["target"]
+        return {
+            "target": _truncated_text(_resolve_choices(target, choices)),
+            "response": _truncated_text(choices[int(ranked.argmax())]),
+            "choice_logprobs": conditional,
+            "choice_lengths": [len(choice) for choice in choices],
+        }
+
+
+class GenerateUntil(OutputType):
+    """`generate_until`: text generated up to a stop string."""
+
+    uses_gen_kwargs = True
+
+    def chance(self, task: Task, metric: str) -> float | None:
+        """0 if a higher value is better: a random text is never right."""
+        if metric != "bits_per_byte" and task.higher_is_better().get(metric, True):
+            return 0.0
+        return super().chance(task, metric)
+
+    def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
+        return {"target": _truncated_text(sample["target"]), "response": _truncated_text(sample["resps"][0][0])}
+
+
+OUTPUT_TYPES: dict[str, OutputType] = {
+    "loglikelihood": Loglikelihood(),
+    "loglikelihood_rolling": LoglikelihoodRolling(),
+    "multiple_choice": MultipleChoice(),
+    "generate_until": GenerateUntil(),
+}
+
+
+def output_type_of(task: Task) -> OutputType:
+    """The output type of a task. Raises BadInput, naming the task, if Limbeck does not know the type."""
+    name = task.OUTPUT_TYPE
+    if name in OUTPUT_TYPES:
+        return OUTPUT_TYPES[name]
+    near = difflib.get_close_matches(str(name), OUTPUT_TYPES, n=1)
+    raise BadInput(
+        f"task {task.task_name} has the unknown output type {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+        fix=f"known output types: {', '.join(OUTPUT_TYPES)}",
+    )
+
+
+def _texts_of_parts(parts: list[Any], choices: list[Any]) -> list[str]:
+    """Prompts and targets as texts; one part may hold several."""
+    return [str(text) for part in parts for text in _resolve_choices(part, choices)]
+
+
+def _resolve_choices(part: Any, choices: list[Any]) -> list[Any]:
+    """A prompt or target as a list of texts; the number of a choice becomes that choice."""
+    several = part if isinstance(part, list | tuple) else [part]
+    return [choices[one] if isinstance(one, int) and 0 <= one < len(choices) else one for one in several]
+
+
+def _truncated_text(value: Any) -> str:
+    """One text or several, joined by " | "."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return " | ".join(map(str, several))[:MAX_TEXT_CHARACTERS]
