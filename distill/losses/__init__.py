@@ -1,1 +1,1 @@
-"""What a student minimises: divergences, hidden states, the loss over chunks of the vocabulary."""
+"""The loss a student minimises: divergences, hidden states, and the memory-saving head that computes it in chunks."""

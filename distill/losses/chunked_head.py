@@ -1,8 +1,8 @@
-"""From hidden states to the loss in chunks of tokens: the logits of a whole batch are never there at once.
+"""Computes logits and loss in chunks of tokens, so that the logits of a whole batch never exist at once.
 
-At a vocabulary of 128k, logits and their gradient are most of the memory of training a small student. Here a chunk's
-logits, its loss and its gradient by the logits are worked out together in the forward pass, and only gradients by the
-hidden states and the head's weight are kept for the backward pass, which scales them.
+At a vocabulary of 128k, logits and their gradient take most of the memory of training a small student. The forward
+pass computes each chunk's logits, its loss and its gradient together. It keeps only the gradients by the hidden
+states and by the head's weight; the backward pass scales them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 from limbeck.distill.losses import divergences
 from limbeck.distill.recipe.schema import Objective
 
-LOGITS_CHUNK_BYTES = 2**26  # of float32 logits at a time
+LOGITS_CHUNK_BYTES = 2**26  # float32 logits of one chunk
 
 
 class LazyLogits(NamedTuple):
-    """Logits (N, V) that are not worked out yet.
+    """Logits (N, V) that are not computed yet.
 
     Attributes:
-        hidden: (N, d) hidden states before the head; where `weight` is None, the logits themselves.
+        hidden: (N, d) hidden states before the head; if `weight` is None, the logits themselves.
         weight: (W, d) of the head.
         bias: (W,) of the head.
-        vocab_size: V <= W: entries beyond it are left out; None leaves out none.
+        vocab_size: V <= W: entries beyond it are dropped; None drops none.
     """
 
     hidden: torch.Tensor
@@ -44,16 +44,16 @@ class LazyLogits(NamedTuple):
         return min(whole, self.vocab_size or whole)
 
     def detached(self) -> LazyLogits:
-        """Without gradients, and in the type that autocast multiplies matrices in here."""
+        """A copy without gradients, in the dtype of autocast's matrix products if autocast is on."""
         if self.weight is None:
             return self._replace(hidden=self.hidden.detach())
-        kind = self.hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        device = self.hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         hidden, weight = self.hidden.detach().to(dtype), self.weight.detach().to(dtype)
         return LazyLogits(hidden, weight, None if self.bias is None else self.bias.detach().to(dtype), self.vocab_size)
 
     def compute_rows(self, rows: slice) -> torch.Tensor:
-        """The logits of some rows (n, V)."""
+        """The logits of these rows (n, V)."""
         if self.weight is None:
             return self.hidden[rows, : self.vocab_size]
         bias = None if self.bias is None else self.bias[: self.vocab_size]
@@ -61,51 +61,69 @@ class LazyLogits(NamedTuple):
 
 
 class BatchOutput(NamedTuple):
-    """What a model made of a batch: logits at the positions asked for, and all hidden states (B, T, d) if wanted,
-    those of the embeddings first."""
+    """A model's output for a batch.
+
+    Attributes:
+        logits: at the requested positions.
+        states: hidden states (B, T, d) after the embeddings and after each layer; None if not requested.
+    """
 
     logits: LazyLogits
     states: tuple[torch.Tensor, ...] | None
 
 
-class Body(NamedTuple):
-    """A model, and its head where that is a plain linear layer over what the body below it gives."""
+class SplitModel(NamedTuple):
+    """A model, and its head if the head can run apart from the layers below it.
+
+    Attributes:
+        head: None if the logits are more than a plain linear layer over the last hidden state.
+    """
 
     model: PreTrainedModel
     head: torch.nn.Linear | None
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel) -> Body:
-        """Finds out by a small run what the model does beyond body and head: scaled or capped logits, say. Such a
-        model, or one whose head is wrapped, gives its own logits, which costs memory only."""
+    def from_model(cls, model: PreTrainedModel) -> SplitModel:
+        """Find out by a short run whether the head can run apart.
+
+        It cannot if the model scales or caps its logits, or if the head is wrapped. Such a model computes its own
+        logits, which costs memory and nothing else.
+        """
         return cls(model, _plain_head(model))
 
     def run(self, inputs: Mapping[str, Any], rows: torch.Tensor, states: bool = False) -> BatchOutput:
-        """Run over `inputs`; logits at the places of `rows` (B, T - 1) bool, N of them; the last token gives none."""
-        given = {**inputs, "use_cache": False, **({"output_hidden_states": True} if states else {})}
-        # Sharded, a weight is whole only while its own unit runs; of FSDP's units the outermost runs now.
+        """Run the model over a batch.
+
+        Args:
+            inputs: of the model.
+            rows: (B, T - 1) bool, true at the N positions whose logits are needed; the last token has none.
+            states: return hidden states too.
+        """
+        arguments = {**inputs, "use_cache": False, **({"output_hidden_states": True} if states else {})}
+        # A sharded weight is whole only while its own FSDP unit runs, and only the outermost unit runs here.
         if self.head is None or isinstance(self.head.weight, DTensor) or self.head.weight.ndim != 2:
-            out = self.model(**given)
+            out = self.model(**arguments)
             return BatchOutput(LazyLogits(out.logits[:, :-1][rows]), out.hidden_states if states else None)
-        out = _without_head(self.model)(**given)
+        out = _without_head(self.model)(**arguments)
         hidden = out.last_hidden_state[:, :-1][rows]
         return BatchOutput(LazyLogits(hidden, self.head.weight, self.head.bias), out.hidden_states if states else None)
 
 
 def _without_head(model: Any) -> torch.nn.Module:
-    """The model without its head."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's wrapper
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
     return inner.base_model
 
 
 @torch.no_grad()
 def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """The head if the model's logits are exactly the head applied to its last hidden state, else None."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or _without_head(model) is model:
         return None
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    head_calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     ids = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
-    training, hook = model.training, head.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    training = model.training
+    hook = head.register_forward_hook(lambda _, inputs, output: head_calls.append((inputs[0], output)))
     try:
         model.eval()
         logits = model(input_ids=ids, use_cache=False).logits
@@ -113,12 +131,14 @@ def _plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     finally:
         hook.remove()
         model.train(training)
-    if len(seen) != 1 or seen[0][0].shape != hidden.shape:
+    if len(head_calls) != 1 or head_calls[0][0].shape != hidden.shape:
         return None
-    given, made = seen[0]
-    # To the last bit: a cap hardly shows in the small logits of a fresh model.
-    same = torch.equal(made.float(), logits.float())
-    return head if same and torch.allclose(given, hidden, rtol=1e-3, atol=1e-3 * float(hidden.abs().max())) else None
+    head_input, head_output = head_calls[0]
+    # Compared to the last bit: a cap hardly changes the small logits of a fresh model.
+    if not torch.equal(head_output.float(), logits.float()):
+        return None
+    is_last_state = torch.allclose(head_input, hidden, rtol=1e-3, atol=1e-3 * float(hidden.abs().max()))
+    return head if is_last_state else None
 
 
 def loss(
@@ -128,44 +148,50 @@ def loss(
     teacher: LazyLogits | divergences.StoredDistribution | None,
     counts_agreement: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`objectives.loss` of logits that are never there at once: its sum over tokens, in nats.
+    """`divergences.loss` computed in chunks of tokens: its sum over tokens, in nats.
 
     Args:
         labels: (N,) int64.
-        teacher: its logits or a stored form (N, ...).
+        teacher: its logits or a stored form (N, ...); None for labels alone.
         counts_agreement: count agreement, which takes another pass over the logits.
 
     Returns:
-        The loss, a scalar; and on how many tokens both find the same one likeliest, 0 if that is not measured.
+        The loss, a scalar; and the number of tokens at which student and teacher have the same most likely token,
+        an int64 scalar, 0 if it is not counted.
     """
     agreed = torch.zeros((), dtype=torch.int64, device=labels.device)
     if objective.divergence is None and not counts_agreement:
         teacher = None
-    said_by = teacher.detached() if isinstance(teacher, LazyLogits) else teacher
+    if isinstance(teacher, LazyLogits):
+        teacher = teacher.detached()
 
-    def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        said: divergences.TeacherDistribution | None = None
-        if isinstance(said_by, LazyLogits):
-            said = said_by.compute_rows(rows)
-        elif said_by is not None:
-            said = type(said_by)(*(part[rows] for part in said_by))
-        if counts_agreement and said is not None:
-            agreed.add_((logits.detach().argmax(-1) == divergences.likeliest(said)).sum())
-        return divergences.loss(logits, labels[rows], objective, said)
+    def chunk_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        teacher_rows = _teacher_rows(teacher, rows)
+        if counts_agreement and teacher_rows is not None:
+            agreed.add_((logits.detach().argmax(-1) == divergences.likeliest(teacher_rows)).sum())
+        return divergences.loss(logits, labels[rows], objective, teacher_rows)
 
-    return sum_over_chunks(student, of_chunk), agreed
+    return sum_over_chunks(student, chunk_loss), agreed
+
+
+def _teacher_rows(
+    teacher: LazyLogits | divergences.StoredDistribution | None, rows: slice
+) -> divergences.TeacherDistribution | None:
+    if isinstance(teacher, LazyLogits):
+        return teacher.compute_rows(rows)
+    return None if teacher is None else type(teacher)(*(part[rows] for part in teacher))
 
 
 @torch.compiler.disable
 def sum_over_chunks(student: LazyLogits, chunk_function: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
-    """The sum over chunks of a function of a chunk's logits (n, V) and of which rows they are."""
+    """Sum `chunk_function(logits, rows)` over chunks: logits (n, V) of one chunk, and its rows among the N."""
     if not torch.is_grad_enabled():
         student = student.detached()
     return _InChunks.apply(student.hidden, student.weight, student.bias, chunk_function)
 
 
 class _InChunks(torch.autograd.Function):
-    """The sum of a function of logits, chunk by chunk, with its gradients by hidden states, weight and bias."""
+    """The sum of a function of each chunk's logits, with its gradients by hidden states, weight and bias."""
 
     @staticmethod
     def forward(
@@ -178,7 +204,7 @@ class _InChunks(torch.autograd.Function):
         student = LazyLogits(hidden, weight, bias)
         chunk = max(1, LOGITS_CHUNK_BYTES // 4 // student.width)
         student = student.detached()
-        # Sums over chunks are kept in float32 at least.
+        # Sums over chunks need at least float32.
         gradients = [
             torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
             if part is not None and part.requires_grad
@@ -195,29 +221,33 @@ class _InChunks(torch.autograd.Function):
                     part = chunk_function(logits, rows)
                 total += part.detach()
                 if learns:
-                    [by_logits] = torch.autograd.grad(part, logits)
-                    _add_gradients(gradients, student, rows, by_logits)
+                    [logits_gradient] = torch.autograd.grad(part, logits)
+                    _add_gradients(gradients, student, rows, logits_gradient)
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place: autograd refuses to hand out what was changed, should the gradient be asked for again.
+        # In place to save memory: autograd raises if the gradient is requested again.
         return (*(None if part is None else part.mul_(scale) for part in ctx.saved_tensors), None)
 
 
 def _add_gradients(
-    gradients: list[torch.Tensor | None], student: LazyLogits, rows: slice, by_logits: torch.Tensor
+    gradients: list[torch.Tensor | None], student: LazyLogits, rows: slice, logits_gradient: torch.Tensor
 ) -> None:
-    """Put in what a chunk's gradient by its logits (n, V) gives for hidden states (N, d), weight (V, d), bias (V)."""
-    by_hidden, by_weight, by_bias = gradients
-    if by_hidden is not None:
-        by_hidden[rows] = by_logits if student.weight is None else by_logits @ student.weight
-    if by_weight is not None:
-        if by_logits.dtype == by_weight.dtype:
-            by_weight.addmm_(by_logits.T, student.hidden[rows])
+    """Add a chunk's share to the gradients by hidden states (N, d), weight (V, d) and bias (V,), in place.
+
+    Args:
+        logits_gradient: (n, V), by the chunk's logits.
+    """
+    hidden, weight, bias = gradients
+    if hidden is not None:
+        hidden[rows] = logits_gradient if student.weight is None else logits_gradient @ student.weight
+    if weight is not None:
+        if logits_gradient.dtype == weight.dtype:
+            weight.addmm_(logits_gradient.T, student.hidden[rows])
         else:
-            by_weight += by_logits.T @ student.hidden[rows]
-    if by_bias is not None:
-        by_bias += by_logits.sum(0)
+            weight += logits_gradient.T @ student.hidden[rows]
+    if bias is not None:
+        bias += logits_gradient.sum(0)

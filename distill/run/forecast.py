@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT = 4  # bytes of a float32
-TEXT_CHUNK_BYTES = 4  # a token, of what is stored for limbeck.distill.teacher.chunks
+TEXT_CHUNK_BYTES = 4  # a token, of what is stored for limbeck.distill.teacher.text_chunks
 MAX_MEASURED_SECONDS = 2.0  # seconds that a step may take to be measured
 MAX_MEASURED_PARAMETERS = 10**9  # parameters of a teacher that is loaded to be measured
 STEPS = 4  # that are measured; the first one is not counted

@@ -17,7 +17,7 @@ from limbeck.distill.models.precision import uses_bf16
 from limbeck.distill.recipe import cache_form
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.grid import Plan
-from limbeck.distill.teacher import chunks, logprobs
+from limbeck.distill.teacher import logprobs, text_chunks
 from limbeck.distill.teacher.retokenize import retokenized_pass
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.home import atomic_write, home
@@ -26,7 +26,7 @@ from limbeck.registry.core.terminal import print_status, progress_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from limbeck.distill.teacher.chunks import Reader
+    from limbeck.distill.teacher.text_chunks import Reader
 
 
 def teachers_for(setting: Setting, plans: list[Plan]) -> dict[str, TeacherCache | PreTrainedModel]:
@@ -106,7 +106,7 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
     """
     if setting.teacher is None or setting.teacher.endpoint or setting.recipe.crosses_tokenizers:
         return None
-    sample = heldout.sample(setting.heldout)
+    sample = heldout.sample_blocks(setting.heldout)
     key = json_digest(_cache_identity(setting)[0] | {"blocks": sample.digest})
     path = home() / "heldout" / f"{key[:16]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
@@ -115,7 +115,7 @@ def likeliest(setting: Setting, load: Callable[[], PreTrainedModel] | None = Non
             return there
     if load is None:
         return None
-    said = heldout.likeliest(load().to(loading.device()), sample, setting.vocab_size)  # type: ignore[arg-type]
+    said = heldout.likeliest_tokens(load().to(loading.device()), sample, setting.vocab_size)  # type: ignore[arg-type]
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.save(file, said)
     return said
@@ -145,7 +145,7 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
 def _fill_chunks(setting: Setting, cache: TeacherCache, load: Callable[[], PreTrainedModel]) -> None:
     @functools.cache
     def teacher() -> Capture:
-        return chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
+        return text_chunks.capture(setting.train, setting.tokenizer, _reader(setting, load))
 
     with progress_bar() as bar:
         task = bar.add_task("teacher cache", total=cache.num_blocks, rate="")
@@ -157,8 +157,8 @@ def _reader(setting: Setting, load: Callable[[], PreTrainedModel]) -> Reader:
     """The teacher as one that reads text by its own tokenizer."""
     assert setting.teacher is not None
     if setting.teacher.endpoint:
-        return chunks.endpoint_reader(logprobs.prompt_logprobs_client(setting).token_logprobs)
-    return chunks.local_reader(load(), setting.teacher_tokenizer(), _bf16(setting))
+        return text_chunks.endpoint_reader(logprobs.prompt_logprobs_client(setting).token_logprobs)
+    return text_chunks.local_reader(load(), setting.teacher_tokenizer(), _bf16(setting))
 
 
 def _report_cache(cache: TeacherCache, kind: str, captured: int) -> None:

@@ -91,7 +91,7 @@ def test_recipes_that_do_not_fit_together(
     deep = write_recipe(tiny_llama, objectives=DISTILLED + "layers = { map = { 1 = 99 } }\n")
     done = limbeck("distill", deep)
     assert done.code == 2
-    assert "objectives.distilled.layers: layers.map takes the student's layer 1 to the teacher's 99" in done.err
+    assert "objectives.distilled.layers: layers.map maps the student's layer 1 to the teacher's 99" in done.err
     two = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.other]\nlabels = 1.0\n")
     assert "makes 2" in limbeck("distill", two, "--to", tmp_path / "copy").err
     (tmp_path / "mine").mkdir()
@@ -206,7 +206,7 @@ def test_a_student_with_another_tokenizer(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from limbeck.distill.data.blocks import train_tokenizer
-    from limbeck.distill.data.corpus import Document
+    from limbeck.distill.data.document import Document
 
     train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128).save_pretrained(tmp_path / "tokens")
     student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")

@@ -1,4 +1,4 @@
-"""Hidden states that follow the teacher's, against the formulas written out, with gradients."""
+"""The hidden-state loss equals the formulas written out, values and gradients."""
 
 from __future__ import annotations
 
@@ -45,62 +45,63 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def states(model: PreTrainedModel, batch: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
-    """What a layer gives at the tokens whose next one is to be predicted: (N, d)."""
-    kept: list[torch.Tensor] = []
-    # The last layer counts with the norm after it, as transformers counts it.
+    """A layer's output at the tokens whose next token is a target: (N, d)."""
+    outputs: list[torch.Tensor] = []
+    # transformers counts the final norm as part of the last layer.
     module = model.model.norm if layer == len(model.model.layers) else model.model.layers[layer - 1]
     hook = module.register_forward_hook(
-        lambda _, given, made: kept.append(made[0] if isinstance(made, tuple) else made)
+        lambda _, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
     model(input_ids=batch["input_ids"])
     hook.remove()
-    return torch.stack([kept[0][row, place] for row, place in (batch["labels"][:, 1:] != -100).nonzero().tolist()])
+    return torch.stack([outputs[0][row, place] for row, place in (batch["labels"][:, 1:] != -100).nonzero().tolist()])
 
 
 def distance(kind: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of each token: (N, d), (N, d) -> (N,)."""
+    """The distance at each token: (N, d), (N, d) -> (N,)."""
     if kind == "mse":
         return ((a - b) ** 2).sum(-1) / a.shape[-1]
     return 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
-@pytest.mark.parametrize("student_is", ["narrow", "tiny_llama"])
+@pytest.mark.parametrize("student_name", ["narrow", "tiny_llama"])
 def test_the_loss_and_its_gradients(
-    kind: str, student_is: str, deep: Path, batch: dict[str, torch.Tensor], request: pytest.FixtureRequest
+    kind: str, student_name: str, deep: Path, batch: dict[str, torch.Tensor], request: pytest.FixtureRequest
 ) -> None:
-    """Two layers, the labels beside them; with a projection only where widths differ."""
-    student, teacher = load(request.getfixturevalue(student_is)), load(deep)
+    """Two matched layers and the label loss; with projections only if the widths differ."""
+    student, teacher = load(request.getfixturevalue(student_name)), load(deep)
     chosen = {1: 2, 2: 6}
     objective = Objective(labels=1.0, layers=Layers(loss=kind, weight=3.0, map=chosen))
     distiller = Distiller(student, objective, teacher, 300)
     projections = distiller.layers.projections
-    assert (projections is not None) == (student_is == "narrow")
+    assert (projections is not None) == (student_name == "narrow")
     targets = int((batch["labels"][:, 1:] != -100).sum())
     losses = distiller(batch, targets)
     losses.loss.backward()
-    ours = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
     distiller.zero_grad()
 
     labels = torch.where(batch["labels"] == -100, -100, batch["labels"])
     wanted = student(input_ids=batch["input_ids"], labels=labels).loss
-    for mine, theirs in chosen.items():
-        made = states(student, batch, mine)
+    for student_layer, teacher_layer in chosen.items():
+        own = states(student, batch, student_layer)
         if projections is not None:
-            made = made @ projections[str(mine)].weight.T
-        wanted = wanted + 3.0 * distance(kind, made, states(teacher, batch, theirs).detach()).mean() / len(chosen)
+            own = own @ projections[str(student_layer)].weight.T
+        target = states(teacher, batch, teacher_layer).detach()
+        wanted = wanted + 3.0 * distance(kind, own, target).mean() / len(chosen)
     wanted.backward()
     torch.testing.assert_close(losses.loss, wanted, rtol=1e-5, atol=1e-5)
-    learnt = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
-    assert set(ours) == set(learnt)
-    assert sum(name.startswith("layers.") for name in learnt) == (2 if projections is not None else 0)
-    for name, gradient in learnt.items():
+    expected = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+    assert set(gradients) == set(expected)
+    assert sum(name.startswith("layers.") for name in expected) == (2 if projections is not None else 0)
+    for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-5
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_layers_beside_a_divergence_bring_the_student_nearer(
+def test_training_on_layers_and_a_divergence_lowers_the_loss(
     narrow: Path, deep: Path, batch: dict[str, torch.Tensor]
 ) -> None:
     objective = Objective(divergence="forward_kl", layers=Layers(loss="mse"))
@@ -117,7 +118,7 @@ def test_layers_beside_a_divergence_bring_the_student_nearer(
     assert losses[-1] > 0
 
 
-def test_projections_are_the_same_each_time_and_no_part_of_the_student(narrow: Path, deep: Path) -> None:
+def test_projections_do_not_depend_on_the_seed_and_are_not_part_of_the_student(narrow: Path, deep: Path) -> None:
     objective, weights = Objective(labels=1.0, layers=Layers()), []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -134,23 +135,23 @@ def test_projections_are_the_same_each_time_and_no_part_of_the_student(narrow: P
     ("student", "teacher", "wanted"),
     [(6, 12, {1: 2, 2: 4, 3: 6, 4: 8, 5: 10, 6: 12}), (3, 4, {1: 1, 2: 3, 3: 4}), (3, 2, {1: 1, 2: 1, 3: 2})],
 )
-def test_layers_are_evenly_spread(student: int, teacher: int, wanted: dict[int, int]) -> None:
+def test_without_a_map_layers_are_spread_evenly(student: int, teacher: int, wanted: dict[int, int]) -> None:
     assert layer_map(Layers(), student, teacher) == wanted
 
 
-@pytest.mark.parametrize(("chosen", "whose"), [({0: 1}, "student"), ({4: 1}, "student"), ({1: 7}, "teacher")])
-def test_layers_that_are_not_there(chosen: dict[int, int], whose: str) -> None:
-    with pytest.raises(BadInput, match=f"{whose} has layers 1 to"):
+@pytest.mark.parametrize(("chosen", "role"), [({0: 1}, "student"), ({4: 1}, "student"), ({1: 7}, "teacher")])
+def test_layers_that_do_not_exist_are_bad_input(chosen: dict[int, int], role: str) -> None:
+    with pytest.raises(BadInput, match=f"{role} has layers 1 to"):
         layer_map(Layers(map=chosen), 3, 6)
 
 
-def test_a_cache_stores_no_hidden_states(narrow: Path) -> None:
+def test_layers_without_an_online_teacher_are_bad_input(narrow: Path) -> None:
     with pytest.raises(BadInput, match="a cache stores none"):
         Distiller(load(narrow), Objective(labels=1.0, layers=Layers()), None, 300)
 
 
 def test_a_recipe_with_layers(deep: Path, write_recipe: Callable[..., Path], store: Store, tmp_path: Path) -> None:
-    """Through the Trainer, under gradient checkpointing; the student that is kept has no projections."""
+    """Trains with gradient checkpointing; the saved student has no projections."""
     student = 'model_type = "llama"\nhidden_size = 16\nintermediate_size = 32\nnum_hidden_layers = 2\n'
     recipe = write_recipe(
         deep,

@@ -19,14 +19,14 @@ from torch.distributions import Bernoulli, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
-from limbeck.distill.data.corpus import Document
-from limbeck.distill.losses import chunks as chunks_module
+from limbeck.distill.data.document import Document
+from limbeck.distill.losses import text_chunks as loss_module
 from limbeck.distill.losses.chunked_head import LazyLogits
 from limbeck.distill.models import alignment
 from limbeck.distill.models.alignment import TextSpan
 from limbeck.distill.recipe.schema import Objective
-from limbeck.distill.teacher import chunks
-from limbeck.distill.teacher.chunks import SpanLogprobs
+from limbeck.distill.teacher import text_chunks as chunks
+from limbeck.distill.teacher.text_chunks import SpanLogprobs
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import TEXT, make_model
@@ -227,19 +227,19 @@ def test_equal_tokenizers_make_each_token_a_chunk(tiny_llama: Path, tokenizers: 
 def test_the_divergence_is_that_of_two_coins(temperature: float) -> None:
     log_p, log_q = -torch.rand(2, 50, dtype=torch.float64).mul(3).exp() + 0.9
     log_q.requires_grad_()
-    got = chunks_module.divergence(log_p, log_q, temperature)
+    got = loss_module.divergence(log_p, log_q, temperature)
     p, q = ((x / temperature).exp() for x in (log_p, log_q))
     wanted = temperature * kl_divergence(Bernoulli(probs=p), Bernoulli(probs=q))
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
     one, other = (torch.autograd.grad(each.sum(), log_q, retain_graph=True)[0] for each in (got, wanted))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
-    assert float(chunks_module.divergence(log_p, log_p, temperature).abs().max()) == 0
+    assert float(loss_module.divergence(log_p, log_p, temperature).abs().max()) == 0
 
 
 def test_certain_chunks_are_finite() -> None:
     certain, unlikely = torch.tensor([0.0, 0.0, -1e4]), torch.tensor([-1e4, 0.0, 0.0])
     for temperature in (1.0, 100.0):
-        assert chunks_module.divergence(certain.double(), unlikely.double(), temperature).isfinite().all()
+        assert loss_module.divergence(certain.double(), unlikely.double(), temperature).isfinite().all()
 
 
 @pytest.mark.parametrize(("labels", "temperature"), [(0.0, 1.0), (0.0, 100.0), (0.3, 10.0)])
@@ -253,7 +253,7 @@ def test_the_loss_against_a_plain_one(labels: float, temperature: float) -> None
     ids = torch.randint(20, (9,))
     objective = Objective(divergence="chunks", labels=labels, temperature=temperature)
     student = LazyLogits(hidden, weight)
-    loss = chunks_module.loss(student, ids, rows, {"chunks": numbers, "logprobs": said}, objective)
+    loss = loss_module.loss(student, ids, rows, {"chunks": numbers, "logprobs": said}, objective)
     got = torch.autograd.grad(loss, (hidden, weight))
 
     own = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(9), ids]
