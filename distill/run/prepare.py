@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limbeck.distill.context import NO_TEXT, Setting, code_version, count_parameters, errors_at
+from limbeck.distill.context import EMPTY_CORPUS, Setting, code_version, count_parameters, errors_at
 from limbeck.distill.data import corpus
-from limbeck.distill.data.blocks import make_blocks, no_blocks, train_tokenizer
+from limbeck.distill.data.blocks import empty_blocks, make_blocks, train_tokenizer
 from limbeck.distill.data.packing import separates_documents
 from limbeck.distill.models import licence, loading
 from limbeck.distill.recipe.load import Source
@@ -18,6 +18,7 @@ from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,10 +30,10 @@ def prepare_setting(recipe: Recipe, source: Source, store: Store) -> Setting:
     Where the teacher is to write the text there is none yet, and no block: see `written`.
     """
     beside = source.path.resolve().parent
-    text = NO_TEXT
+    text = EMPTY_CORPUS
     if recipe.generate is None:
         with errors_at(source, "data", "path"):
-            text = corpus.prepare(recipe.data, beside, recipe.name)
+            text = corpus.prepare_corpus(recipe.data, beside, recipe.name)
     starts = {}
     for name, student in recipe.students.items():
         if student.model:
@@ -47,7 +48,7 @@ def prepare_setting(recipe: Recipe, source: Source, store: Store) -> Setting:
                 theirs = loading.load_tokenizer(teacher.path, trust)
                 loading.check_fits(teacher.path, theirs, recipe.data.max_length, trust)
     tokenizer = _tokenizer(recipe, source, text, teacher, theirs, starts)
-    nothing = no_blocks(recipe.data.max_length)
+    nothing = empty_blocks(recipe.data.max_length)
     inherited = {each.label: licence.inherited_terms(store, each) for each in (teacher, *starts.values()) if each}
     setting = Setting(
         recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts, inherited_terms=inherited
@@ -79,10 +80,12 @@ def _with_blocks(setting: Setting) -> Setting:
     alone = bool(mixing)
     with errors_at(setting.source, "data"):
         train = make_blocks(
-            corpus.read(text.train), tokenizer, data.max_length, data.max_tokens, one_document_per_block=alone
+            corpus.read_corpus(text.train), tokenizer, data.max_length, data.max_tokens, one_document_per_block=alone
         )
     with errors_at(setting.source, "data", "heldout"):
-        heldout = make_blocks(corpus.read(text.heldout), tokenizer, data.max_length, one_document_per_block=alone)
+        heldout = make_blocks(
+            corpus.read_corpus(text.heldout), tokenizer, data.max_length, one_document_per_block=alone
+        )
     if left_out := train.too_long + heldout.too_long:
         print_status(f"  text: {left_out} documents are longer than {data.max_length} tokens and are left out")
     return setting._replace(train=train, heldout=heldout)
@@ -125,7 +128,7 @@ def _tokenizer(
     if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not learns_words)):
         return own
     if recipe.crosses_tokenizers and recipe.tokenizer is not None:
-        return train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
+        return train_tokenizer(corpus.read_corpus(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
     if teacher_tokenizer is not None:
         return teacher_tokenizer
     if teacher is not None and teacher.has_tokenizer:
@@ -139,7 +142,7 @@ def _tokenizer(
                 "with pretrained students and no divergence",
             )
     if recipe.tokenizer is not None:
-        return train_tokenizer(corpus.read(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
+        return train_tokenizer(corpus.read_corpus(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
     if own is not None:
         return own
     raise BadInput(
@@ -174,16 +177,18 @@ def with_registered_teacher(setting: Setting, store: Store) -> Setting:
     if version is None or version.name != recipe.name:
         version = licence.version_of_model(store, teacher)
         version = store.register(
-            recipe.name,
+            NewVersion(
+                name=recipe.name,
+                kind="teacher",
+                licence=setting.teacher_licence,
+                parent=version.ref if version else None,
+                recipe="teacher",
+                engine=teacher.engine,
+                precision="untold" if teacher.endpoint else "fp32",
+                params=None if teacher.endpoint else count_parameters(teacher.path),
+                code_version=code_version(),
+            ),
             teacher.path,
-            kind="teacher",
-            licence=setting.teacher_licence,
-            parent=version.ref if version else None,
-            recipe="teacher",
-            engine=teacher.engine,
-            precision="untold" if teacher.endpoint else "fp32",
-            params=None if teacher.endpoint else count_parameters(teacher.path),
-            code_version=code_version(),
         )
         print_status(f"  teacher: {version.ref}, digest {version.digest[:12]}")
     return setting._replace(teacher_version=version)

@@ -32,7 +32,7 @@ from limbeck.registry.core.terminal import print_status, progress_bar
 from limbeck.registry.mlflow.run import Run
 from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
 from limbeck.registry.provenance.cyclonedx import MADE_WITH
-from limbeck.registry.records import TrainingCost, Version
+from limbeck.registry.records import NewVersion, TrainingCost, Version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,23 +74,25 @@ def make_student(
         packages = {name: installed(name) for name in PACKAGES}
         run.set_tags({TRAINING_COST_TAG: making.model_dump_json(), MADE_WITH: json.dumps(packages)})
         version = store.register(
-            recipe.name,
+            NewVersion(
+                name=recipe.name,
+                kind="student" if setting.teacher_version else "teacher",
+                licence=recipe.licence,
+                **licences.licence_fields(setting, plan),
+                # A twin trained on labels alone is compared with the teacher, and was not made from it.
+                parent=compared if licences.learns_from_teacher(setting, plan) else None,
+                teacher=compared,
+                recipe=plan.label,
+                recipe_digest=key,
+                family=family_key(setting, plan),
+                control=plan.control,
+                data_digest=setting.corpus.digest,
+                code_version=code_version(),
+                params=int(facts["params"]),
+                precision=PRECISION[recipe.students[plan.student].dtype],
+                run_id=run.id,
+            ),
             work / "final",
-            kind="student" if setting.teacher_version else "teacher",
-            licence=recipe.licence,
-            **licences.licence_fields(setting, plan),
-            # A twin trained on labels alone is compared with the teacher, and was not made from it.
-            parent=compared if licences.learns_from_teacher(setting, plan) else None,
-            teacher=compared,
-            recipe=plan.label,
-            recipe_digest=key,
-            family=family_key(setting, plan),
-            control=plan.control,
-            data_digest=setting.corpus.digest,
-            code_version=code_version(),
-            params=int(facts["params"]),
-            precision=PRECISION[recipe.students[plan.student].dtype],
-            run_id=run.id,
         )
     shutil.rmtree(work, ignore_errors=True)
     stopped = f"; stopped: {facts['stopped']}" if facts.get("stopped") else ""
@@ -138,11 +140,11 @@ def _making(setting: Setting, plan: Plan, teacher: TeacherSignal, facts: dict[st
     import torch
 
     recipe = setting.recipe
-    learns = [each.label for each in grid.plans(recipe) if each.objective.uses_teacher]
+    learns = [each.label for each in grid.plan_students(recipe) if each.objective.uses_teacher]
     cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
     device = loading.device()
     words = usage.usage_of_plan(setting, plan)
-    shared = grid.plans(recipe) if setting.generated else learns if cache else []
+    shared = grid.plan_students(recipe) if setting.generated else learns if cache else []
     return TrainingCost(
         training_seconds=facts["seconds"],
         teacher_seconds=(cache.capture_seconds() if cache else 0.0) + words.seconds,

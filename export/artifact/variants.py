@@ -23,7 +23,7 @@ from limbeck.registry.core.digest import (
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.jsonl import find_training_text, read_rows
-from limbeck.registry.records import Parity, Version
+from limbeck.registry.records import NewVersion, Parity, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
@@ -91,28 +91,18 @@ def export_version(
         with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
             made = _make(source, Path(temporary), missing, texts, settings, lineage, parent.ref, trust_remote_code)
             for precision, parity in made.items():
-                version = store.register(
-                    parent.name,
-                    Path(temporary) / precision,
-                    kind="onnx",
-                    engine="onnxruntime",
-                    precision=precision,
-                    parent=parent.ref,
-                    teacher=parent.teacher,
-                    recipe=parent.recipe,
-                    recipe_digest=parent.recipe_digest,
-                    family=parent.family,
-                    control=parent.control,
-                    data_digest=parent.data_digest,
-                    code_version=parent.code_version,
-                    **parent.model_dump(include=LICENCE_FIELDS),
-                    params=parent.params,
-                    run_id=parent.run_id,
-                )
+                version = store.register(_new_version(parent, precision), Path(temporary) / precision)
                 store.add_parity(version, parity)
                 report(f"{parent.ref} {precision}: registered as {version.ref}")
                 variants[precision] = _variant_of_version(store, version, parity, new=True)
     return [variants[precision] for precision in _fp32_first(precisions)]
+
+
+def _new_version(parent: Version, precision: str) -> NewVersion:
+    """The ONNX variant of a version in a precision: all its other fields are its parent's."""
+    made_from = parent.model_dump(include=set(NewVersion.model_fields))
+    variant = {"kind": "onnx", "engine": "onnxruntime", "precision": precision, "parent": parent.ref}
+    return NewVersion(**made_from | variant)
 
 
 def export_folder(

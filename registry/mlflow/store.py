@@ -26,7 +26,7 @@ from limbeck.registry.mlflow.filters import Condition, parse_filter
 from limbeck.registry.mlflow.findings import TAG_PREFIX, Findings, VersionFindings
 from limbeck.registry.mlflow.listing import ListedVersion, describe_read_error, list_versions, read_aliases
 from limbeck.registry.mlflow.run import Run, mlflow_key
-from limbeck.registry.records import Engine, Kind, TrainingCost, Version
+from limbeck.registry.records import NewVersion, TrainingCost, Version
 
 EXPERIMENT = "limbeck"
 TRAINING_COST_TAG = TAG_PREFIX + "making"  # a tag of the run that made a version
@@ -131,89 +131,40 @@ class Store(Findings):
 
     # --- versions
 
-    def register(
-        self,
-        name: str,
-        folder: Path,
-        *,
-        kind: Kind,
-        engine: Engine = "torch",
-        precision: str = "fp32",
-        parent: str | None = None,
-        teacher: str | None = None,
-        recipe: str | None = None,
-        recipe_digest: str | None = None,
-        family: str | None = None,
-        control: str | None = None,
-        data_digest: str | None = None,
-        code_version: str | None = None,
-        licence: str | None = None,
-        licence_allows_distillation: bool | None = None,
-        teacher_licence: str | None = None,
-        data_licence: str | None = None,
-        code_licence: str | None = None,
-        base_model: str | None = None,
-        base_model_digest: str | None = None,
-        base_model_licence: str | None = None,
-        author: str | None = None,
-        params: int | None = None,
-        run_id: str | None = None,
-        extra_tags: Mapping[str, Any] | None = None,
-    ) -> Version:
-        """Store the files of `folder` and make them a version of `name`.
+    def register(self, new: NewVersion, folder: Path, *, extra_tags: Mapping[str, Any] | None = None) -> Version:
+        """Store the files of `folder` as a version of the model `new.name`.
 
-        Idempotent: where `name` has a version with the same digest, parent and recipe, that one is given back
-        and nothing is stored. The version appears after its files are stored and their digest checked.
+        Idempotent: if the model has a version with the same digest, parent and recipe, nothing is stored and that
+        version is returned. A new version appears only after its files are stored and their digest is verified.
 
         Args:
-            name: the registered model's name: letters, digits, dots, dashes, underscores.
-            folder: the artifact; checked against its manifest first, where it has one.
-            kind ... params: what is known of it, as in `limbeck.registry.records.Version`.
-            run_id: the MLflow run that made it.
+            new: what its maker states. The registry assigns the rest: version number, digest, source, time, author.
+            folder: the files; compared with their manifest first, if the folder has one.
             extra_tags: further MLflow tags of the version.
 
         Raises:
-            BadInput: a name that cannot be used, an empty or missing folder.
-            DamagedArtifact: files that are not those of the manifest, or that arrived changed.
+            BadInput: the name cannot be used, or the folder is empty or missing.
+            DamagedArtifact: the files differ from the manifest, or changed on the way.
         """
         folder = Path(folder)
-        if not NAME.fullmatch(name):
-            raise BadInput(f"{name!r} is no name for a model", fix="use letters, digits, dots, dashes and underscores")
+        if not NAME.fullmatch(new.name):
+            raise BadInput(
+                f"{new.name!r} is not a name for a model", fix="use letters, digits, dots, dashes and underscores"
+            )
         if not folder.is_dir() or not any(folder.iterdir()):
             raise BadInput(f"{folder}: {'an empty folder' if folder.is_dir() else 'no such folder'}")
         digest = verify_files(folder)
         wanted = Version(
-            name=name,
-            version=0,  # MLflow gives the number, the source and the time
+            **dict(new),
+            digest=digest,
+            author=identity.current_user(self.tracking_uri),
+            version=0,  # MLflow assigns the number, the source and the time
             source="",
             created=datetime.now(UTC),
-            digest=digest,
-            kind=kind,
-            engine=engine,
-            precision=precision,
-            parent=parent,
-            teacher=teacher,
-            recipe=recipe,
-            recipe_digest=recipe_digest,
-            family=family,
-            control=control,
-            data_digest=data_digest,
-            code_version=code_version,
-            licence=licence,
-            licence_allows_distillation=licence_allows_distillation,
-            teacher_licence=teacher_licence,
-            data_licence=data_licence,
-            code_licence=code_licence,
-            base_model=base_model,
-            base_model_digest=base_model_digest,
-            base_model_licence=base_model_licence,
-            author=author or identity.current_user(self.tracking_uri),
-            params=params,
-            run_id=run_id,
         )
-        with self.lock(f"register-{name}"):
-            same = {"digest": digest, "parent": parent, "recipe": recipe, "recipe_digest": recipe_digest}
-            if existing := self.find_version(name, **same):
+        with self.lock(f"register-{new.name}"):
+            same = {"digest": digest, **new.model_dump(include={"parent", "recipe", "recipe_digest"})}
+            if existing := self.find_version(new.name, **same):
                 return existing
             return self._store_files(wanted, folder, extra_tags or {})
 

@@ -29,7 +29,7 @@ from limbeck.registry.records.scores import (
     TaskResult,
     top_level_tasks,
 )
-from limbeck.registry.records.version import TrainingCost, Version
+from limbeck.registry.records.version import NewVersion, TrainingCost, Version
 
 __all__ = [
     "FIGURES",
@@ -52,6 +52,7 @@ __all__ = [
     "Kind",
     "LeaderboardRow",
     "LedgerEntry",
+    "NewVersion",
     "Noninferiority",
     "Outcome",
     "Overlap",

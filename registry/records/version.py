@@ -7,15 +7,11 @@ from datetime import datetime
 from limbeck.registry.records.base import Engine, Frozen, Kind, Record
 
 
-class Version(Frozen):
-    """One exact artifact under a registered model name."""
+class NewVersion(Frozen):
+    """What the maker of an artifact states of it: the input of `limbeck.registry.mlflow.store.Store.register`."""
 
-    name: str
-    version: int
+    name: str  # of the registered model: letters, digits, dots, dashes, underscores
     kind: Kind
-    digest: str  # limbeck.registry.core.digest.folder_digest of its files
-    source: str  # MLflow artifact URI of the folder
-    created: datetime
     engine: Engine = "torch"
     precision: str = "fp32"
     parent: str | None = None  # NAME/VERSION it was made from
@@ -27,18 +23,27 @@ class Version(Frozen):
     data_digest: str | None = None
     code_version: str | None = None
     licence: str | None = None
-    # Of a student: whether the licence of what it learnt from lets a model learn from it; text alone always does.
+    # Of a student: whether the licences of its sources allow training a model on them; text alone always does.
     licence_allows_distillation: bool | None = None
-    # What it came from, as far as it was told; an ONNX variant's are its student's.
+    # The licences of its sources, as far as they are known; an ONNX variant has those of its student.
     teacher_licence: str | None = None
     data_licence: str | None = None  # of the training text
     code_licence: str | None = None  # of the code that made it
-    base_model: str | None = None  # of a student that began pretrained: NAME/VERSION, hub id or folder of that model
+    base_model: str | None = None  # the pretrained model a student started from: NAME/VERSION, hub id or folder
     base_model_digest: str | None = None
     base_model_licence: str | None = None
-    author: str | None = None  # who registered it, see limbeck.registry.mlflow.identity
     params: int | None = None
-    run_id: str | None = None
+    run_id: str | None = None  # the MLflow run that made it
+
+
+class Version(NewVersion):
+    """One exact artifact under a registered model name: what its maker states and what the registry assigns."""
+
+    version: int
+    digest: str  # limbeck.registry.core.digest.folder_digest of its files
+    source: str  # MLflow artifact URI of the folder
+    created: datetime
+    author: str | None = None  # who registered it, see limbeck.registry.mlflow.identity
     aliases: tuple[str, ...] = ()
 
     @property

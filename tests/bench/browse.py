@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from limbeck.registry.core.home import home
 from limbeck.registry.core.terminal import print_table
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.bench.leaderboard import scorecard
 
 COUNT = 10_000
@@ -87,9 +88,21 @@ def make(count: int, models: int = MODELS) -> None:
         folder.mkdir()
         (folder / "config.json").write_text(f'{{"of": "{kind}"}}')
         first = store.register(
-            "model-0", folder, kind=kind, engine=engine, recipe="small", params=1000, data_digest="d" * 64,
-            licence="MIT", family="f" * 64, code_version="limbeck 0.1.0", teacher="teacher/1", recipe_digest="r" * 64,
-        )  # fmt: skip
+            NewVersion(
+                name="model-0",
+                kind=kind,
+                engine=engine,
+                recipe="small",
+                params=1000,
+                data_digest="d" * 64,
+                licence="MIT",
+                family="f" * 64,
+                code_version="limbeck 0.1.0",
+                teacher="teacher/1",
+                recipe_digest="r" * 64,
+            ),
+            folder,
+        )
         store.add_scorecard(first, scorecard(first.ref, first.digest, dice), documents)
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
         copy(database, count, models, dice)

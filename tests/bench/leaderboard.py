@@ -27,7 +27,7 @@ from limbeck.registry.core.digest import file_digest
 from limbeck.registry.core.home import home
 from limbeck.registry.core.terminal import print_status, print_table
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Cost, Estimate, Relative, Scorecard, TaskResult, Version
+from limbeck.registry.records import Cost, Estimate, NewVersion, Relative, Scorecard, TaskResult, Version
 
 SIZES = [100, 1000]
 TASKS = 10
@@ -95,7 +95,9 @@ def make(count: int) -> None:
     documents = home() / "documents.parquet"
     documents.write_bytes(b"no one reads this")
     dice = random.Random(0)
-    first = store.register(NAME, folder, kind="teacher", params=1000, data_digest="d" * 64, licence="MIT")
+    first = store.register(
+        NewVersion(name=NAME, kind="teacher", params=1000, data_digest="d" * 64, licence="MIT"), folder
+    )
     store.add_scorecard(first, scorecard(first.ref, first.digest, dice, teacher=True), documents)
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
         copy(database, first, count, dice)

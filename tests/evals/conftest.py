@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Version
+from limbeck.registry.records import NewVersion, Version
 from tests.conftest import make_model
 from tests.evals.leaderboard_helpers import make_card
 
@@ -100,7 +100,7 @@ def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
         folder = tmp_path / f"artifact-{len(store.versions('m'))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
-        version = store.register("m", folder, **{"kind": "onnx", "engine": "onnxruntime", **fields})
+        version = store.register(NewVersion(name="m", **{"kind": "onnx", "engine": "onnxruntime", **fields}), folder)
         for retention, usd, changes in cards:
             store.add_scorecard(version, make_card(version.digest, retention, usd, **changes), documents)
         return version

@@ -23,7 +23,7 @@ from limbeck.export.runtime.sampling import Sampling
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Version
+from limbeck.registry.records import NewVersion, Version
 from tests.export.export_helpers import Exported
 
 PROMPTS = ["def add(a, b):", "x", "for i in range(10):"]
@@ -33,7 +33,7 @@ URI = "models:/coder@production"
 @pytest.fixture
 def version(store: Store, llama: Exported, monkeypatch: pytest.MonkeyPatch) -> Version:
     """coder@production, where MLflow by itself looks for it too."""
-    version = store.register("coder", llama.fp32, kind="onnx", engine="onnxruntime")
+    version = store.register(NewVersion(name="coder", kind="onnx", engine="onnxruntime"), llama.fp32)
     store.client.set_registered_model_alias("coder", "production", str(version.version))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri)
     return version

@@ -20,7 +20,7 @@ import pytest
 from limbeck.registry.core.home import home
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import CostLimits, Policy, QualityRules
-from limbeck.registry.records import Estimate, Parity, Relative, Scorecard, TaskResult, Version
+from limbeck.registry.records import Estimate, NewVersion, Parity, Relative, Scorecard, TaskResult, Version
 from tests.conftest import make_cost
 
 POLICY = Policy(quality=QualityRules(min_retention=0.8), cost=CostLimits(max_cost_ratio=0.5))
@@ -129,18 +129,16 @@ def copied(root: Path, still: Still, store: Store, documents: Path) -> Still:
 
 def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
     """As the fixture `still`, in any store."""
-    teacher = store.register("still", make_folder("teacher"), kind="teacher")
+    teacher = store.register(NewVersion(name="still", kind="teacher"), make_folder("teacher"))
     made = dict(parent=teacher.ref, teacher=teacher.ref, recipe="small")
-    student = store.register("still", make_folder("student"), kind="student", **made)
+    student = store.register(NewVersion(name="still", kind="student", **made), make_folder("student"))
     variants = {}
     for precision in ("fp32", "int8", "int4"):
         variants[precision] = store.register(
-            "still",
+            NewVersion(
+                name="still", kind="onnx", engine="onnxruntime", precision=precision, **made | {"parent": student.ref}
+            ),
             make_folder(precision, onnx=True),
-            kind="onnx",
-            engine="onnxruntime",
-            precision=precision,
-            **made | {"parent": student.ref},
         )
         store.add_parity(variants[precision], _parity(reference=student.digest, precision=precision))
     return Still(store, teacher, student, variants, documents)

@@ -27,6 +27,7 @@ from limbeck.registry.gate import approvals
 from limbeck.registry.gate.promotion import promote
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance.attestation import SBOM_TAG_PREFIX as BILL
+from limbeck.registry.records import NewVersion
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still, make_artifact, make_still
 
@@ -113,8 +114,8 @@ def is_clean(text: str) -> bool:
     ],
 )
 def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Result]) -> None:
-    with pytest.raises(BadInput, match="is no name for a model"):
-        still.store.register(name, still.store.verified_folder(still.student), kind="student")
+    with pytest.raises(BadInput, match="is not a name for a model"):
+        still.store.register(NewVersion(name=name, kind="student"), still.store.verified_folder(still.student))
     for command in (("models", "show", f"{name}/1"), ("promote", name), ("models", "history", name)):
         code, out, err = limbeck(*command)
         assert (code, out) == (2, "")
@@ -123,10 +124,12 @@ def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Res
 
 def test_names_that_are_long_or_twins(still: Still) -> None:
     store, folder = still.store, still.store.verified_folder(still.student)
-    long = store.register("ж" * 200, folder, kind="student")  # its lock's name has to fit into a folder
+    long = store.register(
+        NewVersion(name="ж" * 200, kind="student"), folder
+    )  # its lock's name has to fit into a folder
     assert store.get(f"{long.name}/1") == long
-    store.register(NFC, folder, kind="student")
-    store.register("Still", folder, kind="student")
+    store.register(NewVersion(name=NFC, kind="student"), folder)
+    store.register(NewVersion(name="Still", kind="student"), folder)
     assert {"Still", "still", NFC} <= set(store.model_names())
     assert len(store.versions("Still")) == 1  # another model
     with pytest.raises(BadInput, match="no model is registered"):
@@ -148,7 +151,10 @@ def test_aliases_that_mlflow_keeps_for_itself(still: Still, alias: str, limbeck:
 
 @pytest.mark.parametrize("alias", ["", "a/b", "../a", "a@b", "é", "a\n", "1", "x" * 101, "\x1b[2J"])
 def test_aliases_that_are_none(still: Still, alias: str, limbeck: Callable[..., Result]) -> None:
-    for command in (("promote", "still/3", "--alias", alias), ("request", "still/3", "--alias", alias, "--reason", "why")):
+    for command in (
+        ("promote", "still/3", "--alias", alias),
+        ("request", "still/3", "--alias", alias, "--reason", "why"),
+    ):
         code, _, err = limbeck(*command)
         assert (code, "is no alias" in err, is_clean(err)) == (2, True, True)
 
@@ -208,7 +214,7 @@ def test_a_pipe_instead_of_a_config(folder: Path) -> None:
 def test_links_that_stay_within_are_copied(still: Still, folder: Path) -> None:
     (folder / "alias.json").symlink_to("config.json")
     os.link(folder / "config.json", folder / "hard.json")
-    made = still.store.verified_folder(still.store.register("linked", folder, kind="student"))
+    made = still.store.verified_folder(still.store.register(NewVersion(name="linked", kind="student"), folder))
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in made.iterdir())
     assert (made / "alias.json").read_text() == (made / "hard.json").read_text() == (folder / "config.json").read_text()
 
@@ -273,7 +279,7 @@ def test_an_index_that_is_none(folder: Path, index: str) -> None:
 @pytest.mark.parametrize("said", ["[]", "{}", '{"url": "file:///etc/passwd", "name": "x"}', '{"url": "http://x"}'])
 def test_an_endpoint_that_is_none(still: Still, folder: Path, said: str) -> None:
     (folder / "endpoint.json").write_text(said)
-    made = still.store.register("asked", folder, kind="teacher", engine="endpoint")
+    made = still.store.register(NewVersion(name="asked", kind="teacher", engine="endpoint"), folder)
     with pytest.raises(DamagedArtifact, match=r"endpoint\.json"):
         resolve_model(made.ref, still.store)
 
@@ -548,4 +554,4 @@ def test_a_registered_bundle_carries_no_manifest_of_others(still: Still, folder:
     write_manifest(folder)
     (folder / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
     with pytest.raises(DamagedArtifact, match=r"config\.json has sha256"):
-        still.store.register("swapped", folder, kind="student")
+        still.store.register(NewVersion(name="swapped", kind="student"), folder)

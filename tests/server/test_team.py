@@ -13,6 +13,7 @@ import pytest
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.home import home
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.conftest import Result
 from tests.flaky_proxy import flaky
 from tests.quickstart.test_quickstart import QUALITY, RECIPE, TEACHER
@@ -110,7 +111,7 @@ def test_files_go_to_s3_itself(
 ) -> None:
     direct.be(monkeypatch, "ann")
     folder = make_folder("straight")
-    version = Store().register("straight", folder, kind="student")
+    version = Store().register(NewVersion(name="straight", kind="student"), folder)
     assert version.source.startswith("s3://")
     assert folder_digest(Store().verified_folder(version)) == version.digest == folder_digest(folder)
 
@@ -134,7 +135,7 @@ def test_a_server_that_starts_again_in_the_middle(
 
         thread = threading.Thread(target=restart)
         thread.start()
-        version = Store().register("patient", folder, kind="student")
+        version = Store().register(NewVersion(name="patient", kind="student"), folder)
         thread.join()
         assert sorted(proxy.puts) == sorted(p.name for p in folder.iterdir())  # each of them once
         assert folder_digest(Store().verified_folder(version)) == version.digest

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.conftest import Result
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]
@@ -63,7 +64,7 @@ def test_notices_are_sent_and_signed(
     assert len(got) == 1
 
     be("ann")
-    Store().register("noticed", make_folder("a"), kind="onnx", engine="onnxruntime")
+    Store().register(NewVersion(name="noticed", kind="onnx", engine="onnxruntime"), make_folder("a"))
     Store().client.set_registered_model_alias("noticed", "production", "1")
     for _ in range(100):
         if len(got) == 3:

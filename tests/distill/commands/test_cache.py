@@ -14,6 +14,7 @@ from limbeck.distill.cache import teacher_cache as caches
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 
 DAY = 24 * 3600
 
@@ -122,7 +123,7 @@ def test_prune_leaves_what_a_run_reads(limbeck, limbeck_home: Path) -> None:  # 
 
 
 def test_prune_of_teachers_that_are_not_registered(limbeck, store: Store, tiny_llama: Path) -> None:  # type: ignore[no-untyped-def]
-    version = store.register("tiny", tiny_llama, kind="teacher")
+    version = store.register(NewVersion(name="tiny", kind="teacher"), tiny_llama)
     known, gone = fill(version.digest), fill("gone")
     assert limbeck("cache", "prune", "--unregistered", "--yes").code == 0
     assert there() == {known.folder.name}

@@ -19,7 +19,7 @@ from limbeck.evals.stats.retention import compare_with_teacher, pair_documents
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import ComparedModels, Version
+from limbeck.registry.records import ComparedModels, NewVersion, Version
 from tests.conftest import make_model
 from tests.evals.stats.test_retention import documents, result
 
@@ -135,8 +135,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
 
 @pytest.fixture
 def versions(store: Store, folders: list[Path]) -> list[Version]:
-    teacher = store.register("m", folders[0], kind="teacher")
-    return [teacher, store.register("m", folders[1], kind="student", teacher=teacher.ref)]
+    teacher = store.register(NewVersion(name="m", kind="teacher"), folders[0])
+    return [teacher, store.register(NewVersion(name="m", kind="student", teacher=teacher.ref), folders[1])]
 
 
 @pytest.fixture

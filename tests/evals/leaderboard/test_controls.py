@@ -14,7 +14,7 @@ import pytest
 from limbeck.evals.leaderboard.rows import leaderboard_rows
 from limbeck.evals.scores.controls import compare_with_controls
 from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
-from limbeck.registry.records import TrainingCost, Version
+from limbeck.registry.records import NewVersion, TrainingCost, Version
 from tests.evals.leaderboard_helpers import make_card
 from tests.evals.stats.test_retention import documents
 
@@ -33,7 +33,7 @@ def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
             making = TrainingCost(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
             made.tags({TRAINING_COST_TAG: making.model_dump_json()})
         given = {"kind": "student", "recipe": label, "family": "f", "run_id": made.id} | fields
-        version = store.register("m", folder, **given)
+        version = store.register(NewVersion(name="m", **given), folder)
         values = [level + 0.02 * ((place * 7) % 5 - 2) + 0.1 * (place % 3) for place in range(48)]
         file = tmp_path / f"{version.version}.parquet"
         parquet.write_table(documents("single", values, FILES), file)
@@ -96,7 +96,7 @@ def test_controls_that_were_not_scored_are_left_out(
     folder = tmp_path / "unscored"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    store.register("m", folder, kind="student", family="f", control="labels")
+    store.register(NewVersion(name="m", kind="student", family="f", control="labels"), folder)
     assert compare_with_controls(store, store.versions("m")) == []
 
 

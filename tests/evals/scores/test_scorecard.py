@@ -20,6 +20,7 @@ from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel, load_registered_version, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.conftest import make_model
 
 NAMES = ["text_bits_per_byte", "text_next_line"]
@@ -39,9 +40,11 @@ def other_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 @pytest.fixture
 def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) -> list[ResolvedModel]:
     """A registered teacher, its ONNX export, and a student."""
-    teacher = store.register("m", tiny_llama, kind="teacher")
-    onnx = store.register("m", onnx_llama, kind="onnx", engine="onnxruntime", parent=teacher.ref, params=1000)
-    student = store.register("m", other_llama, kind="student", teacher=teacher.ref, recipe="other")
+    teacher = store.register(NewVersion(name="m", kind="teacher"), tiny_llama)
+    onnx = store.register(
+        NewVersion(name="m", kind="onnx", engine="onnxruntime", parent=teacher.ref, params=1000), onnx_llama
+    )
+    student = store.register(NewVersion(name="m", kind="student", teacher=teacher.ref, recipe="other"), other_llama)
     return [load_registered_version(version, store) for version in (teacher, onnx, student)]
 
 
@@ -51,7 +54,7 @@ def quick(
 ) -> list[ResolvedModel]:
     """A registered teacher and two students, all ONNX: their processes are loaded in a moment."""
     folders = [onnx_llama, onnx(other_llama), onnx(tiny_gpt2)]
-    versions = [store.register("m", folder, kind="onnx", engine="onnxruntime") for folder in folders]
+    versions = [store.register(NewVersion(name="m", kind="onnx", engine="onnxruntime"), folder) for folder in folders]
     return [load_registered_version(version, store) for version in versions]
 
 

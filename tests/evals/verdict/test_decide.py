@@ -26,7 +26,7 @@ from limbeck.evals.verdict.records import Candidate, VerdictReport
 from limbeck.registry.core.digest import write_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
-from limbeck.registry.records import BatchCost, Cost, Relative, Scorecard, TaskResult, TrainingCost, Version
+from limbeck.registry.records import BatchCost, Cost, NewVersion, Relative, Scorecard, TaskResult, TrainingCost, Version
 
 DOCUMENTS = 2000
 MS = [100.0, 101, 99, 100, 102, 98]  # the teacher's requests
@@ -156,7 +156,7 @@ def add(store: Store, tmp_path: Path) -> Add:
         folder = tmp_path / f"{name}-{len(store.versions(name))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
-        version = store.register(name, folder, **{"kind": "student", **fields})
+        version = store.register(NewVersion(name=name, **{"kind": "student", **fields}), folder)
         if scores is None:
             return version
         parquet.write_table(table(scores, one_group), tmp_path / "documents.parquet")

@@ -16,6 +16,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.export.export_helpers import Exported, corrupt_one_weight
 
 
@@ -113,7 +114,7 @@ def test_a_folder_of_something_else_is_left_alone(llama: Exported, tmp_path: Pat
 def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
     store: Store, tiny_llama: Path, limbeck_home: Path
 ) -> None:
-    teacher = store.register("coder", tiny_llama, kind="teacher", licence="MIT", params=12)
+    teacher = store.register(NewVersion(name="coder", kind="teacher", licence="MIT", params=12), tiny_llama)
     made = export_version(store, teacher, ["int8", "fp32"])
     assert [variant.model for variant in made] == ["coder/2", "coder/3"]
     version = store.get("coder/3")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.export.bundle import bundle as bundles
-from limbeck.export.bundle.deploy import write_bundle
+from limbeck.export.bundle.write import write_bundle
 from limbeck.export.bundle.vendor import pinned_requirements
 from limbeck.export.commands.locate import find_onnx_artifact
 from limbeck.export.runtime.runtime import Runtime
@@ -28,6 +28,7 @@ from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import attestation
 from limbeck.registry.provenance import sbom as bills
+from limbeck.registry.records import NewVersion
 from tests.conftest import Result
 from tests.export.export_helpers import Exported
 
@@ -46,7 +47,7 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def registered(store: Store, llama: Exported, trusted: Path) -> Store:
     """coder/1 in fp32 and coder/2 in int8, both with a signed bill."""
     for folder in (llama.fp32, llama.int8):
-        version = store.register("coder", folder, kind="onnx", engine="onnxruntime")
+        version = store.register(NewVersion(name="coder", kind="onnx", engine="onnxruntime"), folder)
         attestation.attest(store, version)
     return store
 

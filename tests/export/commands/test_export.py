@@ -14,6 +14,7 @@ import pytest
 
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.export.export_helpers import Exported, limbeck_without_torch
 
 Limbeck = Callable[..., tuple[int, str, str]]
@@ -39,7 +40,7 @@ def test_export_of_a_folder_writes_beside_it(limbeck: Limbeck, tiny_llama: Path,
 def test_export_deploy_and_generate_of_a_registered_version(
     limbeck: Limbeck, store: Store, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    store.register("coder", tiny_llama, kind="teacher")
+    store.register(NewVersion(name="coder", kind="teacher"), tiny_llama)
     assert limbeck("deploy", "coder/1", "--to", tmp_path / "bundle").err.strip().endswith("limbeck export coder/1")
     code, out, _ = limbeck("export", "coder/1", "--precision", "int8, fp32")
     assert code == 0

@@ -26,6 +26,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests.export.export_helpers import Exported, rewrite_manifest
 
 QUANTIZED = [precision for precision in PRECISIONS if precision not in ("fp32", "int8")]
@@ -326,7 +327,7 @@ def test_text_to_quantize_by_is_what_is_nearest(
 
     corpus(limbeck_home / "data/coder/train.jsonl", "trained on")
     (limbeck_home / "data/coder/corpus.json").write_text(json.dumps({"digest": "d1"}))
-    known = store.register("coder", tiny_llama, kind="student", data_digest="d1")
+    known = store.register(NewVersion(name="coder", kind="student", data_digest="d1"), tiny_llama)
     unknown = known.model_copy(update={"data_digest": "d2"})
     given, heldout = corpus(tmp_path / "given.jsonl", "given"), corpus(tmp_path / "heldout.jsonl", "held out")
     cases: list[tuple[dict[str, Path], object, list[str]]] = [

@@ -12,6 +12,7 @@ from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
 from limbeck.registry.core.digest import folder_digest, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Unreachable
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def test_a_folder_needs_no_store(llama: Path, limbeck_home: Path) -> None:
 
 
 def test_registered_versions(llama: Path, store: Store, make_folder: Callable[..., Path]) -> None:
-    first = store.register("still", llama, kind="student")
+    first = store.register(NewVersion(name="still", kind="student"), llama)
     assert resolve_model("still", store).version == first  # the only one
-    second = store.register("still", make_folder("b", onnx=True), kind="onnx", engine="onnxruntime")
+    second = store.register(NewVersion(name="still", kind="onnx", engine="onnxruntime"), make_folder("b", onnx=True))
     store.client.set_registered_model_alias("still", "production", "2")
     for text in ("still/2", "still@production", "models:/still/2", "models:/still@production"):
         model = resolve_model(text, store)
@@ -44,7 +45,7 @@ def test_registered_versions(llama: Path, store: Store, make_folder: Callable[..
 
 
 def test_unknown_names_get_the_near_one(llama: Path, store: Store) -> None:
-    store.register("still", llama, kind="student")
+    store.register(NewVersion(name="still", kind="student"), llama)
     with pytest.raises(BadInput, match="did you mean still"):
         resolve_model("stil/1", store)
     with pytest.raises(BadInput, match="it has 1"):

@@ -15,6 +15,7 @@ from limbeck.registry.core.digest import folder_digest, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
 from limbeck.registry.core.home import home
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 
 MakeFolder = Callable[..., Path]
 
@@ -29,7 +30,9 @@ def leftovers(store: Store) -> list[str]:
 def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolder) -> None:
     folder = make_folder("a")
     made = store.register(
-        "still", folder, kind="student", parent="still/9", recipe="small", params=7, extra_tags={"colour": "red"}
+        NewVersion(name="still", kind="student", parent="still/9", recipe="small", params=7),
+        folder,
+        extra_tags={"colour": "red"},
     )
     assert store.get("still/1") == made
     assert (made.ref, made.digest, made.parent, made.params) == ("still/1", folder_digest(folder), "still/9", 7)
@@ -40,17 +43,20 @@ def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolde
 
 
 def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolder) -> None:
-    first = store.register("still", make_folder("a"), kind="student", parent="still/9")
-    assert store.register("still", make_folder("b") / ".." / "a", kind="student", parent="still/9") == first
-    other = store.register("still", store.verified_folder(first), kind="student", parent="still/8")
+    first = store.register(NewVersion(name="still", kind="student", parent="still/9"), make_folder("a"))
+    assert (
+        store.register(NewVersion(name="still", kind="student", parent="still/9"), make_folder("b") / ".." / "a")
+        == first
+    )
+    other = store.register(NewVersion(name="still", kind="student", parent="still/8"), store.verified_folder(first))
     assert (other.version, other.digest) == (2, first.digest)  # of another parent: another version
     assert len(leftovers(store)) == 2 * 2
 
 
 def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
-    store.register("still", make_folder("a"), kind="student", recipe="small")
-    second = store.register("still", make_folder("b"), kind="student", recipe="small")
-    third = store.register("kettle", make_folder("c", onnx=True), kind="onnx", precision="int8")
+    store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("a"))
+    second = store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("b"))
+    third = store.register(NewVersion(name="kettle", kind="onnx", precision="int8"), make_folder("c", onnx=True))
     store.client.set_registered_model_alias("still", "production", "2")
     assert [v.ref for v in store.versions()] == ["kettle/1", "still/1", "still/2"]
     assert [v.aliases for v in store.versions("still")] == [(), ("production",)]
@@ -74,8 +80,8 @@ def test_what_was_registered_without_limbeck(store: Store) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "a@b", "../a", "a b", "it's", "-a", "x" * 201, "a\n"])
 def test_names_that_cannot_be_used(store: Store, make_folder: MakeFolder, name: str) -> None:
-    with pytest.raises(BadInput, match="is no name for a model"):
-        store.register(name, make_folder("a"), kind="student")
+    with pytest.raises(BadInput, match="is not a name for a model"):
+        store.register(NewVersion(name=name, kind="student"), make_folder("a"))
 
 
 @pytest.mark.parametrize("ref", ["still", "still/", "still/x", "a/b/1", "still/" + "9" * 30, "still/-1", "@production"])
@@ -86,10 +92,10 @@ def test_references_that_cannot_be_used(store: Store, ref: str) -> None:
 
 def test_nothing_to_register(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such folder"):
-        store.register("still", tmp_path / "missing", kind="student")
+        store.register(NewVersion(name="still", kind="student"), tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="an empty folder"):
-        store.register("still", tmp_path / "empty", kind="student")
+        store.register(NewVersion(name="still", kind="student"), tmp_path / "empty")
 
 
 def test_files_that_are_not_those_of_the_manifest(store: Store, make_folder: MakeFolder) -> None:
@@ -98,7 +104,7 @@ def test_files_that_are_not_those_of_the_manifest(store: Store, make_folder: Mak
     with (folder / "model.safetensors").open("a") as file:
         file.write("!")
     with pytest.raises(DamagedArtifact, match=r"model\.safetensors has sha256"):
-        store.register("still", folder, kind="student")
+        store.register(NewVersion(name="still", kind="student"), folder)
     assert store.versions() == leftovers(store) == []
 
 
@@ -108,12 +114,12 @@ def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeF
     (blobs / "uuid").symlink_to("/proc/sys/kernel/random/uuid")  # other content each time it is read
     (folder / "changing").symlink_to("../../blobs/uuid")  # as in the Hugging Face cache
     with pytest.raises(DamagedArtifact, match="digest is"):
-        store.register("still", folder, kind="student")
+        store.register(NewVersion(name="still", kind="student"), folder)
     assert store.versions() == leftovers(store) == []
 
 
 def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder) -> None:
-    version = store.register("still", make_folder("a"), kind="student")
+    version = store.register(NewVersion(name="still", kind="student"), make_folder("a"))
     weights = store.verified_folder(version) / "model.safetensors"
     weights.write_text(weights.read_text()[:-1])
     with pytest.raises(DamagedArtifact, match="digest is"):
@@ -125,17 +131,17 @@ def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder)
 
 
 def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: MakeFolder) -> None:
-    store.register("still", make_folder("a"), kind="student")
+    store.register(NewVersion(name="still", kind="student"), make_folder("a"))
     stands = leftovers(store)
     models = home() / "artifacts" / "models"
     models.rename(models.with_name("away"))
     models.write_text("no folder can be made in here")
     with pytest.raises(LimbeckError, match=r"mlflow\.db: "):
-        store.register("still", make_folder("b"), kind="student")
+        store.register(NewVersion(name="still", kind="student"), make_folder("b"))
     models.unlink()
     models.with_name("away").rename(models)
     assert leftovers(store) == stands
-    assert store.register("still", make_folder("c"), kind="student").version == 2
+    assert store.register(NewVersion(name="still", kind="student"), make_folder("c")).version == 2
 
 
 @pytest.fixture
@@ -160,9 +166,9 @@ def test_a_full_disk(small_disk: Path, make_folder: MakeFolder) -> None:
     folder = make_folder("a")
     (folder / "large.safetensors").write_bytes(bytes(8 << 20))
     with pytest.raises(LimbeckError, match=r"no space left on the disk.*\n.*free some space"):
-        store.register("still", folder, kind="student")
+        store.register(NewVersion(name="still", kind="student"), folder)
     assert store.versions() == leftovers(store) == []
-    assert store.register("still", make_folder("b"), kind="student").version == 1
+    assert store.register(NewVersion(name="still", kind="student"), make_folder("b")).version == 1
 
 
 def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None:
@@ -174,7 +180,7 @@ def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
     try:
         with pytest.raises(LimbeckError, match="File too large"):
-            store.register("still", folder, kind="student")
+            store.register(NewVersion(name="still", kind="student"), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -195,10 +201,10 @@ def test_how_a_run_ends(store: Store) -> None:
 
 
 def test_a_deleted_experiment(store: Store, make_folder: MakeFolder) -> None:
-    store.register("still", make_folder("a"), kind="student")
+    store.register(NewVersion(name="still", kind="student"), make_folder("a"))
     store.client.delete_experiment(store.client.get_experiment_by_name("limbeck").experiment_id)
     with pytest.raises(BadInput, match=r"is deleted\n.*mlflow experiments restore"):
-        Store().register("still", make_folder("b"), kind="student")
+        Store().register(NewVersion(name="still", kind="student"), make_folder("b"))
 
 
 @pytest.mark.timeout(30)  # MLflow alone would try for minutes

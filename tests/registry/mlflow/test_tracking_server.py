@@ -23,6 +23,7 @@ from limbeck.registry.gate.promotion import promote, rollback
 from limbeck.registry.ledger import log as ledger
 from limbeck.registry.mlflow import client, transfer
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.records import NewVersion
 from tests import ROOT
 from tests.conftest import Result
 from tests.flaky_proxy import Flaky, flaky
@@ -178,7 +179,7 @@ def test_an_upload_goes_on_where_the_server_died(
 ) -> None:
     proxy.cut_after = 3
     with pytest.raises(Unreachable):
-        Store().register("upload", files, kind="student")
+        Store().register(NewVersion(name="upload", kind="student"), files)
     assert "trying again for 1 s" in capsys.readouterr().err
     proxy.cut_after = None
     assert Store().versions("upload") == []  # what is not whole is not seen
@@ -186,7 +187,7 @@ def test_an_upload_goes_on_where_the_server_died(
     # One of them arrived in its size, but changed.
     kept = next(server.files.rglob(proxy.puts[-1]))
     kept.write_bytes(b"x" * kept.stat().st_size)
-    version = Store().register("upload", files, kind="student")
+    version = Store().register(NewVersion(name="upload", kind="student"), files)
     told = capsys.readouterr().err
     assert "upload fp32: 3 of 5 files are there already\n" in told
     assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
@@ -197,7 +198,8 @@ def test_an_upload_goes_on_where_the_server_died(
 def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
     begin = (
         "from pathlib import Path; from limbeck.registry.mlflow.store import Store; "
-        f"Store().register('killed', Path({str(files)!r}), kind='student')"
+        "from limbeck.registry.records import NewVersion; "
+        f"Store().register(NewVersion(name='killed', kind='student'), Path({str(files)!r}))"
     )
     proxy.cut_after = 2
     process = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
@@ -207,7 +209,7 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     proxy.cut_after = None
     first = list(proxy.puts)
     assert Store().versions("killed") == []
-    version = Store().register("killed", files, kind="student")
+    version = Store().register(NewVersion(name="killed", kind="student"), files)
     assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
     assert proxy.puts[:2] == first
     assert folder_digest(Store().verified_folder(version)) == version.digest
@@ -217,10 +219,10 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
 def test_uploads_that_nobody_went_on_with(
     server: Server, proxy: Flaky, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Store().register("kept", files, kind="student")
+    kept = Store().register(NewVersion(name="kept", kind="student"), files)
     proxy.cut_after = len(proxy.puts) + 2
     with pytest.raises(Unreachable):
-        Store().register("given-up", files, kind="student")
+        Store().register(NewVersion(name="given-up", kind="student"), files)
     proxy.cut_after = None
     assert "given-up" not in limbeck("doctor").out  # it may be going on elsewhere
     monkeypatch.setattr(transfer, "ABANDONED_AFTER", timedelta(0))
@@ -235,7 +237,7 @@ def test_uploads_that_nobody_went_on_with(
 
 def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
     proxy.lost = {"/model-versions/create"}
-    version = Store().register("lost", files, kind="student")
+    version = Store().register(NewVersion(name="lost", kind="student"), files)
     assert proxy.lost == set()
     assert [each.version for each in Store().versions("lost")] == [version.version] == [1]
 

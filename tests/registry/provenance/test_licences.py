@@ -9,6 +9,7 @@ import pytest
 
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
+from limbeck.registry.records import NewVersion
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,9 @@ def test_licences_are_joined_each_once() -> None:
 
 
 def test_the_chain_ends_where_an_ancestor_is_gone(store: Store, make_folder: Callable[..., Path]) -> None:
-    teacher = store.register("a", make_folder("t"), kind="teacher", licence="mit")
+    teacher = store.register(NewVersion(name="a", kind="teacher", licence="mit"), make_folder("t"))
     told = {"teacher_licence": "mit", "licence_allows_distillation": True}
-    student = store.register("a", make_folder("s"), kind="student", parent=teacher.ref, **told)
+    student = store.register(NewVersion(name="a", kind="student", parent=teacher.ref, **told), make_folder("s"))
     assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [("a/1", True)]
     store.client.delete_model_version("a", "1")
     assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [

@@ -21,7 +21,7 @@ from limbeck.registry.policy.schema import CostLimits
 from limbeck.registry.provenance import attestation, cyclonedx
 from limbeck.registry.provenance import sbom as bills
 from limbeck.registry.provenance.sbom import Sbom
-from limbeck.registry.records import Version
+from limbeck.registry.records import NewVersion, Version
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
 
@@ -39,7 +39,7 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def made(store: Store, make_folder: Callable[..., Path]) -> Version:
     """A variant of a student that began pretrained and learnt from a teacher, with all that is recorded of that."""
-    teacher = store.register("still", make_folder("teacher"), kind="teacher", licence="apache-2.0")
+    teacher = store.register(NewVersion(name="still", kind="teacher", licence="apache-2.0"), make_folder("teacher"))
     code = "limbeck 0.1.0+gcf305ea"
     origin: dict[str, Any] = {
         "teacher": teacher.ref, "recipe": "small", "recipe_digest": "d" * 64, "data_digest": "e" * 64,
@@ -50,17 +50,19 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
     with store.run("still", params={"data.path": "texts.jsonl", "data.source": None}) as run:
         run.set_tags({cyclonedx.MADE_WITH: json.dumps({"torch": "2.13.0+cpu"})})
     parent = store.register(
-        "still", make_folder("student"), kind="student", parent=teacher.ref, run_id=run.id, **origin
+        NewVersion(name="still", kind="student", parent=teacher.ref, run_id=run.id, **origin), make_folder("student")
     )
     return store.register(
-        "still",
+        NewVersion(
+            name="still",
+            kind="onnx",
+            engine="onnxruntime",
+            precision="int8",
+            parent=parent.ref,
+            run_id=run.id,
+            **origin,
+        ),
         make_folder("int8", onnx=True),
-        kind="onnx",
-        engine="onnxruntime",
-        precision="int8",
-        parent=parent.ref,
-        run_id=run.id,
-        **origin,
     )
 
 
@@ -105,7 +107,9 @@ def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
 
 
 def test_a_commit_with_changes_is_none(store: Store, make_folder: Callable[..., Path]) -> None:
-    version = store.register("a", make_folder("a"), kind="teacher", code_version="limbeck 0.1.0+gcf305ea-dirty")
+    version = store.register(
+        NewVersion(name="a", kind="teacher", code_version="limbeck 0.1.0+gcf305ea-dirty"), make_folder("a")
+    )
     [code] = attestation.sbom_json(store, version)["components"]
     assert (code["version"], "pedigree" in code) == ("0.1.0+gcf305ea-dirty", False)
 

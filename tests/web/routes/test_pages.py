@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 
 from limbeck.registry.core.errors import Unreachable
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import Estimate, Version
+from limbeck.registry.records import Estimate, NewVersion, Version
 from limbeck.web import leaderboards
 from limbeck.web.app import create_app
 from limbeck.web.render import markdown
@@ -69,7 +69,15 @@ def pages(registry: Still) -> Iterator[TestClient]:
     (folder / 'a"<b>.txt').write_text("x")
     said = dict.fromkeys(("recipe", "licence", "code_version", "author", "teacher_licence", "precision"), EVIL)
     evil = store.register(
-        "evil", folder, kind="student", parent=registry.teacher.ref, teacher=registry.teacher.ref, run_id=run.id, **said
+        NewVersion(
+            name="evil",
+            kind="student",
+            parent=registry.teacher.ref,
+            teacher=registry.teacher.ref,
+            run_id=run.id,
+            **said,
+        ),
+        folder,
     )
     store.client.set_model_version_tag("evil", "1", "limbeck.parent", "no<b>thing/1")
     registry.score(evil, harness=EVIL)
@@ -378,7 +386,7 @@ def test_an_empty_registry_has_pages(store: Store, tmp_path: Path) -> None:
     with TestClient(create_app(store), base_url="http://127.0.0.1") as client:
         assert "limbeck quickstart" in get(client, "/").words
         get(client, "/versions")
-        only: Version = store.register("only", make_artifact(tmp_path, "only"), kind="teacher")
+        only: Version = store.register(NewVersion(name="only", kind="teacher"), make_artifact(tmp_path, "only"))
         assert "Not scored yet" in get(client, f"/models/only/{only.version}").words
         get(client, "/models/only")
         get(client, "/models/only/1/flips")
