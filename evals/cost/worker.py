@@ -1,8 +1,8 @@
-"""A process that `evals.cost.runner` starts: it loads one model and times a batch of requests whenever it is asked to.
+"""The process that `limbeck.evals.cost.runner` starts for one model: it loads the model and times batches on request.
 
-It is alone with the model, so that its peak memory is what running the model takes. While it is not its turn it
-waits for a line on its standard input; the end of the input ends it. One JSON object a line goes out for each
-that comes in, and a first one when the model is loaded.
+Only the model is in this process, so its peak memory is what running the model takes. The process waits for a line on
+its standard input, and ends when that is closed. It prints one JSON object when the model is loaded, and one for each
+line that it reads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ WARM_UP_TOKENS = 8
 class TimedModel(NamedTuple):
     """A model ready to be timed.
 
-    `generate(batch, new_tokens)` runs that many equal prompts to their end and gives the seconds to the first
-    token and in all. `params` is None where the engine does not tell; so is `peak_device_bytes`.
+    Attributes:
+        generate: (batch, new_tokens) -> seconds to the first token, and seconds in all, for `batch` requests.
+        params: None if the engine does not know them.
+        device: "cpu" or "cuda".
+        peak_device_bytes: the peak of GPU memory so far; None if the engine does not know it.
     """
 
     generate: Callable[[int, int], tuple[float, float]]
@@ -33,12 +36,13 @@ class TimedModel(NamedTuple):
 
 
 def main(setting: dict[str, Any], requests: Any, answers: Any) -> None:
-    """Load the model, then answer each request line: a short batch to warm up, and the one that is timed.
+    """Load the model, then answer each request line with the times of one batch, after a short batch to warm up.
 
     Args:
-        setting: folder, engine, prompt_tokens, threads, cpus (to run on, or None), trust_remote_code.
+        setting: folder, engine, prompt_tokens, threads, cpus (to run on, or None for all), trust_remote_code.
         requests: lines such as {"batch": 1, "new_tokens": 64}.
-        answers: first {params, device}, then {prefill_s, request_s, peak_rss_bytes, peak_device_bytes} each time.
+        answers: a file for lines of JSON: first {params, device}, then {prefill_s, request_s, peak_rss_bytes,
+            peak_device_bytes} for each request. Keys other than the seconds are fields of `BatchCost`.
     """
     if setting["cpus"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, setting["cpus"])  # before any library starts its threads
@@ -46,7 +50,7 @@ def main(setting: dict[str, Any], requests: Any, answers: Any) -> None:
     _write_answer(answers, params=loaded.params, device=loaded.device)
     for line in requests:
         batch, new_tokens = (json.loads(line)[key] for key in ("batch", "new_tokens"))
-        # The models before it have taken the caches; as a server it would have them.
+        # The models timed before have evicted this one from the processor's caches; a server would have it there.
         loaded.generate(batch, min(WARM_UP_TOKENS, new_tokens))
         prefill_s, request_s = loaded.generate(batch, new_tokens)
         peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": loaded.peak_device_bytes()}
@@ -54,9 +58,9 @@ def main(setting: dict[str, Any], requests: Any, answers: Any) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held."""
+    """The peak memory of this process."""
     try:
-        # Linux's ru_maxrss starts at what the parent held; this one starts with the program.
+        # Linux's ru_maxrss includes the parent's memory at the start of the process; VmHWM does not.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -77,8 +81,8 @@ def _check_token_count(generated: int, requested: int) -> None:
 
 
 def _prompt(setting: dict[str, Any], vocab_size: int) -> list[int]:
-    """Any tokens do: a dense model takes as long for one as for another."""
-    return [(7 * place + 11) % vocab_size for place in range(setting["prompt_tokens"])]
+    """Arbitrary token ids: a dense model takes equally long for all of them."""
+    return [(7 * index + 11) % vocab_size for index in range(setting["prompt_tokens"])]
 
 
 def _torch(setting: dict[str, Any]) -> TimedModel:
@@ -139,22 +143,23 @@ def _onnx(setting: dict[str, Any]) -> TimedModel:
 
     def generate(batch: int, new_tokens: int) -> tuple[float, float]:
         began = time.perf_counter()
-        # Each begins with another token: of equal prompts the runtime would read one.
+        # Each prompt begins with a different token: the runtime would read equal prompts only once.
         prompts = [[*prompt[row % len(prompt) :], *prompt[: row % len(prompt)]] for row in range(batch)]
-        done = runtime.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        completions = runtime.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
         seconds = time.perf_counter() - began
-        for completion in done:
+        for completion in completions:
             _check_token_count(len(completion.token_ids), new_tokens)
-        return done[0].prefill_s, seconds
+        return completions[0].prefill_s, seconds
 
     return TimedModel(generate, None, device, lambda: None)
 
 
 if __name__ == "__main__":
-    # What a library prints must not come between the answers.
+    # Libraries that print must not write between the answers.
     own_output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
         main(json.loads(sys.argv[1]), sys.stdin, own_output)
-    except Exception as error:  # whatever a model's own code raises; the parent tells the user
-        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no words'}")
+    except Exception as error:  # a model's own code may raise any type; the parent process reports the line
+        lines = str(error).strip().splitlines() or ["no message"]
+        sys.exit(f"{type(error).__name__}: {lines[0]}")

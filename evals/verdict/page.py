@@ -170,7 +170,7 @@ def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
     if best.payback:
         yield ""
         parts = [
-            [part.what, f"{part.seconds:,.0f} s" if part.seconds else None, f"${part.usd:.2g}"]
+            [part.name, f"{part.seconds:,.0f} s" if part.seconds else None, f"${part.usd:.2g}"]
             for part in best.payback.parts
         ]
         yield from _table(["making it took", "time", "dollars"], parts)

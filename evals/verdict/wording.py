@@ -69,7 +69,7 @@ def payback_sentence(candidate: Candidate) -> str:
         return "When it has paid for its making is not known."
     if found.break_even_tokens.value is None:
         return "Its making is never paid back."
-    words = f"Its making, ${found.making_usd:.2g}, is paid back after {_tokens(found.break_even_tokens)} tokens"
+    words = f"Its making, ${found.training_cost_usd:.2g}, is paid back after {_tokens(found.break_even_tokens)} tokens"
     if found.break_even_days and found.tokens_per_day:
         words += f": {_days(found.break_even_days)} at {format_large_number(found.tokens_per_day)} tokens a day"
     return f"{words}."

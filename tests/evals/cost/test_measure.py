@@ -1,4 +1,4 @@
-"""Costs of real models, timed in turn, each in a process of its own."""
+"""Costs of real models, timed in turn, each in a process of its own; prices, ratios and what may be compared."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from limbeck.evals.cost.measure import (
     paired_cost_ratio,
     reprice,
 )
+from limbeck.evals.cost.runner import TimingPlan
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.digest import file_digests, folder_digest
 from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.records import Cost, Engine
 from tests.conftest import make_model
 
-BRIEF: dict[str, Any] = dict(batches=(1, 2), rounds=4, threads=1, prompt_tokens=16, new_tokens=8)
+BRIEF = TimingPlan(batches=(1, 2), rounds=4, threads=1, prompt_tokens=16, new_tokens=8)
 
 
 def model_in(folder: Path, engine: Engine = "torch") -> ResolvedModel:
@@ -43,17 +44,17 @@ def model_in(folder: Path, engine: Engine = "torch") -> ResolvedModel:
 @pytest.fixture(scope="module")
 def costs(tiny_llama: Path, onnx_llama: Path) -> list[Cost]:
     """Of tiny_llama and of its ONNX export, measured in one run while this process holds 300 MB."""
-    held = bytearray(300_000_000)
-    held[::4096] = b"x" * len(held[::4096])
-    return measure_costs([resolve_model(str(tiny_llama)), resolve_model(str(onnx_llama))], **BRIEF)
+    memory_of_this_process = bytearray(300_000_000)
+    memory_of_this_process[::4096] = b"x" * len(memory_of_this_process[::4096])
+    return measure_costs([resolve_model(str(tiny_llama)), resolve_model(str(onnx_llama))], BRIEF)
 
 
-def test_what_is_known_of_each(costs: list[Cost], tiny_llama: Path) -> None:
+def test_the_facts_of_each_model(costs: list[Cost], tiny_llama: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch_cost, onnx_cost = costs
     assert torch_cost.params == AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
-    # The graph may lack the weights that it folded into others.
+    # The graph may lack weights that were folded into others.
     assert onnx_cost.params == pytest.approx(torch_cost.params, rel=0.05)
     assert torch_cost.disk_bytes == sum((tiny_llama / name).stat().st_size for name in file_digests(tiny_llama))
     assert "torch" in torch_cost.machine
@@ -72,7 +73,7 @@ def test_speeds_and_dollars_agree(costs: list[Cost]) -> None:
             assert load.p50_ms == pytest.approx(np.median(load.request_ms))
             assert 0 < load.p50_ms <= load.p95_ms <= max(load.request_ms)
             seconds = load.p50_ms / 1000
-            # The first of the new tokens comes with the prefill.
+            # The first new token comes with the prefill.
             parts = load.batch * (16 / load.prefill_tokens_per_s + 7 / load.decode_tokens_per_s)
             assert parts == pytest.approx(seconds)
             an_hour = load.batch * (16 + 8) * 3600 / seconds
@@ -94,7 +95,7 @@ def test_speeds_and_dollars_agree(costs: list[Cost]) -> None:
 
 
 def test_peak_memory_is_that_of_the_model_alone(costs: list[Cost]) -> None:
-    # The worker's ru_maxrss would begin at what the process that started it holds.
+    # The worker's ru_maxrss would include what the process that started it holds.
     assert costs[1].peak_rss_bytes < 200_000_000 < costs[0].peak_rss_bytes
     for cost in costs:
         one, two = cost.loads
@@ -110,7 +111,7 @@ def test_a_ratio_is_over_paired_rounds(costs: list[Cost]) -> None:
         assert (found.value, found.low, found.high) == pytest.approx((np.median(each), each.min(), each.max()))
     with pytest.raises(BadInput, match="batches of 8 were not measured"):
         paired_cost_ratio(a, b, 8)
-    # A load on the machine that comes and goes leaves the ratio as it is.
+    # A disturbance of the machine that slows both models does not change the ratio.
     load = a.loads[0]
     slow = [(1 + place) * ms for place, ms in enumerate(load.request_ms)]
     twice = load.model_copy(update={"request_ms": tuple(2 * ms for ms in slow)})
@@ -119,62 +120,65 @@ def test_a_ratio_is_over_paired_rounds(costs: list[Cost]) -> None:
     assert (steady.value, steady.low, steady.high) == pytest.approx((2, 2, 2))
 
 
-def test_another_price(costs: list[Cost]) -> None:
+def test_another_price_scales_the_dollars(costs: list[Cost]) -> None:
     cost = costs[0]
-    dear = reprice(cost, 2.0, "mine")
-    assert dear.price == "mine"
-    assert dear.usd_per_million_tokens == pytest.approx(2 * cost.usd_per_million_tokens)
-    assert dear.loads[1].usd_per_million_tokens == pytest.approx(2 * cost.loads[1].usd_per_million_tokens)
-    assert dear.intervals["usd_per_million_tokens"]
+    repriced = reprice(cost, 2.0, "mine")
+    assert repriced.price == "mine"
+    assert repriced.usd_per_million_tokens == pytest.approx(2 * cost.usd_per_million_tokens)
+    assert repriced.loads[1].usd_per_million_tokens == pytest.approx(2 * cost.loads[1].usd_per_million_tokens)
+    assert repriced.intervals["usd_per_million_tokens"]
     assert cost.intervals["usd_per_million_tokens"]
-    assert dear.intervals["usd_per_million_tokens"].high == pytest.approx(
+    assert repriced.intervals["usd_per_million_tokens"].high == pytest.approx(
         2 * cost.intervals["usd_per_million_tokens"].high
     )
-    assert (dear.p50_ms, dear.intervals["p50_ms"]) == (cost.p50_ms, cost.intervals["p50_ms"])
-    assert not is_comparable(dear, cost)
-    assert reprice(dear, 1.0) == cost
+    assert (repriced.p50_ms, repriced.intervals["p50_ms"]) == (cost.p50_ms, cost.intervals["p50_ms"])
+    assert not is_comparable(repriced, cost)
+    assert reprice(repriced, 1.0) == cost
 
 
-def test_what_may_be_compared(costs: list[Cost]) -> None:
+def test_which_costs_may_be_compared(costs: list[Cost]) -> None:
     cost = costs[0]
     later = cost.model_copy(update={"run": "another"})
     assert is_comparable(cost, later)
     assert not is_same_run(cost, later)
     for changes in ({"threads": 2}, {"new_tokens": 9}, {"protocol": 1}, {"machine": "other; torch"}):
         assert not is_comparable(cost, cost.model_copy(update=changes))
-    old = cost.model_copy(update={"run": None})
-    assert not is_same_run(old, old)
+    without_run = cost.model_copy(update={"run": None})
+    assert not is_same_run(without_run, without_run)
 
 
-def test_every_model_of_a_run_is_asked_alike(onnx_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_shortest_context_shortens_the_requests_of_all_models(
+    onnx_llama: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     short = tmp_path / "short"
     shutil.copytree(onnx_llama, short)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     models = [model_in(onnx_llama, "onnxruntime"), model_in(short, "onnxruntime")]
     rounds: list[tuple[int, int]] = []
-    found = measure_costs(models, rounds=3, batches=(1,), threads=1, on_round=lambda *done: rounds.append(done))
+    plan = TimingPlan(rounds=3, batches=(1,), threads=1)
+    found = measure_costs(models, plan, on_round=lambda *done: rounds.append(done))
     assert [(cost.prompt_tokens, cost.new_tokens) for cost in found] == [(10, 10), (10, 10)]
     assert rounds == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) -> None:
-    """A B A B, batch by batch; and no more rounds than the time allows, but enough for an interval."""
-    asked: list[tuple[str, int]] = []
-    real = runner._Worker.time_batch
+    """A B A B, batch by batch; no more rounds than the time allows, but enough for an interval."""
+    timed: list[tuple[str, int]] = []
+    time_batch = runner._Worker.time_batch
 
-    def ask(worker: Any, batch: int, new_tokens: int) -> Any:
-        asked.append((worker.label, batch))
-        return real(worker, batch, new_tokens)
+    def record(worker: Any, batch: int, new_tokens: int) -> Any:
+        timed.append((worker.label, batch))
+        return time_batch(worker, batch, new_tokens)
 
-    monkeypatch.setattr(runner._Worker, "time_batch", ask)
+    monkeypatch.setattr(runner._Worker, "time_batch", record)
     models = [replace(model_in(onnx_llama, "onnxruntime"), label=label) for label in "AB"]
-    brief = BRIEF | {"rounds": 9}
-    (a, b) = measure_costs(models, seconds=0, **brief)
-    assert asked == [("A", 1), ("B", 1)] * 6 + [("A", 2), ("B", 2)] * 6
-    asked.clear()
-    measure_costs(models, seconds=600, **brief)
-    assert asked == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
+    nine = replace(BRIEF, rounds=9)
+    a, b = measure_costs(models, replace(nine, seconds=0))
+    assert timed == [("A", 1), ("B", 1)] * 6 + [("A", 2), ("B", 2)] * 6
+    timed.clear()
+    measure_costs(models, replace(nine, seconds=600))
+    assert timed == [("A", 1), ("B", 1)] * 9 + [("A", 2), ("B", 2)] * 6
     assert a.intervals["p50_ms"]
     assert a.intervals["p50_ms"].confidence == 0.95
     assert a.run == b.run is not None
@@ -184,7 +188,7 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch, onnx_llama: Path) ->
 
 
 def test_the_interval_of_a_median() -> None:
-    # Ranks for 95%: tables of the sign test.
+    # Ranks for 95% from tables of the sign test.
     for n, rank in ((6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (15, 4), (20, 6), (30, 10)):
         found = median_estimate(np.arange(1, n + 1))
         assert (found.low, found.high, found.confidence) == (rank, n + 1 - rank, 0.95)
@@ -194,18 +198,18 @@ def test_the_interval_of_a_median() -> None:
 
 
 @pytest.mark.parametrize("n", [6, 10, 17])
-def test_it_covers_the_median_as_often_as_it_says(n: int) -> None:
-    draws = np.random.default_rng(0).lognormal(size=(4000, n))  # its median is 1
+def test_the_interval_covers_the_median_at_its_confidence(n: int) -> None:
+    draws = np.random.default_rng(0).lognormal(size=(4000, n))  # of median 1
     covered = np.mean([found.low <= 1 <= found.high for found in map(median_estimate, draws)])
     assert covered > 0.94
 
 
-# --- floating point operations
+# --- FLOPs
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2", "mixtral"])
-def test_operations_of_one_token(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """As torch counts them in a step of decoding with 40 tokens behind it."""
+def test_flops_of_one_token_equal_those_that_torch_counts(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """In a decoding step with 40 tokens in the cache."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -221,33 +225,34 @@ def test_operations_of_one_token(kind: str, tokenizer_folder: Path, tmp_path: Pa
         past = model(input_ids=torch.ones(1, 40, dtype=torch.long), use_cache=True).past_key_values
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=past, use_cache=True)
-    # Rotary embeddings are products too, and left out.
+    # Rotary embeddings are products too, but are left out.
     assert flops_per_token(tmp_path, 41) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_no_operations_where_the_model_is_unknown(tmp_path: Path) -> None:
+def test_flops_of_an_unknown_model_are_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     assert flops_per_token(tmp_path, 1) is None
 
 
-# --- memory, and what goes wrong
+# --- memory, and workers that fail
 
 
 def test_models_that_do_not_fit_together_are_measured_in_several_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of(label: str, gigabytes: float) -> ResolvedModel:
+    def model_of_size(label: str, megabytes: float) -> ResolvedModel:
         folder = tmp_path / label
         folder.mkdir()
         with open(folder / "model.safetensors", "wb") as file:
-            file.truncate(int(gigabytes * 1e6))
+            file.truncate(int(megabytes * 1e6))
         return ResolvedModel(folder, label, label, None, "torch")
 
-    teacher, *students = of("teacher", 2), of("a", 1), of("b", 1), of("c", 3), of("d", 1)
+    sizes = {"teacher": 2, "a": 1, "b": 1, "c": 3, "d": 1}  # megabytes
+    teacher, *students = [model_of_size(*each) for each in sizes.items()]
     monkeypatch.setattr("limbeck.evals.cost.measure._gpu_memory", lambda: float("inf"))
 
     def labels(room: float, **more: Any) -> list[str]:
-        # Half a gigabyte is reckoned with for each process, three times its files for the model.
+        # The estimate: half a gigabyte for each process, plus three times the files of its model.
         monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: room)
         return ["".join(model.label[0] for model in group) for group in group_by_memory([teacher, *students], **more)]
 
@@ -255,20 +260,22 @@ def test_models_that_do_not_fit_together_are_measured_in_several_runs(
     assert labels(1e12, teacher=teacher) == ["tabcd"]
     assert labels((3 * half + 3 * 4e6) / 0.8, teacher=teacher) == ["tab", "tc", "td"]
     assert labels((3 * half + 3 * 4e6) / 0.8) == ["tab", "cd"]
-    assert labels(0, teacher=teacher) == ["ta", "tb", "tc", "td"]  # tried all the same
+    assert labels(0, teacher=teacher) == ["ta", "tb", "tc", "td"]  # tried although it does not fit
     assert list(group_by_memory([teacher], teacher)) == [[teacher]]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_an_end_of_text_ends_no_request(engine: Engine, tiny_llama: Path, onnx_llama: Path, tmp_path: Path) -> None:
-    """A model whose every token is the one that ends a text is timed over the whole length."""
+def test_an_end_of_text_token_does_not_end_a_request(
+    engine: Engine, tiny_llama: Path, onnx_llama: Path, tmp_path: Path
+) -> None:
+    """A model that only generates the end-of-text token is timed over the whole length."""
     folder = tmp_path / "ends"
     shutil.copytree(tiny_llama if engine == "torch" else onnx_llama, folder)
     _always_end(folder, engine)
     setting = {"folder": str(folder), "engine": engine, "prompt_tokens": 8, "threads": 1, "cpus": None}
     answers = io.StringIO()
-    asked = io.StringIO('{"batch": 2, "new_tokens": 16}\n' * 2)
-    cost_worker.main(setting | {"trust_remote_code": False}, asked, answers)
+    requests = io.StringIO('{"batch": 2, "new_tokens": 16}\n' * 2)
+    cost_worker.main(setting | {"trust_remote_code": False}, requests, answers)
     about, *timed = map(json.loads, answers.getvalue().splitlines())
     assert about["device"] == "cpu"
     assert len(timed) == 2
@@ -276,7 +283,7 @@ def test_an_end_of_text_ends_no_request(engine: Engine, tiny_llama: Path, onnx_l
 
 
 def _always_end(folder: Path, engine: Engine) -> None:
-    """Make every weight zero: all logits are equal, and token 0, the end of text, is the first of them."""
+    """Set every weight to zero: all logits are equal, and token 0, the end of text, is the first of them."""
     if engine == "torch":
         from safetensors.numpy import load_file, save_file
 
@@ -293,49 +300,49 @@ def _always_end(folder: Path, engine: Engine) -> None:
     onnx.save(graph, folder / "model.onnx")
 
 
-def test_a_worker_that_dies_says_why_and_the_others_end(onnx_llama: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_reports_why_and_the_others_end(onnx_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(onnx_llama, folder)
     (folder / "model.onnx").write_bytes(b"no graph")
     models = [model_in(onnx_llama, "onnxruntime"), model_in(folder, "onnxruntime")]
     with pytest.raises(LimbeckError, match=r"broken could not be measured: .*damaged"):
-        measure_costs(models, **BRIEF)
+        measure_costs(models, BRIEF)
     assert not _children()
 
 
-def test_a_worker_that_is_killed_says_so(onnx_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = runner._Worker.time_batch
+def test_a_worker_that_is_killed_is_reported(onnx_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_batch: Callable[..., Any] = runner._Worker.time_batch
 
-    def ask(worker: Any, batch: int, new_tokens: int) -> Any:
+    def kill(worker: Any, batch: int, new_tokens: int) -> Any:
         worker._process.kill()
         worker._process.wait()
-        return real(worker, batch, new_tokens)
+        return time_batch(worker, batch, new_tokens)
 
-    monkeypatch.setattr(runner._Worker, "time_batch", ask)
+    monkeypatch.setattr(runner._Worker, "time_batch", kill)
     with pytest.raises(LimbeckError, match="killed by signal 9"):
-        measure_costs([model_in(onnx_llama, "onnxruntime")], **BRIEF)
+        measure_costs([model_in(onnx_llama, "onnxruntime")], BRIEF)
     assert not _children()
 
 
 def _children() -> list[str]:
-    """The workers of this process that still run."""
+    """The workers of this process that are still running."""
     import os
 
     return [
         path.parent.name
         for path in Path("/proc").glob("[0-9]*/stat")
         if path.read_text().rpartition(")")[2].split()[1] == str(os.getpid())
-        and b"cost_worker" in (path.parent / "cmdline").read_bytes()
+        and b"limbeck.evals.cost.worker" in (path.parent / "cmdline").read_bytes()
     ]
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(tiny_llama: Path) -> None:
+def test_a_gpu_is_used_and_its_memory_measured(tiny_llama: Path) -> None:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    (cost,) = measure_costs([resolve_model(str(tiny_llama))], **BRIEF)
+    (cost,) = measure_costs([resolve_model(str(tiny_llama))], BRIEF)
     assert cost.device == "cuda"
     assert torch.cuda.get_device_name(0) in cost.machine
     assert cost.peak_device_bytes

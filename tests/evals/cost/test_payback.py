@@ -1,4 +1,4 @@
-"""Payback, against numbers worked out by hand."""
+"""Payback, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRICES = Prices(
     },
 )
 # 100 s of teacher and 400 s of training at 0.002 dollars a second.
-MAKING = TrainingCost(
+TRAINING_COST = TrainingCost(
     training_seconds=400, teacher_seconds=100, students_sharing_teacher=2, tokens=10, machine="GPU, 8 cores"
 )
 
@@ -100,15 +100,15 @@ def card(student: Cost | None = STUDENT, teacher: Cost | None = TEACHER, **chang
     return Scorecard(**fields | changes)
 
 
-def test_by_hand() -> None:
-    found = compute_payback(card(), MAKING, PRICES, tokens_per_day=500_000)
-    assert [(part.what, part.seconds, part.usd) for part in found.parts] == [
+def test_the_figures_equal_those_computed_by_hand() -> None:
+    found = compute_payback(card(), TRAINING_COST, PRICES, tokens_per_day=500_000)
+    assert [(part.name, part.seconds, part.usd) for part in found.parts] == [
         ("teacher's forward passes, shared by 2 students", 100, pytest.approx(0.2)),
         ("training", 400, pytest.approx(0.8)),
         ("scoring", 50, pytest.approx(0.05)),
     ]
-    assert found.making_usd == pytest.approx(1.05)
-    # Round by round the student is 80, 90, 90, 60, 80 and 80 ms quicker.
+    assert found.training_cost_usd == pytest.approx(1.05)
+    # Round by round the student is 80, 90, 90, 60, 80 and 80 ms faster.
     saved = found.saving_usd_per_million_tokens
     assert (saved.value, saved.low, saved.high) == pytest.approx((0.8, 0.6, 0.9))
     assert saved.confidence == 0.95
@@ -124,32 +124,32 @@ def test_by_hand() -> None:
     assert Payback.model_validate_json(found.model_dump_json()) == found
 
 
-def test_a_larger_batch() -> None:
-    found = compute_payback(card(), MAKING, PRICES, batch=4)
-    # Twice the time for four times the tokens: all dollars are half.
+def test_a_larger_batch_halves_all_dollars() -> None:
+    found = compute_payback(card(), TRAINING_COST, PRICES, batch=4)
+    # A batch of 4 takes twice the time for four times the tokens.
     assert found.saving_usd_per_million_tokens.value == pytest.approx(0.4)
     assert found.teacher_usd_per_million_tokens == pytest.approx(0.5)
     assert found.break_even_days is None
     with pytest.raises(BadInput, match="batches of 3 were not measured"):
-        compute_payback(card(), MAKING, PRICES, batch=3)
+        compute_payback(card(), TRAINING_COST, PRICES, batch=3)
 
 
-def test_an_api_makes_the_text_and_is_what_is_saved() -> None:
-    making = MAKING.model_copy(
+def test_an_api_teacher_counts_in_the_training_cost_and_in_the_saving() -> None:
+    training_cost = TRAINING_COST.model_copy(
         update={"api_model": "giant", "api_input_tokens": 500_000, "api_output_tokens": 200_000, "teacher_seconds": 0}
     )
-    found = compute_payback(card(teacher=None), making, PRICES, api_teacher="giant", scoring_seconds=0)
+    found = compute_payback(card(teacher=None), training_cost, PRICES, api_teacher="giant", scoring_seconds=0)
     assert [(part.seconds, part.usd) for part in found.parts] == [(400, pytest.approx(0.8)), (None, pytest.approx(3))]
     assert found.teacher == "giant"
     assert found.teacher_usd_per_million_tokens == pytest.approx(0.75 * 2 + 0.25 * 10)
     saved = found.saving_usd_per_million_tokens
     assert (saved.value, saved.low, saved.high) == pytest.approx((3.8, 3.7, 3.8))
     assert found.break_even_tokens.value == pytest.approx(1e6)
-    assert any(words.startswith("giant, 2 and 10 USD") for words in found.prices)
+    assert any(price.startswith("giant, 2 and 10 USD") for price in found.prices)
 
 
-def test_a_student_that_is_not_cheaper_never_pays() -> None:
-    never = compute_payback(card(student=TEACHER, teacher=STUDENT), MAKING, PRICES, tokens_per_day=1)
+def test_a_student_that_is_not_cheaper_never_breaks_even() -> None:
+    never = compute_payback(card(student=TEACHER, teacher=STUDENT), TRAINING_COST, PRICES, tokens_per_day=1)
     assert never.break_even_tokens == never.break_even_days == BreakEvenRange(value=None, low=None, high=None)
     assert break_even_range(1.0, Estimate(value=0.5, low=-0.1, high=1)) == BreakEvenRange(value=2e6, low=1e6, high=None)
     assert break_even_range(1.0, Estimate(value=-0.5, low=-1, high=0.5)) == BreakEvenRange(
@@ -159,20 +159,20 @@ def test_a_student_that_is_not_cheaper_never_pays() -> None:
     assert break_even_range(0.0, Estimate(value=1, low=1, high=1)) == BreakEvenRange(value=0, low=0, high=0)
 
 
-def test_costs_of_two_runs_are_less_sure() -> None:
+def test_costs_of_two_runs_give_a_wider_interval() -> None:
     priced = {"usd_per_hour": 3.6}
-    together = saving_per_million_tokens(STUDENT.model_copy(update=priced), TEACHER.model_copy(update=priced))
-    apart = saving_per_million_tokens(
+    one_run = saving_per_million_tokens(STUDENT.model_copy(update=priced), TEACHER.model_copy(update=priced))
+    two_runs = saving_per_million_tokens(
         STUDENT.model_copy(update={"run": "s", **priced}), TEACHER.model_copy(update=priced)
     )
-    assert (together.value, together.low, together.high) == pytest.approx((0.8, 0.6, 0.9))
-    assert (apart.value, apart.low, apart.high) == pytest.approx((0.8, 0.6, 1.0))
-    assert apart.confidence == pytest.approx(0.9)
+    assert (one_run.value, one_run.low, one_run.high) == pytest.approx((0.8, 0.6, 0.9))
+    assert (two_runs.value, two_runs.low, two_runs.high) == pytest.approx((0.8, 0.6, 1.0))
+    assert two_runs.confidence == pytest.approx(0.9)
 
 
-def test_what_took_no_time_is_no_part() -> None:
-    making = MAKING.model_copy(update={"teacher_seconds": 0})
-    assert [part.what for part in training_cost_parts(making, PRICES, 0, "CPU")] == ["training"]
+def test_work_that_took_no_time_is_not_listed() -> None:
+    training_cost = TRAINING_COST.model_copy(update={"teacher_seconds": 0})
+    assert [part.name for part in training_cost_parts(training_cost, PRICES, 0, "CPU")] == ["training"]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,6 @@ def test_what_took_no_time_is_no_part() -> None:
         ({}, {"api_teacher": "gaint"}, "no price for 'gaint'"),
     ],
 )
-def test_what_is_not_known_is_said(changes: dict[str, Any], more: dict[str, Any], message: str) -> None:
+def test_unknown_costs_and_prices_are_reported(changes: dict[str, Any], more: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        compute_payback(card(**changes), MAKING, PRICES, **more)
+        compute_payback(card(**changes), TRAINING_COST, PRICES, **more)

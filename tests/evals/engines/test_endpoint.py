@@ -18,6 +18,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from limbeck.evals.cost.measure import measure_costs
+from limbeck.evals.cost.runner import TimingPlan
 from limbeck.evals.engines.lazy import open_engine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.scores import scorecard
@@ -243,8 +244,8 @@ def test_an_endpoint_is_held_against_the_model_it_serves(
         assert card["tasks"][task]["prompt_hash"] == teacher["tasks"][task]["prompt_hash"]
         assert card["relative"]["difference"][task]["value"] == 0
     assert KEY not in result.out + result.err
-    brief: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "rounds": 3, "batches": (1,), "threads": 1}
-    monkeypatch.setattr(scorecard, "measure", lambda models, **more: measure_costs(models, **more, **brief))
+    plan = TimingPlan(prompt_tokens=8, new_tokens=4, rounds=3, batches=(1,), threads=1)
+    monkeypatch.setattr(scorecard, "measure_costs", lambda models, **more: measure_costs(models, plan, **more))
     timed = run(limbeck, tiny_llama, "--tokenizer", tiny_llama, "--against", served.url, tasks="sums")
     assert "what an endpoint costs cannot be measured" in timed.err
     teacher, card = json.loads(timed.out)

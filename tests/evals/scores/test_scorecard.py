@@ -13,6 +13,7 @@ import pytest
 
 from limbeck.evals.cost.measure import paired_cost_ratio
 from limbeck.evals.cost.prices import Prices
+from limbeck.evals.cost.runner import TimingPlan
 from limbeck.evals.scores import scorecard
 from limbeck.evals.scores.scorecard import evaluate
 from limbeck.evals.stats.retention import compare_with_teacher
@@ -62,7 +63,8 @@ def quick(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was run: "score m/1" and "measure m/1 m/2", in order."""
     seen: list[str] = []
-    score, measure = scorecard.score, scorecard.measure
+    score, measure = scorecard.score_model, scorecard.measure_costs
+    plan = TimingPlan(prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
 
     def scoring(model: ResolvedModel, *args: Any, **more: Any) -> Any:
         seen.append(f"score {model.label}")
@@ -70,10 +72,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measuring(models: list[ResolvedModel], **more: Any) -> Any:
         seen.append(f"measure {' '.join(model.label for model in models)}")
-        return measure(models, **more, prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
+        return measure(models, plan, **more)
 
-    monkeypatch.setattr(scorecard, "score", scoring)
-    monkeypatch.setattr(scorecard, "measure", measuring)
+    monkeypatch.setattr(scorecard, "score_model", scoring)
+    monkeypatch.setattr(scorecard, "measure_costs", measuring)
     return seen
 
 

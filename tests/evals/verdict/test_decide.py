@@ -320,7 +320,7 @@ def test_payback(store: Store, add: Add) -> None:
     add({"qa": wrong(DOCUMENTS, 0)}, 0.5, made=MADE)
     [best] = decide_verdict(store, "m", tokens_per_day=1e6, prices=Prices.load(usd_per_hour=2.0)).candidates
     assert best.payback
-    assert best.payback.making_usd == pytest.approx(2.0)
+    assert best.payback.training_cost_usd == pytest.approx(2.0)
     # The teacher takes 0.1 s for 128 tokens, the student half of that: 2 / 3600 * 0.05 s / 128 saved on each.
     assert best.payback.break_even_tokens.value == pytest.approx(2.0 / (2 / 3600 * 0.05 / 128))
     found = decide_verdict(store, "m", tokens_per_day=1e6, prices=Prices.load(usd_per_hour=2.0))
