@@ -216,7 +216,7 @@ def test_where_memory_holds_two_models_at_once(
     """The teacher is timed beside each candidate; what a run found is kept before the next one begins."""
     teacher, one, other = quick
     monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: 0)
-    measuring = scorecard.measure
+    measuring = scorecard.measure_costs
 
     def killed(given: list[ResolvedModel], **more: Any) -> Any:
         if other in given:
@@ -224,7 +224,7 @@ def test_where_memory_holds_two_models_at_once(
         return measuring(given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, "measure", killed)
+        patch.setattr(scorecard, "measure_costs", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate([one, other], tasks, store, against=teacher)
     assert one.version
@@ -243,7 +243,7 @@ def test_a_kill_loses_nothing_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, onnx, student = models
-    scoring = scorecard.score
+    scoring = scorecard.score_model
 
     def killed(model: ResolvedModel, *args: Any, **more: Any) -> Any:
         if model == student:
@@ -251,7 +251,7 @@ def test_a_kill_loses_nothing_finished(
         return scoring(model, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, "score", killed)
+        patch.setattr(scorecard, "score_model", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate([onnx, student], tasks, store, cost=False)
     assert onnx.version
