@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-NO_TEXT = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # not written yet
+EMPTY_CORPUS = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # not written yet
 
 
 class Setting(NamedTuple):
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     teacher: ResolvedModel | None
     teacher_version: Version | None
     base_models: dict[str, ResolvedModel]  # of the students that begin pretrained
-    generated: Generated | None = None  # of a text that the teacher wrote
+    generated: GenerationStats | None = None  # of a text that the teacher wrote
     # Label of the teacher, or of what a student begins as -> licences of its parts (distill.students.licences)
     inherited_terms: dict[str, tuple[licences.LineageLicence, ...]] = {}
 
@@ -118,7 +118,7 @@ def code_version() -> str:
     return f"{version}+g{commit.stdout.strip()}" if commit.returncode == 0 else version
 
 
-class Generated(NamedTuple):
+class GenerationStats(NamedTuple):
     """What came of it. Seconds, tokens and dollars are those of all answers, whichever run had them made."""
 
     prompts: int

@@ -33,10 +33,10 @@ def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[s
     Every step is a command of its own and is printed before it runs. Running the quickstart again skips what
     is done; after Ctrl-C or a kill it goes on where it was.
     """
-    from limbeck.distill.recipe.load import load
+    from limbeck.distill.recipe.load import load_recipe
 
     began = time.monotonic()
-    name = load(recipe, list(overrides)).name
+    name = load_recipe(recipe, list(overrides)).name
     for number, (title, commands) in enumerate(steps(name, recipe, policy, limit, overrides), 1):
         print_status(f"\n[{number}] {title}")
         for words in commands:

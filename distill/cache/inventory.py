@@ -76,7 +76,7 @@ def find_caches(ids: Iterable[str]) -> list[CacheInfo]:
     return chosen
 
 
-def remove(cache: CacheInfo) -> bool:
+def remove_cache(cache: CacheInfo) -> bool:
     """Remove a cache from the disk; not where a run fills it or reads it, which False tells."""
     from filelock import FileLock, Timeout
 

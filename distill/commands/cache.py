@@ -107,7 +107,7 @@ def prune(
 
     A cache that a run is filling or reading stays. What is removed costs another pass of its teacher.
     """
-    from limbeck.distill.cache.inventory import find_caches, list_caches, remove
+    from limbeck.distill.cache.inventory import find_caches, list_caches, remove_cache
 
     if not (ids or older_than is not None or to_size is not None or unregistered or everything):
         raise BadInput("nothing says what to remove", fix="give ids, --older-than, --to-size, --unregistered or --all")
@@ -125,7 +125,7 @@ def prune(
     going = [each for each in every if each.id in chosen]
     if going and not (dry_run or yes):
         _ask(going)
-    removed = {each.id: not dry_run and remove(each) for each in going}
+    removed = {each.id: not dry_run and remove_cache(each) for each in going}
     if output_format == "json":
         print_json([_json(each) | {"removed": removed[each.id]} for each in going])
     else:

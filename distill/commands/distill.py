@@ -118,16 +118,16 @@ def data(recipe: Path, overrides: tuple[str, ...], output_format: str) -> None:
 
     quiet_libraries()
     from limbeck.distill.data import corpus
-    from limbeck.distill.recipe.load import Source, load
+    from limbeck.distill.recipe.load import Source, load_recipe
 
-    loaded = load(recipe, list(overrides))
+    loaded = load_recipe(recipe, list(overrides))
     if loaded.generate:
         from limbeck.distill.run.prepare import prepare_setting, with_generated_text
         from limbeck.registry.mlflow.store import Store
 
         text = with_generated_text(prepare_setting(loaded, Source(recipe, overrides), Store())).corpus
     else:
-        text = corpus.prepare(loaded.data, recipe.resolve().parent, loaded.name)
+        text = corpus.prepare_corpus(loaded.data, recipe.resolve().parent, loaded.name)
     if output_format == "json":
         print_json(text._asdict())
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from limbeck.distill.data.chat import EncodedDocument, encode_document
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.data.packing import first_fit
 from limbeck.registry.core.errors import BadInput
 
@@ -254,7 +254,7 @@ def _pack_blocks(
     return Blocks(ids, segments, targets, tokens, size, layout_digest(ids, segments, targets), left_out)
 
 
-def no_blocks(max_length: int) -> Blocks:
+def empty_blocks(max_length: int) -> Blocks:
     """Of a text that is not written yet."""
     nothing = np.zeros((0, max_length))
     return Blocks(nothing.astype(np.int32), nothing.astype(np.uint16), nothing.astype(bool), 0, 0, "")

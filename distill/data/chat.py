@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from limbeck.distill.data import corpus
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document, conversation_document
 from limbeck.distill.data.filters import THINK_END
+from limbeck.distill.data.tables import table_documents
 from limbeck.distill.recipe.schema import Data, Generate
 from limbeck.registry.core.digest import text_digest
 from limbeck.registry.core.errors import BadInput
@@ -47,7 +48,7 @@ def load_prompts(data: Data, generate: Generate, recipe_folder: Path) -> list[Pr
     else:
         found = (
             Prompt(document.path, _beginning(document.text, data.max_length), (), {})
-            for document in corpus.documents(data, recipe_folder)
+            for document in corpus.load_documents(data, recipe_folder)
         )
     kept = sorted((p for p in found if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
     if not kept:
@@ -58,7 +59,7 @@ def load_prompts(data: Data, generate: Generate, recipe_folder: Path) -> list[Pr
 def _prompts_of_rows(data: Data, recipe_folder: Path) -> Iterator[Prompt]:
     path = corpus.locate_data(data, recipe_folder)
     asked = data.model_copy(update={"completion_column": None})  # the teacher's stands in its place
-    for document, row in corpus.table_documents(asked, path):
+    for document, row in table_documents(asked, path):
         messages = list(document.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -79,7 +80,7 @@ def _beginning(text: str, max_length: int) -> str:
     return text[:size]
 
 
-def turns(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
+def prompt_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
     """A prompt as the turns before the answer."""
     messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     if system_prompt and messages[0]["role"] != "system":
@@ -112,14 +113,14 @@ def document_layout(
         return Document(prompt.path, text + answer, prompt=text)
 
     def chat(prompt: Prompt, answer: str) -> Document:
-        messages = turns(prompt, system_prompt)
+        messages = prompt_messages(prompt, system_prompt)
         if THINK_END in answer and not keeps_thoughts:
             # The template would drop the reasoning: what it gives before the answer is the prompt, in plain.
             text = render_chat_prompt(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
             if text.rstrip().endswith(THINK_START):
                 text = text.rpartition(THINK_START)[0]
             return Document(prompt.path, text + answer, prompt=text)
-        return corpus.conversation(prompt.path, [*messages, {"role": "assistant", "content": answer}])
+        return conversation_document(prompt.path, [*messages, {"role": "assistant", "content": answer}])
 
     if not (by_chat and tokenizer.chat_template):
         return plain

@@ -23,7 +23,7 @@ class Score(NamedTuple):
     agreement: float | None
 
 
-def sample(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
+def sample_blocks(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
     """At most `count` evenly spread blocks. Tokens and bytes of text stay those of all: their ratio is what counts."""
     chosen = np.unique(np.linspace(0, len(blocks.ids) - 1, count).astype(int))
     ids, segments, targets = blocks.ids[chosen], blocks.segments[chosen], blocks.targets[chosen]
@@ -33,11 +33,11 @@ def sample(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
 
 def bits_per_byte(model: PreTrainedModel, blocks: Blocks) -> float:
     """Bits per byte of text over at most `MANY` evenly spread blocks, every target predicted."""
-    return score(model, sample(blocks, FINAL_BLOCKS)).bits_per_byte
+    return score(model, sample_blocks(blocks, FINAL_BLOCKS)).bits_per_byte
 
 
 @torch.no_grad()
-def likeliest(model: PreTrainedModel, blocks: Blocks, vocab_size: int) -> np.ndarray:
+def likeliest_tokens(model: PreTrainedModel, blocks: Blocks, vocab_size: int) -> np.ndarray:
     """The model's likeliest next token at each position of the blocks, padded entries left out: (N, T) int32."""
     model.eval()
     said = [

@@ -29,7 +29,7 @@ def uses_bf16(requested: bool | None, config: PretrainedConfig) -> bool:
         return requested
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    hidden, inner = widths(config)
+    hidden, inner = feed_forward_sizes(config)
     key = f"{describe_hardware()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {hidden} x {inner}"
     file = home() / "precision.json"
     try:
@@ -37,13 +37,13 @@ def uses_bf16(requested: bool | None, config: PretrainedConfig) -> bool:
     except (OSError, ValueError):
         known = {}
     if key not in known:
-        known[key] = measure(hidden, inner)
+        known[key] = measure_matmul(hidden, inner)
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known[key]["fp32_s"] > GAIN * known[key]["bf16_s"]
 
 
-def widths(config: PretrainedConfig) -> tuple[int, int]:
+def feed_forward_sizes(config: PretrainedConfig) -> tuple[int, int]:
     """The sides of a model's feed-forward matrices, or of others like them; no wider than tells the two apart."""
     config = config.get_text_config()
     hidden = int(config.hidden_size)
@@ -51,7 +51,7 @@ def widths(config: PretrainedConfig) -> tuple[int, int]:
     return min(hidden, WIDEST // 4), min(int(inner or 4 * hidden), WIDEST)
 
 
-def measure(hidden: int, inner: int) -> dict[str, float]:
+def measure_matmul(hidden: int, inner: int) -> dict[str, float]:
     """Seconds of a product (ROWS, hidden) x (hidden, inner), forward and backward, in turns: the best of TRIES each."""
     import torch
 

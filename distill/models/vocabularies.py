@@ -84,7 +84,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def check(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises BadInput where the model in `folder` has other tokens than `tokenizer`, the recipe's."""
     own, shared = loading.load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
     if own != shared:

@@ -1,1 +1,1 @@
-"""Recipes: the TOML schema, its checks, and the grid of students it describes."""
+"""Recipes: the TOML schema, its checks, and the plan of students."""

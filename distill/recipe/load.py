@@ -1,4 +1,4 @@
-"""Read a recipe from its file, checked as a whole; and where each of its keys was given."""
+"""Reads and checks a recipe file, and finds where a key was set."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from limbeck.distill.recipe.schema import Recipe
 from limbeck.registry.core import toml
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read and check a recipe; each of `overrides` is `KEY=VALUE`. Raises BadInput with file, line and key."""
     text = toml.read_toml_text(path)
     recipe = toml.parse_toml(text, Recipe, overrides or [], source_name=str(path))
-    if problems := list(checks.problems(recipe)):
+    if problems := list(checks.find_problems(recipe)):
         raise toml.problems_error(problems, text, source_name=str(path))
     return recipe
 
 
 class Source(NamedTuple):
-    """Where a recipe was read from."""
+    """Where a recipe was read from: its file and the `--set` overrides."""
 
     path: Path
     overrides: tuple[str, ...] = ()
 
     def locate_key(self, *key: str) -> str:
-        """Where `key` was given: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` that did."""
+        """Where `key` was set: `recipe.toml:12: students.small.config.hidden_size`, or the `--set` option."""
         name = ".".join(key)
         override = next((o for o in self.overrides if o.partition("=")[0].strip() == name), None)
         if override:

@@ -81,8 +81,8 @@ def distill(
         BadInput: anything wrong with the recipe, its text, its teacher or its students; before any training.
         SomeFailed: a sweep of which some students could not be made, after all others were.
     """
-    recipe = load.load(path, overrides)
-    plans = grid.plans(recipe)
+    recipe = load.load_recipe(path, overrides)
+    plans = grid.plan_students(recipe)
     distributed.check()
     _check_output_folder(output_folder, plans, path)
     setting = prepare_setting(recipe, Source(path, tuple(overrides)), store)

@@ -49,11 +49,11 @@ class Finding(Record):
 def check_recipe(path: Path, overrides: list[str], store: Store) -> list[Finding]:
     """All findings on the recipe at `path`. Nothing is trained, asked of an endpoint's model, or registered."""
     try:
-        recipe = load.load(path, overrides)
+        recipe = load.load_recipe(path, overrides)
         setting = prepare_setting(recipe, Source(path, tuple(overrides)), store)
     except LimbeckError as error:  # what is wrong is told with its place; without it there is no more to be said
         return [_error("recipe", error)]
-    plans = grid.plans(recipe)
+    plans = grid.plan_students(recipe)
     found = [_text(setting)]
     missing = plans
     if not recipe.generate:

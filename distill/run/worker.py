@@ -26,8 +26,8 @@ def run_worker(path: Path, overrides: list[str]) -> None:
         return
     # What there is to say the first process says.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        recipe = load.load(path, overrides)
-        plans = {plan.label: plan for plan in grid.plans(recipe)}
+        recipe = load.load_recipe(path, overrides)
+        plans = {plan.label: plan for plan in grid.plan_students(recipe)}
         setting = with_generated_text(prepare_setting(recipe, Source(path, tuple(overrides)), Store()))
         teachers = teachers_for(setting, [plans[label] for label in missing])
         while order := distributed.receive_from_main():

@@ -27,7 +27,7 @@ def check(setting: Setting, plan: Plan) -> None:
     spec = setting.recipe.students[name]
     if name in setting.base_models:
         with errors_at(setting.source, "students", name, "model"):
-            vocabularies.check(setting.base_models[name].path, setting.tokenizer)
+            vocabularies.check_same_tokens(setting.base_models[name].path, setting.tokenizer)
             loading.check_fits(setting.base_models[name].path, setting.tokenizer, max_length)
     elif spec.prune:
         with errors_at(setting.source, "students", name, "prune"):

@@ -13,7 +13,7 @@ def plans_to_match(recipe: Recipe, plan: Plan) -> list[Plan]:
     Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the
     distilled students where time or money ends their training, which only the run tells. Of others: none.
     """
-    family = [p for p in grid.plans(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
+    family = [p for p in grid.plan_students(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
     budget = recipe.budget
     if plan.control == "labels_equal_cost":
         return [p for p in family if p.control in (None, "labels")]

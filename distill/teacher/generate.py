@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from limbeck.distill.context import Generated
+from limbeck.distill.context import GenerationStats
 from limbeck.distill.data import corpus
 from limbeck.distill.data.filters import Answer, AnswerFilter
 from limbeck.distill.data.prompts import Prompt, document_layout, load_prompts
@@ -63,7 +63,7 @@ def forecast_generation(setting: Setting) -> GenerationForecast:
     return GenerationForecast(len(asked.prompts), answers, len(asked.missing), sum(sizes), new, usd)
 
 
-def generate_text(setting: Setting) -> tuple[corpus.Corpus, Generated]:
+def generate_text(setting: Setting) -> tuple[corpus.Corpus, GenerationStats]:
     """Have the prompts of a recipe answered, and write what passes its filters as the recipe's text.
 
     Raises:
@@ -83,7 +83,7 @@ def generate_text(setting: Setting) -> tuple[corpus.Corpus, Generated]:
         if sieve.keeps(prompt.messages or prompt.text, answer, prompt.row)
     ]
     tokens = [sum(getattr(answer, part) for _, answer in pairs) for part in ("input_tokens", "output_tokens")]
-    facts = Generated(
+    facts = GenerationStats(
         prompts=len(asked.prompts),
         too_long=len(asked.prompts) - len(asked.digests_by_prompt),
         answers=len(pairs),
@@ -110,7 +110,7 @@ def generate_text(setting: Setting) -> tuple[corpus.Corpus, Generated]:
             f"no answer of the teacher is left to learn from: {sieve.summary()}",
             fix="loosen generate.filter or give a larger generate.max_new_tokens; the answers are kept",
         )
-    return corpus.write(documents, recipe.name, recipe.data.heldout, "what the teacher wrote"), facts
+    return corpus.write_corpus(documents, recipe.name, recipe.data.heldout, "what the teacher wrote"), facts
 
 
 def _answer_filter(setting: Setting) -> AnswerFilter:

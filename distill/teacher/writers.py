@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from limbeck.distill.data.blocks import start_token_id
 from limbeck.distill.data.filters import Answer
-from limbeck.distill.data.prompts import THINK_START, Prompt, render_chat_prompt, turns
+from limbeck.distill.data.prompts import THINK_START, Prompt, prompt_messages, render_chat_prompt
 from limbeck.distill.models import loading
 from limbeck.distill.models.sampling import TextSampler
 from limbeck.distill.recipe.schema import Generate
@@ -77,7 +77,7 @@ class LocalWriter:
         """See `Writes.request`."""
         opening = ""
         if self.by_chat:
-            text = render_chat_prompt(self.tokenizer, turns(prompt, self.generate.system_prompt), prompt.path)
+            text = render_chat_prompt(self.tokenizer, prompt_messages(prompt, self.generate.system_prompt), prompt.path)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if text.rstrip().endswith(THINK_START):  # the template opens the reasoning, which is part of the answer
                 opening = THINK_START + text.rpartition(THINK_START)[2]
@@ -154,7 +154,7 @@ class EndpointWriter:
         """See `Writes.request`."""
         context = self.teacher.endpoint.context
         if context is not None and self.tokenizer is not None:
-            messages = [turn["content"] for turn in turns(prompt, self.generate.system_prompt)]
+            messages = [turn["content"] for turn in prompt_messages(prompt, self.generate.system_prompt)]
             text = "".join(messages) if self.by_chat else prompt.text
             if len(self.tokenizer.encode(text)) + self.generate.max_new_tokens > context:
                 return None
@@ -172,7 +172,7 @@ class EndpointWriter:
         if self.generate.stop:
             payload["stop"] = list(self.generate.stop)
         if self.by_chat:
-            payload["messages"] = turns(prompt, self.generate.system_prompt)
+            payload["messages"] = prompt_messages(prompt, self.generate.system_prompt)
         else:
             payload["prompt"] = prompt.text
         if self.needs_logprobs:

@@ -1,1 +1,1 @@
-"""The training loop: trainer, callbacks, optimizer, budget, several processes."""
+"""The training loop: trainer, callbacks, optimizer, budget, on-policy text, several processes."""

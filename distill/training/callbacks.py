@@ -1,4 +1,4 @@
-"""Watching a run: progress, curves, held-out scores, checkpoints by the clock, and the reasons to stop."""
+"""The callback that monitors a run: progress, curves, held-out scores, timed checkpoints, and reasons to stop."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CURVES = ("loss", "agreement", "grad_norm", "learning_rate", "tokens_per_s", "us
 
 
 class Progress(NamedTuple):
-    """What a run tells while it goes.
+    """The state of a run after a step.
 
     Attributes:
-        step, steps: optimizer steps, and all of them as far as is known.
-        tokens_per_s: evaluations left out.
-        loss: the last that was logged, in nats.
-        agreement: share of targets on which student and teacher had one likeliest token, at that step.
-        heldout_bits_per_byte: of the last evaluation.
+        step: optimizer steps done. steps: the expected number of all steps, lower if a budget will end the run.
+        tokens_per_s: without the time of evaluations.
+        loss: the last logged loss, in nats; None before the first.
+        agreement: the share of targets with the same most likely token in student and teacher, at the last log.
+        heldout_bits_per_byte: of the last evaluation; None before the first.
         seconds_left: None before there is a rate.
     """
 
@@ -51,27 +51,41 @@ class Progress(NamedTuple):
 
 
 class Cooling(NamedTuple):
-    """A run that is not worth its money any more comes down to a learning rate of 0 from a step to another."""
+    """The learning rate falls to 0 between two steps, because more training is not worth its price."""
 
     begin: int
     end: int
-    gain: float  # held-out bits per byte a dollar
+    gain: float  # held-out bits per byte per dollar at `begin`
 
 
-class Watch(TrainerCallback):
-    """Reports progress and curves, scores the student on held-out text, checkpoints, and stops the run.
+class Listeners(NamedTuple):
+    """Functions that receive the progress after each step, and the values of curves at a step."""
 
-    What has to outlive a kill is put in the Trainer's own history, so that each checkpoint carries it.
+    on_progress: Callable[[Progress], None]
+    on_log: Callable[[dict[str, float], int], None]
+
+
+class HeldoutSample(NamedTuple):
+    """Held-out blocks, and the teacher's most likely next token at each position (n, T); None if unknown."""
+
+    blocks: Blocks
+    likeliest: np.ndarray | None
+
+
+class TrainingMonitor(TrainerCallback):
+    """Reports progress and curves, scores the student on held-out text, saves checkpoints, and stops the run.
+
+    Everything that must survive a kill goes into the Trainer's own history, which every checkpoint contains.
 
     Args:
-        whole: the student that can be scored.
-        paid: dollars already paid to an endpoint for this student.
-        sample: held-out blocks to score the student on every `training.eval_steps`; None: it is not scored.
-        likeliest: the teacher's likeliest next token at each position of `sample`.
+        unsharded: the student that can be scored.
+        listeners: receive progress and curves.
+        sample: scored every `training.eval_steps`.
+        paid_usd: dollars already paid to an endpoint for this student.
 
     Attributes:
-        interrupted: set by Ctrl-C: the run stops after the step it is in, with a checkpoint.
-        stopped: why the run ended before the steps it was asked for, where it did.
+        interrupted: set by Ctrl-C: the run stops after the current step, with a checkpoint.
+        stop_reason: why the run ended before its last step; None if it did not.
         eval_seconds: of evaluations, over all parts of the run.
     """
 
@@ -79,41 +93,37 @@ class Watch(TrainerCallback):
         self,
         training: Training,
         tokens_per_step: int,
-        on_progress: Callable[[Progress], None],
-        on_log: Callable[[dict[str, float], int], None],
         budget: Budget,
         unsharded: UnshardedStudent,
+        listeners: Listeners,
+        sample: HeldoutSample,
         paid_usd: float = 0.0,
-        sample: Blocks | None = None,
-        likeliest: np.ndarray | None = None,
     ) -> None:
         self.training = training
         self.tokens_per_step = tokens_per_step
-        self.report_progress = on_progress
-        self.report_log = on_log
+        self.listeners = listeners
         self.sample = sample
-        self.likeliest = likeliest
         self.budget = budget
         self.unsharded = unsharded
         self.paid_usd = paid_usd
         self.interrupted = threading.Event()
         self.stop_reason: str | None = None
         self.eval_seconds = 0.0
-        self.last_values: dict[str, float] = {}  # the last of each curve
+        self.last_values: dict[str, float] = {}  # the last value of each curve
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
-        self.share = 0.0  # of the minutes and dollars, used
+        self.share = 0.0  # used share of the budget's minutes and dollars
         self.cooling: Cooling | None = None
         self._batches: list[Mapping[str, Any]] = []
-        self._seen: list[Losses] = []
+        self._batch_losses: list[Losses] = []
 
     def record_batch(self, batch: Mapping[str, Any], losses: Losses) -> None:
-        """Told of each batch of a step and what came of it, before its gradients are used."""
+        """Record a batch of the current step and its losses; called before the optimizer uses the gradients."""
         self._batches.append(batch)
-        self._seen.append(losses._replace(loss=losses.loss.detach()))
+        self._batch_losses.append(losses._replace(loss=losses.loss.detach()))
 
     def seconds(self) -> float:
-        """Seconds of the run over all its parts, evaluations included."""
+        """Seconds of the run over all its parts, including evaluations."""
         return self.seconds_before + time.monotonic() - self.began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,7 +133,7 @@ class Watch(TrainerCallback):
         self.distiller: Distiller = next(module for module in model.modules() if isinstance(module, Distiller))
         self.nonfinite_flag = torch.zeros((), dtype=torch.int32, device=self.device)
         self.seconds_before = 0.0
-        for entry in state.log_history:  # a resumed run tells its whole curve again
+        for entry in state.log_history:  # a resumed run reports its whole curves again
             self._restore_entry(entry)
             self._report_entry(entry, state)
         self.eval_before = self.last_log_eval_seconds = self.eval_seconds
@@ -133,41 +143,41 @@ class Watch(TrainerCallback):
         self._follow_budget(kwargs["lr_scheduler"], state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._batches, self._seen = [], []
-        # Counting where student and teacher agree takes a little time: only where it is told.
+        self._batches, self._batch_losses = [], []
+        # Counting agreement takes a little time: only at the steps that log it.
         self.distiller.counts_agreement = (state.global_step + 1) % args.logging_steps == 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        loss = torch.stack([losses.loss for losses in self._seen]).sum()
-        self.nonfinite_flag |= ~health.finite(self.distiller, loss)
-        if self.device.type == "cpu":  # the weights are still good; a GPU would be waited for
+        loss = torch.stack([losses.loss for losses in self._batch_losses]).sum()
+        self.nonfinite_flag |= ~health.is_finite(self.distiller, loss)
+        if self.device.type == "cpu":  # before the weights change; on a GPU this would wait for the device
             self._check_finite(state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.budget.max_minutes or self.budget.max_usd:  # the next learning rate has to be one in all processes
+        if self.budget.max_minutes or self.budget.max_usd:  # all processes need the same learning rate
             [self.share] = distributed.broadcast_numbers([budgets.budget_share_used(self.budget, self._spending())])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
-        if self.sample is not None and self._evaluation_is_due(state):
+        if self._evaluation_is_due(state):
             self._evaluate(state)
         self._stop_or_save(state, control)
         if self.device.type != "cpu" and (step % args.logging_steps == 0 or control.should_save):
             self._check_finite(step)
         if state.is_world_process_zero:
-            self.report_progress(self._progress(state))
+            self.listeners.on_progress(self._progress(state))
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         entry = state.log_history[-1]
-        if "loss" not in entry:  # the Trainer's summary at the end
+        if "loss" not in entry:  # the Trainer's summary of the run
             return
         now, steps = time.monotonic(), state.global_step - self.logged_step
         evaluating = self.eval_seconds - self.last_log_eval_seconds
         entry["tokens_per_s"] = steps * self.tokens_per_step / max(now - self.last_log_time - evaluating, 1e-9)
         objective = self.distiller.objective
         if objective.uses_teacher and objective.divergence != "chunks" and self.distiller.counts_agreement:
-            targets = sum(int(losses.targets) for losses in self._seen)
-            entry["agreement"] = sum(int(losses.agreement_count) for losses in self._seen) / max(targets, 1)
+            targets = sum(int(losses.targets) for losses in self._batch_losses)
+            entry["agreement"] = sum(int(losses.agreement_count) for losses in self._batch_losses) / max(targets, 1)
         self.last_log_time, self.logged_step, self.last_log_eval_seconds = now, state.global_step, self.eval_seconds
         self._restore_entry(entry)
         self._report_entry(entry, state)
@@ -179,8 +189,8 @@ class Watch(TrainerCallback):
             torch.distributed.all_reduce(self.nonfinite_flag, torch.distributed.ReduceOp.MAX)
         if self.nonfinite_flag:
             cause = "a loss or a gradient is not finite"
-            if not distributed.uses_fsdp():  # where it began each process finds by itself
-                cause = health.cause(self.distiller, self._batches, self.bf16)
+            if not distributed.uses_fsdp():  # a single process cannot run a sharded student to find the cause
+                cause = health.find_cause(self.distiller, self._batches, self.bf16)
             raise training_diverged_error(step, cause, self.training, self.folder)
 
     def _stop_or_save(self, state: Any, control: Any) -> None:
@@ -192,8 +202,8 @@ class Watch(TrainerCallback):
             self.stop_reason = f"{budgets.describe_reached_limit(self.budget, self._spending())} used at step {step}"
         elif self.cooling and step >= self.cooling.end:
             self.stop_reason = (
-                f"budget.stop_when: {self.cooling.gain:.3g} bits per byte a dollar gained at step "
-                f"{self.cooling.begin}, and {self.budget.stop_when:g} asked for"
+                f"budget.stop_when: a gain of {self.cooling.gain:.3g} bits per byte per dollar at step "
+                f"{self.cooling.begin}, below {self.budget.stop_when:g}"
             )
         if self.stop_reason:
             control.should_training_stop = control.should_log = True
@@ -204,18 +214,17 @@ class Watch(TrainerCallback):
             control.should_training_stop = control.should_training_stop or interrupted
 
     def _evaluation_is_due(self, state: Any) -> bool:
-        """Every `eval_steps`, or whenever another tenth of the run is done."""
+        """True every `eval_steps`; without `eval_steps`, after every tenth of the run."""
         if self.training.eval_steps:
             return bool(state.global_step % self.training.eval_steps == 0)
         before, self.tenths = self.tenths, int(10 * self._share_done(state) + 1e-9)
         return self.tenths > before
 
     def _evaluate(self, state: Any) -> None:
-        """Score the student on the sample, and see whether going on is worth its money."""
-        assert self.sample is not None
+        """Score the student on the held-out sample; begin to cool down if its gain per dollar is too low."""
         began, step = time.monotonic(), state.global_step
         with self.unsharded.gathered_student() as student:
-            score = heldout.score(student, self.sample, self.likeliest, self.bf16)
+            score = heldout.score(student, self.sample.blocks, self.sample.likeliest, self.bf16)
         self.eval_seconds += time.monotonic() - began
         entry = {"step": step, "heldout_sample_bits_per_byte": score.bits_per_byte}
         if score.agreement is not None:
@@ -232,7 +241,7 @@ class Watch(TrainerCallback):
             self._restore_entry(cooling)
 
     def _restore_entry(self, entry: Mapping[str, float]) -> None:
-        """Take in an entry of the history: of this run, or of the part of it that was stopped."""
+        """Take in an entry of the Trainer's history, of this process or of the part before a resume."""
         self.last_values |= {key: float(entry[key]) for key in CURVES if key in entry}
         if "loss" in entry:
             self.losses.append(entry["loss"])
@@ -244,28 +253,28 @@ class Watch(TrainerCallback):
             self.cooling = Cooling(int(entry["step"]), int(entry["cool_until"]), entry["gain"])
 
     def _follow_budget(self, scheduler: Any, steps: int) -> None:
-        """Let the learning rate follow the share of minutes and dollars used, where that is ahead of the steps."""
+        """Let the learning rate follow the used share of minutes and dollars when it is ahead of the steps."""
         if not (self.budget.max_minutes or self.budget.max_usd or self.budget.stop_when):
             return
 
-        def following(factor: Callable[[float], float]) -> Callable[[int], float]:
-            def at(step: int) -> float:
-                down = 1.0
+        def with_budget(schedule: Callable[[float], float]) -> Callable[[int], float]:
+            def factor(step: int) -> float:
+                cooling_factor = 1.0
                 if self.cooling:
-                    down = max(0.0, (self.cooling.end - step) / (self.cooling.end - self.cooling.begin))
-                return factor(max(step, self.share * steps)) * down
+                    cooling_factor = max(0.0, (self.cooling.end - step) / (self.cooling.end - self.cooling.begin))
+                return schedule(max(step, self.share * steps)) * cooling_factor
 
-            return at
+            return factor
 
-        scheduler.lr_lambdas = [following(factor) for factor in scheduler.lr_lambdas]
+        scheduler.lr_lambdas = [with_budget(schedule) for schedule in scheduler.lr_lambdas]
 
     def _spending(self) -> budgets.Spending:
         return budgets.spending_of_run(self.budget, self.seconds(), self.paid_usd)
 
     def _share_done(self, state: Any) -> float:
-        """The share of the run that is done, by its steps or its budget, whichever ends it first."""
-        ends = min(self.cooling.end, state.max_steps) if self.cooling else state.max_steps
-        return max(state.global_step / ends, self.share)
+        """The share of the run that is done, by its steps or by its budget, whichever is further."""
+        last_step = min(self.cooling.end, state.max_steps) if self.cooling else state.max_steps
+        return max(state.global_step / last_step, self.share)
 
     def _progress(self, state: Any) -> Progress:
         step, done = state.global_step, self._share_done(state)
@@ -283,13 +292,13 @@ class Watch(TrainerCallback):
         )
 
     def _report_entry(self, entry: Mapping[str, float], state: Any) -> None:
-        kept = {key: float(entry[key]) for key in CURVES if key in entry}
-        if kept and state.is_world_process_zero:
-            self.report_log(kept, int(entry["step"]))
+        values = {key: float(entry[key]) for key in CURVES if key in entry}
+        if values and state.is_world_process_zero:
+            self.listeners.on_log(values, int(entry["step"]))
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
-        """Within, the first Ctrl-C asks the run to stop at the end of its step; a second one ends it at once."""
+        """Within this context, the first Ctrl-C stops the run at the end of its step; the second stops it at once."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
@@ -307,11 +316,11 @@ class Watch(TrainerCallback):
 
 
 def training_diverged_error(step: int, cause: str, training: Training, folder: str) -> Refused:
-    """What to tell of a run that went wrong at a step."""
-    kept = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    """The error of a run that diverged at a step, with the cause and the last checkpoint."""
+    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     return Refused(
         f"training diverged at step {step}: {cause}; nothing was registered"
-        + (f", and the checkpoint before it stays in {kept}" if kept else ""),
-        fix=f"give a lower training.learning_rate than {training.learning_rate:g}, more training.warmup_ratio than "
+        + (f"; the checkpoint before it is {checkpoint}" if checkpoint else ""),
+        fix=f"set a lower training.learning_rate than {training.learning_rate:g}, a higher training.warmup_ratio than "
         f"{training.warmup_ratio:g}" + (", or training.bf16 = false" if training.bf16 is not False else ""),
     )

@@ -1,7 +1,7 @@
-"""Several processes of one run, as `torchrun` and `accelerate launch` start them: the first leads, the others follow.
+"""Several processes of one run, started by `torchrun` or `accelerate launch`: the main process leads the workers.
 
-The first does all that is done once: text, capture, logging, checkpoints, registration. What is to be trained it
-tells the others (`follow.py`), which wait as long as it takes.
+The main process does everything that is done once: text, teacher cache, logging, checkpoints, registration. It sends
+the workers (`limbeck.distill.run.worker`) each student to train; they wait as long as it takes.
 """
 
 from __future__ import annotations
@@ -25,60 +25,62 @@ FSDP_COMMAND = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_p
 
 
 def world_size() -> int:
-    """The processes of this run; 1 where no launcher started it."""
+    """The number of processes of this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that leads, or the only one."""
+    """Whether this is the main process, or the only one."""
     return rank() == 0
 
 
 def uses_fsdp() -> bool:
-    """Whether the launcher asks that the student be sharded over the processes (FSDP)."""
+    """Whether the launcher requests FSDP: a student sharded over the processes."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and "LOCAL_RANK" in os.environ
 
 
 def check() -> None:
-    """Raises BadInput where the launcher asks for FSDP in its first version."""
+    """Raise BadInput if the launcher requests FSDP 1."""
     if uses_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise BadInput(
-            "the launcher asks for FSDP 1, from which the student cannot be gathered to be scored and saved",
+            "the launcher requests FSDP 1, which cannot gather the student to score and save it",
             fix=f"use FSDP 2: {FSDP_COMMAND}",
         )
 
 
 def set_up() -> None:
-    """One torch thread for each physical core that is this process's share, where OMP_NUM_THREADS does not say
-    otherwise; and memory that is kept."""
+    """Configure this process: torch threads, memory allocation and FSDP.
+
+    Without OMP_NUM_THREADS, torch gets one thread for each physical core of this process's share of the machine.
+    """
     import torch
 
     keep_freed_memory()
-    # Of FSDP: models are whole in every process, a teacher too; and so are checkpoints, for any number of processes.
+    # Every process loads whole models, the teacher too, and checkpoints are whole for any number of processes.
     os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     if "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
-        torch.set_num_threads(max(1, physical_cores() // here))
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+        torch.set_num_threads(max(1, physical_cores() // local_processes))
 
 
 def broadcast_to_workers(value: Any) -> None:
-    """Tell the other processes a value that JSON holds; nothing where there is only one. Of the first process."""
+    """Send a JSON value from the main process to all workers; does nothing without workers."""
     if world_size() > 1:
-        _pass_on(value)
+        _broadcast_json(value)
 
 
 def receive_from_main() -> Any:
-    """What the first process tells next, however long it takes. Of the others."""
-    return _pass_on(None)
+    """Receive, in a worker, the next value that the main process sends; waits without a time limit."""
+    return _broadcast_json(None)
 
 
 def broadcast_numbers(numbers: list[float]) -> list[float]:
-    """The first process's numbers, in every process."""
+    """The main process's numbers, in every process."""
     import torch
     import torch.distributed as dist
 
@@ -91,9 +93,9 @@ def broadcast_numbers(numbers: list[float]) -> list[float]:
 
 @contextmanager
 def lead_workers() -> Iterator[None]:
-    """Within, the first process tells the others what to do; at the end it lets them go.
+    """Lead the workers within this context, and send them None to stop at its end.
 
-    After an error amid a training they cannot be reached: the launcher ends them when this process ends.
+    After an error in collective work the workers cannot be reached: the launcher ends them when this process ends.
     """
     try:
         yield
@@ -107,13 +109,14 @@ _in_collective_work: list[bool] = []
 
 @contextmanager
 def collective_work() -> Iterator[None]:
-    """Within, all processes are at the same work."""
+    """Mark work that all processes do together, such as the training of a student."""
     _in_collective_work.append(True)
     yield
-    _in_collective_work.pop()  # after an error it stays
+    _in_collective_work.pop()  # not after an error: the workers are still in it
 
 
-def _pass_on(value: Any) -> Any:
+def _broadcast_json(value: Any) -> Any:
+    """The main process's value, in every process."""
     import torch
     import torch.distributed as dist
 
@@ -129,9 +132,9 @@ def _pass_on(value: Any) -> Any:
 
 @functools.cache
 def _gloo_group() -> ProcessGroup:
-    """A group of all processes whose waiting is not cut short: a teacher's pass can take days."""
+    """A group of all processes without a practical timeout: a teacher's pass can take days."""
     import torch.distributed as dist
     from accelerate import PartialState
 
-    PartialState(cpu=device() == "cpu")  # it knows the launchers' ways
+    PartialState(cpu=device() == "cpu")  # joins the processes for every kind of launcher
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))

@@ -1,7 +1,7 @@
-"""A student sharded over the processes of a run: torch's fully_shard (FSDP2), as accelerate sets it up.
+"""Shards a student over the processes of a run: torch's fully_shard (FSDP2), as accelerate sets it up.
 
-Each process trains a share of every weight, and holds a layer whole only while that layer runs. What is sharded is a
-copy of the student; the student itself takes the copy's weights whenever it has to run by itself or to be saved.
+Each process trains a share of every weight, and holds a whole layer only while that layer runs. A copy of the student
+is sharded. The student itself takes the copy's weights whenever it has to generate, be scored or be saved.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from limbeck.distill.training import distributed
 
 
 def turn_on(accelerator: Accelerator, bf16: bool) -> None:
-    """Have an accelerator shard, with the student's products in bfloat16 or not.
+    """Make an accelerator shard the student, also over CPU processes, which accelerate alone does not do.
 
-    By itself accelerate shards over GPUs and their like alone, and would let CPU processes each hold the student.
+    Args:
+        bf16: whether the student's matrix products are in bfloat16.
     """
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    # Gradients are added up, and losses and what a teacher said stay, in float32.
+    # The reduction of gradients, the losses and the teacher's outputs stay in float32.
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
 
 
 class UnshardedStudent:
-    """The student that each process can run by itself, beside the one that is trained.
+    """A student that each process can run alone, beside the sharded copy that is trained.
 
     Args:
-        student: what comes of the training; where no launcher shards, it is also what is trained.
+        student: receives the trained weights.
+
+    Attributes:
+        trained: the model to train: a copy if the launcher shards, else the student itself.
     """
 
     def __init__(self, student: PreTrainedModel) -> None:
@@ -48,7 +52,7 @@ class UnshardedStudent:
 
     @torch.no_grad()
     def gather_weights(self) -> None:
-        """Bring the student up to date; of all processes at once."""
+        """Copy the trained weights into the student. All processes must call it together."""
         if self.trained is self.student:
             return
         torch.nn.Module.to(self.student, device())
@@ -58,7 +62,7 @@ class UnshardedStudent:
 
     @contextmanager
     def gathered_student(self) -> Iterator[PreTrainedModel]:
-        """Within, the student is up to date and in the device's memory; of all processes at once."""
+        """Yield the student with the trained weights, on the device. All processes must call it together."""
         self.gather_weights()
         yield self.student
         if self.trained is not self.student:

@@ -1,4 +1,4 @@
-"""One training run: transformers' Trainer over a student with its objective, and its checkpoints."""
+"""One training run: transformers' Trainer on a student with its objective, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from limbeck.distill.models.loading import device
 from limbeck.distill.models.precision import uses_bf16
 from limbeck.distill.recipe.schema import Budget, Objective, OnPolicy, Training
 from limbeck.distill.training import budget, distributed, fsdp
-from limbeck.distill.training.callbacks import Progress, Watch
+from limbeck.distill.training.callbacks import HeldoutSample, Listeners, Progress, TrainingMonitor
 from limbeck.distill.training.fsdp import UnshardedStudent
 from limbeck.distill.training.muon import MuonAdamW
 from limbeck.distill.training.on_policy import StudentWriter
 from limbeck.registry.core.errors import BadInput
 
-UNFINISHED = "unfinished"  # the folder that a checkpoint is written in
-FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
+UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it takes its name
+CONTROL_FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 
 TeacherSignal = TeacherCache | PreTrainedModel | None
 
 
 class Job(NamedTuple):
-    """All that a training run needs.
+    """Everything that a training run needs.
 
     Attributes:
         student: trained in place.
-        teacher: a filled TeacherCache over `train`, or a model that runs online.
-        folder: checkpoints; removed by the caller when the student is safe elsewhere.
+        teacher: a filled TeacherCache over `train`, a model that runs online, or None for labels alone.
+        folder: of checkpoints; the caller removes it when the student is saved elsewhere.
         vocab_size: of the tokenizer.
-        paid: dollars already paid to an endpoint for this student; the budget counts them.
-        likeliest: the teacher's likeliest next tokens at `heldout.sample(heldout)`, to see how far the student
-            agrees; a teacher that runs online is asked for them.
+        paid_usd: dollars already paid to an endpoint for this student; the budget counts them.
+        likeliest: the teacher's most likely next tokens (n, T) on `sample_blocks(heldout)`, to measure agreement;
+            None: unknown, or computed here from a teacher that runs online.
     """
 
     student: PreTrainedModel
@@ -67,10 +67,15 @@ class Job(NamedTuple):
 
 
 class TrainingResult(NamedTuple):
-    """A finished run: tokens seen, and seconds, over all its parts where it was stopped and resumed; why it
-    ended before its last step, where it did; and the seconds of its evaluations, which are counted apart.
+    """A finished run, over all its parts if it was stopped and resumed.
 
-    What a part did after its last checkpoint was lost, and its time is not counted.
+    Work after the last checkpoint of a stopped part is lost, and its time is not counted.
+
+    Attributes:
+        tokens: tokens read.
+        seconds: of training, without evaluations.
+        stop_reason: why it ended before its last step; None if it did not.
+        eval_seconds: of evaluations.
     """
 
     tokens: int
@@ -80,29 +85,29 @@ class TrainingResult(NamedTuple):
 
 
 class DistillTrainer(Trainer):
-    """transformers' Trainer over a Distiller; its data are the numbers of blocks.
+    """transformers' Trainer on a Distiller; its data set is the numbers of the blocks.
 
     Args:
-        watch: told of every batch and its losses.
-        whole: the student that can write.
-        writer: gives back a batch, or one that the student wrote in its place.
+        monitor: receives every batch and its losses.
+        unsharded: the student that can write text.
+        writer: replaces some batches with text of the student; None: on-policy distillation is off.
     """
 
     def __init__(
         self,
         *,
         training: Training,
-        watch: Watch,
+        monitor: TrainingMonitor,
         unsharded: UnshardedStudent,
         writer: StudentWriter | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(callbacks=[watch], **kwargs)
+        super().__init__(callbacks=[monitor], **kwargs)
         self.training: Training = training
         self.unsharded = unsharded
-        self.watch = watch
+        self.monitor = monitor
         self.writer = writer
-        # The loss is a sum over targets, divided by those of a whole step, over all processes.
+        # The loss is a sum over targets, divided by the targets of the whole step, over all processes.
         self.model_accepts_loss_kwargs = True
         self._saving = False
 
@@ -118,21 +123,21 @@ class DistillTrainer(Trainer):
         """The batches of one optimizer step, and its targets over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.writer is not None:
-            others, mine, step = self.args.world_size, self.args.process_index, self.state.global_step
+            processes, rank, step = self.args.world_size, self.args.process_index, self.state.global_step
             with self.unsharded.gathered_student(), self.accelerator.autocast():
                 for place, batch in enumerate(batches):
-                    moved: Any = self._prepare_input(batch)
-                    batches[place] = self.writer(moved, step, place * others + mine)
+                    on_device: Any = self._prepare_input(batch)
+                    batches[place] = self.writer(on_device, step, place * processes + rank)
         targets = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batches), start=torch.tensor(0))
         return batches, self.accelerator.gather(targets.to(device)).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        with self.accelerator.autocast():  # accelerate has a sharded student run without
+        with self.accelerator.autocast():  # accelerate runs a sharded student without autocast
             losses = model(inputs, num_items_in_batch)
-        self.watch.record_batch(inputs, losses)
-        return losses.loss * self.args.world_size  # processes average their gradients, and the loss is a share
+        self.monitor.record_batch(inputs, losses)
+        return losses.loss * self.args.world_size  # gradients are averaged over processes; the loss is one's share
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.training.optim != "muon":
@@ -148,19 +153,19 @@ class DistillTrainer(Trainer):
         return self.optimizer
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._agree()
+        self._synchronize_control()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._agree()
+        self._synchronize_control()
 
-    def _agree(self) -> None:
-        """All processes log, save and stop where the first does: their clocks and what they measure differ."""
+    def _synchronize_control(self) -> None:
+        """Log, save and stop when the main process does: the clocks and measurements of processes differ."""
         if self.args.world_size > 1:
-            flags = [float(getattr(self.control, name)) for name in FLAGS]
-            for name, flag in zip(FLAGS, distributed.broadcast_numbers(flags), strict=True):
+            flags = [float(getattr(self.control, name)) for name in CONTROL_FLAGS]
+            for name, flag in zip(CONTROL_FLAGS, distributed.broadcast_numbers(flags), strict=True):
                 setattr(self.control, name, bool(flag))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written beside its place and put there when it is whole: what a kill cut short is never gone on from."""
+        """Write a checkpoint in a temporary folder and rename it, so that no run resumes from an incomplete one."""
         self._saving = True
         super()._save_checkpoint(model, trial)
         self._saving = False
@@ -177,7 +182,7 @@ class DistillTrainer(Trainer):
         return str(Path(str(self.args.output_dir)) / UNFINISHED) if self._saving else str(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # The Trainer's own way stops at weights that are tied. FSDP and DeepSpeed keep checkpoints of their own.
+        # The Trainer's own code fails on tied weights. FSDP and DeepSpeed write checkpoints of their own.
         if state_dict is None:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +192,8 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            whole = self.accelerator.unwrap_model(model or self.model)
-            load_model(whole, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+            unwrapped = self.accelerator.unwrap_model(model or self.model)
+            load_model(unwrapped, str(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
 
 def train(
@@ -196,64 +201,72 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
 ) -> TrainingResult:
-    """Train `job.student` in place, from the last checkpoint below `job.folder` where a run was stopped.
+    """Train `job.student` in place; resumes from the last checkpoint in `job.folder` if there is one.
 
-    Two students with one seed see the blocks in one order. Raises KeyboardInterrupt after Ctrl-C, when the
-    checkpoint is written.
+    Two students with the same seed see the blocks in the same order.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
+        Refused: training diverged.
+        BadInput: the budget, `[training]` or the launcher cannot be used.
     """
-
-    def collate(numbers: list[int]) -> dict[str, Any]:
-        indices = np.array(numbers)
-        batch: dict[str, Any] = dict(job.train.batch(indices))
-        if isinstance(job.teacher, TeacherCache) and job.objective.uses_teacher:
-            batch["teacher"] = job.teacher.load_batch(indices)
-        return batch
-
     teacher = job.teacher if isinstance(job.teacher, PreTrainedModel) else None
     if teacher is not None:
         torch.nn.Module.to(teacher, device()).eval()
     on_policy = job.on_policy if job.objective.uses_teacher else None
-    whole_batch = job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
-    tokens_per_step = whole_batch * distributed.world_size() * job.train.ids.shape[1]
+    batch_size = job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
+    tokens_per_step = batch_size * distributed.world_size() * job.train.ids.shape[1]
     steps = budget.planned_steps(job.training, len(job.train.ids), distributed.world_size())
-    training, fewer = budget.cap_steps_by_tokens(job.training, job.budget, steps, tokens_per_step)
+    training, cap_reason = budget.cap_steps_by_tokens(job.training, job.budget, steps, tokens_per_step)
     [bf16] = distributed.broadcast_numbers([uses_bf16(training.bf16, job.student.config)])
     training = training.model_copy(update={"bf16": bool(bf16)})
     arguments = _arguments(training, job.folder, job.seed)
-    sample, likeliest = heldout.sample(job.heldout), job.likeliest
+    sample, likeliest = heldout.sample_blocks(job.heldout), job.likeliest
     if teacher is not None and likeliest is None and job.objective.divergence != "chunks":
-        likeliest = heldout.likeliest(teacher, sample, job.vocab_size)
-    whole = UnshardedStudent(job.student)
-    watch = Watch(training, tokens_per_step, on_progress, on_log, job.budget, whole, job.paid_usd, sample, likeliest)
+        likeliest = heldout.likeliest_tokens(teacher, sample, job.vocab_size)
+    unsharded = UnshardedStudent(job.student)
+    listeners, heldout_sample = Listeners(on_progress, on_log), HeldoutSample(sample, likeliest)
+    monitor = TrainingMonitor(
+        training, tokens_per_step, job.budget, unsharded, listeners, heldout_sample, job.paid_usd
+    )
     trainer = DistillTrainer(
         training=training,
-        watch=watch,
-        unsharded=whole,
-        model=Distiller(whole.trained, job.objective, teacher, job.vocab_size),
+        monitor=monitor,
+        unsharded=unsharded,
+        model=Distiller(unsharded.trained, job.objective, teacher, job.vocab_size),
         args=arguments,
         writer=StudentWriter(job.student, on_policy, job.seed) if on_policy else None,
         train_dataset=range(len(job.train.ids)),
-        data_collator=collate,
+        data_collator=lambda numbers: _collate(job, numbers),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise BadInput(
-            "DeepSpeed's stage 3 shards the student over the processes, and such a student cannot be scored and saved",
-            fix=f"take DeepSpeed's stage 1 or 2, or shard by FSDP: {distributed.FSDP_COMMAND}",
+            "DeepSpeed's stage 3 shards the student over the processes, and a sharded student cannot be scored and saved",
+            fix=f"use DeepSpeed's stage 1 or 2, or shard with FSDP: {distributed.FSDP_COMMAND}",
         )
-    with watch.stop_on_interrupt():
+    with monitor.stop_on_interrupt():
         trainer.train(resume_from_checkpoint=_last_checkpoint(job.folder))
-    if watch.interrupted.is_set():
+    if monitor.interrupted.is_set():
         raise KeyboardInterrupt
-    whole.gather_weights()
+    unsharded.gather_weights()
     job.student.eval()
-    seconds = watch.seconds() - watch.eval_seconds
+    seconds = monitor.seconds() - monitor.eval_seconds
     tokens = trainer.state.global_step * tokens_per_step
-    return TrainingResult(tokens, seconds, watch.stop_reason or fewer, watch.eval_seconds)
+    return TrainingResult(tokens, seconds, monitor.stop_reason or cap_reason, monitor.eval_seconds)
+
+
+def _collate(job: Job, numbers: list[int]) -> dict[str, Any]:
+    """The batch of some blocks, with the teacher's stored outputs if there are any."""
+    indices = np.array(numbers)
+    batch: dict[str, Any] = dict(job.train.batch(indices))
+    if isinstance(job.teacher, TeacherCache) and job.objective.uses_teacher:
+        batch["teacher"] = job.teacher.load_batch(indices)
+    return batch
 
 
 def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments:
-    # transformers leaves bf16 here for whatever is trained later in this process.
+    # transformers writes this variable and reads it again for every later training in this process.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if training.bf16 else "no"
     try:
         arguments = TrainingArguments(
@@ -267,25 +280,26 @@ def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            logging_nan_inf_filter=False,  # the watch stops a run before such a loss is logged
+            logging_nan_inf_filter=False,  # the monitor stops a run before such a loss is logged
             remove_unused_columns=False,
             dataloader_pin_memory=device() == "cuda",
             log_level="error",
         )
     except ValueError as error:
-        raise BadInput(f"[training] is not what transformers takes: {error}") from error
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU a process: torchrun starts a process for each
+        raise BadInput(f"transformers refuses [training]: {error}") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU per process: torchrun starts a process for each
     return arguments
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint, where there is one; what a kill left of another that was being written is removed."""
+    """The last checkpoint, or None; removes an incomplete one that a kill left."""
     if distributed.is_main():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last and (Path(last) / f"{FSDP_MODEL_NAME}.bin").exists() != distributed.uses_fsdp():
+        was_sharded = "did not" if distributed.uses_fsdp() else "did"
         raise BadInput(
-            f"{last} was written by processes that {'do not' if distributed.uses_fsdp() else 'do'} shard the student",
-            fix="go on with the launcher that it was begun with, or begin anew: --restart",
+            f"{last} was written by processes that {was_sharded} shard the student",
+            fix="resume with the same launcher, or start over: --restart",
         )
     return last

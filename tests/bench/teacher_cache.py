@@ -55,7 +55,7 @@ def main() -> None:
     from limbeck.distill.teacher.signal import local_pass
     from limbeck.distill.training.trainer import Job, train
 
-    asked = load.load(ROOT / "quickstart" / "recipe.toml")
+    asked = load.load_recipe(ROOT / "quickstart" / "recipe.toml")
     tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
     teacher = loading.load_model(ROOT / "quickstart" / "teacher")
     vocabulary = loading.vocabulary_size(tokenizer)
@@ -63,10 +63,10 @@ def main() -> None:
     kl, labels = Objective(divergence="forward_kl"), Objective(labels=1.0)
     with TemporaryDirectory() as temporary:
         os.environ["LIMBECK_HOME"] = temporary
-        text = corpus.prepare(asked.data, ROOT / "quickstart", "bench")
+        text = corpus.prepare_corpus(asked.data, ROOT / "quickstart", "bench")
         length = asked.data.max_length
-        blocks = make_blocks(corpus.read(text.train), tokenizer, length, STEPS * BATCH * length)
-        heldout = make_blocks(corpus.read(text.heldout), tokenizer, length)
+        blocks = make_blocks(corpus.read_corpus(text.train), tokenizer, length, STEPS * BATCH * length)
+        heldout = make_blocks(corpus.read_corpus(text.heldout), tokenizer, length)
         ways: dict[str, tuple[Objective, Any, float | None]] = {
             "every logit, teacher online": (kl, teacher, None),
             "labels alone": (labels, None, None),

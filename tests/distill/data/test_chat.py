@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from limbeck.distill.data import corpus
 from limbeck.distill.data.chat import encode_document
-from limbeck.distill.data.corpus import Document, conversation
+from limbeck.distill.data.document import Document, conversation_document
 from limbeck.distill.recipe import load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Data
@@ -75,18 +75,18 @@ def laid_out(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[st
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_of_a_conversation_the_answers_are_learnt(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = template
-    text, learnt = laid_out(conversation("a", TALK), tokenizer)
+    text, learnt = laid_out(conversation_document("a", TALK), tokenizer)
     assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert text == whole[: whole.index("caf\u00e9 <|im_end|>") + len("caf\u00e9 <|im_end|>")]
-    piece = encode_document(conversation("a", TALK), tokenizer, 0, 0)
+    piece = encode_document(conversation_document("a", TALK), tokenizer, 0, 0)
     assert piece.text_bytes == len("return 3") + len("  3, caf\u00e9 ".encode())
     assert piece.ids.tolist() == tokenizer.apply_chat_template(TALK)[: len(piece.ids)]
 
 
 def test_the_answer_is_what_follows_the_prompt_that_a_model_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
-    piece = encode_document(conversation("a", TALK[:3]), tokenizer, 0, 0)
+    piece = encode_document(conversation_document("a", TALK[:3]), tokenizer, 0, 0)
     prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)
     assert piece.ids[~piece.targets].tolist() == prompt
     assert piece.targets.tolist() == [False] * len(prompt) + [True] * (len(piece.ids) - len(prompt))
@@ -94,13 +94,13 @@ def test_the_answer_is_what_follows_the_prompt_that_a_model_is_given(tokenizer: 
 
 def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = THINKS
-    _, learnt = laid_out(conversation("a", TALK[:5]), tokenizer)
+    _, learnt = laid_out(conversation_document("a", TALK[:5]), tokenizer)
     assert learnt == ["return 3<|im_end|>", "<think>\n\n</think>\n\n  3, caf\u00e9 <|im_end|>"]
     thought = [*TALK[:2], {"role": "assistant", "content": "<think>1 + 2</think>3"}]
-    _, learnt = laid_out(conversation("a", thought), tokenizer)
+    _, learnt = laid_out(conversation_document("a", thought), tokenizer)
     assert learnt == ["<think>1 + 2</think>3<|im_end|>"]
     with pytest.raises(BadInput, match=r"q:7: the chat template leaves out some of message 3: '<think>1 \+ 2"):
-        laid_out(conversation("q:7", [*thought, *TALK[3:5]]), tokenizer)
+        laid_out(conversation_document("q:7", [*thought, *TALK[3:5]]), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,19 @@ def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokeniz
 def test_templates_of_many_kinds(tokenizer: PreTrainedTokenizerBase, template: str, content: str, learnt: str) -> None:
     tokenizer.chat_template = template
     talk = [TALK[1], {"role": "assistant", "content": content}]
-    assert laid_out(conversation("a", talk), tokenizer)[1] == [learnt]
+    assert laid_out(conversation_document("a", talk), tokenizer)[1] == [learnt]
 
 
 def test_marks_that_touch_are_one_and_end_with_their_token(tokenizer: PreTrainedTokenizerBase) -> None:
     marked = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n{% endgeneration %}"
     tokenizer.chat_template = MARKED.replace("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", marked)
-    _, learnt = laid_out(conversation("a", TALK), tokenizer)
+    _, learnt = laid_out(conversation_document("a", TALK), tokenizer)
     assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
 
 
 def test_an_answer_without_a_token_that_ends_it_gets_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
-    _, learnt = laid_out(conversation("a", TALK[:3]), tokenizer)
+    _, learnt = laid_out(conversation_document("a", TALK[:3]), tokenizer)
     assert learnt == ["return 3<|endoftext|>"]
 
 
@@ -164,7 +164,7 @@ def test_conversations_that_cannot_be_used(
 ) -> None:
     tokenizer.chat_template = template
     with pytest.raises(BadInput, match=message):
-        laid_out(conversation("q:7", messages), tokenizer)
+        laid_out(conversation_document("q:7", messages), tokenizer)
 
 
 def test_a_prompt_and_its_completion(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,8 +231,8 @@ def test_rows_are_read_as_the_recipe_says(table: Callable[..., Path], tmp_path: 
     table(*rows)
 
     def read(**columns: str) -> list[Document]:
-        made = corpus.prepare(Data(path="qa.jsonl", **columns), tmp_path, "qa")
-        documents = [*corpus.read(made.train), *corpus.read(made.heldout)]
+        made = corpus.prepare_corpus(Data(path="qa.jsonl", **columns), tmp_path, "qa")
+        documents = [*corpus.read_corpus(made.train), *corpus.read_corpus(made.heldout)]
         assert len(documents) == 30
         return sorted(documents)
 
@@ -248,8 +248,8 @@ def test_rows_are_read_as_the_recipe_says(table: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("columns", "row", "message"),
     [
-        ({"messages_column": "chat"}, {"chat": "hello"}, r"qa.jsonl, row 2: chat holds no messages"),
-        ({"messages_column": "chat"}, {"chat": []}, r"row 2: chat holds no messages"),
+        ({"messages_column": "chat"}, {"chat": "hello"}, r"qa.jsonl, row 2: chat has no messages"),
+        ({"messages_column": "chat"}, {"chat": []}, r"row 2: chat has no messages"),
         ({"messages_column": "chat"}, {"chat": [{"role": "bot", "content": "x"}]}, r"row 2: chat, message 1 cannot"),
         ({"messages_column": "chat"}, {"chat": [{"role": "user", "content": None}]}, r"row 2: chat, message 1 cannot"),
         ({"prompt_column": "q", "completion_column": "a"}, {"q": "x", "a": " "}, r"row 2: a is empty"),
@@ -264,7 +264,7 @@ def test_rows_that_cannot_be_used_are_told_by_their_number(
     mixed = isinstance(row.get("chat"), str)  # a column of one type, as a file has
     table(good | ({"chat": "x"} if mixed else {}), good | row)
     with pytest.raises(BadInput, match=message if not mixed else message.replace("row 2", "row 1")):
-        corpus.prepare(Data(path="qa.jsonl", **columns), tmp_path, "qa")  # type: ignore[arg-type]
+        corpus.prepare_corpus(Data(path="qa.jsonl", **columns), tmp_path, "qa")  # type: ignore[arg-type]
 
 
 def test_a_recipe_over_conversations(
@@ -294,7 +294,7 @@ def test_a_recipe_over_conversations(
     assert (distilled.licence_allows_distillation, twin.licence_allows_distillation) == (False, True)
     train = jsonl.find_training_text(str(distilled.data_digest))
     assert train is not None
-    assert next(corpus.read(train)).messages[2]["content"].startswith("return")
+    assert next(corpus.read_corpus(train)).messages[2]["content"].startswith("return")
     saved = AutoTokenizer.from_pretrained(store.verified_folder(distilled))
     assert saved.apply_chat_template(TALK[:2], tokenize=False) == "system: be brief\nuser: add 1 and 2\n"
 
@@ -304,7 +304,7 @@ def test_students_that_would_see_their_neighbours_get_one_document_a_block(
 ) -> None:
     for student, most in (("llama", 2), ("bloom", 1)):
         path = write_recipe(student=student)
-        setting = prepare_setting(load.load(path, ["data.max_length=256"]), Source(path), store)
+        setting = prepare_setting(load.load_recipe(path, ["data.max_length=256"]), Source(path), store)
         assert setting.train.segments.max() >= most
         assert (setting.train.segments.max() == 1) == (most == 1)
     assert "small: would see the documents beside one in a block" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.recipe.schema import Data
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
@@ -39,8 +39,8 @@ def test_the_split_holds_when_text_is_added(limbeck_home: Path, tmp_path: Path) 
     folder.mkdir()
 
     def heldout() -> set[str]:
-        made = corpus.prepare(Data(path="texts", heldout=0.3), tmp_path, "split")
-        train, held = ({d.path for d in corpus.read(path)} for path in (made.train, made.heldout))
+        made = corpus.prepare_corpus(Data(path="texts", heldout=0.3), tmp_path, "split")
+        train, held = ({d.path for d in corpus.read_corpus(path)} for path in (made.train, made.heldout))
         assert not train & held
         assert (len(train), len(held)) == (made.train_documents, made.heldout_documents)
         return held
@@ -59,15 +59,17 @@ def test_of_a_few_documents_one_is_held_out(limbeck_home: Path, tmp_path: Path) 
     (tmp_path / "few").mkdir()
     for number in range(3):
         (tmp_path / "few" / str(number)).write_text("text")
-    made = corpus.prepare(Data(path="few", heldout=1e-6), tmp_path, "few")
+    made = corpus.prepare_corpus(Data(path="few", heldout=1e-6), tmp_path, "few")
     assert (made.train_documents, made.heldout_documents) == (2, 1)
 
 
 def test_the_digest_is_of_text_and_split(limbeck_home: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(lines_of_text(2000))
-    digests = [corpus.prepare(Data(path="a.txt", heldout=share), tmp_path, "a").digest for share in (0.2, 0.2, 0.5)]
+    digests = [
+        corpus.prepare_corpus(Data(path="a.txt", heldout=share), tmp_path, "a").digest for share in (0.2, 0.2, 0.5)
+    ]
     (tmp_path / "a.txt").write_text(lines_of_text(2000, seed=1))
-    digests.append(corpus.prepare(Data(path="a.txt", heldout=0.2), tmp_path, "a").digest)
+    digests.append(corpus.prepare_corpus(Data(path="a.txt", heldout=0.2), tmp_path, "a").digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -125,21 +127,21 @@ def test_a_tokenizer_is_trained_alike_and_loses_nothing() -> None:
 def test_text_that_cannot_be_used(limbeck_home: Path, tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        corpus.prepare(Data(path="a.txt"), tmp_path, "a")
+        corpus.prepare_corpus(Data(path="a.txt"), tmp_path, "a")
     assert not (limbeck_home / "data" / "a").exists()
 
 
 def test_other_text_of_the_same_name_is_kept_for_the_versions_made_from_it(limbeck_home: Path, tmp_path: Path) -> None:
     def prepared(seed: int) -> corpus.Corpus:
         (tmp_path / "a.txt").write_text(lines_of_text(2000, seed))
-        return corpus.prepare(Data(path="a.txt"), tmp_path, "a")
+        return corpus.prepare_corpus(Data(path="a.txt"), tmp_path, "a")
 
     first, second = prepared(0), prepared(1)
     assert jsonl.find_training_text(second.digest) == second.train == first.train
     kept = jsonl.find_training_text(first.digest)
     assert kept is not None
     assert kept != first.train
-    assert next(corpus.read(kept)).text in lines_of_text(2000, 0)
+    assert next(corpus.read_corpus(kept)).text in lines_of_text(2000, 0)
     assert prepared(0).digest == first.digest  # and back, and forth
     assert prepared(1).digest == second.digest
     assert jsonl.find_training_text(first.digest) == kept
@@ -148,8 +150,8 @@ def test_other_text_of_the_same_name_is_kept_for_the_versions_made_from_it(limbe
 
 def test_documents_of_one_path_stay_together_and_in_order(limbeck_home: Path) -> None:
     documents = [Document(f"file{n % 7}", f"text {n}") for n in range(70)]
-    made = corpus.write(iter(documents), "parts", 0.3, "the text")
-    train, held = (list(corpus.read(path)) for path in (made.train, made.heldout))
+    made = corpus.write_corpus(iter(documents), "parts", 0.3, "the text")
+    train, held = (list(corpus.read_corpus(path)) for path in (made.train, made.heldout))
     assert not {d.path for d in train} & {d.path for d in held}
     for part in (train, held):
         for path in {d.path for d in part}:
@@ -160,7 +162,7 @@ def test_documents_of_one_path_stay_together_and_in_order(limbeck_home: Path) ->
 def test_a_large_corpus_is_not_held_in_memory(limbeck_home: Path) -> None:
     text = lines_of_text(2000)
     tracemalloc.start()
-    made = corpus.write((Document(str(n), f"{n} {text}") for n in range(100)), "large", 0.1, "the text")
+    made = corpus.write_corpus((Document(str(n), f"{n} {text}") for n in range(100)), "large", 0.1, "the text")
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert made.train_bytes > 4e6

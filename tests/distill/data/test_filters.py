@@ -129,7 +129,7 @@ def test_a_row_that_a_verifier_could_not_use_is_found_before(tmp_path: Path) -> 
     tried.check({"solution": "it is 4"}, "row 1")
     with pytest.raises(BadInput, match=r"row 2 has no 'solution'.*\n.*its columns are: answer"):
         tried.check({"answer": "4"}, "row 2")
-    with pytest.raises(BadInput, match="row 3: 'solution' holds no final answer"):
+    with pytest.raises(BadInput, match="row 3: 'solution' has no final answer"):
         tried.check({"solution": "many"}, "row 3")
     sieve(regex="x").check({}, "row 4")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.data.packing import first_fit, separates_documents
 from limbeck.distill.models.loading import logits_of
 from limbeck.registry.core.errors import BadInput

@@ -19,7 +19,7 @@ from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.gate.evidence import gather_evidence
 from limbeck.registry.gate.promotion import promote
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import LineageRules, Policy, QualityRules
 from limbeck.registry.provenance import licences
@@ -51,7 +51,9 @@ def test_whether_a_student_may_learn_from_the_teacher(
     path = write_recipe("teacher", objectives=DISTILLED)
 
     def allowed(*overrides: str) -> bool | None:
-        return prepare_setting(load.load(path, list(overrides)), Source(path, overrides), store).teacher_licence_allows
+        return prepare_setting(
+            load.load_recipe(path, list(overrides)), Source(path, overrides), store
+        ).teacher_licence_allows
 
     assert allowed() is None
     (teacher / "README.md").write_text("---\nlicense: llama2\n---\n")
@@ -108,8 +110,8 @@ def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
         ]
         outcome, words = judged(store, version)
         assert outcome == "fail"
-        assert f"to learn from {first.parent}: its licence forbids it (openai" in words
-    with pytest.raises(Refused, match="first/1: its licence forbids it"):
+        assert f"the licence of {first.parent} forbids learning from it (openai" in words
+    with pytest.raises(Refused, match="the licence of first/1 forbids learning from it"):
         promote(store, variant.ref, "production", RULE)
 
 
@@ -153,7 +155,7 @@ def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
     path = write_recipe("teacher", objectives=DISTILLED)
-    setting = prepare_setting(load.load(path, []), Source(path), store)
+    setting = prepare_setting(load.load_recipe(path, []), Source(path), store)
     assert setting.recipe.teacher is not None
     asked = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
     behind = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": asked}))

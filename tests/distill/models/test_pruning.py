@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models import loading
 from limbeck.distill.models.heldout import bits_per_byte
 from limbeck.distill.models.pruning import importance, prune, pruned_shape

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models import loading
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.schema import Objective, Training
@@ -31,8 +31,8 @@ SHIPPED = sorted(
 def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert f"limbeck distill {path.relative_to(ROOT)}" in first
-    recipe = load.load(path)
-    plans = grid.plans(recipe)
+    recipe = load.load_recipe(path)
+    plans = grid.plan_students(recipe)
     assert plans
     if recipe.teacher is not None:  # each student has its control
         assert {plan.control is None for plan in plans} == {True, False}
@@ -57,7 +57,7 @@ def test_distilgpt2(
     for number in (2, 3):
         student = AutoModelForCausalLM.from_pretrained(store.verified_folder(store.get(f"distilgpt2/{number}")))
         assert student.config.n_layer == 6
-    recipe = load.load(ROOT / "distill/recipes/distilgpt2.toml")
+    recipe = load.load_recipe(ROOT / "distill/recipes/distilgpt2.toml")
     assert recipe.objectives["distilled"].layers is not None
     assert recipe.objectives["distilled"].layers.map == {6: 12}
 
@@ -152,7 +152,7 @@ def test_deepseek_r1(
         facts = store.client.get_run(trained.run_id).data.metrics
         asked.append(facts["generate.asked"])
         parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
-        learnt = [document for part in parts for document in corpus.read(part)]
+        learnt = [document for part in parts for document in corpus.read_corpus(part)]
         assert len(learnt) == facts["generate.kept"] == 18 - facts["generate.dropped.verifier"]
         assert facts["generate.dropped.verifier"] >= 2  # what the teacher was taught wrong
         for document in learnt:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.distill.data.blocks import make_blocks
-from limbeck.distill.data.corpus import read
+from limbeck.distill.data.corpus import read_corpus
 from limbeck.distill.losses import divergences
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
@@ -121,7 +121,7 @@ def test_a_student_learns_what_its_objective_says(
     students(limbeck("distill", recipe, *(word for s in sets for word in ("--set", s)), "--format", "json"))
     teacher = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
-    heldout = make_blocks(read(next((limbeck_home / "data").rglob("heldout.jsonl"))), tokenizer, 32)
+    heldout = make_blocks(read_corpus(next((limbeck_home / "data").rglob("heldout.jsonl"))), tokenizer, 32)
     ids = torch.from_numpy(heldout.ids[:32]).long()
     distance = {}
     with torch.no_grad():
@@ -214,9 +214,9 @@ def test_twins_see_the_same_batches(
 def test_keys_tell_students_apart(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     def keys(*overrides: str) -> list[str]:
         path = write_recipe(tiny_llama, objectives=TWINS)
-        recipe = load.load(path, list(overrides))
+        recipe = load.load_recipe(path, list(overrides))
         setting = prepare_setting(recipe, Source(path, overrides), store)
-        return [student_key(setting, plan) for plan in grid.plans(recipe)]
+        return [student_key(setting, plan) for plan in grid.plan_students(recipe)]
 
     base = keys()
     assert keys("training.logging_steps=1", "licence=MIT") == base

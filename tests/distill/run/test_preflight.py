@@ -81,7 +81,7 @@ def test_padded_vocabularies_are_told_from_unequal_ones(
     found = checked(write_recipe(teacher, objectives=DISTILLED))
     assert "equal: 300 tokens, embeddings padded to 384 and 300" in found["vocabulary"][0]["said"]
     from limbeck.distill.data.blocks import train_tokenizer
-    from limbeck.distill.data.corpus import Document
+    from limbeck.distill.data.document import Document
 
     train_tokenizer([Document("a", "other words, other tokens " * 9)], 270, 128).save_pretrained(tmp_path / "tokens")
     student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")
@@ -150,11 +150,11 @@ def test_a_full_disk(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    recipe = load.load(path)
+    recipe = load.load_recipe(path)
     setting = prepare_setting(recipe, Source(path), store)
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda where: usage._replace(free=1000))
-    [finding] = [f for f in preflight.preflight(setting, grid.plans(recipe)) if f.check == "disk"]
+    [finding] = [f for f in preflight.preflight(setting, grid.plan_students(recipe)) if f.check == "disk"]
     assert (finding.level, "no room on the disk" in finding.message) == ("error", True)
 
 
@@ -192,8 +192,10 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
     path = write_recipe(tiny_llama, objectives=DISTILLED)
 
     def certain(*sets: str, teacher: int = 0) -> int:
-        recipe = load.load(path, list(sets))
-        return forecast.memory(prepare_setting(recipe, Source(path), store), grid.plans(recipe)[0], teacher).certain
+        recipe = load.load_recipe(path, list(sets))
+        return forecast.memory(
+            prepare_setting(recipe, Source(path), store), grid.plan_students(recipe)[0], teacher
+        ).certain
 
     config = AutoConfig.from_pretrained(tiny_llama)
     parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -205,8 +207,8 @@ def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: 
 def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     """A student that is too slow to be measured is reckoned; one that is not is measured."""
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    recipe = load.load(path)
-    setting, [plan] = prepare_setting(recipe, Source(path), store), grid.plans(recipe)
+    recipe = load.load_recipe(path)
+    setting, [plan] = prepare_setting(recipe, Source(path), store), grid.plan_students(recipe)
     assert forecast.tokens(setting, plan) == 4 * 4 * 32
     measured = forecast.training_seconds(setting, plan)
     assert measured.measured

@@ -20,7 +20,7 @@ Limbeck = Callable[..., Any]
 
 
 def labels(path: Path, *overrides: str) -> list[str]:
-    return [plan.label for plan in grid.plans(load_module.load(path, list(overrides)))]
+    return [plan.label for plan in grid.plan_students(load_module.load_recipe(path, list(overrides)))]
 
 
 def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: 
     both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n[objectives.text]\nlabels = 1.0\n'
     path = write_recipe(tiny_llama, objectives=both, extra=other)
     sets = ("cache.form=online", "sweep.temperatures=[1, 2.5]", "sweep.seeds=[3, 4]", "sweep.controls=['untrained']")
-    plans = grid.plans(load_module.load(path, list(sets)))
+    plans = grid.plan_students(load_module.load_recipe(path, list(sets)))
     assert len(plans) == 2 * 2 * (2 * 2 + 1 + 1)
     assert len({plan.label for plan in plans}) == len(plans)
     assert [plan.label for plan in plans[:6]] == [
@@ -61,7 +61,7 @@ def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_lla
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        (["sweep.seeds=[1, 1]"], "sweep: seeds names one twice: 1, 1"),
+        (["sweep.seeds=[1, 1]"], "sweep: seeds has a value twice: 1, 1"),
         (["sweep.temperatures=[0]"], "sweep.temperatures.0"),
         (["sweep.controls=['label']"], "did you mean 'labels'"),
         (["sweep.controls=['labels_equal_cost']"], 'takes its speed from "labels"'),
@@ -85,9 +85,9 @@ def test_a_grid_with_a_mistake(
 def test_controls_without_a_teacher_are_refused(store: Store, limbeck: Limbeck, write_recipe: WriteRecipe) -> None:
     done = limbeck("distill", write_recipe(), "--set", "sweep.controls=['labels']")
     assert done.code == 2
-    assert "no objective learns from its distribution" in done.err
+    assert "no objective learns from the teacher's distribution" in done.err
     done = limbeck("distill", write_recipe(), "--set", "sweep.temperatures=[2.0]")
-    assert "no objective has a divergence that a temperature belongs to" in done.err
+    assert "no objective has a divergence, and only those have a temperature" in done.err
 
 
 def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(

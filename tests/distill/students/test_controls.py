@@ -71,8 +71,8 @@ def test_a_sweep_carries_its_controls(
     assert "at equal cost" in (store.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
 
     # The untrained one is where the others begin.
-    setting = prepare_setting(load.load(path), Source(path), store)
-    start = initialise.initialise_student(setting, grid.plans(setting.recipe)[0]).state_dict()
+    setting = prepare_setting(load.load_recipe(path), Source(path), store)
+    start = initialise.initialise_student(setting, grid.plan_students(setting.recipe)[0]).state_dict()
     saved = load_file(store.verified_folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
     again = json.loads(limbeck("distill", path, "--format", "json").out)
@@ -84,12 +84,12 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n',
                         extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
-    recipe = load.load(path)
+    recipe = load.load_recipe(path)
     paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
     assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
     setting = prepare_setting(recipe, Source(path), store)
-    plans = {plan.label: plan for plan in grid.plans(recipe)}
+    plans = {plan.label: plan for plan in grid.plan_students(recipe)}
     plan = plans["small-labels-equal-cost"]
     others = [
         (plans["small-distilled"], making(50, 2048, teacher_seconds=30)),
@@ -110,9 +110,9 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
-    recipe = load.load(path)
+    recipe = load.load_recipe(path)
     setting = prepare_setting(recipe, Source(path), store)
-    plans = {plan.label: plan for plan in grid.plans(recipe)}
+    plans = {plan.label: plan for plan in grid.plan_students(recipe)}
     labels = plans["small-labels"]
     assert [plan.label for plan in matching.plans_to_match(recipe, labels)] == ["small-distilled"]
     training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
@@ -122,9 +122,9 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
 def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     def keys(*sets: str) -> dict[str, str]:
         path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
-        recipe = load.load(path, list(sets))
+        recipe = load.load_recipe(path, list(sets))
         setting = prepare_setting(recipe, Source(path, sets), store)
-        return {plan.label: student_key(setting, plan) for plan in grid.plans(recipe)}
+        return {plan.label: student_key(setting, plan) for plan in grid.plan_students(recipe)}
 
     def changed(*sets: str) -> set[str]:
         return {label for label, key in keys(*sets).items() if base[label] != key}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.distill.context import Setting
 from limbeck.distill.data.blocks import train_tokenizer
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models import vocabularies
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
@@ -44,7 +44,7 @@ def prepared(
         text = path.read_text()
         begin, end = text.index("[students.small.config]"), text.index("[objectives")
         path.write_text(text[:begin] + start + text[end:])
-        return prepare_setting(load.load(path), Source(path), store)
+        return prepare_setting(load.load_recipe(path), Source(path), store)
 
     return prepare_it
 
@@ -52,7 +52,7 @@ def prepared(
 @pytest.mark.parametrize("start", STARTS)
 def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], start: str, tmp_path: Path) -> None:
     setting = prepared(STARTS[start])
-    [plan] = grid.plans(setting.recipe)
+    [plan] = grid.plan_students(setting.recipe)
     initialise.check(setting, plan)
     expected = initialise.count_student_parameters(setting, "small")
     model = initialise.initialise_student(setting, plan)
@@ -67,7 +67,7 @@ def test_a_student_is_as_large_as_was_said(prepared: Callable[[str], Setting], s
 
 def test_one_seed_makes_one_fresh_student(prepared: Callable[[str], Setting]) -> None:
     setting = prepared(STARTS["fresh"])
-    [plan] = grid.plans(setting.recipe)
+    [plan] = grid.plan_students(setting.recipe)
     first, again, other = (
         initialise.initialise_student(setting, plan.model_copy(update={"seed": seed})) for seed in (1, 1, 2)
     )

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models import loading
 from limbeck.distill.recipe.schema import Lora, Objective, Training
 from limbeck.distill.students.initialise import add_lora, merge_adapter

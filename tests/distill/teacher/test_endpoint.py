@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from limbeck.distill import context
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import document_slices, make_blocks
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models import loading
 from limbeck.distill.models.alignment import document_spans, token_bytes
 from limbeck.distill.recipe import cache_form, load
@@ -85,7 +85,7 @@ def sets(*pairs: str) -> list[str]:
 
 
 def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
-    return prepare.prepare_setting(load.load(path, list(overrides)), Source(path, overrides), store)
+    return prepare.prepare_setting(load.load_recipe(path, list(overrides)), Source(path, overrides), store)
 
 
 def teacher_of(front: Front, store: Store, tokenizer: Path | None, **settings: Any) -> EndpointTeacher:
@@ -190,7 +190,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
 
     front.change = lambda body, answer: answer
     strict = before._replace(
-        recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", "generate.max_new_tokens=5"])
+        recipe=load.load_recipe(recipe, [*more, "generate.filter.min_logprob=-20", "generate.max_new_tokens=5"])
     )
     _, facts = generate.generate_text(strict)
     assert facts.kept_answers + facts.dropped["min_tokens"] == 12  # some are nothing but spaces
@@ -198,7 +198,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     asked = len(front.posts)
     front.change = lambda body, answer: {**answer, "choices": [{**answer["choices"][0], "logprobs": None}]}
     blind = before._replace(
-        recipe=load.load(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
+        recipe=load.load_recipe(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
     )
     with pytest.raises(BadInput, match="gives no log-probabilities, which generate"):
         generate.generate_text(blind)
@@ -452,7 +452,11 @@ def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
         ("{url}#another", [], "does not serve 'another'"),
         ("{url}", [], "is an endpoint and has no files"),
         ("{url}", ["teacher.tokenizer=text.txt"], "text.txt"),
-        ("{url}", ["teacher.tokenizer={llama}", "cache.form=online"], "an endpoint tells its likeliest tokens alone"),
+        (
+            "{url}",
+            ["teacher.tokenizer={llama}", "cache.form=online"],
+            "an endpoint returns only its most likely tokens",
+        ),
         ("{url}", ["teacher.tokenizer={llama}", "objectives.distilled.temperature=2.0"], "temperature 2"),
     ],
 )

@@ -69,7 +69,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
-    recipe = load_module.load(path, list(overrides))
+    recipe = load_module.load_recipe(path, list(overrides))
     return prepare.prepare_setting(recipe, Source(path, overrides), store)
 
 
@@ -305,7 +305,7 @@ def test_prompts_go_through_the_chat_template_and_answers_are_learnt_through_it(
     before = prepared(write_recipe(chatty, extra=GENERATE), store, *ASK, 'generate.system_prompt="Be brief."')
     text, _ = generate.generate_text(before)
     _, tokenizer = load(chatty)
-    document = next(iter(corpus.read(text.train)))
+    document = next(iter(corpus.read_corpus(text.train)))
     assert [turn["role"] for turn in document.messages] == ["system", "user", "assistant"]
     assert document.messages[0]["content"] == "Be brief."
     # The same answer from the same prompt, by hand.
@@ -336,7 +336,7 @@ def test_reasoning_is_learnt_whole_whatever_the_template_does_with_it(
     assert request
     assert request["opening"] == "<think>\n"
     text, _ = generate.generate_text(before)
-    assert all(d.messages[-1]["content"].startswith("<think>\n") for d in corpus.read(text.train))
+    assert all(d.messages[-1]["content"].startswith("<think>\n") for d in corpus.read_corpus(text.train))
     # This template drops what was thought: then the prompt is what it gives, in plain, and the answer follows it.
     document = prompts.document_layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
     assert document.prompt == f"<user>{prompt.text}\n<assistant>"
@@ -351,7 +351,7 @@ def test_a_student_with_another_tokenizer_learns_the_text(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path, questions: Path
 ) -> None:
     from limbeck.distill.data.blocks import train_tokenizer
-    from limbeck.distill.data.corpus import Document
+    from limbeck.distill.data.document import Document
 
     other = train_tokenizer([Document("", "What is it? It is what is to be."), Document("", "1 2 3 4")], 280, 128)
     other.save_pretrained(tmp_path / "tokenizer")
@@ -372,4 +372,4 @@ def test_the_text_can_be_written_alone(
     assert done.code == 0, done.err
     text = json.loads(done.out)
     assert text["train_documents"] + text["heldout_documents"] == 12
-    assert all(document.prompt for document in corpus.read(Path(text["train"])))
+    assert all(document.prompt for document in corpus.read_corpus(Path(text["train"])))

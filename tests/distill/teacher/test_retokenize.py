@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import Blocks, make_blocks, train_tokenizer
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models.alignment import TextSpan, document_spans, token_bytes, tokenize_spans
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.teacher import retokenize

@@ -53,7 +53,7 @@ def shorten(recipe: Path) -> None:
 
 
 def setting_of(path: Path, store: Store, *sets: str) -> Setting:
-    return prepare_setting(load.load(path, [*sets]), Source(path, sets), store)
+    return prepare_setting(load.load_recipe(path, [*sets]), Source(path, sets), store)
 
 
 def test_after_one_capture_students_cost_no_forward_pass_of_the_teacher(
@@ -85,7 +85,7 @@ def test_the_grids_temperatures_are_captured_in_one_pass(
     def passes(temperatures: str) -> tuple[int, set[object]]:
         setting = setting_of(recipe, store, f"sweep.temperatures={temperatures}")
         with forwards_of(tiny_llama) as seen:
-            made = teachers_for(setting, grid.plans(setting.recipe))
+            made = teachers_for(setting, grid.plan_students(setting.recipe))
         assert all(isinstance(each, TeacherCache) for each in made.values())
         return len(seen), {each.form.temperature for each in made.values()}  # type: ignore[union-attr]
 
@@ -103,7 +103,7 @@ def test_what_identifies_a_cache(store: Store, write_recipe: WriteRecipe, tiny_l
 
     def folder(*sets: str) -> Path:
         setting = setting_of(recipe, store, *sets)
-        [cache] = caches_for(setting, [form_of(setting, plan) for plan in grid.plans(setting.recipe)]).values()
+        [cache] = caches_for(setting, [form_of(setting, plan) for plan in grid.plan_students(setting.recipe)]).values()
         return cache.folder
 
     first = folder()
@@ -128,7 +128,7 @@ def test_the_objectives_that_no_stored_form_serves_run_the_teacher(
     layers = '[objectives.layers]\ndivergence = "forward_kl"\nlayers = {}\n'
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES + layers)
     setting = setting_of(recipe, store)
-    made = teachers_for(setting, grid.plans(setting.recipe))
+    made = teachers_for(setting, grid.plan_students(setting.recipe))
     assert {label: type(each).__name__ for label, each in made.items()} == {
         "small-soft": "TeacherCache",
         "small-mixed": "TeacherCache",

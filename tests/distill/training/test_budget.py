@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from limbeck.distill.data.blocks import Blocks, make_blocks, train_tokenizer
-from limbeck.distill.data.corpus import Document
+from limbeck.distill.data.document import Document
 from limbeck.distill.models.heldout import bits_per_byte
 from limbeck.distill.recipe.schema import Budget, Objective, Training
 from limbeck.distill.students.initialise import fresh_model

@@ -171,7 +171,7 @@ def test_prompts_are_those_of_the_text() -> None:
 @pytest.mark.parametrize(
     ("objectives", "extra", "reason"),
     [
-        ('[objectives.kl]\ndivergence = "forward_kl"', '[cache]\nform = "topk"', "no cache has seen"),
+        ('[objectives.kl]\ndivergence = "forward_kl"', '[cache]\nform = "topk"', "text that is in no cache"),
         ("[objectives.labels]\nlabels = 1.0", "", "no objective uses a teacher"),
     ],
 )
@@ -180,5 +180,5 @@ def test_what_cannot_be_graded_is_refused(
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=objectives, extra=f"[on_policy]\nlmbda = 0.5\n{extra}")
     with pytest.raises(BadInput, match=reason) as refused:
-        load_module.load(recipe)
+        load_module.load_recipe(recipe)
     assert "[on_policy]" in refused.value.message
