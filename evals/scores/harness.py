@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from limbeck.evals.engines.batches import BATCH_TOKENS
 from limbeck.evals.engines.lazy import open_engine
-from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
@@ -61,6 +60,8 @@ def score_model(
     """
     quiet_libraries()
     from lm_eval.evaluator import evaluate
+
+    from limbeck.evals.engines.lm_eval_model import LimbeckLM
 
     done = 0
 

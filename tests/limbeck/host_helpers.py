@@ -16,17 +16,15 @@ from tests import ROOT
 
 # Its sitecustomize.py: the distributions of ALLOWED are installed, and Limbeck.
 HOST = """
-import importlib.abc, importlib.metadata, os, sys
+import importlib.machinery, importlib.metadata, os, sys
 allowed = set(os.environ["ALLOWED"].split()) | {"limbeck"}
 installed = importlib.metadata.packages_distributions()
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        owners = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(top, ())}
-        if owners and not owners & allowed:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
-sys.meta_path.insert(0, Absent())
+class HostFinder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        owners = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(name, ())}
+        return None if owners and not owners & allowed else super().find_spec(name, path, target)
+sys.meta_path = [HostFinder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 """
 
 
@@ -57,10 +55,15 @@ def _requirements(name: str) -> list[str]:
 
 
 def run_on_host(folder: Path, allowed: set[str], *args: object) -> subprocess.CompletedProcess[str]:
-    """Run a `limbeck` command line in a process that can import the distributions `allowed` alone."""
+    """Run Python with `args` in a process that can import Limbeck and the distributions `allowed` alone."""
     (folder / "sitecustomize.py").write_text(HOST)
     kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     paths = os.pathsep.join([str(folder), str(ROOT)])
     environment = kept | {"PYTHONPATH": paths, "ALLOWED": " ".join(allowed), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-m", "limbeck", *map(str, args)]
+    command = [sys.executable, "-P", *map(str, args)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def run_limbeck_on_host(folder: Path, allowed: set[str], *args: object) -> subprocess.CompletedProcess[str]:
+    """Run a `limbeck` command line on such a machine."""
+    return run_on_host(folder, allowed, "-m", "limbeck", *args)

@@ -17,7 +17,7 @@ from limbeck.registry.core.extras import distribution_of_module, install_command
 from limbeck.registry.doctor import read_tested_versions
 from limbeck.registry.mlflow.store import Store
 from tests import ROOT
-from tests.limbeck.host_helpers import distributions_of_host, run_on_host
+from tests.limbeck.host_helpers import distributions_of_host, run_limbeck_on_host, run_on_host
 
 ROOMS = {"limbeck", "registry", *(name.split(".")[1] for name in EXTRAS)}
 
@@ -52,6 +52,22 @@ def test_an_extra_brings_what_its_room_imports(room: str) -> None:
     assert imported_distributions(room) <= brought
 
 
+IMPORT_ROOM = """
+import importlib, pkgutil, sys
+room = importlib.import_module(f"limbeck.{sys.argv[1]}")
+for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+    importlib.import_module(found.name)
+"""
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS - {"limbeck"}))
+def test_a_room_can_be_imported_with_its_extra_alone(room: str, tmp_path: Path) -> None:
+    """What it imports of other rooms is in the extra too."""
+    allowed = distributions_of_host(EXTRAS[f"limbeck.{room}"])
+    ran = run_on_host(tmp_path, allowed, "-c", IMPORT_ROOM, room)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_a_lower_bound_is_the_version_that_was_tested() -> None:
     pins = read_tested_versions()
     for asked in map(Requirement, metadata.requires("limbeck") or []):
@@ -69,7 +85,6 @@ def test_a_serving_host_has_no_torch_and_no_mlflow() -> None:
 
 CASES = [
     (["eval", "model", "--tasks", "t"], "lm_eval", "limbeck[eval]"),
-    (["tasks", "text.jsonl", "--name", "t", "--to", "tasks"], "yaml", "limbeck[eval]"),
     (["distill", "recipe.toml", "--check"], "torch", "limbeck[train]"),
     (["models", "list"], "mlflow", "limbeck[registry]"),
     (["serve", "model"], "onnxruntime", "limbeck[serve]"),
@@ -83,17 +98,17 @@ def test_a_command_whose_package_is_missing_names_its_extra(
     args: list[str], module: str, install: str, tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.onnx").touch()
-    (tmp_path / "text.jsonl").write_text('{"path": "a", "text": "one line\\nanother line\\n"}\n')
+    for name, text in {"model.onnx": "", "config.json": "{}", "tokenizer.json": "{}"}.items():
+        (tmp_path / "model" / name).write_text(text)
     hidden = {canonicalize_name(owner) for owner in metadata.packages_distributions()[module]}
-    ran = run_on_host(tmp_path, distributions_of_host("all") - hidden, *args)
+    ran = run_limbeck_on_host(tmp_path, distributions_of_host("all") - hidden, *args)
     command = " ".join(["limbeck", *args[: 2 if args[0] == "models" else 1]])
     line = f"error: `{command}` needs {module}, which is not installed: pip install '{install}'\n"
     assert (ran.returncode, ran.stderr) == (2, line)
 
 
 def test_following_an_alias_names_the_extra_that_asks_the_registry(tmp_path: Path) -> None:
-    ran = run_on_host(tmp_path, distributions_of_host("serve"), "serve", "coder@production")
+    ran = run_limbeck_on_host(tmp_path, distributions_of_host("serve"), "serve", "coder@production")
     assert ran.returncode == 2
     assert ran.stderr == "error: No module named 'mlflow'\n  pip install 'limbeck[registry]'\n"
 
@@ -118,7 +133,7 @@ def test_the_extra_is_that_of_the_command_if_it_brings_the_package() -> None:
 
 def test_doctor_on_a_machine_with_the_command_line_alone(store: Store, limbeck_home: Path, tmp_path: Path) -> None:
     limbeck_home.rename(tmp_path / ".limbeck")
-    ran = run_on_host(tmp_path, distributions_of_host(), "doctor")
+    ran = run_limbeck_on_host(tmp_path, distributions_of_host(), "doctor")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "lists 0 versions" in ran.stdout
     assert "mlflow is not installed; to install: pip install 'limbeck[registry]'" in ran.stdout

@@ -138,7 +138,7 @@ def tiny_export(
     folder = tmp_path_factory.mktemp("elsewhere")
     make_model(folder / "model", tokenizer_folder, "llama")
     command = [environment.python, "-P", "-m", "limbeck", "export", "model"]
-    run(*command, "--precision", "fp32", "--to", "exported", cwd=folder, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    run(*command, "--precision", "fp32", "--output", "exported", cwd=folder, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return folder / "exported" / "fp32"
 
 
@@ -209,7 +209,7 @@ def test_an_export_of_the_installed_command_runs_on_a_serving_host(
 
 
 def test_the_installed_command_writes_a_bundle(environment: Environment, tiny_export: Path, tmp_path: Path) -> None:
-    command = [environment.python, "-P", "-m", "limbeck", "deploy", tiny_export, "--to", tmp_path / "bundle"]
+    command = [environment.python, "-P", "-m", "limbeck", "deploy", tiny_export, "--output", tmp_path / "bundle"]
     run(*command, cwd=tmp_path)
     assert (tmp_path / "bundle" / "lib" / "limbeck" / "export" / "server" / "app.py").is_file()
     assert os.access(tmp_path / "bundle" / "start", os.X_OK)
