@@ -72,7 +72,7 @@ def _answer_request(
 ) -> None:
     from limbeck.registry.gate import approvals
     from limbeck.registry.gate.evidence import gather_evidence
-    from limbeck.registry.gate.rules.judge import apply_policy
+    from limbeck.registry.gate.rules.apply_policy import apply_policy
 
     store = _store()
     version = store.get(ref)

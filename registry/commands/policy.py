@@ -35,7 +35,7 @@ def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
         return
 
     from limbeck.registry.gate.evidence import gather_evidence
-    from limbeck.registry.gate.rules.judge import apply_policy
+    from limbeck.registry.gate.rules.apply_policy import apply_policy
     from limbeck.registry.mlflow.store import Store
 
     store = Store()

@@ -9,7 +9,7 @@ from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.core.terminal import indent_lines
 from limbeck.registry.gate import protection
 from limbeck.registry.gate.evidence import Evidence, gather_evidence_for_versions
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
 from limbeck.registry.ledger.lock import with_alias_lock
@@ -128,7 +128,7 @@ def promote(
             if not override:
                 raise Vetoed(candidates, alias)
             chosen = _check_override(store, name, alias, who, governing, candidates[0])
-        store.verified_folder(chosen.version)  # the very files, again
+        store.artifacts.verified_folder(chosen.version)  # the very files, again
         before, entry = book.aliases.get(alias), None
         if not dry_run and before != chosen.version.version:
             entry = log.append_entry(
@@ -153,7 +153,7 @@ def promote(
                 raise refused
         return Promotion(name, alias, candidates, chosen.version, before, entry)
 
-    return with_alias_lock(store, name, once)
+    return with_alias_lock(name, once)
 
 
 def rollback(
@@ -191,7 +191,7 @@ def rollback(
         target = rollback_target(book, alias)
         before = store.get(f"{name}/{target}") if target is not None else None
         if before is not None:
-            store.verified_folder(before)
+            store.artifacts.verified_folder(before)
         entry = log.append_entry(
             store,
             name,
@@ -210,7 +210,7 @@ def rollback(
             raise refused
         return entry
 
-    return with_alias_lock(store, name, once)
+    return with_alias_lock(name, once)
 
 
 def rollback_target(ledger_snapshot: Ledger, alias: str) -> int | None:
@@ -300,5 +300,8 @@ def _judge_candidate(store: Store, policy: Policy, evidence: Evidence, save_verd
     version, verdict = evidence.version, apply_policy(policy, evidence)
     approvals = tuple(answer.digest() for answer in evidence.approvals if answer.answer == "approve")
     return Candidate(
-        version, store.add_verdict(version, verdict) if save_verdict else verdict, evidence.scorecard, approvals
+        version,
+        store.findings.add_verdict(version, verdict) if save_verdict else verdict,
+        evidence.scorecard,
+        approvals,
     )

@@ -1,22 +1,23 @@
-"""Rules in Python: what a gate asks beyond `limbeck.registry.policy.schema`, from whatever distribution is installed.
+"""Rules in Python from installed packages, beyond those of `limbeck.registry.policy.schema`: finds and checks them.
 
-A distribution names its rules as entry points of the group `limbeck.rules`, in its pyproject.toml:
+A package names its rules as entry points of the group `limbeck.rules`, in its pyproject.toml:
 
     [project.entry-points."limbeck.rules"]
     short_answers = "acme_rules:short_answers"
 
-A policy asks for one by a table of its name, whose keys are the rule's options:
+A policy uses a rule by a table of its name, whose keys are the rule's options:
 
     [rules.short_answers]
     max_tokens = 64
 
-A rule is a callable. It is given the evidence, and its options by name; it gives one result or several:
+A rule is a callable. Its arguments are the evidence, and its options by name; it returns one result or several:
 
     def short_answers(evidence: Evidence, *, max_tokens: int) -> RuleResult: ...
 
-The options are checked as the policy is loaded: by the annotations and defaults of the parameters, or by a pydantic
-model where the callable has one as `Options`. A rule that raises, or gives anything else, is inconclusive: a broken
-rule never passes. Rules run in the gate's own process, so install those that you trust.
+The options are checked when the policy is loaded: by the annotations and defaults of the parameters, or by a pydantic
+model if the callable has one as `Options`. A rule that raises, or returns anything else, is inconclusive: a broken
+rule never passes. Rules run in the gate's own process, so install only rules that you trust.
+`limbeck.registry.gate.rules.plugins` applies them.
 """
 
 from __future__ import annotations
@@ -34,47 +35,47 @@ from limbeck.registry.core.toml import Problem, describe_error
 
 GROUP = "limbeck.rules"
 LONGEST = 2000  # characters of a message
-RULE_FAILURES = (Exception, SystemExit)  # what a rule may do instead of answering; Ctrl-C is the user's
+RULE_FAILURES = (Exception, SystemExit)  # what a rule may raise; KeyboardInterrupt is the user's
 
 
 class RulePlugin(NamedTuple):
-    """A rule that is installed."""
+    """An installed rule."""
 
     name: str
     rule: Callable[..., Any]
     options: type[BaseModel]
-    package: str  # its distribution, with the version
+    package: str  # name and version, such as acme 1.2
 
     def summary(self) -> str:
-        """What the rule asks, in the first line of its docstring."""
+        """The first line of the rule's docstring; empty without one."""
         return (inspect.getdoc(self.rule) or "").strip().partition("\n")[0]
 
 
 def find_plugin(name: str) -> RulePlugin:
-    """The rule of a name. Raises BadInput where none is installed, or it cannot be used."""
+    """The installed rule of a name. Raises BadInput if there is none or several, or if it cannot be used."""
     installed = entry_points(group=GROUP)
-    found = {f"{_package(each)} ({each.value})": each for each in installed if each.name == name}
-    if not found:
+    candidates = {f"{_package(each)} ({each.value})": each for each in installed if each.name == name}
+    if not candidates:
         known = sorted({each.name for each in installed})
         near = difflib.get_close_matches(name, known, n=1)
-        fix = f"installed are: {', '.join(known)}" if known else "no distribution that is installed has any"
+        fix = f"installed are: {', '.join(known)}" if known else "no installed package has any"
         raise BadInput(f"no rule {name} is installed" + (f"; did you mean {near[0]}?" if near else ""), fix=fix)
-    if len(found) > 1:
-        raise BadInput(f"the rule {name} is in {' and in '.join(sorted(found))}", fix="uninstall all but one")
-    (entry,) = found.values()
-    what = f"the rule {name} of {_package(entry)}"
+    if len(candidates) > 1:
+        raise BadInput(f"the rule {name} is in {' and in '.join(sorted(candidates))}", fix="uninstall all but one")
+    (entry,) = candidates.values()
+    label = f"the rule {name} of {_package(entry)}"
     try:
         rule = entry.load()
     except RULE_FAILURES as error:
         raise BadInput(
-            f"{what} cannot be imported: {_format_exception(error)}", fix="install it again, or another version"
+            f"{label} cannot be imported: {format_exception(error)}", fix="install it again, or another version"
         ) from None
     if not callable(rule):
-        raise BadInput(f"{what} is no callable but a {type(rule).__name__}")
+        raise BadInput(f"{label} is not a callable but a {type(rule).__name__}")
     try:
         return RulePlugin(name, rule, _options(rule), _package(entry))
     except RULE_FAILURES as error:
-        raise BadInput(f"{what}: its options cannot be told: {_format_exception(error)}") from None
+        raise BadInput(f"{label}: its options cannot be read: {format_exception(error)}") from None
 
 
 def plugin_problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -93,25 +94,27 @@ def plugin_problems(rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]
                 yield _problem(plugin, details)
         except RULE_FAILURES as error:
             yield Problem(
-                f"the options of {name} ({plugin.package}) cannot be checked: {_format_exception(error)}", (key,)
+                f"the options of {name} ({plugin.package}) cannot be checked: {format_exception(error)}", (key,)
             )
 
 
 def _options(rule: Callable[..., Any]) -> type[BaseModel]:
-    """The model of a rule's options: its `Options`, else what its signature says after the evidence."""
+    """The model of a rule's options: its `Options`, else one made from its parameters after the evidence."""
     own = getattr(rule, "Options", None)
     if isinstance(own, type) and issubclass(own, BaseModel):
         return own
     parameters = list(inspect.signature(rule).parameters.values())
     if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise TypeError("its first parameter has to be the evidence")
-    named = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    options = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     fields: dict[str, Any] = {
         p.name: (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
-        for p in named
+        for p in options
     }
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    config = ConfigDict(extra="allow" if anything else "forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    takes_any_option = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    config = ConfigDict(
+        extra="allow" if takes_any_option else "forbid", protected_namespaces=(), arbitrary_types_allowed=True
+    )
     module = getattr(rule, "__module__", None) or type(rule).__module__
     model = create_model("Options", __config__=config, __module__=module, **fields)
     model.model_rebuild(raise_errors=True)
@@ -119,7 +122,7 @@ def _options(rule: Callable[..., Any]) -> type[BaseModel]:
 
 
 def _problem(plugin: RulePlugin, details: Any) -> Problem:
-    """One pydantic error of a rule's options."""
+    """The problem of one pydantic error in a rule's options."""
     key = ("rules", plugin.name, *details["loc"])
     name = ".".join(map(str, key))
     known = ", ".join(plugin.options.model_fields) or "none"
@@ -136,9 +139,11 @@ def _package(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
-def _format_exception(error: BaseException) -> str:
-    return _cut(f"{type(error).__name__}: {error}".rstrip(": "))
+def format_exception(error: BaseException) -> str:
+    """The type and message of an exception."""
+    return cut_message(f"{type(error).__name__}: {error}".rstrip(": "))
 
 
-def _cut(text: str) -> str:
+def cut_message(text: str) -> str:
+    """The first `LONGEST` characters of a message."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

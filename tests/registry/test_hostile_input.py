@@ -115,7 +115,9 @@ def is_clean(text: str) -> bool:
 )
 def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Result]) -> None:
     with pytest.raises(BadInput, match="is not a name for a model"):
-        still.store.register(NewVersion(name=name, kind="student"), still.store.verified_folder(still.student))
+        still.store.register(
+            NewVersion(name=name, kind="student"), still.store.artifacts.verified_folder(still.student)
+        )
     for command in (("models", "show", f"{name}/1"), ("promote", name), ("models", "history", name)):
         code, out, err = limbeck(*command)
         assert (code, out) == (2, "")
@@ -123,7 +125,7 @@ def test_names_that_are_none(still: Still, name: str, limbeck: Callable[..., Res
 
 
 def test_names_that_are_long_or_twins(still: Still) -> None:
-    store, folder = still.store, still.store.verified_folder(still.student)
+    store, folder = still.store, still.store.artifacts.verified_folder(still.student)
     long = store.register(
         NewVersion(name="ж" * 200, kind="student"), folder
     )  # its lock's name has to fit into a folder
@@ -214,18 +216,20 @@ def test_a_pipe_instead_of_a_config(folder: Path) -> None:
 def test_links_that_stay_within_are_copied(still: Still, folder: Path) -> None:
     (folder / "alias.json").symlink_to("config.json")
     os.link(folder / "config.json", folder / "hard.json")
-    made = still.store.verified_folder(still.store.register(NewVersion(name="linked", kind="student"), folder))
+    made = still.store.artifacts.verified_folder(
+        still.store.register(NewVersion(name="linked", kind="student"), folder)
+    )
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in made.iterdir())
     assert (made / "alias.json").read_text() == (made / "hard.json").read_text() == (folder / "config.json").read_text()
 
 
 def test_a_link_in_the_store_is_not_followed(still: Still) -> None:
-    file = still.store.verified_folder(still.student) / "config.json"
+    file = still.store.artifacts.verified_folder(still.student) / "config.json"
     aside = file.rename(file.parents[1] / "config.json")  # the same content, elsewhere
     try:
         file.symlink_to(aside)
         with pytest.raises(DamagedArtifact, match=r"config\.json is a link out of the folder"):
-            still.store.verified_folder(still.student)
+            still.store.artifacts.verified_folder(still.student)
     finally:
         aside.replace(file)
 
@@ -323,8 +327,8 @@ def test_a_source_elsewhere(still: Still, source: str, limbeck: Callable[..., Re
     tamper("UPDATE model_versions SET source = ? WHERE version = 3", source)
     version = still.store.get("still/3")
     with pytest.raises(DamagedArtifact, match="where Limbeck keeps none"):
-        still.store.verified_folder(version)
-    assert still.store.find_local_folder(version) is None
+        still.store.artifacts.verified_folder(version)
+    assert still.store.artifacts.find_local_folder(version) is None
     code, _, err = limbeck("promote", "still/3", "--alias", "staging")
     assert (code, is_clean(err)) == (2, True)
     assert still.store.aliases("still") == {"production": 3}
@@ -421,7 +425,7 @@ def test_what_is_too_large(still: Still, limbeck: Callable[..., Result]) -> None
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "it asks nothing"),
+        ("", "it has no rule"),
         ("[quality]\nmin_retention = nan", "policy.toml:2: quality.min_retention"),
         ("[quality]\nmin_retention = 2", "policy.toml:2: quality.min_retention"),
         ("[cost]\nmax_cost_ratio = 0", "policy.toml:2: cost.max_cost_ratio"),

@@ -8,7 +8,7 @@ from limbeck.registry.core.errors import Refused
 from limbeck.registry.gate import approvals, protection
 from limbeck.registry.gate.evidence import gather_evidence
 from limbeck.registry.gate.promotion import Candidate, rollback_target
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.log import Ledger
 from limbeck.registry.mlflow.identity import current_user
@@ -76,7 +76,7 @@ def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Cand
 
 def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candidate], int]:
     """The cheapest MOST of the scored ONNX variants, judged, cheapest first; and how many were not judged."""
-    variants = [found for found in site.store.findings(alias_gate.name) if found.version.kind == "onnx"]
+    variants = [found for found in site.store.versions_with_findings(alias_gate.name) if found.version.kind == "onnx"]
     price = {
         found.version: min(card.cost.usd_per_million_tokens if card.cost else float("inf") for card in found.scorecards)
         for found in variants
@@ -126,4 +126,6 @@ def verdict_of_entry(site: Site, version: Version, entry: LedgerEntry | None) ->
     """The verdict that an entry names; None where it names none, or it is gone."""
     if entry is None or entry.verdict is None:
         return None
-    return next((verdict for verdict in site.store.verdicts(version) if verdict.digest() == entry.verdict), None)
+    return next(
+        (verdict for verdict in site.store.findings.verdicts(version) if verdict.digest() == entry.verdict), None
+    )

@@ -1,1 +1,1 @@
-"""The rules of a policy, each judged on evidence."""
+"""The rules of a policy, applied to the evidence about a version: one module for each kind of rule."""

@@ -1,4 +1,4 @@
-"""The gate's rule on approvals: enough people, neither who made it nor who asked for it, of these very files."""
+"""The rule on approvals: enough people who did not make or request the version approve its exact files."""
 
 from __future__ import annotations
 
@@ -7,59 +7,72 @@ from collections.abc import Iterator
 from limbeck.registry.core.signing import Signature, verify_signature
 from limbeck.registry.gate.approvals import ineligibility_reason, signature_payload
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.bounds import rule_result
-from limbeck.registry.policy.schema import Policy
+from limbeck.registry.gate.rules.limits import rule_result
+from limbeck.registry.policy.schema import ApprovalRules, Policy
 from limbeck.registry.records import Approval, Request, RuleResult
 
 NAME = "approvals.needed"
 
 
 def approval_results(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]:
-    """Who agreed, who did not, and whose word does not count.
+    """Who approved, who rejected, and whose answer does not count. Empty if the policy needs no approval.
 
-    The newest answer of a person is theirs. A rejection blocks, whoever it is of, until they approve or the alias
-    is asked for anew.
+    Only the newest answer of each person counts. A rejection blocks, whoever made it, until that person approves or
+    there is a new request.
     """
-    asked, version, request = policy.approvals, evidence.version, evidence.request
-    if not asked.needed:
+    rules, version, request = policy.approvals, evidence.version, evidence.request
+    if not rules.needed:
         return
-    of = f" of {', '.join(asked.people)}" if asked.people else ""
-    need = f"{asked.needed} {'person has' if asked.needed == 1 else 'people have'} to approve{of}"
-    void = "".join(f"; {why}" for why in evidence.ignored_records)
+    need = describe_needed_approvals(rules)
+    ignored = "".join(f"; {why}" for why in evidence.ignored_records)
     if request is None or not _request_matches(request, evidence):
-        ask = f"limbeck request {version.ref} --alias {evidence.alias} --reason ..."
-        yield rule_result(NAME, "inconclusive", f"{need}, and nobody asked for it{void}; run: {ask}")
+        command = f"limbeck request {version.ref} --alias {evidence.alias} --reason ..."
+        yield rule_result(NAME, "inconclusive", f"{need}, and there is no request{ignored}; run: {command}")
         return
-    answers = {
-        each.who: each for each in sorted(evidence.approvals, key=lambda a: a.when) if _answers_request(each, request)
-    }
-    if rejections := [each for each in answers.values() if each.answer == "reject"]:
+    answers = _newest_answers(evidence.approvals, request)
+    rejections = [each for each in answers.values() if each.answer == "reject"]
+    if rejections:
         yield rule_result(NAME, "fail", "; ".join(f"{each.who} rejected it: {each.reason}" for each in rejections))
         return
-    why_not = {who: _ignored_reason(policy, evidence, request, each) for who, each in answers.items()}
-    counting = [who for who, why in why_not.items() if why is None]
-    words = f"{', '.join(sorted(counting)) or 'nobody'} approved, {need}"
-    words += "".join(f"; the answer of {who} does not count: {why}" for who, why in sorted(why_not.items()) if why)
-    words += void
-    if len(counting) >= asked.needed:
-        yield rule_result(NAME, "pass", words)
+    ignored_reasons = {who: _ignored_reason(policy, evidence, request, each) for who, each in answers.items()}
+    approvers = sorted(who for who, why in ignored_reasons.items() if why is None)
+    message = f"{', '.join(approvers) or 'nobody'} approved, {need}"
+    message += "".join(
+        f"; the answer of {who} does not count: {why}" for who, why in sorted(ignored_reasons.items()) if why
+    )
+    message += ignored
+    if len(approvers) >= rules.needed:
+        yield rule_result(NAME, "pass", message)
     else:
-        yield rule_result(NAME, "inconclusive", f"{words}; run: limbeck approve {version.ref} --alias {evidence.alias}")
+        command = f"limbeck approve {version.ref} --alias {evidence.alias}"
+        yield rule_result(NAME, "inconclusive", f"{message}; run: {command}")
+
+
+def describe_needed_approvals(rules: ApprovalRules) -> str:
+    """How many people have to approve, and which, such as `1 person has to approve of ann, bob`."""
+    of_people = f" of {', '.join(rules.people)}" if rules.people else ""
+    return f"{rules.needed} {'person has' if rules.needed == 1 else 'people have'} to approve{of_people}"
+
+
+def _newest_answers(approvals: tuple[Approval, ...], request: Request) -> dict[str, Approval]:
+    """Person -> newest answer to the request."""
+    return {each.who: each for each in sorted(approvals, key=lambda each: each.when) if _is_answer_to(each, request)}
 
 
 def _request_matches(request: Request, evidence: Evidence) -> bool:
     version = evidence.version
-    wanted = (version.name, version.version, version.digest, evidence.alias)
-    return (request.name, request.version, request.artifact, request.alias) == wanted
+    expected = (version.name, version.version, version.digest, evidence.alias)
+    return (request.name, request.version, request.artifact, request.alias) == expected
 
 
-def _answers_request(approval: Approval, request: Request) -> bool:
+def _is_answer_to(approval: Approval, request: Request) -> bool:
     return approval.request == request.digest() and approval.artifact == request.artifact
 
 
 def _ignored_reason(policy: Policy, evidence: Evidence, request: Request, approval: Approval) -> str | None:
-    """Why an approval does not count; None where it does."""
-    if why := ineligibility_reason(evidence.version, request, policy, approval.who):
+    """Why an approval does not count; None if it does."""
+    why = ineligibility_reason(evidence.version, request, policy, approval.who)
+    if why is not None:
         return why
     keys = policy.approvals.keys
     if not keys:
@@ -68,8 +81,7 @@ def _ignored_reason(policy: Policy, evidence: Evidence, request: Request, approv
         return "the policy has no key of theirs"
     if approval.key is None or approval.signature is None:
         return "it is not signed"
-    if not verify_signature(
-        signature_payload(approval), Signature(approval.key, approval.signature), keys[approval.who]
-    ):
+    signature = Signature(approval.key, approval.signature)
+    if not verify_signature(signature_payload(approval), signature, keys[approval.who]):
         return "it is not signed with their key"
     return None

@@ -1,12 +1,13 @@
-"""The gate's rules on quality: a scorecard of the very files, against the very teacher, and what it shows."""
+"""Rules on quality: a scorecard of the exact files, against the exact teacher, and the retention and margins on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.bounds import (
+from limbeck.registry.gate.rules.limits import (
     describe_documents_needed,
     estimate_at_confidence,
     interval_outcome,
@@ -15,36 +16,50 @@ from limbeck.registry.gate.rules.bounds import (
 from limbeck.registry.policy.schema import Policy, QualityRules
 from limbeck.registry.records import Estimate, Relative, RuleResult, Scorecard, Version, top_level_tasks
 
-CLOCK_TOLERANCE = timedelta(days=1)  # so far may the clocks of two machines be apart
+CLOCK_TOLERANCE = timedelta(days=1)  # the clocks of two machines differ by at most this
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A lower limit on an estimate."""
+
+    rule: str  # such as quality.min_retention
+    label: str  # of the estimate, for the message
+    limit: float
+    documents: int  # that the estimate is based on
 
 
 def quality_results(policy: Policy, evidence: Evidence) -> Iterator[RuleResult]:
-    """What the rules on quality say, and whether there is a scorecard to say it of."""
-    asked, version, card = policy.quality, evidence.version, evidence.scorecard
-    evaluate = _eval_command(asked, version)
+    """The results of the quality rules, and whether there is a scorecard to apply them to."""
+    rules, version, scorecard = policy.quality, evidence.version, evidence.scorecard
     if not needs_scorecard(policy):
         return
-    if card is None:
-        yield rule_result("scorecard", "inconclusive", f"it has not been scored; run: {evaluate}")
+    command = _eval_command(rules, version)
+    if scorecard is None:
+        yield rule_result("scorecard", "inconclusive", f"it has not been scored; run: {command}")
         return
-    if card.artifact != version.digest:
-        words = f"the scorecard is of other files ({card.artifact[:12]}, not {version.digest[:12]})"
-        yield rule_result("scorecard", "inconclusive", f"{words}; run: {evaluate}")
+    if scorecard.artifact != version.digest:
+        message = f"the scorecard is of other files ({scorecard.artifact[:12]}, not {version.digest[:12]})"
+        yield rule_result("scorecard", "inconclusive", f"{message}; run: {command}")
         return
-    yield from _scorecard_results(asked, evidence, card, evaluate)
-    if asked.min_retention is None and not asked.min_task_retention and not asked.margin:
+    yield from _scorecard_results(rules, evidence, scorecard, command)
+    if rules.min_retention is None and not rules.min_task_retention and not rules.margin:
         return
-    if card.relative is None:
-        words = f"it has not been scored against its teacher; run: {evaluate}"
-        yield rule_result("quality.teacher", "inconclusive", words)
+    if scorecard.relative is None:
+        message = f"it has not been scored against its teacher; run: {command}"
+        yield rule_result("quality.teacher", "inconclusive", message)
         return
-    yield from _teacher_results(asked, evidence, card, card.relative, evaluate)
+    yield from _teacher_results(evidence, scorecard.relative, command)
+    if rules.min_retention is not None:
+        yield _retention_result(rules, rules.min_retention, scorecard, scorecard.relative, command)
+    yield from _task_retention_results(rules, scorecard, scorecard.relative, command)
+    yield from _margin_results(rules, scorecard, scorecard.relative, command)
 
 
 def needs_scorecard(policy: Policy) -> bool:
-    """Whether any rule is about the scorecard."""
-    nothing = Policy()
-    return (policy.quality, policy.cost, policy.lineage.max_contamination) != (nothing.quality, nothing.cost, None)
+    """Whether any rule of the policy is about the scorecard."""
+    empty = Policy()
+    return (policy.quality, policy.cost, policy.lineage.max_contamination) != (empty.quality, empty.cost, None)
 
 
 def _eval_command(rules: QualityRules, version: Version) -> str:
@@ -53,103 +68,108 @@ def _eval_command(rules: QualityRules, version: Version) -> str:
 
 
 def _scorecard_results(
-    rules: QualityRules, evidence: Evidence, card: Scorecard, eval_command: str
+    rules: QualityRules, evidence: Evidence, scorecard: Scorecard, eval_command: str
 ) -> Iterator[RuleResult]:
-    """What the scorecard is of, and how old it is."""
-    if missing := [task for task in rules.tasks if task not in card.tasks]:
-        yield rule_result("quality.tasks", "inconclusive", f"not scored on {', '.join(missing)}; run: {eval_command}")
+    """The rules on the tasks, documents and age of the scorecard."""
+    missing = [task for task in rules.tasks if task not in scorecard.tasks]
+    if missing:
+        message = f"not scored on {', '.join(missing)}; run: {eval_command}"
+        yield rule_result("quality.tasks", "inconclusive", message)
     elif rules.tasks:
         yield rule_result("quality.tasks", "pass", f"scored on all {len(rules.tasks)} tasks")
-    if rules.min_documents is not None and card.tasks:
-        task, fewest = min(((task, r.documents) for task, r in card.tasks.items()), key=lambda pair: pair[1])
-        words = f"{task} has {fewest} documents, at least {rules.min_documents} are asked"
-        enough = fewest >= rules.min_documents
-        yield rule_result("quality.min_documents", "pass" if enough else "inconclusive", words)
+    if rules.min_documents is not None and scorecard.tasks:
+        task, fewest = min(((task, r.documents) for task, r in scorecard.tasks.items()), key=lambda pair: pair[1])
+        message = f"{task} has {fewest} documents, at least {rules.min_documents} are required"
+        outcome = "pass" if fewest >= rules.min_documents else "inconclusive"
+        yield rule_result("quality.min_documents", outcome, message)
     if rules.max_age_days is not None:
-        age = evidence.judged_at - card.created
-        words = f"scored on {card.created:%Y-%m-%d}, at most {rules.max_age_days:g} days ago is asked"
+        age = evidence.judged_at - scorecard.created
+        message = f"scored on {scorecard.created:%Y-%m-%d}, at most {rules.max_age_days:g} days ago is required"
         if -CLOCK_TOLERANCE <= age <= timedelta(days=rules.max_age_days):
-            yield rule_result("quality.max_age_days", "pass", words)
+            yield rule_result("quality.max_age_days", "pass", message)
         else:
-            yield rule_result("quality.max_age_days", "inconclusive", f"{words}; run: {eval_command} --force")
+            yield rule_result("quality.max_age_days", "inconclusive", f"{message}; run: {eval_command} --force")
 
 
-def _teacher_results(
-    rules: QualityRules, evidence: Evidence, card: Scorecard, relative: Relative, eval_command: str
-) -> Iterator[RuleResult]:
-    """What it keeps of its teacher's quality."""
+def _teacher_results(evidence: Evidence, relative: Relative, eval_command: str) -> Iterator[RuleResult]:
+    """Inconclusive if the scorecard compares the version with itself, or with another model than its teacher."""
     version = evidence.version
     if relative.teacher_digest == version.digest:
         yield rule_result("quality.teacher", "inconclusive", f"scored against itself; run: {eval_command}")
     elif evidence.teacher_digest is not None and relative.teacher_digest != evidence.teacher_digest:
-        words = f"scored against {relative.teacher}, which is not its teacher {version.teacher}"
-        yield rule_result("quality.teacher", "inconclusive", f"{words}; run: {eval_command}")
-    if rules.min_retention is not None:
-        yield _retention(rules, card, relative, eval_command)
+        message = f"scored against {relative.teacher}, which is not its teacher {version.teacher}"
+        yield rule_result("quality.teacher", "inconclusive", f"{message}; run: {eval_command}")
+
+
+def _retention_result(
+    rules: QualityRules, limit: float, scorecard: Scorecard, relative: Relative, eval_command: str
+) -> RuleResult:
+    """The rule on retention, as a mean over the tasks."""
+    name = "quality.min_retention"
+    if relative.retention is None:
+        message = f"{relative.teacher} is not clearly better than guessing on any task, so there is no retention"
+        return rule_result(name, "inconclusive", message)
+    tasks = [task for task in top_level_tasks(scorecard.tasks) if task in relative.task_retention]
+    estimate = estimate_at_confidence(relative.retention, rules.confidence)
+    bound = _Bound(name, "retention", limit, sum(scorecard.tasks[task].documents for task in tasks))
+    return _lower_bound_result(bound, estimate, rules, eval_command)
+
+
+def _task_retention_results(
+    rules: QualityRules, scorecard: Scorecard, relative: Relative, eval_command: str
+) -> Iterator[RuleResult]:
+    """The rules on the retention of single tasks."""
     for task, limit in rules.min_task_retention.items():
         name = f"quality.min_task_retention.{task}"
         if task not in relative.task_retention:
             yield rule_result(name, "inconclusive", f"not scored against the teacher on {task}; run: {eval_command}")
             continue
-        held = estimate_at_confidence(relative.task_retention[task], rules.confidence)
-        documents = card.tasks[task].documents if task in card.tasks else 0
-        yield _at_least(name, f"retention on {task}", held, limit, documents, rules, eval_command)
-    yield from _margin_results(rules, card, relative, eval_command)
-
-
-def _retention(rules: QualityRules, card: Scorecard, relative: Relative, eval_command: str) -> RuleResult:
-    name, limit = "quality.min_retention", rules.min_retention or 0.0
-    if relative.retention is None:
-        words = f"{relative.teacher} is not clearly better than guessing on any task: there is nothing to keep"
-        return rule_result(name, "inconclusive", words)
-    documents = sum(
-        card.tasks[task].documents for task in top_level_tasks(card.tasks) if task in relative.task_retention
-    )
-    held = estimate_at_confidence(relative.retention, rules.confidence)
-    return _at_least(name, "retention", held, limit, documents, rules, eval_command)
+        estimate = estimate_at_confidence(relative.task_retention[task], rules.confidence)
+        documents = scorecard.tasks[task].documents if task in scorecard.tasks else 0
+        bound = _Bound(name, f"retention on {task}", limit, documents)
+        yield _lower_bound_result(bound, estimate, rules, eval_command)
 
 
 def _margin_results(
-    rules: QualityRules, card: Scorecard, relative: Relative, eval_command: str
+    rules: QualityRules, scorecard: Scorecard, relative: Relative, eval_command: str
 ) -> Iterator[RuleResult]:
     """Non-inferiority on each task that has a margin."""
     margins: dict[str, float] = {}
     for key, margin in rules.margin.items():
-        of_metric = [task for task in top_level_tasks(card.tasks) if card.tasks[task].metric == key]
-        tasks = [key] if key in card.tasks else [task for task in of_metric if task not in rules.margin]
+        of_metric = [task for task in top_level_tasks(scorecard.tasks) if scorecard.tasks[task].metric == key]
+        tasks = [key] if key in scorecard.tasks else [task for task in of_metric if task not in rules.margin]
         margins |= dict.fromkeys(tasks, margin)
         if not tasks and not of_metric:
-            words = f"{key} is no task or metric that it was scored on; run: {eval_command}"
-            yield rule_result(f"quality.margin.{key}", "inconclusive", words)
+            message = f"{key} is not a task or metric of the scorecard; run: {eval_command}"
+            yield rule_result(f"quality.margin.{key}", "inconclusive", message)
     for task, margin in margins.items():
-        name, result = f"quality.margin.{task}", card.tasks[task]
+        name, result = f"quality.margin.{task}", scorecard.tasks[task]
         if task not in relative.difference:
-            yield rule_result(name, "inconclusive", f"not held against the teacher on {task}; run: {eval_command}")
+            yield rule_result(name, "inconclusive", f"not compared with the teacher on {task}; run: {eval_command}")
             continue
-        held = estimate_at_confidence(relative.difference[task], rules.confidence, wilson=True)
-        if held and not result.higher_is_better:
-            held = held.model_copy(update={"value": 0 - held.value, "low": 0 - held.high, "high": 0 - held.low})
-        what = f"advantage over the teacher in {result.metric} on {task}"
-        yield _at_least(name, what, held, -margin, result.documents, rules, eval_command)
+        advantage = estimate_at_confidence(relative.difference[task], rules.confidence, wilson=True)
+        if advantage and not result.higher_is_better:
+            advantage = _negated(advantage)
+        bound = _Bound(name, f"advantage over the teacher in {result.metric} on {task}", -margin, result.documents)
+        yield _lower_bound_result(bound, advantage, rules, eval_command)
 
 
-def _at_least(
-    name: str,
-    label: str,
-    estimate: Estimate | None,
-    limit: float,
-    documents: int,
-    rules: QualityRules,
-    eval_command: str,
-) -> RuleResult:
-    """The whole interval has to lie at or above the limit. None: it is not known at the confidence that is asked."""
-    sure = f"{rules.confidence * 100:g}%"
+def _negated(estimate: Estimate) -> Estimate:
+    return estimate.model_copy(update={"value": 0 - estimate.value, "low": 0 - estimate.high, "high": 0 - estimate.low})
+
+
+def _lower_bound_result(bound: _Bound, estimate: Estimate | None, rules: QualityRules, eval_command: str) -> RuleResult:
+    """Pass if the whole interval is at or above the limit. `estimate` is None if it is unknown at this confidence."""
+    confidence = f"{rules.confidence * 100:g}%"
     if estimate is None:
-        words = f"{label} has no interval at {sure} that can be told from the one that was kept"
-        return rule_result(name, "inconclusive", f"{words}; run: {eval_command} --force")
-    words = f"{label} {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
-    words += f"{'' if rules.confidence == QualityRules().confidence else f' at {sure}'}, at least {limit:.4f} is asked"
-    outcome = interval_outcome(estimate.low, estimate.high, limit)
+        message = f"{bound.label} has no interval at {confidence}: the scorecard's interval cannot be converted"
+        return rule_result(bound.rule, "inconclusive", f"{message}; run: {eval_command} --force")
+    message = f"{bound.label} {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+    if rules.confidence != QualityRules().confidence:
+        message += f" at {confidence}"
+    message += f", at least {bound.limit:.4f} is required"
+    outcome = interval_outcome(estimate.low, estimate.high, bound.limit)
     if outcome == "inconclusive":
-        words += f": the interval reaches across it; {describe_documents_needed(estimate, limit, documents)}"
-    return rule_result(name, outcome, words)
+        documents_needed = describe_documents_needed(estimate, bound.limit, bound.documents)
+        message += f": the interval contains the limit; {documents_needed}"
+    return rule_result(bound.rule, outcome, message)

@@ -93,7 +93,7 @@ def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
     assert (first.teacher_licence, first.data_licence, first.code_licence) == ("openai", "CC-BY-4.0", "Apache-2.0")
     assert (first.licence_allows_distillation, judged(store, first)[0]) == (False, "fail")
     # Named by its folder, as a stranger's model would be; it is known by its files all the same.
-    laundered = shutil.copytree(store.verified_folder(first), tmp_path / "laundered")
+    laundered = shutil.copytree(store.artifacts.verified_folder(first), tmp_path / "laundered")
     second = taught(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
     assert (second.teacher_licence, second.data_licence) == ("mit AND openai", "MIT AND CC-BY-4.0")
     assert second.licence_allows_distillation is False

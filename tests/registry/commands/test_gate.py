@@ -19,7 +19,7 @@ def test_promote_and_rollback(scored: Still, limbeck: Limbeck, policy: Path, mon
     monkeypatch.setenv("LIMBECK_USER", "ada")
     tried = limbeck("promote", "still", "--dry-run")
     assert (tried.code, tried.err) == (0, "still@production would be still/4 (it was nothing)\n")
-    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is asked" in tried.out  # why not the cheapest
+    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required" in tried.out  # why not the cheapest
     assert scored.store.aliases("still") == {}
     done = limbeck("promote", "still/3", "--reason", "first [/b]\x1b[2J", "--format", "json")
     said = json.loads(done.out)

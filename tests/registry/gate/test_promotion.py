@@ -19,7 +19,7 @@ def production(still: Still) -> int | None:
 
 
 def damage(still: Still, version: Version) -> None:
-    (still.store.verified_folder(version) / "model.onnx").write_text("damaged")
+    (still.store.artifacts.verified_folder(version) / "model.onnx").write_text("damaged")
 
 
 def sound(still: Still) -> bool:
@@ -33,7 +33,7 @@ def test_a_version_that_passes(scored: Still) -> None:
     (entry,) = log.read_entries(scored.store, "still")
     assert done.entry == entry
     assert (entry.who, entry.reason, entry.action, entry.artifact) == ("ada", "smaller", "promote", int8.digest)
-    (verdict,) = scored.store.verdicts(int8)
+    (verdict,) = scored.store.findings.verdicts(int8)
     assert (verdict.outcome, verdict.artifact, verdict.digest()) == ("pass", int8.digest, entry.verdict)
     again = promote(scored.store, "still@production", "production", POLICY)
     assert (again.chosen.ref, again.previous_version, again.entry) == (int8.ref, int8.version, None)
@@ -67,7 +67,7 @@ def test_what_does_not_pass_moves_nothing(scored: Still) -> None:
         promote(scored.store, int4.ref, "production", POLICY)
     assert refused.value.exit_code == 1
     assert (production(scored), log.read_entries(scored.store, "still")) == (scored.variants["int8"].version, before)
-    assert [verdict.outcome for verdict in scored.store.verdicts(int4)] == ["fail"]  # the veto is kept
+    assert [verdict.outcome for verdict in scored.store.findings.verdicts(int4)] == ["fail"]  # the veto is kept
 
 
 def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
@@ -77,7 +77,7 @@ def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
         promote(still.store, "still", "production", POLICY)
     assert [c.version.precision for c in veto.value.candidates] == ["int8", "fp32", "int4"]
     assert "still/4: inconclusive" in veto.value.message.split("\n")[1]
-    assert "cost_ratio 0.9, at most 0.5 is asked" in veto.value.message
+    assert "cost_ratio 0.9, at most 0.5 is required" in veto.value.message
     assert (production(still), log.read_entries(still.store, "still")) == (None, [])
 
 
@@ -89,7 +89,7 @@ def test_what_was_not_scored_is_told_how(still: Still) -> None:
 def test_a_dry_run_writes_nothing(scored: Still) -> None:
     done = promote(scored.store, "still", "production", POLICY, dry_run=True)
     assert (done.chosen.precision, done.entry, production(scored)) == ("int8", None, None)
-    assert scored.store.verdicts(done.chosen) == log.read_entries(scored.store, "still") == []
+    assert scored.store.findings.verdicts(done.chosen) == log.read_entries(scored.store, "still") == []
     scored.store.client.set_registered_model_alias("still", "production", "1")
     with pytest.raises(Refused, match="somebody moved it"):  # as the real one would be
         promote(scored.store, "still", "production", POLICY, dry_run=True)

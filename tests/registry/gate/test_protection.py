@@ -109,7 +109,7 @@ def test_a_long_policy_is_kept_whole(scored: Still) -> None:
     assert max(map(len, parts.values())) <= 5000  # what MLflow's databases hold
     assert protecting_policy(scored.store, "still", "production") == long
     scored.store.client.delete_registered_model_tag("still", max(parts))
-    with pytest.raises(Refused, match="its digest does not fit"):
+    with pytest.raises(Refused, match="its digest does not match"):
         protecting_policy(scored.store, "still", "production")
 
 
@@ -174,7 +174,7 @@ def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.Monke
     assert json.loads(done.out)["entry"]["override"] is True
     assert "OVERRIDE: still/5 does not pass the policy:\n  quality.min_retention (fail)" in done.err
     assert "warning" not in done.err
-    weights = scored.store.verified_folder(scored.variants["fp32"]) / "model.onnx"
+    weights = scored.store.artifacts.verified_folder(scored.variants["fp32"]) / "model.onnx"
     weights.write_text("damaged")
     limbeck("protect", "still", "--policy", "policy.toml")
     damaged = limbeck("promote", "still/3", "--override", "--reason", "now")

@@ -13,7 +13,7 @@ from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.home import home
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.records import Cost, Estimate, Parity, Relative, Scorecard
 from tests.registry.conftest import POLICY, Still
 
@@ -21,22 +21,22 @@ from tests.registry.conftest import POLICY, Still
 def test_scorecards_come_back(still: Still, make_card: Callable[..., Scorecard]) -> None:
     store, version = still.store, still.variants["int8"]
     later = make_card(version.digest, created=datetime(2026, 2, 1, tzinfo=UTC), retention=(0.9, 0.8, 1.0))
-    store.add_scorecard(version, later, still.documents)
+    store.findings.add_scorecard(version, later, still.documents)
     earlier = still.score(version)
-    assert store.scorecards(version) == [earlier, later]  # newest last
+    assert store.findings.scorecards(version) == [earlier, later]  # newest last
     shutil.rmtree(home() / "scorecards")
-    assert store.scorecards(version) == [earlier, later]  # from the store itself
-    assert store.documents(version, later).read_bytes() == still.documents.read_bytes()
+    assert store.findings.scorecards(version) == [earlier, later]  # from the store itself
+    assert store.findings.documents(version, later).read_bytes() == still.documents.read_bytes()
     with pytest.raises(BadInput, match="has no such scorecard"):
-        store.documents(version, make_card("other"))
-    assert store.scorecards(still.student) == []
+        store.findings.documents(version, make_card("other"))
+    assert store.findings.scorecards(still.student) == []
 
 
 def test_a_scorecard_is_kept_once_and_seen_in_mlflow(still: Still) -> None:
     store, version = still.store, still.variants["int8"]
     card = still.score(version)
     still.score(version)
-    assert store.scorecards(version) == [card]
+    assert store.findings.scorecards(version) == [card]
     experiment = store.client.get_experiment_by_name("limbeck").experiment_id
     runs = store.client.search_runs([experiment], "tags.`limbeck.version` = 'still/4'")
     assert [run.info.run_name for run in runs] == ["score still/4"]
@@ -55,7 +55,9 @@ def test_damaged_files(still: Still, file: str, content: str) -> None:
     card = still.score(version)
 
     def read() -> object:
-        return store.scorecards(version) if file == "scorecard.json" else store.documents(version, card)
+        return (
+            store.findings.scorecards(version) if file == "scorecard.json" else store.findings.documents(version, card)
+        )
 
     sound = read()
     cached = next(home().glob(f"scorecards/*/{file}"))
@@ -75,29 +77,29 @@ def test_a_changed_number_is_noticed(still: Still) -> None:
     kept.write_text(kept.read_text().replace("0.97", "0.99"))
     shutil.rmtree(home() / "scorecards")
     with pytest.raises(DamagedArtifact, match="the scorecard of still/4"):
-        still.store.scorecards(still.variants["int8"])
+        still.store.findings.scorecards(still.variants["int8"])
 
 
 def test_documents_that_are_not_there(still: Still, make_card: Callable[..., Scorecard], tmp_path: Path) -> None:
     version = still.variants["int8"]
     with pytest.raises(FileNotFoundError):
-        still.store.add_scorecard(version, make_card(version.digest), tmp_path / "missing.parquet")
-    assert still.store.scorecards(version) == []
+        still.store.findings.add_scorecard(version, make_card(version.digest), tmp_path / "missing.parquet")
+    assert still.store.findings.scorecards(version) == []
 
 
 def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., Parity]) -> None:
     store, version = still.store, still.variants["int8"]
     newer = make_parity(reference=still.student.digest, precision="int8", mean_kl=0.5)
-    store.add_parity(version, newer)
-    assert store.parity(version) == newer
-    assert store.parity(still.student) is None
+    store.findings.add_parity(version, newer)
+    assert store.findings.parity(version) == newer
+    assert store.findings.parity(still.student) is None
     first = apply_policy(POLICY, Evidence(version, None, newer))
-    assert store.add_verdict(version, first) == first
+    assert store.findings.add_verdict(version, first) == first
     again = apply_policy(POLICY, Evidence(version, None, newer))
-    assert store.add_verdict(version, again) == first  # says the same
+    assert store.findings.add_verdict(version, again) == first  # says the same
     other = apply_policy(POLICY, Evidence(version, still.score(version), newer))
-    store.add_verdict(version, other)
-    assert store.verdicts(version) == [first, other]
+    store.findings.add_verdict(version, other)
+    assert store.findings.verdicts(version) == [first, other]
     assert (first.outcome, other.outcome) == ("inconclusive", "pass")
 
 

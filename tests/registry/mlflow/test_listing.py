@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.mlflow import listing
 from limbeck.registry.mlflow.listing import list_versions
 from limbeck.registry.mlflow.store import Store
@@ -32,10 +32,12 @@ def test_read_directly_and_through_mlflow(scored: Still, limbeck_home: Path) -> 
     store.client.create_model_version("foreign", "/tmp/untagged")
     store.client.create_model_version("foreign", "/tmp/deleted", tags={"a": "b"})
     store.client.delete_model_version("foreign", "3")
-    directly = {name: listing._from_sqlite(limbeck_home / "mlflow.db", name) for name in (None, "still", "nothing")}
+    directly = {name: listing.list_from_sqlite(limbeck_home / "mlflow.db", name) for name in (None, "still", "nothing")}
     for name, found in directly.items():
         assert (
-            found == listing._from_mlflow(store.client, name) == list_versions(store.client, store.tracking_uri, name)
+            found
+            == listing.list_from_mlflow(store.client, name)
+            == list_versions(store.client, store.tracking_uri, name)
         )
     everything = directly[None]
     assert everything is not None
@@ -48,22 +50,22 @@ def test_another_schema_is_left_to_mlflow(scored: Still, limbeck_home: Path) -> 
     before = store.versions()
     assert store.get("still/1") in before  # this opens the MLflow client
     mark(limbeck_home, "000000000000")
-    assert listing._from_sqlite(limbeck_home / "mlflow.db", None) is None
+    assert listing.list_from_sqlite(limbeck_home / "mlflow.db", None) is None
     assert store.versions() == before
-    assert listing._from_sqlite(limbeck_home / "nothing.db", None) is None
+    assert listing.list_from_sqlite(limbeck_home / "nothing.db", None) is None
     assert not (limbeck_home / "nothing.db").exists()
 
 
 def test_all_that_was_found(scored: Still) -> None:
     store, int8 = scored.store, scored.variants["int8"]
-    verdict = store.add_verdict(int8, apply_policy(POLICY, Evidence(int8, None, store.parity(int8))))
-    found = {each.version.ref: each for each in store.findings("still")}
+    verdict = store.findings.add_verdict(int8, apply_policy(POLICY, Evidence(int8, None, store.findings.parity(int8))))
+    found = {each.version.ref: each for each in store.versions_with_findings("still")}
     assert [each.version for each in found.values()] == store.versions("still")
     assert found[int8.ref].verdicts == [verdict]
-    assert found[int8.ref].scorecards == store.scorecards(int8)
+    assert found[int8.ref].scorecards == store.findings.scorecards(int8)
     assert len(found[int8.ref].scorecards) == 1
     assert found[scored.student.ref][1:] == ([], [])
-    assert store.findings("nothing") == []
+    assert store.versions_with_findings("nothing") == []
 
 
 def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
@@ -80,6 +82,6 @@ def test_old_pointers_have_no_digest_of_the_file(scored: Still) -> None:
     (key, value), *_ = [(k, v) for k, v in store._read_tags(int8).items() if k.startswith("limbeck.scorecard.")]
     pointer = json.loads(value)
     del pointer["file"]
-    before = Store().scorecards(int8)
+    before = Store().findings.scorecards(int8)
     store._write_tag(int8, key, json.dumps(pointer))
-    assert Store().scorecards(int8) == before
+    assert Store().findings.scorecards(int8) == before

@@ -181,7 +181,7 @@ def test_a_version_that_fails_cannot_be_pressed_nor_sent(site: Site) -> None:
     assert "Override" not in page.text
     answer = visitor.post(path, form | {"reason": HOSTILE})
     assert answer.status_code == 409
-    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is asked" in answer.text
+    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required" in answer.text
     assert "<b>&#34;" not in answer.text
     forged = form | {"override": "yes", "confirm": "still/5", "reason": "I want to"}
     answer = visitor.post(path, forged)
@@ -207,7 +207,7 @@ def test_what_was_shown_has_to_hold_when_it_is_pressed(site: Site) -> None:
 def test_changed_files_go_nowhere(site: Site) -> None:
     visitor = member(site)
     path, form = open_form(visitor, site, "fp32", "changed")
-    file = site.store.verified_folder(site.still.variants["fp32"]) / "model.onnx"
+    file = site.store.artifacts.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
     try:
         file.write_text("changed")
@@ -276,7 +276,7 @@ def test_damaged_files_are_not_gone_back_to(site: Site) -> None:
         promote(site.store, f"still/{number(site, precision)}", "worn", POLICY)
     before = everything(site)
     form = visitor.get(f"{path}?alias=worn").form(path, reason="why not")
-    file = site.store.verified_folder(site.still.variants["fp32"]) / "model.onnx"
+    file = site.store.artifacts.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
     try:
         file.write_text("changed")

@@ -46,7 +46,7 @@ def test_promote_and_roll_back(tab: Page, site: Site) -> None:
     button = tab.get_by_role("button", name="Promote still/5")
     assert button.is_disabled()
     assert "the verdict is fail" in (tab.locator(".why").first.text_content() or "")
-    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is asked" in tab.inner_text("main")
+    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required" in tab.inner_text("main")
     button.click(force=True)
     assert entries(site, "production") == []
 

@@ -1,4 +1,4 @@
-"""Rules in Python, from distributions that are really there."""
+"""Rules in Python from packages that are really installed: their results, and that a broken one never passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate.evidence import Evidence
-from limbeck.registry.gate.rules.judge import apply_policy
+from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.policy.file import load_policy
 from limbeck.registry.policy.schema import Policy
 from limbeck.registry.records import Version
@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from limbeck.registry.records import RuleResult
 
 def digest(evidence, *, starts: str, least: int = 1) -> RuleResult:
-    "The files' digest starts so."
+    "The digest of the files starts with `starts`."
     good = evidence.version.digest.startswith(starts * least)
     return RuleResult(rule="digest", outcome="pass" if good else "fail", message=f"starts with {starts}")
 
@@ -60,9 +60,9 @@ number = 5
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put a distribution of rules on the path: its metadata as pip writes it, and its module."""
+    """Install a package of rules: its metadata as pip writes it, and its module."""
 
-    def put(name: str, module: str, text: str, rules: str) -> None:
+    def add_to_path(name: str, module: str, text: str, rules: str) -> None:
         site = tmp_path / name
         about = site / f"{name}-1.2.dist-info"
         about.mkdir(parents=True)
@@ -73,25 +73,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         monkeypatch.syspath_prepend(site)
         importlib.invalidate_caches()
 
-    return put
+    return add_to_path
 
 
 @pytest.fixture
 def acme(install: Callable[..., None]) -> None:
+    """The package acme of `RULES`."""
     install("acme", "acme_rules", RULES, "digest many raises leaves nothing says_yes forges number absent")
 
 
-def judged(**rules: Any) -> list[tuple[str, str, str]]:
+def rule_results(**rules: Any) -> list[tuple[str, str, str]]:
+    """(rule, outcome, message) of a policy of rules in Python."""
     verdict = apply_policy(Policy(rules=rules), Evidence(VERSION, None))
     return [(each.rule, each.outcome, each.message) for each in verdict.rules]
 
 
 @pytest.mark.usefixtures("acme")
-def test_a_rule_is_asked_with_its_options() -> None:
-    assert judged(digest={"starts": "a"}) == [("rules.digest", "pass", "starts with a (acme 1.2)")]
-    assert judged(digest={"starts": "b"})[0][1] == "fail"
-    assert judged(digest={"starts": "a", "least": 65})[0][1] == "fail"
-    assert judged(many={"share": 0.5}) == [
+def test_a_rule_gets_its_options() -> None:
+    assert rule_results(digest={"starts": "a"}) == [("rules.digest", "pass", "starts with a (acme 1.2)")]
+    assert rule_results(digest={"starts": "b"})[0][1] == "fail"
+    assert rule_results(digest={"starts": "a", "least": 65})[0][1] == "fail"
+    assert rule_results(many={"share": 0.5}) == [
         ("rules.many.one", "pass", "0.5 (acme 1.2)"),
         ("rules.many.two", "fail", "no (acme 1.2)"),
     ]
@@ -103,22 +105,22 @@ def test_a_rule_is_asked_with_its_options() -> None:
     [
         ("raises", "it raised KeyError: 'gone'"),
         ("leaves", "it raised SystemExit: 0"),
-        ("nothing", "it gave no result"),
-        ("says_yes", "gave a bool, no RuleResult"),
-        ("forges", "its result is none: input should be 'pass', 'fail' or 'inconclusive'"),
+        ("nothing", "it returned no result"),
+        ("says_yes", "returned a bool, not a RuleResult"),
+        ("forges", "its result is invalid: input should be 'pass', 'fail' or 'inconclusive'"),
         ("absent", "the rule absent of acme 1.2 cannot be imported: AttributeError"),
-        ("number", "is no callable but a int"),
+        ("number", "is not a callable but a int"),
         ("elsewhere", "no rule elsewhere is installed"),
     ],
 )
 def test_a_broken_rule_never_passes(name: str, words: str) -> None:
-    ((rule, outcome, message),) = judged(**{name: {}})
+    ((rule, outcome, message),) = rule_results(**{name: {}})
     assert (rule, outcome) == (f"rules.{name}", "inconclusive")
     assert words in message
 
 
 @pytest.mark.usefixtures("acme")
-def test_options_are_checked_with_their_lines(tmp_path: Path) -> None:
+def test_options_are_checked_and_errors_name_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     for text, words in (
         ("[rules.digest]\nstart = 'a'\n", r":2: unknown key rules.digest.start; did you mean starts\?"),
@@ -136,8 +138,8 @@ def test_options_are_checked_with_their_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("acme")
-def test_two_of_one_name(install: Callable[..., None]) -> None:
+def test_two_rules_of_one_name_are_inconclusive(install: Callable[..., None]) -> None:
     install("other", "other_rules", RULES, "digest")
-    ((_, outcome, message),) = judged(digest={"starts": "a"})
+    ((_, outcome, message),) = rule_results(digest={"starts": "a"})
     assert outcome == "inconclusive"
     assert "is in acme 1.2 (acme_rules:digest) and in other 1.2 (other_rules:digest)" in message

@@ -1,4 +1,4 @@
-"""Intervals at another confidence, and the documents that settle a rule, against scipy."""
+"""Intervals at another confidence, and the number of documents that settles a rule, compared with scipy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from limbeck.evals.stats.estimates import clustered_difference
-from limbeck.registry.gate.rules.bounds import describe_documents_needed, estimate_at_confidence
+from limbeck.registry.gate.rules.limits import describe_documents_needed, estimate_at_confidence
 from limbeck.registry.records import Estimate
 
 
@@ -17,8 +17,8 @@ from limbeck.registry.records import Estimate
 def test_an_interval_at_another_confidence(confidence: float) -> None:
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(0.1, 1, 12), rng.normal(0, 1, 12)
-    kept = clustered_difference(ours, theirs, np.ones(12), np.arange(12)).interval()
-    found = estimate_at_confidence(kept, confidence)
+    interval = clustered_difference(ours, theirs, np.ones(12), np.arange(12)).interval()
+    found = estimate_at_confidence(interval, confidence)
     expected = stats.ttest_rel(ours, theirs).confidence_interval(confidence)
     assert found is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -39,27 +39,27 @@ def test_bounds_of_0_and_1_are_never_too_narrow_when_widened() -> None:
 
 
 def test_without_degrees_of_freedom_nothing_is_widened() -> None:
-    old = Estimate(value=1.0, low=0.0, high=2.0)
-    assert estimate_at_confidence(old, 0.99) is None
-    narrow = estimate_at_confidence(old, 0.9)
+    estimate = Estimate(value=1.0, low=0.0, high=2.0)
+    assert estimate_at_confidence(estimate, 0.99) is None
+    narrow = estimate_at_confidence(estimate, 0.9)
     assert narrow is not None
     assert narrow.high - 1 == pytest.approx(stats.norm.ppf(0.95) / stats.norm.ppf(0.975))
-    few = estimate_at_confidence(old.model_copy(update={"degrees_of_freedom": 5.0}), 0.9)
+    few = estimate_at_confidence(estimate.model_copy(update={"degrees_of_freedom": 5.0}), 0.9)
     assert few is not None
-    assert few.high < narrow.high  # what was kept without them is not narrowed too far
-    assert estimate_at_confidence(old, 0.95) == old
-    assert estimate_at_confidence(old.model_copy(update={"confidence": 0.0}), 0.5) is None
+    assert few.high < narrow.high  # without them an interval is not narrowed too far
+    assert estimate_at_confidence(estimate, 0.95) == estimate
+    assert estimate_at_confidence(estimate.model_copy(update={"confidence": 0.0}), 0.5) is None
 
 
-def test_so_many_documents_settle_it_with_power() -> None:
+def test_the_needed_documents_settle_a_rule_with_the_stated_power() -> None:
     stderr, documents, limit = 0.02, 400, 0.9
     half = stats.norm.ppf(0.975) * stderr
-    words = describe_documents_needed(Estimate(value=0.93, low=0.93 - half, high=0.93 + half), limit, documents)
-    needed = int(re.findall(r"about ([\d,]+) documents", words)[0].replace(",", ""))
+    text = describe_documents_needed(Estimate(value=0.93, low=0.93 - half, high=0.93 + half), limit, documents)
+    needed = int(re.findall(r"about ([\d,]+) documents", text)[0].replace(",", ""))
     smaller = stderr * (documents / needed) ** 0.5
     assert stats.norm.sf((limit + stats.norm.ppf(0.975) * smaller - 0.93) / smaller) == pytest.approx(0.8, abs=0.002)
     below = describe_documents_needed(Estimate(value=0.89, low=0.85, high=0.93), limit, documents)
-    assert "as a fail if it stays what it is" in below
+    assert "as a fail if the estimate stays the same" in below
     assert "no number of documents" in describe_documents_needed(
         Estimate(value=0.9, low=0.8, high=1.0), limit, documents
     )
