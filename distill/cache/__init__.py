@@ -1,1 +1,1 @@
-"""The teacher cache: what a teacher's outputs are stored as, read from and listed by."""
+"""The teacher cache: how a teacher's outputs are encoded, stored, read and listed."""

@@ -1,13 +1,14 @@
-"""The forms in which the teacher's words are stored: what each can serve, what is kept of it, how it is packed.
+"""How a teacher's distributions are encoded as arrays, in the forms `topk` and `sampled`.
 
-`topk` keeps the likeliest tokens with their log-probabilities; the mass of the rest follows from them. Cheap to
-read and biased: what the tail is made of is lost, and a student taught by it alone is over-confident.
+`topk` stores the most likely tokens with their log-probabilities; the mass of the rest follows from them. It is cheap
+to read but biased: it loses the tail of the distribution, and a student that learns only from it is over-confident.
 
-`sampled` is an unbiased sparse estimate (Sparse Logit Sampling, Anshumann et al., arXiv 2503.16870). There, tokens
-are drawn with replacement and counted; here a token of probability p is kept with probability min(1, p / t) and
-weighs max(p, t): the same estimate on average, and none of its noise where p is above t. The threshold t is a
-block's own, such that it keeps `samples` tokens a position on average: more where the teacher is undecided, one or
-two where it is sure. The draws are systematic (Madow, 1949): each position keeps its share of them, give or take one.
+`sampled` is an unbiased sparse estimate, a variant of Sparse Logit Sampling (Anshumann et al., arXiv 2503.16870).
+The paper draws tokens with replacement and counts them. Here a token of probability p is stored with probability
+min(1, p / t), with weight max(p, t). The mean is the same, and tokens with p above t have no noise. Each block has its
+own threshold t, chosen so that it stores `samples` tokens per position on average: more if the teacher is uncertain,
+one or two if it is confident. The draws are systematic (Madow, 1949): the number of tokens at a position is within one
+of its expected value.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 
-# A position keeps at most this many times `samples` tokens.
+# A position stores at most this many times `samples` tokens.
 MAX_SIZE_FACTOR = 8
 
 
-# --- what a block's arrays hold
+# --- arrays of blocks and shards
 
 
 def topk_arrays(form: Form, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
-    """The likeliest tokens and their log-probabilities, (..., k) each, as they are stored."""
+    """The stored arrays of the most likely tokens and their log-probabilities, (..., k) each."""
     id_type = np.uint16 if form.vocab_size <= 2**16 else np.uint32
     return {"ids": ids.astype(id_type), "logprobs": logprobs.astype(np.float16)}
 
@@ -39,12 +40,12 @@ def topk_arrays(form: Form, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, 
 def block_arrays(
     form: Form, logits: torch.Tensor, target_mask: np.ndarray, seed: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """What is stored of one block.
+    """The stored arrays of one block.
 
     Args:
         logits: (T, vocab_size) float.
-        target_mask: (T,) bool: the positions whose next token is to be predicted; `sampled` spends nothing on others.
-        seed: of the draws.
+        target_mask: (T,) bool: the positions whose next token is a target; `sampled` stores nothing for the others.
+        seed: for the random draws.
     """
     logits = logits.float() if form.temperature == 1.0 else logits.float() / form.temperature
     if form.kind == "topk":
@@ -55,7 +56,7 @@ def block_arrays(
 
 
 def shard_arrays(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Blocks one after another: `entries` end to end, all else with an axis for the blocks before its own."""
+    """The arrays of several blocks: `entries` concatenated, all others stacked along a new first axis."""
     return {
         name: np.concatenate([block[name] for block in blocks])
         if name == "entries"
@@ -65,13 +66,13 @@ def shard_arrays(blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.nda
 
 
 def batch(form: Form | None, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Stored blocks as a batch, by the names of `objectives.TopK` or `objectives.Samples`.
+    """Stored blocks as a batch, with the field names of `divergences.TopK` or `divergences.Samples`.
 
     Args:
-        form: None for arrays (T, ...) by other names, which come back as they are, with an axis for the blocks.
+        form: None for arrays (T, ...) with other names, which are only stacked.
 
     Returns:
-        Whole numbers as int64, others as float32.
+        Integers as int64, floats as float32.
     """
     import torch
 
@@ -88,16 +89,16 @@ def _sampled_arrays(
 ) -> dict[str, np.ndarray]:
     import torch
 
-    places = np.flatnonzero(target_mask)
+    targets = np.flatnonzero(target_mask)
     entropy, sizes = np.zeros(len(target_mask), np.float16), np.zeros(len(target_mask), _size_type(form))
     entries, threshold = np.zeros((0, form.entry_bytes), np.uint8), 1.0
-    if len(places):
-        logprobs = logits[torch.from_numpy(places).to(logits.device)].log_softmax(-1)
+    if len(targets):
+        logprobs = logits[torch.from_numpy(targets).to(logits.device)].log_softmax(-1)
         probs = logprobs.exp()
-        entropy[places] = -torch.einsum("tv,tv->t", probs, logprobs).cpu().numpy()
-        positions, ids, kept, threshold = _draw(form, probs, rng)
-        sizes[places] = np.bincount(positions, minlength=len(places))
-        words = ids.astype(np.uint32) | _codes(kept, threshold, form.levels, rng) << np.uint32(form.id_bits)
+        entropy[targets] = -torch.einsum("tv,tv->t", probs, logprobs).cpu().numpy()
+        positions, ids, weights, threshold = _draw(form, probs, rng)
+        sizes[targets] = np.bincount(positions, minlength=len(targets))
+        words = ids.astype(np.uint32) | _codes(weights, threshold, form.levels, rng) << np.uint32(form.id_bits)
         entries = words.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : form.entry_bytes]
     return {"entries": entries, "sizes": sizes, "threshold": np.asarray(threshold, np.float32), "entropy": entropy}
 
@@ -109,51 +110,60 @@ def _size_type(form: Form) -> type[np.unsignedinteger[Any]]:
 def _draw(
     form: Form, probs: torch.Tensor, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Draw `form.size` tokens a position on average from probs (T, vocab_size), which are changed.
+    """Draw `form.size` tokens per position on average from probs (T, vocab_size). Overwrites `probs`.
 
     Returns:
-        The tokens in the order of positions: the position of each (E,), its id and its probability, or the
-        threshold where that is more; and the threshold.
+        Of the E drawn tokens, ordered by position: positions (E,), ids (E,) and weights (E,), a weight being the
+        probability or, if larger, the threshold; and the threshold.
     """
-    import torch
 
     floor = 1 / (MAX_SIZE_FACTOR * form.size)
     likely = (probs >= floor).nonzero()
     values = probs[likely[:, 0], likely[:, 1]]
-    t = max(
-        floor, _threshold(values.double().cpu().numpy(), float(probs.sum(-1).double().sum()), len(probs) * form.size)
-    )
+    total = float(probs.sum(-1).double().sum())
+    t = max(floor, _threshold(values.double().cpu().numpy(), total, len(probs) * form.size))
     certain = values >= t
     likely, values = likely[certain], values[certain]
     probs[likely[:, 0], likely[:, 1]] = 0.0
-    # Equally spaced points on a line on which each of the other tokens is a stretch as long as its chance p / t.
-    within = probs.cumsum(-1)
-    ends = within[:, -1].double().cpu().numpy().cumsum() / t
-    points = np.arange(1, int(ends[-1] + (start := rng.random())) + 1) - start
-    rows = np.minimum(np.searchsorted(ends, points), len(ends) - 1)
-    counts = np.bincount(rows, minlength=len(ends))
-    # Below what any token has: the first that has something is meant by it.
-    wanted = np.full((len(ends), max(1, int(counts.max()))), np.finfo(np.float32).tiny, np.float32)
-    filled = np.arange(wanted.shape[1]) < counts[:, None]
-    wanted[filled] = np.maximum((points - np.append(0.0, ends)[rows]) * t, np.finfo(np.float32).tiny)
-    asked = torch.minimum(torch.from_numpy(wanted).to(probs.device), within[:, -1:])
-    drawn = torch.searchsorted(within, asked).cpu().numpy()[filled]
+    rows, drawn = _draw_systematically(probs, t, rng)
     positions = np.concatenate([likely[:, 0].cpu().numpy(), rows])
     order = np.argsort(positions, kind="stable")
     ids = np.concatenate([likely[:, 1].cpu().numpy(), drawn])
-    kept = np.concatenate([values.double().cpu().numpy(), np.full(len(rows), t)])
-    return positions[order], ids[order], kept[order], t
+    weights = np.concatenate([values.double().cpu().numpy(), np.full(len(rows), t)])
+    return positions[order], ids[order], weights[order], t
+
+
+def _draw_systematically(probs: torch.Tensor, t: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (E,) and ids (E,) drawn from probs (T, vocab_size), each token with probability p / t.
+
+    Lays all tokens on a line, each with length p / t, and takes the tokens at equally spaced points of distance 1.
+    """
+    import torch
+
+    within = probs.cumsum(-1)
+    ends = within[:, -1].double().cpu().numpy().cumsum() / t
+    start = rng.random()
+    points = np.arange(1, int(ends[-1] + start) + 1) - start
+    rows = np.minimum(np.searchsorted(ends, points), len(ends) - 1)
+    counts = np.bincount(rows, minlength=len(ends))
+    # `tiny` is below every cumulative probability, so it finds the first token that has any.
+    tiny = np.finfo(np.float32).tiny
+    heights = np.full((len(ends), max(1, int(counts.max()))), tiny, np.float32)
+    filled = np.arange(heights.shape[1]) < counts[:, None]
+    heights[filled] = np.maximum((points - np.append(0.0, ends)[rows]) * t, tiny)
+    limited = torch.minimum(torch.from_numpy(heights).to(probs.device), within[:, -1:])
+    return rows, torch.searchsorted(within, limited).cpu().numpy()[filled]
 
 
 def _threshold(likely: np.ndarray, total: float, budget: int) -> float:
-    """The t at which sum(min(1, p / t)) is `budget`; 0 where it is less than the least of `likely`.
+    """The t for which sum(min(1, p / t)) is `budget`; 0 if it is below the smallest of `likely`.
 
     Args:
-        likely: the greatest of the probabilities, in any order.
-        total: the sum of all.
+        likely: the largest probabilities, in any order.
+        total: the sum of all probabilities.
     """
     greatest = np.sort(likely)[::-1]
-    whole = np.arange(min(len(greatest), budget - 1) + 1)  # so many are kept for certain
+    whole = np.arange(min(len(greatest), budget - 1) + 1)  # how many are stored with certainty
     rest = total - np.append(0.0, np.cumsum(greatest))[whole]
     thresholds = rest / (budget - whole)
     fits = np.append(greatest, 0.0)[whole] < thresholds
@@ -163,7 +173,7 @@ def _threshold(likely: np.ndarray, total: float, budget: int) -> float:
 def _codes(probs: np.ndarray, t: float, levels: int, rng: np.random.Generator) -> np.ndarray:
     """Weights as levels from t to 1, evenly spaced on a logarithmic scale: (E,) -> (E,) uint32.
 
-    Which of the two levels beside a probability is taken is drawn, such that on average it is the probability.
+    Rounds to one of the two nearest levels at random, so that the mean is the exact weight.
     """
     exact = np.clip(probs, t, 1.0)
     below = np.clip(np.floor((1 - np.log(exact) / np.log(t)) * (levels - 1)), 0, levels - 2)
@@ -172,7 +182,7 @@ def _codes(probs: np.ndarray, t: float, levels: int, rng: np.random.Generator) -
 
 
 def _samples(form: Form, blocks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The fields of `objectives.Samples`, padded to the position with the most tokens, to a multiple of 8."""
+    """The fields of `divergences.Samples`, padded to the position with the most tokens, and to a multiple of 8."""
     entries = np.concatenate([block["entries"] for block in blocks])
     sizes = np.stack([block["sizes"] for block in blocks]).astype(np.int64)
     words = np.zeros((len(entries), 4), dtype=np.uint8)

@@ -144,8 +144,9 @@ def write_corpus(documents: Iterable[Document], name: str, heldout: float, descr
         text = _write_parts(_order_by_hash(documents, Path(scratch) / "rows.jsonl"), new, heldout)
         if not (text.train_documents and text.heldout_documents):
             part = "train" if text.heldout_documents else "heldout"
+            count = text.train_documents + text.heldout_documents
             raise BadInput(
-                f"{description} leaves no {part} document of {text.train_documents + text.heldout_documents}",
+                f"{description} leaves no {part} document: it has {count} in all",
                 fix=f"give more text, or another data.heldout than {heldout}",
             )
         before = jsonl.corpus_digest_in(folder)

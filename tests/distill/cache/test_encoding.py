@@ -1,4 +1,4 @@
-"""The stored forms: samples right on average and small on disk, top-k biased; what each serves and refuses."""
+"""The stored forms: samples are unbiased and small on disk, top-k is biased."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from limbeck.distill.losses import divergences
 from limbeck.distill.models import loading
 from limbeck.distill.recipe import cache_form
 from limbeck.distill.recipe.cache_form import Form
-from limbeck.distill.recipe.schema import Cache, Layers, Objective
+from limbeck.distill.recipe.schema import Cache, Objective
 from limbeck.distill.teacher.signal import capture
 from tests import ROOT
 
@@ -26,42 +26,42 @@ KL = Objective(divergence="forward_kl")
 
 
 def zipf(tokens: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
-    """Logits (tokens, vocab_size) as of text: a few likely tokens, a long tail, some positions surer than others."""
+    """Logits (tokens, vocab_size) like those of text: a few likely tokens, a long tail, positions of varied entropy."""
     chance = np.random.default_rng(seed)
     ranks = np.stack([chance.permutation(vocab_size) for _ in range(tokens)]) + 1
     return torch.from_numpy(-np.log(ranks) * chance.uniform(1.0, 3.0, (tokens, 1)))
 
 
-def draws(form: Form, logits: torch.Tensor, wanted: np.ndarray, count: int) -> list[divergences.Samples]:
-    """Independent samples of one block, each as a batch of one gives it."""
-    made = [encoding.block_arrays(form, logits, wanted, (7, seed)) for seed in range(count)]
+def draws(form: Form, logits: torch.Tensor, target_mask: np.ndarray, count: int) -> list[divergences.Samples]:
+    """`count` independent samples of one block, each read as a batch of one."""
+    made = [encoding.block_arrays(form, logits, target_mask, (7, seed)) for seed in range(count)]
     return [divergences.Samples(**{k: v[0] for k, v in encoding.batch(form, [block]).items()}) for block in made]
 
 
 def estimate(samples: divergences.Samples, vocab_size: int) -> torch.Tensor:
-    """What samples say of the distribution: (T, vocab_size) float64."""
+    """The distribution that samples estimate: (T, vocab_size) float64."""
     dense = torch.zeros(len(samples.ids), vocab_size, dtype=torch.float64)
     return dense.scatter_add_(-1, samples.ids, samples.weights.double())
 
 
-# Of ids of 9, 16, 17, 18 and 19 bits the weight gets 15, 8, 7, 6 and 13.
+# Ids take 9, 16, 17, 18 and 19 bits and leave 15, 8, 7, 6 and 13 for the weight.
 VOCABULARIES = [300, 2**16, 2**17, 2**18, 2**18 + 1]
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_samples_are_right_on_average(vocab_size: int, temperature: float) -> None:
+def test_samples_are_unbiased(vocab_size: int, temperature: float) -> None:
     rows, count = 6, 300
-    logits = zipf(rows, 300)  # the other tokens of the vocabulary have no chance
+    logits = zipf(rows, 300)  # the other tokens of the vocabulary have probability 0
     form, wanted = Form("sampled", 8, vocab_size, temperature), np.ones(rows, dtype=bool)
     probs = (logits / temperature).softmax(-1)
     made = torch.stack([estimate(samples, 300) for samples in draws(form, logits, wanted, count)])
     error = made.mean(0) - probs
-    # A token that is kept with a chance of p / t and weighs t then: its variance is p (t - p).
+    # A token stored with probability p / t and weight t has variance p (t - p).
     t = float(made[made > 0].min())
     spread = (probs * t).sqrt() / count**0.5 + 1e-4
     assert float((error / spread).abs().max()) < 5
-    # One that is kept for certain is rounded up or down to a level beside it.
+    # The weight of a token that is always stored is rounded to one of the two nearest levels.
     certain, gap = probs >= t, t ** (-1 / (form.levels - 1)) - 1
     assert certain.any()
     assert float((error / probs)[certain].abs().max()) < 5 * gap / 2 / count**0.5 + 1e-6
@@ -74,7 +74,7 @@ def test_samples_are_right_on_average(vocab_size: int, temperature: float) -> No
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_the_last_ids_of_a_vocabulary_are_kept(vocab_size: int) -> None:
+def test_the_last_ids_of_a_vocabulary_are_stored(vocab_size: int) -> None:
     logits = torch.full((3, vocab_size), -60.0)
     logits[:, -1], logits[:, -2], logits[1, 0] = 2.0, 1.0, 0.0
     form = Form("sampled", 8, vocab_size)
@@ -87,7 +87,7 @@ def test_the_last_ids_of_a_vocabulary_are_kept(vocab_size: int) -> None:
             assert weight == pytest.approx(float(probs[token]), rel=0.07)  # one level of 64
 
 
-def test_the_gradient_of_samples_is_the_dense_one_on_average_and_that_of_topk_is_not() -> None:
+def test_the_mean_gradient_of_samples_is_the_dense_one_and_that_of_topk_is_not() -> None:
     rows, vocab_size, count = 4, 300, 500
     teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
     student = (0.1 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))).double()
@@ -101,7 +101,7 @@ def test_the_gradient_of_samples_is_the_dense_one_on_average_and_that_of_topk_is
     every = draws(Form("sampled", 8, vocab_size), teacher, wanted, count)
     each = torch.stack([gradient(lambda q, s=s: divergences.loss(q, labels, KL, s)) for s in every])  # type: ignore[misc]
     error = float((each.mean(0) - dense).norm())
-    expected = float(each.var(0).sum().sqrt()) / count**0.5  # what chance leaves of it
+    expected = float(each.var(0).sum().sqrt()) / count**0.5  # standard error of the mean
     assert error < 1.3 * expected
     form = Form("topk", 8, vocab_size)
     arrays = encoding.batch(form, [encoding.block_arrays(form, teacher, wanted, (0,))])
@@ -110,7 +110,7 @@ def test_the_gradient_of_samples_is_the_dense_one_on_average_and_that_of_topk_is
     assert float((biased - dense).norm()) > 5 * error
 
 
-def test_the_loss_of_samples_is_a_divergence_on_average() -> None:
+def test_the_mean_loss_of_samples_is_the_divergence() -> None:
     rows, vocab_size, count = 4, 300, 500
     teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
     student = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).double()
@@ -121,8 +121,8 @@ def test_the_loss_of_samples_is_a_divergence_on_average() -> None:
     assert float(each.mean()) == pytest.approx(float(dense), abs=4 * float(each.std()) / count**0.5 + 4e-3)
 
 
-def test_samples_are_nearer_than_as_many_draws_with_replacement() -> None:
-    """Beside the published way with 50 draws, given as many different tokens as these hold on average."""
+def test_samples_are_closer_than_as_many_draws_with_replacement() -> None:
+    """Compared with the published method at 50 draws, with as many distinct tokens as those have on average."""
     rows, vocab_size, count = 16, 2000, 200
     logits = zipf(rows, vocab_size)
     probs = logits.softmax(-1)
@@ -135,14 +135,14 @@ def test_samples_are_nearer_than_as_many_draws_with_replacement() -> None:
     assert float((ours - probs).pow(2).sum(-1).mean()) < 0.5 * float((theirs - probs).pow(2).sum(-1).mean())
 
 
-def test_only_positions_that_are_wanted_take_room() -> None:
+def test_only_target_positions_take_space() -> None:
     wanted = np.arange(16) >= 12
     form = Form("sampled", 8, 300)
     logits = zipf(16, 300)
     arrays = encoding.block_arrays(form, logits, wanted, (0,))
     rows = encoding.batch(form, [arrays])
     best = rows["ids"][0].gather(-1, rows["weights"][0].argmax(-1, keepdim=True))[wanted, 0]
-    assert torch.equal(best, logits.argmax(-1)[wanted])  # each is of its own position
+    assert torch.equal(best, logits.argmax(-1)[wanted])  # each position has its own tokens
     assert arrays["sizes"][~wanted].sum() == 0
     assert arrays["sizes"][wanted].sum() == pytest.approx(4 * 8, abs=1)
     none = encoding.block_arrays(form, zipf(16, 300), np.zeros(16, dtype=bool), (0,))
@@ -152,9 +152,9 @@ def test_only_positions_that_are_wanted_take_room() -> None:
     assert not rows["weights"][0].any()
 
 
-def test_one_position_may_need_more_than_a_byte_counts() -> None:
+def test_one_position_may_store_more_than_255_tokens() -> None:
     logits = torch.zeros(8, 2000)
-    logits[1:, 7] = 50.0  # all but one are sure
+    logits[1:, 7] = 50.0  # all but the first position are certain
     form = Form("sampled", 60, 2000)
     arrays = encoding.block_arrays(form, logits, np.ones(8, dtype=bool), (0,))
     assert arrays["sizes"][0] > 255
@@ -162,8 +162,8 @@ def test_one_position_may_need_more_than_a_byte_counts() -> None:
 
 
 @pytest.mark.parametrize("peak", [1.0, 50.0, 1000.0])
-def test_a_sure_teacher_takes_less_room(peak: float) -> None:
-    """However sure it is, even where all probabilities but one are zero."""
+def test_a_confident_teacher_takes_less_space(peak: float) -> None:
+    """Even if all probabilities but one are zero."""
     logits = torch.zeros(8, 300)
     logits[:, 7] = peak
     form = Form("sampled", 8, 300)
@@ -176,8 +176,8 @@ def test_a_sure_teacher_takes_less_room(peak: float) -> None:
         assert (samples.ids.gather(-1, samples.weights.argmax(-1, keepdim=True)) == 7).all()
 
 
-def test_the_default_takes_at_most_40_bytes_a_token(limbeck_home: Path) -> None:
-    """On text, of the quickstart's teacher; and of the greatest vocabularies that are about."""
+def test_the_default_takes_at_most_40_bytes_per_token(limbeck_home: Path) -> None:
+    """For text and the quickstart's teacher, and for the largest vocabularies in use."""
     form = cache_form.choose_form(Cache(form="sampled"), KL, 2048)
     assert form is not None
     teacher = ROOT / "quickstart" / "teacher"
@@ -188,36 +188,8 @@ def test_the_default_takes_at_most_40_bytes_a_token(limbeck_home: Path) -> None:
     cache.fill(capture(loading.load_model(teacher), blocks, cache, bf16=False))
     folder = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert 30 < cache.disk_bytes() / blocks.ids.size <= 40
-    assert folder - cache.disk_bytes() < 1000  # what is there once
+    assert folder - cache.disk_bytes() < 1000  # everything besides shards
     for vocab_size in (128_256, 151_936, 262_144):
         wide = form._replace(vocab_size=vocab_size)
         arrays = encoding.block_arrays(wide, zipf(16, vocab_size), np.ones(16, bool), (0,))
         assert sum(array.nbytes for array in arrays.values()) / 16 <= 40.25  # the threshold is for 16 tokens here
-
-
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"])
-def test_samples_serve_forward_kl_alone(divergence: str) -> None:
-    objective = Objective(divergence=divergence)  # type: ignore[arg-type]
-    assert divergence in (cache_form.reason_form_unfit("sampled", objective) or "")
-    assert cache_form.reason_form_unfit("topk", objective) is None
-    assert cache_form.reason_form_unfit("online", objective) is None
-    chosen = cache_form.choose_form(Cache(form=None), objective, 300)
-    assert chosen == Form("topk", 32, 300)
-    with pytest.raises(ValueError, match="average"):
-        cache_form.choose_form(Cache(form="sampled"), objective, 300)
-
-
-def test_a_form_is_chosen_by_what_the_objective_needs() -> None:
-    any_form = Cache(form=None)
-    assert cache_form.choose_form(any_form, KL, 300) == Form("sampled", any_form.samples, 300)
-    hot = KL.model_copy(update={"temperature": 2.0})
-    assert cache_form.choose_form(any_form, hot, 300) == Form("sampled", any_form.samples, 300, 2.0)
-    assert cache_form.choose_form(Cache(form="topk", top_k=500), hot, 300) == Form("topk", 300, 300, 2.0)
-    assert cache_form.choose_form(Cache(form="online"), KL, 300) is None
-    layered = Objective(divergence="forward_kl", layers=Layers())
-    assert cache_form.choose_form(any_form, layered, 300) is None  # runs online
-    assert "hidden states" in (cache_form.reason_no_form_fits(Cache(form="topk"), layered) or "")
-    assert cache_form.choose_form(any_form, KL, 300, endpoint=True) == Form("topk", 32, 300)
-    assert "temperature" in (cache_form.reason_no_form_fits(any_form, hot, endpoint=True) or "")
-    assert "endpoint" in (cache_form.reason_no_form_fits(any_form, layered, endpoint=True) or "")
-    assert "likeliest" in (cache_form.reason_no_form_fits(Cache(form="sampled"), KL, endpoint=True) or "")

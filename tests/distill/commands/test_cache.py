@@ -36,8 +36,7 @@ def fill(teacher: str, blocks: int = 10, form: Form = Form("topk", 4, 300), days
     made.fill(capture)
     then = time.time() - days_ago * DAY
     os.utime(made.folder / "settings.json", (then, then))
-    if made._lock_file:
-        made._lock_file.close()
+    made.storage.unlock()
     return made
 
 

@@ -295,7 +295,7 @@ def test_a_recipe_over_conversations(
     train = jsonl.find_training_text(str(distilled.data_digest))
     assert train is not None
     assert next(corpus.read_corpus(train)).messages[2]["content"].startswith("return")
-    saved = AutoTokenizer.from_pretrained(store.verified_folder(distilled))
+    saved = AutoTokenizer.from_pretrained(store.artifacts.verified_folder(distilled))
     assert saved.apply_chat_template(TALK[:2], tokenize=False) == "system: be brief\nuser: add 1 and 2\n"
 
 

@@ -339,7 +339,7 @@ def test_carved_students_from_a_recipe(
     # From labels alone, and yet made from the teacher.
     assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]
     for student, dtype in zip(made, (torch.float32, torch.bfloat16), strict=True):
-        folder = store.verified_folder(store.get(f"tiny/{student['version']}"))
+        folder = store.artifacts.verified_folder(store.get(f"tiny/{student['version']}"))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         config = model.config
         assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (24, 1, 8)

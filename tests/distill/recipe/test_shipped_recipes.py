@@ -55,7 +55,9 @@ def test_distilgpt2(
     assert done.code == 0, done.err
     assert [student["recipe"] for student in json.loads(done.out)] == ["distil-distilled", "distil-labels"]
     for number in (2, 3):
-        student = AutoModelForCausalLM.from_pretrained(store.verified_folder(store.get(f"distilgpt2/{number}")))
+        student = AutoModelForCausalLM.from_pretrained(
+            store.artifacts.verified_folder(store.get(f"distilgpt2/{number}"))
+        )
         assert student.config.n_layer == 6
     recipe = load.load_recipe(ROOT / "distill/recipes/distilgpt2.toml")
     assert recipe.objectives["distilled"].layers is not None
@@ -144,7 +146,7 @@ def test_deepseek_r1(
         assert [student["recipe"] for student in made] == ["student-traces", "student-untrained"]
         trained, before = (store.get(f"r1-distill/{2 + 2 * number + i}") for i in range(2))
         assert (trained.parent, before.parent) == ("r1-distill/1", None)
-        folder = store.verified_folder(trained)
+        folder = store.artifacts.verified_folder(trained)
         vocabulary = AutoTokenizer.from_pretrained(tmp_path / family).get_vocab()
         assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
         assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
