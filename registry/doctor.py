@@ -233,9 +233,9 @@ def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Ch
         for version in versions:
             try:
                 if deep:
-                    store.verified_folder(version)
-                elif store.is_local(version):
-                    _check_files_present(version, store.find_local_folder(version))
+                    store.artifacts.verified_folder(version)
+                elif store.artifacts.is_local(version):
+                    _check_files_present(version, store.artifacts.find_local_folder(version))
             except LimbeckError as error:
                 damaged += 1
                 yield Check("wrong", version.ref, error.message, error.fix or "register it again")

@@ -32,7 +32,7 @@ from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
 
 if TYPE_CHECKING:
-    from limbeck.registry.mlflow.run import Run
+    from limbeck.registry.mlflow.runs import Run
 
 Begin = Literal["go on", "resume", "restart"]
 
@@ -99,7 +99,7 @@ def distill(
     made = [students[plan.label] for plan in plans]
     if output_folder is not None:
         with atomic_write(output_folder) as temporary:
-            shutil.copytree(store.verified_folder(made[0].version), temporary)
+            shutil.copytree(store.artifacts.verified_folder(made[0].version), temporary)
     return made
 
 
@@ -177,7 +177,7 @@ def _carry_out(
 @contextmanager
 def _parent(setting: Setting, keys: dict[str, str], store: Store) -> Iterator[Run]:
     """The MLflow run above those of a sweep's students."""
-    with store.parent_run(f"{setting.recipe.name} sweep", json_digest(sorted(keys.values()))) as run:
+    with store.runs.start_or_resume_sweep(f"{setting.recipe.name} sweep", json_digest(sorted(keys.values()))) as run:
         run.log_artifact(setting.source.path, "recipe")
         yield run
 

@@ -1,6 +1,6 @@
-"""Controls: what the same student becomes without the teacher, at equal tokens and at equal cost, and untrained.
+"""Controls: the same student trained on labels alone, at equal tokens and at equal cost, and untrained.
 
-Cost is time on this machine; the dollars of an endpoint count as the time that they would have bought here.
+Cost is time on this machine. Dollars paid to an endpoint count as the time that they would buy here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Cost(NamedTuple):
-    """What a student took, in seconds of this machine: its training, and the teacher's part in full."""
+    """The cost of a student in seconds of this machine: its training, and the teacher's whole part."""
 
     training: float
     teacher: float
@@ -32,49 +32,57 @@ class Cost(NamedTuple):
         return self.training + self.teacher
 
 
-def records_to_match(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, TrainingCost]]:
-    """What the matched students took. Raises Refused where one of them was not made."""
-    found = []
+def matched_training_costs(setting: Setting, plan: Plan, store: Store) -> list[tuple[Plan, TrainingCost]]:
+    """The training costs of the students that a control is matched with; empty if it is matched with none.
+
+    Raises Refused if one of them is not registered.
+    """
+    costs = []
     for other in plans_to_match(setting.recipe, plan):
         version = store.find_version(setting.recipe.name, engine="torch", recipe_digest=student_key(setting, other))
-        making = store.training_cost(version) if version else None
-        if making is None:
+        training_cost = store.runs.training_cost(version) if version else None
+        if training_cost is None:
             raise Refused(
-                f"{plan.label}: it is as long as {other.label} took, which was not made",
+                f"{plan.label}: its length depends on {other.label}, which was not made",
                 fix=f"run the same command again when {other.label} can be made",
             )
-        found.append((other, making))
-    return found
+        costs.append((other, training_cost))
+    return costs
 
 
-def cost(making: TrainingCost, recipe: Recipe) -> Cost:
-    """What a student cost in all, as seconds of this machine."""
-    dollars, hour = making.api_usd or 0.0, recipe.budget.usd_per_hour
-    bought = dollars / hour * 3600 if hour else 0.0  # a recipe with both has a price for an hour
-    return Cost(making.training_seconds, making.teacher_seconds + bought)
+def total_cost(training_cost: TrainingCost, recipe: Recipe) -> Cost:
+    """The whole cost of a student, as seconds of this machine."""
+    usd, usd_per_hour = training_cost.api_usd or 0.0, recipe.budget.usd_per_hour
+    # A recipe with controls and endpoint prices has usd_per_hour: its checks require it.
+    bought_seconds = usd / usd_per_hour * 3600 if usd_per_hour else 0.0
+    return Cost(training_cost.training_seconds, training_cost.teacher_seconds + bought_seconds)
 
 
-def schedule(setting: Setting, plan: Plan, others: list[tuple[Plan, TrainingCost]]) -> tuple[Training, Budget]:
-    """How long a student trains.
+def training_and_budget(
+    setting: Setting, plan: Plan, matched_costs: list[tuple[Plan, TrainingCost]]
+) -> tuple[Training, Budget]:
+    """The training settings and the budget of a student.
 
-    Labels at equal cost train for as many steps as labels at equal tokens would have made in the time of the
-    costliest distilled student, the teacher's pass counted in full: fixed beforehand, so that the learning rate
-    comes to its end. Where they need more text than there is they read it again.
+    Labels at equal tokens read as many tokens as the distilled student that read the most. Labels at equal cost take
+    as many steps as labels at equal tokens would take in the time of the most expensive distilled student, with the
+    teacher's whole pass. This number is fixed before the run, so that the learning rate completes its schedule. If it
+    needs more text than there is, the text is read again.
     """
     recipe = setting.recipe
     training = recipe.training_of(plan.student)
-    distilled = [(other, making) for other, making in others if other.control is None]
+    distilled = [(other, training_cost) for other, training_cost in matched_costs if other.control is None]
     if not distilled:
         return training, recipe.budget
     if plan.control == "labels":
-        return training, Budget(max_tokens=max(making.tokens for _, making in distilled))
-    dearest, spent = max(((other, cost(making, recipe)) for other, making in distilled), key=lambda of: of[1].seconds)
-    labels = next(making for other, making in others if other.control == "labels")
+        return training, Budget(max_tokens=max(training_cost.tokens for _, training_cost in distilled))
+    costs = [(total_cost(training_cost, recipe), other) for other, training_cost in distilled]
+    most, most_expensive = max(costs, key=lambda pair: pair[0].seconds)
+    labels = next(training_cost for other, training_cost in matched_costs if other.control == "labels")
     blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size()
-    step = blocks * setting.train.ids.shape[1]
-    tokens = labels.tokens * spent.seconds / labels.training_seconds
+    tokens_per_step = blocks * setting.train.ids.shape[1]
+    tokens = labels.tokens * most.seconds / labels.training_seconds
     print_status(
-        f"  {plan.label}: {tokens:,.0f} tokens, in the {spent.seconds:,.0f} s that {dearest.label} cost "
-        f"({spent.training:,.0f} s of training, {spent.teacher:,.0f} s of the teacher)"
+        f"  {plan.label}: {tokens:,.0f} tokens, in the {most.seconds:,.0f} s that {most_expensive.label} cost "
+        f"({most.training:,.0f} s of training, {most.teacher:,.0f} s of the teacher)"
     )
-    return training.model_copy(update={"max_steps": max(1, round(tokens / step))}), Budget()
+    return training.model_copy(update={"max_steps": max(1, round(tokens / tokens_per_step))}), Budget()

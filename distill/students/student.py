@@ -1,4 +1,4 @@
-"""One student: trained, logged, registered; and the digest of all that makes it what it is."""
+"""Trains one student, logs its run and registers it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from limbeck.distill.models import heldout, loading
 from limbeck.distill.recipe import grid
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Budget, Training
-from limbeck.distill.students import controls, licences, model_card
-from limbeck.distill.students import initialise as starting
-from limbeck.distill.students.keys import family_key, folder_of
+from limbeck.distill.students import controls, initialise, licences, model_card
+from limbeck.distill.students.keys import checkpoint_folder, family_key
 from limbeck.distill.teacher import usage
-from limbeck.distill.teacher.signal import likeliest
+from limbeck.distill.teacher.signal import heldout_likeliest_tokens
 from limbeck.distill.training import distributed
 from limbeck.distill.training.trainer import Job, TrainingResult, train
 from limbeck.registry.core.errors import LimbeckError, Refused
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.machine import describe_hardware
 from limbeck.registry.core.terminal import print_status, progress_bar
-from limbeck.registry.mlflow.run import Run
-from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
+from limbeck.registry.mlflow.runs import TRAINING_COST_TAG, Run
+from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance.cyclonedx import MADE_WITH
 from limbeck.registry.records import NewVersion, TrainingCost, Version
 
@@ -38,9 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from limbeck.distill.training.callbacks import Progress
-    from limbeck.distill.training.trainer import TeacherSignal, TrainingResult
+    from limbeck.distill.training.trainer import TeacherSignal
 
-PACKAGES = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers")  # that made it
+# The packages whose versions are recorded with a student.
+PACKAGES = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers")
 PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -53,35 +53,43 @@ def make_student(
     parent_run: str | None = None,
     more_tags: Mapping[str, str] | None = None,
 ) -> Version:
-    """Train one student, log its run (below `parent_run` where given, with `more_tags`), register it."""
+    """Train one student, log its run and register it.
+
+    Args:
+        key: of `student_key`.
+        teacher: what the plan learns from, as `teachers_for` returns it; None: labels alone.
+        parent_run: the MLflow run of the sweep.
+        more_tags: of the run.
+    """
     recipe = setting.recipe
-    work = folder_of(key)
-    training, budget = controls.schedule(setting, plan, controls.records_to_match(setting, plan, store))
+    folder = checkpoint_folder(key)
+    matched_costs = controls.matched_training_costs(setting, plan, store)
+    training, budget = controls.training_and_budget(setting, plan, matched_costs)
     tags = {"limbeck.label": plan.label, "limbeck.recipe_digest": key, "limbeck.data_digest": setting.corpus.digest}
     tags |= {"limbeck.control": plan.control} if plan.control else {}
     tags |= more_tags or {}
-    compared = setting.teacher_version.ref if setting.teacher_version else None
-    with store.run(
+    teacher_ref = setting.teacher_version.ref if setting.teacher_version else None
+    with store.runs.start(
         f"{recipe.name} {plan.label}", params=_params(setting, plan, training), tags=tags, parent=parent_run
     ) as run:
         run.log_artifact(setting.source.path, "recipe")
-        facts = _train_and_save(setting, plan, (training, budget), teacher, work, run)
-        making = _making(setting, plan, teacher, facts)
+        facts = _train_and_save(setting, plan, (training, budget), teacher, folder, run)
+        cost = _training_cost(setting, plan, teacher, facts)
         numbers = {name: value for name, value in facts.items() if not isinstance(value, str)}
-        run.log_metrics(numbers | {"teacher_seconds": making.teacher_seconds, "teacher_usd": making.api_usd or 0.0})
+        run.log_metrics(numbers | {"teacher_seconds": cost.teacher_seconds, "teacher_usd": cost.api_usd or 0.0})
         if setting.generated:
             run.log_metrics(setting.generated.metrics())
         packages = {name: installed(name) for name in PACKAGES}
-        run.set_tags({TRAINING_COST_TAG: making.model_dump_json(), MADE_WITH: json.dumps(packages)})
+        run.set_tags({TRAINING_COST_TAG: cost.model_dump_json(), MADE_WITH: json.dumps(packages)})
         version = store.register(
             NewVersion(
                 name=recipe.name,
                 kind="student" if setting.teacher_version else "teacher",
                 licence=recipe.licence,
                 **licences.licence_fields(setting, plan),
-                # A twin trained on labels alone is compared with the teacher, and was not made from it.
-                parent=compared if licences.learns_from_teacher(setting, plan) else None,
-                teacher=compared,
+                # A student of labels alone is compared with the teacher, but was not made from it.
+                parent=teacher_ref if licences.learns_from_teacher(setting, plan) else None,
+                teacher=teacher_ref,
                 recipe=plan.label,
                 recipe_digest=key,
                 family=family_key(setting, plan),
@@ -92,9 +100,9 @@ def make_student(
                 precision=PRECISION[recipe.students[plan.student].dtype],
                 run_id=run.id,
             ),
-            work / "final",
+            folder / "final",
         )
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     stopped = f"; stopped: {facts['stopped']}" if facts.get("stopped") else ""
     print_status(
         f"  {plan.label}: {version.ref}, {facts['heldout_bits_per_byte']:.3f} held-out bits per byte, "
@@ -104,18 +112,17 @@ def make_student(
 
 
 def format_error(plan: Plan, error: Exception) -> str:
-    """What went wrong with a student, in a line; what no one foresaw leaves its traceback in a file."""
+    """Describe a student's error in one line; the traceback of an unexpected error is written to a file."""
     if isinstance(error, LimbeckError):
         return error.message.removeprefix(f"{plan.label}: ")
-    with atomic_write(home() / "runs" / f"{plan.label}.error.txt") as temporary:
+    path = home() / "runs" / f"{plan.label}.error.txt"
+    with atomic_write(path) as temporary:
         temporary.write_text(traceback.format_exc(), encoding="utf-8")
-    return (
-        f"{type(error).__name__}: {error}".split("\n")[0] + f" (traceback in {home() / 'runs' / plan.label}.error.txt)"
-    )
+    return f"{type(error).__name__}: {error}".split("\n")[0] + f" (traceback in {path})"
 
 
 def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
-    """What MLflow shows of a student's run."""
+    """The parameters that MLflow shows for a student's run."""
     recipe = setting.recipe
     params: dict[str, Any] = {
         "student": plan.student,
@@ -135,24 +142,29 @@ def _params(setting: Setting, plan: Plan, training: Training) -> dict[str, Any]:
     return params
 
 
-def _making(setting: Setting, plan: Plan, teacher: TeacherSignal, facts: dict[str, Any]) -> TrainingCost:
-    """What the student took. A capture that several students share is counted in full for each of them."""
+def _training_cost(setting: Setting, plan: Plan, teacher: TeacherSignal, facts: dict[str, Any]) -> TrainingCost:
+    """What the student took. A teacher cache that several students share counts in full for each of them."""
     import torch
 
     recipe = setting.recipe
-    learns = [each.label for each in grid.plan_students(recipe) if each.objective.uses_teacher]
-    cache = teacher if isinstance(teacher, TeacherCache) and plan.label in learns else None
+    plans = grid.plan_students(recipe)
+    using_teacher = [each.label for each in plans if each.objective.uses_teacher]
+    cache = teacher if isinstance(teacher, TeacherCache) and plan.label in using_teacher else None
     device = loading.device()
-    words = usage.usage_of_plan(setting, plan)
-    shared = grid.plan_students(recipe) if setting.generated else learns if cache else []
+    teacher_usage = usage.usage_of_plan(setting, plan)
+    sharing = 1
+    if setting.generated:
+        sharing = len(plans)
+    elif cache:
+        sharing = len(using_teacher)
     return TrainingCost(
         training_seconds=facts["seconds"],
-        teacher_seconds=(cache.capture_seconds() if cache else 0.0) + words.seconds,
-        students_sharing_teacher=max(1, len(shared)),
-        api_input_tokens=words.input_tokens,
-        api_output_tokens=words.output_tokens,
-        api_model=words.model if words.input_tokens else None,
-        api_usd=words.usd,
+        teacher_seconds=(cache.capture_seconds() if cache else 0.0) + teacher_usage.seconds,
+        students_sharing_teacher=sharing,
+        api_input_tokens=teacher_usage.input_tokens,
+        api_output_tokens=teacher_usage.output_tokens,
+        api_model=teacher_usage.model if teacher_usage.input_tokens else None,
+        api_usd=teacher_usage.usd,
         tokens=int(facts["tokens"]),
         machine=describe_hardware(torch.cuda.get_device_name(0) if device == "cuda" else None),
         device=device,
@@ -160,48 +172,48 @@ def _making(setting: Setting, plan: Plan, teacher: TeacherSignal, facts: dict[st
 
 
 def _train_and_save(
-    setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: TeacherSignal, work: Path, run: Run
+    setting: Setting, plan: Plan, schedule: tuple[Training, Budget], teacher: TeacherSignal, folder: Path, run: Run
 ) -> dict[str, Any]:
-    """Train below `work`, save the student in `work/final`; returns its figures."""
+    """Train with checkpoints in `folder` and save the student in `folder/final`; returns its numbers by name."""
     if plan.control == "untrained":
-        model, trained = starting.initialise_student(setting, plan), TrainingResult(tokens=0, seconds=0.0)
+        model, result = initialise.initialise_student(setting, plan), TrainingResult(tokens=0, seconds=0.0)
     else:
         training, budget = (part.model_dump() for part in schedule)
         distributed.broadcast_to_workers(
-            {"label": plan.label, "training": training, "budget": budget, "folder": str(work)}
+            {"label": plan.label, "training": training, "budget": budget, "folder": str(folder)}
         )
-        model, trained = train_one(setting, plan, schedule, teacher, work, run.log_metrics)
-    model = starting.merge_adapter(model)
+        model, result = train_student(setting, plan, schedule, teacher, folder, run.log_metrics)
+    model = initialise.merge_adapter(model)
     facts: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
-        "tokens": trained.tokens,
-        "seconds": trained.seconds,
-        "eval_seconds": trained.eval_seconds,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "eval_seconds": result.eval_seconds,
         "heldout_bits_per_byte": heldout.bits_per_byte(model, setting.heldout),
     }
-    if trained.stop_reason:
-        facts["stopped"] = trained.stop_reason
-        run.set_tags({"limbeck.stopped": trained.stop_reason})
+    if result.stop_reason:
+        facts["stopped"] = result.stop_reason
+        run.set_tags({"limbeck.stopped": result.stop_reason})
     if not math.isfinite(facts["heldout_bits_per_byte"]):
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
         raise Refused(
-            f"{plan.label}: training diverged, its loss is no number; nothing was registered",
-            fix="give a lower training.learning_rate or more training.warmup_ratio",
+            f"{plan.label}: training diverged, its held-out loss is not finite; nothing was registered",
+            fix="set a lower training.learning_rate or a higher training.warmup_ratio",
         )
-    _save(setting, plan, model, facts, work / "final")
+    _save(setting, plan, model, facts, folder / "final")
     return facts
 
 
-def train_one(
+def train_student(
     setting: Setting,
     plan: Plan,
     schedule: tuple[Training, Budget],
     teacher: TeacherSignal,
-    work: Path,
+    folder: Path,
     on_log: Callable[[dict[str, float], int], None] = lambda logs, step: None,
 ) -> tuple[PreTrainedModel, TrainingResult]:
-    """A student, trained below `work`, by every process of the run at once."""
-    model = starting.initialise_student(setting, plan)
+    """Initialise and train a student, with checkpoints in `folder`; all processes of the run call it together."""
+    model = initialise.initialise_student(setting, plan)
     job = Job(
         student=model,
         train=setting.train,
@@ -209,20 +221,20 @@ def train_one(
         objective=plan.objective,
         training=schedule[0],
         teacher=teacher,
-        folder=work,
+        folder=folder,
         seed=plan.seed,
         vocab_size=setting.vocab_size,
         budget=schedule[1],
         on_policy=setting.recipe.on_policy,
         paid_usd=usage.usage_of_plan(setting, plan).usd or 0.0,
-        likeliest=likeliest(setting),
+        likeliest=heldout_likeliest_tokens(setting),
     )
-    with distributed.collective_work(), _bar(plan.label) as on_progress:
+    with distributed.collective_work(), _progress_bar(plan.label) as on_progress:
         return model, train(job, on_progress, on_log)
 
 
 def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str, Any], folder: Path) -> None:
-    """The student's files, whole or not at all."""
+    """Write the student's files, all of them or none."""
     import torch
 
     model.to(getattr(torch, setting.recipe.students[plan.student].dtype))
@@ -233,18 +245,19 @@ def _save(setting: Setting, plan: Plan, model: PreTrainedModel, facts: dict[str,
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
+def _progress_bar(label: str) -> Iterator[Callable[[Progress], None]]:
+    """A progress bar in the terminal, and the function that updates it."""
     with progress_bar() as bar:
         task = bar.add_task(label, total=None, rate="")
 
-        def on_progress(now: Progress) -> None:
-            known = {
-                "loss {:.3f}": now.loss,
-                "{:.0%} as the teacher": now.agreement,
-                "held-out {:.3f} bits/byte": now.heldout_bits_per_byte,
-                "{:,.0f} tok/s": now.tokens_per_s,
+        def on_progress(progress: Progress) -> None:
+            values = {
+                "loss {:.3f}": progress.loss,
+                "agreement {:.0%}": progress.agreement,
+                "held-out {:.3f} bits/byte": progress.heldout_bits_per_byte,
+                "{:,.0f} tok/s": progress.tokens_per_s,
             }
-            rate = ", ".join(form.format(value) for form, value in known.items() if value is not None)
-            bar.update(task, completed=now.step, total=now.steps, rate=rate)
+            rate = ", ".join(form.format(value) for form, value in values.items() if value is not None)
+            bar.update(task, completed=progress.step, total=progress.steps, rate=rate)
 
         yield on_progress

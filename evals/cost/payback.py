@@ -72,7 +72,7 @@ def compute_payback(
 
     Args:
         card: with the student's cost, and the teacher's cost of the same run in its relative part.
-        training_cost: of the student (see `limbeck.registry.mlflow.store.Store.training_cost`).
+        training_cost: of the student (see `limbeck.registry.mlflow.store.Store.runs.training_cost`).
         tokens_per_day: the load, prompt and new tokens together.
         batch: the batch size that the student is served at; it must have been measured.
         scoring_seconds: the scorecard's own if None.

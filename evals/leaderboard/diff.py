@@ -124,7 +124,7 @@ def _quality(store: Store, a: Version, b: Version) -> tuple[ComparedModels | Non
 
 def _costs(store: Store, a: Version, b: Version) -> tuple[tuple[ComparedCost, ...], str | None]:
     """Figures of the newest costs that were measured in one run; else of those measured alike; else the newest."""
-    known = [[card.cost for card in reversed(store.scorecards(version)) if card.cost] for version in (a, b)]
+    known = [[card.cost for card in reversed(store.findings.scorecards(version)) if card.cost] for version in (a, b)]
     if missing := [version.ref for version, costs in zip((a, b), known, strict=True) if not costs]:
         ours, theirs = (costs[0] if costs else None for costs in known)
         return _rows(ours, theirs), f"the cost of {' and '.join(missing)} is not measured"

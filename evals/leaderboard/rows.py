@@ -47,7 +47,7 @@ def leaderboard_rows(
     Raises:
         BadInput: no such model, task, key, column or value; with the near ones.
     """
-    found = store.findings(name)
+    found = store.versions_with_findings(name)
     if not found:
         raise store.not_found_error(name)
     cards = {each.version.version: each.scorecards for each in found}

@@ -38,7 +38,7 @@ class ComparableScores(NamedTuple):
 
 
 def scorecards_of_version(store: Store, version: Version, cards: Sequence[Scorecard]) -> list[LazyScorecard]:
-    return [LazyScorecard(card, partial(store.documents, version, card)) for card in cards]
+    return [LazyScorecard(card, partial(store.findings.documents, version, card)) for card in cards]
 
 
 def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[Scorecard]) -> Teacher:
@@ -67,7 +67,7 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
             version.ref,
             version.digest,
             version.engine,
-            scorecards_of_version(store, version, store.scorecards(version)),
+            scorecards_of_version(store, version, store.findings.scorecards(version)),
         )
     # Its files, or its server, are not asked: its scores are kept under its digest.
     engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"

@@ -101,8 +101,10 @@ class _Side(NamedTuple):
         """What is known of a MODEL. A registered version is not fetched: its scores are enough."""
         if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
             version = store.get(text)
-            cards = store.scorecards(version)
-            return cls(version.ref, [LazyScorecard(card, partial(store.documents, version, card)) for card in cards])
+            cards = store.findings.scorecards(version)
+            return cls(
+                version.ref, [LazyScorecard(card, partial(store.findings.documents, version, card)) for card in cards]
+            )
         model = resolve_model(text, store)
         kept = sorted(stored_scorecards(model, store), key=lambda each: each.card.created)
         return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in kept])

@@ -58,7 +58,7 @@ def _compare_with_control(
     }
     better = {each.better for each in tasks.values() if each.better}
     outcomes = {("student",): "better", ("control",): "worse", (): "not settled"}
-    ours, its = (store.training_cost(version) for version in (student, control))
+    ours, its = (store.runs.training_cost(version) for version in (student, control))
     return ControlComparison(
         student=student.ref,
         control=control.ref,

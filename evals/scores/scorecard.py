@@ -158,9 +158,9 @@ def stored_scorecards(model: ResolvedModel, store: Store | None) -> Iterator[Sto
         found.append(StoredScorecard(card, folder / "documents.parquet"))
     yield from sorted(found, key=lambda each: each.card.created)
     if store and model.version:
-        for card in store.scorecards(model.version):
+        for card in store.findings.scorecards(model.version):
             if card.artifact == model.digest:
-                yield StoredScorecard(card, store.documents(model.version, card), registered=True)
+                yield StoredScorecard(card, store.findings.documents(model.version, card), registered=True)
 
 
 def _newest_matching(kept: Sequence[StoredScorecard], tasks: TaskSet) -> StoredScorecard | None:
@@ -178,7 +178,7 @@ def _store_scorecard(
         if each.registered == wanted and each.card == own.card.model_copy(update={"created": each.card.created}):
             return each
     if store and model.version:
-        store.add_scorecard(model.version, own.card, own.documents)
+        store.findings.add_scorecard(model.version, own.card, own.documents)
         return own
     return _store_locally(own.card, parquet.read_table(own.documents), model)
 

@@ -65,7 +65,7 @@ def decide_verdict(
     Raises:
         BadInput: no such model or task; a teacher, or candidates, without scores.
     """
-    found = {each.version.ref: each for each in store.findings(name)}
+    found = {each.version.ref: each for each in store.versions_with_findings(name)}
     if not found:
         raise store.not_found_error(name)
     every = [card for each in found.values() for card in each.scorecards]
@@ -153,7 +153,7 @@ def _test_candidate(
     costs = card.cost, relative.teacher_cost if relative else None
     cost, teacher_cost = (reprice(c, *context.prices.machine_price(c.machine)) if c else None for c in costs)
     ratio, interval = _ratio(cost, relative, context)
-    making = context.store.training_cost(version)
+    making = context.store.runs.training_cost(version)
     candidate = Candidate(
         version=version.ref,
         files=version.digest,

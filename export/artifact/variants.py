@@ -1,18 +1,20 @@
-"""The ONNX variants of a model: exported, held against PyTorch, then kept in a folder or the registry."""
+"""The ONNX variants of a model: export them, check parity with PyTorch, and store them in a folder or the registry."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from limbeck.export.artifact.export import PRECISIONS, export_onnx
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.parity import measure_parity, parity_failures
-from limbeck.export.quantize.quantize import QuantizationSettings
+from limbeck.export.quantize.precisions import PRECISIONS
+from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
+from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.registry.core.digest import (
     extra_manifest_fields,
     folder_digest,
@@ -22,14 +24,14 @@ from limbeck.registry.core.digest import (
 )
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import atomic_write, home
-from limbeck.registry.core.jsonl import find_training_text, read_rows
 from limbeck.registry.records import NewVersion, Parity, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
-# What a variant is under as its student is.
-LICENCE_FIELDS = {
+# Fields of the parent version in the manifest of a variant, as `lineage`.
+LINEAGE_FIELDS = {
+    "teacher", "recipe", "recipe_digest", "data_digest",
     "licence", "licence_allows_distillation", "teacher_licence", "data_licence", "code_licence",
     "base_model", "base_model_digest", "base_model_licence",
 }  # fmt: skip
@@ -37,189 +39,183 @@ MISSING_KERNEL = re.compile(r"Could not find an implementation for (\w+)")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One ONNX variant of a model, as `limbeck export` reports it."""
+class ExportOptions:
+    """How variants are made and checked.
 
-    model: str  # NAME/VERSION of the variant, or its folder
-    parent: str  # NAME/VERSION or folder of the PyTorch model
+    Attributes:
+        texts: held-out text for parity; None takes the passages that come with Limbeck.
+        quantization: settings of the quantized variants; `quantization.report` gets the lines of progress.
+        trust_remote_code: run the Python code that comes with the model, as in transformers.
+    """
+
+    texts: Sequence[str] | None = None
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ONNX variant of a model, as `limbeck export` reports it.
+
+    Attributes:
+        model: NAME/VERSION of the variant, or its folder.
+        parent: NAME/VERSION or folder of the PyTorch model.
+        bytes: total size of its files.
+        new: False if it already existed.
+        quantization: `quantization` of the manifest: settings, choice and trials; None for fp32.
+    """
+
+    model: str
+    parent: str
     precision: str
     digest: str
     bytes: int
-    parity: Parity | None
-    new: bool  # False: it was there already
-    quantization: dict[str, Any] | None = None  # what was chosen, and what was tried on the way
+    parity: Parity
+    new: bool
+    quantization: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The variant as JSON-able fields."""
-        return asdict(self) | {"parity": self.parity and self.parity.model_dump(mode="json")}
+        """Return the fields for JSON output."""
+        return asdict(self) | {"parity": self.parity.model_dump(mode="json")}
 
 
 def export_version(
-    store: Store,
-    parent: Version,
-    precisions: Sequence[str],
-    texts: Sequence[str] | None = None,
-    settings: QuantizationSettings | None = None,
-    *,
-    report: Callable[[str], None] = lambda text: None,
-    trust_remote_code: bool = False,
+    store: Store, parent: Version, precisions: Sequence[str], options: ExportOptions | None = None
 ) -> list[Variant]:
-    """Register the ONNX variants of a registered PyTorch version; those that are there are skipped.
+    """Register the ONNX variants of a registered PyTorch version; existing ones are skipped.
 
-    Each is a version of the same name with `parent` as its parent and with its parity.
-    Raises Refused, before anything is registered, where the fp32 graph does not give what PyTorch gives.
+    Each becomes a version of the same name, with `parent` as its parent and with its parity.
+
+    Raises Refused, before anything is registered, if the results of a variant differ from PyTorch's.
     """
+    options = options or ExportOptions()
     variants = {}
     missing = []
-    settings = replace(settings or QuantizationSettings(), report=report)
     for precision in _fp32_first(precisions):
-        version = store.find_version(parent.name, kind="onnx", parent=parent.ref, precision=precision)
-        if version and not _has_same_settings(read_manifest(store.verified_folder(version)), precision, settings):
-            version = None
-        parity = store.parity(version) if version else None
-        if version and parity:
-            report(f"{parent.ref} {precision}: already exported as {version.ref}")
-            variants[precision] = _variant_of_version(store, version, parity, new=False)
+        existing = _registered_variant(store, parent, precision, options.quantization)
+        if existing:
+            options.quantization.report(f"{parent.ref} {precision}: already exported as {existing.model}")
+            variants[precision] = existing
         else:
             missing.append(precision)
     if missing:
-        lineage = {
-            "model": parent.ref,
-            **parent.model_dump(include={"teacher", "recipe", "recipe_digest", "data_digest", *LICENCE_FIELDS}),
-        }
-        source = store.verified_folder(parent)
+        source = store.artifacts.verified_folder(parent)
+        lineage = {"model": parent.ref, **parent.model_dump(include=LINEAGE_FIELDS)}
         with TemporaryDirectory(dir=home(), prefix="export-") as temporary:
-            made = _make(source, Path(temporary), missing, texts, settings, lineage, parent.ref, trust_remote_code)
-            for precision, parity in made.items():
-                version = store.register(_new_version(parent, precision), Path(temporary) / precision)
-                store.add_parity(version, parity)
-                report(f"{parent.ref} {precision}: registered as {version.ref}")
-                variants[precision] = _variant_of_version(store, version, parity, new=True)
+            parities = _write_variants(source, Path(temporary), missing, options, parent.ref, lineage)
+            for precision, parity in parities.items():
+                variants[precision] = _register(store, parent, Path(temporary) / precision, precision, parity)
+                options.quantization.report(f"{parent.ref} {precision}: registered as {variants[precision].model}")
     return [variants[precision] for precision in _fp32_first(precisions)]
 
 
-def _new_version(parent: Version, precision: str) -> NewVersion:
-    """The ONNX variant of a version in a precision: all its other fields are its parent's."""
-    made_from = parent.model_dump(include=set(NewVersion.model_fields))
-    variant = {"kind": "onnx", "engine": "onnxruntime", "precision": precision, "parent": parent.ref}
-    return NewVersion(**made_from | variant)
-
-
 def export_folder(
-    model: Path,
-    output_folder: Path,
-    precisions: Sequence[str],
-    texts: Sequence[str] | None = None,
-    settings: QuantizationSettings | None = None,
-    *,
-    report: Callable[[str], None] = lambda text: None,
-    trust_remote_code: bool = False,
+    model: Path, output_folder: Path, precisions: Sequence[str], options: ExportOptions | None = None
 ) -> list[Variant]:
-    """Write the ONNX variants of the checkpoint in `model` to `to/fp32`, `to/int8` and so on.
+    """Write the ONNX variants of the checkpoint `model` to `output_folder`/fp32, /int8 and so on; existing are skipped.
 
-    Those that are there are skipped. Raises Refused where the fp32 graph does not give what PyTorch gives,
-    BadInput where something else is in the way.
+    Raises:
+        Refused: the results of a variant differ from PyTorch's.
+        BadInput: a target folder holds something else.
     """
+    options = options or ExportOptions()
     parent = folder_digest(model)
     variants = {}
     missing = []
-    settings = replace(settings or QuantizationSettings(), report=report)
     for precision in _fp32_first(precisions):
         folder = output_folder / precision
         manifest = read_manifest(folder)
-        if _is_checked_export(folder, parent) and _has_same_settings(manifest, precision, settings):
-            report(f"{model} {precision}: already exported to {folder}")
+        if _is_checked_export(folder, parent) and _has_same_settings(manifest, precision, options.quantization):
+            options.quantization.report(f"{model} {precision}: already exported to {folder}")
             variants[precision] = _variant_in_folder(folder, model, new=False)
         elif folder.exists() and not manifest and any(folder.iterdir()):
-            raise BadInput(f"{folder} holds something else", fix="choose another folder with --to")
+            raise BadInput(f"{folder} holds something else", fix="choose another folder with --output")
         else:
             missing.append(precision)
-    for precision in _make(model, output_folder, missing, texts, settings, {}, str(model), trust_remote_code):
+    for precision in _write_variants(model, output_folder, missing, options, str(model)):
         variants[precision] = _variant_in_folder(output_folder / precision, model, new=True)
     return [variants[precision] for precision in _fp32_first(precisions)]
 
 
-def quantization_settings(
-    version: Version | None,
-    *,
-    calibration: Path | None = None,
-    texts: Path | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
-    max_change: float = QuantizationSettings.max_change,
-) -> QuantizationSettings:
-    """Quantization by the text in `calibration`, else by what the version was trained on where it is at hand, else by
-    the held-out `texts`, else by short passages."""
-    trained = find_training_text(version.data_digest) if version and version.data_digest else None
-    for corpus, source in ((calibration, "--calibration"), (trained, "the recipe's training text"), (texts, "--texts")):
-        if corpus:
-            return QuantizationSettings(read_texts(corpus), source, max_change, device)
-    return QuantizationSettings(max_change=max_change, device=device)
-
-
-def read_texts(corpus: Path, limit: int = 64) -> list[str]:
-    """The first texts of a corpus, a file with {"path": ..., "text": ...} a line.
-
-    Raises BadInput, naming the line.
-    """
-    texts = [text for (text,) in read_rows(corpus, ("text",), limit)]
-    if not texts:
-        raise BadInput(f"{corpus} is empty")
-    return texts
+def require_parity(parity: Parity, label: str) -> None:
+    """Raise Refused, with the numbers, if a variant did not pass."""
+    if not parity.passed:
+        raise Refused(
+            f"{label} {parity.precision}: the ONNX graph differs from PyTorch: over "
+            f"{parity.tokens} tokens, {'; '.join(parity_failures(parity))}",
+            fix="nothing was stored; this architecture is not exported correctly",
+        )
 
 
 def _fp32_first(precisions: Sequence[str]) -> list[str]:
-    """fp32 first: the others are made from it."""
-    return sorted(dict.fromkeys(precisions), key=PRECISIONS.index)
+    """Return the distinct precisions in the order of the table: fp32 first, since the others are made from it."""
+    return [precision for precision in PRECISIONS if precision in precisions]
 
 
-def _make(
+def _write_variants(
     model: Path,
     output_folder: Path,
     precisions: Sequence[str],
-    texts: Sequence[str] | None,
-    settings: QuantizationSettings,
-    lineage: dict[str, Any],
+    options: ExportOptions,
     label: str,
-    trust_remote_code: bool,
+    lineage: dict[str, Any] | None = None,
 ) -> dict[str, Parity]:
-    """Write the variants `to/<precision>`, each with its parity in its manifest. The fp32 graph that the
-    others are made from is made, and checked, even where it is not asked for, unless it is there."""
+    """Write the variants to `output_folder`/<precision>, each with its parity in its manifest. Returns the parities.
+
+    The others are made from the fp32 variant. If fp32 is not requested and does not exist, it is made and checked in a
+    temporary folder.
+    """
     if not precisions:
         return {}
-    made = {}
+    parities = {}
     output_folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_folder, prefix=".export-") as temporary:
         fp32 = output_folder / "fp32"
-        made_before = "fp32" not in precisions and _is_checked_export(fp32, folder_digest(model))
-        if not made_before:
+        steps = list(precisions)
+        if "fp32" not in precisions and not _is_checked_export(fp32, folder_digest(model)):
             fp32 = Path(temporary) / "fp32"
-        for precision in _fp32_first(precisions if made_before else ["fp32", *precisions]):
-            target = output_folder / precision if precision in precisions else fp32
-            settings.report(f"{label} {precision}: exporting")
-            with atomic_write(target) as part, _explain_missing_kernel(label, precision):
-                export_onnx(
-                    model,
-                    part,
-                    precision,
-                    fp32_artifact=None if precision == "fp32" else fp32,
-                    settings=settings,
-                    trust_remote_code=trust_remote_code,
-                )
-                parity = measure_parity(model, part, *([texts] if texts else []), trust_remote_code=trust_remote_code)
-                require_parity(parity, label)
-                fields = extra_manifest_fields(read_manifest(part))
-                extra = {"lineage": lineage} if lineage else {}
-                write_manifest(part, **fields, **extra, parity=parity.model_dump(mode="json"))
-            if precision == "fp32":
-                fp32 = target
+            steps.append("fp32")
+        for precision in _fp32_first(steps):
+            options.quantization.report(f"{label} {precision}: exporting")
+            target = fp32 if precision == "fp32" else output_folder / precision
+            parity = _write_variant(model, target, precision, fp32, options, label, lineage)
             if precision in precisions:
-                made[precision] = parity
-    return made
+                parities[precision] = parity
+    return parities
+
+
+def _write_variant(
+    model: Path,
+    target: Path,
+    precision: str,
+    fp32: Path,
+    options: ExportOptions,
+    label: str,
+    lineage: dict[str, Any] | None,
+) -> Parity:
+    """Write one variant to `target`, unless its results differ from PyTorch's. Returns its parity."""
+    with atomic_write(target) as part, _explain_missing_kernel(label, precision):
+        export_onnx(
+            model,
+            part,
+            precision,
+            fp32_artifact=None if precision == "fp32" else fp32,
+            settings=options.quantization,
+            trust_remote_code=options.trust_remote_code,
+        )
+        texts = options.texts or SAMPLE_TEXTS
+        parity = measure_parity(model, part, texts, trust_remote_code=options.trust_remote_code)
+        require_parity(parity, label)
+        fields = extra_manifest_fields(read_manifest(part))
+        if lineage:
+            fields["lineage"] = lineage
+        write_manifest(part, **fields, parity=parity.model_dump(mode="json"))
+    return parity
 
 
 @contextmanager
 def _explain_missing_kernel(label: str, precision: str) -> Iterator[None]:
-    """Raise BadInput where onnxruntime has no kernel for an operator of the graph just written."""
+    """Raise BadInput if onnxruntime has no kernel for an operator of the new graph."""
     try:
         yield
     except DamagedArtifact as error:
@@ -233,7 +229,10 @@ def _explain_missing_kernel(label: str, precision: str) -> Iterator[None]:
 
 
 def _is_checked_export(folder: Path, parent: str) -> bool:
-    """Whether `folder` holds a variant of the model with the digest `parent` that was held against it."""
+    """Return True if `folder` holds a variant of the model with digest `parent` that passed parity.
+
+    Raises DamagedArtifact if its files were changed.
+    """
     manifest = read_manifest(folder)
     if manifest.get("parent") != parent or "parity" not in manifest:
         return False
@@ -242,43 +241,61 @@ def _is_checked_export(folder: Path, parent: str) -> bool:
 
 
 def _has_same_settings(manifest: dict[str, Any], precision: str, settings: QuantizationSettings) -> bool:
-    """Whether a variant made before is what would be made now."""
-    asked = manifest.get("quantization", {}).get("asked", {"device": "cpu"})
-    return precision == "fp32" or asked == settings.requested_settings(precision)
+    """Return True if an existing variant was requested with the same settings."""
+    requested = manifest.get("quantization", {}).get("requested")
+    return precision == "fp32" or requested == PRECISIONS[precision].settings_for_manifest(settings)
 
 
-def require_parity(parity: Parity, label: str) -> None:
-    """Raise Refused, with the numbers, where a variant does not hold against PyTorch."""
-    if not parity.passed:
-        raise Refused(
-            f"{label} {parity.precision}: the ONNX graph does not give what PyTorch gives: over "
-            f"{parity.tokens} tokens, {'; '.join(parity_failures(parity))}",
-            fix="nothing was kept; this architecture is not exported faithfully",
-        )
+def _registered_variant(
+    store: Store, parent: Version, precision: str, settings: QuantizationSettings
+) -> Variant | None:
+    version = store.find_version(parent.name, kind="onnx", parent=parent.ref, precision=precision)
+    if version is None:
+        return None
+    parity = store.findings.parity(version)
+    if parity is None or not _has_same_settings(
+        read_manifest(store.artifacts.verified_folder(version)), precision, settings
+    ):
+        return None
+    return _variant_of_version(store, version, parity, new=False)
 
 
-def _size(folder: Path) -> int:
-    return sum((folder / name).stat().st_size for name in read_manifest(folder)["files"])
+def _register(store: Store, parent: Version, folder: Path, precision: str, parity: Parity) -> Variant:
+    """Register a variant with its parity. All its other fields are those of its parent."""
+    fields = parent.model_dump(include=set(NewVersion.model_fields))
+    fields |= {"kind": "onnx", "engine": "onnxruntime", "precision": precision, "parent": parent.ref}
+    version = store.register(NewVersion(**fields), folder)
+    store.findings.add_parity(version, parity)
+    return _variant_of_version(store, version, parity, new=True)
 
 
 def _variant_of_version(store: Store, version: Version, parity: Parity, new: bool) -> Variant:
-    folder = store.verified_folder(version)
-    quantization = read_manifest(folder).get("quantization")
+    manifest = read_manifest(store.artifacts.verified_folder(version))
     return Variant(
-        version.ref, str(version.parent), version.precision, version.digest, _size(folder), parity, new, quantization
+        version.ref,
+        str(version.parent),
+        version.precision,
+        version.digest,
+        _size(store.artifacts.verified_folder(version), manifest),
+        parity,
+        new,
+        manifest.get("quantization"),
     )
 
 
 def _variant_in_folder(folder: Path, model: Path, new: bool) -> Variant:
     manifest = read_manifest(folder)
-    parity = Parity.model_validate(manifest["parity"])
     return Variant(
         str(folder),
         str(model),
         manifest["precision"],
         manifest["digest"],
-        _size(folder),
-        parity,
+        _size(folder, manifest),
+        Parity.model_validate(manifest["parity"]),
         new,
         manifest.get("quantization"),
     )
+
+
+def _size(folder: Path, manifest: dict[str, Any]) -> int:
+    return sum((folder / name).stat().st_size for name in manifest["files"])

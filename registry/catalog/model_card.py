@@ -64,14 +64,14 @@ def model_card(store: Store, version: Version) -> str:
 
 
 def _gather_content(store: Store, version: Version) -> _CardContent:
-    verdicts = store.verdicts(version)
+    verdicts = store.findings.verdicts(version)
     no_card = None
     try:
-        cards = store.scorecards(version)
+        cards = store.findings.scorecards(version)
     except LimbeckError as error:  # a model is deployed without its scores, too
         cards, no_card = [], f"Its scorecards cannot be read: {escape_inline(error.message)}."
     try:
-        parameters, making = run_parameters(store, version), store.training_cost(version)
+        parameters, making = run_parameters(store, version), store.runs.training_cost(version)
     except NotFound:  # its run was deleted
         parameters, making = {}, None
     return _CardContent(
@@ -79,7 +79,7 @@ def _gather_content(store: Store, version: Version) -> _CardContent:
         cards[-1] if cards else None,
         no_card or "It has not been scored.",
         max(0, len(cards) - 1),
-        store.parity(version),
+        store.findings.parity(version),
         verdicts[-1] if verdicts else None,
         parameters,
         making,

@@ -124,7 +124,7 @@ def load_registered_version(version: Version, store: Store) -> ResolvedModel:
 
     An endpoint is not asked whether it is there.
     """
-    folder = store.verified_folder(version)
+    folder = store.artifacts.verified_folder(version)
     found = None
     if version.engine == "endpoint":
         said = _json(folder, ENDPOINT)
@@ -194,7 +194,7 @@ def _check_weights(folder: Path, weights: list[Path]) -> None:
 
 
 def _folder(text: str) -> Path:
-    """The folder that `text` names; the artifact's where that is a bundle (limbeck.export.bundle.bundle)."""
+    """The folder that `text` names; the artifact's where that is a bundle (limbeck.export.bundle.layout)."""
     folder = Path(text).expanduser()
     inner = folder / "model"
     return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder

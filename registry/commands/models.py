@@ -117,9 +117,9 @@ def show(ref: str, output_format: str) -> None:
 
     store = _store()
     version = store.get(ref)
-    cards = store.scorecards(version)
-    parity = store.parity(version)
-    verdicts = store.verdicts(version)
+    cards = store.findings.scorecards(version)
+    parity = store.findings.parity(version)
+    verdicts = store.findings.verdicts(version)
     files = _files(store, version)
     if output_format == "json":
         about: dict[str, Any] = {"scorecards": cards, "parity": parity, "verdicts": verdicts, "files": files}
@@ -190,7 +190,7 @@ def _step(node: LineageNode) -> tuple[str, str, str | None]:
 
 def _files(store: Store, version: Version) -> dict[str, int] | None:
     """Path -> bytes, of a version whose files are on this machine; None of others, which are not fetched for it."""
-    folder = store.find_local_folder(version)
+    folder = store.artifacts.find_local_folder(version)
     if folder is None:
         return None
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -53,7 +53,7 @@ def _print_verification(store: Store, version: Version, found: Sbom | None) -> N
 
     if found is None:
         raise BadInput(f"{version.ref} has no bill of materials", fix=f"limbeck models sbom {version.ref} --attest")
-    store.verified_folder(version)
+    store.artifacts.verified_folder(version)
     signer = bill.verify_sbom(found, version.digest, version.ref)
     print(f"{version.ref}: bill of materials {found.digest}, of these very files")
     if signer is not None:

@@ -1,8 +1,9 @@
-"""Where Limbeck keeps its state: `.limbeck/` under the current folder, or `LIMBECK_HOME`."""
+"""The folder of Limbeck's state: `.limbeck/` in the current folder, or `LIMBECK_HOME`; and how to write into it."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from uuid import uuid4
 
 
 def home() -> Path:
-    """The state folder, made if it is missing."""
+    """The state folder, created if it is missing."""
     folder = Path(os.environ.get("LIMBECK_HOME", ".limbeck")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -23,10 +24,10 @@ def tracking_uri() -> str:
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name only if the block ends well.
+    """Give a temporary path beside `target` that is renamed to `target` only if the block raises nothing.
 
-    Works for files and for folders; nothing half-written is ever seen under `target`.
-    An existing folder is replaced: it is moved aside first, so that it is never seen half deleted.
+    Works for files and folders; `target` is never half written.
+    An existing folder is replaced: it is moved aside first, so that `target` is never half deleted either.
     """
     import shutil
 
@@ -44,3 +45,14 @@ def atomic_write(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def machine_lock(name: str) -> Iterator[None]:
+    """Let one process of this machine at a time into the block: a file lock in `home()/locks`."""
+    from filelock import FileLock
+
+    path = home() / "locks" / (re.sub(r"[^A-Za-z0-9_.-]", "_", name) + ".lock")
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path):
+        yield

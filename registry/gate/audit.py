@@ -16,9 +16,9 @@ from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
 from limbeck.registry.ledger.lock import alias_lock
 from limbeck.registry.mlflow import identity
-from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.listing import list_versions
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.provenance.attestation import SBOM_TAG_PREFIX
 from limbeck.registry.records import Approval, LedgerEntry, Verdict
 
@@ -50,7 +50,7 @@ def adopt_problems(store: Store, name: str, *, who: str | None = None, reason: s
         raise BadInput("what is adopted needs a reason", fix="give one: --reason ...")
     who = who or identity.current_user(store.tracking_uri)
     log.read_ledger(store, name)  # no lock for a name that is not there
-    with alias_lock(store, name):
+    with alias_lock(name):
         log.finish_pending_moves(store, name, who=who)
         book = audit_ledger(store, name)
         told = book.problems()

@@ -52,12 +52,12 @@ def gather_evidence_for_versions(
     def evidence(version: Version) -> Evidence:
         known = tags[version.ref]
         teacher_digest = digests[version.teacher] if version.teacher else None
-        card = best_scorecard(policy, version, store.scorecards(version, known), teacher_digest)
+        card = best_scorecard(policy, version, store.findings.scorecards(version, known), teacher_digest)
         asked = approvals.approval_state_from_tags(version, known, entries, alias) if policy.approvals.needed else None
         return Evidence(
             version,
             card,
-            store.parity(version, known),
+            store.findings.parity(version, known),
             teacher_digest=teacher_digest,
             parent_digest=digests[version.parent] if version.parent and version.kind == "onnx" else None,
             alias=alias,
@@ -65,7 +65,7 @@ def gather_evidence_for_versions(
             approvals=asked.answers if asked else (),
             ignored_records=asked.ignored_records if asked else (),
             lineage_licences=tuple(licences.lineage_licences(store, version)) if _needs_licences(policy) else (),
-            load_documents=partial(store.documents, version, card) if card else None,
+            load_documents=partial(store.findings.documents, version, card) if card else None,
         )
 
     return [evidence(version) for version in versions]

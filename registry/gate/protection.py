@@ -107,7 +107,7 @@ def protect(
     log.check_alias(alias)
     who = who or identity.current_user(store.tracking_uri)
     log.read_ledger(store, name)  # no lock for a name that is not there
-    with alias_lock(store, name):
+    with alias_lock(name):
         book = log.finish_pending_moves(store, name, who=who)
         holds = stored.protection_entry(book.entries, alias)
         if policy is None and holds is None:

@@ -1,4 +1,4 @@
-"""Alias moves take turns: one process of this machine at a time, and again where another machine came first."""
+"""The lock of an alias move: one process of this machine at a time, and again if another machine was faster."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from limbeck.registry.core.home import machine_lock
 from limbeck.registry.ledger import log
-from limbeck.registry.mlflow.store import Store
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # of a move while other machines come first
+ATTEMPTS = 5  # of a move while other machines are faster
 
 
 @contextmanager
-def alias_lock(store: Store, name: str) -> Iterator[None]:
-    """Hold the lock of a model's aliases on this machine: moves, their audit and protection take turns."""
-    with store.lock(f"promote-{name}"):
+def alias_lock(name: str) -> Iterator[None]:
+    """Hold the lock of a model's aliases on this machine: moves, audits and changes of protection take turns."""
+    with machine_lock(f"promote-{name}"):
         yield
 
 
-def with_alias_lock(store: Store, name: str, move: Callable[[], T]) -> T:
+def with_alias_lock(name: str, move: Callable[[], T]) -> T:
     """Run `move` under the lock, and again if another machine wrote to the ledger meanwhile. Returns its result.
 
-    Raises log.Overtaken if other machines come first ATTEMPTS times.
+    Raises log.ConcurrentMove if other machines are faster ATTEMPTS times.
     """
-    with alias_lock(store, name):
-        for attempt in range(ATTEMPTS):
+    with alias_lock(name):
+        for _ in range(ATTEMPTS - 1):
             try:
                 return move()
-            except log.ConcurrentMove:  # the move has to look at everything again
-                if attempt == ATTEMPTS - 1:
-                    raise
+            except log.ConcurrentMove:  # `move` has to read everything again
                 time.sleep(random.uniform(0.05, 0.5))
-    raise AssertionError("unreachable")
+        return move()

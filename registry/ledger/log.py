@@ -190,7 +190,7 @@ def finish_pending_moves(store: Store, name: str, *, who: str) -> Ledger:
             continue
         if entry.to_version is not None and book.aliases.get(alias) != entry.to_version:
             try:
-                store.verified_folder(store.get(f"{name}/{entry.to_version}"))
+                store.artifacts.verified_folder(store.get(f"{name}/{entry.to_version}"))
             except (DamagedArtifact, BadInput) as error:
                 entry = _append_reversal(store, book, entry, who, error.message)
         apply_or_revert(store, entry, who=who)

@@ -1,7 +1,7 @@
-"""The versions of models with their tags, all at once: a list of 10,000 needs neither a query for each nor MLflow.
+"""All versions with their tags in one query: a list of 10,000 versions needs neither a query for each nor MLflow.
 
-A SQLite store is read directly, since importing MLflow takes longer than reading 10,000 versions: read only, and
-only where the database has the very schema that the query is written for. Any other store is asked through MLflow.
+A SQLite store is read directly, since importing MLflow takes longer than reading 10,000 versions: read-only, and only
+if the database has the exact schema that the queries are written for. Any other store is read through MLflow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from limbeck.registry.mlflow.client import NotFound, RetryingMlflowClient, sqlite_file
 from limbeck.registry.mlflow.filters import Condition, to_filter_string
+from limbeck.registry.mlflow.layout import EXPERIMENT
+from limbeck.registry.mlflow.versions import MODEL_ID_TAG
 
-SCHEMA = "dc11669786a5"  # as MLflow 3.17 marks its database (alembic)
+SCHEMA = "dc11669786a5"  # the alembic revision of MLflow 3.17's database
 VERSIONS = """
 SELECT v.name, v.version, v.source, v.creation_time, v.run_id, json_group_object(t.key, t.value)
 FROM model_versions v JOIN model_version_tags t USING (workspace, name, version)
@@ -30,8 +30,6 @@ METRIC = """
 SELECT m.model_id, m.metric_value FROM logged_model_metrics m JOIN logged_models l USING (model_id)
 WHERE m.metric_name = :metric AND l.lifecycle_stage != 'deleted' ORDER BY m.metric_timestamp_ms, m.metric_step
 """
-MODEL_ID = "limbeck.model_id"  # the tag that names a version's LoggedModel, which has its metrics
-EXPERIMENT = "limbeck"  # of the LoggedModels
 ALIASES = "SELECT name, version, alias FROM registered_model_aliases WHERE workspace = 'default' ORDER BY alias"
 
 
@@ -45,7 +43,7 @@ class ListedVersion(NamedTuple):
     run_id: str | None
     tags: dict[str, str]
     aliases: tuple[str, ...]  # sorted
-    metrics: dict[str, float] = {}  # those that were asked for: the newest value of each
+    metrics: dict[str, float] = {}  # the newest value of each metric that was asked for
 
 
 def list_versions(
@@ -58,94 +56,87 @@ def list_versions(
     """The versions that have tags, of `name` or of all models, by name and oldest first.
 
     Args:
-        conditions: that all hold of them.
-        metrics: to give besides those that the conditions are about.
+        conditions: all of them hold for each version returned.
+        metrics: to return besides those that the conditions are about.
     """
     wanted = {*metrics, *(condition.key for condition in conditions if condition.kind == "metric")}
     file = sqlite_file(tracking_uri)
-    found = _from_sqlite(file, name, wanted) if file else None
+    found = list_from_sqlite(file, name, wanted) if file else None
     if found is None:
-        found = _from_mlflow(client, name, conditions, wanted)
+        found = list_from_mlflow(client, name, conditions, wanted)
     return [each for each in found if all(condition.matches(each) for condition in conditions)]
 
 
-def _from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> list[ListedVersion] | None:
-    """All versions; None where the database is not one of SCHEMA."""
+def list_from_sqlite(file: Path, name: str | None, metrics: Iterable[str] = ()) -> list[ListedVersion] | None:
+    """All versions; None if the database does not have SCHEMA."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as database:
-            database.execute("BEGIN")  # one state of it
+            database.execute("BEGIN")  # all queries see one state
             if database.execute("SELECT version_num FROM alembic_version").fetchall() != [(SCHEMA,)]:
                 return None
-            aliases = defaultdict(list)
+            aliases: dict[tuple[str, int], list[str]] = defaultdict(list)
             for model, version, alias in database.execute(ALIASES):
                 aliases[model, version].append(alias)
             values = {metric: dict(database.execute(METRIC, {"metric": metric})) for metric in metrics}
-            rows = database.execute(VERSIONS, {"name": name})
             return [
-                _with_metrics(
-                    ListedVersion(
-                        model,
-                        version,
-                        source,
-                        created,
-                        run_id or None,
-                        json.loads(tags),
-                        tuple(aliases[model, version]),
-                    ),
-                    values,
-                )
-                for model, version, source, created, run_id, tags in rows
+                _with_metrics(_from_row(row, aliases), values) for row in database.execute(VERSIONS, {"name": name})
             ]
-    except sqlite3.Error:  # MLflow finds the words
+    except sqlite3.Error:  # MLflow explains it
         return None
 
 
-def _from_mlflow(
+def _from_row(row: tuple[Any, ...], aliases: Mapping[tuple[str, int], Sequence[str]]) -> ListedVersion:
+    """A row of VERSIONS."""
+    name, version, source, created, run_id, tags = row
+    own_aliases = tuple(aliases[name, version])
+    return ListedVersion(name, version, source, created, run_id or None, json.loads(tags), own_aliases)
+
+
+def list_from_mlflow(
     client: RetryingMlflowClient, name: str | None, conditions: Sequence[Condition] = (), metrics: Iterable[str] = ()
 ) -> list[ListedVersion]:
-    """As MLflow finds them: those of which the conditions hold, and others where it cannot be asked for that."""
-    asked = [condition for condition in conditions if condition.is_expressible]
-    own = [Condition("attribute", "name", "=", name)] if name else []
-    versions = [
-        version
-        for version in _pages(
-            client.search_model_versions,
-            to_filter_string([*own, *(condition for condition in asked if condition.kind != "metric")]),
-            order_by=["name ASC", "version_number ASC"],
-        )
-        if version.tags
-    ]
-    values = _metrics(client, [condition for condition in asked if condition.kind == "metric"], metrics)
-    # MLflow's search leaves the aliases out.
+    """The versions that MLflow finds. It checks those conditions only that its language can express."""
+    expressible = [condition for condition in conditions if condition.is_expressible]
+    of_name = [Condition("attribute", "name", "=", name)] if name else []
+    of_version = [condition for condition in expressible if condition.kind != "metric"]
+    found = _pages(
+        client.search_model_versions,
+        to_filter_string([*of_name, *of_version]),
+        order_by=["name ASC", "version_number ASC"],
+    )
+    versions = [version for version in found if version.tags]
+    values = _metric_values(client, [condition for condition in expressible if condition.kind == "metric"], metrics)
+    # MLflow's search returns no aliases.
     aliases = {model: read_aliases(client, model) for model in {version.name for version in versions}}
-    return [
-        _with_metrics(
-            ListedVersion(
-                v.name,
-                int(v.version),
-                v.source,
-                v.creation_timestamp,
-                v.run_id or None,
-                dict(v.tags),
-                tuple(sorted(alias for alias, number in aliases[v.name].items() if number == int(v.version))),
-            ),
-            values,
-        )
-        for v in versions
-    ]
+    return [_with_metrics(_from_mlflow(version, aliases[version.name]), values) for version in versions]
 
 
-def _metrics(
+def _from_mlflow(found: Any, aliases: Mapping[str, int]) -> ListedVersion:
+    """A model version of MLflow, given the aliases of its model."""
+    number = int(found.version)
+    own_aliases = tuple(sorted(alias for alias, target in aliases.items() if target == number))
+    return ListedVersion(
+        found.name,
+        number,
+        found.source,
+        found.creation_timestamp,
+        found.run_id or None,
+        dict(found.tags),
+        own_aliases,
+    )
+
+
+def _metric_values(
     client: RetryingMlflowClient, conditions: Sequence[Condition], metrics: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """Metric -> the id of a LoggedModel -> its newest value; of LoggedModels of which the conditions once held."""
+    """Metric -> id of a LoggedModel -> its newest value; only of LoggedModels for which MLflow finds the conditions."""
     values: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
     experiment = client.get_experiment_by_name(EXPERIMENT) if values else None
     if experiment is None:
         return values
 
-    def search(asked: str, **page: Any) -> Any:
-        return client.search_logged_models([experiment.experiment_id], asked, **page)
+    def search(filter_string: str, **page: Any) -> Any:
+        return client.search_logged_models([experiment.experiment_id], filter_string, **page)
 
     for model in _pages(search, to_filter_string(conditions)):
         for metric in sorted(model.metrics or (), key=lambda metric: (metric.timestamp, metric.step)):
@@ -155,7 +146,7 @@ def _metrics(
 
 
 def _pages(search: Callable[..., Any], filter_string: str, **options: Any) -> Iterator[Any]:
-    """All that a search of MLflow's finds."""
+    """All results of a paged search of MLflow."""
     token = None
     while True:
         page = search(filter_string, max_results=1000, page_token=token, **options)
@@ -166,27 +157,17 @@ def _pages(search: Callable[..., Any], filter_string: str, **options: Any) -> It
 
 
 def _with_metrics(version: ListedVersion, values: Mapping[str, Mapping[str, float]]) -> ListedVersion:
-    """The version with its own of the values."""
+    """The version with its own metrics."""
     if not values:
         return version
-    model = version.tags.get(MODEL_ID, "")
-    return version._replace(metrics={metric: of[model] for metric, of in values.items() if model in of})
+    model = version.tags.get(MODEL_ID_TAG, "")
+    return version._replace(metrics={name: by_model[model] for name, by_model in values.items() if model in by_model})
 
 
 def read_aliases(client: RetryingMlflowClient, name: str) -> dict[str, int]:
-    """Alias -> version number, of a registered model; empty where there is no such model."""
+    """Alias -> version number of a registered model; empty if there is no such model."""
     try:
         aliases = client.get_registered_model(name).aliases
     except NotFound:
         return {}
     return {alias: int(number) for alias, number in aliases.items()}
-
-
-def describe_read_error(error: Exception) -> str:
-    """Why the tags or the date of a version cannot be read, in words."""
-    if not isinstance(error, ValidationError):
-        return f"its date is none ({error})"
-    problems = error.errors(include_url=False, include_context=False)
-    return "; ".join(
-        f"{'.'.join(map(str, each['loc']))}: {each['msg']}, not {each['input']!r:.60}" for each in problems
-    )

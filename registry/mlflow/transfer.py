@@ -1,7 +1,7 @@
-"""Files on their way to a tracking server and back: told as they go, and gone on with where they were stopped.
+"""Uploads and downloads of whole folders, with progress; an upload that was killed resumes.
 
-What a killed upload has brought stays with its LoggedModel, which nobody sees: a version of it comes last. The same
-registration finds that LoggedModel again and sends what is missing.
+The files of a killed upload stay with its LoggedModel, which no list of versions shows. Registering the same version
+again finds that LoggedModel and sends only the files that are missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,30 +17,29 @@ from typing import Any, NamedTuple
 
 from limbeck.registry.core.terminal import format_bytes, print_status
 from limbeck.registry.mlflow.client import NotFound, RetryingMlflowClient
+from limbeck.registry.mlflow.layout import DIGEST_TAG, EXPERIMENT
+from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.records import Version
 
-LARGE = 50_000_000  # bytes that are told of where there is no progress bar
-SAME_UPLOAD_FIELDS = (
-    "name",
-    "digest",
-    "parent",
-    "recipe",
-    "recipe_digest",
-)  # of a version: what makes it the same upload
-ABANDONED_AFTER = timedelta(days=1)  # an upload that nobody goes on with
+LARGE = 50_000_000  # bytes; a larger transfer prints a line if there is no progress bar
+NAME_TAG = TAG_PREFIX + "name"  # of a LoggedModel: the registered model
+# The fields of a version that make an upload the same one.
+SAME_UPLOAD_TAGS = tuple(TAG_PREFIX + field for field in ("name", "digest", "parent", "recipe", "recipe_digest"))
+ABANDONED_AFTER = timedelta(days=1)
+PROGRESS_SECONDS = 0.3
 
 
 def begin_upload(client: RetryingMlflowClient, experiment: str, version: Version, tags: Mapping[str, str]) -> Any:
-    """The LoggedModel that a version's files go to: one that was begun for the very same version, else a new one.
+    """The LoggedModel that a version's files go to: that of an unfinished upload of the same version, else a new one.
 
     Args:
-        experiment: the id of the experiment that it is in.
-        tags: `limbeck.*` of the version to be.
+        experiment: the id of its experiment.
+        tags: `limbeck.*` of the future version.
     """
-    tags = {**tags, "limbeck.name": version.name}
-    same = {key: tags.get(key) for key in (f"limbeck.{field}" for field in SAME_UPLOAD_FIELDS)}
-    asked = f"tags.`limbeck.digest` = '{version.digest}' AND tags.`limbeck.name` = '{version.name}'"
-    for found in client.search_logged_models(experiment_ids=[experiment], filter_string=asked):
+    tags = {**tags, NAME_TAG: version.name}
+    same = {key: tags.get(key) for key in SAME_UPLOAD_TAGS}
+    filter_string = f"tags.`{DIGEST_TAG}` = '{version.digest}' AND tags.`{NAME_TAG}` = '{version.name}'"
+    for found in client.search_logged_models(experiment_ids=[experiment], filter_string=filter_string):
         if {key: found.tags.get(key) for key in same} == same:
             return found
     return client.create_logged_model(
@@ -53,41 +52,41 @@ def begin_upload(client: RetryingMlflowClient, experiment: str, version: Version
 
 
 def upload_folder(client: RetryingMlflowClient, folder: Path, uri: str, label: str, *, resend_all: bool = False) -> int:
-    """Bring the files of a folder to an artifact URI, less those that are there in their size.
+    """Upload the files of a folder to an artifact URI, except those that are there with the same size.
 
     Args:
-        label: that the files are of, for the user.
-        resend_all: all of them, whatever is there.
+        label: whose files they are, for the user.
+        resend_all: upload all files.
 
     Returns:
-        The number of files that were sent.
+        The number of files uploaded.
     """
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    there = {} if resend_all else client.file_sizes(uri)
-    missing = {name: path for name, path in files.items() if there.get(name) != path.stat().st_size}
+    stored = {} if resend_all else client.file_sizes(uri)
+    missing = {name: path for name, path in files.items() if stored.get(name) != path.stat().st_size}
     sizes = {name: path.stat().st_size for name, path in missing.items()}
     if len(missing) < len(files):
         print_status(f"{label}: {len(files) - len(missing)} of {len(files)} files are there already")
     sent = 0
-    reading: list[Path] = []
-    with transfer_progress(f"sending {label}", sum(sizes.values()), lambda: sent + sum(map(_bytes_read, reading))):
+    current: list[Path] = []
+    with transfer_progress(f"sending {label}", sum(sizes.values()), lambda: sent + sum(map(_bytes_read, current))):
         for name, path in missing.items():
-            reading[:] = [path]
+            current[:] = [path]
             client.upload_file(path, uri, os.path.dirname(name) or None)
-            reading.clear()
+            current.clear()
             sent += sizes[name]
     return len(missing)
 
 
 def download_folder(client: RetryingMlflowClient, uri: str, folder: Path, label: str) -> Path:
-    """Fetch the files below an artifact URI into the folder `folder`. Returns where they lie."""
+    """Download the files below an artifact URI into the folder `folder`. Returns the folder they are in."""
     size = sum(client.file_sizes(uri).values())
     with transfer_progress(label, size, lambda: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())):
         return client.download(uri, folder)
 
 
 class UnfinishedUpload(NamedTuple):
-    """An upload that was begun and never became a version."""
+    """An upload that never became a version."""
 
     model_id: str
     uri: str
@@ -96,60 +95,63 @@ class UnfinishedUpload(NamedTuple):
     size: int  # bytes
 
 
-def unfinished_uploads(
-    client: RetryingMlflowClient, experiments: list[str], registered: set[str]
-) -> list[UnfinishedUpload]:
-    """The uploads that nobody went on with for a day, oldest first.
+def unfinished_uploads(client: RetryingMlflowClient, registered: Set[str]) -> list[UnfinishedUpload]:
+    """The uploads that no command resumed for a day, oldest first.
 
     Args:
-        experiments: ids of those to look in.
         registered: the ids of the LoggedModels that are versions.
     """
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return []
     found: list[Any] = []
     token = None
-    while experiments:
-        page = client.search_logged_models(experiment_ids=experiments, page_token=token)
-        found += [m for m in page if "limbeck.digest" in m.tags and m.model_id not in registered]
+    while True:
+        page = client.search_logged_models(experiment_ids=[experiment.experiment_id], page_token=token)
+        found += [model for model in page if DIGEST_TAG in model.tags and model.model_id not in registered]
         token = page.token
         if not token:
             break
-    late = [m for m in found if _when(m.last_updated_timestamp) < datetime.now(UTC) - ABANDONED_AFTER]
-    return sorted(
-        (
-            UnfinishedUpload(
-                m.model_id,
-                m.artifact_location,
-                m.tags.get("limbeck.name", m.name),
-                _when(m.creation_timestamp),
-                sum(client.file_sizes(m.artifact_location).values()),
-            )
-            for m in late
-        ),
-        key=lambda each: each.started_at,
-    )
+    last_moment = datetime.now(UTC) - ABANDONED_AFTER
+    abandoned = [model for model in found if _to_datetime(model.last_updated_timestamp) < last_moment]
+    uploads = [
+        UnfinishedUpload(
+            model.model_id,
+            model.artifact_location,
+            model.tags.get(NAME_TAG, model.name),
+            _to_datetime(model.creation_timestamp),
+            sum(client.file_sizes(model.artifact_location).values()),
+        )
+        for model in abandoned
+    ]
+    return sorted(uploads, key=lambda upload: upload.started_at)
 
 
 def discard_upload(client: RetryingMlflowClient, model_id: str, uri: str) -> None:
-    """Take away a LoggedModel that became no version, and its files.
+    """Delete a LoggedModel that became no version, and its files.
 
-    Raises Forbidden where a server does not let this user delete.
+    Raises Forbidden if a server does not let this user delete.
     """
     folder = uri.removesuffix("/artifacts")
     if folder.endswith(f"/{model_id}"):
         with suppress(FileNotFoundError, NotFound):
-            client.delete_files(folder)  # first, as it may be the disk that is full
+            client.delete_files(folder)  # before MLflow writes anything, as the disk may be full
     client.delete_logged_model(model_id)
 
 
-def _when(milliseconds: int) -> datetime:
+def _to_datetime(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 @contextmanager
 def transfer_progress(label: str, size: int, bytes_done: Callable[[], int]) -> Iterator[None]:
-    """A progress bar of bytes with rate and time left, of what `bytes_done` says, while the block runs.
+    """Show a progress bar of bytes with rate and time left while the block runs.
 
-    Where there is no terminal, what is large is told in one line.
+    Without a terminal, a large transfer prints one line instead.
+
+    Args:
+        size: bytes in total.
+        bytes_done: returns the bytes so far; called every 0.3 s.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -166,7 +168,7 @@ def transfer_progress(label: str, size: int, bytes_done: Callable[[], int]) -> I
         task = bar.add_task(label, total=size)
 
         def watch() -> None:
-            while not over.wait(0.3):
+            while not over.wait(PROGRESS_SECONDS):
                 with suppress(OSError):
                     bar.update(task, completed=bytes_done())
 
@@ -180,7 +182,7 @@ def transfer_progress(label: str, size: int, bytes_done: Callable[[], int]) -> I
 
 
 def _bytes_read(path: Path) -> int:
-    """How many bytes of a file this process has read: MLflow does not tell. 0 where the system does not say."""
+    """The bytes that this process has read of an open file; MLflow does not report them. 0 if Linux does not either."""
     with suppress(OSError):
         for number in os.listdir("/proc/self/fd"):
             with suppress(OSError, ValueError):

@@ -14,8 +14,8 @@ from limbeck.registry.core.digest import text_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.signing import Signature
 from limbeck.registry.ledger import log
-from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.provenance import cyclonedx
 from limbeck.registry.provenance.sbom import Sbom, check_sbom_subject
 from limbeck.registry.records import Version
@@ -58,7 +58,7 @@ def sign_sbom(store: Store, version: Version, sbom: Sbom) -> Sbom:
 
     Raises DamagedArtifact where the bill is not of the version's very files.
     """
-    store.verified_folder(version)
+    store.artifacts.verified_folder(version)
     check_sbom_subject(sbom, version.digest, version.ref)
     signature = signing.sign(sbom.signed_bytes)
     if signature is None:

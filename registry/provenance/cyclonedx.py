@@ -17,8 +17,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 from limbeck.registry.core.digest import artifact_digest, file_digests, json_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
-from limbeck.registry.mlflow.findings import TAG_PREFIX
 from limbeck.registry.mlflow.store import Store
+from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Scorecard, Verdict, Version
 
@@ -39,12 +39,14 @@ SPDX = {
 
 def cyclonedx_document(store: Store, version: Version) -> Json:
     """What went into a version, whose files are verified first. Raises DamagedArtifact."""
-    folder = store.verified_folder(version)
+    folder = store.artifacts.verified_folder(version)
     manifest = read_manifest(folder)
     files = manifest.get("files") or file_digests(folder)
     if artifact_digest(files) != version.digest:
         raise DamagedArtifact(version.ref, ["its manifest lists other files"])
-    verdict = next((each for each in reversed(store.verdicts(version)) if each.artifact == version.digest), None)
+    verdict = next(
+        (each for each in reversed(store.findings.verdicts(version)) if each.artifact == version.digest), None
+    )
     card = _card(store, version, verdict)
     components, uses = _components(store, version, manifest)
     main = components.pop(_ref(version)) | {
@@ -73,7 +75,7 @@ def cyclonedx_document(store: Store, version: Version) -> Json:
 
 def _card(store: Store, version: Version, verdict: Verdict | None) -> Scorecard | None:
     """The scorecard that the verdict judged by, else the newest."""
-    cards = [card for card in store.scorecards(version) if card.artifact == version.digest]
+    cards = [card for card in store.findings.scorecards(version) if card.artifact == version.digest]
     judged = [card for card in cards if verdict and card.digest() == verdict.scorecard]
     return next(reversed(judged or cards), None)
 

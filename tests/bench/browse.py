@@ -103,7 +103,7 @@ def make(count: int, models: int = MODELS) -> None:
             ),
             folder,
         )
-        store.add_scorecard(first, scorecard(first.ref, first.digest, dice), documents)
+        store.findings.add_scorecard(first, scorecard(first.ref, first.digest, dice), documents)
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
         copy(database, count, models, dice)
 

@@ -98,7 +98,7 @@ def make(count: int) -> None:
     first = store.register(
         NewVersion(name=NAME, kind="teacher", params=1000, data_digest="d" * 64, licence="MIT"), folder
     )
-    store.add_scorecard(first, scorecard(first.ref, first.digest, dice, teacher=True), documents)
+    store.findings.add_scorecard(first, scorecard(first.ref, first.digest, dice, teacher=True), documents)
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
         copy(database, first, count, dice)
 

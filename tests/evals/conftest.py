@@ -102,7 +102,7 @@ def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
         version = store.register(NewVersion(name="m", **{"kind": "onnx", "engine": "onnxruntime", **fields}), folder)
         for retention, usd, changes in cards:
-            store.add_scorecard(version, make_card(version.digest, retention, usd, **changes), documents)
+            store.findings.add_scorecard(version, make_card(version.digest, retention, usd, **changes), documents)
         return version
 
     return run

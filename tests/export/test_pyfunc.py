@@ -62,7 +62,7 @@ def test_it_completes_a_column_of_prompts(model: Any, runtime: Runtime) -> None:
     assert list(told.index) == [5, 3, 9]
     many = PROMPTS * BATCH_ROWS
     assert list(model.predict({"prompt": many}, params={"max_new_tokens": 8})["text"]) == wanted * BATCH_ROWS
-    with pytest.raises(BadInput, match="row 1 of the column prompt is no text but nan"):
+    with pytest.raises(BadInput, match="row 1 of the column prompt is not a text: nan"):
         model.predict(pd.DataFrame({"prompt": ["x", float("nan")]}))
     ends = wanted[0][3]
     cut = model.predict({"prompt": PROMPTS[:1]}, params={"max_new_tokens": 8, "stop": ["never", ends]})
@@ -95,13 +95,13 @@ def test_its_signature_tells_what_can_be_set(model: Any) -> None:
 
 
 def test_mlflow_leaves_the_version_as_it_was(model: Any, version: Version, store: Store) -> None:
-    assert folder_digest(store.verified_folder(version)) == version.digest
+    assert folder_digest(store.artifacts.verified_folder(version)) == version.digest
 
 
 def test_a_damaged_version_is_not_loaded(version: Version, store: Store) -> None:
     import mlflow
 
-    folder = store.verified_folder(version)
+    folder = store.artifacts.verified_folder(version)
     with open(folder / "MLmodel", "a") as file:
         file.write("# more\n")
     with pytest.raises(DamagedArtifact, match="MLmodel has sha256"):

@@ -75,7 +75,7 @@ class Still:
     def score(self, version: Version, **changes: Any) -> Scorecard:
         """Give a version a scorecard against its teacher."""
         card = _card(version.digest, model=version.ref, teacher_digest=self.teacher.digest, **changes)
-        self.store.add_scorecard(version, card, self.documents)
+        self.store.findings.add_scorecard(version, card, self.documents)
         return card
 
 
@@ -140,7 +140,7 @@ def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) 
             ),
             make_folder(precision, onnx=True),
         )
-        store.add_parity(variants[precision], _parity(reference=student.digest, precision=precision))
+        store.findings.add_parity(variants[precision], _parity(reference=student.digest, precision=precision))
     return Still(store, teacher, student, variants, documents)
 
 

@@ -200,7 +200,7 @@ def test_what_is_no_file(
 ) -> None:
     monkeypatch.chdir(folder)
     harm(folder)
-    for refuse in (folder_digest, verify_files, partial(still.store.register, "odd", kind="student")):
+    for refuse in (folder_digest, verify_files, partial(still.store.register, NewVersion(name="odd", kind="student"))):
         with pytest.raises(DamagedArtifact, match=words):
             refuse(folder)
     assert still.store.versions("odd") == []
@@ -326,7 +326,7 @@ def test_a_source_elsewhere(still: Still, source: str, limbeck: Callable[..., Re
     """Not even read: below / are files without an end."""
     tamper("UPDATE model_versions SET source = ? WHERE version = 3", source)
     version = still.store.get("still/3")
-    with pytest.raises(DamagedArtifact, match="where Limbeck keeps none"):
+    with pytest.raises(DamagedArtifact, match="which is not a folder that Limbeck writes"):
         still.store.artifacts.verified_folder(version)
     assert still.store.artifacts.find_local_folder(version) is None
     code, _, err = limbeck("promote", "still/3", "--alias", "staging")

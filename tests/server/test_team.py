@@ -113,7 +113,7 @@ def test_files_go_to_s3_itself(
     folder = make_folder("straight")
     version = Store().register(NewVersion(name="straight", kind="student"), folder)
     assert version.source.startswith("s3://")
-    assert folder_digest(Store().verified_folder(version)) == version.digest == folder_digest(folder)
+    assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest == folder_digest(folder)
 
 
 def test_a_server_that_starts_again_in_the_middle(
@@ -138,4 +138,4 @@ def test_a_server_that_starts_again_in_the_middle(
         version = Store().register(NewVersion(name="patient", kind="student"), folder)
         thread.join()
         assert sorted(proxy.puts) == sorted(p.name for p in folder.iterdir())  # each of them once
-        assert folder_digest(Store().verified_folder(version)) == version.digest
+        assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest

@@ -1,4 +1,4 @@
-"""What the gate says of a version and an alias, for the pages that change something. Nothing is written."""
+"""What the gate says about a version and an alias, for the pages that change something. Writes nothing."""
 
 from __future__ import annotations
 
@@ -17,57 +17,64 @@ from limbeck.registry.records import LedgerEntry, Verdict, Version
 from limbeck.web.site import Site
 
 PRODUCTION = "production"
-MAX_CANDIDATES = 30  # candidates that are judged for one page
+MAX_CANDIDATES = 30  # judged for one page
 
 
 @dataclass(frozen=True)
 class AliasGate:
-    """An alias of a model: where it is, what judges for it, who stands before it."""
+    """An alias of a model: its ledger, its policy and the current user."""
 
     name: str
     alias: str
-    user: str  # as whom anything is done here
+    user: str  # who runs this server: the author of every change
     ledger: Ledger
-    policy: Policy | None  # None: nothing judges, so nothing passes
-    is_protected: bool  # by the policy
-    problem: str | None  # why nothing can move
+    policy: Policy | None  # None: no policy, so nothing can be promoted
+    is_protected: bool  # whether the policy protects the alias; False: it is the server's policy
+    problem: str | None  # why the alias cannot move
 
     @property
     def current_version(self) -> int | None:
-        """The version that the alias points at."""
+        """The version that the alias points at; None if it is not set."""
         return self.ledger.aliases.get(self.alias)
 
     @property
     def fallback_policy(self) -> Policy | None:
-        """The policy to hand to `limbeck.registry.gate.promotion.promote`: None where the alias has one of its own."""
+        """The policy for `limbeck.registry.gate.promotion.promote`: None if a policy protects the alias."""
         return None if self.is_protected else self.policy
 
     @property
     def last_entry_hash(self) -> str:
-        """Hash of the last entry about the alias; "" where there is none."""
+        """Hash of the last ledger entry about the alias; "" if there is none."""
         last = self.ledger.last_move(self.alias)
         return last.hash if last else ""
 
 
 def read_alias_gate(site: Site, name: str, alias: str) -> AliasGate:
-    """Raises BadInput: no such model, an alias that cannot be used."""
+    """Read the state of an alias. Raises BadInput for an unknown model or an invalid alias."""
     log.check_alias(alias)
-    book = log.read_ledger(site.store, name)
-    problems = book.problems(alias)
-    policy, protected = site.policy, False
+    ledger = log.read_ledger(site.store, name)
+    problems = ledger.problems(alias)
+    protecting_policy = None
+    policy = site.policy
     try:
-        own = protection.protecting_policy_in(book, alias)
-        policy, protected = own or site.policy, own is not None
+        protecting_policy = protection.protecting_policy_in(ledger, alias)
+        policy = protecting_policy or site.policy
     except Refused as refused:
         policy = None
         problems = [refused.message, *problems]
     return AliasGate(
-        name, alias, current_user(site.store.tracking_uri), book, policy, protected, "\n".join(problems) or None
+        name=name,
+        alias=alias,
+        user=current_user(site.store.tracking_uri),
+        ledger=ledger,
+        policy=policy,
+        is_protected=protecting_policy is not None,
+        problem="\n".join(problems) or None,
     )
 
 
 def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Candidate | None:
-    """A version with its verdict as of now; None where nothing judges."""
+    """A version with its current verdict; None if there is no policy."""
     if alias_gate.policy is None:
         return None
     evidence = gather_evidence(site.store, version, alias_gate.policy, alias_gate.alias)
@@ -75,7 +82,7 @@ def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Cand
 
 
 def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candidate], int]:
-    """The cheapest MOST of the scored ONNX variants, judged, cheapest first; and how many were not judged."""
+    """The MAX_CANDIDATES cheapest scored ONNX variants with their verdicts, and how many variants were not judged."""
     variants = [found for found in site.store.versions_with_findings(alias_gate.name) if found.version.kind == "onnx"]
     price = {
         found.version: min(card.cost.usd_per_million_tokens if card.cost else float("inf") for card in found.scorecards)
@@ -88,12 +95,12 @@ def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candida
 
 
 def approval_state(site: Site, alias_gate: AliasGate, version: Version) -> approvals.ApprovalState:
-    """What was asked and answered about the version and the alias."""
+    """The request for the version and the alias, with its answers."""
     return approvals.load_approval_state(site.store, version, alias_gate.alias)
 
 
 def answer_obstacle(alias_gate: AliasGate, approval: approvals.ApprovalState) -> str | None:
-    """Why an answer of whoever runs this would not count; None where it would, or nothing is asked."""
+    """Why an answer of the current user would not count; None if it would, or if there is no request."""
     return (
         approvals.ineligibility_reason(approval.version, approval.request, alias_gate.policy, alias_gate.user)
         if approval.request
@@ -102,28 +109,34 @@ def answer_obstacle(alias_gate: AliasGate, approval: approvals.ApprovalState) ->
 
 
 def override_obstacle(site: Site, alias_gate: AliasGate) -> str | None:
-    """Why whoever runs this may not override a verdict; None where they may."""
+    """Why the current user may not override a verdict; None if they may."""
     if alias_gate.policy is None:
-        return "no policy says who may"
+        return "no policy says who may override"
     return protection.override_refusal(alias_gate.policy, alias_gate.user, site.store, alias_gate.name)
 
 
 def rollback_target_with_entry(alias_gate: AliasGate) -> tuple[int | None, LedgerEntry | None] | None:
-    """The version that a rollback leads to, with the entry that had put the alias there; None: there is none."""
+    """The version that a rollback leads to, with the entry that promoted it.
+
+    Returns:
+        None if nothing was promoted; (None, None) if a rollback removes the alias.
+    """
     try:
         target = rollback_target(alias_gate.ledger, alias_gate.alias)
     except Refused:
         return None
-    by = [
-        e
-        for e in alias_gate.ledger.entries
-        if e.alias == alias_gate.alias and e.to_version == target and e.action != "rollback"
+    promotions = [
+        entry
+        for entry in alias_gate.ledger.entries
+        if entry.alias == alias_gate.alias and entry.to_version == target and entry.action != "rollback"
     ]
-    return target, by[-1] if by and target is not None else None
+    if target is None or not promotions:
+        return target, None
+    return target, promotions[-1]
 
 
 def verdict_of_entry(site: Site, version: Version, entry: LedgerEntry | None) -> Verdict | None:
-    """The verdict that an entry names; None where it names none, or it is gone."""
+    """The verdict that an entry refers to; None if it refers to none, or the verdict no longer exists."""
     if entry is None or entry.verdict is None:
         return None
     return next(

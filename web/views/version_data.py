@@ -1,4 +1,4 @@
-"""What the page of a version tells: all that the registry knows of it, each part on its own where one is damaged."""
+"""All data of a version's page. Each part is read separately, so that a damaged one does not hide the others."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ from limbeck.registry.provenance import licences
 from limbeck.registry.records import Parity, Scorecard, TrainingCost, Verdict, Version
 from limbeck.web.views.plots import Series
 
-Found = TypeVar("Found")
-MAIN_CURVES = (
-    "loss",
-    "heldout_sample_bits_per_byte",
-    "heldout_bits_per_byte",
-    "learning_rate",
-    "agreement",
-)  # shown first
+Part = TypeVar("Part")
+# Shown first.
+MAIN_CURVES = ("loss", "heldout_sample_bits_per_byte", "heldout_bits_per_byte", "learning_rate", "agreement")
 MAX_CURVES = 24
 
 
 @dataclass
 class VersionData:
-    """A version's page; each part is read when it is asked for."""
+    """The data of a version's page; each part is read on first use.
+
+    Attributes:
+        problems: part -> why it cannot be shown; filled as the parts are read.
+    """
 
     store: Store
     version: Version
-    problems: dict[str, LimbeckError] = field(default_factory=dict)  # part -> why it cannot be shown
+    problems: dict[str, LimbeckError] = field(default_factory=dict)
 
-    def _read_part(self, name: str, read: Callable[[], Found], default: Found) -> Found:
-        """What `read` gives; `default`, and the problem, where the registry has it damaged or not at all."""
+    def _read_part(self, name: str, read: Callable[[], Part], default: Part) -> Part:
+        """The value of `read`; `default` if it fails, with the error in `problems`. Raises Unreachable."""
         try:
             return read()
         except Unreachable:
             raise
         except LimbeckError as error:
             self.problems[name] = error
-        except ValueError as error:  # a record that was tampered with
-            why = str(error).partition("\n")[0]
-            self.problems[name] = DamagedArtifact(self.version.ref, [f"a record of its {name} cannot be read: {why}"])
+        except ValueError as error:  # an invalid record
+            reason = str(error).partition("\n")[0]
+            self.problems[name] = DamagedArtifact(self.version.ref, [f"its {name} cannot be read: {reason}"])
         return default
 
     @cached_property
     def scorecards(self) -> list[Scorecard]:
         """Newest last."""
-        return self._read_part("scorecards", lambda: self.store.scorecards(self.version), [])
+        return self._read_part("scorecards", lambda: self.store.findings.scorecards(self.version), [])
 
     @property
     def card(self) -> Scorecard | None:
@@ -63,16 +62,16 @@ class VersionData:
 
     @cached_property
     def parity(self) -> Parity | None:
-        return self._read_part("parity", lambda: self.store.parity(self.version), None)
+        return self._read_part("parity", lambda: self.store.findings.parity(self.version), None)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
         """Newest last."""
-        return self._read_part("verdicts", lambda: self.store.verdicts(self.version), [])
+        return self._read_part("verdicts", lambda: self.store.findings.verdicts(self.version), [])
 
     @cached_property
     def making(self) -> TrainingCost | None:
-        return self._read_part("training_cost", lambda: self.store.training_cost(self.version), None)
+        return self._read_part("training_cost", lambda: self.store.runs.training_cost(self.version), None)
 
     @cached_property
     def recipe(self) -> dict[str, str]:
@@ -88,25 +87,25 @@ class VersionData:
 
     @cached_property
     def files(self) -> list[VersionFile]:
-        return self._read_part("files", lambda: files(self.store, self.version), [])
+        return self._read_part("files", lambda: version_files(self.store, self.version), [])
 
     @cached_property
     def metrics(self) -> list[str]:
-        """The metrics that its training logged, those to show first in front."""
+        """The metrics of its training run, `MAIN_CURVES` first."""
         return self._read_part("curves", lambda: training_metrics(self.store, self.version), [])
 
     def curves(self, names: list[str]) -> list[Series]:
-        """The curves of some of `metrics`; those with a single point are none."""
+        """The curves of at most MAX_CURVES of these metrics; a metric with a single point has no curve."""
         wanted = [name for name in names if name in self.metrics][:MAX_CURVES]
         return self._read_part("curves", lambda: training_curves(self.store, self.version, wanted), [])
 
     @property
     def usage(self) -> tuple[list[str], dict[str, list[str]]]:
-        """Commands of Limbeck, and lines of Python by library."""
+        """How to use the version: Limbeck commands, and lines of Python by library."""
         return snippets.command_snippets(self.version), snippets.python_snippets(self.version)
 
     def to_json(self) -> dict[str, Any]:
-        """As `limbeck models show --format json`, and what else the page has."""
+        """The data as JSON values: the fields of `limbeck models show --format json`, and the other parts."""
         return self.version.model_dump(mode="json") | {
             "scorecards": [card.model_dump(mode="json") for card in self.scorecards],
             "parity": self.parity.model_dump(mode="json") if self.parity else None,
@@ -128,16 +127,16 @@ class VersionFile:
 
     name: str
     size: int  # bytes
-    digest: str | None  # hex SHA-256, as its manifest says
+    digest: str | None  # hex SHA-256 from the manifest; None: not in the manifest
 
 
-def files(store: Store, version: Version) -> list[VersionFile]:
-    """The files of a version that is at hand; they are not fetched, nor verified, for a page. Links lead nowhere."""
-    folder = store.find_local_folder(version)
+def version_files(store: Store, version: Version) -> list[VersionFile]:
+    """The files of a version; [] if they are not on this machine. Does not fetch or verify them, nor follow links."""
+    folder = store.artifacts.find_local_folder(version)
     if folder is None:
         return []
-    said: Mapping[str, str] = read_manifest(folder).get("files") or {}
-    return [_file(folder, path, said) for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+    digests: Mapping[str, str] = read_manifest(folder).get("files") or {}
+    return [_file(folder, path, digests) for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
 
 
 def _file(folder: Path, path: Path, digests: Mapping[str, str]) -> VersionFile:
@@ -146,7 +145,7 @@ def _file(folder: Path, path: Path, digests: Mapping[str, str]) -> VersionFile:
 
 
 def training_metrics(store: Store, version: Version) -> list[str]:
-    """The metrics of the run that made a version; [] where there is none."""
+    """The metrics of a version's training run, `MAIN_CURVES` first; [] if there is no run."""
     if version.run_id is None:
         return []
     try:
@@ -157,11 +156,11 @@ def training_metrics(store: Store, version: Version) -> list[str]:
 
 
 def training_curves(store: Store, version: Version, names: list[str]) -> list[Series]:
-    """Metrics over steps, of those that were logged more than once."""
-    found = []
+    """The curves of those metrics that have finite values at more than one step."""
+    curves = []
     for name in names:
         history = store.client.get_metric_history(version.run_id, name)
-        points = sorted((each.step, each.value) for each in history if math.isfinite(each.value))
+        points = sorted((metric.step, metric.value) for metric in history if math.isfinite(metric.value))
         if len({step for step, _ in points}) > 1:
-            found.append(Series(name, points))
-    return found
+            curves.append(Series(name, points))
+    return curves

@@ -225,5 +225,5 @@ def test_a_run_that_diverges_registers_nothing(store: Store, limbeck: Limbeck, w
     assert done.code == 1
     assert "training diverged at step 1" in done.err
     assert store.versions() == []
-    [run] = store.client.search_runs([store._experiment_id("limbeck")])
+    [run] = store.client.search_runs([store.runs.experiment_id()])
     assert run.info.status == "FAILED"

@@ -54,7 +54,7 @@ def test_a_recipe_makes_students_and_twins(
     assert (distilled.licence, distilled.precision, distilled.engine) == ("CC0-1.0", "fp32", "torch")
     assert str(distilled.code_version).startswith("limbeck ")
 
-    folder = store.verified_folder(distilled)
+    folder = store.artifacts.verified_folder(distilled)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == distilled.params
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(tiny_llama).get_vocab()
@@ -88,7 +88,7 @@ def test_what_making_a_student_took_is_kept_with_it(
     third = '\n[objectives.mixed]\ndivergence = "jsd"\n'
     recipe = write_recipe(tiny_llama, objectives=TWINS + third, extra="[cache]\nform = 'topk'\n")
     students(limbeck("distill", recipe, "--format", "json"))
-    distilled, mixed, twin = (store.training_cost(store.get(f"tiny/{number}")) for number in (2, 3, 4))
+    distilled, mixed, twin = (store.runs.training_cost(store.get(f"tiny/{number}")) for number in (2, 3, 4))
     assert distilled
     assert twin
     assert mixed
@@ -104,10 +104,10 @@ def test_what_making_a_student_took_is_kept_with_it(
     metrics = store.client.get_run(store.get("tiny/2").run_id).data.metrics
     assert distilled.training_seconds == pytest.approx(metrics["seconds"])
     assert distilled.teacher_seconds == pytest.approx(metrics["teacher_seconds"])
-    assert store.training_cost(store.get("tiny/1")) is None
+    assert store.runs.training_cost(store.get("tiny/1")) is None
     # A later run learns from what the first one captured.
     students(limbeck("distill", recipe, "--set", "training.max_steps=2", "--format", "json"))
-    again = store.training_cost(store.get("tiny/5"))
+    again = store.runs.training_cost(store.get("tiny/5"))
     assert again
     assert again.teacher_seconds == captured
 
@@ -127,7 +127,7 @@ def test_a_student_learns_what_its_objective_says(
     with torch.no_grad():
         log_p = teacher(ids).logits.log_softmax(-1)
         for ref in ("tiny/2", "tiny/3"):
-            student = AutoModelForCausalLM.from_pretrained(store.verified_folder(store.get(ref))).eval()
+            student = AutoModelForCausalLM.from_pretrained(store.artifacts.verified_folder(store.get(ref))).eval()
             log_q = student(ids).logits.log_softmax(-1)
             distance[ref] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert distance["tiny/2"] < distance["tiny/3"] / 2
@@ -147,7 +147,7 @@ def test_students_of_another_architecture(
     recipe = write_recipe(request.getfixturevalue(name), student, DISTILLED)
     args = ("--set", "cache.form=online", "--set", "objectives.distilled.temperature=2.0") if online else ()
     [made] = students(limbeck("distill", recipe, *args, "--yes", "--format", "json"))
-    model = AutoModelForCausalLM.from_pretrained(store.verified_folder(store.get("tiny/2")))
+    model = AutoModelForCausalLM.from_pretrained(store.artifacts.verified_folder(store.get("tiny/2")))
     assert model.config.model_type == student
     assert made["recipe"] == "small"
 

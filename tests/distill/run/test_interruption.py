@@ -81,7 +81,7 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     assert whole.code == 0, whole.err
     one, other = store.get("resumed/2"), store.get("whole/2")
     assert one.digest == other.digest  # bit by bit
-    parts, at_once = store.training_cost(one), store.training_cost(other)
+    parts, at_once = store.runs.training_cost(one), store.runs.training_cost(other)
     assert parts
     assert at_once
     assert at_once.training_seconds < 100 < 1000 < parts.training_seconds < 1100
@@ -93,7 +93,7 @@ def test_killed_in_the_capture_then_stopped_in_the_training(
     # The first loss after a checkpoint is a mean over fewer steps.
     apart = [a.step for a, b in zip(*curves, strict=True) if a.value != b.value]
     assert set(apart) <= {step + 1}
-    statuses = {run.info.status for run in store.client.search_runs([store._experiment_id("limbeck")])}
+    statuses = {run.info.status for run in store.client.search_runs([store.runs.experiment_id()])}
     assert "KILLED" in statuses
 
 

@@ -114,13 +114,13 @@ def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(
     [parent] = sweeps(store)
     assert parent.info.status == "FINISHED"
     children = store.client.search_runs(
-        [store._experiment_id("limbeck")], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        [store.runs.experiment_id()], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )
     assert {child.info.run_id for child in children} == {each["run_id"] for each in made}
 
 
 def sweeps(store: Store) -> list[Any]:
-    runs = store.client.search_runs([store._experiment_id("limbeck")])
+    runs = store.client.search_runs([store.runs.experiment_id()])
     return [run for run in runs if "limbeck.sweep" in run.data.tags]
 
 

@@ -52,7 +52,7 @@ def test_a_sweep_carries_its_controls(
     for version in made.values():
         assert store.client.get_run(version.run_id).data.tags.get("limbeck.control") == version.control
 
-    taken = {label: store.training_cost(version) for label, version in made.items()}
+    taken = {label: store.runs.training_cost(version) for label, version in made.items()}
     distilled, labels, longer = (
         taken[label] for label in ("small-distilled", "small-labels", "small-labels-equal-cost")
     )
@@ -67,13 +67,15 @@ def test_a_sweep_carries_its_controls(
     assert f"in the {spent:,.0f} s that small-distilled cost" in done.err
     assert taken["small-untrained"]
     assert (taken["small-untrained"].tokens, taken["small-untrained"].training_seconds) == (0, 0)
-    assert "no training" in (store.verified_folder(made["small-untrained"]) / "README.md").read_text()
-    assert "at equal cost" in (store.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
+    assert "no training" in (store.artifacts.verified_folder(made["small-untrained"]) / "README.md").read_text()
+    assert (
+        "at equal cost" in (store.artifacts.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
+    )
 
     # The untrained one is where the others begin.
     setting = prepare_setting(load.load_recipe(path), Source(path), store)
     start = initialise.initialise_student(setting, grid.plan_students(setting.recipe)[0]).state_dict()
-    saved = load_file(store.verified_folder(made["small-untrained"]) / "model.safetensors")
+    saved = load_file(store.artifacts.verified_folder(made["small-untrained"]) / "model.safetensors")
     assert all(np.array_equal(saved[name], start[name].numpy()) for name in saved)
     again = json.loads(limbeck("distill", path, "--format", "json").out)
     assert [each["trained"] for each in again] == [False] * 4

@@ -90,7 +90,7 @@ def test_a_student_from_a_model_with_settings_that_cannot_be_saved(
     assert done.code == 0, done.err
     [made] = json.loads(done.out)
     saved = json.loads(
-        (store.verified_folder(store.get(f"tiny/{made['version']}")) / "generation_config.json").read_text()
+        (store.artifacts.verified_folder(store.get(f"tiny/{made['version']}")) / "generation_config.json").read_text()
     )
     assert (saved["temperature"], saved["do_sample"], saved["eos_token_id"]) == (0.9, True, [7, 0])
 

@@ -286,9 +286,9 @@ def test_a_student_with_a_tokenizer_of_its_own(
     assert result.code == 0, result.err
     assert "teacher cache: chunks" in result.err
     student = store.get("tiny/2")
-    tokenizer = AutoTokenizer.from_pretrained(store.verified_folder(student))
+    tokenizer = AutoTokenizer.from_pretrained(store.artifacts.verified_folder(student))
     assert len(tokenizer) == 270
-    assert AutoModelForCausalLM.from_pretrained(store.verified_folder(student)).config.vocab_size == 270
+    assert AutoModelForCausalLM.from_pretrained(store.artifacts.verified_folder(student)).config.vocab_size == 270
     assert student.parent == "tiny/1"
     losses = [metric.value for metric in store.client.get_metric_history(student.run_id, "loss")]
     assert all(map(math.isfinite, losses))
@@ -310,7 +310,7 @@ def test_a_pretrained_student_keeps_its_tokenizer(
     recipe.write_text(f'{before}[students.small]\nmodel = "student"\n\n[objectives{rest.partition("[objectives")[2]}')
     result = limbeck("distill", recipe)
     assert result.code == 0, result.err
-    assert len(AutoTokenizer.from_pretrained(store.verified_folder(store.get("tiny/2")))) == 280
+    assert len(AutoTokenizer.from_pretrained(store.artifacts.verified_folder(store.get("tiny/2")))) == 280
     # Without a divergence that compares across tokenizers it is no student of this teacher.
     refused = limbeck("distill", recipe, "--set", 'objectives.across.divergence="forward_kl"')
     assert refused.code == 2

@@ -247,7 +247,7 @@ def test_dollars_are_counted_and_end_the_asking(
     again = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
     assert "already made, tiny/2" in again.err
     assert len(front.posts) == asked
-    making = store.training_cost(store.get("tiny/2"))
+    making = store.runs.training_cost(store.get("tiny/2"))
     assert making
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     sent = sum(len(tokenizer(body["prompt"])["input_ids"]) for body in front.posts)
@@ -382,7 +382,7 @@ def test_students_learn_from_its_likeliest_tokens(
     assert (teacher.kind, teacher.engine, teacher.params) == ("teacher", "endpoint", None)
     assert student["parent"] == student["teacher"] == "tiny/1"
     asked = len(front.posts)
-    making = store.training_cost(store.get("tiny/2"))
+    making = store.runs.training_cost(store.get("tiny/2"))
     assert making
     sent = sum(len(prompt) for body in front.posts[1:] for prompt in body["prompt"])
     assert making.api_input_tokens == sent
@@ -413,7 +413,7 @@ def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
     done = limbeck("distill", recipe, *sets("data.max_tokens=640"))
     assert done.code == 0, done.err
     student = store.get("tiny/2")
-    assert len(AutoTokenizer.from_pretrained(store.verified_folder(student))) == 270
+    assert len(AutoTokenizer.from_pretrained(store.artifacts.verified_folder(student))) == 270
     asked = len(front.posts)
     assert asked > 0
     assert all(isinstance(prompt, str) for body in front.posts for prompt in body["prompt"])

@@ -182,7 +182,7 @@ def test_answers_become_the_text_that_students_learn(
     run = store.client.get_run(store.get("tiny/2").run_id).data
     assert (run.metrics["generate.kept"], run.metrics["generate.prompts"]) == (30, 10)
     assert run.params["generate.samples"] == "3"
-    making = store.training_cost(store.get("tiny/2"))
+    making = store.runs.training_cost(store.get("tiny/2"))
     assert making
     assert making.teacher_seconds == pytest.approx(run.metrics["generate.seconds"])
     assert making.teacher_seconds > 0
@@ -361,7 +361,7 @@ def test_a_student_with_another_tokenizer_learns_the_text(
     recipe.write_text(recipe.read_text().split("[x]")[0] + "[objectives" + recipe.read_text().split("[objectives")[1])
     done = limbeck("distill", recipe, *sets(*ASK), "--yes")
     assert done.code == 0, done.err
-    folder = store.verified_folder(store.get("tiny/2"))
+    folder = store.artifacts.verified_folder(store.get("tiny/2"))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(student).get_vocab()
 
 

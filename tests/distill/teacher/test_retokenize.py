@@ -199,7 +199,7 @@ def test_a_student_with_a_tokenizer_of_its_own(
     result = limbeck("distill", recipe, "--set", "teacher.retokenize=true")
     assert result.code == 0, result.err
     distilled = store.get("tiny/2")
-    assert len(AutoTokenizer.from_pretrained(store.verified_folder(distilled))) == 270
+    assert len(AutoTokenizer.from_pretrained(store.artifacts.verified_folder(distilled))) == 270
     assert distilled.parent == "tiny/1"
     agreement = store.client.get_metric_history(distilled.run_id, "agreement")
     assert [metric.step for metric in agreement] == [2, 4]

@@ -1,4 +1,4 @@
-"""Two processes, as torchrun and accelerate launch start them, make the student that one makes of twice the batches."""
+"""Two processes, started as by torchrun and accelerate launch, train the student that one process trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ON_POLICY = '[cache]\nform = "online"\n\n[on_policy]\nlmbda = 0.5\nmax_new_token
 
 
 def torchrun(home: Path, *args: object, **variables: str) -> subprocess.Popen[str]:
-    """Begin `limbeck` in two processes of their own, over gloo."""
+    """Start `limbeck` in two new processes that communicate over gloo."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["--monitor-interval", "0.02", "-m", "limbeck", *map(str, args)]
     environment = {**os.environ, "LIMBECK_HOME": str(home), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -34,20 +34,22 @@ def torchrun(home: Path, *args: object, **variables: str) -> subprocess.Popen[st
     )
 
 
-def check_equal(store: Store, curves: slice) -> None:
-    """The two students that there are have one curve of losses, as far as `curves`, and the same weights."""
+def check_students_are_equal(store: Store, logged: slice) -> None:
+    """The two registered students have the same losses at the `logged` entries, and the same weights."""
     versions = [version for version in store.versions() if version.kind == "student"]
     assert len(versions) == 2  # each registered once
     losses = [[m.value for m in store.client.get_metric_history(v.run_id, "loss")] for v in versions]
     assert len(losses[0]) == 3
-    assert losses[0][curves] == pytest.approx(losses[1][curves], abs=2e-4)
-    made, expected = (load_file(store.verified_folder(version) / "model.safetensors") for version in versions)
-    assert made.keys() == expected.keys()
+    assert losses[0][logged] == pytest.approx(losses[1][logged], abs=2e-4)
+    actual, expected = (
+        load_file(store.artifacts.verified_folder(version) / "model.safetensors") for version in versions
+    )
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(made[name], tensor, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(actual[name], tensor, atol=2e-5, rtol=1e-3)
 
 
-def test_two_processes_make_what_one_does_of_twice_the_batches(
+def test_two_processes_equal_one_with_twice_the_accumulation(
     store: Store, limbeck_home: Path, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra='optim = "muon"')
@@ -62,11 +64,11 @@ def test_two_processes_make_what_one_does_of_twice_the_batches(
     one = limbeck("distill", recipe, *(word for text in accumulated for word in ("--set", text)))
     assert one.code == 0, one.err
     assert "0 of them captured now" in one.err
-    check_equal(store, slice(3))
+    check_students_are_equal(store, slice(3))
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_that_shard_the_student_make_it_too(
+def test_two_processes_that_shard_the_student_equal_one(
     store: Store,
     limbeck_home: Path,
     limbeck: Callable[..., Any],
@@ -86,22 +88,22 @@ def test_two_processes_that_shard_the_student_make_it_too(
         two.communicate(timeout=60)
         alone = limbeck(*args)
         assert alone.code == 2
-        assert "written by processes that shard the student" in alone.err
+        assert "written by processes that did shard the student" in alone.err
         two = torchrun(limbeck_home, *args, **SHARDED)
     _, err = two.communicate(timeout=280)
     assert two.returncode == 0, err
-    assert seen  # of accelerate's FSDP
+    assert seen  # accelerate wrote sharded checkpoints
     assert ("going on from checkpoints: 1 of 1" in err) == killed
     one = limbeck(*args, "--set", "training.gradient_accumulation_steps=2")
     assert one.code == 0, one.err
-    check_equal(store, slice(1 if killed else 3))  # after a kill a mean is that of the steps since
+    check_students_are_equal(store, slice(1 if killed else 3))  # after a resume, the first mean covers fewer steps
 
 
-def test_fsdp_1_is_refused_before_the_teacher_speaks(
+def test_fsdp_1_is_refused_before_the_teacher_runs(
     limbeck: Callable[..., Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**SHARDED, "FSDP_VERSION": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    said = limbeck("distill", write_recipe())
-    assert said.code == 2
-    assert "use FSDP 2: accelerate launch --use_fsdp --fsdp_version 2" in said.err
+    done = limbeck("distill", write_recipe())
+    assert done.code == 2
+    assert "use FSDP 2: accelerate launch --use_fsdp --fsdp_version 2" in done.err

@@ -158,7 +158,7 @@ def test_two_versions(limbeck: Callable[..., Any], versions: list[Version], stor
     assert found.candidate_digest == versions[1].digest
     assert [row.task for row in found.tasks] == NAMES
     assert found.over_all == ()  # no metric of two tasks
-    (ours,), (theirs,) = (store.scorecards(version) for version in reversed(versions))
+    (ours,), (theirs,) = (store.findings.scorecards(version) for version in reversed(versions))
     for row in found.tasks:
         assert row.candidate == pytest.approx(ours.tasks[row.task].value)
         assert row.reference == pytest.approx(theirs.tasks[row.task].value)
@@ -232,7 +232,7 @@ def test_what_is_not_scored_yet_is_scored_first(
     assert "m/2 and m/1 have no common documents: m/2 was scored on nothing" in done.err
     one = ("--tasks", NAMES[1], "--include-path", text_tasks)
     assert [row.task for row in compared(limbeck, "m/2", "m/1", *one).tasks] == NAMES[1:]
-    assert all(card.cost is None for card in store.scorecards(versions[0]))
+    assert all(card.cost is None for card in store.findings.scorecards(versions[0]))
     # Another task for one of them: both know the first still, and a folder is compared as well.
     limbeck("eval", "m/2", "--tasks", NAMES[0], "--include-path", text_tasks, "--no-cost")
     assert [row.task for row in compared(limbeck, "m/2", "m/1").tasks] == NAMES[1:]

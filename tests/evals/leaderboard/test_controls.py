@@ -13,7 +13,8 @@ import pytest
 
 from limbeck.evals.leaderboard.rows import leaderboard_rows
 from limbeck.evals.scores.controls import compare_with_controls
-from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
+from limbeck.registry.mlflow.runs import TRAINING_COST_TAG
+from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion, TrainingCost, Version
 from tests.evals.leaderboard_helpers import make_card
 from tests.evals.stats.test_retention import documents
@@ -29,9 +30,9 @@ def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
         folder = tmp_path / f"artifact-{len(store.versions('m'))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
-        with store.run(label) as made:
+        with store.runs.start(label) as made:
             making = TrainingCost(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
-            made.tags({TRAINING_COST_TAG: making.model_dump_json()})
+            made.set_tags({TRAINING_COST_TAG: making.model_dump_json()})
         given = {"kind": "student", "recipe": label, "family": "f", "run_id": made.id} | fields
         version = store.register(NewVersion(name="m", **given), folder)
         values = [level + 0.02 * ((place * 7) % 5 - 2) + 0.1 * (place % 3) for place in range(48)]
@@ -41,7 +42,7 @@ def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
         result = card.tasks["single"].model_copy(
             update={"metric": "bits_per_byte", "value": level, "higher_is_better": False, "documents": 48}
         )
-        store.add_scorecard(version, card.model_copy(update={"tasks": {"single": result}}), file)
+        store.findings.add_scorecard(version, card.model_copy(update={"tasks": {"single": result}}), file)
         return version
 
     return run
@@ -112,7 +113,7 @@ def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callabl
         parquet.write_table(pa.concat_tables(tables), file)
         card = make_card(version.digest, 0.5, 1.0)
         result = card.tasks["single"]
-        store.add_scorecard(version, card.model_copy(update={"tasks": {"a": result, "b": result}}), file)
+        store.findings.add_scorecard(version, card.model_copy(update={"tasks": {"a": result, "b": result}}), file)
     [held] = compare_with_controls(store, store.versions("m"))
     assert held.outcome == "mixed"
     assert {name: each.better for name, each in held.tasks.items()} == {"a": "control", "b": "student"}

@@ -57,8 +57,8 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
     cheap = add((0.8, 0.1, {}), precision="int8", parent="m/1", recipe="small")
     beaten = add((0.75, 0.2, {}), teacher="m/1")
     new = add()
-    store.add_verdict(cheap, verdict_on(cheap, "fail", 1))
-    store.add_verdict(cheap, verdict_on(cheap, "pass", 2))
+    store.findings.add_verdict(cheap, verdict_on(cheap, "fail", 1))
+    store.findings.add_verdict(cheap, verdict_on(cheap, "pass", 2))
     store.client.set_registered_model_alias("m", "production", str(cheap.version))
     found = leaderboard_rows(store, "m")
     assert [row.version for row in found] == [teacher.ref, cheap.ref, beaten.ref, new.ref]

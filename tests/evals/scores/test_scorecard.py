@@ -113,8 +113,8 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     assert cards[1].tasks.keys() == set(NAMES)
     for model, card in zip((teacher, onnx), cards, strict=True):
         assert model.version
-        assert store.scorecards(model.version) == [card]
-        kept = parquet.read_table(store.documents(model.version, card)).to_pandas()
+        assert store.findings.scorecards(model.version) == [card]
+        kept = parquet.read_table(store.findings.documents(model.version, card)).to_pandas()
         mine = kept[kept["task"] == "text_bits_per_byte"]
         assert np.average(mine["value"], weights=mine["weight"]) == pytest.approx(
             card.tasks["text_bits_per_byte"].value
@@ -130,7 +130,10 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     # The student's relative part is what the statistics say of the two sets of documents.
     assert student.version
     assert teacher.version
-    tables = (parquet.read_table(store.documents(m.version, c)) for m, c in ((student, again[2]), (teacher, cards[0])))
+    tables = (
+        parquet.read_table(store.findings.documents(m.version, c))
+        for m, c in ((student, again[2]), (teacher, cards[0]))
+    )
     expected = compare_with_teacher(*tables, cards[0].tasks)
     assert again[2].relative
     assert again[2].relative.difference == expected.difference
@@ -145,7 +148,7 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     assert dear.relative
     assert dear.relative.cost_ratio == pytest.approx(exported.cost_ratio)
     assert onnx.version
-    assert [card.cost and card.cost.usd_per_hour for card in store.scorecards(onnx.version)] == [0.2, 0.4]
+    assert [card.cost and card.cost.usd_per_hour for card in store.findings.scorecards(onnx.version)] == [0.2, 0.4]
 
 
 def test_a_teacher_named_later_needs_no_forward_run(
@@ -228,7 +231,7 @@ def test_where_memory_holds_two_models_at_once(
         with pytest.raises(KeyboardInterrupt):
             evaluate([one, other], tasks, store, against=teacher)
     assert one.version
-    assert [card.cost is not None for card in store.scorecards(one.version)] == [True]
+    assert [card.cost is not None for card in store.findings.scorecards(one.version)] == [True]
     calls.clear()
     cards = evaluate([one, other], tasks, store, against=teacher)
     assert calls == ["measure m/1 m/3"]
@@ -255,7 +258,7 @@ def test_a_kill_loses_nothing_finished(
         with pytest.raises(KeyboardInterrupt):
             evaluate([onnx, student], tasks, store, cost=False)
     assert onnx.version
-    assert len(store.scorecards(onnx.version)) == 1
+    assert len(store.findings.scorecards(onnx.version)) == 1
     calls.clear()
     cards = evaluate([onnx, student], tasks, store, cost=False)
     assert calls == ["score m/3"]

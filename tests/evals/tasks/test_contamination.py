@@ -181,7 +181,7 @@ def test_eval_keeps_the_overlap_with_the_scorecard(
     assert card.contamination is not None
     assert card.contamination.tasks == {"t": Overlap(documents=2, contaminated=1)}
     assert "1 of 2 of t" in capsys.readouterr().err
-    assert store.scorecards(version)[-1] == card
+    assert store.findings.scorecards(version)[-1] == card
     assert "in training text" in limbeck("models", "show", "m/1").out
     shutil.rmtree(folder)  # what is known stays known
     (again,) = evaluate([model], tasks, store, cost=False)

@@ -25,7 +25,8 @@ from limbeck.evals.verdict.page import render_html, render_markdown
 from limbeck.evals.verdict.records import Candidate, VerdictReport
 from limbeck.registry.core.digest import write_manifest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.mlflow.store import TRAINING_COST_TAG, Store
+from limbeck.registry.mlflow.runs import TRAINING_COST_TAG
+from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import BatchCost, Cost, NewVersion, Relative, Scorecard, TaskResult, TrainingCost, Version
 
 DOCUMENTS = 2000
@@ -150,7 +151,7 @@ def add(store: Store, tmp_path: Path) -> Add:
         old, alone, noise = (fields.pop(key, default) for key, default in OPTIONS)
         card, made, one_group = fields.pop("card", {}), fields.pop("made", None), fields.pop("one_group", ())
         if made:
-            with store.run("train") as training:
+            with store.runs.start("train") as training:
                 store.client.set_tag(training.id, TRAINING_COST_TAG, made.model_dump_json())
             fields["run_id"] = training.id
         folder = tmp_path / f"{name}-{len(store.versions(name))}"
@@ -171,7 +172,7 @@ def add(store: Store, tmp_path: Path) -> Add:
             "cost": cost(factor, **(OLD if old else {})) if factor else None,
             "relative": relative(scores, factor, noise, old) if first and not alone else None,
         }
-        store.add_scorecard(version, Scorecard.model_validate(kept | card), tmp_path / "documents.parquet")
+        store.findings.add_scorecard(version, Scorecard.model_validate(kept | card), tmp_path / "documents.parquet")
         first.append((version.ref, version.digest, scores))
         return version
 
@@ -388,13 +389,15 @@ def test_which_scores_are_held_against_the_teacher(store: Store, add: Add, tmp_p
     teacher_of(add)
     version = add({"qa": wrong(DOCUMENTS, 300)}, 0.5)
     later = {"created": datetime(2026, 3, 1, tzinfo=UTC)}
-    card = store.scorecards(version)[0]
+    card = store.findings.scorecards(version)[0]
     parquet.write_table(table({"qa": wrong(DOCUMENTS, 0)}), tmp_path / "new.parquet")
     # Scored anew on another machine, then without a teacher: the newest with both counts.
     elsewhere = cost(0.5, machine="another machine, 8 cores; torch 2")
-    store.add_scorecard(version, card.model_copy(update={**later, "cost": elsewhere}), tmp_path / "new.parquet")
+    store.findings.add_scorecard(
+        version, card.model_copy(update={**later, "cost": elsewhere}), tmp_path / "new.parquet"
+    )
     last = {"created": datetime(2026, 4, 1, tzinfo=UTC), "relative": None}
-    store.add_scorecard(version, card.model_copy(update=last), tmp_path / "new.parquet")
+    store.findings.add_scorecard(version, card.model_copy(update=last), tmp_path / "new.parquet")
     add({"qa": wrong(DOCUMENTS, 2)}, 0.6)
     # Other prompts are another setting.
     add({"qa": wrong(DOCUMENTS, 0)}, 0.1, card={"prompts_digest": "changed"})
@@ -408,11 +411,11 @@ def test_which_scores_are_held_against_the_teacher(store: Store, add: Add, tmp_p
 def test_a_teacher_behind_an_api(store: Store, add: Add, limbeck_home: Path) -> None:
     url, digest, answers = "http://localhost:1/v1#giant", "e" * 64, {"qa": wrong(DOCUMENTS, 0)}
     version = add(answers, 0.5, alone=True)
-    mine = store.scorecards(version)[0]
+    mine = store.findings.scorecards(version)[0]
     nothing: dict[str, Any] = {"retention": None, "task_retention": {}, "difference": {}}
     relative = Relative(teacher=url, teacher_digest=digest, cost_ratio=None, speedup=None, **nothing)
     against = mine.model_copy(update={"relative": relative})
-    store.add_scorecard(version, against, store.documents(version, mine))
+    store.findings.add_scorecard(version, against, store.findings.documents(version, mine))
     with pytest.raises(BadInput, match="is not scored"):
         decide_verdict(store, "m")
     folder = limbeck_home / "scorecards-local" / digest / "x"

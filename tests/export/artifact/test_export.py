@@ -11,7 +11,8 @@ import pytest
 from limbeck.export.artifact import variants
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.parity import measure_parity
-from limbeck.export.artifact.variants import export_folder, export_version
+from limbeck.export.artifact.variants import ExportOptions, export_folder, export_version
+from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
@@ -71,7 +72,7 @@ def test_a_graph_that_answers_otherwise_is_refused_and_not_kept(
         shutil.copytree(llama.fp32, out)
         corrupt_one_weight(out)
 
-    monkeypatch.setattr(variants, "export", broken)
+    monkeypatch.setattr(variants, "export_onnx", broken)
     with pytest.raises(Refused, match="largest difference in log-probability") as refused:
         export_folder(llama.torch, tmp_path / "to", ["fp32", "int8"])
     assert refused.value.exit_code == 1
@@ -90,7 +91,12 @@ def test_another_tokenizer_is_refused(llama: Exported, tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_made_again(llama: Exported) -> None:
     told: list[str] = []
-    again = export_folder(llama.torch, llama.fp32.parent, ["fp32", "int8"], report=told.append)
+    again = export_folder(
+        llama.torch,
+        llama.fp32.parent,
+        ["fp32", "int8"],
+        ExportOptions(quantization=QuantizationSettings(report=told.append)),
+    )
     assert [variant.new for variant in again] == [False, False]
     assert [variant.digest for variant in again] == [variant.digest for variant in llama.variants]
     assert all("already exported" in line for line in told)
@@ -120,8 +126,8 @@ def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
     version = store.get("coder/3")
     assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8")
     assert (version.parent, version.licence, version.params) == ("coder/1", "MIT", 12)
-    assert store.parity(version) == made[1].parity
-    assert read_manifest(store.verified_folder(version))["lineage"]["model"] == "coder/1"
+    assert store.findings.parity(version) == made[1].parity
+    assert read_manifest(store.artifacts.verified_folder(version))["lineage"]["model"] == "coder/1"
     again = export_version(store, teacher, ["fp32", "int8"])
     assert [(variant.model, variant.new) for variant in again] == [("coder/2", False), ("coder/3", False)]
     assert len(store.versions("coder")) == 3
@@ -175,5 +181,5 @@ def test_an_unknown_precision_is_refused(llama: Exported, tmp_path: Path) -> Non
 def test_a_quantised_graph_is_not_made_from_another_models_fp32(
     llama: Exported, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(BadInput, match="is no export of"):
+    with pytest.raises(BadInput, match="is not an export of"):
         export_onnx(tiny_gpt2, tmp_path / "out", "int8", fp32_artifact=llama.fp32)

@@ -89,7 +89,7 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
         for i, folder in enumerate(artifacts)
     )
     move(store, first)
-    expected = {version.ref: said(store.verified_folder(version)) for version in (first, second)}
+    expected = {version.ref: said(store.artifacts.verified_folder(version)) for version in (first, second)}
     with serving("coder@production", "", "--watch-seconds", 0.1) as served:
 
         def version() -> str:
@@ -102,7 +102,7 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
             until(lambda: version() == second.ref and texts[-1] == expected[second.ref])
             rollback(store, "coder", "production")
             until(lambda: version() == first.ref and texts[-1] == expected[first.ref])
-            (store.verified_folder(second) / "model.onnx").write_bytes(b"damaged")
+            (store.artifacts.verified_folder(second) / "model.onnx").write_bytes(b"damaged")
             move(store, second)
             until(lambda: metric(served, "model_refused_total") == 1)
             del texts[:]
@@ -113,7 +113,7 @@ def test_an_alias_is_followed_through_promotion_damage_and_rollback(
         until(lambda: metric(served, "models_loaded") == 1)
         served.process.send_signal(signal.SIGTERM)
         _, log = served.process.communicate(timeout=20)
-        assert f"{second.ref}: {first.ref} stays" in log
+        assert f"{second.ref}: {first.ref} is still served" in log
         assert "is damaged" in log
 
 

@@ -6,12 +6,14 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import home
-from limbeck.registry.gate.promotion import Vetoed, promote, rollback
+from limbeck.registry.gate.promotion import PromotionOptions, Vetoed, promote, rollback
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.client import Forbidden
 from limbeck.registry.mlflow.identity import current_user
-from limbeck.registry.records import Version
+from limbeck.registry.records import Verdict, Version
 from tests.registry.conftest import POLICY, Still
+
+DRY_RUN = PromotionOptions(dry_run=True)
 
 
 def production(still: Still) -> int | None:
@@ -87,13 +89,13 @@ def test_what_was_not_scored_is_told_how(still: Still) -> None:
 
 
 def test_a_dry_run_writes_nothing(scored: Still) -> None:
-    done = promote(scored.store, "still", "production", POLICY, dry_run=True)
+    done = promote(scored.store, "still", "production", POLICY, options=DRY_RUN)
     assert (done.chosen.precision, done.entry, production(scored)) == ("int8", None, None)
     assert scored.store.findings.verdicts(done.chosen) == log.read_entries(scored.store, "still") == []
     scored.store.client.set_registered_model_alias("still", "production", "1")
     with pytest.raises(Refused, match="somebody moved it"):  # as the real one would be
-        promote(scored.store, "still", "production", POLICY, dry_run=True)
-    promote(scored.store, "still", "production", POLICY, dry_run=True, adopt=True)
+        promote(scored.store, "still", "production", POLICY, options=DRY_RUN)
+    promote(scored.store, "still", "production", POLICY, options=PromotionOptions(dry_run=True, adopt=True))
     assert log.read_entries(scored.store, "still") == []
 
 
@@ -136,14 +138,14 @@ def test_an_alias_moved_behind_our_back(scored: Still) -> None:
     promote(store, "still/3", "production", POLICY)
     store.client.set_registered_model_alias("still", "production", "5")
     for act in (
-        lambda adopt: promote(store, "still/4", "production", POLICY, adopt=adopt, who="ada"),
+        lambda adopt: promote(store, "still/4", "production", POLICY, who="ada", options=PromotionOptions(adopt=adopt)),
         lambda adopt: rollback(store, "still", "production", adopt=adopt, who="ada"),
     ):
         with pytest.raises(Refused, match=r"points at version 5, but the ledger says version 3.*\n.*--adopt"):
             act(False)
         assert (production(scored), len(log.read_entries(store, "still"))) == (5, 1)
     promote(store, "still/3", "staging", POLICY)  # another alias goes on
-    promote(store, "still/4", "production", POLICY, adopt=True, who="ada")
+    promote(store, "still/4", "production", POLICY, who="ada", options=PromotionOptions(adopt=True))
     adopted, promoted = log.read_entries(store, "still")[-2:]
     assert (adopted.action, adopted.from_version, adopted.to_version, adopted.who) == ("adopt", 3, 5, "ada")
     assert "somebody moved it" in adopted.reason
@@ -155,7 +157,7 @@ def test_an_alias_that_was_there_before_limbeck(scored: Still) -> None:
     scored.store.client.set_registered_model_alias("still", "production", "5")
     with pytest.raises(Refused, match="the ledger knows nothing of it"):
         promote(scored.store, "still/4", "production", POLICY)
-    promote(scored.store, "still/4", "production", POLICY, adopt=True)
+    promote(scored.store, "still/4", "production", POLICY, options=PromotionOptions(adopt=True))
     assert rollback(scored.store, "still", "production").to_version == 5
 
 
@@ -170,7 +172,7 @@ def test_a_ledger_without_an_entry_gives_no_way_back(scored: Still) -> None:
     with pytest.raises(Refused, match=r"entry 2 \(\w{12}\) is missing"):
         rollback(store, "still", "production")
     for _ in range(2):
-        with pytest.raises(Refused, match="does not tell where production was before"):
+        with pytest.raises(Refused, match="does not have the previous version of production"):
             rollback(store, "still", "production", adopt=True)
     assert production(scored) == 4
     promote(store, "still/3", "production", POLICY)  # what was adopted is in nobody's way
@@ -204,25 +206,29 @@ def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verdict_that_was_shown(scored: Still) -> None:
-    """What a person pressed a button for is what is done, or nothing is."""
-    shown = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
-    later = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
+    """A promotion is made on the gate decision that a person was shown, or not at all."""
+
+    def expecting(verdict: Verdict) -> PromotionOptions:
+        return PromotionOptions(expected_verdict=verdict.content_digest)
+
+    shown = promote(scored.store, "still/4", "production", POLICY, options=DRY_RUN).candidates[0].verdict
+    later = promote(scored.store, "still/4", "production", POLICY, options=DRY_RUN).candidates[0].verdict
     assert shown.content_digest == later.content_digest
     assert shown.digest() != later.digest()  # another time
     scored.score(scored.variants["int8"], usd=0.9)
-    with pytest.raises(Refused, match="the verdict on still/4 is now another than the one shown"):
-        promote(scored.store, "still/4", "production", POLICY, expected_verdict=shown.content_digest)
+    with pytest.raises(Refused, match="the gate decision on still/4 differs from the one shown"):
+        promote(scored.store, "still/4", "production", POLICY, options=expecting(shown))
     assert production(scored) is None
-    now = promote(scored.store, "still/4", "production", POLICY, dry_run=True).candidates[0].verdict
-    assert promote(scored.store, "still/4", "production", POLICY, expected_verdict=now.content_digest).entry
+    now = promote(scored.store, "still/4", "production", POLICY, options=DRY_RUN).candidates[0].verdict
+    assert promote(scored.store, "still/4", "production", POLICY, options=expecting(now)).entry
 
 
 @pytest.mark.parametrize(("model", "reason"), [("still", "why"), ("still/5", " ")])
 def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, reason: str) -> None:
-    with pytest.raises(BadInput, match="an override is for one named version, and says why"):
-        promote(scored.store, model, "production", POLICY, override=True, reason=reason)
+    with pytest.raises(BadInput, match="an override needs one named version and a reason"):
+        promote(scored.store, model, "production", POLICY, reason=reason, options=PromotionOptions(override=True))
     with pytest.raises(Vetoed, match="the policy lets nobody override it"):
-        promote(scored.store, "still/5", "production", POLICY, override=True, reason="why")
+        promote(scored.store, "still/5", "production", POLICY, reason="why", options=PromotionOptions(override=True))
     assert (production(scored), log.read_entries(scored.store, "still")) == (None, [])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.gate import protection
-from limbeck.registry.gate.promotion import promote, rollback
+from limbeck.registry.gate.promotion import PromotionOptions, promote, rollback
 from limbeck.registry.gate.protection import governing_policy, protect, protecting_policy
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow import identity
@@ -21,6 +21,7 @@ from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
 
 Limbeck = Callable[..., Result]
+OVERRIDE = PromotionOptions(override=True)
 STRICT = POLICY.model_copy(update={"override": OverrideRules(people=("carol",))})
 LAX = Policy.model_validate({"quality": {"min_retention": 0.1}})
 
@@ -90,7 +91,7 @@ def test_a_policy_changed_behind_our_back(scored: Still) -> None:
             store.client.set_registered_model_tag("still", key, changed)
         for policy in (None, LAX, STRICT):
             with pytest.raises(Refused, match="is gone" if changed is None else "was changed through MLflow itself"):
-                promote(store, "still/5", "production", policy, adopt=True)
+                promote(store, "still/5", "production", policy, options=PromotionOptions(adopt=True))
         (problem,) = log.read_ledger(store, "still").problems()
         assert problem.startswith("production is protected, but the policy")
         with pytest.raises(Refused, match="ann may change it, not carol"):
@@ -132,17 +133,17 @@ def test_who_may_override(scored: Still) -> None:
     assert identity.can_manage(store.tracking_uri, "still") is None  # a database has no accounts
     for who, policy in (("ann", STRICT), ("carol", POLICY)):
         with pytest.raises(Refused, match="the policy lets"):
-            promote(store, "still/5", "production", policy, who=who, override=True, reason="now")
+            promote(store, "still/5", "production", policy, who=who, reason="now", options=OVERRIDE)
     for model, reason in (("still", "now"), ("still/5", " ")):
         with pytest.raises(BadInput):
-            promote(store, model, "production", STRICT, who="carol", override=True, reason=reason)
+            promote(store, model, "production", STRICT, who="carol", reason=reason, options=OVERRIDE)
     assert store.aliases("still") == {}
-    done = promote(store, "still/5", "production", STRICT, who="carol", override=True, reason="now").entry
+    done = promote(store, "still/5", "production", STRICT, who="carol", reason="now", options=OVERRIDE).entry
     assert done is not None
     assert (done.override, done.reason, done.policy) == (True, "now", STRICT.digest())
     (broken,) = done.overridden_rules
     assert broken.startswith("quality.min_retention (fail): retention 0.5000")
-    fine = promote(store, "still/4", "production", STRICT, who="ann", override=True, reason="now").entry
+    fine = promote(store, "still/4", "production", STRICT, who="ann", reason="now", options=OVERRIDE).entry
     assert fine is not None
     assert (fine.override, fine.overridden_rules) == (False, ())  # it passes: nothing to go over
 

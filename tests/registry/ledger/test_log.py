@@ -295,7 +295,7 @@ def test_settling_over_damaged_files(moved: Still, action: str, undone: str) -> 
     store = moved.store
     target = 3 if action == "promote" else 4
     entry = unfinished(moved, action=action, to_version=target)
-    (store.verified_folder(store.get(f"still/{target}")) / "model.onnx").write_text("damaged")
+    (store.artifacts.verified_folder(store.get(f"still/{target}")) / "model.onnx").write_text("damaged")
     settled = log.finish_pending_moves(store, "still", who="you").entries[-1]
     assert (settled.action, settled.from_version, settled.to_version, settled.who) == (undone, target, 5, "you")
     assert f"entry {entry.sequence} was never carried out: " in settled.reason
@@ -317,7 +317,7 @@ def test_two_machines_writing_at_once(moved: Still) -> None:
     book = log.read_ledger(moved.store, "still")
     first = unfinished(moved)  # the other machine's, written after we read
     with pytest.raises(log.ConcurrentMove, match="at the same moment; nothing was moved here"):
-        unfinished(moved, after=book)
+        unfinished(moved, based_on=book)
     assert log.read_entries(moved.store, "still")[4:] == [first]
     second = unfinished(moved, from_version=3, to_version=4)
     assert (first.sequence, second.sequence, second.previous) == (5, 6, first.hash)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.apply_policy import apply_policy
 from limbeck.registry.mlflow import listing
 from limbeck.registry.mlflow.listing import list_versions
-from limbeck.registry.mlflow.store import Store
 from tests.registry.conftest import POLICY, Still
 
 
@@ -71,17 +69,7 @@ def test_all_that_was_found(scored: Still) -> None:
 def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
     script = (
         "import sys; from limbeck.registry.mlflow.store import Store; "
-        "print(len(Store().found('still')), 'mlflow' in sys.modules)"
+        "print(len(Store().versions_with_findings('still')), 'mlflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["5", "False"]
-
-
-def test_old_pointers_have_no_digest_of_the_file(scored: Still) -> None:
-    store, int8 = scored.store, scored.variants["int8"]
-    (key, value), *_ = [(k, v) for k, v in store._read_tags(int8).items() if k.startswith("limbeck.scorecard.")]
-    pointer = json.loads(value)
-    del pointer["file"]
-    before = Store().findings.scorecards(int8)
-    store._write_tag(int8, key, json.dumps(pointer))
-    assert Store().findings.scorecards(int8) == before

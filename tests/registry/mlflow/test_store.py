@@ -37,8 +37,8 @@ def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolde
     assert store.get("still/1") == made
     assert (made.ref, made.digest, made.parent, made.params) == ("still/1", folder_digest(folder), "still/9", 7)
     shutil.rmtree(folder)
-    assert folder_digest(store.verified_folder(made)) == made.digest
-    assert store.find_local_folder(made) == store.verified_folder(made)
+    assert folder_digest(store.artifacts.verified_folder(made)) == made.digest
+    assert store.artifacts.find_local_folder(made) == store.artifacts.verified_folder(made)
     assert store.client.get_model_version("still", "1").tags["colour"] == "red"
 
 
@@ -48,7 +48,9 @@ def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolde
         store.register(NewVersion(name="still", kind="student", parent="still/9"), make_folder("b") / ".." / "a")
         == first
     )
-    other = store.register(NewVersion(name="still", kind="student", parent="still/8"), store.verified_folder(first))
+    other = store.register(
+        NewVersion(name="still", kind="student", parent="still/8"), store.artifacts.verified_folder(first)
+    )
     assert (other.version, other.digest) == (2, first.digest)  # of another parent: another version
     assert len(leftovers(store)) == 2 * 2
 
@@ -86,7 +88,7 @@ def test_names_that_cannot_be_used(store: Store, make_folder: MakeFolder, name: 
 
 @pytest.mark.parametrize("ref", ["still", "still/", "still/x", "a/b/1", "still/" + "9" * 30, "still/-1", "@production"])
 def test_references_that_cannot_be_used(store: Store, ref: str) -> None:
-    with pytest.raises(BadInput, match="is no version"):
+    with pytest.raises(BadInput, match="is not a version"):
         store.get(ref)
 
 
@@ -120,14 +122,14 @@ def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeF
 
 def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder) -> None:
     version = store.register(NewVersion(name="still", kind="student"), make_folder("a"))
-    weights = store.verified_folder(version) / "model.safetensors"
+    weights = store.artifacts.verified_folder(version) / "model.safetensors"
     weights.write_text(weights.read_text()[:-1])
     with pytest.raises(DamagedArtifact, match="digest is"):
-        store.verified_folder(version)
+        store.artifacts.verified_folder(version)
     shutil.rmtree(weights.parent)
     with pytest.raises(DamagedArtifact, match="still/1 is damaged: its files are gone"):
-        store.verified_folder(version)
-    assert store.find_local_folder(version) is None
+        store.artifacts.verified_folder(version)
+    assert store.artifacts.find_local_folder(version) is None
 
 
 def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: MakeFolder) -> None:
@@ -188,14 +190,14 @@ def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None
 
 
 def test_how_a_run_ends(store: Store) -> None:
-    with store.run("good", params={"a b!": 1}, tags={"t": "x"}) as run:
+    with store.runs.start("good", params={"a b!": 1}, tags={"t": "x"}) as run:
         run.log_metrics({"loss": 0.5}, step=3)
         run.set_tags({"more": 2})
     kept = store.client.get_run(run.id)
     assert (kept.info.status, kept.data.params, kept.data.metrics) == ("FINISHED", {"a b_": "1"}, {"loss": 0.5})
     assert (kept.data.tags["t"], kept.data.tags["more"]) == ("x", "2")
     for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
-        with pytest.raises(error), store.run("bad") as run:
+        with pytest.raises(error), store.runs.start("bad") as run:
             raise error
         assert store.client.get_run(run.id).info.status == status
 

@@ -21,7 +21,7 @@ from limbeck.registry.core.errors import DamagedArtifact, Unreachable
 from limbeck.registry.core.home import home
 from limbeck.registry.gate.promotion import promote, rollback
 from limbeck.registry.ledger import log as ledger
-from limbeck.registry.mlflow import client, transfer
+from limbeck.registry.mlflow import client, layout, transfer
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
 from tests import ROOT
@@ -121,12 +121,12 @@ def test_the_whole_gate_through_a_server(
     assert store.is_server
     int8 = scored.variants["int8"]
     assert store.get(int8.ref) == int8
-    assert not store.is_local(int8)
-    folder = store.verified_folder(int8)
+    assert not store.artifacts.is_local(int8)
+    folder = store.artifacts.verified_folder(int8)
     assert folder.is_relative_to(home() / "artifacts-cache")
     assert folder_digest(folder) == int8.digest
     (folder / "model.onnx").write_text("damaged here")
-    assert folder_digest(store.verified_folder(int8)) == int8.digest  # fetched again
+    assert folder_digest(store.artifacts.verified_folder(int8)) == int8.digest  # fetched again
 
     promote(store, "still/3", "production", POLICY)
     promote(store, "still", "production", POLICY)
@@ -138,8 +138,8 @@ def test_the_whole_gate_through_a_server(
     assert ledger.read_ledger(store, "still").problems() == []
 
     shutil.rmtree(home())  # another machine
-    found = {each.version.ref: each for each in Store().findings("still")}  # fetched
-    assert found[int8.ref].scorecards == Store().scorecards(int8) == scored.store.scorecards(int8)
+    found = {each.version.ref: each for each in Store().versions_with_findings("still")}  # fetched
+    assert found[int8.ref].scorecards == Store().findings.scorecards(int8) == scored.store.findings.scorecards(int8)
     assert found[int8.ref].version == store.get(int8.ref)
     listed = limbeck("models", "list", "still")
     assert (listed.code, listed.out.count("still/")) == (0, 5 + 4)
@@ -150,7 +150,7 @@ def test_the_whole_gate_through_a_server(
         file.write_text("damaged there")
     shutil.rmtree(home() / "artifacts-cache")
     with pytest.raises(DamagedArtifact):
-        store.verified_folder(int8)
+        store.artifacts.verified_folder(int8)
     assert not (home() / "artifacts-cache" / int8.digest).exists()
 
 
@@ -192,7 +192,7 @@ def test_an_upload_goes_on_where_the_server_died(
     assert "upload fp32: 3 of 5 files are there already\n" in told
     assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
     assert len(proxy.puts) == 5 + 5  # and once more, all of them
-    assert folder_digest(Store().verified_folder(version)) == version.digest == folder_digest(files)
+    assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest == folder_digest(files)
 
 
 def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     version = Store().register(NewVersion(name="killed", kind="student"), files)
     assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
     assert proxy.puts[:2] == first
-    assert folder_digest(Store().verified_folder(version)) == version.digest
+    assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_uploads_that_nobody_went_on_with(
     assert len(list(server.files.rglob("part-0.safetensors"))) == here - 1
     assert "given-up" not in limbeck("doctor").out
     shutil.rmtree(home() / "artifacts-cache")
-    assert folder_digest(Store().verified_folder(kept)) == kept.digest
+    assert folder_digest(Store().artifacts.verified_folder(kept)) == kept.digest
 
 
 def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
@@ -272,3 +272,19 @@ def test_a_secret_in_the_address_is_never_said(
         assert "a-secret" not in result.out + result.err
     assert said[-1].code == 2
     assert "***@" in said[-1].err
+
+
+def test_versions_of_another_layout_are_refused(
+    server: Server, store: Store, files: Path, limbeck: Callable[..., Result]
+) -> None:
+    store.register(NewVersion(name="layout", kind="student"), files)
+    experiment = store.client.get_experiment_by_name(layout.EXPERIMENT).experiment_id
+    try:
+        store.client.delete_experiment_tag(experiment, layout.LAYOUT_TAG)
+        result = limbeck("models", "list")
+        assert (result.code, result.out) == (2, "")
+        line = f"the tracking server {server.uri} was written under another layout of Limbeck: move it away"
+        assert result.err == f"error: {line}, or set MLFLOW_TRACKING_URI to another, and run again\n"
+    finally:
+        store.client.set_experiment_tag(experiment, layout.LAYOUT_TAG, layout.LAYOUT)
+    assert Store().versions("layout")

@@ -47,7 +47,7 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
         "code_licence": "Apache-2.0", "base_model": "owner/base", "base_model_digest": "f" * 64,
         "base_model_licence": "llama3.1", "licence_allows_distillation": True,
     }  # fmt: skip
-    with store.run("still", params={"data.path": "texts.jsonl", "data.source": None}) as run:
+    with store.runs.start("still", params={"data.path": "texts.jsonl", "data.source": None}) as run:
         run.set_tags({cyclonedx.MADE_WITH: json.dumps({"torch": "2.13.0+cpu"})})
     parent = store.register(
         NewVersion(name="still", kind="student", parent=teacher.ref, run_id=run.id, **origin), make_folder("student")
@@ -72,7 +72,7 @@ def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
     main = said["metadata"]["component"]
     assert (main["type"], main["name"], main["version"]) == ("machine-learning-model", "still", "3")
     files = {each["name"]: each["hashes"][0]["content"] for each in main["components"]}
-    assert files == file_digests(store.verified_folder(made))
+    assert files == file_digests(store.artifacts.verified_folder(made))
     parts = {each["bom-ref"]: each for each in said["components"]}
     licences = {
         ref: [one["license"].get("id") or one["license"]["name"] for one in each.get("licenses", [])]
@@ -136,8 +136,8 @@ def test_scores_and_verdict_are_in_it(scored: Still) -> None:
     kept = next(each for each in metrics if each["type"] == "retention against still/1")
     assert (kept["value"], kept["confidenceInterval"]) == ("0.97", {"lowerBound": "0.95", "upperBound": "0.99"})
     properties = {each["name"]: each["value"] for each in said["metadata"]["component"]["properties"]}
-    [verdict] = scored.store.verdicts(version)
-    [card] = scored.store.scorecards(version)
+    [verdict] = scored.store.findings.verdicts(version)
+    [card] = scored.store.findings.scorecards(version)
     assert properties["limbeck:verdict"] == verdict.digest()
     assert properties["limbeck:scorecard"] == card.digest()
     assert (properties["limbeck:outcome"], properties["limbeck:tasks"]) == ("pass", "tasks")
@@ -299,7 +299,7 @@ def test_the_command_shows_keeps_and_verifies(
     (tmp_path / "trusted").write_text(f"{public} ada\n")
     monkeypatch.setenv(signing.TRUSTED_KEYS_VARIABLE, str(tmp_path / "trusted"))
     assert "signed by ada" in limbeck("models", "sbom", "still@production", "--verify").out
-    weights = store.verified_folder(version) / "model.onnx"
+    weights = store.artifacts.verified_folder(version) / "model.onnx"
     weights.write_text("other")
     damaged = limbeck("models", "sbom", "still@production", "--verify")
     assert (damaged.code, "is damaged" in damaged.err) == (2, True)

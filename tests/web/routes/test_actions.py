@@ -194,7 +194,7 @@ def test_what_was_shown_has_to_hold_when_it_is_pressed(site: Site) -> None:
     site.still.score(site.still.variants["fp32"], usd=2.0, retention=(0.96, 0.94, 0.98))  # passes, otherwise
     answer = visitor.post(path, form)
     assert (answer.status_code, entries(site, "stale")) == (409, [])
-    assert "the verdict on still/3 is now another than the one shown" in answer.text
+    assert "the gate decision on still/3 differs from the one shown" in answer.text
     assert "retention 0.9600" in answer.text
     path, form = open_form(visitor, site, "fp32", "stale")
     promote(site.store, "still/4", "stale", POLICY, who="bob")
@@ -262,7 +262,7 @@ def test_a_rollback_goes_one_step_and_says_why(site: Site) -> None:
     assert (len(found), entry.action, entry.to_version, entry.reason) == (3, "rollback", 3, form["reason"])
     # The same page sent from another window, which has not seen that.
     answer = visitor.post(path, form | {"form_id": "another"})
-    assert (answer.status_code, "was moved by ada meanwhile" in answer.text) == (409, True)
+    assert (answer.status_code, "ada has moved" in answer.text) == (409, True)
     page = visitor.get(f"{path}?alias=back")
     assert page.buttons["Take back away"] is True
     answer = visitor.post(path, page.form(path, reason="away"))

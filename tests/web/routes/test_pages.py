@@ -60,11 +60,11 @@ class Page(HTMLParser):
 def pages(registry: Still) -> Iterator[TestClient]:
     """The pages over the model `still`, whose student has a run with curves, and a model `evil`."""
     store = registry.store
-    with store.run("train", params={"recipe.width": 8}) as run:
+    with store.runs.start("train", params={"recipe.width": 8}) as run:
         for step in range(5):
             run.log_metrics({"loss": 5.0 - step, "learning_rate": 0.1}, step)
         run.log_metrics({"heldout_bits_per_byte": 2.0})
-    folder = Path(store.verified_folder(registry.student)).parent / "evil"
+    folder = Path(store.artifacts.verified_folder(registry.student)).parent / "evil"
     folder.mkdir()
     (folder / 'a"<b>.txt').write_text("x")
     said = dict.fromkeys(("recipe", "licence", "code_version", "author", "teacher_licence", "precision"), EVIL)
