@@ -1,6 +1,7 @@
-"""An ONNX artifact as MLflow's pyfunc model: `mlflow models serve`, `mlflow.pyfunc.load_model`, a Spark UDF.
+"""MLflow's loader of an ONNX artifact: for `mlflow models serve`, `mlflow.pyfunc.load_model` and Spark UDFs.
 
-MLflow finds this module by the artifact's `MLmodel`; Limbeck has to be installed where it runs, torch need not be.
+An artifact's `MLmodel` names this module (see limbeck.export.artifact.interop). It needs Limbeck, but no torch.
+To run an artifact without MLflow, use limbeck.runtime.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pandas as pd
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import BadInput
 
-# What a caller may set, as in `Sampling`: MLflow's type and the default. An array's default is a list.
+# Parameters that a caller may set, as in `Sampling`: name -> (MLflow's type, default). A list default means an array.
 PARAMS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("long", 64),
     "temperature": ("double", 0.0),
@@ -26,11 +27,11 @@ PARAMS: dict[str, tuple[str, Any]] = {
     "seed": ("long", None),
     "stop": ("string", []),
 }
-BATCH_ROWS = 16  # rows that are decoded at once
+BATCH_ROWS = 16  # rows decoded together
 
 
 def _load_pyfunc(path: str) -> CompletionModel:
-    """What MLflow calls with the artifact's folder. Raises DamagedArtifact where its files are not those it had."""
+    """Load the artifact in the folder `path`; MLflow calls this. Raises DamagedArtifact if its files were changed."""
     return CompletionModel(Runtime.load(Path(path)))
 
 
@@ -41,14 +42,14 @@ class CompletionModel:
         self.runtime = runtime
 
     def predict(self, table: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """The prompts' completions, as a column `text` beside the same index.
+        """Complete each prompt. Returns a column `text` with the index of `table`.
 
         Args:
-            table: a column `prompt` of texts; a list of texts in it, which MLflow makes of {"prompt": [...]}, is as
-                many rows.
-            params: as in `PARAMS`. With a `seed`, a row's draws depend on its place.
+            table: a column `prompt` of texts. A list of texts in a cell, as MLflow makes from {"prompt": [...]}, counts
+                as that many rows.
+            params: as in `PARAMS`. With a `seed`, a row's sample depends on its position.
 
-        Raises BadInput: a prompt that is no text or leaves no room in the context, or a setting out of range.
+        Raises BadInput if a prompt is not a text or leaves no room in the context, or a parameter is out of range.
         """
         settings = {name: default for name, (_, default) in PARAMS.items()} | (params or {})
         seed = settings.pop("seed")
@@ -56,10 +57,10 @@ class CompletionModel:
         prompts = list(table["prompt"])
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise BadInput(f"row {row} of the column prompt is no text but {prompt!r}")
+                raise BadInput(f"row {row} of the column prompt is not a text: {prompt!r}")
         texts: list[str] = []
         for start in range(0, len(prompts), BATCH_ROWS):
-            own = None if seed is None else int(seed) + start  # else each group would draw alike
-            some = prompts[start : start + BATCH_ROWS]
-            texts += [done.text for done in self.runtime.generate(some, seed=own, **settings)]
+            batch_seed = None if seed is None else int(seed) + start  # or each batch would repeat the same samples
+            batch = prompts[start : start + BATCH_ROWS]
+            texts += [done.text for done in self.runtime.generate(batch, seed=batch_seed, **settings)]
         return pd.DataFrame({"text": texts}, index=table.index)

@@ -1,1 +1,1 @@
-"""An ONNX artifact: exported, checked for parity, registered, opened by other programs."""
+"""ONNX artifacts: export, parity with PyTorch, registration, and the files that other programs read."""

@@ -1,4 +1,4 @@
-"""One completion with its speed: an ONNX artifact in the torch-free runtime, a checkpoint in transformers."""
+"""Complete one prompt and time it: an ONNX artifact in the torch-free runtime, a checkpoint in transformers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from limbeck.registry.core.machine import physical_cores
 
 @dataclass(frozen=True)
 class TimedCompletion:
-    """A completion of one prompt, and how fast it was made after a short run to warm up."""
+    """A completion of one prompt with its times in seconds, measured after a short warm-up run.
+
+    Attributes:
+        finish_reason: "stop" or "length".
+        digest: of the model's files.
+    """
 
     text: str
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str
     digest: str
     prompt_tokens: int
     new_tokens: int
@@ -29,12 +34,12 @@ class TimedCompletion:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens read a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill_s
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens generated a second after the first; None where there is only one."""
+        """New tokens per second, after the first; None if there is only one."""
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
 
 
@@ -47,9 +52,11 @@ def complete_onnx(
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
 ) -> TimedCompletion:
-    """Complete `prompt` with an ONNX artifact, its files checked (against `digest` too, where given).
+    """Complete `prompt` with an ONNX artifact, after checking its files (and its digest, if `digest` is given).
 
-    Raises BadInput: no artifact, or a prompt that fills the context. DamagedArtifact: other files.
+    Raises:
+        BadInput: the folder is not an artifact, or the prompt fills the context.
+        DamagedArtifact: files do not match the manifest or the digest.
     """
     start = time.perf_counter()
     runtime = Runtime.load(folder, threads=threads, device=device, expected_digest=digest)
@@ -78,89 +85,103 @@ def complete_torch(
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
 ) -> TimedCompletion:
-    """Complete `prompt` with a transformers checkpoint; `digest` is that of its files where they were checked.
+    """Complete `prompt` with a transformers checkpoint.
 
-    Raises BadInput: a checkpoint that cannot be loaded, or a prompt that fills the context.
+    Args:
+        digest: of the files, if the caller has checked them; None computes it.
+
+    Raises BadInput if the checkpoint cannot be loaded or the prompt fills the context.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("torch found no CUDA device", fix="use --device cpu")
-    torch.set_num_threads(threads or physical_cores())  # as the runtime, so that their speeds compare
+    torch.set_num_threads(threads or physical_cores())  # the runtime's default, so that speeds are comparable
     start = time.perf_counter()
     tokenizer, model = _load(folder)
     model.to(device)
     loaded = time.perf_counter()
-    eos = model.generation_config.eos_token_id
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
-    if not ids.numel():
-        ids = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]])
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
-    if ids.shape[1] >= length:
-        message = f"the prompt has {ids.shape[1]} tokens and wants room for 1 more; the context is {length}"
-        raise BadInput(message, fix="shorten the prompt")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
+    ids = _prompt_ids(tokenizer, prompt, context).to(device)
     _set_sampling(model, sampling)
-    clock, ids = _TokenTimer(), ids.to(device)
+    timer = _TokenTimer()
     with torch.inference_mode():
-        one = torch.ones_like(ids)
-        model.generate(ids[:, :1], attention_mask=one[:, :1], max_new_tokens=2, min_new_tokens=2)
-        began = time.perf_counter()
+        mask = torch.ones_like(ids)
+        model.generate(ids[:, :1], attention_mask=mask[:, :1], max_new_tokens=2, min_new_tokens=2)
+        generation_start = time.perf_counter()
         output = model.generate(
             ids,
-            attention_mask=one,
-            max_new_tokens=min(sampling.max_new_tokens, length - ids.shape[1]),
+            attention_mask=mask,
+            max_new_tokens=min(sampling.max_new_tokens, context - ids.shape[1]),
             stop_strings=list(sampling.stop) or None,
             tokenizer=tokenizer,
-            streamer=clock,
+            streamer=timer,
         )[0]
-    text, new = tokenizer.decode(output, skip_special_tokens=True), output[ids.shape[1] :].tolist()
+    new = output[ids.shape[1] :].tolist()
+    text = tokenizer.decode(output, skip_special_tokens=True)
     text = text[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
-    cuts = [place for place in map(text.find, sampling.stop) if place >= 0]
-    ends = eos if isinstance(eos, list) else [eos]
+    stops = [position for position in map(text.find, sampling.stop) if position >= 0]
+    eos = model.generation_config.eos_token_id
+    stopped = stops or new[-1] in (eos if isinstance(eos, list) else [eos])
     return TimedCompletion(
-        text=text[: min(cuts)] if cuts else text,
-        finish_reason="stop" if cuts or new[-1] in ends else "length",
+        text=text[: min(stops)] if stops else text,
+        finish_reason="stop" if stopped else "length",
         digest=digest or folder_digest(folder),
         prompt_tokens=ids.shape[1],
         new_tokens=len(new),
         load_s=loaded - start,
-        prefill_s=clock.times[1] - began,
-        decode_s=clock.times[-1] - clock.times[1],
+        prefill_s=timer.times[1] - generation_start,
+        decode_s=timer.times[-1] - timer.times[1],
     )
 
 
+def _prompt_ids(tokenizer: Any, prompt: str, context: int) -> Any:
+    """Return (1, T) int64 token ids; an empty prompt becomes BOS, or EOS if there is no BOS. Raises BadInput."""
+    import torch
+
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
+    if not ids.numel():
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = torch.tensor([[first]])
+    if ids.shape[1] >= context:
+        message = f"the prompt has {ids.shape[1]} tokens and needs room for 1 more; the context is {context}"
+        raise BadInput(message, fix="shorten the prompt")
+    return ids
+
+
 def _load(folder: Path) -> tuple[Any, Any]:
-    """The tokenizer, and the model in float32. Raises BadInput."""
+    """Load the tokenizer, and the model in float32. Raises BadInput."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else transformers asks on stdin
+    # trust_remote_code must be set: without it, transformers asks on standard input.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **own)
-    except Exception as error:  # transformers raises whatever it trips over
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    except Exception as error:  # transformers raises exceptions of any type
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
     return tokenizer, model.eval()
 
 
 def _set_sampling(model: Any, sampling: Sampling) -> None:
-    """Let the request alone decide, not the penalties and defaults that the checkpoint's own settings hold."""
+    """Replace the checkpoint's generation settings with those of the request, except the EOS token."""
     import torch
     from transformers import GenerationConfig
 
-    wanted: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    settings: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
-        wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
-        wanted["min_p"] = sampling.min_p
-    wanted["repetition_penalty"] = sampling.repetition_penalty
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        settings["min_p"] = sampling.min_p
+    settings["repetition_penalty"] = sampling.repetition_penalty
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     eos = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0, **wanted)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0, **settings)
 
 
 class _TokenTimer:
-    """A transformers streamer that notes when the prompt and each token came."""
+    """A transformers streamer that records the time of the prompt and of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,7 +1,7 @@
-"""A transformers checkpoint as an ONNX artifact: a graph with key-value cache, ready to run.
+"""Convert a transformers checkpoint to an ONNX artifact: a graph with key-value cache, ready to run.
 
-The families of export.graph.families get a graph with fused operators, others the graph that optimum exports. The
-manifest says which: `graph` is "fused" or "optimum".
+The families of limbeck.export.graph.families get a graph of fused operators, others the graph that optimum exports. In
+the manifest, `graph` is "fused" or "optimum".
 """
 
 from __future__ import annotations
@@ -12,26 +12,24 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from limbeck.export.artifact import interop
+from limbeck.export.artifact.interop import write_interop_files
 from limbeck.export.graph.decoder import write_graph
-from limbeck.export.graph.families import FAMILIES, UnsupportedModel, decoder_from_model
-from limbeck.export.quantize.quantize import quantize
+from limbeck.export.graph.families import FAMILIES, decoder_from_model
+from limbeck.export.graph.reader import UnsupportedModel
+from limbeck.export.quantize.precisions import parse_precisions, quantize
+from limbeck.export.quantize.settings import QuantizationSettings
+from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.catalog.model_ref import engine_of_folder
 from limbeck.registry.core.digest import folder_digest, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import atomic_write
 
-if TYPE_CHECKING:
-    from limbeck.export.quantize.quantize import QuantizationSettings
-
-PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "int8-weight", "int4")
 TASK = "text-generation-with-past"
-GRAPH = "model.onnx"
-# All a runtime reads. What else the exporter saves (vocab.json, merges.txt, ...) says the same a second time.
+# The files that a runtime reads. Others that transformers saves (vocab.json, merges.txt, ...) repeat their content.
 RUNTIME_FILES = {
     "config.json",
     "generation_config.json",
@@ -54,20 +52,21 @@ def export_onnx(
 ) -> str:
     """Write the ONNX artifact of the causal language model in `model` to `output_folder`. Returns its digest.
 
-    The folder holds `model.onnx` (with `model.onnx_data` where the weights are large), the configuration, the
-    tokenizer and `limbeck.json`; it is written whole or not at all. The same model gives the same bytes each time.
+    The folder holds `model.onnx` (and `model.onnx_data` if the weights are large), the configuration, the tokenizer and
+    `limbeck.json`. It is written completely or not at all. The same model gives the same bytes each time.
 
     Args:
         model: folder with config.json, safetensors and tokenizer files.
-        precision: one of PRECISIONS.
-        fp32_artifact: the fp32 artifact of the same model where there is one; a quantised one is made from it.
+        precision: a key of limbeck.export.quantize.precisions.PRECISIONS.
+        fp32_artifact: the fp32 artifact of the same model, to quantize without a new export; None makes one.
         settings: of the quantization.
-        fused: False takes optimum's graph even where the fused one can be written, to compare the two.
+        fused: False takes optimum's graph even if the fused one can be written, to compare the two.
         trust_remote_code: run the Python code in the folder, as in transformers.
 
     Raises:
-        BadInput: a folder that is no causal language model, has pickled weights only, has no fast tokenizer,
-            or is of an architecture that can be exported in neither way. DamagedArtifact: truncated weights.
+        BadInput: the folder is not a causal language model, has only pickled weights, has no fast tokenizer, or has an
+            architecture that neither the fused writer nor optimum exports.
+        DamagedArtifact: truncated weights.
     """
     parse_precisions([precision])
     model, output_folder = Path(model), Path(output_folder)
@@ -76,97 +75,95 @@ def export_onnx(
     parent = folder_digest(model)
     with atomic_write(output_folder) as folder:
         folder.mkdir()
-        if fp32_artifact is not None:
-            if read_manifest(fp32_artifact).get("parent") != parent:
-                raise BadInput(f"{fp32_artifact} is no export of {model}", fix="leave it away: it will be made again")
-            for name in RUNTIME_FILES & {path.name for path in fp32_artifact.iterdir()}:
-                shutil.copyfile(fp32_artifact / name, folder / name)
-            graph, kind = fp32_artifact / GRAPH, str(read_manifest(fp32_artifact).get("graph", "optimum"))
-        else:
-            with _quiet():
-                kind = _export_fp32(model, folder, fused, trust_remote_code)
-            graph = folder / GRAPH
-        made = {}
-        if precision != "fp32":
-            with _quiet():
-                made = {"quantization": quantize(graph.parent, folder, precision, settings)}
+        fields: dict[str, Any] = {}
+        with _silenced():
+            if fp32_artifact is None:
+                graph_kind = _export_fp32(model, folder, fused, trust_remote_code)
+            else:
+                graph_kind = _copy_runtime_files(fp32_artifact, folder, model, parent)
+            if precision != "fp32":
+                fields["quantization"] = quantize(fp32_artifact or folder, folder, precision, settings)
         return write_manifest(
             folder,
             kind="onnx",
             engine="onnxruntime",
             precision=precision,
-            graph=kind,
+            graph=graph_kind,
             parent=parent,
-            made_with=_versions(),
-            **made,
-            **interop.write_interop_files(folder, kind),
+            made_with=_package_versions(),
+            **fields,
+            **write_interop_files(folder, graph_kind),
         )
 
 
-def parse_precisions(precisions: Sequence[str]) -> list[str]:
-    """The names without blanks around them. Raises BadInput for one that is none."""
-    names = [precision.strip() for precision in precisions]
-    for name in names:
-        if name not in PRECISIONS:
-            raise BadInput(f"precision {name!r} is unknown", fix=f"use one of: {', '.join(PRECISIONS)}")
-    return names
-
-
 def supported_model_types() -> list[str]:
-    """The `model_type`s that can be exported with a key-value cache, by optimum or as a fused graph."""
+    """List the `model_type`s that can be exported with a key-value cache, as a fused graph or by optimum."""
     return sorted({*FAMILIES, *_optimum_model_types()})
 
 
 def _optimum_model_types() -> list[str]:
-    import optimum.exporters.onnx.model_configs  # noqa: F401  (fills the table)
+    import optimum.exporters.onnx.model_configs  # noqa: F401  (fills the table that TasksManager reads)
     from optimum.exporters.tasks import TasksManager
 
     return list(TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
 
 
+def _copy_runtime_files(fp32_artifact: Path, folder: Path, model: Path, parent: str) -> str:
+    """Copy what a quantized variant shares with the fp32 artifact. Returns the kind of its graph.
+
+    Raises BadInput if the artifact is not of the model with the digest `parent`.
+    """
+    manifest = read_manifest(fp32_artifact)
+    if manifest.get("parent") != parent:
+        raise BadInput(f"{fp32_artifact} is not an export of {model}", fix="leave it out: it will be made again")
+    for name in RUNTIME_FILES & {path.name for path in fp32_artifact.iterdir()}:
+        shutil.copyfile(fp32_artifact / name, folder / name)
+    return str(manifest["graph"])
+
+
 def _export_fp32(model: Path, folder: Path, fused: bool, trust_remote_code: bool) -> str:
-    """Write the graph, the configuration and the tokenizer of `model` to `folder`. Returns which graph it is."""
+    """Write the graph, the configuration and the tokenizer of `model` to `folder`. Returns the kind of the graph."""
     torch_model, tokenizer = _load(model, trust_remote_code)
     torch_model.config.use_cache = True
-    kind = "fused" if fused and _write_fused(torch_model, folder) else "optimum"
-    if kind == "optimum":
+    graph_kind = "fused" if fused and _write_fused(torch_model, folder) else "optimum"
+    if graph_kind == "optimum":
         _write_optimum(model, torch_model, folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         if path.name not in RUNTIME_FILES and not path.name.startswith(GRAPH):
             path.unlink()
-    return kind
+    return graph_kind
 
 
 def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The float32 model in `model`, ready to evaluate, and its tokenizer."""
+    """Load the model in float32 and in evaluation mode, and its tokenizer. Raises BadInput."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(model, **trust)
-        tokenizer = AutoTokenizer.from_pretrained(model, **trust)
-    except Exception as error:  # transformers raises whatever it trips over, AttributeError for no tokenizer
+        config = AutoConfig.from_pretrained(model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except Exception as error:  # transformers raises exceptions of any type, AttributeError without a tokenizer
         raise BadInput(
             f"{model}: its configuration or tokenizer cannot be read: {_first_line(error)}",
-            fix="the folder needs config.json and the tokenizer's files, as save_pretrained writes them",
+            fix="the folder needs config.json and the tokenizer files that save_pretrained writes",
         ) from error
     if config.model_type not in supported_model_types():
         raise _unsupported(model, config.model_type)
     if not tokenizer.is_fast:
-        raise BadInput(f"{model}: its tokenizer has no tokenizer.json and none can be made from it")
+        raise BadInput(f"{model}: its tokenizer has no tokenizer.json and cannot be converted to one")
     try:
         torch_model = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=torch.float32, use_safetensors=True, **trust
+            model, config=config, dtype=torch.float32, use_safetensors=True, **options
         )
-    except Exception as error:  # safetensors raises a type of its own, not one of a family
+    except Exception as error:  # safetensors raises a type without a common base
         raise BadInput(f"{model} cannot be loaded: {_first_line(error)}") from error
     return torch_model.eval(), tokenizer
 
 
 def _write_fused(torch_model: Any, folder: Path) -> bool:
-    """Write the fused graph and what else optimum would write; False where the model has no such graph."""
+    """Write the fused graph and the configuration files. Returns False if the model has no fused graph."""
     try:
         decoder = decoder_from_model(torch_model)
     except UnsupportedModel:
@@ -178,17 +175,17 @@ def _write_fused(torch_model: Any, folder: Path) -> bool:
 
 
 def _write_optimum(model: Path, torch_model: Any, folder: Path) -> None:
-    """Write optimum's export. Without optimum's own validation: export.artifact.parity compares more, on real text."""
+    """Write optimum's graph, without optimum's validation: limbeck.export.artifact.parity checks more, on real text."""
     from optimum.exporters.onnx.convert import onnx_export_from_model
 
     if torch_model.config.model_type not in _optimum_model_types():
         raise _unsupported(model, torch_model.config.model_type)
     try:
         onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
-    except Exception as error:  # whatever the model's own code raises while it is traced
+    except Exception as error:  # the model's own code may raise anything while it is traced
         raise BadInput(
             f"{model}: optimum cannot export this {torch_model.config.model_type} model: {_first_line(error)}",
-            fix="other members of the family may be exported; `pip install -U optimum-onnx` may know this one",
+            fix="another model of the family may work; `pip install -U optimum-onnx` may support this one",
         ) from error
 
 
@@ -203,14 +200,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     packages = ("optimum-onnx", "onnx", "onnxruntime", "torch", "transformers")
     return {package: importlib.metadata.version(package) for package in packages}
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No tracer warnings, no log lines, nothing printed: what matters is raised or measured by parity."""
+def _silenced() -> Iterator[None]:
+    """Suppress tracer warnings, log lines and prints: errors are raised, and parity measures the result."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

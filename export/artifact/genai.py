@@ -1,4 +1,4 @@
-"""genai_config.json: what onnxruntime-genai wants to know of an artifact, so that it runs the same files."""
+"""Write genai_config.json, so that onnxruntime-genai runs an artifact's files unchanged."""
 
 from __future__ import annotations
 
@@ -6,46 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-from limbeck.export.graph.signature import Tensors
-from limbeck.export.runtime.session import CONTEXT_KEYS
+from limbeck.export.graph.families import FAMILIES
+from limbeck.export.graph.signature import Signature
+from limbeck.export.runtime.session import CONTEXT_KEYS, GRAPH
 
 CONFIG_FILE = "genai_config.json"
-# model_type of transformers -> `type` of onnxruntime-genai. It has no others of those that have a fused graph.
-GENAI_MODEL_TYPES = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3_text",
-    "granite": "granite",
-    "llama": "llama",
-    "mistral": "mistral",
-    "olmo2": "olmo",
-    "phi": "phi",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "smollm3": "smollm3",
-}
 
 
-def write_genai_config(folder: Path, tensors: Tensors) -> bool:
-    """Write the file into an artifact whose graph is a fused one; False where onnxruntime-genai has no such model.
+def write_genai_config(folder: Path, signature: Signature) -> bool:
+    """Write the file into an artifact with a fused graph. Returns False if onnxruntime-genai cannot run the model.
 
     Args:
-        folder: with config.json, and generation_config.json where there is one.
-        tensors: the graph's, from `limbeck.export.graph.signature`.
+        folder: has config.json and maybe generation_config.json.
+        signature: inputs and outputs of the graph.
     """
     config = _read(folder / "config.json")
-    model_type = GENAI_MODEL_TYPES.get(config.get("model_type", ""))
+    family = FAMILIES.get(config.get("model_type", ""))
     eos = _setting(folder, config, "eos_token_id")
-    if model_type is None or eos is None:
+    if family is None or family.genai_type is None or eos is None:
         return False
     first_eos = eos[0] if isinstance(eos, list) else eos
     context = next(int(config[key]) for key in CONTEXT_KEYS if config.get(key))
-    caches = [item["shape"] for item in tensors["inputs"] if item["name"].endswith(".key")]
+    caches = [item["shape"] for item in signature["inputs"] if item["name"].endswith(".key")]
     _, kv_heads, _, head_size = caches[0]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": "model.onnx",
+        "filename": GRAPH,
         "head_size": head_size,
         "hidden_size": config["hidden_size"],
         "inputs": {
@@ -65,28 +51,32 @@ def write_genai_config(folder: Path, tensors: Tensors) -> bool:
         "num_key_value_heads": kv_heads,
     }
     model = {
-        "type": model_type,
+        "type": family.genai_type,
         "bos_token_id": _first(_setting(folder, config, "bos_token_id"), first_eos),
         "eos_token_id": eos,
         "pad_token_id": _first(_setting(folder, config, "pad_token_id"), first_eos),
         "context_length": context,
-        "vocab_size": tensors["outputs"][0]["shape"][-1],
+        "vocab_size": signature["outputs"][0]["shape"][-1],
         "decoder": decoder,
     }
-    # Greedy, with the new keys written where the old ones lie, unless a program asks for something else.
+    # Defaults that a program can override: greedy, and new keys and values written into the same buffer.
     search = {"do_sample": False, "num_beams": 1, "max_length": context, "past_present_share_buffer": True}
     (folder / CONFIG_FILE).write_text(json.dumps({"model": model, "search": search}, indent=1) + "\n")
     return True
 
 
 def _setting(folder: Path, config: dict[str, Any], name: str) -> Any:
+    """Return a setting of generation_config.json, else of `config`, else None."""
     generation = folder / "generation_config.json"
     found = _read(generation).get(name) if generation.is_file() else None
     return config.get(name) if found is None else found
 
 
-def _first(value: Any, otherwise: int) -> int:
-    return otherwise if value is None else value[0] if isinstance(value, list) else value
+def _first(value: Any, default: int) -> int:
+    """Return a token id, or the first of a list of them, or `default` for None."""
+    if value is None:
+        return default
+    return value[0] if isinstance(value, list) else value
 
 
 def _read(file: Path) -> dict[str, Any]:

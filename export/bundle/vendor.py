@@ -1,4 +1,4 @@
-"""Which of Limbeck's modules a serving host runs, and which packages they need: found by following imports."""
+"""Find the modules of Limbeck that a serving host runs, and the packages they need, by following imports."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
-# The command of a bundle's host. What `serve` imports when it is called belongs to it; what another function imports
-# only when that is called (the registry, say) does not.
+# module -> the function whose own imports count too, or "". A host runs `limbeck serve`, so the imports inside `serve`
+# count; imports inside other functions (of the registry, for example) do not.
 ENTRY_POINTS = {"limbeck.__main__": "", "limbeck.cli": "", "limbeck.export.commands.serve": "serve"}
 
 
 def source_files() -> dict[str, Path]:
-    """The modules that serving takes: path below the root, such as "limbeck/export/server/app.py", -> the file."""
-    found = {_file(module): None for module in _follow_imports()[0]}
-    return {path.relative_to(ROOT).as_posix(): path for path in found}
+    """Map the path below the root, such as "limbeck/export/server/app.py", -> the file, of each module that serves."""
+    paths = [_module_file(module) for module in _follow_imports()[0]]
+    return {path.relative_to(ROOT).as_posix(): path for path in paths}
 
 
 def pinned_requirements(*extra_modules: str) -> list[str]:
-    """The packages that those modules and `extra_modules` need, as "name==version" lines of what is installed here."""
+    """List the packages that those modules and `extra_modules` need, as sorted "name==version" of what is installed."""
     distributions = importlib.metadata.packages_distributions()
     pins: dict[str, str] = {}
     for module in [*_follow_imports()[1], *extra_modules]:
@@ -33,6 +33,7 @@ def pinned_requirements(*extra_modules: str) -> list[str]:
 
 
 def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
+    """Add the distribution `name` with `extras`, and its requirements, to `pins`."""
     found = importlib.metadata.distribution(name)
     key = canonicalize_name(found.metadata["Name"])
     if key in pins and not extras:
@@ -45,7 +46,7 @@ def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
 
 
 def _follow_imports() -> tuple[list[str], list[str]]:
-    """The modules of Limbeck, and the top-level names of others' packages."""
+    """Return Limbeck's modules, and the top-level module names of third parties."""
     ours: dict[str, None] = {}
     others: dict[str, None] = {}
     queue: list[str] = []
@@ -54,7 +55,7 @@ def _follow_imports() -> tuple[list[str], list[str]]:
         # `import a.b` runs a/__init__.py too.
         parts = name.split(".")
         for part in (".".join(parts[: end + 1]) for end in range(len(parts))):
-            if part not in ours and _file(part).is_file():
+            if part not in ours and _module_file(part).is_file():
                 ours[part] = None
                 queue.append(part)
 
@@ -62,7 +63,7 @@ def _follow_imports() -> tuple[list[str], list[str]]:
         add(entry)
     for module in queue:
         imports = _Imports(ENTRY_POINTS.get(module, ""))
-        imports.visit(ast.parse(_file(module).read_text()))
+        imports.visit(ast.parse(_module_file(module).read_text()))
         for name in imports.names:
             top = name.partition(".")[0]
             if top == "limbeck":
@@ -72,13 +73,13 @@ def _follow_imports() -> tuple[list[str], list[str]]:
     return list(ours), list(others)
 
 
-def _file(module: str) -> Path:
+def _module_file(module: str) -> Path:
     path = ROOT.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 class _Imports(ast.NodeVisitor):
-    """The names that a module imports when it is imported, and those that its function `called` imports."""
+    """Collects the names that a module imports at import time, and those that its function `function` imports."""
 
     def __init__(self, function: str) -> None:
         self.function = function

@@ -1,16 +1,16 @@
-"""Options that several commands of this room take."""
+"""Options that several commands of this room share."""
 
 from __future__ import annotations
 
 import click
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="For one operator. [default: the physical cores]"
+    "--threads", type=click.IntRange(min=1), help="Threads per operator. [default: the physical cores]"
 )
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="cuda wants the extra `gpu`.",
+    help="cuda needs the extra `gpu`.",
 )

@@ -1,4 +1,4 @@
-"""The process beside a server that asks the registry, so that the server need not import MLflow."""
+"""A child process of the server that polls the registry, so that the server need not import MLflow."""
 
 from __future__ import annotations
 
@@ -15,37 +15,53 @@ from limbeck.registry.mlflow.store import Store
 
 
 def main(ref: str, interval_s: float) -> None:
-    """Print what `ref` means as a line of JSON: now, when it changes, and when it cannot be told.
+    """Print the artifact that `ref` names as a line of JSON: at start, and whenever it or its error changes.
 
-    Ends when standard input does, that is with the server.
+    A line has the keys path, name, digest, or error, fix, name. Ends when standard input closes, that is when the
+    server exits.
     """
     quiet_libraries()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this too
-    store: Store | None = None
-    name, told = None, ""
-    said: dict[str, Any] = {}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process too
+    poller = _Poller(ref)
+    last_line = ""
     while True:
-        new = None
-        try:
-            if "@" in ref:
-                store = store or Store()
-                new = store.get(ref).ref
-            if new is None or new != name:
-                found = find_onnx_artifact(ref)
-                said = {"path": str(found.path), "name": found.name, "digest": found.digest}
-                name = new
-        except Exception as error:  # a registry that is away comes back
-            said = {"error": getattr(error, "message", str(error)), "fix": _fix(error), "name": new}
-            store = name = None
-        if (line := json.dumps(said)) != told:
+        line = json.dumps(poller.poll())
+        if line != last_line:
             print(line, flush=True)
-            told = line
+            last_line = line
         if select.select([sys.stdin], [], [], interval_s)[0]:
             return
 
 
-def _fix(error: Exception) -> str | None:
-    """What to do about an error; None if that is unknown."""
+class _Poller:
+    """Resolves one reference again and again; finds the artifact only if the version changed."""
+
+    def __init__(self, ref: str) -> None:
+        self.ref = ref
+        self._store: Store | None = None
+        self._version_ref: str | None = None  # the version that `_message` is about
+        self._message: dict[str, Any] = {}
+
+    def poll(self) -> dict[str, Any]:
+        """Return the current message: an artifact, or why there is none."""
+        version_ref = None
+        try:
+            if "@" in self.ref:
+                self._store = self._store or Store()
+                version_ref = self._store.get(self.ref).ref
+            if version_ref is None or version_ref != self._version_ref:
+                found = find_onnx_artifact(self.ref)
+                self._message = {"path": str(found.path), "name": found.name, "digest": found.digest}
+                self._version_ref = version_ref
+        except Exception as error:  # the registry may be away for a while
+            message = getattr(error, "message", str(error))
+            self._message = {"error": message, "fix": _fix_of_error(error), "name": version_ref}
+            self._store = self._version_ref = None
+        return self._message
+
+
+def _fix_of_error(error: Exception) -> str | None:
+    """Return what the user can do about an error; None if that is unknown."""
     if isinstance(error, ModuleNotFoundError):
         return install_command(error.name or "", "registry")
     return getattr(error, "fix", None)

@@ -1,9 +1,8 @@
-"""A decoder-only transformer written as an ONNX graph that onnxruntime runs with its fused operators.
+"""Write a decoder-only transformer as an ONNX graph of onnxruntime's fused operators.
 
-Attention is com.microsoft's GroupQueryAttention: cache and products in one operator, which writes the new keys and
-values in place where past and present are the same buffer. Queries, keys and values come from one product, and a
-residual sum and the norm after it are one operator. Tensor names and shapes are those of
-optimum's graph, so that what reads the one reads the other.
+Attention is com.microsoft's GroupQueryAttention: cache and products in one operator. It writes new keys and values in
+place if past and present are the same buffer. Queries, keys and values come from one product. A residual sum and the
+norm after it are one operator. Tensor names and shapes are those of optimum's graph, so that programs read both.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from limbeck.export.graph.save import save_graph
+
 if TYPE_CHECKING:
     import onnx
 
 OPSET, IR_VERSION = 21, 10
-MASKED_SCORE = (
-    -30000.0
-)  # added to scores of masked positions: exp() of it is 0, float16 holds it, a row of it is no NaN
-MAX_SINGLE_FILE_BYTES = (
-    2**24
-)  # bytes of weights; larger ones lie in a file of their own, which is mapped rather than read
+# Added to the scores of masked positions: exp() of it is 0, float16 can hold it, and a row of it gives no NaN.
+MASKED_SCORE = -30000.0
 
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight + bias: weight (in, out), bias (out,), float32."""
+    """x @ weight + bias, with float32 weight (in, out) and bias (out,) or None."""
 
     name: str
     weight: np.ndarray
@@ -37,7 +34,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm (Zhang and Sennrich, arXiv 1910.07467), or layer norm where there is a bias: (H,) float32 each."""
+    """RMS norm (Zhang and Sennrich, arXiv 1910.07467), or layer norm if there is a bias: (H,) float32 each."""
 
     name: str
     weight: np.ndarray
@@ -47,7 +44,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding's tables (Su et al., arXiv 2104.09864): cos and sin, (positions, rotated / 2) float32."""
+    """Tables of a rotary embedding (Su et al., arXiv 2104.09864): cos and sin, (positions, rotated / 2) float32."""
 
     name: str
     cos: np.ndarray
@@ -58,9 +55,13 @@ class Rotary:
 class Attention:
     """Causal attention of `heads` query heads that share `kv_heads` (Ainslie et al., arXiv 2305.13245).
 
-    The columns of `qkv` are the queries of all heads, then the keys, then the values. Scores are multiplied by
-    `scale` and, where softcap is not 0, squashed to softcap * tanh(score / softcap). A position sees the last
-    `window` positions, itself among them; -1 is all.
+    Attributes:
+        qkv: its outputs are the queries of all heads, then the keys, then the values.
+        scale: multiplies the scores.
+        rotary: None if the layer has no rotary embedding.
+        window: a position sees the last `window` positions, including itself; -1 is all.
+        softcap: if not 0, scores become softcap * tanh(score / softcap).
+        q_norm, k_norm: norms of queries and keys, per head if their weight has `head_size` entries; may be None.
     """
 
     qkv: Linear
@@ -78,7 +79,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) where there is a gate (Shazeer, arXiv 2002.05202)."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) if there is a gate (Shazeer, arXiv 2002.05202)."""
 
     up: Linear
     down: Linear
@@ -88,9 +89,9 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """x += after_attention(attention(before_attention(x))), then the same with the MLP; a norm may be missing.
+    """x += after_attention(attention(before_attention(x))), then the same with the MLP; a norm may be None.
 
-    In a parallel layer both read the x that comes in.
+    In a parallel layer, attention and MLP both read the layer's input.
     """
 
     name: str
@@ -105,13 +106,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What there is to know about a model to write its graph.
+    """A model: everything that its graph depends on.
 
     Attributes:
         embedding: (V, H) float32, multiplied by `embedding_scale`.
+        norm: the norm after the last layer.
+        head: None if the head is tied to the embedding.
+        embedding_norm: norm of the embedding, or None.
         positions: learned positions, (positions, H) float32, or None; position 0 is row `first_position`.
-        head: None where the embedding is the head too. head_bias: (V,) float32 or None.
-        logit_scale, logit_softcap: what is done to the logits, in this order; 1 and 0 are nothing.
+        head_bias: bias of a tied head, (V,) float32, or None.
+        logit_scale: multiplies the logits; then, if logit_softcap is not 0, they become
+            logit_softcap * tanh(logit / logit_softcap).
     """
 
     embedding_name: str
@@ -128,7 +133,7 @@ class Decoder:
     logit_softcap: float = 0.0
 
 
-# Activation -> operator, its domain and attributes.
+# Activation -> (operator, its domain, its attributes).
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "silu": ("QuickGelu", "com.microsoft", {"alpha": 1.0}),
     "quick_gelu": ("QuickGelu", "com.microsoft", {"alpha": 1.702}),
@@ -139,25 +144,16 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def write_graph(decoder: Decoder, path: Path) -> None:
-    """Write the graph to `path`; from 16 MB on its weights lie beside it, in a file with `_data` at its end.
+    """Write the graph to `path`, and weights of more than 16 MB to `<path>_data`.
 
     The same decoder gives the same bytes.
     """
-    import onnx
-
-    model = _Writer().model(decoder)
-    size = sum(len(weights.raw_data) for weights in model.graph.initializer)
-    onnx.save_model(
-        model,
-        path,
-        save_as_external_data=size > MAX_SINGLE_FILE_BYTES,
-        location=f"{path.name}_data",
-    )
+    save_graph(_Writer().model(decoder), path, consume=True)
 
 
 @dataclass
 class _Writer:
-    """Nodes and initializers of the graph being written; a tensor is known by its name."""
+    """Collects nodes and initializers. Methods take and return names of tensors."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
@@ -177,14 +173,14 @@ class _Writer:
     def node(
         self, op: str, inputs: list[str], output: str, *more: str, domain: str = "", name: str = "", **attributes: Any
     ) -> str:
-        """Add a node, named for its first output, which is returned."""
+        """Add a node, named after its first output. Returns that output."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(op, inputs, [output, *more], name or output, domain=domain, **attributes))
         return output
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        """Add an initializer; one of that name that is there already is taken to be the same."""
+        """Add an initializer, unless there is one of this name: that one is assumed to be equal."""
         from onnx import numpy_helper
 
         if name not in self.initializers:
@@ -211,7 +207,7 @@ class _Writer:
         return self.node("LayerNormalization", [x, weight, bias], out, axis=-1, epsilon=norm.eps)
 
     def add_and_norm(self, x: str, y: str, norm: Norm | None, total: str) -> tuple[str, str]:
-        """x + y, and its norm, in one operator."""
+        """Compute x + y and its norm in one operator. Returns (sum, normed sum); they are the same if norm is None."""
         if norm is None:
             added = self.node("Add", [x, y], total)
             return added, added
@@ -224,10 +220,9 @@ class _Writer:
         return total, out
 
     def _mask(self, decoder: Decoder) -> None:
-        """From attention_mask (B, T) to what GroupQueryAttention takes.
+        """Convert attention_mask (B, T) to the inputs of GroupQueryAttention.
 
-        A row's length is the place of its last 1. What is masked before it (padding on the left) gets `MASKED` added
-        to its score.
+        The length of a row ends at its last 1. MASKED_SCORE is added to the scores of zeros before it (left padding).
         """
         from onnx import TensorProto
 
@@ -236,9 +231,9 @@ class _Writer:
         self.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
         total = self.node("Shape", ["attention_mask"], "mask.length", start=1, end=2)
         self.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
-        seen = self.node("Cast", ["attention_mask"], "mask.seen", to=TensorProto.BOOL)
+        visible = self.node("Cast", ["attention_mask"], "mask.visible", to=TensorProto.BOOL)
         added = self.node(
-            "Where", [seen, self.number("mask.zero", 0.0), self.number("mask.masked", MASKED_SCORE)], "mask.added"
+            "Where", [visible, self.number("mask.zero", 0.0), self.number("mask.masked", MASKED_SCORE)], "mask.added"
         )
         row = self.node("Unsqueeze", [added, self.ints(1, 2)], "mask.row")  # (B, 1, 1, T)
         length = self.node("Shape", ["input_ids"], "input.length", start=1, end=2)
@@ -259,7 +254,7 @@ class _Writer:
         return self.norm(x, decoder.embedding_norm) if decoder.embedding_norm else x
 
     def _layers(self, decoder: Decoder, x: str) -> str:
-        """The layers and the last norm: residual sums are taken together with the norm that follows them."""
+        """Add the layers and the last norm. Each residual sum is fused with the norm that follows it."""
         first = decoder.layers[0].before_attention
         h = self.norm(x, first) if first else x
         following = [layer.before_attention for layer in decoder.layers[1:]] + [decoder.norm]
@@ -284,8 +279,8 @@ class _Writer:
         if rotary or attention.q_norm:
             qkv = self._split(attention, name, qkv[0])
         if rotary:
-            # The kernel could rotate too, but it takes a first prompt's positions from the first of each row, so a row
-            # padded on the left would be rotated otherwise than the steps that follow it.
+            # GroupQueryAttention could rotate too, but for a prompt it counts positions from the start of the row,
+            # which is wrong for a row with left padding.
             for part, heads in enumerate((attention.heads, attention.kv_heads)):
                 qkv[part] = self._rotate(qkv[part], rotary, heads)
         cache = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
@@ -307,12 +302,12 @@ class _Writer:
         return self.linear(out, attention.output)
 
     def _split(self, attention: Attention, name: str, qkv: str) -> list[str]:
-        """Queries, keys and values by themselves, the first two normed where the family does that."""
+        """Split queries, keys and values, and apply the norms of queries and keys if there are any."""
         heads = (attention.heads, attention.kv_heads, attention.kv_heads)
         parts = [f"{name}.query", f"{name}.key", f"{name}.value"]
         self.node("Split", [qkv, self.ints(*(n * attention.head_size for n in heads))], *parts, axis=-1)
         for part, norm in enumerate((attention.q_norm, attention.k_norm)):
-            if norm and len(norm.weight) == attention.head_size:  # each head by itself
+            if norm and len(norm.weight) == attention.head_size:  # a norm per head
                 each = self.node(
                     "Reshape", [parts[part], self.ints(0, 0, -1, attention.head_size)], f"{parts[part]}.heads"
                 )
@@ -346,10 +341,9 @@ class _Writer:
         if decoder.head:
             y = self.linear(x, decoder.head)
         else:
-            # A constant table would be packed for this product, a second copy beside the one that is looked up. After a
-            # Reshape whose shape is known only as the graph runs it is no constant; the Reshape itself copies nothing.
-            # A 0 is the size that was there, and onnxruntime does not see that the product of the sizes of the ids
-            # with 0 is always that: a shape that it sees through is worked out at once, with a copy.
+            # onnxruntime packs a constant weight for this product: a second copy of the table beside the one for the
+            # lookup. A Reshape with a shape computed at run time prevents that, and copies nothing itself. The shape
+            # is input sizes * 0; a 0 in a shape keeps the size. onnxruntime does not see that it is constant.
             shape = self.node(
                 "Mul", [self.node("Shape", ["input_ids"], "lm_head.sizes"), self.ints(0)], "lm_head.shape"
             )
@@ -368,7 +362,7 @@ class _Writer:
 
 
 def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
-    """The graph's inputs and outputs, named and ordered as optimum's are."""
+    """Return the graph's inputs and outputs, with the names and order of optimum's."""
     from onnx import TensorProto, helper
 
     def value(name: str, kind: int, *shape: str | int) -> Any:

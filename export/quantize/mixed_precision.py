@@ -1,133 +1,145 @@
-"""Which blocks a graph's weights are stored in, chosen by measurement; sensitive parts stay in more bits."""
+"""Choose the block format of a graph's weights by measurement; sensitive parts of the model get more bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore
 from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 
 CANDIDATE_BLOCK_SIZES = (32, 64, 128)
-EQUAL_TIME_RATIO = 1.05  # of the least time: as fast, as far as it can be measured
-MAX_TIME_RATIO = 1.5  # of the least time: too slow for what little it gains
+# Relative to the fastest candidate:
+EQUAL_TIME_RATIO = 1.05  # up to here a candidate counts as equally fast; measurements are no finer
+MAX_TIME_RATIO = 1.5  # above this a candidate is too slow for the little quality it gains
 
 
 @dataclass(frozen=True)
 class ChosenPlan:
-    """What was chosen, and all that was tried on the way, as the manifest says it."""
+    """The chosen format of each part of the model, and a record of the search for the manifest."""
 
-    plan: dict[str, BlockFormat]  # by part of the model
+    plan: dict[str, BlockFormat]
     record: dict[str, Any]
 
 
 def choose_plan(
     weights: GraphWeights,
-    trial: CandidateEvaluator,
+    evaluator: CandidateEvaluator,
     bits: int,
     *,
     max_loss: float,
     on_cpu: bool = True,
     report: Callable[[str], None] = lambda text: None,
 ) -> ChosenPlan:
-    """The fastest blocks of `bits` bits whose loss is at most `max_loss`, or the ones that lose least.
+    """Choose the fastest block format of `bits` bits whose loss is at most `max_loss`, else the one with least loss.
 
-    Where not even those lose little enough, parts of the model are given 8 bits, those first that gain most for their
-    size, until the loss is at most `max_loss`.
+    If bits is 4 and no format reaches `max_loss`, parts of the model get 8 bits until the loss is at most `max_loss`,
+    starting with the part that gains most per byte.
 
     Args:
-        max_loss: of `Score.loss`.
-        on_cpu: False where it will run elsewhere: products are then computed in float, and the smallest are taken for
-            the fastest.
+        max_loss: limit of `CandidateScore.loss`.
+        on_cpu: False if the artifact will run on CUDA. Then products compute in float, and the smallest format counts
+            as the fastest, since it cannot be timed here.
     """
-    blocks, tries = _blocks(weights, trial, bits, max_loss, on_cpu, report)
+    search = _Search(weights, evaluator, max_loss, on_cpu, report)
+    blocks, trials = search.choose_format(bits)
     plan = dict.fromkeys(weights.groups, blocks)
-    record: dict[str, Any] = {"chosen": blocks.to_manifest(), "tried": tries}
+    record: dict[str, Any] = {"chosen": blocks.to_manifest(), "tried": trials}
     if bits < 8:
-        plan, kept = _raise_parts_to_8_bits(weights, trial, plan, max_loss, on_cpu, report)
-        record |= kept
+        plan, raised = search.raise_parts_to_8_bits(plan)
+        record |= raised
     return ChosenPlan(plan, record)
 
 
-def _blocks(
-    weights: GraphWeights,
-    trial: CandidateEvaluator,
-    bits: int,
-    max_loss: float,
-    on_cpu: bool,
-    report: Callable[[str], None],
-) -> tuple[BlockFormat, list[dict[str, Any]]]:
-    tried: list[
-        tuple[BlockFormat, CandidateScore, float]
-    ] = []  # with the time of a token in ms, or the bytes where it is not known
+class _Trial(NamedTuple):
+    """One measured format. `time` is ms per token, or bytes if the device cannot be timed here."""
 
-    def attempt(blocks: BlockFormat) -> None:
-        model = weights.quantize(dict.fromkeys(weights.groups, blocks))
-        weights.clear_packed()
-        score = trial.score(model)
-        tried.append((blocks, score, trial.decode_ms(model) if on_cpu else score.bytes))
-        report(
-            f"  {_describe_block_format(blocks)}: KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
-            + f", {tried[-1][2]:.2f} ms a token" * on_cpu
-        )
-
-    for symmetric in (False, True):
-        for block in CANDIDATE_BLOCK_SIZES:
-            attempt(BlockFormat(bits, block, symmetric, 4 if on_cpu else 0))
-    if bits == 4 and on_cpu:  # 8 bits in float32 are unpacked at each token: many times slower than float32 weights
-        attempt(
-            BlockFormat(bits, _best(tried, max_loss).block_size, _best(tried, max_loss).symmetric, accuracy_level=0)
-        )
-    fields = [
-        {**b.to_manifest(), **score.to_manifest(), **({"decode_ms": ms} if on_cpu else {})} for b, score, ms in tried
-    ]
-    return _best(tried, max_loss), fields
+    blocks: BlockFormat
+    score: CandidateScore
+    time: float
 
 
-def _best(tried: list[tuple[BlockFormat, CandidateScore, float]], max_loss: float) -> BlockFormat:
-    fast = [one for one in tried if one[2] <= MAX_TIME_RATIO * min(ms for _, _, ms in tried)]
-    fit = [one for one in fast if one[1].loss <= max_loss]
-    if not fit:
-        return min(fast, key=lambda one: one[1].kl)[0]
-    least = min(ms for _, _, ms in fit)
-    return min((one for one in fit if one[2] <= EQUAL_TIME_RATIO * least), key=lambda one: one[1].kl)[0]
+@dataclass(frozen=True)
+class _Search:
+    weights: GraphWeights
+    evaluator: CandidateEvaluator
+    max_loss: float
+    on_cpu: bool
+    report: Callable[[str], None]
+
+    def choose_format(self, bits: int) -> tuple[BlockFormat, list[dict[str, Any]]]:
+        """Try formats of `bits` bits for all weights. Returns the best, and all trials for the manifest."""
+        trials = [
+            self._try_format(BlockFormat(bits, block_size, symmetric, 4 if self.on_cpu else 0))
+            for symmetric in (False, True)
+            for block_size in CANDIDATE_BLOCK_SIZES
+        ]
+        # 8 bits with float32 activations are not tried: onnxruntime unpacks such weights at each token, many times
+        # slower than float32 weights.
+        if bits == 4 and self.on_cpu:
+            trials.append(self._try_format(replace(self._best(trials), accuracy_level=0)))
+        return self._best(trials), [self._trial_to_manifest(trial) for trial in trials]
+
+    def raise_parts_to_8_bits(self, plan: Mapping[str, BlockFormat]) -> tuple[dict[str, BlockFormat], dict[str, Any]]:
+        """Give parts 8 bits, best gain per byte first, until the loss is at most the limit.
+
+        Returns the new plan, and for the manifest the score of each part alone in 8 bits, and the scores as parts were
+        added one after the other. The record is empty if the plan is within the limit from the start.
+        """
+        start = self.evaluator.score(self.weights.quantize(plan))
+        if start.loss <= self.max_loss:
+            return dict(plan), {}
+        alone, gains = {}, {}
+        for part, blocks in plan.items():
+            score = self.evaluator.score(self.weights.quantize({**plan, part: self._in_8_bits(blocks)}))
+            alone[part] = score.to_manifest()
+            gains[part] = (start.kl - score.kl) / max(1, score.bytes - start.bytes)
+            self.report(f"  {part} in 8 bits: KL {start.kl:.4f} -> {score.kl:.4f}")
+        steps = [{"part": None, **start.to_manifest()}]
+        raised = dict(plan)
+        for part in sorted(gains, key=gains.__getitem__, reverse=True):
+            raised[part] = self._in_8_bits(raised[part])
+            score = self.evaluator.score(self.weights.quantize(raised))
+            steps.append({"part": part, **score.to_manifest()})
+            if score.loss <= self.max_loss:
+                break
+        return raised, {"alone_in_8_bits": alone, "raised_to_8_bits": steps}
+
+    def _try_format(self, blocks: BlockFormat) -> _Trial:
+        model = self.weights.quantize(dict.fromkeys(self.weights.groups, blocks))
+        self.weights.clear_packed()
+        score = self.evaluator.score(model)
+        line = f"  {_describe_format(blocks)}: KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
+        if not self.on_cpu:
+            self.report(line)
+            return _Trial(blocks, score, score.bytes)
+        milliseconds = self.evaluator.decode_ms(model)
+        self.report(f"{line}, {milliseconds:.2f} ms per token")
+        return _Trial(blocks, score, milliseconds)
+
+    def _best(self, trials: list[_Trial]) -> BlockFormat:
+        shortest = min(trial.time for trial in trials)
+        fast = [trial for trial in trials if trial.time <= MAX_TIME_RATIO * shortest]
+        within_limit = [trial for trial in fast if trial.score.loss <= self.max_loss]
+        if not within_limit:
+            return min(fast, key=lambda trial: trial.score.kl).blocks
+        shortest = min(trial.time for trial in within_limit)
+        equally_fast = [trial for trial in within_limit if trial.time <= EQUAL_TIME_RATIO * shortest]
+        return min(equally_fast, key=lambda trial: trial.score.kl).blocks
+
+    def _trial_to_manifest(self, trial: _Trial) -> dict[str, Any]:
+        fields = {**trial.blocks.to_manifest(), **trial.score.to_manifest()}
+        return {**fields, "decode_ms": trial.time} if self.on_cpu else fields
+
+    def _in_8_bits(self, blocks: BlockFormat) -> BlockFormat:
+        return replace(blocks, bits=8, accuracy_level=4 if self.on_cpu else 0)
 
 
-def _raise_parts_to_8_bits(
-    weights: GraphWeights,
-    trial: CandidateEvaluator,
-    plan: Mapping[str, BlockFormat],
-    max_loss: float,
-    on_cpu: bool,
-    report: Callable[[str], None],
-) -> tuple[dict[str, BlockFormat], dict[str, Any]]:
-    """Give parts 8 bits, greedily, until the loss is at most `max_loss`. Returns the plan, and for the manifest: what
-    each part would bring alone, and what they brought one after the other."""
-    now = trial.score(weights.quantize(plan))
-    if now.loss <= max_loss:
-        return dict(plan), {}
-    alone, gains = {}, {}
-    for part, blocks in plan.items():
-        score = trial.score(weights.quantize({**plan, part: _as_8_bit(blocks, on_cpu)}))
-        alone[part] = score.to_manifest()
-        gains[part] = (now.kl - score.kl) / max(1, score.bytes - now.bytes)
-        report(f"  {part} in 8 bits: KL {now.kl:.4f} -> {score.kl:.4f}")
-    curve = [{"part": None, **now.to_manifest()}]
-    chosen = dict(plan)
-    for part in sorted(gains, key=gains.__getitem__, reverse=True):
-        chosen[part] = _as_8_bit(chosen[part], on_cpu)
-        score = trial.score(weights.quantize(chosen))
-        curve.append({"part": part, **score.to_manifest()})
-        if score.loss <= max_loss:
-            break
-    return chosen, {"alone_in_8_bits": alone, "kept_in_8_bits": curve}
-
-
-def _as_8_bit(blocks: BlockFormat, on_cpu: bool) -> BlockFormat:
-    return replace(blocks, bits=8, accuracy_level=4 if on_cpu else 0)
-
-
-def _describe_block_format(blocks: BlockFormat) -> str:
-    how = ", symmetric" * blocks.symmetric + ", in float32" * (blocks.accuracy_level == 0)
-    return f"{blocks.bits} bits, blocks of {blocks.block_size}{how}"
+def _describe_format(blocks: BlockFormat) -> str:
+    text = f"{blocks.bits} bits, blocks of {blocks.block_size}"
+    if blocks.symmetric:
+        text += ", symmetric"
+    if blocks.accuracy_level == 0:
+        text += ", in float32"
+    return text

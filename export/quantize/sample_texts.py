@@ -1,4 +1,4 @@
-"""Short texts of several kinds, for a comparison where the user names no corpus."""
+"""Short texts of several kinds: the default for parity and quantization if the user gives no corpus."""
 
 SAMPLE_TEXTS = (
     '''def merge(left, right):

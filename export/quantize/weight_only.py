@@ -1,8 +1,8 @@
 """Weights in blocks of 4 or 8 bits: com.microsoft's MatMulNBits, and GatherBlockQuantized for the token embedding.
 
-Each run of `block` inputs of an output channel has a scale of its own, and a zero point unless it is symmetric.
-Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8, each token and block
-by themselves: what a text gets does not depend on what else is in the batch, as it does in dynamic int8.
+A block is `block_size` consecutive inputs of one output channel. It has its own scale, and a zero point unless it is
+symmetric. Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8 per token
+and block, so a text's result does not depend on the rest of the batch, as it does in dynamic int8.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class BlockFormat:
     """How a weight is stored.
 
     Attributes:
-        bits: 4 or 8. block: inputs that share a scale.
+        bits: 4 or 8.
+        block_size: inputs that share a scale.
+        symmetric: no zero points.
         accuracy_level: of MatMulNBits; 0 computes in float32, 4 rounds activations to int8.
     """
 
@@ -36,7 +38,7 @@ class BlockFormat:
     accuracy_level: int = 4
 
     def to_manifest(self) -> dict[str, Any]:
-        """As the manifest says it."""
+        """Return the fields for the manifest."""
         return {
             "bits": self.bits,
             "block_size": self.block_size,
@@ -47,29 +49,43 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class WeightNode:
-    """A product with a constant weight, or the token embedding where `node` is its lookup."""
+    """A node that reads a weight: a product with a constant, or the lookup of the token embedding.
 
-    output_name: str  # its output
-    weight: str  # the initializer
-    outputs_first: bool  # (out, in) rather than (in, out)
+    Attributes:
+        output_name: the node's output.
+        weight: name of the initializer.
+        outputs_first: the weight is (out, in), not (in, out).
+        group: part of the model that gets one format, such as "layers.3.mlp".
+    """
+
+    output_name: str
+    weight: str
+    outputs_first: bool
     inputs: int
     outputs: int
-    group: str  # part of the model that is kept or quantized together
+    group: str
 
 
 @dataclass
 class GraphWeights:
-    """The products of a graph, and their weights as they were quantized so far."""
+    """A float32 graph taken apart into nodes and weights, to build quantized graphs from.
 
-    model: Any  # onnx.ModelProto without its initializers
-    tensors: dict[str, Any]  # the initializers
+    Attributes:
+        model: onnx.ModelProto without its initializers.
+        tensors: the initializers by name.
+        weight_nodes: the nodes whose weight can be quantized, in the graph's order.
+        embedding: name of the token embedding; a tied head reads it too. None if there is none to quantize.
+    """
+
+    model: Any
+    tensors: dict[str, Any]
     weight_nodes: list[WeightNode]
-    embedding: str | None  # table that is looked up, and multiplied with where the head is tied to it
+    embedding: str | None
     _packed: dict[tuple[str, int, int, bool], tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_graph(cls, graph: Path) -> GraphWeights:
-        """The float32 `graph`, its Gemm nodes as MatMul and Add."""
+        """Load the float32 file `graph`; its Gemm nodes become MatMul and Add."""
         model = load_with_gemm_as_matmul(graph)
         products, embedding = _find_weight_nodes(model.graph), find_token_embedding(model.graph)
         tensors = {item.name: item for item in model.graph.initializer}
@@ -78,14 +94,18 @@ class GraphWeights:
 
     @property
     def groups(self) -> dict[str, list[WeightNode]]:
-        """Products by the part of the model that they belong to, in the graph's order."""
+        """The weight nodes by the part of the model they belong to, in the graph's order."""
         groups: dict[str, list[WeightNode]] = {}
         for product in self.weight_nodes:
             groups.setdefault(product.group, []).append(product)
         return groups
 
     def pack(self, product: WeightNode, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
-        """(N, K / block, bytes) uint8 codes, (N, K / block) float32 scales and, unless symmetric, zero points."""
+        """Quantize a weight of K inputs and N outputs, rounding to nearest. The result is cached.
+
+        Returns (N, K / block_size, bytes) uint8 codes, (N, K / block_size) float32 scales and, unless symmetric, packed
+        zero points.
+        """
         key = (product.weight, blocks.bits, blocks.block_size, blocks.symmetric)
         if key not in self._packed:
             from onnx import numpy_helper
@@ -95,11 +115,11 @@ class GraphWeights:
         return self._packed[key]
 
     def clear_packed(self) -> None:
-        """Free what was quantized."""
+        """Free the cache of quantized weights."""
         self._packed.clear()
 
     def format_for(self, product: WeightNode, blocks: BlockFormat) -> BlockFormat | None:
-        """`blocks`, with a block that divides the width of the table that is looked up; None where there is none."""
+        """Return `blocks`, for the embedding with a block size that divides its width; None if none does."""
         if product.weight != self.embedding:
             return blocks
         for block in BLOCK_SIZES:
@@ -108,7 +128,7 @@ class GraphWeights:
         return None
 
     def quantize(self, plan: Mapping[str, BlockFormat | None]) -> Any:
-        """The graph with the weights of each group as `plan` says; None leaves a group in float32."""
+        """Build the graph with each group in the format of `plan`; None leaves a group in float32."""
         import onnx
 
         model = onnx.ModelProto()
@@ -142,7 +162,8 @@ class GraphWeights:
 def _find_weight_nodes(graph: Any) -> list[WeightNode]:
     tensors = {item.name: item for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
     table = find_token_embedding(graph)
-    turned = {  # optimum's head reads the table transposed, the fused graph's after a Reshape to the shape that it has
+    # optimum's head reads the table through a Transpose, the fused graph's through a Reshape to the same shape.
+    views = {
         node.output[0]: node.input[0]
         for node in graph.node
         if node.op_type in ("Transpose", "Reshape") and node.input[0] == table
@@ -151,8 +172,8 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
     for node in graph.node:
         if table and node.op_type == "Gather" and node.input[0] == table:
             weight, outputs_first = table, True
-        elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in turned:
-            weight, outputs_first = turned[node.input[1]], True
+        elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in views:
+            weight, outputs_first = views[node.input[1]], True
         elif node.op_type == "MatMul" and node.input[1] in tensors:
             weight, outputs_first = node.input[1], False
         else:
@@ -165,13 +186,13 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
 
 
 def _group(name: str) -> str:
-    """`layers.3.mlp` for a product in that part of a layer, by its own name; `head` for one outside of the layers."""
+    """Return the group of a node, from its name: such as "layers.3.mlp", or "head" outside of the layers."""
     match = LAYER.search(name)
     return f"layers.{match[1]}.{match[2]}" if match else "head"
 
 
 def _pack(weight: np.ndarray, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
-    """Round (K, N) float32 to nearest."""
+    """Quantize (K, N) float32, rounding to nearest. Returns codes, scales and, unless symmetric, zero points."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
@@ -192,14 +213,14 @@ def _tensors(product: WeightNode, blocks: BlockFormat, packed: tuple[np.ndarray,
 
     tensors = list(packed)
     names = _names(product, blocks)
-    if is_embedding:  # the lookup takes a row of the table as one run of bytes, the head as blocks
+    if is_embedding:  # the lookup reads a row as one run of bytes, a tied head reads it as blocks
         tensors = [packed[0].reshape(len(packed[0]), -1), *packed[1:], np.array(packed[0].shape, np.int64)]
         names = [*names, f"{product.weight}_shape"]
     return [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
 
 
 def _nodes(node: Any, product: WeightNode, blocks: BlockFormat, is_embedding: bool) -> list[Any]:
-    """The quantized form of a MatMul or of the lookup."""
+    """Return the quantized form of a MatMul or of the lookup."""
     from onnx import helper
 
     names, out = _names(product, blocks), node.output[0]
@@ -230,7 +251,7 @@ def _nodes(node: Any, product: WeightNode, blocks: BlockFormat, is_embedding: bo
 
 
 def _drop_unused_nodes(nodes: list[Any], outputs: set[str]) -> list[Any]:
-    """Without the nodes whose outputs nothing reads any more."""
+    """Remove nodes whose outputs nothing reads."""
     kept, read = [], set(outputs)
     for node in reversed(nodes):
         if read.intersection(node.output):

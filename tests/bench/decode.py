@@ -51,7 +51,7 @@ def main(threads: int | None = None) -> None:
 def make_artifacts(folder: Path) -> dict[str, Path]:
     """The model in each precision, by its name."""
     from limbeck.export.artifact.export import export_onnx
-    from limbeck.export.quantize.evaluate import save_graph
+    from limbeck.export.graph.save import save_graph
     from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 
     made = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}

@@ -47,7 +47,8 @@ class Answer(NamedTuple):
 def main(*precisions: str) -> None:
     """Measure and print two tables."""
     quiet_libraries()
-    from limbeck.export.artifact.export import PRECISIONS, export_onnx
+    from limbeck.export.artifact.export import export_onnx
+    from limbeck.export.quantize.precisions import PRECISIONS
 
     wanted = precisions or tuple(name for name in ("fp32", "int4") if name in PRECISIONS)
     with TemporaryDirectory() as temporary:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("limbeck_home")
 def test_settings_mean_what_they_mean_to_transformers(
     limbeck: Limbeck, llama: Exported, options: tuple[object, ...]
 ) -> None:
-    command = ("generate", llama.fp32, "for i in", "--beside", llama.torch, "--max-new-tokens", 40, "--format", "json")
+    command = ("generate", llama.fp32, "for i in", "--against", llama.torch, "--max-new-tokens", 40, "--format", "json")
     code, out, _ = limbeck(*command, *options)
     assert code == 0
     ours, theirs = json.loads(out)

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.parity import measure_parity
-from limbeck.export.graph import decoder
-from limbeck.export.graph.families import UnsupportedModel, decoder_from_model
+from limbeck.export.graph import save
+from limbeck.export.graph.families import decoder_from_model
+from limbeck.export.graph.reader import UnsupportedModel
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import make_model
@@ -80,7 +81,7 @@ def test_a_quantised_variant_has_the_graph_it_is_made_from(fused: Path, tiny_lla
 def test_large_weights_lie_in_a_file_of_their_own(
     fused: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "MAX_SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(save, "MAX_SINGLE_FILE_BYTES", 1000)
     export_onnx(tiny_llama, tmp_path / "fp32")
     assert (tmp_path / "fp32/model.onnx_data").stat().st_size > 50_000
     assert "model.onnx_data" in read_manifest(tmp_path / "fp32")["files"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.export.bundle.bundle import is_bundle, verified_artifact_folder
-from limbeck.export.bundle.deploy import write_bundle
+from limbeck.export.bundle.layout import is_bundle, verified_artifact_folder
+from limbeck.export.bundle.write import write_bundle
 from limbeck.export.bundle.vendor import pinned_requirements, source_files
 from limbeck.export.commands.locate import find_artifact
 from limbeck.export.runtime.runtime import Runtime
@@ -80,10 +80,10 @@ def test_an_older_bundle_stays_where_the_newer_cannot_be_made(llama: Exported, b
 
 
 def test_only_an_onnx_artifact_goes_only_where_nothing_else_is(llama: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is no ONNX artifact"):
+    with pytest.raises(BadInput, match="is not an ONNX artifact"):
         write_bundle(llama.torch, tmp_path / "bundle")
     (tmp_path / "home.txt").write_text("mine")
-    with pytest.raises(BadInput, match="no bundle"):
+    with pytest.raises(BadInput, match="is not a bundle"):
         write_bundle(llama.fp32, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["home.txt"]
 
@@ -139,7 +139,7 @@ def test_it_has_the_code_and_the_packages_of_a_server_and_no_more(made: Path) ->
         "export/artifact",
         "export/graph",
         "export/commands/export.py",
-        "export/bundle/deploy.py",
+        "export/bundle/write.py",
         "registry/mlflow",
     )
     assert not [name for name in names if name.startswith(tuple(f"limbeck/{path}" for path in absent))]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.export.bundle.deploy import write_bundle
+from limbeck.export.bundle.write import write_bundle
 from limbeck.export.bundle.vendor import pinned_requirements
 from limbeck.export.runtime.runtime import Runtime
 from tests.conftest import Result
@@ -112,12 +112,12 @@ def test_a_damaged_bundle_does_not_start(bundle: Path, host: dict[str, str], dam
     ran = subprocess.run([copy / "start", "--port", "0"], env=host, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
-    said = f"{damaged} has sha256" if damaged.endswith(".py") else "is no bundle, and on this host there is no registry"
+    said = f"{damaged} has sha256" if damaged.endswith(".py") else "is not a bundle, and this host has no registry"
     assert said in ran.stderr
 
 
 def test_deploy_is_a_command(limbeck: Callable[..., Result], llama: Exported, tmp_path: Path) -> None:
-    result: Result = limbeck("deploy", llama.fp32, "--to", tmp_path / "bundle")
+    result: Result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle")
     assert result.code == 0
     assert "verified" in result.out
     assert f"{tmp_path}/bundle/start" in result.err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.export.bundle import bundle as bundles
+from limbeck.export.bundle import layout
 from limbeck.export.bundle.write import write_bundle
 from limbeck.export.bundle.vendor import pinned_requirements
 from limbeck.export.commands.locate import find_onnx_artifact
@@ -54,15 +54,15 @@ def registered(store: Store, llama: Exported, trusted: Path) -> Store:
 
 @pytest.fixture
 def bundle(registered: Store, limbeck: Callable[..., Result], tmp_path: Path) -> Path:
-    done = limbeck("deploy", "coder/1", "--to", tmp_path / "bundle")
+    done = limbeck("deploy", "coder/1", "--output", tmp_path / "bundle")
     assert "signed by ada" in done.out, done.err
     return tmp_path / "bundle"
 
 
 def rehashed(bundle: Path) -> None:
     """As somebody would who changes files of a bundle and makes its manifests fit."""
-    write_manifest(bundle / bundles.MODEL_FOLDER, **extra_manifest_fields(read_manifest(bundle / bundles.MODEL_FOLDER)))
-    files = bundles.bundle_file_digests(bundle)
+    write_manifest(bundle / layout.MODEL_FOLDER, **extra_manifest_fields(read_manifest(bundle / layout.MODEL_FOLDER)))
+    files = layout.bundle_file_digests(bundle)
     write_json(bundle / MANIFEST, read_manifest(bundle) | {"digest": artifact_digest(files), "files": files})
 
 
@@ -128,7 +128,7 @@ def test_a_key_that_is_not_trusted(
     for command in (
         ("serve", bundle, "--port", 0),
         ("serve", "coder/1", "--port", 0),
-        ("deploy", "coder/1", "--to", "b"),
+        ("deploy", "coder/1", "--output", "b"),
     ):
         done = limbeck(*command)
         assert (done.code, "by no key that LIMBECK_TRUSTED_KEYS lists" in done.err) == (2, True), done.err
@@ -159,7 +159,7 @@ def test_a_bundle_that_is_replaced_under_a_server(bundle: Path, llama: Exported,
 
 
 def test_deploy_tells_the_bill(registered: Store, limbeck: Callable[..., Result], tmp_path: Path) -> None:
-    done = limbeck("deploy", "coder/2", "--to", tmp_path / "b", "--format", "json")
+    done = limbeck("deploy", "coder/2", "--output", tmp_path / "b", "--format", "json")
     bill = attestation.sbom_of_ref(registered, "coder/2")
     assert bill is not None
     told = json.loads(done.out)

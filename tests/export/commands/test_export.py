@@ -33,7 +33,7 @@ def test_export_of_a_folder_writes_beside_it(limbeck: Limbeck, tiny_llama: Path,
     assert rows[0]["parity"]["tokens"] == 3 * len(Runtime.load(rows[0]["model"]).encode("def f(x):\n    return x\n"))
     code, out, err = limbeck("export", model)
     assert code == 0
-    assert "was there" in out
+    assert "exists" in out
     assert "already exported" in err
 
 
@@ -41,21 +41,21 @@ def test_export_deploy_and_generate_of_a_registered_version(
     limbeck: Limbeck, store: Store, tiny_llama: Path, tmp_path: Path
 ) -> None:
     store.register(NewVersion(name="coder", kind="teacher"), tiny_llama)
-    assert limbeck("deploy", "coder/1", "--to", tmp_path / "bundle").err.strip().endswith("limbeck export coder/1")
+    assert limbeck("deploy", "coder/1", "--output", tmp_path / "bundle").err.strip().endswith("limbeck export coder/1")
     code, out, _ = limbeck("export", "coder/1", "--precision", "int8, fp32")
     assert code == 0
     assert "coder/2" in out
     assert "coder/3" in out
-    code, _, err = limbeck("deploy", "coder/1", "--to", tmp_path / "bundle")
+    code, _, err = limbeck("deploy", "coder/1", "--output", tmp_path / "bundle")
     assert code == 2
     assert "its ONNX variants: coder/2 (fp32), coder/3 (int8)" in err
 
-    code, out, _ = limbeck("deploy", "coder/3", "--to", tmp_path / "bundle", "--format", "json")
+    code, out, _ = limbeck("deploy", "coder/3", "--output", tmp_path / "bundle", "--format", "json")
     assert code == 0
     digest = store.get("coder/3").digest
     deployed = {"bundle": str(tmp_path / "bundle"), "model": "coder/3", "digest": digest}
     assert json.loads(out) == deployed | {"sbom": None, "signed_by": None}  # it was never promoted
-    done = limbeck("generate", "coder/2", "def add(", "--beside", "coder/1", "--max-new-tokens", 12, "--format", "json")
+    done = limbeck("generate", "coder/2", "def add(", "--against", "coder/1", "--max-new-tokens", 12, "--format", "json")
     assert done.code == 0
     ours, teacher = json.loads(done.out)
     assert (ours["model"], ours["engine"]) == ("coder/2", "onnxruntime")
@@ -107,10 +107,10 @@ def test_bad_input_is_told_in_a_line(limbeck: Limbeck, llama: Exported, tiny_lla
         (("export", tiny_llama, "--texts", tmp_path / "empty.jsonl"), "is empty"),
         (("export", tiny_llama, "--texts", tmp_path / "bad.jsonl"), "line 2"),
         (("export", tiny_llama, "--texts", tmp_path / "no.jsonl"), "cannot be read"),
-        (("deploy", damaged, "--to", tmp_path / "to"), "model.onnx has sha256"),
-        (("deploy", tiny_llama, "--to", tmp_path / "to"), "is a torch model"),
+        (("deploy", damaged, "--output", tmp_path / "to"), "model.onnx has sha256"),
+        (("deploy", tiny_llama, "--output", tmp_path / "to"), "is a PyTorch model"),
         (("serve", damaged), "model.onnx has sha256"),
-        (("serve", tiny_llama), "is a torch model"),
+        (("serve", tiny_llama), "is a PyTorch model"),
         (("generate", damaged, "x"), "model.onnx has sha256"),
         (("generate", llama.fp32, "x", "--temperature", -1), "temperature is -1"),
         (("generate", llama.fp32, "a b c " * 100), "the context is 128"),

@@ -13,14 +13,16 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from limbeck.export.artifact.export import PRECISIONS, export_onnx
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.parity import measure_parity
-from limbeck.export.artifact.variants import export_folder, quantization_settings
-from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore, save_graph
+from limbeck.export.artifact.variants import ExportOptions, export_folder
+from limbeck.export.graph.save import save_graph
+from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore
 from limbeck.export.quantize.float16 import load_as_float16
 from limbeck.export.quantize.mixed_precision import choose_plan
-from limbeck.export.quantize.quantize import QuantizationSettings
+from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
+from limbeck.export.quantize.settings import QuantizationSettings, quantization_settings
 from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest
@@ -71,7 +73,7 @@ def test_every_precision_of_every_graph_holds(pair: tuple[Path, Path], precision
     assert sizes[0] < sizes[1]
     manifest = read_manifest(tmp_path / "out")
     assert manifest["precision"] == precision
-    assert manifest["quantization"]["asked"]["device"] == "cpu"
+    assert manifest["quantization"]["requested"]["device"] == "cpu"
     assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
@@ -163,11 +165,11 @@ def test_a_loss_is_what_text_shows_or_what_the_model_expects() -> None:
 def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, trial: CandidateEvaluator) -> None:
     weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
     free = choose_plan(weights, trial, 4, max_loss=1e9)
-    assert "kept_in_8_bits" not in free.record
+    assert "raised_to_8_bits" not in free.record
     assert {blocks.bits for blocks in free.plan.values()} == {4}
     all_kept = choose_plan(weights, trial, 4, max_loss=1e-9)
     assert {blocks.bits for blocks in all_kept.plan.values()} == {8}
-    curve = all_kept.record["kept_in_8_bits"]
+    curve = all_kept.record["raised_to_8_bits"]
     assert curve[0]["part"] is None
     assert {point["part"] for point in curve[1:]} == set(weights.groups)
     assert [point["bytes"] for point in curve] == sorted(point["bytes"] for point in curve)
@@ -178,7 +180,7 @@ def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, tr
     limit = min(max(one["expected_change"], one["bits_per_byte_change"]) for one in free.record["tried"]) / 2
     some = choose_plan(weights, trial, 4, max_loss=limit)
     *before, last = [
-        max(point["expected_change"], point["bits_per_byte_change"]) for point in some.record["kept_in_8_bits"]
+        max(point["expected_change"], point["bits_per_byte_change"]) for point in some.record["raised_to_8_bits"]
     ]
     assert last <= limit < min(before)
     assert {blocks.bits for blocks in some.plan.values()} == {4, 8}
@@ -282,7 +284,7 @@ def test_an_operator_without_a_kernel_is_named(
         onnx.save_model(graph, out / "model.onnx")
         rewrite_manifest(out)
 
-    monkeypatch.setattr("limbeck.export.artifact.variants.export", half_made)
+    monkeypatch.setattr("limbeck.export.artifact.variants.export_onnx", half_made)
     with pytest.raises(BadInput, match=r"fp32: onnxruntime has no kernel for the operator Rfft"):
         export_folder(llama.torch, tmp_path / "to", ["fp32"])
 
@@ -308,11 +310,11 @@ def test_int4_is_made_again_where_it_may_lose_more(llama: Exported, tmp_path: Pa
     told: list[str] = []
     shutil.copytree(llama.fp32, tmp_path / "fp32")
     for most, new in ((1e9, True), (1e9, False), (1e-9, True)):
-        settings = QuantizationSettings(max_change=most)
-        (made,) = export_folder(llama.torch, tmp_path, ["int4"], SAMPLE_TEXTS[:2], settings, report=told.append)
+        settings = QuantizationSettings(max_change=most, report=told.append)
+        (made,) = export_folder(llama.torch, tmp_path, ["int4"], ExportOptions(SAMPLE_TEXTS[:2], settings))
         assert made.new is new
     assert made.quantization is not None
-    assert "kept_in_8_bits" in made.to_json()["quantization"]
+    assert "raised_to_8_bits" in made.to_json()["quantization"]
     assert any("embedding in 8 bits" in line for line in told)
     assert not any("fp32: exporting" in line for line in told)
 
@@ -345,7 +347,7 @@ def test_the_command_makes_each_precision_and_says_how(
     limbeck: Callable[..., tuple[int, str, str]], llama: Exported, tmp_path: Path, limbeck_home: Path
 ) -> None:
     shutil.copytree(llama.fp32, tmp_path / "to/fp32")
-    command = ("export", llama.torch, "--to", tmp_path / "to", "--precision", "int8-weight,fp16", "--format", "json")
+    command = ("export", llama.torch, "--output", tmp_path / "to", "--precision", "int8-weight,fp16", "--format", "json")
     code, out, err = limbeck(*command)
     assert code == 0, err
     rows = json.loads(out)

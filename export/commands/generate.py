@@ -1,0 +1,88 @@
+"""`limbeck generate`: complete one prompt and report the speed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from limbeck.export.commands.options import device_option, threads_option
+from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries
+
+if TYPE_CHECKING:
+    from limbeck.export.commands.locate import FoundArtifact
+    from limbeck.export.runtime.sampling import Sampling
+
+COLUMNS = ["model", "engine", "digest", "new tokens", "load", "prefill", "decode"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="At most N tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens.")
+@click.option("--top-p", type=float, help="Sample from the most likely tokens that together have this probability.")
+@click.option("--min-p", type=float, help="Sample from tokens with at least this share of the highest probability.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes repeated tokens less likely.")
+@click.option("--seed", type=int, help="Makes sampling reproducible.")
+@click.option("--stop", multiple=True, help="Stop before this text; can be repeated.")
+@click.option("--against", metavar="TEACHER", help="Complete the same prompt with this model too, to compare speed.")
+@threads_option
+@device_option
+@format_option
+def generate(
+    model: str,
+    prompt: str | None,
+    against: str | None,
+    threads: int | None,
+    device: Literal["cpu", "cuda"],
+    output_format: str,
+    **sampling: Any,
+) -> None:
+    """Complete PROMPT (or standard input) with MODEL, and report the speed.
+
+    An ONNX artifact runs in the torch-free runtime, a PyTorch model in transformers. The digest of the files is
+    checked first.
+    """
+    quiet_libraries()
+    from limbeck.export.commands.locate import find_artifact
+    from limbeck.export.runtime.sampling import Sampling
+
+    request = Sampling(**sampling)
+    if prompt is None:
+        prompt = sys.stdin.read()
+    names = [model, against] if against else [model]
+    results = [_complete(find_artifact(name), prompt, request, threads, device) for name in names]
+    if output_format == "json":
+        print_json(results)
+        return
+    print(prompt + results[0]["text"])
+    print_table("", COLUMNS, map(_speed_row, results))
+
+
+def _complete(
+    found: FoundArtifact, prompt: str, sampling: Sampling, threads: int | None, device: Literal["cpu", "cuda"]
+) -> dict[str, Any]:
+    """Return one entry of the JSON output."""
+    from limbeck.export.artifact.complete import complete_onnx, complete_torch
+
+    complete = complete_onnx if found.engine == "onnxruntime" else complete_torch
+    done = complete(found.path, prompt, sampling, threads=threads, device=device, digest=found.digest)
+    speeds = {"prefill_tokens_per_s": done.prefill_tokens_per_s, "decode_tokens_per_s": done.decode_tokens_per_s}
+    return {"model": found.name, "engine": found.engine, **asdict(done), **speeds}
+
+
+def _speed_row(result: dict[str, Any]) -> tuple[Any, ...]:
+    decode = result["decode_tokens_per_s"]
+    return (
+        result["model"],
+        result["engine"],
+        result["digest"][:12],
+        result["new_tokens"],
+        f"{result['load_s']:.2f} s",
+        f"{result['prefill_tokens_per_s']:,.0f} tok/s",
+        decode and f"{decode:,.0f} tok/s",
+    )
