@@ -46,7 +46,7 @@ def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedPr
     """Run a command with nothing of this process's Python in its environment; it has to end well."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST", "LIMBECK"))}
     words = list(map(str, command))
-    ran = subprocess.run(words, cwd=cwd, env=kept | variables, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(words, cwd=cwd, env=kept | variables, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, f"{' '.join(words)}\n{ran.stdout}{ran.stderr}"
     return ran
 
