@@ -1,1 +1,1 @@
-"""Teacher to student: recipes, data, the teacher cache, objectives and the training run."""
+"""Distillation, from teacher to student: recipes, data, the teacher cache, objectives and the training run."""

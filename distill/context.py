@@ -1,4 +1,4 @@
-"""What the steps of a distillation run share: recipe, text, tokenizer, blocks and teacher."""
+"""What all steps of a distillation run share: recipe, text, tokenizer, blocks and teacher."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-EMPTY_CORPUS = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # not written yet
+EMPTY_CORPUS = corpus.Corpus(Path(), Path(), "", 0, 0, 0, 0)  # before the text is written
 
 
 class Setting(NamedTuple):
-    """What every student of a recipe shares."""
+    """What all students of a recipe share."""
 
     recipe: Recipe
     source: Source
@@ -39,41 +39,45 @@ class Setting(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     teacher: ResolvedModel | None
     teacher_version: Version | None
-    base_models: dict[str, ResolvedModel]  # of the students that begin pretrained
-    generated: GenerationStats | None = None  # of a text that the teacher wrote
-    # Label of the teacher, or of what a student begins as -> licences of its parts (distill.students.licences)
+    base_models: dict[str, ResolvedModel]  # of the students that start pretrained, by student
+    generated: GenerationStats | None = None  # with [generate]
+    # Label of the teacher or of a base model -> licences of its lineage (distill.students.licences)
     inherited_terms: dict[str, tuple[licences.LineageLicence, ...]] = {}
 
     @property
     def teacher_licence_allows(self) -> bool | None:
-        """Whether the teacher's own licence lets a student learn from its outputs; None: not known, or no teacher."""
-        asked = self.recipe.teacher
-        if asked is None or asked.licence_allows_distillation is not None:
-            return asked.licence_allows_distillation if asked else None
+        """Whether the teacher's own licence lets a student learn from its outputs; None if unknown or no teacher."""
+        spec = self.recipe.teacher
+        if spec is None:
+            return None
+        if spec.licence_allows_distillation is not None:
+            return spec.licence_allows_distillation
         return licences.allows_distillation(self.teacher_licence)
 
     @property
     def teacher_licence(self) -> str | None:
-        """As the recipe says, else as the provider's terms, the registry or its card do; None: not stated."""
-        asked, teacher = self.recipe.teacher, self.teacher
-        if asked is None or asked.licence or teacher is None:
-            return asked.licence if asked else None
-        return licences.licence_of_endpoint(asked.model) or licence.licence_of_model(teacher)
+        """From the recipe, else the provider's terms, the registry or the model card; None if nobody states it."""
+        spec = self.recipe.teacher
+        if spec is None:
+            return None
+        if spec.licence or self.teacher is None:
+            return spec.licence
+        return licences.licence_of_endpoint(spec.model) or licence.licence_of_model(self.teacher)
 
     @property
     def vocab_size(self) -> int:
         return loading.vocabulary_size(self.tokenizer)
 
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of a recipe's teacher. Raises BadInput where there is none."""
+        """The tokenizer of the recipe's teacher. Raises BadInput if it has none."""
         return loading.load_tokenizer(*self._teacher_files())
 
     def teacher_config(self) -> PretrainedConfig:
-        """Of a recipe's local teacher."""
+        """The config of the recipe's local teacher."""
         return loading.load_config(*self._teacher_files())
 
     def teacher_model(self) -> PreTrainedModel:
-        """A recipe's local teacher, in float32."""
+        """The recipe's local teacher, in float32."""
         return loading.load_model(*self._teacher_files())
 
     def _teacher_files(self) -> tuple[Path, bool]:
@@ -84,7 +88,7 @@ class Setting(NamedTuple):
 
 @contextmanager
 def errors_at(source: Source, *key: str) -> Iterator[None]:
-    """An error within is told with the place in the recipe that it comes from."""
+    """Add the place of a recipe key to the message of any error raised inside."""
     try:
         yield
     except LimbeckError as error:
@@ -93,7 +97,7 @@ def errors_at(source: Source, *key: str) -> Iterator[None]:
 
 
 def count_parameters(folder: Path) -> int:
-    """The parameters in a folder of safetensors, from their headers."""
+    """Number of parameters in the safetensors files of a folder. Reads only their headers."""
     from safetensors import safe_open
 
     total = 0
@@ -105,7 +109,7 @@ def count_parameters(folder: Path) -> int:
 
 @functools.cache
 def code_version() -> str:
-    """Limbeck's version, and the commit it runs from where it runs from a clone."""
+    """Limbeck's version, with the git commit if it runs from a clone."""
     root = Path(__file__).parents[3]
     version = f"limbeck {installed('limbeck')}"
     if not (root / ".git").exists():
@@ -119,21 +123,24 @@ def code_version() -> str:
 
 
 class GenerationStats(NamedTuple):
-    """What came of it. Seconds, tokens and dollars are those of all answers, whichever run had them made."""
+    """Statistics of a text that the teacher wrote.
+
+    Seconds, tokens and dollars are of all answers, also of those that an earlier run generated.
+    """
 
     prompts: int
-    too_long: int  # prompts left out: with max_new_tokens they pass the teacher's context
+    too_long: int  # prompts that do not fit the teacher's context together with max_new_tokens
     answers: int
     kept_answers: int
     dropped: dict[str, int]  # by filter
     tokens: int  # of all answers
-    seconds: float  # a local teacher took
-    input_tokens: int  # of a teacher behind an endpoint
+    seconds: float  # of a local teacher
+    input_tokens: int  # of an endpoint
     output_tokens: int
     usd: float
-    new_answers: int  # answers that this run had made
+    new_answers: int  # generated in this run
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged."""
-        facts = {f"generate.{name}": float(value) for name, value in self._asdict().items() if name != "dropped"}
-        return facts | {f"generate.dropped.{name}": float(count) for name, count in self.dropped.items()}
+        """The statistics as MLflow metrics."""
+        counts = {f"generate.{name}": float(value) for name, value in self._asdict().items() if name != "dropped"}
+        return counts | {f"generate.dropped.{name}": float(count) for name, count in self.dropped.items()}

@@ -1,1 +1,1 @@
-"""The whole loop on what is already on this machine: a recipe, a policy and the teacher they start from."""
+"""The quickstart: the whole loop without downloads, with its recipe, policy and teacher."""

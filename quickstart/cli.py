@@ -1,4 +1,4 @@
-"""`limbeck quickstart`: the commands of the whole loop, one after the other. Each can be run alone."""
+"""`limbeck quickstart`: runs the commands of the whole loop in order. Each command can also be run alone."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ PROMPT = "def read_config(path):"
 SAMPLING = ("--max-new-tokens", 64, "--temperature", 0.6, "--seed", 0)
 TASKS = ("stdlib_bits_per_byte", "stdlib_next_line", "stdlib_minimal_pairs")
 
-CommandLine = tuple[object, ...]  # a command line after `limbeck`; a path is said as short as it can be from here
+CommandLine = tuple[object, ...]  # the words after `limbeck`; prints paths below the current folder as relative
 
 
 @click.command()
-@click.option("--recipe", type=click.Path(path_type=Path), default=HERE / "recipe.toml", help="Another recipe.")
-@click.option("--policy", type=click.Path(path_type=Path), default=HERE / "policy.toml", help="Another policy.")
-@click.option("--limit", type=int, help="Score only so many documents of each task.")
+@click.option("--recipe", type=click.Path(path_type=Path), default=HERE / "recipe.toml", help="The recipe to run.")
+@click.option(
+    "--policy", type=click.Path(path_type=Path), default=HERE / "policy.toml", help="The policy of the promotion."
+)
+@click.option("--limit", type=int, help="Score at most N documents of each task.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[str, ...]) -> None:
     """The whole loop: text, students, ONNX, scores, leaderboard, promotion, a completion.
 
-    Every step is a command of its own and is printed before it runs. Running the quickstart again skips what
-    is done; after Ctrl-C or a kill it goes on where it was.
+    Prints each command before it runs it. Run it again, and it skips what is done; after Ctrl-C or a kill it
+    resumes.
     """
     from limbeck.distill.recipe.load import load_recipe
 
@@ -39,56 +41,59 @@ def quickstart(recipe: Path, policy: Path, limit: int | None, overrides: tuple[s
     name = load_recipe(recipe, list(overrides)).name
     for number, (title, commands) in enumerate(steps(name, recipe, policy, limit, overrides), 1):
         print_status(f"\n[{number}] {title}")
-        for words in commands:
-            run_command(words)
+        for command_line in commands:
+            run_command(command_line)
     print_status(
-        f"\n[{time.monotonic() - began:.0f} s] {name}@production is yours to serve:\n$ limbeck serve {name}@production"
+        f"\n[{time.monotonic() - began:.0f} s] {name}@production is ready to serve:\n$ limbeck serve {name}@production"
     )
 
 
 def steps(
     name: str, recipe: Path, policy: Path, limit: int | None, overrides: Sequence[str]
 ) -> Iterator[tuple[str, list[CommandLine]]]:
-    """The loop, as titles and command lines. A later step names what an earlier one registered."""
+    """The steps of the loop, as titles with command lines.
+
+    Run each step before you take the next one: its command lines name the versions that earlier steps registered.
+    """
     state = Path(os.environ.get("LIMBECK_HOME", ".limbeck"))
     heldout, tasks = state / "data" / name / "heldout.jsonl", state / "tasks" / "stdlib"
     sets = [word for override in overrides for word in ("--set", override)]
     limits = ["--limit", limit] if limit else []
 
     yield (
-        "Students: the teacher runs once, each size is distilled and has a twin trained on labels alone",
+        "Students: the teacher runs once; each size is distilled, and again trained on labels alone (its twin)",
         [("distill", recipe, *sets)],
     )
     teacher, students = teacher_and_students(name)
     yield (
-        "ONNX: fp32 and int8 of each student, held against PyTorch",
+        "ONNX: each student in fp32 and int8, compared with PyTorch",
         [("export", *students, "--precision", "fp32,int8", "--texts", heldout)],
     )
     yield (
-        "Scores: three lm-eval tasks from the held-out files, quality and cost against the teacher",
+        "Scores: quality on three lm-eval tasks made from the held-out files, and cost, relative to the teacher",
         [
             ("tasks", heldout, "--name", "stdlib", "--to", tasks),
             ("eval", name, "--tasks", ",".join(TASKS), "--include-path", tasks, "--against", teacher, *limits),
         ],
     )
     yield (
-        "What distillation brought: each student against its twin",
+        "Gain from distillation: each distilled student compared with its twin",
         [("compare", *pair) for pair in distilled_and_labels_pairs(name)],
     )
-    yield ("Leaderboard: cost against quality", [("leaderboard", name)])
+    yield ("Leaderboard: cost and quality", [("leaderboard", name)])
     yield ("Verdict: is the giant a waste here?", [("verdict", name)])
     yield (
         "Promotion: the cheapest variant that passes the policy",
         [("promote", name, "--alias", "production", "--policy", policy), ("leaderboard", name, "--format", "html")],
     )
     yield (
-        "Use: a fresh process, the torch-free runtime, beside the teacher",
+        "Use: the torch-free runtime in a new process, compared with the teacher",
         [("generate", f"{name}@production", PROMPT, *SAMPLING, "--beside", teacher)],
     )
 
 
 def teacher_and_students(name: str) -> tuple[str, list[str]]:
-    """NAME/VERSION of the newest teacher, and of the students that are compared with it."""
+    """NAME/VERSION of the newest teacher and of its students."""
     from limbeck.registry.mlflow.store import Store
 
     versions = Store().versions(name)
@@ -98,7 +103,7 @@ def teacher_and_students(name: str) -> tuple[str, list[str]]:
 
 
 def distilled_and_labels_pairs(name: str) -> list[tuple[str, str]]:
-    """NAME/VERSION of each distilled student and of its twin: the same student, trained on labels alone."""
+    """NAME/VERSION of each distilled student and of its twin, the same student trained on labels alone."""
     from limbeck.registry.mlflow.store import Store
 
     students = {v.recipe or "": v.ref for v in Store().versions(name) if v.kind == "student"}
@@ -107,7 +112,7 @@ def distilled_and_labels_pairs(name: str) -> list[tuple[str, str]]:
 
 
 def run_command(command_line: CommandLine) -> None:
-    """Print a command and run it here; `generate` in a process of its own, as a user of the artifact would."""
+    """Print a command and run it in this process; `generate` in a new process, as a user of the artifact would."""
     args = [_shorten_path(word) for word in command_line]
     print_status(f"$ limbeck {shlex.join(args)}")
     if args[0] == "generate":

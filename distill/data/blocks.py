@@ -1,4 +1,4 @@
-"""Text to tokens: a tokenizer trained on the corpus where asked, and fixed-length blocks of token ids."""
+"""Blocks: documents as token ids in blocks of a fixed length; and training a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-END = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Blocks(NamedTuple):
-    """Token ids laid out in blocks, several documents to a block where they are short, and what identifies it all.
+    """N blocks of T token ids. Short documents share a block.
 
     Attributes:
         ids: (N, T) int32.
-        segments: (N, T) uint16: which document of its block a token belongs to, counted from 1; 0 is padding.
-        targets: (N, T) bool: whether a token is to be predicted from those before it in its segment.
-        text_tokens: tokens that stand for text: all but padding and the tokens that start a document; of prompts
-            with completions and conversations those of the answers alone.
-        text_bytes: bytes of UTF-8 that those stand for.
-        left_out: documents that do not fit into a block.
+        segments: (N, T) uint16: the document of its block that a token belongs to, counted from 1; 0 is padding.
+        targets: (N, T) bool: whether a token is predicted from those before it in its segment.
+        text_tokens: tokens of text: not padding, nor the start token of a document. For prompts with completions and
+            for conversations, the tokens of the answers alone.
+        text_bytes: UTF-8 bytes of those tokens.
+        digest: of ids, segments and targets.
+        too_long: documents that do not fit in a block, and were dropped.
     """
 
     ids: np.ndarray
@@ -43,12 +44,12 @@ class Blocks(NamedTuple):
     too_long: int = 0
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """The blocks at `indices` (n,) as a model takes them.
+        """The blocks at `indices` (n,) as inputs of a model.
 
         Returns:
-            `input_ids` (n, T) int64; `labels` (n, T) int64, not shifted, -100 where nothing is to be predicted;
-            and, where a block holds more than one document, `position_ids` (n, T) int64 that begin anew with
-            each: from them transformers builds an attention mask that no document sees another through.
+            `input_ids` (n, T) int64; `labels` (n, T) int64, not shifted, -100 for tokens that are not targets; and,
+            if a block has several documents, `position_ids` (n, T) int64, which restart at 0 with each document.
+            From them transformers builds an attention mask that separates the documents.
         """
         import torch
 
@@ -60,27 +61,27 @@ class Blocks(NamedTuple):
 
 
 def position_ids(segments: np.ndarray) -> np.ndarray:
-    """Of each token its place in its segment: (n, T) -> (n, T) int64, from 0."""
-    places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    """The position of each token in its segment, from 0: (n, T) -> (n, T) int64."""
+    columns = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     begins = np.ones(segments.shape, dtype=bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
 
 
 def document_slices(segments: np.ndarray) -> list[slice]:
-    """Where each document of a block lies, from the numbers (T,) of its segments; padding left out."""
+    """The slice of each document in a block, given the block's segments (T,); without padding."""
     edges = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     return [slice(start, end) for start, end in pairwise(edges) if segments[start] != 0]
 
 
 def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token before a text: BOS, or EOS where there is none, as lm-eval gives it to a model."""
+    """The token before a text, as in lm-eval: BOS, or EOS if the tokenizer has no BOS."""
     start: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return start
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of `vocab_size` tokens with one special token that ends a document."""
+    """Train a byte-level BPE tokenizer of `vocab_size` tokens, with one special token that ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,15 +90,15 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=END,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
@@ -110,25 +111,26 @@ def make_blocks(
     max_tokens: int | None = None,
     one_document_per_block: bool = False,
 ) -> Blocks:
-    """Documents laid out in blocks.
+    """Lay documents out in blocks.
 
-    Texts, each between a start token and EOS, are laid end to end and cut; one that does not end in a block goes on
-    in the next without what came before, and the last partial block is dropped. Prompts with completions and
-    conversations stay whole: several share a block where they fit, and those that are too long are left out. The
-    start token is BOS, or EOS where the tokenizer has none: what lm-eval gives a model before a text.
+    Plain texts are concatenated, each between the start token and EOS, and cut into blocks. A text that does not fit
+    continues in the next block, without its earlier tokens as context. The last partial block is dropped.
+
+    Prompts with completions and conversations stay whole. Several share a block if they fit; those longer than a block
+    are dropped.
 
     Args:
-        documents: the first says which of these they are.
-        max_length: tokens a block.
-        max_tokens: use only so many, of the first documents.
-        one_document_per_block: one document a block, for a model that would see its neighbours (`packing`).
+        documents: all of one kind; the first one decides which.
+        max_length: tokens per block.
+        max_tokens: stop after this many tokens.
+        one_document_per_block: for a model that would attend to other documents in its block (see `packing`).
 
     Raises:
         BadInput: a tokenizer without EOS, too little text, no document that fits, or one without an answer.
     """
     start, end = start_token_id(tokenizer), tokenizer.eos_token_id
     if start is None or end is None:
-        raise BadInput("the tokenizer has no EOS token", fix="give it one: documents are told apart by it")
+        raise BadInput("the tokenizer has no EOS token", fix="give it one: it separates the documents")
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
@@ -142,54 +144,55 @@ def make_blocks(
             end,
             one_document_per_block,
         )
-    pieces = _texts(documents, tokenizer, start, end)
+    encoded = _encode_texts(documents, tokenizer, start, end)
     if one_document_per_block:
-        cuts = (cut for piece in pieces for cut in _cut(piece, max_length))
-        return _pack_blocks(cuts, max_length, max_tokens, end, one_document_per_block)
-    return _concatenate_blocks(pieces, max_length, max_tokens)
+        parts = (part for text in encoded for part in _cut(text, max_length))
+        return _pack_blocks(parts, max_length, max_tokens, end, one_document_per_block)
+    return _concatenate_blocks(encoded, max_length, max_tokens)
 
 
-def _texts(
+def _encode_texts(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, start: int, end: int
 ) -> Iterator[EncodedDocument]:
     for texts in _text_batches(document.text for document in documents):
         tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        for text, piece in zip(texts, tokens, strict=True):
-            ids = np.asarray([start, *piece, end], dtype=np.int32)
+        for text, text_ids in zip(texts, tokens, strict=True):
+            ids = np.asarray([start, *text_ids, end], dtype=np.int32)
             yield EncodedDocument(ids, np.arange(len(ids)) > 0, len(text.encode()))
 
 
 def _text_batches(texts: Iterable[str], characters: int = 2**19) -> Iterator[list[str]]:
-    """Texts in lists of about so many characters: what a tokenizer makes of them takes a hundred times as much."""
-    some: list[str] = []
+    """Texts in lists of about this many characters. The tokenizer's output takes a hundred times as much memory."""
+    batch: list[str] = []
     size = 0
     for text in texts:
-        some.append(text)
+        batch.append(text)
         size += len(text)
         if size >= characters:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _cut(piece: EncodedDocument, max_length: int) -> Iterator[EncodedDocument]:
-    """A text in parts of `max_length`; a last token alone is left out, nothing would be predicted from it."""
-    count = len(piece.ids)
+def _cut(text: EncodedDocument, max_length: int) -> Iterator[EncodedDocument]:
+    """A text in parts of at most `max_length` tokens. Drops a last part of one token, which has no target."""
+    count = len(text.ids)
     for begin in range(0, count - 1, max_length):
         part = slice(begin, begin + max_length)
-        size = round(piece.text_bytes * len(piece.ids[part]) / count)
-        yield EncodedDocument(piece.ids[part], piece.targets[part], size)
+        text_bytes = round(text.text_bytes * len(text.ids[part]) / count)
+        yield EncodedDocument(text.ids[part], text.targets[part], text_bytes)
 
 
-def _concatenate_blocks(pieces: Iterator[EncodedDocument], max_length: int, max_tokens: int | None) -> Blocks:
+def _concatenate_blocks(texts: Iterator[EncodedDocument], max_length: int, max_tokens: int | None) -> Blocks:
+    """Blocks cut from the concatenated texts."""
     ids_of: list[np.ndarray] = []
     sizes: list[int] = []
     count = 0
-    for piece in pieces:
-        ids_of.append(piece.ids)
-        sizes.append(piece.text_bytes)
-        count += len(piece.ids)
+    for text in texts:
+        ids_of.append(text.ids)
+        sizes.append(text.text_bytes)
+        count += len(text.ids)
         if max_tokens and count >= max_tokens:
             break
     used = min(count, max_tokens or count) // max_length * max_length
@@ -204,64 +207,66 @@ def _concatenate_blocks(pieces: Iterator[EncodedDocument], max_length: int, max_
     numbers = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[:used].reshape(-1, max_length)
     numbers -= numbers[:, :1] - 1
     segments = numbers.astype(np.uint16)
-    targets = np.zeros(ids.shape, dtype=bool)  # the first of a segment follows nothing
+    targets = np.zeros(ids.shape, dtype=bool)  # the first token of a segment has no context
     targets[:, 1:] = segments[:, 1:] == segments[:, :-1]
-    begun = int((np.cumsum(lengths) - lengths < used).sum())
+    started_documents = int((np.cumsum(lengths) - lengths < used).sum())
     size = _bytes_within(used, lengths, sizes)
-    return Blocks(ids, segments, targets, used - begun, size, layout_digest(ids, segments, targets))
+    return Blocks(ids, segments, targets, used - started_documents, size, layout_digest(ids, segments, targets))
 
 
 def _pack_blocks(
-    pieces: Iterator[EncodedDocument],
+    documents: Iterator[EncodedDocument],
     max_length: int,
     max_tokens: int | None,
     padding: int,
     one_document_per_block: bool,
 ) -> Blocks:
-    kept: list[EncodedDocument] = []
-    count = left_out = shortest = 0
-    for piece in pieces:
-        length = len(piece.ids)
+    """Blocks of whole documents; `padding` is the id that fills them up."""
+    fitting: list[EncodedDocument] = []
+    count = too_long = shortest = 0
+    for document in documents:
+        length = len(document.ids)
         if length > max_length:
-            left_out += 1
+            too_long += 1
             shortest = min(shortest or length, length)
             continue
         count += length
         if max_tokens and count > max_tokens:
             break
-        kept.append(piece)
-    if not kept:
+        fitting.append(document)
+    if not fitting:
+        problem = f"data.max_tokens {max_tokens} is less than the first document has"
+        if too_long:
+            problem = f"all {too_long} documents are longer than {max_length} tokens: the shortest has {shortest}"
         raise BadInput(
-            f"all {left_out} documents are longer than {max_length} tokens: the shortest has {shortest}"
-            if left_out
-            else f"data.max_tokens {max_tokens} is less than the first document has",
-            fix="a prompt with its answer stays whole: give a greater data.max_length or data.max_tokens",
+            problem, fix="a prompt with its answer stays whole: give a greater data.max_length or data.max_tokens"
         )
-    places = first_fit([len(piece.ids) for piece in kept], max_length)
+    layout = first_fit([len(document.ids) for document in fitting], max_length)
     if one_document_per_block:
-        places = [[number] for number in range(len(kept))]
-    shape = (len(places), max_length)
+        layout = [[number] for number in range(len(fitting))]
+    shape = (len(layout), max_length)
     ids, segments = np.full(shape, padding, dtype=np.int32), np.zeros(shape, dtype=np.uint16)
     targets = np.zeros(shape, dtype=bool)
-    for row, numbers in enumerate(places):
-        at = 0
-        for segment, piece in enumerate((kept[number] for number in numbers), 1):
-            part = slice(at, at + len(piece.ids))
-            ids[row, part], segments[row, part], targets[row, part] = piece.ids, segment, piece.targets
-            targets[row, at] = False  # the first of a segment follows nothing
-            at = part.stop
-    tokens, size = sum(int(piece.targets.sum()) for piece in kept), sum(piece.text_bytes for piece in kept)
-    return Blocks(ids, segments, targets, tokens, size, layout_digest(ids, segments, targets), left_out)
+    for row, numbers in enumerate(layout):
+        start = 0
+        for segment, document in enumerate((fitting[number] for number in numbers), 1):
+            part = slice(start, start + len(document.ids))
+            ids[row, part], segments[row, part], targets[row, part] = document.ids, segment, document.targets
+            targets[row, start] = False  # the first token of a segment has no context
+            start = part.stop
+    tokens = sum(int(document.targets.sum()) for document in fitting)
+    text_bytes = sum(document.text_bytes for document in fitting)
+    return Blocks(ids, segments, targets, tokens, text_bytes, layout_digest(ids, segments, targets), too_long)
 
 
 def empty_blocks(max_length: int) -> Blocks:
-    """Of a text that is not written yet."""
+    """No blocks, before the text is written."""
     nothing = np.zeros((0, max_length))
     return Blocks(nothing.astype(np.int32), nothing.astype(np.uint16), nothing.astype(bool), 0, 0, "")
 
 
 def layout_digest(ids: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> str:
-    """What identifies blocks: their tokens and how they are laid out."""
+    """The digest of the tokens and their layout in blocks."""
     digest = hashlib.sha256(f"{ids.shape[1]}\n".encode())
     for array in (ids, segments, targets):
         digest.update(np.ascontiguousarray(array).data)
@@ -269,7 +274,7 @@ def layout_digest(ids: np.ndarray, segments: np.ndarray, targets: np.ndarray) ->
 
 
 def _bytes_within(used: int, lengths: np.ndarray, sizes: list[int]) -> int:
-    """Bytes of text in the first `used` tokens; the bytes of a document that is cut are shared out by its tokens."""
+    """Bytes of text in the first `used` tokens. A cut document counts in proportion to its tokens."""
     ends = np.cumsum(lengths)
     whole = int(np.searchsorted(ends, used, side="right"))
     total = sum(sizes[:whole])

@@ -152,10 +152,10 @@ def test_deepseek_r1(
         assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
         assert trained.digest != before.digest
         facts = store.client.get_run(trained.run_id).data.metrics
-        asked.append(facts["generate.asked"])
+        asked.append(facts["generate.new_answers"])
         parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
         learnt = [document for part in parts for document in corpus.read_corpus(part)]
-        assert len(learnt) == facts["generate.kept"] == 18 - facts["generate.dropped.verifier"]
+        assert len(learnt) == facts["generate.kept_answers"] == 18 - facts["generate.dropped.verifier"]
         assert facts["generate.dropped.verifier"] >= 2  # what the teacher was taught wrong
         for document in learnt:
             question = document.messages[0]["content"] if document.messages else document.prompt.strip()
