@@ -1,4 +1,4 @@
-"""Causal language models as lm-eval needs them: log-probabilities of chosen tokens, and new text."""
+"""Engines: causal language models that return log-probabilities of given tokens, and generated text."""
 
 from __future__ import annotations
 
@@ -21,21 +21,17 @@ from limbeck.registry.core.terminal import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-RUNTIME_SAMPLING_SETTINGS = (
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-)  # what the runtime has of transformers' settings
+# The settings of transformers that Limbeck's ONNX runtime has too.
+RUNTIME_SAMPLING_SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class Engine(Protocol):
     """A loaded model.
 
     Attributes:
-        tokenizer: transformers' tokenizer of the model's folder, as lm-eval's HFLM loads it.
+        tokenizer: the transformers tokenizer of the model's folder, as lm-eval's HFLM loads it.
         max_length: the context in tokens, as HFLM finds it.
-        identity: library versions that the numbers depend on, in words.
+        identity: the libraries that the numbers depend on, with their versions.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,12 +41,15 @@ class Engine(Protocol):
     def scores(
         self, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int
     ) -> Iterator[tuple[int, ContinuationScore]]:
-        """(index, score) of each (context, continuation) of token ids, in the order they are finished.
+        """(index, score) of each (context, continuation) of token ids, in the order in which they are finished.
 
-        What is longer than the context loses its beginning.
+        A pair that is longer than the context loses its beginning.
 
         Args:
-            batch_tokens: the most tokens of one forward pass; on a CPU no more than `CPU_TOKENS`.
+            batch_tokens: the most tokens of one forward pass; on a CPU at most `CPU_TOKENS`.
+
+        Raises:
+            NanLogits: a log-probability is NaN.
         """
 
     def generate(
@@ -59,16 +58,16 @@ class Engine(Protocol):
         """The new tokens of each prompt, or their text, up to one of the `until` strings or the end of text.
 
         Args:
-            prompts: token ids; all of them together are one batch.
-            **sampling: `do_sample`, `temperature` and what else lm-eval's tasks give for transformers.
+            prompts: token ids; all prompts form one batch.
+            **sampling: `do_sample`, `temperature` and other transformers settings of lm-eval's tasks.
 
         Raises:
-            NotANumber: logits that are NaN, after this prompt.
+            NanLogits: the logits after a prompt are NaN.
         """
 
 
 class TorchEngine:
-    """A transformers checkpoint in float32, on a GPU where there is one."""
+    """A transformers checkpoint in float32, on a GPU if there is one."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         import torch
@@ -90,14 +89,15 @@ class TorchEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
     ) -> list[list[int]]:
-        """See `Engine.generate`. With the checkpoint's own generation settings beneath, as HFLM."""
+        """See `Engine.generate`. The checkpoint's own generation settings are the defaults, as in HFLM."""
         import torch
         from lm_eval.models.utils_hf import stop_sequences_criteria
         from transformers import LogitsProcessorList
 
-        def checked(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            if (bad := logits.isnan().any(dim=-1)).any():  # the text would look like any other
-                raise NanLogits(int(bad.nonzero()[0, 0]))
+        def check_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            is_nan = logits.isnan().any(dim=-1)
+            if is_nan.any():  # the generated text would look normal
+                raise NanLogits(int(is_nan.nonzero()[0, 0]))
             return logits
 
         pad = self.tokenizer.pad_token_id
@@ -113,7 +113,7 @@ class TorchEngine:
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, list(until), width, len(prompts)),
-                logits_processor=LogitsProcessorList([checked]),
+                logits_processor=LogitsProcessorList([check_numbers]),
                 pad_token_id=pad,
                 use_cache=True,
                 **sampling,
@@ -122,7 +122,7 @@ class TorchEngine:
 
 
 class OnnxEngine:
-    """An ONNX artifact: text from Limbeck's own runtime, scores from the same graph with prefixes shared."""
+    """An ONNX artifact: Limbeck's own runtime generates text; the same graph with shared prefixes gives scores."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.folder = folder
@@ -130,7 +130,7 @@ class OnnxEngine:
         self.max_length = max_length
         self.identity = library_versions("onnxruntime")
         self.work = TokenCounter()
-        # One of the two at a time: each holds the weights.
+        # Only one of the two exists at a time, since each holds the weights.
         self._forward: OnnxForward | None = None
         self._runtime: Runtime | None = None
 
@@ -147,36 +147,36 @@ class OnnxEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Sequence[str], **sampling: Any
     ) -> list[list[int]]:
-        """See `Engine.generate`. Raises BadInput for a setting that the runtime does not have."""
-        settings = {
-            key: value for key, value in sampling.items() if key in RUNTIME_SAMPLING_SETTINGS and value is not None
-        }
-        if sampling.pop("do_sample", False):
+        """See `Engine.generate`. Raises BadInput for a setting that the runtime lacks."""
+        values = {name: value for name, value in sampling.items() if name in RUNTIME_SAMPLING_SETTINGS}
+        settings = {name: value for name, value in values.items() if value is not None}
+        if sampling.get("do_sample"):
             settings["temperature"] = sampling.get("temperature") or 1.0
-        if unknown := sorted(sampling.keys() - {"temperature", *RUNTIME_SAMPLING_SETTINGS}):
+        unknown = sorted(sampling.keys() - {"do_sample", "temperature", *RUNTIME_SAMPLING_SETTINGS})
+        if unknown:
             raise BadInput(
-                f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model cannot do",
+                f"the task's generation_kwargs have {', '.join(unknown)}, which an ONNX model does not support",
                 fix="leave it out of the task, or score the PyTorch model",
             )
         stop = [text for text in until if text]
         if self._runtime is None:
             self._forward = None
-            self._runtime = Runtime.load(self.folder, verify=False)  # verified when the model was resolved
+            self._runtime = Runtime.load(self.folder, verify=False)  # it was verified when the model was resolved
             (first,) = self._runtime.generate(prompts[:1], max_new_tokens=1, logprobs=0)
-            if np.isnan(first.logprobs or []).any():  # the text would look like any other
+            if np.isnan(first.logprobs or []).any():  # the generated text would look normal
                 raise NanLogits(0)
         completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
 
 
 def library_versions(engine: str) -> str:
-    """The libraries that an engine's numbers depend on, with their versions, in words; loads none of them."""
+    """The libraries that an engine's numbers depend on, with their versions; imports none of them."""
     libraries = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime",)}[engine]
     return ", ".join(f"{library} {version(library)}" for library in libraries)
 
 
 class LoadedTokenizer(NamedTuple):
-    """How a model reads text: what is known before its weights are loaded."""
+    """A model's configuration, tokenizer and context, which are known before its weights are loaded."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -184,7 +184,10 @@ class LoadedTokenizer(NamedTuple):
 
 
 def load_tokenizer(folder: Path, label: str, trust_remote_code: bool = False) -> LoadedTokenizer:
-    """A model folder's tokenizer and context, as lm-eval's HFLM finds them. Raises BadInput."""
+    """A model folder's tokenizer and context, as lm-eval's HFLM finds them.
+
+    Raises BadInput if transformers cannot load the configuration or the tokenizer.
+    """
     quiet_libraries()
     from lm_eval.models.utils import configure_pad_token, resolve_max_length
     from transformers import AutoConfig, AutoTokenizer
@@ -199,9 +202,9 @@ def load_tokenizer(folder: Path, label: str, trust_remote_code: bool = False) ->
 
 
 def load_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
-    """The engine for a model: onnxruntime for an ONNX artifact, else PyTorch.
+    """Load the engine of a model: onnxruntime for an ONNX artifact, else PyTorch.
 
-    Raises BadInput where transformers cannot load the model or its tokenizer.
+    Raises BadInput if transformers cannot load the model or its tokenizer.
     """
     config, tokenizer, max_length = load_tokenizer(model.path, model.label, trust_remote_code)
     import torch
@@ -214,6 +217,6 @@ def load_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine
         torch_model = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=torch.float32, use_safetensors=True, **trust
         )
-    except Exception as error:  # safetensors and transformers raise types of no one family
+    except Exception as error:  # safetensors and transformers errors have no common base class
         raise BadInput(f"{model.label} cannot be loaded as a causal language model: {error}") from error
     return TorchEngine(torch_model, tokenizer, max_length)

@@ -1,4 +1,4 @@
-"""Engines that cost nothing until something is asked of them."""
+"""Opens a model's engine; its weights are loaded only when a request is not in the cache."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from limbeck.registry.core.terminal import print_status
 
 
 def open_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine:
-    """The engine of any model. Raises BadInput where its tokenizer cannot be loaded."""
+    """The engine of any model. Raises BadInput if its tokenizer cannot be loaded."""
     if model.endpoint:
         engine = EndpointEngine(model.endpoint, load_tokenizer(model.path, model.label, trust_remote_code))
         print_status(
-            f"{model.label}: of its context of {engine.context} tokens {engine.max_length} can be used over HTTP; "
-            "only of longer texts the scores differ from those of the same model here"
+            f"{model.label}: over HTTP {engine.max_length} of its {engine.context} tokens of context can be used; "
+            "scores of longer texts differ from those of the same model run locally"
         )
         return engine
     return LazyEngine(model, trust_remote_code)
 
 
 class LazyEngine:
-    """See `limbeck.evals.engines.engine.Engine`. A model whose answers are all kept is never loaded."""
+    """See `limbeck.evals.engines.engine.Engine`. A model whose answers are all in the cache is never loaded."""
 
     def __init__(self, model: ResolvedModel, trust_remote_code: bool = False) -> None:
         self._model = model
@@ -36,7 +36,7 @@ class LazyEngine:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine itself."""
+        """The loaded engine."""
         return load_engine(self._model, self._trust_remote_code)
 
     def scores(

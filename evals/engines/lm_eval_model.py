@@ -1,11 +1,12 @@
-"""Limbeck's model for lm-eval: the same numbers as its HFLM gives, from any engine, and none of them twice."""
+"""An lm-eval model over any engine, with the numbers of lm-eval's HFLM; equal requests run once."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -17,13 +18,32 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from limbeck.evals.engines.batches import BATCH_TOKENS, ContinuationScore, NanLogits, split_by_tokens
+from limbeck.evals.engines.batches import BATCH_TOKENS, ContinuationScore, NanLogits, TokenPair, split_by_tokens
 from limbeck.evals.engines.engine import Engine
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
 
-MAX_GEN_TOKS = 256  # where a task does not say, as HFLM
+MAX_GEN_TOKS = 256  # if a task does not set it, as in HFLM
+
+
+@dataclass(frozen=True)
+class RequestNames:
+    """How messages name a request.
+
+    Attributes:
+        model: the model's label.
+        document_numbers: task -> the indices of its documents that are scored; None if those are the first ones.
+    """
+
+    model: str = "the model"
+    document_numbers: Callable[[str], list[int] | None] = lambda task: None
+
+    def describe(self, request: Instance) -> str:
+        """The model, task and document of a request."""
+        numbers = self.document_numbers(request.task_name or "")
+        document = request.doc_id if numbers is None or request.doc_id is None else numbers[request.doc_id]
+        return f"{self.model}: task {request.task_name}, document {document}"
 
 
 class LimbeckLM(TemplateLM):
@@ -33,23 +53,21 @@ class LimbeckLM(TemplateLM):
     that scores pair with scores of the harness itself. Requests with the same input tokens run once.
 
     Args:
-        label: what the model is called in messages.
-        cache: where answers are kept and looked for; without one they are kept for a call only.
-        harness: name and version of lm-eval, for the cache.
-        documents: the numbers of a task's documents where not all are asked, for messages.
+        names: how messages name a request.
+        cache: stores answers; without it they are reused within a call only.
+        harness: name and version of lm-eval, for the cache keys.
         chat_template: the name of the tokenizer's chat template; None is its only or default one.
         batch_tokens: the most tokens of one forward pass, padding included; a longer text runs alone.
-        on_requests: told of each batch the number of requests that it finished.
+        on_requests: called with the number of requests that were just finished.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        label: str = "the model",
+        names: RequestNames | None = None,
         cache: ScoreCache | None = None,
         harness: str = "",
-        document_numbers: Callable[[str], list[int] | None] = lambda task: None,
         chat_template: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
         on_requests: Callable[[int], None] = lambda done: None,
@@ -58,9 +76,8 @@ class LimbeckLM(TemplateLM):
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.max_length = engine.max_length
-        self.label = label
+        self.names = names or RequestNames()
         self.cache = cache
-        self.document_numbers = document_numbers
         self.template = chat_template
         self.batch_tokens = batch_tokens
         self.on_requests = on_requests
@@ -75,12 +92,11 @@ class LimbeckLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, else EOS. Raises BadInput where there is neither."""
-        begin = self.tokenizer.bos_token_id
-        begin = self.tokenizer.eos_token_id if begin is None else begin
-        if begin is None:
+        """The token before a text without context: BOS, else EOS. Raises BadInput if the tokenizer has neither."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
             raise BadInput(f"the tokenizer of {self.tokenizer.name_or_path} has neither a BOS nor an EOS token")
-        return begin
+        return eos if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -90,8 +106,8 @@ class LimbeckLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one prompt, by the tokenizer's template.
 
-        As in HFLM, a template that knows no system role is given the rest. Raises BadInput where it takes that
-        no more.
+        As in HFLM, a template that refuses the conversation gets it without system messages. Raises BadInput if it
+        refuses that too.
         """
         from jinja2.exceptions import TemplateError
 
@@ -105,7 +121,7 @@ class LimbeckLM(TemplateLM):
             return str(self.tokenizer.apply_chat_template(chat_history, **settings))
         except TemplateError as error:
             if not self._warned_of_system_role:
-                print_status(f"the chat template refuses these messages ({error}): the system message is left out")
+                print_status(f"the chat template refuses the messages ({error}): retrying without the system message")
             self._warned_of_system_role = True
         rest = [message for message in chat_history if message["role"] != "system"]
         try:
@@ -114,21 +130,21 @@ class LimbeckLM(TemplateLM):
             raise BadInput(f"the chat template cannot be applied: {error}") from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids. Special tokens as the tokenizer adds them, unless the text starts with BOS or it is said."""
+        """Token ids. By default the tokenizer adds its special tokens, unless the text already starts with BOS."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **given)
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **options)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[ContinuationScore]:
-        """(log-probability in nats, greedy) of each (context, continuation)."""
+        """(log-probability in nats, whether greedy decoding gives it) of each (context, continuation)."""
         self._requests = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability in nats of each whole text; one longer than the context goes in windows."""
+        """Log-probability in nats of each whole text; a text longer than the context is split into windows."""
         owners: list[int] = []
-        windows: list[tuple[list[int], list[int]]] = []
+        windows: list[TokenPair] = []
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -136,15 +152,16 @@ class LimbeckLM(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            windows += (pair := [make_disjoint_window(window) for window in rolling])
-            owners += [index] * len(pair)
-        missing = Counter(owners)
+            disjoint = [make_disjoint_window(window) for window in rolling]
+            windows += disjoint
+            owners += [index] * len(disjoint)
+        remaining = Counter(owners)
         totals = [0.0] * len(requests)
         for window, (logprob, _) in self._score_pairs([requests[owner] for owner in owners], windows):
             owner = owners[window]
             totals[owner] += logprob
-            missing[owner] -= 1
-            self.on_requests(int(missing[owner] == 0))
+            remaining[owner] -= 1
+            self.on_requests(int(remaining[owner] == 0))
         return totals
 
     def _loglikelihood_tokens(
@@ -152,7 +169,7 @@ class LimbeckLM(TemplateLM):
     ) -> list[ContinuationScore]:
         scores: list[ContinuationScore] = [(0.0, False)] * len(requests)
         pairs = [(context, continuation) for _, context, continuation in requests]
-        # Of the last continuation token nothing is asked, so that it needs no room.
+        # The last continuation token is predicted, not read, so it needs no room in the context.
         _report_truncation(self._requests, [len(a) + len(b) - 1 for a, b in pairs], self.max_length, self.max_length)
         for index, score in self._score_pairs(self._requests, pairs):
             scores[index] = score
@@ -160,44 +177,40 @@ class LimbeckLM(TemplateLM):
         return scores
 
     def _score_pairs(
-        self, requests: Sequence[Instance], pairs: Sequence[tuple[list[int], list[int]]]
+        self, requests: Sequence[Instance], pairs: Sequence[TokenPair]
     ) -> Iterator[tuple[int, ContinuationScore]]:
-        """(index, score) of each (context, continuation) of token ids: what is kept first, then as it is run.
+        """(index, score) of each pair: those in the cache first, then the others as they are finished.
 
         Args:
-            requests: the request that each pair is of.
+            requests: the request of each pair.
         """
-        places: dict[bytes, list[int]] = {}
-        for index, (request, (context, continuation)) in enumerate(zip(requests, pairs, strict=True)):
-            if not 0 < len(continuation) <= self.max_length:
-                raise BadInput(
-                    f"{self._describe_request(request)}: a choice has {len(continuation)} tokens; "
-                    f"the model's context allows 1 to {self.max_length}",
-                    fix="leave the task out, or give a model with a longer context",
-                )
-            key = request_key(request.request_type, request.task_name, context, continuation, *self._key_parts)
-            places.setdefault(key, []).append(index)
-        kept = self._cached_answers(places)
-        for key, (logprob, greedy) in kept.items():
-            for index in places[key]:
-                yield index, (logprob, greedy)
-        missing = [key for key in places if key not in kept]
+        keys = [self._pair_key(request, pair) for request, pair in zip(requests, pairs, strict=True)]
+        answers = _Answers(keys, self.cache)
+        yield from answers.cached()
+        missing = answers.missing
         if not missing:
             return
-        todo = [pairs[places[key][0]] for key in missing]
+        firsts = [answers.first_index(key) for key in missing]
         try:
-            for number, score in self.engine.scores(todo, self.batch_tokens):
+            for number, score in self.engine.scores([pairs[index] for index in firsts], self.batch_tokens):
                 if math.isnan(score[0]):
                     raise NanLogits(number)
-                if self.cache:
-                    self.cache.put(missing[number], score)
-                for index in places[missing[number]]:
-                    yield index, score
+                yield from answers.add(missing[number], score)
         except NanLogits as error:
-            raise self._nan_error(requests[places[missing[error.index]][0]], error) from None
+            raise self._nan_error(requests[firsts[error.index]], error) from None
+
+    def _pair_key(self, request: Instance, pair: TokenPair) -> bytes:
+        """The cache key of a pair. Raises BadInput for a continuation that is empty or longer than the context."""
+        if not 0 < len(pair[1]) <= self.max_length:
+            raise BadInput(
+                f"{self.names.describe(request)}: a choice has {len(pair[1])} tokens; "
+                f"the model's context allows 1 to {self.max_length}",
+                fix="leave the task out, or give a model with a longer context",
+            )
+        return request_key(request.request_type, request.task_name, *pair, *self._key_parts)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text that follows each (context, generation_kwargs), up to one of its `until` strings."""
+        """The text generated after each (context, generation_kwargs), up to one of its `until` strings."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -209,87 +222,117 @@ class LimbeckLM(TemplateLM):
         return texts
 
     def _generate_texts(self, requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
-        """(index, text) of requests with the same settings: what is kept first, then as it is generated."""
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS))
-        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        until = handle_stop_sequences(settings.pop("until"), eos=eos)
-        new_tokens = settings.pop("max_gen_toks")
-        room = self.max_length - new_tokens
-        if room <= 0:
-            raise BadInput(
-                f"the task generates up to {new_tokens} tokens, the model's context has {self.max_length}",
-                fix="set a smaller max_gen_toks in the task's generation_kwargs, or with --gen-kwargs",
-            )
+        """(index, text) of requests with the same settings: those in the cache first, then the others."""
+        settings = self._generation_settings(requests[0])
         prompts = [self._encode_prompt(request.args[0]) for request in requests]
+        room = self.max_length - settings.new_tokens
         _report_truncation(requests, [len(prompt) for prompt in prompts], room, self.max_length)
-        places: dict[bytes, list[int]] = {}
-        times: Counter[bytes] = Counter()
-        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            said = ("generate_until", request.task_name, prompt[-room:], until, new_tokens, settings, *self._key_parts)
-            key = request_key(*said)
-            if settings["do_sample"]:  # asked again it says something else, and that is kept too
-                times[key] += 1
-                key = request_key(*said, times[key])
-            places.setdefault(key, []).append(index)
-        kept = self._cached_answers(places)
-        for key, text in kept.items():
-            for index in places[key]:
-                yield index, text
-        missing = [key for key in places if key not in kept]
-        ids = {key: prompts[places[key][0]][-room:] for key in missing}
-        missing.sort(key=lambda key: -len(ids[key]))
+        prompts = [prompt[-room:] for prompt in prompts]
+        answers = _Answers(self._generation_keys(requests, prompts, settings), self.cache)
+        yield from answers.cached()
+        missing = sorted(answers.missing, key=lambda key: -len(prompts[answers.first_index(key)]))
+        firsts = [answers.first_index(key) for key in missing]
         done = 0
-        for batch in split_by_tokens([ids[key] for key in missing], self.batch_tokens, new_tokens):
+        for batch in split_by_tokens([prompts[index] for index in firsts], self.batch_tokens, settings.new_tokens):
             try:
-                answers = self._generate(batch, new_tokens, until, settings)
+                generated = self._generate(batch, settings)
             except NanLogits as error:
-                raise self._nan_error(requests[places[missing[done + error.index]][0]], error) from None
-            for made in answers:
-                key = missing[done]
-                text = made if isinstance(made, str) else self.tokenizer.decode(made, skip_special_tokens=True)
-                text = postprocess_generated_text(text, until, None)
-                if self.cache:
-                    self.cache.put(key, text)
-                for index in places[key]:
-                    yield index, text
+                raise self._nan_error(requests[firsts[done + error.index]], error) from None
+            for new in generated:
+                text = new if isinstance(new, str) else self.tokenizer.decode(new, skip_special_tokens=True)
+                yield from answers.add(missing[done], postprocess_generated_text(text, settings.until, None))
                 done += 1
 
-    def _cached_answers(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
-        """The answers that the cache has."""
-        found = ((key, self.cache.get(key)) for key in keys) if self.cache else ()
-        return {key: answer for key, answer in found if answer is not None}
+    def _generation_settings(self, request: Instance) -> _GenerationSettings:
+        """The settings of a generate_until request. Raises BadInput if they leave no room for a prompt."""
+        sampling: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(sampling.pop("until"), eos=eos)
+        new_tokens = sampling.pop("max_gen_toks")
+        if new_tokens >= self.max_length:
+            raise BadInput(
+                f"the task generates up to {new_tokens} tokens, but the model's context has only {self.max_length}",
+                fix="set a smaller max_gen_toks in the task's generation_kwargs, or with --gen-kwargs",
+            )
+        return _GenerationSettings(until, new_tokens, sampling)
 
-    def _generate(
-        self, prompts: Sequence[list[int]], new_tokens: int, until: list[str], settings: dict[str, Any]
-    ) -> Iterable[list[int] | str]:
-        """As `Engine.generate`. Raises BadInput for settings that the library does not know."""
+    def _generation_keys(
+        self, requests: Sequence[Instance], prompts: Sequence[list[int]], settings: _GenerationSettings
+    ) -> Iterator[bytes]:
+        """The cache key of each request. Repeats of a request that is sampled have keys of their own."""
+        repeats: Counter[bytes] = Counter()
+        for request, prompt in zip(requests, prompts, strict=True):
+            parts = ("generate_until", request.task_name, prompt, *settings, *self._key_parts)
+            key = request_key(*parts)
+            if settings.sampling["do_sample"]:
+                repeats[key] += 1
+                key = request_key(*parts, repeats[key])
+            yield key
+
+    def _generate(self, prompts: Sequence[list[int]], settings: _GenerationSettings) -> Iterable[list[int] | str]:
+        """See `Engine.generate`. Raises BadInput for settings that the library does not know."""
         try:
-            return self.engine.generate(prompts, new_tokens, until, **settings)
+            return self.engine.generate(prompts, settings.new_tokens, settings.until, **settings.sampling)
         except (TypeError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
-            raise BadInput(f"the model cannot generate with {settings}: {line}") from error
+            raise BadInput(f"the model cannot generate with {settings.sampling}: {line}") from error
 
     def _nan_error(self, request: Instance, error: NanLogits) -> BadInput:
-        return BadInput(f"{self._describe_request(request)}: {error.message}", fix=error.fix)
-
-    def _describe_request(self, request: Instance) -> str:
-        chosen = self.document_numbers(request.task_name or "")
-        number = request.doc_id if chosen is None or request.doc_id is None else chosen[request.doc_id]
-        return f"{self.label}: task {request.task_name}, document {number}"
+        return BadInput(f"{self.names.describe(request)}: {error.message}", fix=error.fix)
 
     def _encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a prompt; the token that begins a text where it is empty."""
-        bos = has_bos_prefix(text, self.tokenizer.bos_token)
-        ids = self.tokenizer.encode(text, **({"add_special_tokens": False} if bos else {}))
+        """The tokens of a prompt; `prefix_token_id` alone if it is empty."""
+        starts_with_bos = has_bos_prefix(text, self.tokenizer.bos_token)
+        ids = self.tokenizer.encode(text, **({"add_special_tokens": False} if starts_with_bos else {}))
         return ids or [self.prefix_token_id]
 
 
+class _GenerationSettings(NamedTuple):
+    """The settings of a generate_until request."""
+
+    until: list[str]
+    new_tokens: int
+    sampling: dict[str, Any]  # do_sample, temperature and others, as transformers takes them
+
+
+class _Answers:
+    """The answers to requests by their keys: requests with equal keys share one answer, which the cache may have."""
+
+    def __init__(self, keys: Iterable[bytes], cache: ScoreCache | None) -> None:
+        self._cache = cache
+        self._indices: dict[bytes, list[int]] = {}
+        for index, key in enumerate(keys):
+            self._indices.setdefault(key, []).append(index)
+        found = {key: cache.get(key) for key in self._indices} if cache else {}
+        self._cached = {key: answer for key, answer in found.items() if answer is not None}
+
+    @property
+    def missing(self) -> list[bytes]:
+        """The keys without a cached answer."""
+        return [key for key in self._indices if key not in self._cached]
+
+    def first_index(self, key: bytes) -> int:
+        """The index of the first request with this key."""
+        return self._indices[key][0]
+
+    def cached(self) -> Iterator[tuple[int, Any]]:
+        """(index, answer) of each request with a cached answer."""
+        for key, answer in self._cached.items():
+            yield from ((index, answer) for index in self._indices[key])
+
+    def add(self, key: bytes, answer: Any) -> Iterator[tuple[int, Any]]:
+        """Store an answer in the cache; yields (index, answer) of each request with this key."""
+        if self._cache:
+            self._cache.put(key, answer)
+        yield from ((index, answer) for index in self._indices[key])
+
+
 def _report_truncation(requests: Sequence[Instance], lengths: Sequence[int], room: int, context: int) -> None:
-    """Tell of each task how many requests lose their beginning, as they do in HFLM."""
-    asked = Counter(request.task_name for request in requests)
-    cut = Counter(request.task_name for request, length in zip(requests, lengths, strict=True) if length > room)
-    for task, count in cut.items():
+    """Print for each task how many requests lose their beginning, as they do in HFLM."""
+    totals = Counter(request.task_name for request in requests)
+    truncated = Counter(request.task_name for request, length in zip(requests, lengths, strict=True) if length > room)
+    for task, count in truncated.items():
         print_status(
-            f"{count} of {asked[task]} requests of {task} are longer than the context of {context} tokens "
+            f"{count} of {totals[task]} requests of {task} are longer than the context of {context} tokens "
             "and lost their beginning"
         )

@@ -1,4 +1,4 @@
-"""Batches of rows through an exported graph."""
+"""Runs batches of rows through an exported ONNX graph."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape
 
 
 class OnnxForward:
-    """A `rows.Forward`: a graph with key-value cache, with what it needs to share prefixes.
+    """The `batches.Forward` of an ONNX graph with key-value cache, changed to allow shared prefixes.
 
-    With int8 activations every number depends a little on what else is in the batch, or on the last bit of what is
-    quantised. Whether prefixes may be shared is then asked of the same weights with activations that are not.
+    With int8 activations every number depends slightly on the rest of the batch and on rounding. Whether prefixes may
+    be shared is then tested with the same weights and activations in float32.
     """
 
     def __init__(self, folder: Path, max_length: int, float_products: bool = False) -> None:
         try:
             self.session, quantizes = open_session(folder, float_products)
-        except Exception:  # onnx and onnxruntime raise types of no one family
-            Runtime.load(folder, verify=False)  # says what is wrong with the artifact
+        except Exception:  # onnx and onnxruntime errors have no common base class
+            Runtime.load(folder, verify=False)  # raises an error that says what is wrong with the artifact
             raise
         self.max_length = max_length
         self.work = TokenCounter()
         self._inputs = {item.name: item for item in self.session.get_inputs()}
         self._past = [item for name, item in self._inputs.items() if name.startswith("past_key_values.")]
         self._present = [item.name.replace("past_key_values.", "present.", 1) for item in self._past]
-        # The kernel of a fused graph takes several tokens behind a past for one row at a time.
+        # A fused graph's attention kernel accepts several tokens after a past for one row at a time only.
         self._one_row_at_a_time = self.session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         in_half = any(NUMPY_TYPES[item.type] == np.float16 for item in self._past)
@@ -45,28 +45,28 @@ class OnnxForward:
         )
 
     def max_shared_tokens(self, tokens: int) -> int:
-        """See `rows.Forward.reach`."""
+        """See `batches.Forward.max_shared_tokens`."""
         if TREE_MASK not in self._inputs or "position_ids" not in self._inputs:
             return 0
         return self._probe.max_shared_tokens(tokens)
 
     def run(self, batch: Batch, trunk: Any = None, keep_trunk: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
-        """See `rows.Forward.run`. A trunk is the graph's past, (1, heads, tokens, width) each."""
+        """See `batches.Forward.run`. A trunk is the graph's past: arrays of shape (1, heads, tokens, width)."""
         import torch
 
         parts = [batch] if trunk is None or not self._one_row_at_a_time else _split_rows(batch)
-        run = [self._logits(part, trunk, keep_trunk) for part in parts]
-        logits = np.concatenate([logits for logits, _ in run]) if len(run) > 1 else run[0][0]
-        node, token = torch.from_numpy(batch.logit_rows), torch.from_numpy(batch.target_tokens)
-        logprobs, likeliest = target_logprobs(torch.from_numpy(logits), node, token)
-        return logprobs.numpy(), likeliest.numpy(), run[0][1] if keep_trunk else None
+        results = [self._logits(part, trunk, keep_trunk) for part in parts]
+        logits = np.concatenate([logits for logits, _ in results]) if len(results) > 1 else results[0][0]
+        rows, targets = torch.from_numpy(batch.logit_rows), torch.from_numpy(batch.target_tokens)
+        logprobs, likeliest = target_logprobs(torch.from_numpy(logits), rows, targets)
+        return logprobs.numpy(), likeliest.numpy(), results[0][1] if keep_trunk else None
 
     def _logits(self, batch: Batch, trunk: Any, keep_trunk: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(M, V) logits after the tokens at `flat`, and the trunk that is kept."""
+        """(M, V) logits at `batch.logit_positions`, and the trunk; empty without `keep_trunk`."""
         count, width = batch.tokens.shape
         real = np.arange(batch.start + width) < batch.start + batch.lengths[:, None]
         depth = batch.depth
-        if depth is None:  # padding repeats the last place: there may be none beyond
+        if depth is None:  # padding repeats the last position: the context may end there
             depth = batch.start + np.minimum(np.arange(width), batch.lengths[:, None] - 1)
         feeds = {
             "input_ids": batch.tokens,
@@ -79,10 +79,10 @@ class OnnxForward:
         for name, value in feeds.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for place, item in enumerate(self._past):
-            past = np.zeros(empty_past_shape(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[place]
-            whole = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
-            binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(whole))
+        for index, item in enumerate(self._past):
+            past = np.zeros(empty_past_shape(item, 1), NUMPY_TYPES[item.type]) if trunk is None else trunk[index]
+            repeated = np.ascontiguousarray(np.broadcast_to(past, (count, *past.shape[1:])))
+            binding.bind_ortvalue_input(item.name, ort.OrtValue.ortvalue_from_numpy(repeated))
         for name in ["logits", *self._present] if keep_trunk else ["logits"]:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
@@ -93,18 +93,18 @@ class OnnxForward:
 
 
 def _split_rows(batch: Batch) -> Iterator[Batch]:
-    """The rows of a batch in which something is predicted, each a batch of its own without padding."""
+    """Each row of a batch in which something is predicted, as a batch of its own without padding."""
     width = batch.tokens.shape[1]
     for row, length in enumerate(batch.lengths.tolist()):
-        flat = batch.logit_positions[batch.logit_positions // width == row] - row * width
-        if len(flat):
+        positions = batch.logit_positions[batch.logit_positions // width == row] - row * width
+        if len(positions):
             yield Batch(
                 tokens=batch.tokens[row : row + 1, :length],
                 lengths=batch.lengths[row : row + 1],
                 start=batch.start,
                 depth=None if batch.depth is None else batch.depth[row : row + 1, :length],
                 mask=None if batch.mask is None else batch.mask[row : row + 1, :length, :length],
-                logit_positions=flat,
+                logit_positions=positions,
                 logit_rows=np.empty(0, np.int64),
                 target_tokens=np.empty(0, np.int64),
             )

@@ -1,9 +1,9 @@
 """Requests as a tree of tokens, so that a model runs each distinct prefix once.
 
-Sorted inputs give the tree: neighbours share their longest common prefix. It is cut into *rows*: a row is a
-piece of the tree laid flat, its tokens in depth-first order, each of which attends to its ancestors alone (tree
-attention, as in SpecInfer, arXiv 2305.09781). A prefix with more below it than a few rows hold is a *trunk*: it
-runs alone, and its keys and values are handed to the rows below. Nothing here knows a model.
+In sorted order, neighbours share their longest common prefix: that gives the tree. It is cut into *rows*. A row is a
+part of the tree in depth-first order, in which each token attends to its ancestors only (tree attention, as in
+SpecInfer, arXiv 2305.09781). A prefix with more tokens below it than a few rows hold is a *trunk*: it runs alone, and
+its keys and values are passed to the rows below. This module does not know the model.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from itertools import pairwise
 
 import numpy as np
 
-ROW_TOKENS = (
-    256  # tokens of a row, where it can be cut: beyond that attention to what is masked costs more than it saves
-)
-MAX_REPEATED_SHARE = 0.04  # of a row: a cut where neighbours share no more than this costs little
-MIN_TRUNK_TOKENS = 32  # tokens: a shorter prefix is sooner repeated than run alone
+# The size of a row that can be cut: in longer rows attention to masked tokens costs more than sharing saves.
+ROW_TOKENS = 256
+MAX_REPEATED_SHARE = 0.04  # of a row: a cut is cheap if neighbours share no more than this
+MIN_TRUNK_TOKENS = 32  # repeating a shorter prefix is faster than running it alone
 MIN_TOKENS_BELOW_TRUNK = 4 * ROW_TOKENS  # tokens below a prefix that make it a trunk
 
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of the tree laid flat.
+    """A part of the tree, as one row of T tokens.
 
     Attributes:
-        tokens, depth: (T,) int64, the tokens in depth-first order, and the place of each in its text.
-        start: depth of the first token: the length of the trunk above.
-        paths: inputs, and the indices in `tokens` of what each has here, from `start` on.
+        tokens: (T,) int64, in depth-first order.
+        depth: (T,) int64, the position of each token in its text.
+        start: the depth of the first token, which is the length of the trunk above.
+        paths: (input, indices in `tokens` of its tokens from `start` on) of each input in this row.
     """
 
     tokens: np.ndarray
@@ -39,16 +39,16 @@ class Row:
 
     @property
     def is_chain(self) -> bool:
-        """One text without a fork: plain causal attention is right for it."""
+        """Whether the row is one text without a fork, for which plain causal attention is correct."""
         return bool(self.depth[-1] - self.start + 1 == len(self.tokens))
 
     def mask(self) -> np.ndarray:
-        """(T, T) bool: True where the second is the first or an ancestor of it."""
+        """(T, T) bool: [i, j] is True if token j is token i or an ancestor of it."""
         mask = np.eye(len(self.tokens), dtype=bool)
         done = 0
         for _, path in self.paths:
             end = int(path[-1]) + 1 if len(path) else done
-            if end > done:  # what is new of a path is one run at its end
+            if end > done:  # the new tokens of a path are consecutive, at its end
                 new = end - done
                 mask[done:end, path[:-new]] = True
                 mask[done:end, done:end] |= np.tri(new, dtype=bool)
@@ -61,7 +61,9 @@ class Group:
     """Rows with the same trunk above them.
 
     Attributes:
-        trunk: the last piece of it; None at the root. parent: index of the group whose trunk is above this piece.
+        trunk: the last part of the trunk; None at the root.
+        parent: the index of the group whose trunk is above this part; -1 if none is.
+        rows: the rows below the trunk.
     """
 
     trunk: Row | None = None
@@ -75,24 +77,26 @@ class Group:
 
 
 class Inputs:
-    """Distinct inputs of a model, sorted, and what neighbours share.
+    """N distinct inputs of a model, sorted.
 
     Attributes:
-        tokens: (T,) int64 of each. names: what stands for each in the rows' paths.
-        lengths: (N,) of each, and common: (N,) the tokens that each shares with the one before it.
-        least: the fewest tokens that a model has to run: one for each distinct prefix.
+        tokens: N arrays, (T,) int64 each.
+        names: the number of each input in the rows' paths.
+        lengths: (N,) int64, in tokens.
+        common: (N,) int64, the tokens that each input shares with the one before it.
+        min_tokens: the fewest tokens that a model must run: one for each distinct prefix.
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], names: Sequence[int] | None = None) -> None:
         self.tokens = tokens
         self.names = range(len(tokens)) if names is None else names
         self.lengths = np.array([len(text) for text in tokens])
-        neighbours = pairwise(tokens)
-        self.common = np.array([0, *(common_prefix_length(*pair) for pair in neighbours)][: len(tokens)])
+        shared = [common_prefix_length(*neighbours) for neighbours in pairwise(tokens)]
+        self.common = np.array([0, *shared][: len(tokens)])
         self.min_tokens = int((self.lengths - self.common).sum())
 
     def chains(self) -> list[Group]:
-        """Each input in a row of its own: nothing is shared."""
+        """Each input as a row of its own; nothing is shared."""
         return [Group(rows=[self._chain(index, 0, len(text), [index]) for index, text in enumerate(self.tokens)])]
 
     def forest(
@@ -102,39 +106,36 @@ class Inputs:
         min_below: int = MIN_TOKENS_BELOW_TRUNK,
         min_trunk: int = MIN_TRUNK_TOKENS,
     ) -> list[Group]:
-        """Rows of the tree under their trunks; a trunk comes before what is below it.
+        """The rows of the tree, grouped by trunk; a trunk comes before the groups below it.
 
         Args:
-            max_row_tokens: the most tokens of a row, a single text aside.
+            max_row_tokens: the most tokens of a row; a single longer text is a row of its own.
             max_shared_tokens: the most tokens of a row and the trunk above it; a longer text shares nothing.
-            min_below: the fewest tokens below a trunk, unless trunk and all below it exceed `max_row_tokens`: then they
-                would be in several rows, and each would repeat it. shortest: the fewest tokens of a trunk.
+            min_below: the fewest tokens below a trunk. Fewer suffice if trunk and all below it exceed
+                `max_row_tokens`: otherwise several rows would each repeat the trunk.
+            min_trunk: the fewest tokens of a trunk.
         """
         if (self.lengths > max_shared_tokens).any():
-            short, long = (
-                self._subset(self.lengths <= max_shared_tokens),
-                self._subset(self.lengths > max_shared_tokens),
-            )
+            short = self._subset(self.lengths <= max_shared_tokens)
+            long = self._subset(self.lengths > max_shared_tokens)
             return [*short.forest(max_row_tokens, max_shared_tokens, min_below, min_trunk), *long.chains()]
         groups = [Group()]
         owner = np.zeros(len(self.tokens), int)
-        above = [(0, len(self.tokens), 0)]  # group, end of its inputs, depth
-        for start, end, depth, hanging in self._forks():
+        above = [(0, len(self.tokens), 0)]  # (group, end of its inputs, depth), outermost first
+        for start, end, depth, below in self._forks():
             while above[-1][1] <= start:
                 above.pop()
             parent, _, top = above[-1]
-            if depth - top >= max(min_trunk, top // 8) and (
-                hanging >= min_below or depth - top + hanging > max_row_tokens
-            ):
+            is_long = depth - top >= max(min_trunk, top // 8)
+            if is_long and (below >= min_below or depth - top + below > max_row_tokens):
                 above.append((len(groups), end, depth))
                 owner[start:end] = len(groups)
                 groups.append(Group(self._chain(start, top, depth, range(start, end)), parent))
         order = np.argsort(owner, kind="stable")
         ends = np.cumsum(np.bincount(owner, minlength=len(groups)))
         for group, members in zip(groups, np.split(order, ends[:-1]), strict=True):
-            group.rows = list(
-                self._pack(members.tolist(), group.depth, min(max_row_tokens, max_shared_tokens - group.depth))
-            )
+            room = min(max_row_tokens, max_shared_tokens - group.depth)
+            group.rows = list(self._pack(members.tolist(), group.depth, room))
         return groups
 
     def _subset(self, chosen: np.ndarray) -> Inputs:
@@ -142,41 +143,41 @@ class Inputs:
         return Inputs([self.tokens[index] for index in members], [self.names[index] for index in members])
 
     def _forks(self) -> list[tuple[int, int, int, int]]:
-        """(start, end, depth, tokens below) of the inputs below each fork, outermost first."""
-        own = [0, *np.cumsum(self.lengths - self.common).tolist()]
-        found = []
+        """(start, end, depth, tokens below) of each fork, outermost first; its inputs are those from start to end."""
+        new_tokens = [0, *np.cumsum(self.lengths - self.common).tolist()]
+        forks = []
         open_: list[tuple[int, int]] = []  # (start, depth), depths ascending
         for index, depth in enumerate([*self.common[1:].tolist(), 0], 1):
             start = index - 1
             while open_ and open_[-1][1] > depth:
                 start, closed = open_.pop()
-                # What the first has beyond the fork, and what each of the others adds.
-                hanging = own[index] - own[start + 1] + int(self.lengths[start]) - closed
-                found.append((start, index, closed, hanging))
+                # What the first input has below the fork, plus the new tokens of each of the others.
+                below = new_tokens[index] - new_tokens[start + 1] + int(self.lengths[start]) - closed
+                forks.append((start, index, closed, below))
             if depth and (not open_ or open_[-1][1] < depth):
                 open_.append((start, depth))
-        return sorted(found, key=lambda fork: (fork[0], -fork[1]))
+        return sorted(forks, key=lambda fork: (fork[0], -fork[1]))
 
     def _pack(self, members: Sequence[int], start: int, max_row_tokens: int) -> Iterator[Row]:
-        """Rows of these inputs, in order; neighbours part where they share little or the row is full."""
+        """Rows of these inputs, in order. A row ends if it is full, or if the next input shares little with it."""
         row = _RowBuilder(start)
-        before = 0
+        previous = 0
         for index in members:
             if self.lengths[index] == start:
-                continue  # all of it is in the trunk
-            common = max(start, int(self.common[before + 1 : index + 1].min())) if row.size else start
+                continue  # the trunk has the whole input
+            common = max(start, int(self.common[previous + 1 : index + 1].min())) if row.size else start
             size = row.size + int(self.lengths[index]) - common
             cheap = common - start <= MAX_REPEATED_SHARE * row.size
             if row.size and (size > max_row_tokens or (size > ROW_TOKENS and cheap)):
                 yield row.build()
                 row, common = _RowBuilder(start), start
             row.add(self.names[index], self.tokens[index], common)
-            before = index
+            previous = index
         if row.size:
             yield row.build()
 
     def _chain(self, index: int, start: int, end: int, members: Iterable[int]) -> Row:
-        """The tokens from `start` to `end` of one input, as `members` all have them."""
+        """The tokens from `start` to `end` of one input, which all `members` share."""
         path = np.arange(end - start)
         return Row(
             self.tokens[index][start:end], path + start, start, [(self.names[member], path) for member in members]
@@ -184,16 +185,17 @@ class Inputs:
 
 
 class _RowBuilder:
-    """A row while it is filled."""
+    """Builds one row, input by input."""
 
     def __init__(self, start: int) -> None:
         self.start, self.size = start, 0
-        self.path = np.empty(0, int)  # of the last input
+        self.path = np.empty(0, int)  # of the input added last
         self.tokens: list[np.ndarray] = []
         self.depth: list[np.ndarray] = []
         self.paths: list[tuple[int, np.ndarray]] = []
 
     def add(self, name: int, tokens: np.ndarray, common: int) -> None:
+        """Add an input that shares its first `common` tokens with the one before."""
         new = np.arange(self.size, self.size + len(tokens) - common)
         self.tokens.append(tokens[common:])
         self.depth.append(np.arange(common, len(tokens)))
@@ -206,7 +208,7 @@ class _RowBuilder:
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two inputs begin with alike."""
+    """The length of the longest common prefix of two inputs."""
     length = min(len(first), len(second))
     differ = first[:length] != second[:length]
     return int(differ.argmax()) if differ.any() else length

@@ -1,9 +1,9 @@
-"""Whether a model gives the same numbers when requests share prefixes.
+"""Tests whether a model gives the same numbers when requests share prefixes.
 
-Reuse of a prefix has silently broken scores elsewhere, and no list of architectures is complete: a window, a
-position taken from the place in the row, a state that runs through it. So each model is asked, before it shares
-anything: a small random tree with a trunk and forks near and far is scored with sharing and without. What
-depends on lengths shows in a row as long as those to come.
+A list of architectures would never be complete: attention windows, positions taken from the index in the row and
+recurrent states all break the scores of shared prefixes without an error. So each model is tested before it shares
+anything: a small random tree with a trunk and with early and late forks is scored with sharing and without. The rows
+are as long as those to come, since some differences depend on the length.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from limbeck.evals.engines import batches
 if TYPE_CHECKING:
     from limbeck.evals.engines.batches import Forward, TokenPair
 
-TOLERANCE = 1e-4  # nats, of the log-probability of each text's last tokens
-HALF_PRECISION_TOLERANCE = 0.02  # the same where the model itself rounds to 16 bits: what it is off by without sharing
-PREDICTED_TOKENS = 3  # of these
-MIN_ROW_TOKENS = 32  # tokens of a row: a model that fails there shares nothing
-NEVER = 2**62
+PREDICTED_TOKENS = 3  # at the end of each text
+TOLERANCE = 1e-4  # nats, of the log-probability of these tokens
+HALF_PRECISION_TOLERANCE = 0.02  # if the model itself rounds to 16 bits: such a model is off by this without sharing
+MIN_ROW_TOKENS = 32  # a model that fails with rows of this size shares nothing
+NEVER = 2**62  # more tokens than any row has
 
 
 class SharingProbe:
-    """Asks one model, once for each length.
+    """Tests one model, once for each row size.
 
     Args:
-        model: gives the model; called again for each length, so that one made for this alone can go.
-        tolerance: in nats, how far apart the two may be.
+        model: returns the model; called for each size, so that a model made for the test alone is not kept.
+        tolerance: the largest allowed difference, in nats.
     """
 
     def __init__(self, model: Callable[[], Forward], tolerance: float = TOLERANCE) -> None:
@@ -39,53 +39,54 @@ class SharingProbe:
         self._passed, self._failed = 0, NEVER
 
     def max_shared_tokens(self, tokens: int) -> int:
-        """See `rows.Forward.reach`. A power of two, or 0."""
+        """See `batches.Forward.max_shared_tokens`. A power of two, or 0."""
         size = max(MIN_ROW_TOKENS, 1 << (tokens - 1).bit_length())
         while size >= MIN_ROW_TOKENS and size > self._passed:
-            if size < self._failed:
-                if self._agrees(size):
-                    self._passed = size
-                else:
-                    self._failed = size
+            if size < self._failed and self._agrees(size):
+                self._passed = size
+            else:
+                self._failed = min(self._failed, size)
             size //= 2
         return self._passed
 
     def _agrees(self, size: int) -> bool:
-        """Whether rows of `size` tokens, below a trunk and without one, give what plain rows give."""
+        """Whether rows of `size` tokens, below a trunk and without one, give the numbers of plain rows."""
         forward = self.model()
-        requests = batches.Requests(random_requests(size, forward.max_length, forward.vocab_size), forward.max_length)
-        inputs, most = requests.inputs, min(size + MIN_ROW_TOKENS, isqrt(batches.MAX_ATTENTION_PAIRS))
-        counted, forward.work = forward.work, batches.TokenCounter()
+        pairs = random_requests(size, forward.max_length, forward.vocab_size)
+        requests = batches.Requests(pairs, forward.max_length)
+        max_row_tokens = min(size + MIN_ROW_TOKENS, isqrt(batches.MAX_ATTENTION_PAIRS))
+        work, forward.work = forward.work, batches.TokenCounter()  # the test does not count
         try:
-            expected = dict(batches.run_groups(forward, requests, inputs.chains(), size))
-            for below, shortest in ((NEVER, NEVER), (size // 4, 2)):
-                found = dict(batches.run_groups(forward, requests, inputs.forest(most, NEVER, below, shortest), size))
-                if any(abs(found[pair][0] - score) > self.tolerance for pair, (score, _) in expected.items()):
+            expected = dict(batches.run_groups(forward, requests, requests.inputs.chains(), size))
+            for min_below, min_trunk in ((NEVER, NEVER), (size // 4, 2)):
+                groups = requests.inputs.forest(max_row_tokens, NEVER, min_below, min_trunk)
+                shared = dict(batches.run_groups(forward, requests, groups, size))
+                if any(abs(shared[pair][0] - score) > self.tolerance for pair, (score, _) in expected.items()):
                     return False
-        except Exception:  # no masks, positions or cache from the caller: each model says so in its own way
+        except Exception:  # a model that accepts no masks, positions or cache raises any type
             return False
         finally:
-            forward.work = counted
+            forward.work = work
         return True
 
 
 def random_requests(size: int, max_length: int, vocab_size: int) -> list[TokenPair]:
-    """Random texts whose tree has about `size` tokens.
+    """Random (context, continuation) pairs whose tree has about `size` tokens.
 
-    The first is as long as may be. The others leave it near its end, in its middle and near its beginning, and
-    stand far behind in a row of the tree. The last is a part of the first.
+    The first text is as long as possible. The others fork from it near its end, in its middle and near its beginning,
+    and come late in a row of the tree. The last is a prefix of the first.
     """
     random = np.random.default_rng(0)
-    low, high = ((0, vocab_size // 2 + 1), (vocab_size // 2, vocab_size))  # `high` sorts behind
+    low, high = (0, vocab_size // 2 + 1), (vocab_size // 2, vocab_size)  # tokens of `high` sort last
     length = min(size, max_length)
     first = random.integers(*low, length + 1).tolist()
     texts = [first, first[:-4] + random.integers(*high, 4).tolist()]
     texts.append(first[: length // 2] + random.integers(*high, 8).tolist())
-    near = min(size // 16 + 1, length // 2)
+    early_fork = min(size // 16 + 1, length // 2)
     room = size - length
     while True:
-        new = min(max(room, 8), length - near)
-        texts.append(first[:near] + random.integers(*high, new + 1).tolist())
+        new = min(max(room, 8), length - early_fork)
+        texts.append(first[:early_fork] + random.integers(*high, new + 1).tolist())
         room -= new
         if room <= 0:
             break

@@ -1,9 +1,9 @@
-"""What a model said to each request, kept so that no request is run twice. SQLite; one file for each artifact.
+"""Caches a model's answers to requests, so that no request runs twice: SQLite, one file for each artifact.
 
-The file is named by the artifact's digest, so a second model never sees the first one's answers. Processes may
-share it. Each answer is written in a transaction of its own as soon as it is there: a run that is killed goes on
-from the last one. Int8 ONNX models scale activations by batch, so what they answer depends slightly on what else
-was in the batch: kept answers are those of the batches they were first run in.
+The artifact's digest names the file, so no model sees the answers of another. Processes may share a file. Each answer
+is written in a transaction of its own as soon as it is known: a run that is killed resumes after the last one. Int8
+ONNX models scale activations by batch, so their answers depend slightly on the rest of the batch: cached answers are
+those of the batches in which they ran first.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
 from limbeck.registry.core.terminal import print_status
 
-WAIT_S = 60  # for another process that writes
+LOCK_TIMEOUT_S = 60  # while another process writes
 TABLE = "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, value BLOB, checksum BLOB) WITHOUT ROWID"
 
 
 class ScoreCache:
-    """The answers of one artifact.
+    """The cached answers of one artifact.
 
     Args:
-        digest: the artifact's.
-        anew: what was kept before is not given back, but replaced as new answers come.
+        digest: of the artifact.
+        overwrite: ignore earlier answers, and replace them as new ones come.
     """
 
     def __init__(self, digest: str, *, overwrite: bool = False) -> None:
@@ -39,7 +39,7 @@ class ScoreCache:
         self._database = self._open()
 
     def get(self, key: bytes) -> Any | None:
-        """The answer to a request; None where there is none, or one that is damaged."""
+        """The answer to a request; None if there is none or it is damaged."""
         if self._overwrite and key not in self._written:
             return None
         rows = self._run("SELECT value, checksum FROM answers WHERE key = ?", key)
@@ -47,7 +47,7 @@ class ScoreCache:
         return json.loads(value) if checksum == _checksum(key, value) else None
 
     def put(self, key: bytes, value: Any) -> None:
-        """Keep a JSON-able answer; numbers come back exactly."""
+        """Store an answer that JSON can hold; `get` returns its numbers exactly."""
         data = json.dumps(value).encode()
         self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, data, _checksum(key, data))
         self._written.add(key)
@@ -61,8 +61,10 @@ class ScoreCache:
     def _run(self, statement: str, *values: Any) -> list[Any]:
         try:
             return self._database.execute(statement, values).fetchall()
-        except sqlite3.OperationalError as error:  # a full disk, a folder that cannot be written, a lock that stays
-            raise BadInput(f"scores cannot be kept in {self.path}: {error}") from error
+        except (
+            sqlite3.OperationalError
+        ) as error:  # a full disk, a folder without write permission, a lock that is not released
+            raise BadInput(f"scores cannot be stored in {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._database.close()
             self._delete_damaged(error)
@@ -74,19 +76,23 @@ class ScoreCache:
         try:
             return _connect(self.path)
         except sqlite3.OperationalError as error:
-            raise BadInput(f"scores cannot be kept in {self.path}: {error}") from error
+            raise BadInput(f"scores cannot be stored in {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._delete_damaged(error)
             return _connect(self.path)
 
     def _delete_damaged(self, error: Exception) -> None:
         print_status(f"{self.path} is damaged ({error}): its scores are computed again")
-        for suffix in ("-wal", "-shm", ""):  # the journal first: a new file must not read an old one
+        for suffix in (
+            "-wal",
+            "-shm",
+            "",
+        ):  # the write-ahead log first: a new file must not read the log of the old one
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
 
 def request_key(*parts: Any) -> bytes:
-    """The key of a request, over all that its answer depends on; JSON-able values."""
+    """The key of a request: a hash of all values that its answer depends on, each one that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
@@ -95,9 +101,9 @@ def _checksum(key: bytes, data: Any) -> bytes:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
+    database = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
     try:
-        # A write is then safe from a kill of the process without a wait for the disk.
+        # With a write-ahead log a killed process loses no answer, and no write waits for the disk.
         with closing(database.execute("PRAGMA journal_mode = WAL")):
             database.execute("PRAGMA synchronous = NORMAL")
         database.execute(TABLE)

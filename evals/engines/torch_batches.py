@@ -1,4 +1,4 @@
-"""Batches of rows through a transformers model."""
+"""Runs batches of rows through a transformers model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import DynamicCache, PreTrainedModel
 
-LOGITS_PER_CHUNK = 2**19  # logits at a time: what a core's cache holds
+LOGITS_PER_CHUNK = 2**19  # fits in a core's cache
 
 
 class TorchForward:
-    """A `rows.Forward`: the model's own forward, with what it needs to share prefixes."""
+    """The `batches.Forward` of a transformers model: its own forward, with the masks and caches that sharing needs."""
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         self.model = model
@@ -30,63 +30,73 @@ class TorchForward:
         self._gathers_before_head = self._can_gather()
 
     def run(self, batch: Batch, trunk: Any = None, keep_trunk: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
-        """See `rows.Forward.run`. A trunk is each layer's keys and values, (1, heads, tokens, width).
+        """See `batches.Forward.run`. A trunk is each layer's (keys, values), of shape (1, heads, tokens, width).
 
-        Chains go without mask: what stands on the right of a token cannot change what it gives.
+        Chains need no mask: padding is on the right, and attention is causal.
         """
         import torch
 
         device = self.model.device
-        given: dict[str, Any] = {"use_cache": False}
+        arguments: dict[str, Any] = {"use_cache": False}
+        cache = None
         if batch.mask is not None:
-            given["attention_mask"] = additive_mask(batch).to(device)
-            given["position_ids"] = torch.from_numpy(batch.depth).to(device)
+            arguments["attention_mask"] = additive_mask(batch).to(device)
+            arguments["position_ids"] = torch.from_numpy(batch.depth).to(device)
         if trunk is not None or keep_trunk:
-            given |= {"use_cache": True, "past_key_values": (cache := _cache(trunk, len(batch.tokens)))}
+            cache = _cache(trunk, len(batch.tokens))
+            arguments |= {"use_cache": True, "past_key_values": cache}
         if trunk is not None and batch.mask is None:
-            places = torch.arange(batch.start, batch.start + batch.tokens.shape[1], device=device)
-            given["position_ids"] = places.expand(len(batch.tokens), -1)
+            positions = torch.arange(batch.start, batch.start + batch.tokens.shape[1], device=device)
+            arguments["position_ids"] = positions.expand(len(batch.tokens), -1)
         with torch.inference_mode():
             tokens = torch.from_numpy(batch.tokens).to(device)
-            flat, node, token = (
+            positions, rows, targets = (
                 torch.from_numpy(array).to(device)
                 for array in (batch.logit_positions, batch.logit_rows, batch.target_tokens)
             )
-            logprobs, likeliest = target_logprobs(self._logits(tokens, flat, given), node, token)
-            kept = [(layer.keys, layer.values) for layer in cache.layers] if keep_trunk else None
+            logprobs, likeliest = target_logprobs(self._logits(tokens, positions, arguments), rows, targets)
+            kept = [(layer.keys, layer.values) for layer in cache.layers] if cache is not None and keep_trunk else None
             return logprobs.cpu().numpy(), likeliest.cpu().numpy(), kept
 
-    def _logits(self, tokens: torch.Tensor, flat: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        """(M, V) logits after the tokens at `flat`."""
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """(M, V) logits at (M,) `positions` in the flattened (B, T) `tokens`."""
         if not self._gathers_before_head:
-            return self.model(input_ids=tokens, **given).logits.flatten(0, 1)[flat]
-        with _gather_before_head(self.model.get_output_embeddings(), flat):
-            return self.model(input_ids=tokens, **given).logits[0]
+            return self.model(input_ids=tokens, **arguments).logits.flatten(0, 1)[positions]
+        with _gather_before_head(self.model.get_output_embeddings(), positions):
+            return self.model(input_ids=tokens, **arguments).logits[0]
 
     def _can_gather(self) -> bool:
-        """Whether logits of hidden states picked before the head are those picked after it."""
+        """Whether gathering hidden states before the head gives the logits gathered after it."""
         import torch
 
         head = self.model.get_output_embeddings()
         if head is None:
             return False
         tokens = torch.arange(1, 7).remainder(self.vocab_size).reshape(2, 3).to(self.model.device)
-        flat = torch.tensor([1, 5], device=self.model.device)
+        positions = torch.tensor([1, 5], device=self.model.device)
         with torch.inference_mode():
-            whole = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[flat]
+            after = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
             try:
-                with _gather_before_head(head, flat):
-                    picked = self.model(input_ids=tokens, use_cache=False).logits
-            except (RuntimeError, IndexError):  # a model that does more with the whole shape
+                with _gather_before_head(head, positions):
+                    before = self.model(input_ids=tokens, use_cache=False).logits
+            except (RuntimeError, IndexError):  # the model uses the full shape after its head
                 return False
-        return picked.shape == (1, *whole.shape) and bool(torch.allclose(picked[0], whole, rtol=1e-4, atol=1e-4))
+        return before.shape == (1, *after.shape) and bool(torch.allclose(before[0], after, rtol=1e-4, atol=1e-4))
 
 
 def target_logprobs(
     logits: torch.Tensor, logit_rows: torch.Tensor, target_tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) float32 log-probabilities of `target_tokens` in the rows `logit_rows` of (M, V) logits, and whether each
-    is the likeliest."""
+    """Log-probabilities of target tokens.
+
+    Args:
+        logits: (M, V).
+        logit_rows: (N,) int64, indices of rows of `logits`.
+        target_tokens: (N,) int64.
+
+    Returns:
+        (N,) float32 log-probabilities; (N,) bool, whether each is the likeliest token, the first of equal ones.
+    """
     import torch
 
     size = max(1, LOGITS_PER_CHUNK // logits.shape[1])
@@ -96,21 +106,22 @@ def target_logprobs(
     borders = torch.searchsorted(
         logit_rows[order], torch.arange(0, len(logits) + size, size, device=logit_rows.device)
     ).tolist()
-    for number, piece in enumerate(logits.split(size)):
+    for number, chunk in enumerate(logits.split(size)):
         chosen = order[borders[number] : borders[number + 1]]
         rows, tokens = logit_rows[chosen] - number * size, target_tokens[chosen]
-        piece = piece.float()
-        top = piece.amax(-1)
-        given = piece[rows, tokens]
-        logprobs[chosen] = given - (top + (piece - top[:, None]).exp_().sum(-1).log())[rows]
-        # The place of the greatest takes longer than the greatest: only where it may be this token's.
-        if len(hits := (given == top[rows]).nonzero()[:, 0]):
-            likeliest[chosen[hits]] = piece[rows[hits]].argmax(-1) == tokens[hits]
+        chunk = chunk.float()
+        top = chunk.amax(-1)
+        target_logits = chunk[rows, tokens]
+        logprobs[chosen] = target_logits - (top + (chunk - top[:, None]).exp_().sum(-1).log())[rows]
+        # argmax is slower than amax: only for rows in which the target may be the likeliest.
+        hits = (target_logits == top[rows]).nonzero()[:, 0]
+        if len(hits):
+            likeliest[chosen[hits]] = chunk[rows[hits]].argmax(-1) == tokens[hits]
     return logprobs, likeliest
 
 
 def additive_mask(batch: Batch) -> torch.Tensor:
-    """(B, 1, T, start + T) float32: 0 where a token attends, the least number elsewhere."""
+    """(B, 1, T, start + T) float32: 0 where a token attends, the smallest float32 elsewhere."""
     import torch
 
     assert batch.mask is not None
@@ -121,22 +132,22 @@ def additive_mask(batch: Batch) -> torch.Tensor:
 
 
 def _cache(trunk: Any, count: int) -> DynamicCache:
-    """A cache that holds the trunk for each of `count` rows."""
+    """A cache with the trunk for each of `count` rows."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     for number, (keys, values) in enumerate(trunk or ()):
         cache.update(keys, values, number)
-    for layer in cache.layers:  # views: what the rows add makes a copy of its own
+    for layer in cache.layers:  # views: adding keys of the rows copies them
         if layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
 
 
 @contextmanager
-def _gather_before_head(head: torch.nn.Module, flat: torch.Tensor) -> Iterator[None]:
-    """The model's head sees the (1, M, H) hidden states at `flat`; what follows it stays the model's own."""
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:]))
+def _gather_before_head(head: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Give the model's head only the (1, M, H) hidden states at `positions`; what follows the head is unchanged."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[positions][None], *args[1:]))
     try:
         yield
     finally:

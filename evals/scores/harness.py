@@ -61,7 +61,7 @@ def score_model(
     quiet_libraries()
     from lm_eval.evaluator import evaluate
 
-    from limbeck.evals.engines.lm_eval_model import LimbeckLM
+    from limbeck.evals.engines.lm_eval_model import LimbeckLM, RequestNames
 
     done = 0
 
@@ -75,10 +75,9 @@ def score_model(
     with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars():
         lm = LimbeckLM(
             engine,
-            label=model.label,
+            names=RequestNames(model.label, settings.document_numbers),
             cache=cache,
             harness=tasks.harness,
-            document_numbers=settings.document_numbers,
             chat_template=_chat_template(engine, settings.apply_chat_template),
             batch_tokens=batch_tokens or BATCH_TOKENS,
             on_requests=advance,

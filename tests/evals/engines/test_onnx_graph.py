@@ -117,8 +117,8 @@ def test_fused_and_quantised_graphs_have_the_form_that_sharing_needs(
 ) -> None:
     for kind in KINDS:
         session, quantizes = open_session(artifact(name, kind))
-        assert {"flat", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
-        assert session.get_outputs()[0].shape[1] == "picked"
+        assert {"logit_positions", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
+        assert session.get_outputs()[0].shape[1] == "selected"
         assert quantizes == kind.startswith("int")
 
 

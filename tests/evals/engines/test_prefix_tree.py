@@ -305,8 +305,8 @@ def test_exported_graphs_have_the_form_that_sharing_needs(
         quantize_dynamic_int8(graph / "model.onnx", tmp_path)
         graph = tmp_path
     session, quantizes = open_session(graph)
-    assert {"flat", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
-    assert session.get_outputs()[0].shape[1] == "picked"
+    assert {"logit_positions", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
+    assert session.get_outputs()[0].shape[1] == "selected"
     assert quantizes == (precision == "int8")
 
 

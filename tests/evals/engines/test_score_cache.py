@@ -229,7 +229,7 @@ def test_generated_texts_are_kept_and_each_sample_by_its_number(
     def gone(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(lazy, "load", gone)
+    monkeypatch.setattr(lazy, "load_engine", gone)
     assert texts(generations(2)) == greedy
     assert texts(generations(4, do_sample=True, temperature=1.5)) == drawn
     assert texts(generations(3, do_sample=True, temperature=0.9)) == cooler[:3]
@@ -264,7 +264,7 @@ with ScoreCache("shared") as cache:
 
 def test_where_nothing_can_be_kept_is_told(home: Path, model: ResolvedModel, text_tasks: Path) -> None:
     cache_file(home, model).mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"scores cannot be kept in .*\.sqlite: unable to open"):
+    with pytest.raises(BadInput, match=r"scores cannot be stored in .*\.sqlite: unable to open"):
         score_model(model, load(text_tasks))
 
 
