@@ -1,1 +1,1 @@
-"""The pages for people who would rather look: leaderboard, model, comparison, history, promotion and rollback."""
+"""The registry as web pages: leaderboard, versions, comparison, history, promotion and rollback."""

@@ -1,4 +1,4 @@
-"""The application: pages rendered on the server from the registry; nothing is fetched from elsewhere."""
+"""The web application: server-rendered pages over the registry; a page loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from limbeck.registry.core.errors import BadInput, LimbeckError, Refused, Unreac
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import Policy
 from limbeck.web.render import render_page
-from limbeck.web.routes import actions, history, login
-from limbeck.web.routes import pages as reading
+from limbeck.web.routes import actions, history, login, pages
 from limbeck.web.security import Guard, GuardMiddleware, NotLoggedIn
 from limbeck.web.site import Site, public_address
 
 STATUS: dict[type[Exception], int] = {
-    reading.PageNotFound: 404,
+    pages.PageNotFound: 404,
     NotLoggedIn: 403,
     Unreachable: 503,
     Refused: 409,
     BadInput: 400,
 }
 TITLES = {
-    400: "This cannot be shown",
+    400: "Bad request",
     403: "Not logged in",
-    404: "Not here",
+    404: "Not found",
     409: "Refused",
     503: "The tracking server does not answer",
 }
@@ -45,22 +44,22 @@ def create_app(
     hosts: Iterable[str] = (),
     private: bool = False,
 ) -> FastAPI:
-    """The pages over a store.
+    """Make the application over a store.
 
     Args:
-        store: where the versions are; its tracking server may come and go.
-        policy: judges for aliases that no policy protects.
-        token: what changing anything needs; without one nothing can be changed.
-        mlflow_ui: where MLflow's own pages are; the tracking server's address where that is http(s).
-        hosts: names that the pages are reached by, see `limbeck.web.security.Guard`.
+        store: the registry; its tracking server may be unreachable for a while.
+        policy: the policy of aliases that no policy protects; None: they cannot be promoted here.
+        token: needed for every change; None: nothing can be changed.
+        mlflow_ui: address of MLflow's own pages; None: the tracking server, if its address is http(s).
+        hosts: host names of the pages, see `limbeck.web.security.Guard`.
         private: reading needs the token too.
     """
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, openapi_url=None)
     ui = public_address(mlflow_ui or store.tracking_uri)
     guard = Guard(token, hosts=hosts, private=private)
     app.state.site = Site(store, guard, policy, ui)
-    for pages in (login, history, actions, reading):
-        app.include_router(pages.router)
+    for routes in (login, history, actions, pages):
+        app.include_router(routes.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
 
     app.add_middleware(GuardMiddleware, guard=guard)
@@ -71,20 +70,20 @@ def create_app(
 
 
 def _error_response(request: Request, error: Exception) -> Response:
-    """What went wrong as a page in plain words, or as JSON where that was asked for."""
+    """The error as a page, or as JSON with `?format=json`."""
     if isinstance(error, HTTPException):
         status, message, fix = error.status_code, str(error.detail), None
         if status == 404 and message == "Not Found":
             message = f"there is no page at {request.url.path}"
     elif isinstance(error, RequestValidationError):
-        wrong = error.errors()[0]
-        field, why = wrong["loc"][-1], wrong["msg"]
-        status, message, fix = 404 if wrong["loc"][0] == "path" else 400, f"{field}: {why}", None
+        first = error.errors()[0]
+        status = 404 if first["loc"][0] == "path" else 400
+        message, fix = f"{first['loc'][-1]}: {first['msg']}", None
     else:
         assert isinstance(error, LimbeckError)
         status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
         message, fix = error.message, error.fix
-    if reading.wants_json(request):
+    if pages.wants_json(request):
         return JSONResponse({"error": message, "fix": fix}, status)
-    title = TITLES.get(status, "This did not work")
+    title = TITLES.get(status, "Internal error")
     return render_page(request, "error.html", status=status, title=title, message=message, fix=fix)

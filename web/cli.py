@@ -1,4 +1,4 @@
-"""`limbeck ui`: the pages over HTTP."""
+"""`limbeck ui`: serve the web pages."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ from limbeck.registry.core.terminal import print_status
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8600, show_default=True, help="0 takes a free one.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="A name that the pages are reached by; repeatable.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8600,
+    show_default=True,
+    help="Port to listen on; 0: any free port.",
+)
+@click.option(
+    "--allow-host", multiple=True, metavar="NAME", help="Host name that browsers use for these pages; repeatable."
+)
 @click.option(
     "--policy",
     "path",
     type=click.Path(path_type=Path),
-    help="Judges for aliases that no policy protects.  [default: ./policy.toml, if it is there]",
+    help="Policy of aliases that no policy protects.  [default: ./policy.toml if it exists]",
 )
-@click.option("--mlflow-ui", metavar="URL", help="Where MLflow's own pages are; runs are linked there.")
-@click.option("--open", "browse", is_flag=True, help="Open them in the browser.")
+@click.option("--mlflow-ui", metavar="URL", help="Address of MLflow's own pages, to link runs to.")
+@click.option("--open", "open_browser", is_flag=True, help="Open the pages in the browser.")
 def ui(
-    host: str, port: int, allow_host: tuple[str, ...], path: Path | None, mlflow_ui: str | None, browse: bool
+    host: str, port: int, allow_host: tuple[str, ...], path: Path | None, mlflow_ui: str | None, open_browser: bool
 ) -> None:
-    """The registry as web pages: look, compare, promote and roll back.
+    """Serve the registry as web pages: browse, compare, promote and roll back.
 
-    On this machine's own address anybody here may read. On any other, reading needs the token too. Changing
-    anything always needs it, and is done as the user who runs this command. The token is that of
-    LIMBECK_UI_TOKEN; where it is not set, one is made and told once. Ctrl-C ends it.
+    Every change needs a token, and the ledger records it under the user who runs this command. On the loopback
+    address everybody on this machine can read; on any other address, reading needs the token too. Set the token in
+    LIMBECK_UI_TOKEN; otherwise a new one is made and printed once. Stop with Ctrl-C.
     """
     import uvicorn
 
@@ -39,10 +47,10 @@ def ui(
     from limbeck.web.app import create_app
     from limbeck.web.security import is_loopback, token_or_new
 
-    given = os.environ.get("LIMBECK_UI_TOKEN")
-    token = token_or_new(given)
-    here = Path("policy.toml")
-    policy = load_policy(path or here) if path or here.exists() else None
+    configured_token = os.environ.get("LIMBECK_UI_TOKEN")
+    token = token_or_new(configured_token)
+    default_path = Path("policy.toml")
+    policy = load_policy(path or default_path) if path or default_path.exists() else None
     private = not is_loopback(host)
     app = create_app(
         Store(), policy=policy, token=token, mlflow_ui=mlflow_ui, hosts=(host, *allow_host), private=private
@@ -52,12 +60,13 @@ def ui(
     print_status(address)
     if private:
         print_status(
-            "others can reach it: reading needs the token too; without TLS before it, the token can be read on the way"
+            "reachable from other machines: reading needs the token too; use a TLS proxy, "
+            "or the token crosses the network unencrypted"
         )
-    print_status(f"to change anything, log in with the token{f' {token}' if not given else ' of LIMBECK_UI_TOKEN'}")
-    if browse:
+    print_status("to change anything, log in with the token " + ("of LIMBECK_UI_TOKEN" if configured_token else token))
+    if open_browser:
         click.launch(address)
-    # No log of requests: an address may tell of a reason or a search.
+    # No access log: an address may contain a search.
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30
     )

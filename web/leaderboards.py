@@ -1,4 +1,4 @@
-"""Leaderboards as the pages show them, kept while nothing in the registry changes."""
+"""The leaderboards of the pages: cached rows, and one page of a table with its plot."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import FIGURES, USD, LeaderboardRow
 from limbeck.web.render import model_link, query_string, version_link
 
-ROWS_PER_PAGE = 200  # rows of a table; more are divided into pages
-MAX_PLOT_POINTS = 300  # further points of a plot
+ROWS_PER_PAGE = 200
+MAX_PLOT_POINTS = 300  # in the plot, besides the rows of the page
 
 
 class LeaderboardCache:
-    """The rows of each model's leaderboard; made again when a version, a tag or an alias of it is another one."""
+    """The leaderboard rows of each model, computed again when its versions, tags or aliases change. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -31,51 +31,55 @@ class LeaderboardCache:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def rows(self, name: str, listed_versions: list[ListedVersion] | None = None) -> list[LeaderboardRow]:
-        """As `limbeck.evals.leaderboard.rows.leaderboard_rows`. Raises BadInput where there is no such model.
+        """The rows of `limbeck.evals.leaderboard.rows.leaderboard_rows`. Raises BadInput for an unknown model.
 
         Args:
-            listed_versions: what is registered of it, where that is known.
+            name: the registered model.
+            listed_versions: its versions as registered; None: list them.
         """
         with self._locks[name]:
-            listed_versions = (
-                list_versions(self._store.client, self._store.tracking_uri, name)
-                if listed_versions is None
-                else listed_versions
-            )
-            before, made = self._cached.get(name, (None, []))
-            if not listed_versions or before != listed_versions:
-                made = leaderboard_rows(self._store, name, quiet=True)
-                self._cached[name] = listed_versions, made
-            return made
+            if listed_versions is None:
+                listed_versions = list_versions(self._store.client, self._store.tracking_uri, name)
+            cached_versions, rows = self._cached.get(name, (None, []))
+            if not listed_versions or cached_versions != listed_versions:
+                rows = leaderboard_rows(self._store, name, quiet=True)
+                self._cached[name] = listed_versions, rows
+            return rows
 
 
 class LeaderboardPage(NamedTuple):
-    """A leaderboard's page."""
+    """One page of a leaderboard."""
 
-    rows: list[LeaderboardRow]  # of this page, those that are hidden at first too
+    rows: list[LeaderboardRow]  # of this page, rows hidden by the filters included
     parts: PageParts
     view: View
-    number: int  # of the page, from 1
+    number: int  # page number, from 1
     pages: int
-    total: int  # rows that pass the filters
+    total: int  # rows that pass the filters, on all pages
 
 
 def leaderboard_page(
     name: str, all_rows: Sequence[LeaderboardRow], view: View, page_number: int = 1
 ) -> LeaderboardPage:
-    """What a page shows of a model's rows.
+    """Rank and filter a model's rows, and render one page.
 
-    Where they fit on one page, those that the filters hide are there too, for the script to show.
+    If all rows fit on one page, it also contains the rows that the filters hide, so that the script can show them.
+
+    Args:
+        name: the registered model.
+        all_rows: of the model.
+        view: filters, cost and order.
+        page_number: from 1; limited to the last page.
 
     Raises:
-        BadInput: a cost or a key to sort by that is not there.
+        BadInput: an unknown cost or sort key.
     """
     keys = sort_keys(all_rows)
-    for what, wanted, known in (("cost", view.cost, FIGURES), ("key to sort by", view.sort or "retention", keys)):
-        if wanted not in known:
-            raise BadInput(f"{wanted!r} is no {what}", fix=f"there are: {', '.join(known)}")
-    shown = rank_rows(filter(view.shows, all_rows), view.sort or "retention", view.cost, keys)
-    total, pages = len(shown), max(1, -(-len(shown) // ROWS_PER_PAGE))
+    for label, choice, choices in (("cost", view.cost, FIGURES), ("sort key", view.sort or "retention", keys)):
+        if choice not in choices:
+            raise BadInput(f"{choice!r} is not a {label}", fix=f"there are: {', '.join(choices)}")
+    visible = rank_rows(filter(view.shows, all_rows), view.sort or "retention", view.cost, keys)
+    pages = max(1, -(-len(visible) // ROWS_PER_PAGE))
     page_number = min(max(page_number, 1), pages)
     view = replace(
         view,
@@ -84,23 +88,21 @@ def leaderboard_page(
         selection_form="compare",
         paged=len(all_rows) > ROWS_PER_PAGE,
     )
-    dots: list[LeaderboardRow] = []
+    extra_points: list[LeaderboardRow] = []
     if view.paged:
-        table, dots = (
-            _in_view_order(shown, view)[(page_number - 1) * ROWS_PER_PAGE : page_number * ROWS_PER_PAGE],
-            _plot_points(shown, view),
-        )
+        start = (page_number - 1) * ROWS_PER_PAGE
+        table = _in_view_order(visible, view)[start : start + ROWS_PER_PAGE]
+        extra_points = _plot_points(visible, view)
     else:
-        best = {row.version for row in shown if row.pareto}
-        whole = rank_rows(all_rows, view.sort or "retention", view.cost, keys)
-        table = _in_view_order([row.model_copy(update={"pareto": row.version in best}) for row in whole], view)
-    return LeaderboardPage(
-        table, render_parts(table, view, all_rows=all_rows, extra_points=dots), view, page_number, pages, total
-    )
+        pareto = {row.version for row in visible if row.pareto}
+        ranked = rank_rows(all_rows, view.sort or "retention", view.cost, keys)
+        table = _in_view_order([row.model_copy(update={"pareto": row.version in pareto}) for row in ranked], view)
+    parts = render_parts(table, view, all_rows=all_rows, extra_points=extra_points)
+    return LeaderboardPage(table, parts, view, page_number, pages, len(visible))
 
 
 def page_address(name: str, view: View, page_number: int = 1) -> str:
-    """The address of a page of a leaderboard."""
+    """The path and query of a page of a leaderboard."""
     return model_link(name) + _view_query(view, page_number)
 
 
@@ -112,34 +114,34 @@ def _view_query(view: View, page_number: int = 1) -> str:
 
 
 def _in_view_order(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]:
-    """Turned round, where that is asked for; those without a figure stay last."""
+    """The rows, reversed within each setting if the view says so; rows without a value stay last."""
     if not view.reverse:
         return list(ranked_rows)
     result: list[LeaderboardRow] = []
     for _, group in groupby(ranked_rows, key=lambda row: row.setting):
-        alike = list(group)
-        known = [row for row in alike if sort_value(row, view.sort or "retention") is not None]
-        result += [*reversed(known), *(row for row in alike if row not in known)]
+        rows = list(group)
+        with_value = [row for row in rows if sort_value(row, view.sort or "retention") is not None]
+        result += [*reversed(with_value), *(row for row in rows if row not in with_value)]
     return result
 
 
 def _plot_points(ranked_rows: Sequence[LeaderboardRow], view: View) -> list[LeaderboardRow]:
-    """The frontier of the chosen task, and the best of the others."""
+    """The rows on the Pareto frontier of the chosen task, then the best-ranked others, about MAX_PLOT_POINTS."""
     sign = -1 if FIGURES[view.cost].higher_is_better else 1
-    best: list[LeaderboardRow] = []
+    frontier: list[LeaderboardRow] = []
     others: list[LeaderboardRow] = []
-    for alike in group_by_setting(ranked_rows):
-        points = [(_signed_cost(row, view.cost, sign), _retention(row, view.task)) for row in alike]
-        for row, on in zip(alike, pareto_flags(points), strict=True):
-            (best if on else others).append(row)
-    return best + others[: max(0, MAX_PLOT_POINTS - len(best))]
+    for rows in group_by_setting(ranked_rows):
+        points = [(_signed_cost(row, view.cost, sign), _retention(row, view.task)) for row in rows]
+        for row, is_on_frontier in zip(rows, pareto_flags(points), strict=True):
+            (frontier if is_on_frontier else others).append(row)
+    return frontier + others[: max(0, MAX_PLOT_POINTS - len(frontier))]
 
 
 def _signed_cost(row: LeaderboardRow, cost: str, sign: int) -> float | None:
-    price = sort_value(row, cost)
-    return None if price is None else sign * price
+    value = sort_value(row, cost)
+    return None if value is None else sign * value
 
 
 def _retention(row: LeaderboardRow, task: str) -> float | None:
-    kept = row.task_retention.get(task) if task else row.retention
-    return kept["value"] if kept else None
+    estimate = row.task_retention.get(task) if task else row.retention
+    return estimate["value"] if estimate else None

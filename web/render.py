@@ -1,4 +1,4 @@
-"""Jinja templates into HTML: every value is escaped."""
+"""Render Jinja templates into HTML, with every value escaped."""
 
 from __future__ import annotations
 
@@ -21,25 +21,32 @@ THEMES = ("light", "dark")
 
 @cache
 def _environment() -> Environment:
-    pages = FileSystemLoader(Path(__file__).with_name("templates"))
-    made = Environment(loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= FILTERS
-    made.globals |= {"model_link": model_link, "version_link": version_link, "query": query_string}
-    return made
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    environment.globals |= {"model_link": model_link, "version_link": version_link, "query": query_string}
+    return environment
 
 
-def render(page: str, /, **values: Any) -> str:
-    """The template `web/pages/PAGE` with `values`."""
-    return _environment().get_template(page).render(**values)
+def render(template: str, /, **values: Any) -> str:
+    """Render the template `web/templates/TEMPLATE` with `values`."""
+    return _environment().get_template(template).render(**values)
 
 
 def render_page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
-    """The answer to a request: a template that extends base.html.
+    """Render the answer to a request.
 
     Args:
-        template: that extends base.html.
-        values: of it. `crumbs`, pairs of words and link, lead here; `flash` is said on top, in the manner
-            of `flash_kind`: "done" or "problem".
+        request: needed for the theme, the session and the current path.
+        template: a template that extends base.html.
+        status: the HTTP status.
+        values: variables of the template. Those of base.html: `crumbs`, the (text, link) pairs of the path to this
+            page; `flash`, a message on top of the page; `flash_kind`, "done" or "problem".
     """
     theme = request.cookies.get("theme", "")
     shared: dict[str, Any] = {
@@ -54,24 +61,24 @@ def render_page(request: Request, template: str, /, *, status: int = 200, **valu
 
 
 def model_link(name: str, *rest: str) -> str:
-    """The path of a model's leaderboard, or of the page `rest` of it."""
+    """The path of a model's leaderboard, or of its page `rest`."""
     return "/".join(["/models", *(quote(str(part), safe="") for part in (name, *rest))])
 
 
 def version_link(ref: str, *rest: str) -> str:
-    """The path of the page of NAME/VERSION."""
+    """The path of the page of NAME/VERSION, or of its page `rest`."""
     name, _, version = ref.rpartition("/")
     return model_link(name, version, *rest)
 
 
 def query_string(**values: Any) -> str:
-    """`?a=1&b=2`, of what is not None or empty; "" where nothing is left."""
-    said = {name: value for name, value in values.items() if value not in (None, "", ())}
-    return f"?{urlencode(said, doseq=True)}" if said else ""
+    """`?a=1&b=2` of the values that are not None or empty; "" if there are none."""
+    fields = {name: value for name, value in values.items() if value not in (None, "", ())}
+    return f"?{urlencode(fields, doseq=True)}" if fields else ""
 
 
 def markdown(text: str) -> tuple[str, Markup]:
-    """The YAML head of a Markdown text, and the rest as HTML: HTML in it is text, and links lead to http(s) alone."""
+    """Split Markdown into its YAML head and its body as HTML. HTML in the body is escaped, images are not rendered."""
     head, body = re.fullmatch(r"(?:---\n(.*?)\n---\n)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     render = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render
     return head or "", Markup(render(body))

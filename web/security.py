@@ -1,7 +1,7 @@
-"""Who may look and who may change: the token, sessions, and what a page of another site may not do.
+"""Access control of the pages: token, sessions, CSRF and DNS rebinding.
 
-Reading is open on loopback. Changing needs a session, got for the token by the login form, a form made for that
-session, and a request that comes from these very pages. The token is never part of an address.
+On loopback everybody can read. A change needs a session (the login form gives one for the token), the CSRF value of
+that session in the form, and a request from these pages. The token is never part of an address.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limbeck.registry.core.errors import BadInput, Refused
 
 SESSION_S = 12 * 3600
-MAX_TRIES, TRY_WINDOW_S = 5, 60.0  # wrong tokens from one address within so many seconds
+MAX_TRIES, TRY_WINDOW_S = 5, 60.0  # at most 5 wrong tokens from one address within 60 s
 MIN_TOKEN_LENGTH = 16  # characters
 MAX_FORM = 2**16  # bytes
-OPEN_PATHS = ("/login", "/static/")  # are read without a session, also where reading asks for one
+OPEN_PATHS = ("/login", "/static/")  # readable without a session even if the pages are private
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
-    # Not "no-referrer": under it browsers send `Origin: null` with the forms of these very pages.
+    # Not "no-referrer": browsers would send `Origin: null` with the forms of these pages.
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -45,26 +45,26 @@ HEADERS = {
 
 
 class NotLoggedIn(Refused):
-    """The session is missing, over, or another one than the form was made for."""
+    """There is no session, it has expired, or the form belongs to another session."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """Somebody who has shown the token."""
+    """A visitor who has logged in."""
 
     nonce: str
     expires: int  # seconds since the epoch
-    csrf: str  # what the forms made for this session carry
+    csrf: str  # the hidden field of this session's forms
 
 
 class Guard:
-    """The token and the sessions of one running `limbeck ui`; they end with it.
+    """The token and the sessions of one running server. Sessions end with the process. Thread-safe.
 
     Args:
-        token: what is asked for at login; None: nobody can log in, so nothing can be changed.
-        hosts: names under which the pages are reached, besides addresses, localhost and this machine's name.
+        token: what the login form asks for; None: nobody can log in, so nothing can be changed.
+        hosts: host names of the pages, besides IP addresses, localhost and this machine's name.
         private: reading needs a session too.
-        now: seconds since the epoch.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(
@@ -81,27 +81,28 @@ class Guard:
         self._hosts = {host.lower() for host in (*hosts, "localhost", socket.gethostname(), socket.getfqdn())}
         self._now = clock
         self._key = secrets.token_bytes(32)
-        # Cookies are shared by all the ports of a host: two servers need two names.
+        # The ports of a host share their cookies, so each server needs its own name.
         self.cookie = f"limbeck-{secrets.token_hex(4)}"
-        self._logged_out: dict[str, int] = {}  # nonces of sessions that were logged out -> when they expire
+        self._logged_out: dict[str, int] = {}  # nonce of a session that was logged out -> its expiry
         self._wrong_tokens: dict[str, deque[float]] = {}  # address -> times of wrong tokens
         self._lock = threading.Lock()
 
     # --- sessions
 
     def log_in(self, token: str, address: str) -> str:
-        """The cookie of a new session.
+        """Start a session and return its cookie.
 
         Args:
-            token: as it was typed.
-            address: of the client; too many wrong tokens from it and it has to wait.
+            token: as typed by the visitor.
+            address: of the client; after too many wrong tokens it has to wait.
 
         Raises:
             Refused: a wrong token, or too many of them.
         """
         with self._lock:
             wrong = self._wrong_tokens.setdefault(address, deque(maxlen=MAX_TRIES))
-            if len(wrong) == MAX_TRIES and (wait := wrong[0] + TRY_WINDOW_S - self._now()) > 0:
+            wait = wrong[0] + TRY_WINDOW_S - self._now() if len(wrong) == MAX_TRIES else 0
+            if wait > 0:
                 raise Refused(
                     f"{MAX_TRIES} wrong tokens within a minute", fix=f"wait {wait:.0f} seconds, then try again"
                 )
@@ -109,13 +110,13 @@ class Guard:
                 wrong.append(self._now())
                 if len(self._wrong_tokens) > 1000:
                     self._wrong_tokens.pop(next(iter(self._wrong_tokens)))
-                raise Refused("that is not the token")
+                raise Refused("wrong token")
             self._wrong_tokens.pop(address)
         value = f"{int(self._now()) + SESSION_S}.{secrets.token_urlsafe(16)}"
         return f"{value}.{self._sign('session', value)}"
 
     def session(self, cookie: str | None) -> Session | None:
-        """The session of a cookie; None where it is forged, expired or logged out."""
+        """The session of a cookie; None if the cookie is missing, forged, expired or logged out."""
         value, _, signature = (cookie or "").rpartition(".")
         if not hmac.compare_digest(signature.encode(), self._sign("session", value).encode()):
             return None
@@ -125,7 +126,7 @@ class Guard:
         return Session(nonce, int(expires), self._sign("csrf", value))
 
     def log_out(self, session: Session) -> None:
-        """End a session: its cookie is worth nothing from now on."""
+        """End a session: its cookie is invalid from now on."""
         with self._lock:
             self._logged_out = {nonce: expires for nonce, expires in self._logged_out.items() if expires > self._now()}
             self._logged_out[session.nonce] = session.expires
@@ -136,7 +137,7 @@ class Guard:
     # --- requests
 
     def is_known_host(self, host: str) -> bool:
-        """Whether a Host header names this server: another site's name that leads here is none of its."""
+        """Whether a Host header names this server. Another name may resolve to this machine: DNS rebinding."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:
@@ -147,23 +148,23 @@ class Guard:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return True  # an address needs no lookup, so nobody can have turned it
+        return True  # an IP address needs no DNS, so it cannot be rebound
 
 
 def token_or_new(token: str | None) -> str:
-    """The token that is asked for: `token`, or a new one. Raises BadInput for one that is short."""
+    """The token without surrounding spaces; a new one if it is None or empty. Raises BadInput if it is too short."""
     if not token:
         return secrets.token_urlsafe(24)
     if len(token.strip()) < MIN_TOKEN_LENGTH:
         raise BadInput(
-            f"LIMBECK_UI_TOKEN has {len(token.strip())} characters, at least {MIN_TOKEN_LENGTH} are asked",
-            fix="make one: openssl rand -base64 24; or unset it, and one is made at each start",
+            f"LIMBECK_UI_TOKEN has {len(token.strip())} characters; it needs at least {MIN_TOKEN_LENGTH}",
+            fix="make one with `openssl rand -base64 24`, or unset it to get a new one at each start",
         )
     return token.strip()
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address that only this machine reaches."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -171,16 +172,16 @@ def is_loopback(host: str) -> bool:
 
 
 def safe_local_path(path: str | None) -> str:
-    """A path of these pages to go to after login; "/" for anything that leads elsewhere."""
+    """The path to go to after login; "/" for anything outside these pages."""
     if not path or not path.startswith("/") or path[1:2] in ("/", "\\") or any(ord(char) < 32 for char in path):
         return "/"
     return path
 
 
 class GuardMiddleware:
-    """ASGI middleware: who a request comes from is settled before a page sees it; answers get HEADERS.
+    """ASGI middleware: refuses requests that `Guard` does not allow, and adds HEADERS to each answer.
 
-    Sets `request.state.session`, None for a reader.
+    Sets `request.state.session`: None if the visitor is not logged in.
     """
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
@@ -198,12 +199,14 @@ class GuardMiddleware:
         await answer(scope, receive, _with_headers(send))
 
     def _refusal(self, request: Request, session: Session | None) -> ASGIApp | None:
+        """The answer to a request that is not allowed; None if it is."""
         headers = request.headers
         if not self.guard.is_known_host(headers.get("host", "")):
-            words = "These pages are not served under this name. Add it: limbeck ui --allow-host NAME\n"
-            return PlainTextResponse(words, 421)
-        if refused := _foreign_reason(request.method, headers):
-            return PlainTextResponse(f"Refused: {refused}.\n", 403)
+            message = "These pages do not have this host name. Add it: limbeck ui --allow-host NAME\n"
+            return PlainTextResponse(message, 421)
+        reason = _foreign_reason(request.method, headers)
+        if reason:
+            return PlainTextResponse(f"Refused: {reason}.\n", 403)
         if self.guard.private and session is None and not request.url.path.startswith(OPEN_PATHS):
             if request.method == "GET":
                 return RedirectResponse(login_path(request), 303)
@@ -212,27 +215,29 @@ class GuardMiddleware:
 
 
 def login_path(request: Request) -> str:
-    """The login form, which leads back to the page of `request`."""
+    """The path of the login form, which leads back to the page of `request`."""
     page = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return f"/login?next={quote(page, safe='')}"
 
 
 def _foreign_reason(method: str, headers: Headers) -> str | None:
-    """Why a request is not one of these pages' own; None where it is, or where it is a link to one."""
+    """Why a request does not come from these pages; None if it does, or if it follows a link to one of them."""
     site = headers.get("sec-fetch-site", "same-origin")
     if method in SAFE_METHODS:
         linked = site in ("same-origin", "none") or headers.get("sec-fetch-mode") == "navigate"
-        return None if linked else "a page of another site asked for it"
+        return None if linked else "the request comes from another site"
     origin = headers.get("origin")
     if origin is None:
-        return "a change has to come from a form of these pages, and this one does not say where it comes from"
+        return "the request has no Origin header; a change must come from a form of these pages"
     if site != "same-origin" or urlsplit(origin).netloc.lower() != headers["host"].lower():
-        return "a page of another site sent it"
+        return "the form comes from another site"
     return None
 
 
 def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
+    """Wrap `send`: add HEADERS to the answer."""
+
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
@@ -240,13 +245,13 @@ def _with_headers(send: Send) -> Send:
             headers.setdefault("Cache-Control", "no-cache" if "etag" in headers else "no-store")
         await send(message)
 
-    return sending
+    return send_with_headers
 
 
 async def read_form(request: Request) -> dict[str, str]:
     """The fields of an urlencoded form. Raises BadInput for anything else, or for more than MAX_FORM bytes."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
-        raise BadInput("only a form of these pages can be sent here")
+        raise BadInput("only a form of these pages is accepted here")
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -255,44 +260,47 @@ async def read_form(request: Request) -> dict[str, str]:
     try:
         pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
-        raise BadInput("the form cannot be read") from None
+        raise BadInput("the form is not valid urlencoded ASCII with at most 100 fields") from None
     return dict(pairs)
 
 
 async def require_session_form(request: Request) -> dict[str, str]:
-    """A dependency of whatever changes something: the fields of a form that was made for this session.
+    """FastAPI dependency of every route that changes something: the form's fields.
 
-    Raises NotLoggedIn.
+    Raises NotLoggedIn without a session, or if the form's CSRF value is not that of the session.
     """
     form = await read_form(request)
     session: Session | None = request.state.session
     if session is None:
-        raise NotLoggedIn("nothing is changed: you are not logged in, or your session is over")
+        raise NotLoggedIn("nothing was changed: you are not logged in, or your session has expired")
     if not hmac.compare_digest(form.get("csrf", "").encode(), session.csrf.encode()):
-        raise NotLoggedIn("nothing is changed: this form was not made for your session", fix="load the page again")
+        raise NotLoggedIn("nothing was changed: the form belongs to another session", fix="reload the page")
     return form
 
 
 class OncePerForm:
-    """A form does what it does once, however often it is sent: later ones get the answer of the first."""
+    """Runs the action of a form only once: if the form is sent again, it gets the first answer. Thread-safe."""
 
     def __init__(self) -> None:
         self._answers: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
     def run(self, form: str, action: Callable[[], str]) -> str:
-        """The answer of `action`, which is called for the first of the same `form`; the others wait for it."""
+        """The answer of `action`, which is called only for the first of equal forms; the others wait for it.
+
+        An action that raises may be tried again with the same form.
+        """
         with self._lock:
             answer = self._answers.get(form)
-            first = answer is None
+            is_first = answer is None
             if answer is None:
                 answer = self._answers[form] = Future()
                 if len(self._answers) > 1000:
                     self._answers.pop(next(iter(self._answers)))
-        if first:
+        if is_first:
             try:
                 answer.set_result(action())
-            except BaseException as error:  # nothing was done: it may be tried again
+            except BaseException as error:  # nothing was done: allow another try
                 with self._lock:
                     self._answers.pop(form, None)
                 answer.set_exception(error)

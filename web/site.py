@@ -1,4 +1,4 @@
-"""What the pages stand on: the store, the policy, the guard, the address of MLflow's own pages."""
+"""The state that all requests share: store, policy, guard and the address of MLflow's own pages."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from limbeck.web.security import Guard
 
 @dataclass(frozen=True)
 class Site:
-    """Made once by `limbeck.web.app.create_app`, the same for all requests."""
+    """Shared state of all requests; `limbeck.web.app.create_app` makes it once."""
 
     store: Store
-    guard: Guard  # who may change anything
-    policy: Policy | None = None  # of aliases that no policy protects
-    mlflow_ui: str | None = None  # where MLflow's own pages are, without credentials
+    guard: Guard
+    policy: Policy | None = None  # for aliases that no policy protects
+    mlflow_ui: str | None = None  # address of MLflow's own pages, without credentials
 
     @cached_property
     def leaderboards(self) -> LeaderboardCache:
-        """The leaderboards of all models."""
+        """The cached leaderboards of all models."""
         return LeaderboardCache(self.store)
 
     def run_link(self, run_id: str) -> str | None:
-        """The address of a run in MLflow's own pages; None where they are not known."""
+        """The address of a run in MLflow's own pages; None if their address is unknown."""
         if self.mlflow_ui is None:
             return None
         experiment = self.store.client.get_run(run_id).info.experiment_id
@@ -37,13 +37,13 @@ class Site:
 
 
 def current_site(request: Request) -> Site:
-    """The site that a request is for; a FastAPI dependency."""
+    """FastAPI dependency: the site of a request."""
     site: Site = request.app.state.site
     return site
 
 
 def public_address(address: str | None) -> str | None:
-    """An http(s) address without its name, password, query and fragment; None for any other."""
+    """An http(s) address without user, password, query and fragment; None for any other address."""
     parts = urlsplit(address or "")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return None

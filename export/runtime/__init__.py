@@ -1,1 +1,1 @@
-"""The torch-free runtime: sessions, caches, batches, sampling, text."""
+"""The torch-free runtime: session, static, dynamic and prefix cache, batch, sampling, detokenization."""

@@ -1,4 +1,4 @@
-"""Rows that are decoded together, each at its own length; they join and leave between two steps."""
+"""A batch: prompts of different lengths that are decoded together; they join and leave between two steps."""
 
 from __future__ import annotations
 
@@ -15,42 +15,46 @@ from limbeck.export.runtime.static_cache import StaticCache
 if TYPE_CHECKING:
     from limbeck.export.runtime.session import Session
 
-PREFIX_CACHE_TOKENS = 4096  # of texts that have left, for later prompts that begin alike
-MIN_REUSED_TOKENS = 16  # tokens; fewer are read as fast as they are copied
+PREFIX_CACHE_TOKENS = 4096  # size of the prefix cache, in tokens
+MIN_REUSED_TOKENS = 16  # computing fewer tokens takes no longer than copying them
 
 
 class Batch:
-    """The rows that one loaded artifact decodes at present, and their caches.
+    """The rows that one session decodes together, with their key-value cache and the prefix cache.
 
-    Rows are told apart by their `Slot`. What a row's logits are does not depend on the other rows, nor on what is
-    reused (but for int8 activations, whose scales do). Not for several threads at once.
+    A `Slot` identifies a row. The logits of a row do not depend on the other rows, nor on reused prefixes (except with
+    int8 activations, whose scales depend on both). Not thread-safe.
+
+    A fused graph gets a `StaticCache`, any other graph a `DynamicCache`. The prefix of a prompt that an active row or
+    the prefix cache already holds is copied instead of computed again.
 
     Args:
-        kept_tokens: the most tokens whose keys and values are kept of texts that have left, so that a prompt that
-            begins alike does not read them again.
+        session: the loaded artifact.
+        prefix_cache_tokens: size of the prefix cache, in tokens; 0 disables it. A GPU has no prefix reuse.
     """
 
     def __init__(self, session: Session, prefix_cache_tokens: int = PREFIX_CACHE_TOKENS) -> None:
         self._slots: list[Slot] = []
         self._cache: StaticCache | DynamicCache = StaticCache(session) if session.is_fused else DynamicCache(session)
-        # On a GPU every reuse would take the cache through main memory.
+        # On a GPU every reuse would copy the cache through main memory.
         self._prefix_cache = PrefixCache(prefix_cache_tokens if session.device == "cpu" else 0)
         self._can_reuse = session.device == "cpu"
 
-    def add_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> Slot:
-        """A new row that reads `prompt` and then takes at most `max_new_tokens` tokens. Nothing is computed yet."""
+    def add_prompt(self, prompt: Sequence[int]) -> Slot:
+        """Add a row for a prompt of token ids, at least one. Computes nothing yet: call `prefill`."""
         slot = Slot(tuple(prompt))
         self._cache.add(slot)
         self._slots.append(slot)
         return slot
 
     def prefill(self, slots: Sequence[Slot], max_tokens: int) -> list[np.ndarray | None]:
-        """Let each slot see at most `max_tokens` more tokens of its prompt; what other texts have read is not counted.
+        """Compute at most `max_tokens` more prompt tokens of each slot; reused tokens do not count.
 
         Returns:
-            for each slot, (V,) float32 logits after the last token of its prompt; None while some is unread.
+            For each slot, (V,) float32 logits after the last token of its prompt, or None if a part of the prompt
+            is still unread.
         """
-        found: dict[Slot, np.ndarray] = {}
+        logits_of_slot: dict[Slot, np.ndarray] = {}
         waiting = list(slots)
         while waiting:
             now: list[Slot] = []
@@ -58,18 +62,18 @@ class Batch:
                 self._reuse_prefix(slot)
                 if not any(self._should_wait_for(slot, other) for other in now):
                     now.append(slot)
-            pieces = [slot.prompt[slot.length : slot.length + max_tokens] for slot in now]
-            for slot, piece, logits in zip(now, pieces, self._cache.prefill(now, pieces), strict=True):
-                slot.length += len(piece)
-                found[slot] = logits
+            chunks = [slot.prompt[slot.length : slot.length + max_tokens] for slot in now]
+            for slot, chunk, logits in zip(now, chunks, self._cache.prefill(now, chunks), strict=True):
+                slot.length += len(chunk)
+                logits_of_slot[slot] = logits
             waiting = [slot for slot in waiting if slot not in now]
-        return [None if slot.unread_tokens else found[slot] for slot in slots]
+        return [None if slot.unread_tokens else logits_of_slot[slot] for slot in slots]
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
-        """Give each slot, whose prompt is read, its next token.
+        """Append one token to each slot; their prompts must be read completely.
 
         Returns:
-            (n, V) float32 logits of what follows; the next step may overwrite them.
+            (n, V) float32 logits of the next token; the next step may overwrite them.
         """
         logits = self._cache.step(slots, tokens)
         for slot, token in zip(slots, tokens, strict=True):
@@ -78,7 +82,7 @@ class Batch:
         return logits
 
     def remove_slot(self, slot: Slot) -> None:
-        """Let a row go; the next step is without it."""
+        """Remove a row and put its text into the prefix cache."""
         tokens = slot.cached_tokens
         if self._prefix_cache.should_store(tokens):
             self._prefix_cache.store(tokens, self._cache.copy_prefix(slot, slot.length))
@@ -87,25 +91,29 @@ class Batch:
         slot.is_active = False
 
     def _reuse_prefix(self, slot: Slot) -> None:
-        """Take over what another text has of this prompt; its last token is read in any case, for the logits."""
-        if not self._can_reuse:
+        """Copy the longest prefix of the prompt that another slot or the prefix cache holds.
+
+        The last token is always computed, since its logits are needed.
+        """
+        prefix = slot.prompt[:-1]
+        min_length = slot.length + MIN_REUSED_TOKENS
+        if not self._can_reuse or len(prefix) < min_length:
             return
-        before, least = slot.length, slot.length + MIN_REUSED_TOKENS
-        wanted = slot.prompt[:-1]
-        others = [(other.shared_prefix_length(wanted), other) for other in self._slots if other is not slot]
-        length, other = max(others, key=lambda pair: pair[0], default=(0, slot))
-        kept, parts = self._prefix_cache.find_longest(wanted) if len(wanted) >= least else (0, [])
-        if max(length, kept) < least:
+        shared = [(other.shared_prefix_length(prefix), other) for other in self._slots if other is not slot]
+        active_length, active_slot = max(shared, key=lambda pair: pair[0], default=(0, slot))
+        cached_length, kv_arrays = self._prefix_cache.find_longest(prefix)
+        length = max(active_length, cached_length)
+        if length < min_length:
             return
-        if kept > length:
-            self._cache.load_prefix(slot, parts, kept)
+        if cached_length > active_length:
+            self._cache.load_prefix(slot, kv_arrays, length)
         else:
-            self._cache.copy_from_slot(slot, other, length)
-        slot.length = max(kept, length)
-        slot.reused_tokens += slot.length - before
+            self._cache.copy_from_slot(slot, active_slot, length)
+        slot.reused_tokens += length - slot.length
+        slot.length = length
 
     def _should_wait_for(self, slot: Slot, other: Slot) -> bool:
-        """Whether `slot` had better wait until `other` has read what both begin with."""
+        """Whether `slot` should wait until `other` has computed the prefix that both share."""
         if not self._can_reuse or other.length < slot.length:
             return False
         return common_prefix_length(slot.prompt[:-1], other.prompt) >= slot.length + MIN_REUSED_TOKENS

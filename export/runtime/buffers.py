@@ -1,4 +1,4 @@
-"""Memory for a key-value cache that the graph writes in place: main memory, or a GPU's."""
+"""Memory of the static cache, on the CPU or a GPU: the graph reads and writes it in place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ import onnxruntime as ort
 
 
 class Buffer:
-    """(rows, heads, width, size) numbers of which each row's first ones mean something.
+    """A (rows, heads, width, head size) tensor of keys or values of one layer.
 
-    What was not written is not set to 0; on Linux it takes no memory until then.
+    Uninitialized: each row is valid up to its slot's length. On Linux, pages that were never written take no memory.
+
+    Args:
+        shape: (rows, heads, width, head size); width in tokens.
+        dtype: numpy's type of the elements.
+        device: "cpu" or "cuda".
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], device: str) -> None:
@@ -29,7 +34,7 @@ class Buffer:
             self._pointer = self._value.data_ptr()
 
     def bind(self, binding: ort.IOBinding, past: str, present: str, first: int, rows: int) -> None:
-        """Let the graph read and write `rows` rows from `first` on, as its input `past` and its output `present`."""
+        """Bind `rows` rows from row `first` on as both the input `past` and the output `present` of the graph."""
         shape = (rows, *self.shape[1:])
         pointer = self._pointer + first * self._row_bytes
         binding.bind_input(past, self.device, 0, self.dtype, shape, pointer)
@@ -37,7 +42,7 @@ class Buffer:
 
     @contextmanager
     def edit(self) -> Iterator[np.ndarray]:
-        """The numbers, to read and change; those of a GPU go to main memory and back."""
+        """Give the tensor as an array to read and change; a GPU's is copied to main memory and back."""
         if self._array is not None:
             yield self._array
             return
@@ -47,7 +52,7 @@ class Buffer:
 
 
 def ortvalue_to_numpy(value: ort.OrtValue) -> np.ndarray:
-    """The numbers of a value, good for as long as it is held; copied only where they lie on a GPU."""
+    """View a float32 or float16 value as an array, valid while `value` lives; a value on a GPU is copied."""
     if value.device_name() != "cpu":
         return value.numpy()
     dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.data_type()]

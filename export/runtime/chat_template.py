@@ -1,7 +1,6 @@
-"""The chat template of a model's tokenizer: turns of a conversation to the text that the model reads.
+"""Chat templates: render the messages of a conversation into the text of a prompt, as transformers does.
 
-A template is a program from the model's folder. It runs in jinja2's sandbox, with bounds on time and size; it is
-rendered as transformers does.
+A template is a program from the model's folder, so it runs in jinja2's sandbox with limits on time and output size.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 
-RENDER_S = 5.0
+RENDER_S = 5.0  # the longest that a template may run
 MAX_TEXT = 2**24  # characters
-# Put at the end of the turn that is to be continued, and found again in what is rendered.
-MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+# Appended to the message to continue; the rendered text is cut there.
+CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
-    """A tokenizer's template.
+    """The chat template of a tokenizer.
 
     Args:
-        templates: its source by name; "default" is there, and "tool_use" where tools have one of their own.
-        special_tokens: what the template may name, such as `bos_token`.
+        templates: source by name: "default", and "tool_use" if the model has a separate template for tools.
+        special_tokens: variables of the template, such as `bos_token`.
     """
 
     def __init__(self, templates: dict[str, str], special_tokens: dict[str, Any]) -> None:
@@ -44,25 +43,31 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template itself, where no tools are used."""
+        """The source of the default template."""
         return self._templates["default"]
 
     @classmethod
     def read(cls, folder: Path) -> ChatTemplate | None:
-        """The template in an artifact's folder; None where its tokenizer has none."""
+        """Read the template of an artifact's folder; None if its tokenizer has none.
+
+        Raises DamagedArtifact if a configuration file is not JSON.
+        """
         config = _json(folder / "tokenizer_config.json")
-        given = config.get("chat_template")
-        if (folder / "chat_template.jinja").is_file():  # it goes before, as in transformers
-            given = (folder / "chat_template.jinja").read_text()
-        if isinstance(given, list):
-            given = {item["name"]: item["template"] for item in given}
-        templates = {"default": given} if isinstance(given, str) else given or {}
+        templates = config.get("chat_template") or {}
+        if (folder / "chat_template.jinja").is_file():  # takes precedence, as in transformers
+            templates = (folder / "chat_template.jinja").read_text()
+        if isinstance(templates, list):
+            templates = {item["name"]: item["template"] for item in templates}
+        elif isinstance(templates, str):
+            templates = {"default": templates}
         if "default" not in templates:
             return None
         tokens = config | _json(folder / "special_tokens_map.json")
-        named: dict[str, Any] = {name: _token_text(tokens[name]) for name in SPECIAL_TOKENS if tokens.get(name)}
-        more = tokens.get("additional_special_tokens")
-        return cls(templates, named | ({"additional_special_tokens": [*map(_token_text, more)]} if more else {}))
+        special: dict[str, Any] = {name: _token_text(tokens[name]) for name in SPECIAL_TOKENS if tokens.get(name)}
+        additional = tokens.get("additional_special_tokens")
+        if additional:
+            special["additional_special_tokens"] = [_token_text(token) for token in additional]
+        return cls(templates, special)
 
     def render(
         self,
@@ -74,70 +79,76 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **settings: Any,
     ) -> str:
-        """The text of a conversation, special tokens written out: encode it without adding any.
+        """Render a conversation. The text contains its special tokens: encode it without adding any.
 
         Args:
-            messages: `role` and `content`, a text.
-            add_generation_prompt: end with the beginning of an answer.
-            continue_final_message: end within the last message, for the model to go on with it.
-            **settings: what else the template knows.
+            messages: objects with `role` and a text as `content`.
+            tools, documents: passed to the template.
+            add_generation_prompt: end with the header of an answer.
+            continue_final_message: end inside the last message, for the model to continue it.
+            **settings: other variables of the template.
 
-        Raises BadInput where the template does not take these messages, or takes too long.
+        Raises:
+            BadInput: the template rejects these messages, fails, or exceeds its limits of time or size.
         """
         turns = copy.deepcopy(list(messages))
         if continue_final_message:
-            turns[-1]["content"] = (turns[-1].get("content") or "") + MARK
+            turns[-1]["content"] = (turns[-1].get("content") or "") + CONTINUE_MARK
         values = {"messages": turns, "tools": tools, "documents": documents}
         values |= self._special_tokens | settings | {"add_generation_prompt": add_generation_prompt}
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        clock = _RenderLimits()
+        limits = _RenderLimits()
         try:
             if name not in self._compiled:
                 self._compiled[name] = _environment().from_string(self._templates[name])
-            text = clock.join(self._compiled[name].generate(values | {"range": partial(_Range, clock)}))
+            text = limits.join(self._compiled[name].generate(values | {"range": partial(_Range, limits)}))
         except _LimitExceeded as error:
-            raise BadInput(f"the chat template gives more than {error}") from None
-        except TemplateError as error:  # also what a template raises by itself
-            raise BadInput(f"the chat template refuses these messages: {error.message}") from None
-        except Exception as error:  # a template is a program: it may fail in any way
-            told = f"{type(error).__name__}: {error}"[:200]
-            raise BadInput(f"the chat template fails on these messages: {told}") from None
-        return _cut_at_continue_mark(text, str(messages[-1].get("content") or "")) if continue_final_message else text
+            raise BadInput(f"the chat template exceeds its limit of {error}") from None
+        except TemplateError as error:  # also from `raise_exception` in a template
+            raise BadInput(f"the chat template rejects these messages: {error.message}") from None
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise BadInput(f"the chat template fails on these messages: {reason}") from None
+        if continue_final_message:
+            return _cut_at_continue_mark(text, str(messages[-1].get("content") or ""))
+        return text
 
 
 class _LimitExceeded(Exception):
-    """A template's time or room is used up."""
+    """A template exceeds a limit; the message names the limit."""
 
 
 class _RenderLimits:
-    """Ends a template that goes on for too long, wherever it can be asked."""
+    """Stops a template that runs too long or writes too much; checked at each output and each step of a range."""
 
     def __init__(self) -> None:
         self._end = time.monotonic() + RENDER_S
 
     def check(self, size: int = 0) -> None:
+        """Raise _LimitExceeded if the time is up or `size` characters are too many."""
         if size > MAX_TEXT:
             raise _LimitExceeded(f"{MAX_TEXT} characters")
         if time.monotonic() > self._end:
-            raise _LimitExceeded(f"{RENDER_S:g} s of work")
+            raise _LimitExceeded(f"{RENDER_S:g} s")
 
-    def join(self, pieces: Iterator[str]) -> str:
+    def join(self, outputs: Iterator[str]) -> str:
+        """Join a template's outputs, checking the limits after each."""
         parts, size = [], 0
-        for piece in pieces:
-            size += len(piece)
+        for output in outputs:
+            size += len(output)
             self.check(size)
-            parts.append(piece)
+            parts.append(output)
         return "".join(parts)
 
     def check_each(self, items: range) -> Iterator[int]:
-        """The items, each looked at."""
+        """Yield the items, checking the limits before each."""
         for item in items:
             self.check()
             yield item
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, where no product is larger than a text may be."""
+    """jinja2's sandbox, with limits on repeated texts and powers, whose operators run without a check."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -148,12 +159,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "*" and texts and numbers and length * max(numbers) > MAX_TEXT:
             raise _LimitExceeded(f"{MAX_TEXT} characters")
         if operator == "**" and any(abs(number) > 1000 for number in numbers):
-            raise SecurityError("a power of this size is not computed")
+            raise SecurityError("a power with an operand above 1000 is not allowed")
         return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
-    """{% generation %} marks an assistant's words for training; here it shows them."""
+    """{% generation %} marks an assistant's text for training; here it only renders its content."""
 
     tags = {"generation"}
 
@@ -163,7 +174,7 @@ class _Generation(Extension):
 
 
 def _environment() -> _Sandbox:
-    """As transformers' `_compile_jinja_template` has it."""
+    """The jinja2 environment of transformers' `_compile_jinja_template`."""
 
     def tojson(
         value: Any,
@@ -185,35 +196,38 @@ def _environment() -> _Sandbox:
 
 
 class _Range:
-    """range, whose every step is looked at."""
+    """`range` with a check of the limits at each step."""
 
-    def __init__(self, clock: _RenderLimits, *bounds: int) -> None:
-        self._clock, self._range = clock, range(*bounds)
+    def __init__(self, limits: _RenderLimits, *bounds: int) -> None:
+        self._limits, self._range = limits, range(*bounds)
 
     def __iter__(self) -> Iterator[int]:
-        return self._clock.check_each(self._range)
+        return self._limits.check_each(self._range)
 
     def __len__(self) -> int:
         return len(self._range)
 
-    def __getitem__(self, place: int) -> int:
-        return self._range[place]
+    def __getitem__(self, index: int) -> int:
+        return self._range[index]
 
     def __contains__(self, item: object) -> bool:
         return item in self._range
 
 
 def _cut_at_continue_mark(text: str, last: str) -> str:
-    """The rendered text up to the end of its last message, as transformers cuts it."""
-    place = text.rfind(MARK.strip())
-    if place < 0 or last.strip() not in text:
-        raise BadInput("the chat template leaves out a part of the last message, which then cannot be continued")
-    # A template that strips what it is given has stripped the mark's blank, and would strip the message's.
-    return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()
+    """Cut the rendered text at the end of its last message, as transformers does.
+
+    Raises BadInput if the template dropped a part of the message.
+    """
+    end = text.rfind(CONTINUE_MARK.strip())
+    if end < 0 or last.strip() not in text:
+        raise BadInput("the chat template drops a part of the last message, so it cannot be continued")
+    # The mark ends with a space: a template that strips it would also strip the message's trailing space.
+    return text[:end] if text[end:].startswith(CONTINUE_MARK) else text[:end].rstrip()
 
 
 def _token_text(token: str | dict[str, Any]) -> str:
-    """A special token, which tokenizers save as a text or as an object."""
+    """The text of a special token, which tokenizers save as a text or as an object."""
     return token if isinstance(token, str) else str(token["content"])
 
 

@@ -1,18 +1,21 @@
-"""Tokens to text while they are generated: whole characters only, cut before a stop string."""
+"""Incremental detokenization: whole characters only, cut before a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder writes for bytes that are no UTF-8 (yet)
-CONTEXT = 5  # prompt tokens decoded along, since some decoders treat the first token of a text differently
+REPLACEMENT_CHARACTER = "\ufffd"  # a decoder's output for bytes that are not valid UTF-8 (yet)
+CONTEXT = 5  # preceding tokens to decode too, since some decoders treat the first token differently
 
 
 class Detokenizer:
-    """Text of one growing sequence. The pieces that `add` and `finish` return join to `text`.
+    """The text of one growing sequence. The strings that `add` and `finish` return join to `text`.
 
-    A character whose bytes are spread over several tokens is held back until it is whole, and so is text that
-    may turn out to be the start of a stop string.
+    Holds back a character until all tokens with its bytes are there, and text that may be the start of a stop string.
+
+    Attributes:
+        text: the text so far, held-back text included, cut before a stop string.
+        stopped: whether `text` ended at a stop string.
     """
 
     def __init__(
@@ -22,12 +25,14 @@ class Detokenizer:
         self.stopped = False
         self._decode = decode
         self._stop = tuple(stop)
-        self._returned_length = 0  # characters of self.text that were returned
-        self._window = list(prompt_ids[-CONTEXT:])  # decoded anew with each token
-        self._known_length = len(decode(self._window))  # its characters that are in the prompt or self.text
+        self._returned_length = 0  # characters of self.text returned so far
+        self._window = list(prompt_ids[-CONTEXT:])  # the tokens decoded again with each new token
+        self._known_length = len(
+            decode(self._window)
+        )  # characters of the decoded window that are already in the prompt or self.text
 
     def add(self, token_id: int) -> str:
-        """Take the next token; return the text that is now certain (often "")."""
+        """Append a token; return the text that is final now (often "")."""
         self._window.append(token_id)
         decoded = self._decode(self._window)
         whole = decoded.rstrip(REPLACEMENT_CHARACTER)
@@ -39,13 +44,13 @@ class Detokenizer:
         return self._return_up_to(len(self.text) if self.stopped else self._certain_length())
 
     def finish(self) -> str:
-        """The rest, once no token follows: what was held back, broken bytes included."""
+        """Return the held-back rest, incomplete characters included; call it after the last token."""
         if not self.stopped:
             self._append(self._decode(self._window)[self._known_length :])
         return self._return_up_to(len(self.text))
 
     def _append(self, new: str) -> None:
-        """Append to `text`, and cut it where a stop string begins."""
+        """Append to `text`, and cut it before the first stop string."""
         self.text += new
         found = [self.text.find(stop, self._returned_length) for stop in self._stop] if new else []
         found = [position for position in found if position >= 0]
@@ -53,7 +58,7 @@ class Detokenizer:
             self.text, self.stopped = self.text[: min(found)], True
 
     def _certain_length(self) -> int:
-        """Length of `text` less a tail that could be the start of a stop string."""
+        """Length of `text` without a tail that could be the start of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for start in range(max(self._returned_length, len(self.text) - longest), len(self.text)):
             if any(stop.startswith(self.text[start:]) for stop in self._stop):

@@ -1,4 +1,4 @@
-"""The cache of a graph that gives a longer cache than it takes: present = past and new, as optimum exports it."""
+"""The dynamic cache: for a graph whose outputs are the past and the new tokens, as optimum exports it."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ if TYPE_CHECKING:
 
 
 class DynamicCache:
-    """The cached keys and values of slots. A run's output is the next run's input as it is.
+    """The keys and values of slots; the output of a run is the input of the next one, without a copy.
 
-    Rows that are decoded together begin with padding where they are shorter than the longest. They are put
-    together anew only where rows join or leave.
+    Rows that are decoded together are padded on the left to the longest. The batched cache is rebuilt only when rows
+    join or leave.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._single_caches: dict[Slot, list[ort.OrtValue]] = {}  # caches of one row each
-        self._batched_slots: list[Slot] = []  # the rows of `_cache`, in its order
+        self._single_caches: dict[Slot, list[ort.OrtValue]] = {}  # slot -> its cache, a batch of 1
+        self._batched_slots: list[Slot] = []  # the rows of `_batched_cache`, in order
         self._batched_cache: list[ort.OrtValue] = []
-        self._batched_length = 0  # its length
+        self._batched_length = 0  # tokens, padding included
 
     def add(self, slot: Slot) -> None:
-        """Take a new slot, which has no tokens."""
+        """Add a slot, with no tokens yet."""
         self._single_caches[slot] = self._session.empty_cache(1)
 
     def remove(self, slot: Slot) -> None:
-        """Let a slot go."""
-        self._single_caches.pop(slot, None)  # one of several that are together goes with the next step
+        """Remove a slot; a row of the batched cache stays until the next step."""
+        self._single_caches.pop(slot, None)
 
     def copy_prefix(self, slot: Slot, length: int) -> list[np.ndarray]:
-        """(heads, length, size) keys or values of a slot's first tokens, one for each past input."""
+        """Copy the keys and values of a slot's first tokens: (heads, length, head size) for each past input."""
         return [part[..., :length, :].copy() for part in self._kv_views(slot)]
 
     def load_prefix(self, slot: Slot, kv_arrays: Sequence[np.ndarray], length: int) -> None:
-        """Let a slot hold `length` tokens, those of `kv_arrays`, as `copy` gives them."""
+        """Set a slot's cache to the first `length` tokens of `kv_arrays`, arrays as from `copy_prefix`."""
         values = [part[None, ..., :length, :].copy() for part in kv_arrays]
         self._single_caches[slot] = [
             ort.OrtValue.ortvalue_from_numpy(value, self._session.device, 0) for value in values
         ]
 
     def copy_from_slot(self, slot: Slot, other: Slot, length: int) -> None:
-        """Let a slot hold the first `length` tokens of another."""
+        """Set a slot's cache to the first `length` tokens of another slot."""
         self.load_prefix(slot, self._kv_views(other), length)
 
     def prefill(self, slots: Sequence[Slot], chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Give each slot several tokens: for each, (V,) float32 logits of what follows the last."""
+        """Append a chunk of tokens to each slot; return (V,) float32 logits after the last token of each."""
         found = []
-        for slot, piece in zip(slots, chunks, strict=True):
-            tokens, end = np.array([piece], np.int64), slot.length + len(piece)
-            mask, places = np.ones((1, end), np.int64), np.arange(slot.length, end)[None]
-            logits, self._single_caches[slot] = self._session.forward(tokens, mask, places, self._single_caches[slot])
+        for slot, chunk in zip(slots, chunks, strict=True):
+            tokens, end = np.array([chunk], np.int64), slot.length + len(chunk)
+            mask, positions = np.ones((1, end), np.int64), np.arange(slot.length, end)[None]
+            cache = self._single_caches[slot]
+            logits, self._single_caches[slot] = self._session.forward(tokens, mask, positions, cache)
             found.append(logits[0, -1].astype(np.float32))
         return found
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
-        """Give each slot one token: (n, V) float32 logits of what follows."""
+        """Append one token to each slot; return (n, V) float32 logits of the next token."""
         if slots != self._batched_slots:
             self._batch_slots(list(slots))
         lengths = np.array([slot.length for slot in slots])
@@ -74,14 +75,14 @@ class DynamicCache:
         return logits[:, -1].astype(np.float32, copy=False)
 
     def _kv_views(self, slot: Slot) -> list[np.ndarray]:
-        """Views of what a slot holds."""
+        """Views of a slot's keys and values, (heads, length, head size) for each past input."""
         if slot in self._single_caches:
             return [ortvalue_to_numpy(value)[0] for value in self._single_caches[slot]]
         row, start = self._batched_slots.index(slot), self._batched_length - slot.length
         return [ortvalue_to_numpy(value)[row][..., start:, :] for value in self._batched_cache]
 
     def _batch_slots(self, slots: list[Slot]) -> None:
-        """One cache of these slots, each padded at its beginning to the longest; the others have one each."""
+        """Put these slots into one cache, padded on the left to the longest; move all others to single caches."""
         parts = {slot: self._kv_views(slot) for slot in slots}
         for slot in self._batched_slots:
             if slot not in parts and slot.is_active:

@@ -1,4 +1,4 @@
-"""One prompt while it is completed: which token comes next, the text so far, and when it ends."""
+"""The state of one prompt during generation: its next token, its text and when it ends."""
 
 from __future__ import annotations
 
@@ -14,40 +14,46 @@ from limbeck.export.runtime.sampling import Sampler, Sampling, log_softmax, top_
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt."""
+    """The completion of one prompt."""
 
     text: str
-    token_ids: list[int]  # with the end-of-text token where the model gave one
+    token_ids: list[int]  # with the end-of-text token if the model generated one
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
-    prefill_s: float  # from the call to the batch's first token
-    decode_s: float  # from there to the batch's last token
-    logprobs: list[float] | None = None  # of each token, natural log, before temperature, top-k and top-p
-    top_logprobs: list[dict[int, float]] | None = None  # the likeliest tokens at each step
+    prefill_s: float  # seconds from the call to the first token of the batch
+    decode_s: float  # seconds from the first to the last token of the batch
+    logprobs: list[float] | None = None  # of each token: natural logarithm, before temperature, top-k and top-p
+    top_logprobs: list[dict[int, float]] | None = None  # of each token: the most likely tokens in its place
 
 
 @dataclass(frozen=True)
 class TokenEvent:
     """One new token of one prompt of a request."""
 
-    index: int  # of the prompt
+    index: int  # of the prompt in the request
     token_id: int
-    text: str  # the text that is now certain; often ""
+    text: str  # the text that is final now; often ""
     finish_reason: Literal["stop", "length"] | None  # None while more follows
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
-    cached_tokens: int = 0  # of the prompt, that were not read again; told with its first token
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first token of a prompt
 
 
 class GenerationState:
-    """One prompt of a request while it is completed.
+    """The generation of one prompt of a request.
 
     Args:
-        index: the prompt's place in the request.
+        index: the prompt's index in the request.
         prompt: token ids, not empty.
-        room: the most new tokens: what the context leaves.
+        sampling: the settings of the request.
+        context_left: tokens that the context has room for after the prompt.
         eos_token_ids: the tokens that end a text.
         decode: token ids to text.
+
+    Attributes:
+        last_token: the newest token id.
+        token_count: new tokens so far, at most `max_new_tokens`.
+        finish_reason: "stop" after an end-of-text token or a stop string, "length" after the last token; else None.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class GenerationState:
     ) -> None:
         self.index, self.prompt, self.sampling = index, prompt, sampling
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.last_token = 0  # the newest token
+        self.last_token = 0
         self.max_new_tokens = min(sampling.max_new_tokens, context_left)
         self.token_count = 0
         self._end_token_ids = set() if sampling.ignore_eos else eos_token_ids
@@ -70,21 +76,21 @@ class GenerationState:
         self._detokenizer = Detokenizer(decode, prompt, sampling.stop)
 
     def choose_token(self, logits: np.ndarray) -> TokenEvent:
-        """Choose the next token from (V,) logits."""
+        """Choose the next token from (V,) logits, and add it to the text."""
         self.last_token = token = self._sampler.choose(logits)
         self.token_count += 1
         ended = token in self._end_token_ids
-        piece = "" if ended else self._detokenizer.add(token)
+        text = "" if ended else self._detokenizer.add(token)
         if ended or self._detokenizer.stopped:
             self.finish_reason = "stop"
         elif self.token_count >= self.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
-            piece += self._detokenizer.finish()
-            # The rest may hold a stop string that was not certain before.
+            text += self._detokenizer.finish()
+            # The held-back rest may contain a stop string.
             self.finish_reason = "stop" if self._detokenizer.stopped else self.finish_reason
         if self.sampling.logprobs is None:
-            return TokenEvent(self.index, token, piece, self.finish_reason)
+            return TokenEvent(self.index, token, text, self.finish_reason)
         logprobs = log_softmax(logits.astype(np.float64))
         top = top_tokens(logprobs, self.sampling.logprobs)
-        return TokenEvent(self.index, token, piece, self.finish_reason, float(logprobs[token]), top)
+        return TokenEvent(self.index, token, text, self.finish_reason, float(logprobs[token]), top)

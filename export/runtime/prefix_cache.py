@@ -1,4 +1,4 @@
-"""Keys and values of texts that have left a batch, for prompts that begin as they did."""
+"""The prefix cache: keys and values of texts that left a batch, for later prompts with the same prefix."""
 
 from __future__ import annotations
 
@@ -8,30 +8,37 @@ import numpy as np
 
 
 class PrefixCache:
-    """What texts left, at most `tokens` of them together; those longest without use go first."""
+    """Keys and values of at most `max_tokens` tokens in all; the least recently used text is evicted first."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._entries: OrderedDict[tuple[int, ...], list[np.ndarray]] = OrderedDict()  # least recently used first
 
     def should_store(self, text: tuple[int, ...]) -> bool:
-        """Whether `keep` would keep this text: it is short enough, and none that is kept begins so."""
+        """Whether a text is worth storing: not empty, not too long, and not the prefix of a stored text."""
         if not 0 < len(text) <= self.max_tokens:
             return False
         return all(common_prefix_length(text, other) < len(text) for other in self._entries)
 
     def store(self, text: tuple[int, ...], kv_arrays: list[np.ndarray]) -> None:
-        """Keep the keys and values of a text, (heads, length, size) for each past input."""
-        for other in [
-            other for other in self._entries if common_prefix_length(text, other) == len(other)
-        ]:  # it is in the new one
-            del self._entries[other]
+        """Store the keys and values of a text, (heads, length, head size) for each past input of the graph.
+
+        Stored texts that are prefixes of this one are dropped.
+        """
+        prefixes = [other for other in self._entries if common_prefix_length(text, other) == len(other)]
+        for prefix in prefixes:
+            del self._entries[prefix]
         self._entries[text] = kv_arrays
         while sum(map(len, self._entries)) > self.max_tokens:
             self._entries.popitem(last=False)
 
     def find_longest(self, text: tuple[int, ...]) -> tuple[int, list[np.ndarray]]:
-        """The longest beginning of `text` that is kept: its length, and the parts that hold it and maybe more."""
+        """Find the longest stored prefix of `text`.
+
+        Returns:
+            Its length in tokens, and the arrays of `store` that hold it; they may hold more tokens. (0, []) if no
+            stored text has a common prefix with `text`.
+        """
         length, best = max(((common_prefix_length(text, other), other) for other in self._entries), default=(0, ()))
         if not length:
             return 0, []
@@ -40,12 +47,15 @@ class PrefixCache:
 
 
 def common_prefix_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Number of tokens in the longest common prefix of two texts; a binary search over slices."""
     length = min(len(a), len(b))
     if a[:length] == b[:length]:
         return length
-    low, high = 0, length  # the first `low` are alike, the first `high` are not
+    low, high = 0, length  # the first `low` tokens are equal, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
     return low

@@ -1,4 +1,4 @@
-"""Run an ONNX artifact: numpy, onnxruntime and tokenizers, nothing else. A serving host needs no torch.
+"""Text generation with an ONNX artifact. Needs numpy, onnxruntime and tokenizers, no torch.
 
 >>> from limbeck.runtime import Runtime
 >>> runtime = Runtime.load(folder)
@@ -22,14 +22,18 @@ from limbeck.registry.core.errors import BadInput
 
 
 class Runtime(Session):
-    """A session that completes prompts, several together as one batch."""
+    """A `Session` (load, encode, decode, logits) that also generates: completions, text streams, token events.
+
+    The parts of generation: `Sampling` are the settings, `GenerationState` is one prompt, `Batch` runs the model over
+    all prompts with a static or dynamic cache. Not thread-safe.
+    """
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
-        """Complete each prompt; all of them together as one batch.
+        """Complete all prompts together, as one batch.
 
         Args:
-            prompts: texts, or token ids.
-            **sampling: the fields of `Sampling`; max_new_tokens is required.
+            prompts: texts, or lists of token ids.
+            **sampling: the fields of `Sampling`; `max_new_tokens` is required.
 
         Raises:
             BadInput: a prompt that leaves no room in the context, or a setting out of range.
@@ -61,44 +65,57 @@ class Runtime(Session):
         return completions
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
-        """The text of one completion, piece by piece as it is generated; whole characters only."""
+        """Yield the text of one completion as it is generated, whole characters only. Raises as `generate`."""
         for event in self.generate_events([self.prompt_ids(prompt)], Sampling(**sampling)):
             if event.text:
                 yield event.text
 
     def generate_events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[TokenEvent]:
-        """The tokens of a request as they come. Every prompt ends with an event that has a finish_reason.
+        """Yield the tokens of all prompts as they are generated; the last event of a prompt has a finish_reason.
 
         Args:
-            prompts: token ids, none empty.
+            prompts: lists of token ids, none empty.
+            sampling: the settings of all prompts.
+
+        Raises:
+            BadInput: `logit_bias` names a token outside the vocabulary.
         """
         batch = Batch(self, prefix_cache_tokens=0)
-        going = [(self.start_generation(index, prompt, sampling), prompt) for index, prompt in enumerate(prompts)]
-        rows = [(row, batch.add_prompt(prompt, row.max_new_tokens)) for row, prompt in going]
+        states = [self.start_generation(index, prompt, sampling) for index, prompt in enumerate(prompts)]
+        rows = [(state, batch.add_prompt(prompt)) for state, prompt in zip(states, prompts, strict=True)]
         logits = self._prefill(batch, [slot for _, slot in rows])
         while rows:
-            for (row, _), values in zip(rows, logits, strict=True):
-                yield row.choose_token(values)
-            for row, slot in rows:
-                if row.finish_reason:
+            for (state, _), values in zip(rows, logits, strict=True):
+                yield state.choose_token(values)
+            for state, slot in rows:
+                if state.finish_reason:
                     batch.remove_slot(slot)
-            rows = [(row, slot) for row, slot in rows if not row.finish_reason]
+            rows = [(state, slot) for state, slot in rows if not state.finish_reason]
             if rows:
-                logits = list(batch.step([slot for _, slot in rows], [row.last_token for row, _ in rows]))
+                logits = list(batch.step([slot for _, slot in rows], [state.last_token for state, _ in rows]))
 
     def _prefill(self, batch: Batch, slots: list[Slot]) -> list[np.ndarray]:
-        """(V,) logits after each prompt, read in pieces whose logits fit in memory."""
-        found: dict[Slot, np.ndarray] = {}
-        while unread := [slot for slot in slots if slot not in found]:
+        """(V,) logits after each prompt; computes the prompts in chunks whose logits fit in memory."""
+        logits_of_slot: dict[Slot, np.ndarray] = {}
+        while unread := [slot for slot in slots if slot not in logits_of_slot]:
             values = batch.prefill(unread, self.max_prefill_tokens)
-            found |= {slot: logits for slot, logits in zip(unread, values, strict=True) if logits is not None}
-        return [found[slot] for slot in slots]
+            logits_of_slot |= {slot: logits for slot, logits in zip(unread, values, strict=True) if logits is not None}
+        return [logits_of_slot[slot] for slot in slots]
 
     def start_generation(self, index: int, prompt: Sequence[int], sampling: Sampling) -> GenerationState:
-        """The state of one prompt of a request while it is completed. Raises BadInput."""
-        if (highest := max(sampling.logit_bias, default=0)) >= self.vocab_size:
-            raise BadInput(f"logit_bias names token {highest}; the model's are 0 to {self.vocab_size - 1}")
-        room = self.max_length - len(prompt)
+        """Make the state of one prompt of a request; the server calls this too.
+
+        Raises:
+            BadInput: `logit_bias` names a token outside the vocabulary.
+        """
+        highest = max(sampling.logit_bias, default=0)
+        if highest >= self.vocab_size:
+            raise BadInput(f"logit_bias names token {highest}; the vocabulary is 0 to {self.vocab_size - 1}")
         return GenerationState(
-            index, prompt, sampling, context_left=room, eos_token_ids=self.eos_token_ids, decode=self.decode
+            index,
+            prompt,
+            sampling,
+            context_left=self.max_length - len(prompt),
+            eos_token_ids=self.eos_token_ids,
+            decode=self.decode,
         )

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits. numpy only."""
+"""Sampling: penalties, temperature, top-k, top-p and min-p, from logits to the next token. numpy only."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from limbeck.registry.core.errors import BadInput
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks of generation; names and meaning as in transformers' `generate`.
+    """The settings of generation; names and meanings as in transformers' `generate`.
 
-    `presence_penalty`, `frequency_penalty` and `logit_bias` are OpenAI's.
+    `presence_penalty`, `frequency_penalty` and `logit_bias` are as in OpenAI's API. `Runtime.start_generation` checks
+    the token ids of `logit_bias` against the vocabulary.
 
-    Raises BadInput for a value out of its range.
+    Raises:
+        BadInput: a value out of its range.
     """
 
     max_new_tokens: int
     temperature: float = 0.0  # 0 is greedy
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float | None = None  # of the likeliest token's probability
-    repetition_penalty: float = 1.0  # for tokens of the prompt and of the text so far
-    presence_penalty: float = 0.0  # taken from the logit of a token that the new text has
-    frequency_penalty: float = 0.0  # the same, for each time that it has it
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits
+    min_p: float | None = None  # a share of the most likely token's probability
+    repetition_penalty: float = 1.0  # for tokens of the prompt and of the generated text
+    presence_penalty: float = 0.0  # subtracted from the logit of each token in the generated text
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence in the generated text
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> value added to its logit
     seed: int | None = None
-    stop: Sequence[str] = ()  # generation ends before the first of these strings
-    logprobs: int | None = None  # report the chosen token's, and this many of the likeliest at each step
-    ignore_eos: bool = False  # go on after an end-of-text token: costs are measured over a known length
+    stop: Sequence[str] = ()  # the text ends before the first occurrence of any of these
+    logprobs: int | None = (
+        None  # report the log-probability of each token and of this many most likely ones; None: none
+    )
+    ignore_eos: bool = False  # continue after an end-of-text token, to measure cost over a fixed length
 
     def __post_init__(self) -> None:
         rules = [
@@ -52,25 +56,25 @@ class Sampling:
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or greater"),
         ]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        for name, is_valid, requirement in rules:
+            if not is_valid:
+                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
 
 
 class Sampler:
     """Chooses the tokens of one text.
 
-    Its draws depend on the seed and on the text's place in the request, not on what else is decoded along with it.
+    The draws depend on the seed and on the prompt's index in the request, not on the rest of the batch.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], index: int) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(None if sampling.seed is None else [sampling.seed, index])
-        self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}  # the keys: a set in order
-        self._counts: dict[int, int] = {}  # of the new text's tokens
+        self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}  # its keys are an ordered set
+        self._counts: dict[int, int] = {}  # token id -> occurrences in the generated text
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token's id for (V,) logits: the likeliest at temperature 0, else a draw."""
+        """Choose the next token id from (V,) logits: the most likely one at temperature 0, else a random draw."""
         sampling = self._sampling
         logits = self._penalized(logits)
         if sampling.temperature == 0:
@@ -78,7 +82,7 @@ class Sampler:
         else:
             tokens, probabilities = candidates(logits, sampling)
             cumulative = np.cumsum(probabilities)
-            # Scaled by the sum, which rounding may leave a hair off 1.
+            # Scaled by the sum, which rounding may make slightly different from 1.
             place = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
             token = int(tokens[place])
         if sampling.repetition_penalty != 1:
@@ -88,7 +92,7 @@ class Sampler:
         return token
 
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
-        """The logits after bias and penalties; the given ones are left as they are."""
+        """(V,) logits after bias and penalties; does not change its argument."""
         sampling = self._sampling
         if not (sampling.logit_bias or self._seen or self._counts):
             return logits
@@ -110,27 +114,28 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def top_tokens(logprobs: np.ndarray, count: int) -> dict[int, float]:
-    """The `count` likeliest tokens of (V,) log-probabilities, best first, with theirs."""
+    """The `count` most likely tokens of (V,) log-probabilities: token id -> log-probability, most likely first."""
     tokens = np.arange(len(logprobs)) if count >= len(logprobs) else indices_of_top(logprobs, count)
     best = tokens[np.argsort(-logprobs[tokens], kind="stable")[:count]]
     return {int(token): float(logprobs[token]) for token in best}
 
 
 def indices_of_top(values: np.ndarray, count: int) -> np.ndarray:
-    """Where (V,) values are at least the `count`-th greatest, in order of place: more than `count` where some tie."""
+    """Rising indices of the `count` largest of (V,) values; more than `count` if values are tied."""
     if count == 0:
         return np.zeros(0, np.int64)
     return np.flatnonzero(values >= np.partition(values, -count)[-count])
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """What may come next after temperature, top-k, top-p and min-p, in this order, as transformers.
+    """The tokens left after temperature, top-k, top-p and min-p, in this order as in transformers.
 
     Args:
-        logits: (V,), the temperature above 0.
+        logits: (V,).
+        sampling: its temperature must be above 0.
 
     Returns:
-        (n,) token ids, rising, and their (n,) float64 probabilities.
+        (n,) token ids in rising order, and their (n,) float64 probabilities.
     """
     scores = logits.astype(np.float64) / sampling.temperature
     tokens = np.arange(len(scores))
@@ -149,10 +154,10 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 
 def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """Places, rising, of the likeliest that hold `top_p` together: the last of them is the one that reaches it."""
+    """Rising indices of the smallest set of most likely tokens whose probabilities sum to at least `top_p`."""
     count = 64
     while True:
-        # Sorted are only as many as it takes: a vocabulary takes milliseconds.
+        # Sort only as many as needed: sorting a whole vocabulary takes milliseconds.
         best = indices_of_top(probabilities, count) if count < len(probabilities) else np.arange(len(probabilities))
         best = best[np.argsort(-probabilities[best], kind="stable")]
         before = np.cumsum(probabilities[best]) - probabilities[best]

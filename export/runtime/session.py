@@ -1,4 +1,4 @@
-"""A loaded graph with its tokenizer: numpy, onnxruntime and tokenizers, nothing else."""
+"""A loaded ONNX artifact: its graph, tokenizer and configuration. Text to token ids, token ids to logits."""
 
 from __future__ import annotations
 
@@ -23,40 +23,51 @@ NUMPY_TYPES: dict[str, Any] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
 }
-# The names that model families give to the number of positions they were made for.
+# The context length's key in config.json, by model family.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-PREFILL_LOGITS = 2**23  # computed at once while a prompt is read (32 MB); longer prompts go in pieces
+PREFILL_LOGITS = 2**23  # logits computed in one run during prefill (32 MB); longer prompts are split into chunks
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
 class Session:
-    """A loaded artifact. Not for several threads at once: a server takes turns.
+    """A loaded artifact. Not thread-safe.
+
+    `Runtime` adds generation; `Batch` runs the graph over several rows with a static or dynamic cache. The methods here
+    use no such cache: `logits` and `prompt_logits` score whole texts.
 
     Attributes:
+        onnx_session: onnxruntime's session of the graph.
         tokenizer: the artifact's `tokenizers.Tokenizer`.
-        config: config.json. generation_config: generation_config.json, or {}.
-        digest: of the artifact's files.
-        max_length: the context: prompt and new tokens together.
+        config, generation_config: config.json; generation_config.json, {} if there is none.
+        digest: digest of the artifact's files; "" if they were not verified.
+        max_length: the context length: prompt and new tokens together.
         vocab_size: width of the logits.
-        device: where the cache lies: "cpu" or "cuda".
-        fused: the graph's attention writes its cache in place; else each run gives a longer cache than it took.
-        past, present: the cache's inputs by name, and its outputs in their order. takes: the other inputs.
+        device: "cpu" or "cuda": runs the graph and holds the cache.
+        is_fused: the graph's attention writes its cache in place (`StaticCache`); if False, each run returns a cache
+            longer than its input (`DynamicCache`).
+        past_inputs: the cache's inputs, by name.
+        present_names: the cache's outputs, in the order of `past_inputs`.
+        input_names: the other inputs.
         logits_type: numpy's type of the logits.
-        eos_token_ids: tokens that end a text. bos_token_id, pad_token_id: None where the model names none.
+        eos_token_ids: the tokens that end a text.
+        bos_token_id, pad_token_id: None if the configuration names none.
+
+    Raises:
+        BadInput: the graph is not a causal language model with a key-value cache.
     """
 
     def __init__(
         self,
-        session: ort.InferenceSession,
+        onnx_session: ort.InferenceSession,
         tokenizer: Tokenizer,
         config: dict[str, Any],
         generation_config: dict[str, Any],
         digest: str,
         device: str = "cpu",
     ) -> None:
-        self.onnx_session = session
+        self.onnx_session = onnx_session
         self.device = device
-        self.is_fused = session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
+        self.is_fused = onnx_session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config
@@ -66,11 +77,10 @@ class Session:
         self.max_length: int = next(iter(lengths), 2**31)
         self.bos_token_id: int | None = self._token_id("bos_token_id")
         self.pad_token_id: int | None = self._token_id("pad_token_id")
-        eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
-        self.eos_token_ids: set[int] = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        inputs = {item.name: item for item in session.get_inputs()}
-        outputs = [item.name for item in session.get_outputs()]
-        logits = session.get_outputs()[0]
+        self.eos_token_ids: set[int] = self._end_token_ids()
+        inputs = {item.name: item for item in onnx_session.get_inputs()}
+        outputs = [item.name for item in onnx_session.get_outputs()]
+        logits = onnx_session.get_outputs()[0]
         self.vocab_size = int(logits.shape[-1])
         self.logits_type = NUMPY_TYPES.get(logits.type, np.float32)
         self.past_inputs = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
@@ -80,7 +90,7 @@ class Session:
         missing = [name for name in ("logits", *self.present_names) if name not in outputs]
         if unknown or missing or not self.past_inputs:
             raise BadInput(
-                f"{GRAPH} is no causal language model with a key-value cache: "
+                f"{GRAPH} is not a causal language model with a key-value cache: "
                 f"inputs {sorted(inputs)}, outputs {outputs}",
                 fix="export the model with `limbeck export`",
             )
@@ -98,21 +108,21 @@ class Session:
         """Load the artifact in `folder`.
 
         Args:
-            threads: for one operator; the default is one for each physical core this process may use.
-            verify: check the files against limbeck.json (and `expected_digest`, a digest, where given) before they
-                are used.
-            device: what runs the graph and holds the cache; "cuda" wants onnxruntime-gpu (extra `gpu`).
+            threads: threads of one operator; None: one for each physical core that this process may use.
+            verify: check the files against the digests in limbeck.json before using them.
+            expected_digest: the digest that the artifact must have; None accepts any. Ignored without `verify`.
+            device: runs the graph and holds the cache; "cuda" needs onnxruntime-gpu (extra `gpu`).
 
         Raises:
-            BadInput: a folder that is no artifact, or CUDA where there is none. DamagedArtifact: its files are not
-                those of its digest.
+            BadInput: the folder is not an artifact, or the device is not available.
+            DamagedArtifact: a file is missing, cannot be read or does not have its digest.
         """
         folder = Path(folder)
         _check_device(device)
         missing = [name for name in (GRAPH, "config.json", "tokenizer.json") if not (folder / name).is_file()]
-        if missing and not (verify and (folder / MANIFEST).is_file()):  # a manifest tells more
+        if missing and not (verify and (folder / MANIFEST).is_file()):  # verify_digest reports missing files better
             raise BadInput(
-                f"{folder} is no ONNX artifact: it has no {missing[0]}",
+                f"{folder} is not an ONNX artifact: it has no {missing[0]}",
                 fix="make one with `limbeck export MODEL`",
             )
         digest = verify_digest(folder, expected_digest) if verify else ""
@@ -120,14 +130,14 @@ class Session:
         options.intra_op_num_threads = threads or physical_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.enable_mem_pattern = False  # each step has a shape of its own; a plan for each would pile up
+        options.enable_mem_pattern = False  # each step has its own shape, and onnxruntime would keep a plan for each
         try:
             session = ort.InferenceSession(str(folder / GRAPH), options, providers=PROVIDERS[device])
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # both libraries raise bare exceptions
+        except Exception as error:  # both libraries raise plain exceptions
             raise DamagedArtifact(folder, [str(error).strip().splitlines()[0]]) from error
         if device == "cuda" and session.get_providers()[0] != PROVIDERS["cuda"][0]:
-            raise BadInput("onnxruntime found no CUDA device that works", fix="see `nvidia-smi`, or use --device cpu")
+            raise BadInput("onnxruntime found no working CUDA device", fix="see `nvidia-smi`, or use --device cpu")
         generation_config = folder / "generation_config.json"
         return cls(
             session,
@@ -139,46 +149,52 @@ class Session:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with whatever special tokens the tokenizer adds. Raises BadInput."""
+        """Token ids of a text, with the special tokens that the tokenizer adds. Raises BadInput for invalid Unicode."""
         try:
             return self.tokenizer.encode(text).ids
-        except TypeError:  # a str with half of a surrogate pair has no UTF-8
+        except TypeError:  # a lone surrogate has no UTF-8
             raise BadInput("the text is not valid Unicode") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, reserve: int = 1) -> list[int]:
-        """Token ids of a prompt; an empty one is the token that begins a text.
+        """Token ids of a prompt. An empty prompt becomes the BOS token, or an EOS token if there is no BOS token.
 
-        Raises BadInput where an id is none of the model's, or the context has no room for `reserve` more tokens.
+        Args:
+            prompt: a text, or token ids.
+            reserve: tokens that the context must have room for after the prompt.
+
+        Raises:
+            BadInput: an id outside the vocabulary, invalid Unicode, or a prompt that is too long.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
-            begin = self.bos_token_id
-            if begin is None:
-                begin = min(self.eos_token_ids, default=None)
-            if begin is None:
-                raise BadInput("the prompt is empty and the model has no token that begins a text")
-            ids = [begin]
+            first = self.bos_token_id
+            if first is None:
+                first = min(self.eos_token_ids, default=None)
+            if first is None:
+                raise BadInput("the prompt is empty, and the model has no BOS or EOS token to start with")
+            ids = [first]
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise BadInput(f"the prompt has a token id outside 0 to {self.vocab_size - 1}")
         if len(ids) + reserve > self.max_length:
             raise BadInput(
-                f"the prompt has {len(ids)} tokens and wants room for {reserve} more; the context is {self.max_length}",
+                f"the prompt has {len(ids)} tokens and needs room for {reserve} more; the context is {self.max_length}",
                 fix="shorten the prompt",
             )
         return ids
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """Logits of whole texts, without a cache.
+        """Logits of whole texts in one run, without a cache.
 
         Args:
-            input_ids: (B, T) int64, padded on either side. attention_mask: (B, T) int64, 0 where padded.
+            input_ids: (B, T) int64, padded on either side.
+            attention_mask: (B, T) int64, 0 for padding.
 
         Returns:
-            (B, T, V) float32; what stands at padded positions has no meaning.
+            (B, T, V) float32; values at padded positions are meaningless.
         """
         cache = self.empty_cache(len(input_ids))
         logits, _ = self.forward(
@@ -187,24 +203,24 @@ class Session:
         return logits.astype(np.float32, copy=False)
 
     def prompt_logits(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
-        """Logits of one text of T token ids, in pieces that add up to (T, V): a long one takes no more memory."""
+        """Yield the (T, V) logits of one text in chunks of (t, V), so that a long text needs no more memory."""
         tokens = np.array([prompt], np.int64)
         for logits, _ in self._prefill_chunks(tokens, np.ones_like(tokens)):
             yield logits[0]
 
     @property
     def max_prefill_tokens(self) -> int:
-        """How many tokens of prompts are read at once, for their logits to fit in memory."""
+        """The most prompt tokens in one run, so that their logits fit in memory (`PREFILL_LOGITS`)."""
         return max(1, PREFILL_LOGITS // self.vocab_size)
 
     def _prefill_chunks(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
-        """Read (B, T) tokens in pieces of t tokens: the (B, t, V) logits of each, and the cache after it."""
+        """Run the graph over (B, T) tokens in chunks of t: yield the (B, t, V) logits and the cache after each."""
         batch, width = tokens.shape
-        cache, place = self.empty_cache(batch), positions_from_mask(mask)
-        piece = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
-        for start in range(0, width, piece):
-            end = min(start + piece, width)
-            logits, cache = self.forward(tokens[:, start:end], mask[:, :end], place[:, start:end], cache)
+        cache, positions = self.empty_cache(batch), positions_from_mask(mask)
+        size = max(1, PREFILL_LOGITS // (batch * self.vocab_size))
+        for start in range(0, width, size):
+            end = min(start + size, width)
+            logits, cache = self.forward(tokens[:, start:end], mask[:, :end], positions[:, start:end], cache)
             yield logits, cache
 
     def forward(
@@ -215,9 +231,17 @@ class Session:
         cache: list[ort.OrtValue],
         return_cache: bool = True,
     ) -> tuple[np.ndarray, list[ort.OrtValue]]:
-        """One run of the graph: (B, T, V) logits, and the cache grown by T unless `return_cache` is False.
+        """Run the graph once.
 
-        The cache goes from output to input as it is: it never passes through numpy.
+        Args:
+            tokens, position_ids: (B, T) int64.
+            mask: (B, P + T) int64, 0 for padding, where P is the cache's length.
+            cache: a (B, heads, P, head size) value for each past input, as from `empty_cache` or a run before.
+            return_cache: compute the new cache too.
+
+        Returns:
+            (B, T, V) logits of `logits_type`, and the cache of length P + T: onnxruntime's output values, never
+            copied through numpy. [] in place of the cache without `return_cache`.
         """
         binding = self.onnx_session.io_binding()
         arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": position_ids}
@@ -232,7 +256,7 @@ class Session:
         return logits.numpy(), present
 
     def empty_cache(self, batch_size: int) -> list[ort.OrtValue]:
-        """A cache of length 0 for each layer, in the layout the graph declares."""
+        """A cache of length 0: a value for each past input, in the graph's layout."""
         make = ort.OrtValue.ortvalue_from_shape_and_type
         return [
             make(empty_past_shape(item, batch_size), self.numpy_type(item), self.device, 0)
@@ -241,29 +265,36 @@ class Session:
 
     @staticmethod
     def numpy_type(item: ort.NodeArg) -> Any:
-        """numpy's type of a graph's input."""
+        """numpy's type of an input of the graph."""
         return NUMPY_TYPES[item.type]
 
     def _token_id(self, name: str) -> int | None:
         value = self.generation_config.get(name, self.config.get(name))
         return value[0] if isinstance(value, list) else value
 
+    def _end_token_ids(self) -> set[int]:
+        value = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
+        if value is None:
+            return set()
+        return set(value) if isinstance(value, list) else {value}
+
 
 def _check_device(device: str) -> None:
     if PROVIDERS[device][0] not in ort.get_available_providers():
         raise BadInput(
-            f"onnxruntime {ort.__version__} here has no {PROVIDERS[device][0]}",
+            f"the installed onnxruntime {ort.__version__} has no {PROVIDERS[device][0]}",
             fix="install Limbeck's extra `gpu` in place of onnxruntime (README), or use --device cpu",
         )
 
 
 def empty_past_shape(item: ort.NodeArg, batch_size: int) -> list[int]:
-    """The shape of a past input of length 0: the sizes the graph leaves open are the batch and the past's length."""
-    return [n if isinstance(n, int) else batch_size if "batch" in n else 0 for n in item.shape]
+    """The shape of a past input of length 0; the graph's symbolic sizes are the batch and the past's length."""
+    sizes = [batch_size if "batch" in str(size) else size for size in item.shape]
+    return [size if isinstance(size, int) else 0 for size in sizes]
 
 
 def positions_from_mask(attention_mask: np.ndarray) -> np.ndarray:
-    """(B, T) mask -> (B, T) int64 positions, counted from each row's first real token (as transformers)."""
+    """(B, T) attention mask -> (B, T) int64 positions that start at each row's first real token, as transformers."""
     return np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
 
 
@@ -273,5 +304,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedArtifact(path.parent, [f"{path.name} is not JSON: {error}"]) from None
     if not isinstance(value, dict):
-        raise DamagedArtifact(path.parent, [f"{path.name} is no JSON object"])
+        raise DamagedArtifact(path.parent, [f"{path.name} is not a JSON object"])
     return value

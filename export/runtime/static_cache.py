@@ -1,9 +1,9 @@
-"""The cache of a fused graph: buffers that its attention writes in place, so that a step copies nothing.
+"""The static cache: buffers that a fused graph's attention writes in place, so that a step copies nothing.
 
-Each row of the buffers is a slot's. The rows that a run of the graph takes stand side by side and are bound by
-their address. GroupQueryAttention reads of each row as much as the row holds, so rows of unequal length are decoded
-together and nothing is padded. Its kernels take several rows with more than one new token only where no row has a
-past: prompts are read together from their beginning, and row by row after a prefix that was there.
+Each slot has a row in the buffers. A run of the graph takes adjacent rows, bound by their address.
+GroupQueryAttention reads only the valid part of each row, so rows of different lengths are decoded together without
+padding. Its kernels take several rows with more than one new token only if no row has a past: prompts are computed
+together from their beginning, but one by one after a reused prefix.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ if TYPE_CHECKING:
     from limbeck.export.runtime.slot import Slot
 
 MIN_WIDTH = 64  # tokens
-MAX_PREFILL_TOKENS = 1024  # tokens of prompts read in one run: more are no faster
-MIN_LENGTH_RATIO = 0.75  # prompts are read together where the shorter has at least this share of the longer
+MAX_PREFILL_TOKENS = 1024  # prompt tokens in one run: more are not faster
+MIN_LENGTH_RATIO = 0.75  # prompts share a run if the shortest has at least this share of the longest's length
 
 
 class StaticCache:
-    """The cached keys and values of slots, for a graph with `limbeck.graph` = "fused"."""
+    """The keys and values of slots, for a graph whose metadata say `limbeck.graph` = "fused".
+
+    Args:
+        session: the loaded artifact.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._rows: list[Slot | None] = []  # who has each row of the buffers; None where it is free
-        self._buffers: list[Buffer] = []  # for each past input
-        self._width = 0  # tokens that a row has place for
+        self._rows: list[Slot | None] = []  # the slot in each row of the buffers; None: the row is free
+        self._buffers: list[Buffer] = []  # one for each past input
+        self._width = 0  # tokens that a row has room for
         self._bound_step: _BoundStep | None = None
 
     def add(self, slot: Slot) -> None:
-        """Give a new slot a row. A free one is taken first, and nothing moves."""
+        """Give a new slot a row: a free one, or new rows if there is none."""
         needed = len(slot.prompt) + 1
-        if not any(self._rows) and self._width > 4 * max(needed, MIN_WIDTH):  # what one long text left behind
+        if not any(self._rows) and self._width > 4 * max(needed, MIN_WIDTH):  # one long text had widened them
             self._rows, self._buffers, self._width, self._bound_step = [], [], 0, None
         if None not in self._rows:
             self._resize(max(1, 2 * len(self._rows)), max(self._width, self._next_width(needed)))
@@ -45,73 +49,79 @@ class StaticCache:
         self._rows[slot.row] = slot
 
     def remove(self, slot: Slot) -> None:
-        """Take a slot's row from it."""
+        """Free a slot's row."""
         self._rows[slot.row] = None
 
     def copy_prefix(self, slot: Slot, length: int) -> list[np.ndarray]:
-        """(heads, length, size) keys or values of a slot's first tokens, one for each past input."""
-        parts = []
+        """Copy the keys and values of a slot's first tokens: (heads, length, head size) for each past input."""
+        kv_arrays = []
         for buffer in self._buffers:
             with buffer.edit() as array:
-                parts.append(array[slot.row, :, :length].copy())
-        return parts
+                kv_arrays.append(array[slot.row, :, :length].copy())
+        return kv_arrays
 
     def load_prefix(self, slot: Slot, kv_arrays: Sequence[np.ndarray], length: int) -> None:
-        """Let a slot hold `length` tokens: what it lacks of them comes from `kv_arrays`, as `copy` gives them."""
+        """Extend a slot's cache to the first `length` tokens of `kv_arrays`, arrays as from `copy_prefix`."""
         self._ensure_width(length)
-        for buffer, part in zip(self._buffers, kv_arrays, strict=True):
+        for buffer, values in zip(self._buffers, kv_arrays, strict=True):
             with buffer.edit() as array:
-                array[slot.row, :, slot.length : length] = part[:, slot.length : length]
+                array[slot.row, :, slot.length : length] = values[:, slot.length : length]
 
     def copy_from_slot(self, slot: Slot, other: Slot, length: int) -> None:
-        """Let a slot hold the first `length` tokens of another."""
+        """Extend a slot's cache to the first `length` tokens of another slot."""
         self._ensure_width(length)
         for buffer in self._buffers:
             with buffer.edit() as array:
                 array[slot.row, :, slot.length : length] = array[other.row, :, slot.length : length]
 
     def prefill(self, slots: Sequence[Slot], chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Give each slot several tokens: for each, (V,) float32 logits of what follows the last."""
-        self._ensure_width(max(slot.length + len(piece) for slot, piece in zip(slots, chunks, strict=True)))
-        piece_of = dict(zip(slots, chunks, strict=True))
-        found: dict[Slot, np.ndarray] = {}
-        for group in self._group_slots(piece_of):
-            if len(group) > 1 and group[0].length:  # one token each, after what they have
-                values = self.step(group, [piece_of[slot][0] for slot in group])
-                found |= {slot: row.copy() for slot, row in zip(group, values, strict=True)}
+        """Append a chunk of tokens to each slot; return (V,) float32 logits after the last token of each."""
+        self._ensure_width(max(slot.length + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)))
+        chunk_of_slot = dict(zip(slots, chunks, strict=True))
+        logits: dict[Slot, np.ndarray] = {}
+        for group in self._group_slots(chunk_of_slot):
+            if len(group) > 1 and group[0].length:  # several slots with a past: one token each
+                values = self.step(group, [chunk_of_slot[slot][0] for slot in group])
+                logits |= {slot: row.copy() for slot, row in zip(group, values, strict=True)}
             else:
-                found |= self._prefill_group(group, [piece_of[slot] for slot in group])
-        return [found[slot] for slot in slots]
+                logits |= self._prefill_group(group, [chunk_of_slot[slot] for slot in group])
+        return [logits[slot] for slot in slots]
 
     def _group_slots(self, chunks: dict[Slot, Sequence[int]]) -> list[list[Slot]]:
-        """Slots that one run of the graph can take together."""
-        fresh = sorted((slot for slot in chunks if not slot.length), key=lambda slot: len(chunks[slot]))
-        for slot, row in zip(
-            fresh, sorted(slot.row for slot in fresh), strict=True
-        ):  # rows without content move freely
-            slot.row, self._rows[row] = row, slot
-        most = min(MAX_PREFILL_TOKENS, self._session.max_prefill_tokens)
+        """Group the slots that one run of the graph can take together."""
+        groups = self._group_new_slots(chunks)
+        with_past = [slot for slot in chunks if slot.length]
+        groups += [[slot] for slot in with_past if len(chunks[slot]) > 1]
+        single_tokens = [slot for slot in with_past if len(chunks[slot]) == 1]
+        return [*groups, single_tokens] if single_tokens else groups
+
+    def _group_new_slots(self, chunks: dict[Slot, Sequence[int]]) -> list[list[Slot]]:
+        """Group slots without a past: adjacent rows and chunks of similar length."""
+        new_slots = sorted((slot for slot in chunks if not slot.length), key=lambda slot: len(chunks[slot]))
+        free_rows = sorted(slot.row for slot in new_slots)
+        for slot, row in zip(new_slots, free_rows, strict=True):  # their rows are empty: nothing to move
+            slot.row = row
+            self._rows[row] = slot
+        max_tokens = min(MAX_PREFILL_TOKENS, self._session.max_prefill_tokens)
         groups: list[list[Slot]] = []
-        for slot in fresh:
-            length, group = len(chunks[slot]), groups[-1] if groups else []
-            beside = group and group[-1].row + 1 == slot.row and len(chunks[group[0]]) >= MIN_LENGTH_RATIO * length
-            if beside and (len(group) + 1) * length <= most:
+        for slot in new_slots:
+            length = len(chunks[slot])
+            group = groups[-1] if groups else []
+            fits = bool(group) and (len(group) + 1) * length <= max_tokens
+            if fits and group[-1].row + 1 == slot.row and len(chunks[group[0]]) >= MIN_LENGTH_RATIO * length:
                 group.append(slot)
             else:
                 groups.append([slot])
-        others = [slot for slot in chunks if slot.length]
-        single = [slot for slot in others if len(chunks[slot]) == 1]
-        alone = [[slot] for slot in others if len(chunks[slot]) > 1]
-        return groups + alone + ([single] if single else [])
+        return groups
 
     def _prefill_group(self, slots: Sequence[Slot], chunks: Sequence[Sequence[int]]) -> dict[Slot, np.ndarray]:
-        """One run over slots in rows side by side; several have no past, and their pieces are padded at the end."""
+        """Run the graph once over one slot, or over slots without a past in adjacent rows, padded on the right."""
         session, start = self._session, slots[0].length
-        lengths = np.array([len(piece) for piece in chunks])[:, None]
+        lengths = np.array([len(chunk) for chunk in chunks])[:, None]
         new = int(lengths.max())
         tokens = np.zeros((len(slots), new), np.int64)
-        for row, piece in zip(tokens, chunks, strict=True):
-            row[: len(piece)] = piece
+        for row, chunk in zip(tokens, chunks, strict=True):
+            row[: len(chunk)] = chunk
         arrays = {
             "input_ids": tokens,
             "attention_mask": (np.arange(start + new) < start + lengths).astype(np.int64),
@@ -126,12 +136,12 @@ class StaticCache:
         session.onnx_session.run_with_iobinding(binding)
         logits = ortvalue_to_numpy(binding.get_outputs()[0])
         return {
-            slot: logits[row, len(piece) - 1].astype(np.float32)
-            for row, (slot, piece) in enumerate(zip(slots, chunks, strict=True))
+            slot: logits[row, len(chunk) - 1].astype(np.float32)
+            for row, (slot, chunk) in enumerate(zip(slots, chunks, strict=True))
         }
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
-        """Give each slot one token: (n, V) float32 logits of what follows, which the next step overwrites."""
+        """Append one token to each slot; return (n, V) float32 logits, which the next step overwrites."""
         total = max(slot.length for slot in slots) + 1
         self._ensure_width(total)
         if self._bound_step is None or self._bound_step.slots != slots:
@@ -144,7 +154,7 @@ class StaticCache:
         return self._bound_step.run(tokens, total)
 
     def _make_contiguous(self, slots: Sequence[Slot]) -> int:
-        """Have these slots in rows that follow one another; gives the first. Moves no more than it must."""
+        """Move slots so that these are in adjacent rows; return the first row. Copies as few rows as possible."""
         rows = [slot.row for slot in slots]
         if max(rows) - min(rows) + 1 == len(rows):
             return min(rows)
@@ -154,10 +164,10 @@ class StaticCache:
         for buffer in self._buffers:
             with buffer.edit() as array:
                 for slot, other, hole in moves:
-                    kept = array[hole, :, : other.length].copy() if other else None
+                    displaced = array[hole, :, : other.length].copy() if other else None
                     array[hole, :, : slot.length] = array[slot.row, :, : slot.length]
                     if other is not None:
-                        array[slot.row, :, : other.length] = kept
+                        array[slot.row, :, : other.length] = displaced
         for slot, other, hole in moves:
             self._rows[hole], self._rows[slot.row] = slot, other
             if other:
@@ -166,33 +176,33 @@ class StaticCache:
         return 0
 
     def _ensure_width(self, length: int) -> None:
-        """Room for `length` tokens in each row."""
+        """Make room for `length` tokens in each row."""
         if length > self._width:
             self._resize(len(self._rows), self._next_width(length))
 
     def _next_width(self, length: int) -> int:
-        """The width for rows of `length` tokens: doubled, so that a growing row is seldom copied."""
+        """The width for rows of `length` tokens: a power of 2, so that a growing row is rarely copied."""
         return max(length, min(self._session.max_length, max(MIN_WIDTH, 2 ** (length - 1).bit_length())))
 
     def _resize(self, rows: int, width: int) -> None:
-        """New buffers of this size with what the rows hold, one after another: two of one layer at a time."""
+        """Replace the buffers by larger or smaller ones, one at a time, so that only one exists twice."""
         session = self._session
         self._buffers = self._buffers or [None] * len(session.past_inputs)  # type: ignore[list-item]
-        for place, item in enumerate(session.past_inputs.values()):
-            old, (_, heads, _, size) = self._buffers[place], item.shape
+        for index, item in enumerate(session.past_inputs.values()):
+            old, (_, heads, _, size) = self._buffers[index], item.shape
             new = Buffer((rows, heads, width, size), session.numpy_type(item), session.device)
             if any(slot and slot.length for slot in self._rows):
                 with old.edit() as before, new.edit() as after:
                     for row, slot in enumerate(self._rows):
                         if slot:
                             after[row, :, : slot.length] = before[row, :, : slot.length]
-            self._buffers[place] = new
+            self._buffers[index] = new
         self._rows += [None] * (rows - len(self._rows))
         self._width, self._bound_step = width, None
 
 
 class _BoundStep:
-    """The inputs and outputs of one-token runs over the same rows: bound once, filled anew at each step."""
+    """The inputs and outputs of one-token runs over the same rows: bound once, filled at each step."""
 
     def __init__(self, session: Session, slots: list[Slot], first: int) -> None:
         count = len(slots)
@@ -200,7 +210,9 @@ class _BoundStep:
         self.binding = session.onnx_session.io_binding()
         self._onnx_session = session.onnx_session
         order = [slot.row - first for slot in slots]
-        self._order = None if order == list(range(count)) else np.array(order)  # None: the slots are in order
+        self._order = (
+            None if order == list(range(count)) else np.array(order)
+        )  # None: the slots are in the order of their rows
         self._tokens, self._positions = np.zeros((count, 1), np.int64), np.zeros((count, 1), np.int64)
         self._logits = np.empty((count, 1, session.vocab_size), session.logits_type)
         self._range = np.zeros(0, np.int64)
@@ -212,11 +224,14 @@ class _BoundStep:
         self.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
 
     def run(self, tokens: Sequence[int], longest: int) -> np.ndarray:
-        """One step; `longest` is the longest row's length with its new token."""
+        """Run one step; `longest` is the length of the longest row, its new token included.
+
+        Returns (n, V) float32 logits in the order of the slots.
+        """
         count, order = len(self.slots), self._order
-        where = slice(None) if order is None else order
-        self._tokens[where, 0] = tokens
-        self._positions[where, 0] = [slot.length for slot in self.slots]
+        rows = slice(None) if order is None else order
+        self._tokens[rows, 0] = tokens
+        self._positions[rows, 0] = [slot.length for slot in self.slots]
         if longest > len(self._range):
             self._range = np.arange(2 * longest)
             self._mask = np.empty(count * len(self._range), np.int64)

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server."""
+"""The OpenAI-compatible server: routes, admission, scheduler, engine, hot swap, metrics."""

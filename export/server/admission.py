@@ -1,4 +1,4 @@
-"""What stands between a server and its clients: the API key, the size and pace of a body, and the end of the server."""
+"""Admission: checks the API key, limits the size and time of request bodies, and refuses requests while draining."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limbeck.export.server.completions import APIError
 from limbeck.export.server.metrics import Metrics
 
-MODEL_PATHS = (
-    "/v1/",
-    "/tokenize",
-    "/detokenize",
-)  # how the addresses begin where the model is used: they ask for the key
-BODY_TIMEOUT_S = 30.0  # how long a client may take to send a request
+MODEL_PATHS = ("/v1/", "/tokenize", "/detokenize")  # paths that start so need the API key
+BODY_TIMEOUT_S = 30.0  # how long a client may take to send a body
 
 
 class Admission:
-    """An ASGI application that lets requests through to another one, or does not.
+    """ASGI middleware in front of the API.
+
+    Args:
+        app: the API.
+        metrics: counts the answers.
+        api_key: the bearer token that clients must send; None: no key is needed.
+        max_body: bytes of one request body.
 
     Attributes:
-        draining: no new request is served; those that run go on.
-        running: requests for the model that are not answered.
+        is_draining: refuse new requests with 503; running requests continue.
+        running_requests: unanswered requests for the model.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, max_body: int) -> None:
@@ -38,9 +40,9 @@ class Admission:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 499  # a client that left before it was answered
+        status = 499  # stays so if the client disconnects before the answer
 
-        async def noted(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -51,49 +53,50 @@ class Admission:
         try:
             refusal = self._refusal(scope) if is_api else None
             if refusal is not None:
-                await error_response(refusal)(scope, receive, noted)
+                await error_response(refusal)(scope, receive, send_and_note)
             else:
-                await self.app(scope, self._limit_body(receive), noted)
+                await self.app(scope, self._limit_body(receive), send_and_note)
         finally:
             self.running_requests -= is_api
-            # The route that was found; any other path has one name, so that no client can make up many.
+            # Unknown paths share one label, so that clients cannot create any number of them.
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.http_requests.labels(path, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> APIError | None:
+        """Why a request for the model is refused; None if it is not."""
         if self.expected_authorization:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self.expected_authorization):
-                return APIError(401, "no API key, or a wrong one", code="invalid_api_key")
+                return APIError(401, "the API key is missing or wrong", code="invalid_api_key")
         if self.is_draining:
-            return APIError(503, "the server is about to end", code="draining")
+            return APIError(503, "the server is shutting down", code="draining")
         return None
 
     def _limit_body(self, receive: Receive) -> Receive:
-        """`receive`, for a body that is neither too large nor too slow."""
-        size, whole = 0, False
+        """Wrap `receive`: raise 413 for a body that is too large, 408 for one that takes too long."""
+        size, is_complete = 0, False
         deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
         async def limited() -> Message:
-            nonlocal size, whole
-            if whole:
+            nonlocal size, is_complete
+            if is_complete:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the request did not come whole within {BODY_TIMEOUT_S:g} s") from None
+                raise HTTPException(408, f"the request body was not complete within {BODY_TIMEOUT_S:g} s") from None
             size += len(message.get("body", b""))
             if size > self.max_body:
                 raise HTTPException(413, f"the request is larger than {self.max_body} bytes")
-            whole = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             return message
 
         return limited
 
 
 def error_response(error: APIError, retry_after: int | None = None) -> JSONResponse:
-    """A refusal in OpenAI's form."""
+    """An error in OpenAI's format, with the headers of its status; `retry_after` in seconds."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.status == 503 or retry_after is not None:
         headers["Retry-After"] = str(retry_after or 1)

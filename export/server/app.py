@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server over the torch-free runtime: /v1, /health, /ready and /metrics.
+"""The OpenAI-compatible server over the torch-free runtime: /v1, /health, /ready and /metrics.
 
-Requests that arrive together are decoded together (export.server.scheduler); the model may be replaced while they run
-(limbeck.export.server.hot_swap).
+Concurrent requests are decoded as one batch (limbeck.export.server.engine), and the artifact can be replaced while
+they run (limbeck.export.server.hot_swap).
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from limbeck.export.server.routes_openai import add_completion_routes
 from limbeck.export.server.watch import Artifact, WatchProblem
 from limbeck.registry.core.errors import BadInput
 
-MAX_BODY = 2**22  # bytes of one request
-DRAIN_S = 30.0  # how long running requests may take to end after SIGTERM
-# After this long the kernel closes a connection whose client takes nothing, and with it the request ends.
-STALLED_S = 60
+MAX_BODY = 2**22  # bytes of one request body
+DRAIN_S = 30.0  # how long running requests may continue after SIGTERM
+STALLED_S = 60  # the kernel closes a connection whose client reads nothing for so long; that ends the request
 MAX_OPEN_FILES = 65536
-SEND_BUFFER = 2**17  # bytes that the kernel holds for a slow reader; left to itself it would take megabytes
+SEND_BUFFER = 2**17  # bytes that the kernel buffers for a slow reader; the default grows to megabytes
 
 
 def serve(
@@ -46,13 +45,14 @@ def serve(
     max_body: int = MAX_BODY,
     drain_s: float = DRAIN_S,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests that run or wait then are answered first.
+    """Serve until SIGTERM or Ctrl-C, then answer the running and waiting requests before returning.
 
     Args:
-        listener: a bound socket, from `listen`.
-        artifacts: what is to be served next, as it comes to be.
-        api_key: what clients must send as a bearer token; None lets everyone in.
-        max_body: bytes of one request.
+        served: the model.
+        listener: a bound socket, from `open_listener`.
+        artifacts: new artifacts to swap to, from a watcher; None: never swap.
+        api_key: the bearer token that clients must send; None: no key is needed.
+        max_body: bytes of one request body.
         drain_s: how long the last requests may take; a second signal ends them at once.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -68,14 +68,14 @@ def serve(
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port` (0: a free one). Raises BadInput where it cannot be had."""
+    """Open a listening socket on `host` and `port` (0: any free port). Raises BadInput if that fails."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise BadInput(f"cannot listen on {host} port {port}: {why}", fix="choose another with --port") from None
-    # What is accepted inherits these. Without the first, asyncio's sockets hold back small pieces for 40 ms.
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot listen on {host} port {port}: {reason}", fix="choose another with --port") from None
+    # Accepted connections inherit these options. Without TCP_NODELAY, small chunks are delayed by 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -84,10 +84,10 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 def create_app(served: ServedModel, api_key: str | None = None, max_body: int = MAX_BODY) -> Admission:
-    """The server as an ASGI application."""
+    """Make the server's ASGI application; parameters as in `serve`."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    gate = Admission(api, served.metrics, api_key, max_body)
-    _add_state(api, served, gate)
+    admission = Admission(api, served.metrics, api_key, max_body)
+    _add_status_routes(api, served, admission)
     add_completion_routes(api, served)
     add_model_routes(api, served)
 
@@ -113,13 +113,13 @@ def create_app(served: ServedModel, api_key: str | None = None, max_body: int = 
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return error_response(APIError(500, "the server failed on this request"))
+        return error_response(APIError(500, "internal error"))
 
-    return gate
+    return admission
 
 
-def _add_state(api: FastAPI, served: ServedModel, gate: Admission) -> None:
-    """What those who run the server ask."""
+def _add_status_routes(api: FastAPI, served: ServedModel, admission: Admission) -> None:
+    """Add the routes for those who operate the server."""
 
     @api.get("/health")
     async def health() -> dict[str, str]:
@@ -127,7 +127,7 @@ def _add_state(api: FastAPI, served: ServedModel, gate: Admission) -> None:
 
     @api.get("/ready")
     async def ready() -> Response:
-        if gate.is_draining:
+        if admission.is_draining:
             return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})
         return JSONResponse({"status": "ready", "version": served.current().version})
 
@@ -137,7 +137,7 @@ def _add_state(api: FastAPI, served: ServedModel, gate: Admission) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which at the first signal would close its door; this one lets requests in, to be told 503."""
+    """uvicorn's server, but after the first signal it still accepts requests, to answer them with 503."""
 
     def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
         super().__init__(config)
@@ -147,34 +147,36 @@ class _Server(uvicorn.Server):
     async def run_with(
         self, served: ServedModel, listener: socket.socket, artifacts: AsyncIterator[Artifact | WatchProblem] | None
     ) -> None:
-        """Serve, and follow `artifacts` meanwhile."""
+        """Serve, and swap to new artifacts meanwhile."""
         self._loop = asyncio.get_running_loop()
-        following = artifacts and asyncio.ensure_future(served.swap_on_changes(artifacts))
+        swapping = artifacts and asyncio.ensure_future(served.swap_on_changes(artifacts))
         try:
             await self.serve(sockets=[listener])
         finally:
-            if following:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            if swapping:
+                swapping.cancel()
+                await asyncio.gather(swapping, return_exceptions=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        gate = self.config.app
-        assert isinstance(gate, Admission)
-        if gate.is_draining or self._loop is None:
+        """Start draining at the first signal; exit at the second."""
+        admission = self.config.app
+        assert isinstance(admission, Admission)
+        if admission.is_draining or self._loop is None:
             super().handle_exit(sig, frame)
         else:
-            gate.is_draining = True
-            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(gate)))
+            admission.is_draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(admission)))
 
-    async def _drain(self, gate: Admission) -> None:
+    async def _drain(self, admission: Admission) -> None:
+        """Exit when the last request is answered or the time is up."""
         end = asyncio.get_running_loop().time() + self._drain_s
-        while gate.running_requests and asyncio.get_running_loop().time() < end:
+        while admission.running_requests and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
 
 def _allow_many_files() -> None:
-    """Each connection is an open file; the usual limit is 1,024 where up to the hard one may be asked for."""
+    """Raise the limit of open files, usually 1,024, up to the hard limit: each connection is an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -182,10 +184,10 @@ def _allow_many_files() -> None:
 
 
 def _validation_error(error: RequestValidationError) -> APIError:
-    """The first field that pydantic found wrong."""
-    found = error.errors()
-    where = found[0]["loc"][1:2]
-    field = str(where[0]) if where and found[0]["type"] != "json_invalid" else None
-    words = dict.fromkeys(item["msg"] for item in found if item["loc"][1:2] == where)
-    message = " or ".join(words)
+    """A 400 for the first invalid field, with all of pydantic's messages about it."""
+    errors = error.errors()
+    path = errors[0]["loc"][1:2]
+    field = str(path[0]) if path and errors[0]["type"] != "json_invalid" else None
+    messages = dict.fromkeys(item["msg"] for item in errors if item["loc"][1:2] == path)
+    message = " or ".join(messages)
     return APIError(400, f"{field}: {message}" if field else message, field)

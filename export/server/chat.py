@@ -1,7 +1,7 @@
-"""What /v1/chat/completions is asked and what it answers, without the HTTP around it.
+"""Requests and answers of /v1/chat/completions, without HTTP.
 
-The API is that of https://platform.openai.com/docs/api-reference/chat. Tools are shown to the model where its template
-knows them; the calls it writes are not parsed but left in the answer's text.
+The API is https://platform.openai.com/docs/api-reference/chat. Tools are passed to the chat template; the calls that
+the model writes are not parsed, but stay in the text of the answer.
 """
 
 from __future__ import annotations
@@ -31,40 +31,44 @@ from limbeck.export.server.scheduler import Scheduler
 from limbeck.registry.core.errors import BadInput
 
 JsonObject = dict[str, Any]
+# Arguments of the template that have their own field, or are not for clients.
+RESERVED_SETTINGS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "range"}
 
 
 @dataclass(kw_only=True)
 class Conversation:
-    """Messages, and how the template makes a prompt of them."""
+    """Messages, and the settings of the chat template that renders them into a prompt."""
 
     messages: Annotated[list[JsonObject], MinLen(1)]
     tools: list[JsonObject] | None = None
-    documents: list[JsonObject] | None = None  # as in vLLM, and so the three below
-    add_generation_prompt: bool | None = None  # True, unless the last message is continued
+    documents: list[JsonObject] | None = None  # this and the three below are as in vLLM
+    add_generation_prompt: bool | None = None  # default: True, unless the last message is continued
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
 
     def render(self, template: ChatTemplate | None) -> str:
-        """What the model reads. Raises APIError."""
+        """The text of the prompt. Raises APIError."""
         if template is None:
             raise APIError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
-        goes_on = bool(self.continue_final_message)
-        opens = not goes_on if self.add_generation_prompt is None else self.add_generation_prompt
-        if goes_on and opens:
-            message = "a last message that is continued is followed by no new one: set add_generation_prompt to false"
+        continues = bool(self.continue_final_message)
+        add_generation_prompt = self.add_generation_prompt
+        if add_generation_prompt is None:
+            add_generation_prompt = not continues
+        if continues and add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt cannot both be true"
             raise APIError(400, message, "continue_final_message")
         settings = self.chat_template_kwargs or {}
-        taken = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "range"}
-        if refused := sorted(taken & settings.keys()):
-            raise APIError(400, f"{refused[0]} is no setting of the template", "chat_template_kwargs")
-        messages = [_message(place, message) for place, message in enumerate(self.messages)]
+        reserved = RESERVED_SETTINGS & settings.keys()
+        if reserved:
+            raise APIError(400, f"{min(reserved)} cannot be set by chat_template_kwargs", "chat_template_kwargs")
+        messages = [_message(index, message) for index, message in enumerate(self.messages)]
         try:
             return template.render(
                 messages,
                 tools=self.tools or None,
                 documents=self.documents,
-                add_generation_prompt=opens,
-                continue_final_message=goes_on,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continues,
                 **settings,
             )
         except BadInput as error:
@@ -73,7 +77,7 @@ class Conversation:
 
 @dataclass(kw_only=True)
 class ResponseFormat:
-    """Only plain text is given."""
+    """Only plain text is supported."""
 
     type: Literal["text"]
 
@@ -84,11 +88,11 @@ class ChatRequest(Conversation, GenerationRequest):
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    max_completion_tokens: Annotated[int, Ge(1)] | None = None  # what the context leaves
-    max_tokens: Annotated[int, Ge(1)] | None = None  # its older name
+    max_completion_tokens: Annotated[int, Ge(1)] | None = None  # default: what the context allows
+    max_tokens: Annotated[int, Ge(1)] | None = None  # its deprecated name
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Ge(0), Le(20)] | None = None
-    # Accepted where they change nothing.
+    # Accepted with values that change nothing.
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -97,15 +101,15 @@ class ChatRequest(Conversation, GenerationRequest):
     def prompt_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
         """Token ids of the prompt. Raises APIError."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise APIError(400, "top_logprobs is given without logprobs", "top_logprobs")
+            raise APIError(400, "top_logprobs needs logprobs", "top_logprobs")
         if self.tool_choice == "none":
             self.tools = None
-        # The template writes the special tokens: none is added.
+        # The template writes the special tokens, so the tokenizer adds none.
         ids = encode(runtime, self.render(template), False, "messages")
         return encode_prompt(runtime, ids, 1, "messages")
 
     def max_new_tokens(self, scheduler: Scheduler, prompt: list[int]) -> int:
-        """The most new tokens of a choice."""
+        """The most new tokens of a choice: as requested, or what the context and the server allow."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         if self.max_tokens is not None:
@@ -115,17 +119,17 @@ class ChatRequest(Conversation, GenerationRequest):
 
 
 class ChatFormatter:
-    """How an answer of /v1/chat/completions is written."""
+    """Formats answers of /v1/chat/completions."""
 
     id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first_chunk(self, index: int) -> JsonObject | None:
-        """What a streamed choice begins with."""
+        """The first chunk of a streamed choice."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk(self, delta: Delta) -> JsonObject:
-        """A piece of a streamed choice."""
+        """A chunk of a streamed choice."""
         content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
         return {
             "index": delta.index,
@@ -135,7 +139,7 @@ class ChatFormatter:
         }
 
     def choice(self, delta: Delta) -> JsonObject:
-        """A choice that is not streamed."""
+        """A complete choice."""
         message = {"role": "assistant", "content": delta.text}
         return {
             "index": delta.index,
@@ -146,10 +150,9 @@ class ChatFormatter:
 
 
 async def stream_deltas(scheduler: Scheduler, body: ChatRequest, prompt: list[int]) -> AsyncGenerator[Delta]:
-    """All choices, bit by bit, in the order they are made."""
-    sampling = body.to_sampling(
-        body.max_new_tokens(scheduler, prompt), body.top_logprobs or 0 if body.logprobs else None
-    )
+    """Yield the deltas of all choices in the order of generation."""
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = body.to_sampling(body.max_new_tokens(scheduler, prompt), top_logprobs)
     async with aclosing(scheduler.generate([prompt] * (body.n or 1), sampling)) as events:
         async for event in events:
             logprobs = {"content": [_logprob(scheduler.runtime, body, event)]} if body.logprobs else None
@@ -157,44 +160,43 @@ async def stream_deltas(scheduler: Scheduler, body: ChatRequest, prompt: list[in
 
 
 def _logprob(runtime: Runtime, body: ChatRequest, event: TokenEvent) -> JsonObject:
-    """A token, its log-probability and the likeliest in its place, in the form of chat."""
+    """A token with its log-probability and the most likely tokens in its place, in OpenAI's format."""
 
-    def row(token: int, logprob: float | None) -> JsonObject:
+    def entry(token: int, logprob: float | None) -> JsonObject:
         text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-        whole = (
-            None if REPLACEMENT_CHARACTER in text else list(text.encode())
-        )  # of a part of a character they are not known here
-        return {"token": token_name(runtime, body, token), "logprob": logprob, "bytes": whole}
+        # The bytes of an incomplete character are unknown here.
+        encoded = None if REPLACEMENT_CHARACTER in text else list(text.encode())
+        return {"token": token_name(runtime, body, token), "logprob": logprob, "bytes": encoded}
 
-    top = [row(*pair) for pair in (event.top_logprobs or {}).items()]
-    return {**row(event.token_id, event.logprob), "top_logprobs": top}
+    top = [entry(token, logprob) for token, logprob in (event.top_logprobs or {}).items()]
+    return {**entry(event.token_id, event.logprob), "top_logprobs": top}
 
 
-def _message(place: int, message: JsonObject) -> JsonObject:
-    """A message as templates know it: its content a text, the arguments of calls as objects. Raises APIError."""
+def _message(index: int, message: JsonObject) -> JsonObject:
+    """Convert a message for the template: content as a text, arguments of tool calls as objects. Raises APIError."""
 
-    def refused(why: str) -> APIError:
-        return APIError(400, f"messages[{place}]: {why}", "messages")
+    def refusal(reason: str) -> APIError:
+        return APIError(400, f"messages[{index}]: {reason}", "messages")
 
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise refused("role has to be a text")
+        raise refusal("role must be a text")
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise refused("a part of content has to be of type 'text'")
+            raise refusal("each part of content must be of type 'text'")
         content = "\n".join(part["text"] for part in content)  # as vLLM
     calls = message.get("tool_calls") or []
     if not isinstance(content, str) and not (content is None and calls):
-        raise refused("content has to be a text or a list of parts of type 'text'")
+        raise refusal("content must be a text or a list of parts of type 'text'")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise refused("tool_calls has to be a list of objects")
+        raise refusal("tool_calls must be a list of objects")
     if calls:
         return {**message, "content": content, "tool_calls": [_parse_call_arguments(call) for call in calls]}
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
 def _parse_call_arguments(call: JsonObject) -> JsonObject:
-    """OpenAI's clients write arguments as JSON in a text; templates expect the object."""
+    """Parse a call's arguments: OpenAI's clients send them as JSON in a text, templates expect an object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

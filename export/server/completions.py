@@ -1,7 +1,7 @@
-"""What /v1/completions is asked and what it answers, without the HTTP around it.
+"""Requests and answers of /v1/completions, without HTTP.
 
-The API is that of https://platform.openai.com/docs/api-reference/completions; what is not implemented is
-refused by name.
+The API is https://platform.openai.com/docs/api-reference/completions; parameters that are not implemented are refused
+by name.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Bias = Annotated[float, Ge(-100), Le(100)]
 
 @dataclass(kw_only=True)
 class GenerationRequest:
-    """What requests of every kind may ask of generation. A field that is null has its default."""
+    """The fields that completions and chat share. A field that is null has its default."""
 
     model: str | None = None
-    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 1
+    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # default: 1
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
-    top_k: Annotated[int, Ge(-1)] | None = None  # as in vLLM: 0 and -1 are all tokens
-    n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # 1
+    top_k: Annotated[int, Ge(-1)] | None = None  # as in vLLM: 0 and -1 mean all tokens
+    n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # default: 1
     stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
     seed: Annotated[int, Ge(0)] | None = None
     ignore_eos: bool | None = None  # as in vLLM
-    return_tokens_as_token_ids: bool | None = None  # as in vLLM: tokens are named "token_id:17", which no two share
+    return_tokens_as_token_ids: bool | None = None  # as in vLLM: name tokens "token_id:17", which is unique
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
-    frequency_penalty: Penalty | None = None  # 0
-    presence_penalty: Penalty | None = None  # 0
-    min_p: Annotated[float, Ge(0), Le(1)] | None = None  # 0; as in vLLM
-    repetition_penalty: Annotated[float, Gt(0), Le(2)] | None = None  # 1; as in vLLM
-    logit_bias: Annotated[dict[Annotated[int, Ge(0)], Bias], MaxLen(1024)] | None = None  # of token ids
-    # What clients send for servers that keep accounts and records: taken and not used.
+    frequency_penalty: Penalty | None = None  # default: 0
+    presence_penalty: Penalty | None = None  # default: 0
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None  # default: 0; as in vLLM
+    repetition_penalty: Annotated[float, Gt(0), Le(2)] | None = None  # default: 1; as in vLLM
+    logit_bias: Annotated[dict[Annotated[int, Ge(0)], Bias], MaxLen(1024)] | None = None  # token id -> bias
+    # Meant for servers with accounts and records: accepted and ignored.
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -56,7 +56,7 @@ class GenerationRequest:
     prompt_cache_key: str | None = None
 
     def to_sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
-        """What is asked of generation; for 0 new tokens it is asked of nobody."""
+        """The settings of generation. 0 new tokens (prompt logprobs only) count as 1, since no generation follows."""
         return Sampling(
             max_new_tokens=max(1, max_new_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -74,7 +74,7 @@ class GenerationRequest:
         )
 
     def usage_is_streamed(self) -> bool:
-        """Whether a stream ends with the tokens that were counted."""
+        """Whether a stream ends with a chunk of token usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -85,14 +85,14 @@ class CompletionRequest(GenerationRequest):
     __pydantic_config__ = {"extra": "forbid"}
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
-    max_tokens: Annotated[int, Ge(0)] | None = None  # 16
+    max_tokens: Annotated[int, Ge(0)] | None = None  # default: 16
     logprobs: Annotated[int, Ge(0), Le(20)] | None = None
-    echo: bool | None = None
+    echo: bool | None = None  # prompt logprobs, with `logprobs`; OpenAI's name
     best_of: int | None = None
     suffix: None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or more."""
+        """The prompts: texts, or lists of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -105,14 +105,21 @@ class CompletionRequest(GenerationRequest):
 
 
 class APIError(Exception):
-    """A request that is refused, as OpenAI's API tells it."""
+    """An error answer of OpenAI's API.
+
+    Attributes:
+        status: the HTTP status.
+        message: the reason.
+        param: the invalid field; None if it is not about one field.
+        code: the error code; None for most errors.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the answer."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -123,27 +130,27 @@ def encode_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]
     if body.best_of not in (None, n):
         raise APIError(400, "best_of: only the value of n is supported", "best_of")
     if not 1 <= len(prompts) * n <= MAX_CHOICES:
-        message = f"{len(prompts)} prompts with n={n}: 1 to {MAX_CHOICES} choices are served at once"
+        message = f"{len(prompts)} prompts with n={n}: a request can have 1 to {MAX_CHOICES} choices"
         raise APIError(400, message, "prompt")
     if body.max_new_tokens() == 0 and not body.echo:
-        raise APIError(400, "max_tokens is 0, and there is no echo: nothing is asked for", "max_tokens")
+        raise APIError(400, "max_tokens is 0 and echo is not set: nothing to do", "max_tokens")
     return [encode_prompt(runtime, prompt, min(1, body.max_new_tokens()), "prompt") for prompt in prompts]
 
 
 def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) -> list[int]:
-    """Token ids of a text. Raises APIError."""
+    """Token ids of a text. Raises APIError, naming the field `param`, for invalid Unicode."""
     try:
         return runtime.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-    except TypeError:  # half of a surrogate pair has no UTF-8
+    except TypeError:  # a lone surrogate has no UTF-8
         raise APIError(400, "the text is not valid Unicode", param) from None
 
 
 def encode_prompt(runtime: Runtime, prompt: str | Sequence[int], reserve: int, param: str) -> list[int]:
-    """Token ids of a prompt that the context has room for, and for `reserve` more tokens. Raises APIError."""
+    """Token ids of a prompt. Raises APIError if the context has no room for it and `reserve` more tokens."""
     ids = encode(runtime, prompt, True, param) if isinstance(prompt, str) else prompt
     if len(ids) + reserve > runtime.max_length:
         message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
-        raise APIError(400, f"{message} and wants room for {reserve} more", param, "context_length_exceeded")
+        raise APIError(400, f"{message} and needs room for {reserve} more", param, "context_length_exceeded")
     try:
         return runtime.prompt_ids(ids, reserve=reserve)
     except BadInput as error:
@@ -152,19 +159,19 @@ def encode_prompt(runtime: Runtime, prompt: str | Sequence[int], reserve: int, p
 
 @dataclass
 class Usage:
-    """The tokens of a request."""
+    """The token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, not read again since an earlier one began alike
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
     def add(self, delta: Delta) -> None:
-        """Add what a choice grew by."""
+        """Count the tokens of a delta."""
         self.completion_tokens += delta.new_tokens
         self.cached_tokens += delta.cached_tokens
 
     def to_json(self) -> dict[str, Any]:
-        """In OpenAI's form."""
+        """The counts in OpenAI's format."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -175,37 +182,37 @@ class Usage:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a choice grows by."""
+    """New text and tokens of one choice."""
 
-    index: int
+    index: int  # of the choice
     text: str
     finish_reason: str | None = None
-    logprobs: dict[str, list[Any]] | None = None  # in OpenAI's form, lists with an entry for each token
+    logprobs: dict[str, list[Any]] | None = None  # in OpenAI's format: lists with an entry per token
     new_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt; told once for each prompt
+    cached_tokens: int = 0  # of the prompt; only on the first token of its first choice
 
 
 def delta_of_event(event: TokenEvent, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
-    """A new token of a request with `n` choices for each prompt."""
+    """The delta of one new token, in a request with `n` choices per prompt."""
     cached = 0 if event.index % n else event.cached_tokens
     return Delta(event.index, event.text, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
 
 
 class CompletionFormatter:
-    """How an answer of /v1/completions is written."""
+    """Formats answers of /v1/completions."""
 
     id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """What a streamed choice begins with."""
+        """The first chunk of a streamed choice: none."""
         return None
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
-        """A piece of a streamed choice."""
+        """A chunk of a streamed choice."""
         return self.choice(delta)
 
     def choice(self, delta: Delta) -> dict[str, Any]:
-        """A choice that is not streamed."""
+        """A complete choice."""
         return {
             "index": delta.index,
             "text": delta.text,
@@ -217,22 +224,15 @@ class CompletionFormatter:
 async def stream_deltas(
     scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]
 ) -> AsyncGenerator[Delta]:
-    """All choices, bit by bit, in the order they are made. The streamed answer and the whole one are both this."""
+    """Yield the deltas of all choices: the prompts first with `echo`, then tokens in the order of generation."""
     runtime = scheduler.runtime
     n = body.n or 1
     rows = [prompt for prompt in prompts for _ in range(n)]
-    lengths = [0] * len(rows)  # of the text so far
+    lengths = [0] * len(rows)  # characters of each choice so far
     if body.echo:
-        for place, (prompt, given) in enumerate(zip(prompts, body.prompts(), strict=True)):
-            text = given if isinstance(given, str) else runtime.decode(prompt)
-            logprobs = None
-            if body.logprobs is not None:
-                logprobs = _format_prompt_logprobs(
-                    runtime, prompt, await scheduler.prompt_logprobs(prompt, body.logprobs), body
-                )
-            for index in range(place * n, place * n + n):
-                lengths[index] = len(text)
-                yield Delta(index, text, None if body.max_new_tokens() else "length", logprobs)
+        async for delta in _prompt_deltas(scheduler, body, prompts):
+            lengths[delta.index] = len(delta.text)
+            yield delta
     if body.max_new_tokens() == 0:
         return
     async with aclosing(scheduler.generate(rows, body.to_sampling(body.max_new_tokens(), body.logprobs))) as events:
@@ -245,17 +245,33 @@ async def stream_deltas(
             yield delta_of_event(event, n, logprobs)
 
 
+async def _prompt_deltas(
+    scheduler: Scheduler, body: CompletionRequest, prompts: list[list[int]]
+) -> AsyncGenerator[Delta]:
+    """Yield the text of each prompt for each of its choices, with its logprobs if they are requested."""
+    runtime, n = scheduler.runtime, body.n or 1
+    for place, (prompt, given) in enumerate(zip(prompts, body.prompts(), strict=True)):
+        text = given if isinstance(given, str) else runtime.decode(prompt)
+        logprobs = None
+        if body.logprobs is not None:
+            values = await scheduler.prompt_logprobs(prompt, body.logprobs)
+            logprobs = _format_prompt_logprobs(runtime, prompt, values, body)
+        for index in range(place * n, place * n + n):
+            yield Delta(index, text, None if body.max_new_tokens() else "length", logprobs)
+
+
 def _format_prompt_logprobs(
     runtime: Runtime, prompt: list[int], scores: Sequence[TokenLogprob], body: CompletionRequest
 ) -> dict[str, list[Any]]:
-    """What the model says of a prompt, in OpenAI's form."""
+    """Prompt logprobs in OpenAI's format."""
     text = Detokenizer(runtime.decode, [])
     offsets = []
     for token in prompt:
         offsets.append(len(text.text))
         text.add(token)
-    values, tops = [scored.logprob for scored in scores], [scored.top_logprobs or None for scored in scores]
-    return _logprobs(runtime, body, prompt, values, tops, offsets)
+    values = [score.logprob for score in scores]
+    top_logprobs = [score.top_logprobs or None for score in scores]
+    return _logprobs(runtime, body, prompt, values, top_logprobs, offsets)
 
 
 def _logprobs(
@@ -266,10 +282,10 @@ def _logprobs(
     top_logprobs: Sequence[dict[int, float] | None],
     offsets: Sequence[int],
 ) -> dict[str, list[Any]]:
-    """Tokens and their log-probabilities in OpenAI's form."""
+    """Tokens and their log-probabilities in OpenAI's format; `offsets` are characters in the choice's text."""
     named: list[dict[str, float] | None] = []
     for token, value, top in zip(ids, values, top_logprobs, strict=True):
-        # OpenAI's list holds the chosen token too, where it is not among the likeliest.
+        # OpenAI's list also contains the chosen token, even if it is not among the most likely.
         shown = {**top, token: value} if top and value is not None else {}
         named.append({token_name(runtime, body, other): p for other, p in shown.items()} or None)
     return {
@@ -281,8 +297,10 @@ def _logprobs(
 
 
 def token_name(runtime: Runtime, body: GenerationRequest, token: int) -> str:
-    """A token alone: its text, or its name in the vocabulary where it is no whole character; or its id."""
+    """The name of a token in logprobs: its text, or its vocabulary entry if that is not whole characters; or its id."""
     if body.return_tokens_as_token_ids:
         return f"token_id:{token}"
     text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-    return runtime.tokenizer.id_to_token(token) or text if REPLACEMENT_CHARACTER in text else text
+    if REPLACEMENT_CHARACTER in text:
+        return runtime.tokenizer.id_to_token(token) or text
+    return text

@@ -1,6 +1,6 @@
-"""Continuous batching: one thread decodes the rows of all requests together, and rows join and leave at every step.
+"""Continuous batching: one thread decodes the rows of all requests together; rows join and leave at every step.
 
-The idea is Orca's (Yu et al., OSDI 2022); prompts are read in pieces between steps as in Sarathi (arXiv 2308.16369).
+After Orca (Yu et al., OSDI 2022). Prompts are read in chunks between the steps, as in Sarathi (arXiv 2308.16369).
 """
 
 from __future__ import annotations
@@ -24,21 +24,32 @@ from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
 from limbeck.registry.core.machine import available_memory
 
-PREFILL_S = 0.05  # how long rows that are decoded wait, about, while prompts are read; or as long as a step takes
-PREFILL_ALONE_S = 0.25  # where no row is decoded; those that come meanwhile wait
-MIN_CHUNK_TOKENS = 16  # tokens of a prompt that are read at once, however slow the model is
-MAX_UNREAD_RESULTS = 256  # results for each row that a reader may leave before its rows pause
-FREE_TOKENS_PER_ROW = 32  # tokens that must be free in the cache for each row before another one joins
-RATE_WINDOW = 64  # requests over which their rate is taken
+# Decoding rows wait about this long for a chunk of prefill, or as long as a decoding step takes if that is longer.
+PREFILL_S = 0.05
+PREFILL_ALONE_S = 0.25  # the same if no row is decoding; new requests wait this long
+MIN_CHUNK_TOKENS = 16  # the smallest chunk of a prompt, however slow the model is
+MAX_UNREAD_RESULTS = 256  # unread results per row at which the rows of a request pause
+FREE_TOKENS_PER_ROW = 32  # tokens that the cache must have free for each row before another row joins
+RATE_WINDOW = 64  # finished requests over which the rate is measured
 
 
 class Engine:
-    """The rows of one loaded artifact, and the thread that runs it.
+    """The requests of one loaded artifact, and the thread that runs the model.
 
-    - First come, first served; but a request takes at most half of the rows that the others leave, so that one of
-      128 rows does not lock out one of a single row.
-    - A row ends at once when its reader has left or its time is up, and pauses while its reader is slow.
-    - Where the cache would outgrow its bytes, the youngest row gives up its place and is read again later.
+    - First come, first served. But a request gets at most half of the rows that other requests leave, so that a
+      request with 128 rows does not block one with a single row.
+    - A request ends at once when its reader leaves or its time is up. Its rows pause while its reader is slow.
+    - If the key-value cache would exceed its size, the newest row is preempted and computed again later.
+
+    The event loop calls `submit`, `wake` and `stop` and reads the properties; everything else belongs to the thread.
+
+    Args:
+        runtime: the loaded artifact.
+        limits: what clients may take.
+        metrics: where to count.
+
+    Attributes:
+        is_sleeping: the thread waits for a request, or is about to: it needs `wake` to notice that a reader caught up.
     """
 
     def __init__(self, runtime: Runtime, limits: Limits, metrics: Metrics) -> None:
@@ -47,20 +58,21 @@ class Engine:
         budget = available_memory() // 2 if limits.cache_bytes is None else limits.cache_bytes
         self._cache_tokens = max(1, budget // _bytes_per_token(runtime))
         self._inbox: queue.SimpleQueue[QueuedRequest | None] = queue.SimpleQueue()
-        self._requests: list[QueuedRequest] = []  # all that are not answered, in the order they came
+        self._requests: list[QueuedRequest] = []  # all unfinished requests, in order of arrival
         self._prefilling: deque[Row] = deque()
         self._decoding: list[Row] = []
         self._outbox: list[tuple[QueuedRequest, list[Any] | Exception | None]] = []
-        self._submitted_count = self._started_count = 0  # written by the event loop, by the thread
+        self._submitted_count = 0  # written by the event loop
+        self._started_count = 0  # written by the thread
         self._finish_times: deque[float] = deque(maxlen=RATE_WINDOW)
-        self._prefill_tokens_per_s = 2000.0  # prompt tokens a second; measured as they are read
-        self._step_s = 0.0  # how long a step took of late
-        self._row_was_freed = False  # a place has become free
+        self._prefill_tokens_per_s = 2000.0  # a first guess; measured during prefill
+        self._step_s = 0.0  # moving average of the time of a decoding step
+        self._row_was_freed = False  # since the last `_admit`
         self._stopped = False
         self.is_sleeping = False
         threading.Thread(target=self._run, name="limbeck-engine", daemon=True).start()
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def submit(self, request: QueuedRequest) -> None:
         """Queue a request."""
@@ -68,30 +80,30 @@ class Engine:
         self._inbox.put(request)
 
     def wake(self) -> None:
-        """Look again: a reader has taken something, or has left."""
+        """Make the thread look at its requests again: a reader has taken results, or has left."""
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """End the thread, once nobody waits for a result."""
+        """Stop the thread; call it when no reader waits for results."""
         self._stopped = True
         self.wake()
 
     @property
     def queued_requests(self) -> int:
-        """Requests that wait for their first row."""
+        """Number of requests that wait for their first row."""
         return self._submitted_count - self._started_count
 
     @property
     def free_rows(self) -> int:
-        """Places that no row has."""
+        """Number of rows that are free."""
         return self._limits.rows - len(self._prefilling) - len(self._decoding)
 
     def requests_per_s(self) -> float | None:
-        """How many requests ended in a second of late; None before the second has."""
+        """Recent rate of finished requests; None before two have finished."""
         ends = list(self._finish_times)
         return len(ends) / max(time.monotonic() - ends[0], 1e-3) if len(ends) > 1 else None
 
-    # The thread.
+    # Called by the thread.
 
     def _run(self) -> None:
         while not self._stopped:
@@ -106,7 +118,7 @@ class Engine:
             self._deliver()
 
     def _receive_requests(self) -> None:
-        """New requests; where there is nothing to do, wait for one."""
+        """Take new requests; wait for one if there is nothing to compute."""
         self.is_sleeping = True
         if not self._has_work():
             nearest = min((request.deadline_s for request in self._requests), default=None)
@@ -122,7 +134,7 @@ class Engine:
             self._requests.append(request)
 
     def _has_work(self) -> bool:
-        """Whether there is something to compute."""
+        """Whether there is anything to compute or clean up."""
         if self._prefilling or any(request.prompt_logprobs or request.cancelled for request in self._requests):
             return True
         if self._row_was_freed and any(request.waiting_rows for request in self._requests):
@@ -136,13 +148,11 @@ class Engine:
             if request.cancelled:
                 self._end_request(request, "cancelled")
             elif now > request.deadline_s:
-                took = f"{self._limits.timeout_s:g} s"
-                self._end_request(
-                    request, "timeout", Unavailable(504, f"the request took longer than {took}", "timeout")
-                )
+                message = f"the request took longer than {self._limits.timeout_s:g} s"
+                self._end_request(request, "timeout", Unavailable(504, message, "timeout"))
 
     def _admit(self) -> None:
-        """Give places to rows that wait."""
+        """Start waiting rows while there are free rows and the cache has room."""
         self._row_was_freed = False
         for request in list(self._requests):
             while request.waiting_rows:
@@ -152,9 +162,7 @@ class Engine:
                     break
                 row = request.waiting_rows.popleft()
                 with self._end_on_failure([request]):
-                    row.slot = self._batch.add_prompt(
-                        row.tokens, row.generation.max_new_tokens - row.generation.token_count
-                    )
+                    row.slot = self._batch.add_prompt(row.tokens)
                     self._prefilling.append(row)
                     request.running_rows += 1
                 self._mark_started(request)
@@ -166,31 +174,22 @@ class Engine:
             self._metrics.queue_time.observe(time.monotonic() - request.arrived_s)
 
     def _cache_has_room(self, row: Row) -> bool:
-        """Whether the cache has room for another row; the first always has a place."""
+        """Whether the cache has room for another row; the first row always fits."""
         rows = [*self._prefilling, *self._decoding, row]
         longest = max(_length(other) for other in rows) + FREE_TOKENS_PER_ROW
         return len(rows) == 1 or len(rows) * longest <= self._cache_tokens
 
     def _prefill(self) -> None:
-        """Read a piece of what the first rows have to read; they go to the end of the line, so none waits long."""
+        """Compute a chunk of the prompts of the first rows, which then move to the end of the queue."""
         if not self._prefilling:
             return
-        wanted = self._prefill_tokens_per_s * (max(PREFILL_S, self._step_s) if self._decoding else PREFILL_ALONE_S)
-        most = max(MIN_CHUNK_TOKENS, min(int(wanted), PREFILL_LOGITS // self._runtime.vocab_size))
-        rows: list[Row] = []
-        tokens = 0
-        for row in self._prefilling:
-            unread = min(_slot(row).unread_tokens, most)
-            if rows and tokens + unread > most:
-                break
-            rows.append(row)
-            tokens += unread
+        max_tokens = self._chunk_size()
+        rows, tokens = self._rows_of_chunk(max_tokens)
         with self._end_on_failure([row.request for row in rows]):
             start = time.monotonic()
-            logits = self._batch.prefill([_slot(row) for row in rows], most)
-            self._prefill_tokens_per_s += (
-                tokens / max(time.monotonic() - start, 1e-6) - self._prefill_tokens_per_s
-            ) / 4
+            logits = self._batch.prefill([_slot(row) for row in rows], max_tokens)
+            rate = tokens / max(time.monotonic() - start, 1e-6)
+            self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) / 4
             for row, values in zip(rows, logits, strict=True):
                 self._prefilling.popleft()
                 if values is None:
@@ -202,8 +201,26 @@ class Engine:
                 self._decoding.append(row)
                 self._sample_token(row, values)
 
+    def _chunk_size(self) -> int:
+        """The most prompt tokens to compute in one turn."""
+        seconds = max(PREFILL_S, self._step_s) if self._decoding else PREFILL_ALONE_S
+        affordable = int(self._prefill_tokens_per_s * seconds)
+        return max(MIN_CHUNK_TOKENS, min(affordable, PREFILL_LOGITS // self._runtime.vocab_size))
+
+    def _rows_of_chunk(self, max_tokens: int) -> tuple[list[Row], int]:
+        """The first rows of the queue whose unread tokens fit, at least one; and the number of those tokens."""
+        rows: list[Row] = []
+        tokens = 0
+        for row in self._prefilling:
+            unread = min(_slot(row).unread_tokens, max_tokens)
+            if rows and tokens + unread > max_tokens:
+                break
+            rows.append(row)
+            tokens += unread
+        return rows, tokens
+
     def _decode_step(self) -> None:
-        """One more token for each row whose reader keeps up."""
+        """Generate one more token for each row whose reader keeps up."""
         self._preempt_rows()
         rows = [row for row in self._decoding if not _is_reader_slow(row.request)]
         if not rows:
@@ -216,7 +233,7 @@ class Engine:
                 self._sample_token(row, values)
 
     def _sample_token(self, row: Row, logits: np.ndarray) -> None:
-        """Let a row choose its next token."""
+        """Choose a row's next token from (V,) logits, and end the row if it is the last one."""
         request, now = row.request, time.monotonic()
         event = row.generation.choose_token(logits)
         if row.generation.token_count == 1:
@@ -239,7 +256,7 @@ class Engine:
                 self._end_request(request)
 
     def _score_prompts(self) -> None:
-        """A piece of the first prompt that is scored, which then goes to the end of the line."""
+        """Compute a chunk of prompt logprobs of the first such request, which then moves to the end of the queue."""
         request = next(
             (request for request in self._requests if request.prompt_logprobs and not _is_reader_slow(request)), None
         )
@@ -249,22 +266,22 @@ class Engine:
         with self._end_on_failure([request]):
             self._requests.remove(request)
             self._requests.append(request)
-            scored = next(request.prompt_logprobs, None)
-            if scored is None:
+            logprobs = next(request.prompt_logprobs, None)
+            if logprobs is None:
                 self._metrics.prompt_tokens.inc(request.sent_results)
                 self._end_request(request)
             else:
-                self._add_results(request, scored)
+                self._add_results(request, logprobs)
 
     def _preempt_rows(self) -> None:
-        """Take the place of the youngest rows where the cache would outgrow its bytes."""
+        """Preempt the newest rows until the cache fits in its size."""
         while len(rows := [*self._decoding, *self._prefilling]) > 1:
             if len(rows) * (max(map(_length, rows)) + 1) <= self._cache_tokens:
                 return
             self._preempt(rows[-1])
 
     def _preempt(self, row: Row) -> None:
-        """Let a row wait again; it will read what it has so far."""
+        """Put a row back to waiting; its prompt and its new tokens will be computed again."""
         (self._decoding if row in self._decoding else self._prefilling).remove(row)
         self._release_slot(row)
         row.request.waiting_rows.appendleft(row)
@@ -278,7 +295,13 @@ class Engine:
         self._row_was_freed = True
 
     def _end_request(self, request: QueuedRequest, reason: str = "", error: Exception | None = None) -> None:
-        """Let a request go, its rows with it; its reader hears `error`, or that it is done."""
+        """Remove a request and its rows.
+
+        Args:
+            request: not ended yet; else nothing happens.
+            reason: the label of the failure metric; "" for success.
+            error: raised to the reader; None ends the results.
+        """
         if request not in self._requests:
             return
         self._requests.remove(request)
@@ -297,27 +320,27 @@ class Engine:
 
     @contextmanager
     def _end_on_failure(self, requests: Sequence[QueuedRequest]) -> Iterator[None]:
-        """Where the block raises, end these requests and go on with the others."""
+        """If the block raises, end these requests with the error and continue the others."""
         try:
             yield
-        except Exception as error:  # whatever it is, the readers must hear of it
-            # The batch may be in any state: the rows of others are read again in a new one.
+        except Exception as error:  # whatever it is, the readers must get it
+            # The batch may be in any state: compute the rows of the other requests again in a new batch.
             self._batch = Batch(self._runtime)
             for row in reversed([*self._decoding, *self._prefilling]):
                 row.slot = None
                 if row.request not in requests:
                     self._preempt(row)
             for request in requests:
-                told = RuntimeError(f"the model failed: {error}")
-                told.__cause__ = error
-                self._end_request(request, "error", told)
+                failure = RuntimeError(f"the model failed: {error}")
+                failure.__cause__ = error
+                self._end_request(request, "error", failure)
 
     def _add_results(self, request: QueuedRequest, results: list[Any]) -> None:
         request.sent_results += len(results)
         self._outbox.append((request, results))
 
     def _deliver(self) -> None:
-        """Hand over what a turn has brought: one call into each event loop."""
+        """Send the results of this turn to the readers: one call into each event loop."""
         loops = defaultdict(list)
         for request, results in self._outbox:
             loops[request.loop].append((request, results))
@@ -325,7 +348,7 @@ class Engine:
         for loop, out in loops.items():
             try:
                 loop.call_soon_threadsafe(_put, out)
-            except RuntimeError:  # the loop has ended: nobody listens any more
+            except RuntimeError:  # the loop is closed: its readers are gone
                 for request, _ in out:
                     request.cancelled = True
 
@@ -336,7 +359,7 @@ def _put(out: list[tuple[QueuedRequest, list[Any] | Exception | None]]) -> None:
 
 
 def _is_reader_slow(request: QueuedRequest) -> bool:
-    """Whether the reader is so far behind that its rows pause."""
+    """Whether so many results are unread that the request's rows must pause."""
     return request.unread_results >= MAX_UNREAD_RESULTS * max(1, request.running_rows)
 
 
@@ -346,12 +369,12 @@ def _slot(row: Row) -> Slot:
 
 
 def _length(row: Row) -> int:
-    """Tokens that the row has in the cache, or will have when it is read."""
+    """Tokens that the row has in the cache, or will have after prefill."""
     return len(row.tokens)
 
 
 def _bytes_per_token(runtime: Runtime) -> int:
-    """Of the cache, for one position of one row."""
+    """Bytes of the key-value cache for one token of one row."""
     total = 0
     for item in runtime.onnx_session.get_inputs():
         if item.name.startswith("past_key_values."):

@@ -1,4 +1,4 @@
-"""What a server serves under one name: the newest artifact that could be loaded, and how another takes its place."""
+"""Hot swap: the served model gets a new artifact while requests run."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ log = logging.getLogger("limbeck.serve")
 
 @dataclass(frozen=True)
 class LoadedArtifact:
-    """An artifact in memory. A request takes one and keeps it to its end."""
+    """An artifact in memory. A request keeps the one that it started with."""
 
     scheduler: Scheduler
     version: str  # NAME/VERSION, or a folder's name
     digest: str
-    created: int  # when it was loaded, seconds since 1970
-    template: ChatTemplate | None = None  # None where the model has none
+    created: int  # time of loading, seconds since 1970
+    template: ChatTemplate | None = None  # None if the model has none
 
 
 class ServedModel:
     """The model that a server serves under `name`.
 
-    New requests go to the newest artifact; those that run end on the one they began with, which is freed then. Until
-    then both are in memory.
+    New requests get the newest artifact. Running requests finish on the one that they started with, which is freed
+    after the last of them; until then both are in memory.
 
     Args:
-        load: an artifact's folder and digest to a `Runtime`; raises what is wrong with it.
-        first: what is loaded now; what is wrong with it is raised.
+        name: the model's name in the API.
+        artifact: the first artifact, loaded at once; errors of `load` are raised.
+        load: loads an artifact from its folder and expected digest.
+        limits: what clients may take; None: the defaults.
+        metrics: where to count; None: nowhere else.
     """
 
     def __init__(
@@ -60,19 +63,19 @@ class ServedModel:
         )
 
     def current(self) -> LoadedArtifact:
-        """What a new request takes."""
+        """The artifact for a new request."""
         return self._current
 
     async def swap_on_changes(self, artifacts: AsyncIterator[Artifact | WatchProblem]) -> None:
-        """Serve each artifact that comes, in place of the one before, unless it cannot be loaded."""
-        async for found in artifacts:
-            if isinstance(found, WatchProblem):
-                self._report_refused(found.name, found.message)
+        """Swap to each artifact of a watcher, and report its problems; does not end before `artifacts` does."""
+        async for change in artifacts:
+            if isinstance(change, WatchProblem):
+                self._report_refused(change.name, change.message)
             else:
-                await self.swap(found)
+                await self.swap(change)
 
     async def swap(self, artifact: Artifact) -> None:
-        """Serve `artifact` from now on; where it is damaged or cannot be loaded, go on as before and say so."""
+        """Serve `artifact` from now on; if it cannot be loaded, log why and keep the current one."""
         if artifact.digest == self._current.digest:
             old = self._current
             self._current = self._publish(artifact.name, old.scheduler, old.digest, old.template)
@@ -80,18 +83,18 @@ class ServedModel:
         try:
             runtime = await asyncio.to_thread(self._load, artifact.path, artifact.digest)
             template = ChatTemplate.read(artifact.path)
-        except Exception as error:  # whatever is wrong with it, what is served goes on
+        except Exception as error:  # whatever is wrong with it, keep serving
             self._report_refused(artifact.name, str(error))
             return
-        log.warning("%s, digest %s, takes the place of %s", artifact.name, runtime.digest[:12], self._current.version)
+        log.warning("%s, digest %s, replaces %s", artifact.name, runtime.digest[:12], self._current.version)
         self._current = self._start_scheduler(artifact, runtime, template)
         self.metrics.model_swaps.inc()
-        gc.collect()  # what the old one leaves in cycles is large
+        gc.collect()  # reference cycles of the old artifact hold much memory
 
     def _report_refused(self, name: str | None, reason: str) -> None:
         if name is not None:
             self.metrics.models_refused.inc()
-        log.error("%s: %s stays: %s", name or "no news", self._current.version, reason)
+        log.error("%s: %s is still served: %s", name or "no update", self._current.version, reason)
 
     def _start_scheduler(self, artifact: Artifact, runtime: Runtime, template: ChatTemplate | None) -> LoadedArtifact:
         scheduler = Scheduler(runtime, self.limits, self.metrics)

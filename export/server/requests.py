@@ -1,4 +1,4 @@
-"""A request on its way through the scheduler: what it waits for, how far it is, what its reader has not taken."""
+"""A queued request, its rows, and the limits of a server."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from limbeck.export.runtime.slot import Slot
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a server its clients may take."""
+    """What clients may take of a server."""
 
-    rows: int = 64  # decoded together
-    queue: int = 256  # requests that wait for their first row
+    rows: int = 64  # rows in the batch
+    queue: int = 256  # waiting requests beyond the free rows
     timeout_s: float = 600.0  # from a request's arrival to its last token
-    prompt_tokens: int | None = None  # None: what the context allows
-    new_tokens: int | None = None
-    cache_bytes: int | None = None  # of all rows together; None: half of the memory that is free at the start
+    prompt_tokens: int | None = None  # longest prompt; None: the context length
+    new_tokens: int | None = None  # most new tokens; None: what the context allows
+    cache_bytes: int | None = None  # key-value cache of all rows; None: half of the memory available at the start
 
 
 class Unavailable(Exception):
-    """A request that is not served, or not to its end, for want of room or time.
+    """The server cannot serve a request, or not to its end: the queue is full, or the time is up.
 
     Attributes:
-        status: of HTTP. code: for programs.
-        retry_after: seconds after which another try may fare better; None where that is not known.
+        status: the HTTP status.
+        code: the error code in the answer.
+        retry_after: seconds after which a client should try again; None if unknown.
     """
 
     def __init__(self, status: int, message: str, code: str, retry_after: int | None = None) -> None:
@@ -40,37 +41,37 @@ class Unavailable(Exception):
 
 @dataclass(eq=False)
 class Row:
-    """One prompt of a request: it waits, is read, is decoded."""
+    """One prompt of a request: waiting, then in prefill, then decoding."""
 
     request: QueuedRequest
     generation: GenerationState
-    tokens: list[int]  # what has to be read: the prompt, and after a pause for want of memory what came after it
-    slot: Slot | None = None
-    last_token_s: float = 0.0  # when its newest token came
+    tokens: list[int]  # to compute: the prompt, and the new tokens so far if the row was preempted
+    slot: Slot | None = None  # None: the row is waiting
+    last_token_s: float = 0.0  # time of its newest token
 
 
 @dataclass(eq=False)
 class QueuedRequest:
-    """What the thread that runs the model knows of a request. Its reader waits for `results` in the event loop.
+    """A request as the engine sees it. Its reader waits for `results` in the event loop.
 
-    `sent` is written by the thread alone, `taken` by the event loop alone.
+    Only the engine's thread writes `sent_results`, only the event loop writes `taken_results` and `cancelled`.
     """
 
     loop: asyncio.AbstractEventLoop
     deadline_s: float  # on the clock of time.monotonic
-    waiting_rows: deque[Row] = field(default_factory=deque)  # rows that have no place yet
-    prompt_logprobs: Iterator[list[Any]] | None = None  # of a prompt that is scored: pieces of what is found
-    unfinished_rows: int = 0  # rows that have not ended
-    running_rows: int = 0  # rows that have a place
+    waiting_rows: deque[Row] = field(default_factory=deque)  # rows without a slot
+    prompt_logprobs: Iterator[list[Any]] | None = None  # chunks of prompt logprobs; None: the request generates
+    unfinished_rows: int = 0  # rows that still generate
+    running_rows: int = 0  # rows with a slot
     started: bool = False
     cancelled: bool = False
     arrived_s: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None  # when its first token came
+    first_token_s: float | None = None  # time of its first token
     sent_results: int = 0
     taken_results: int = 0
-    results: asyncio.Queue[list[Any] | Exception | None] = field(default_factory=asyncio.Queue)
+    results: asyncio.Queue[list[Any] | Exception | None] = field(default_factory=asyncio.Queue)  # None ends them
 
     @property
     def unread_results(self) -> int:
-        """Results that the reader has not taken."""
+        """Number of results that the reader has not taken."""
         return self.sent_results - self.taken_results

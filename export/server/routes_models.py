@@ -1,4 +1,4 @@
-"""What a server says of its model: /v1/models, and of its tokenizer as vLLM does: /tokenize and its kin."""
+"""The routes /v1/models, and as in vLLM /tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from limbeck.export.server.routes_openai import check_model
 
 @dataclass(kw_only=True)
 class TokenizeRequest:
-    """A text, or a conversation, to be made tokens."""
+    """The body of POST /tokenize: a text or a conversation."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -30,13 +30,13 @@ class TokenizeRequest:
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
     model: str | None = None
-    add_special_tokens: bool | None = None  # True for a text; a template writes them itself
+    add_special_tokens: bool | None = None  # default: True for a text; a chat template writes them itself
     return_token_strs: bool | None = None
 
     def token_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
-        """Raises APIError."""
+        """The token ids. Raises APIError unless exactly one of prompt and messages is given."""
         if (self.prompt is None) == (self.messages is None):
-            raise APIError(400, "either prompt or messages has to be given", "prompt")
+            raise APIError(400, "give either prompt or messages", "prompt")
         if self.messages is None:
             return encode(runtime, self.prompt or "", self.add_special_tokens is not False, "prompt")
         conversation = Conversation(
@@ -51,7 +51,7 @@ class TokenizeRequest:
 
 @dataclass(kw_only=True)
 class DetokenizeRequest:
-    """Tokens to be made a text."""
+    """The body of POST /detokenize."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -60,7 +60,7 @@ class DetokenizeRequest:
 
 
 def add_model_routes(api: FastAPI, served: ServedModel) -> None:
-    """Answer what is asked of the model and its tokenizer."""
+    """Add the routes about the model and its tokenizer."""
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -100,7 +100,7 @@ def add_model_routes(api: FastAPI, served: ServedModel) -> None:
 
 
 def _entry(served: ServedModel) -> dict[str, Any]:
-    """The served model in OpenAI's form, with what else clients may want to know."""
+    """The served model in OpenAI's format, with its context length, version and digest."""
     loaded = served.current()
     return {
         "id": served.name,

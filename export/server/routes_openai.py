@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: from a request's body to the answer, whole or streamed."""
+"""The routes POST /v1/completions and /v1/chat/completions; answers are whole or streamed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Formatter = CompletionFormatter | ChatFormatter
 
 
 def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
-    """Answer with the model that is served when a request comes."""
+    """Add the routes. A request keeps the artifact that is served when it arrives."""
 
     @api.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -42,7 +42,7 @@ def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
         return await _respond(request, served.name, body, CompletionFormatter(), results, Usage(sum(map(len, prompts))))
 
     @api.post("/v1/chat/completions")
-    async def converse(body: ChatRequest, request: Request) -> Response:
+    async def chat_complete(body: ChatRequest, request: Request) -> Response:
         check_model(served, body.model)
         loaded = served.current()
         prompt = await asyncio.to_thread(body.prompt_ids, loaded.scheduler.runtime, loaded.template)
@@ -51,9 +51,9 @@ def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
 
 
 def check_model(served: ServedModel, name: str | None) -> None:
-    """Raises APIError where a request names another model."""
+    """Raise APIError if a request names a model that is not served."""
     if name not in (None, served.name):
-        message = f"the model {name!r} is not served here; {served.name!r} is"
+        message = f"the model {name!r} is not served here; use {served.name!r}"
         raise APIError(404, message, "model", "model_not_found")
 
 
@@ -65,7 +65,7 @@ async def _respond(
     results: AsyncGenerator[Delta],
     usage: Usage,
 ) -> Response:
-    """The answer, whole or streamed."""
+    """The answer to a request, whole or streamed."""
     head: dict[str, Any] = {"id": f"{formatter.id_prefix}-{uuid4().hex}", "object": formatter.object_type}
     head |= {"created": int(time.time()), "model": model}
     if body.stream:
@@ -78,20 +78,20 @@ async def _respond(
 
 
 async def _await_first_delta(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
-    """The same results, the first of them at hand: what is wrong with a request is told by the status."""
+    """Wait for the first delta, so that an error sets the status of the answer; return all deltas."""
     first = await anext(results)
 
-    async def all_of_them() -> AsyncGenerator[Delta]:
+    async def all_deltas() -> AsyncGenerator[Delta]:
         async with aclosing(results):
             yield first
             async for delta in results:
                 yield delta
 
-    return all_of_them()
+    return all_deltas()
 
 
 async def _collect_choices(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
-    """The choices of an answer that is not streamed, by index."""
+    """Collect the whole choices, in order of their index."""
     parts: dict[int, list[Delta]] = {}
     async with aclosing(results):
         async for delta in results:
@@ -101,36 +101,38 @@ async def _collect_choices(results: AsyncGenerator[Delta], usage: Usage) -> list
 
 
 def _join_deltas(parts: list[Delta]) -> Delta:
-    """A choice of its pieces."""
-    told = [part.logprobs for part in parts if part.logprobs is not None]
-    logprobs = {key: [item for part in told for item in part[key]] for key in told[0]} if told else None
+    """Join the deltas of one choice."""
+    tables = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = {key: [item for table in tables for item in table[key]] for key in tables[0]} if tables else None
     return Delta(parts[0].index, "".join(part.text for part in parts), parts[-1].finish_reason, logprobs)
 
 
 async def _server_sent_events(
     head: dict[str, Any], formatter: Formatter, results: AsyncGenerator[Delta], usage: Usage, with_usage: bool
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events, one for each token."""
+    """Format an answer as server-sent events, one for each token."""
     extra = {"usage": None} if with_usage else {}
-    begun: set[int] = set()
+    started: set[int] = set()  # choices whose first chunk is sent
     async with aclosing(results):
         try:
             async for delta in results:
                 usage.add(delta)
-                opening = None if delta.index in begun else formatter.first_chunk(delta.index)
-                begun.add(delta.index)
-                for choice in filter(None, (opening, formatter.chunk(delta))):
+                first = None if delta.index in started else formatter.first_chunk(delta.index)
+                started.add(delta.index)
+                for choice in filter(None, (first, formatter.chunk(delta))):
                     yield _event({**head, "choices": [choice], **extra})
-        except Exception as error:  # the status is sent: all that is left is to tell it
-            message = error.message if isinstance(error, BadInput) else "the server failed on this request"
-            told = APIError(500, message)
-            if isinstance(error, Unavailable):
-                told = APIError(error.status, str(error), code=error.code)
-            yield _event(told.body())
+        except Exception as error:  # the status is sent already, so the error becomes an event
+            yield _event(_error_of_stream(error).body())
             return
     if with_usage:
         yield _event({**head, "choices": [], "usage": usage.to_json()})
     yield "data: [DONE]\n\n"
+
+
+def _error_of_stream(error: Exception) -> APIError:
+    if isinstance(error, Unavailable):
+        return APIError(error.status, str(error), code=error.code)
+    return APIError(500, error.message if isinstance(error, BadInput) else "internal error")
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -138,17 +140,17 @@ def _event(value: dict[str, Any]) -> str:
 
 
 async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, which is cancelled when the client leaves."""
+    """The result of `work`; cancels it when the client disconnects."""
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise APIError(499, "the client left")
+            raise APIError(499, "the client disconnected")
         return working.result()
     finally:
         working.cancel()

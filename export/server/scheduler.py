@@ -1,4 +1,4 @@
-"""Where requests come in: what is refused at once, what waits, and how results reach the event loop."""
+"""The scheduler: accepts or refuses requests, queues them for the engine and streams their results."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ from limbeck.registry.core.errors import BadInput
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """What the model says of one token of a prompt; None and {} for the first, which nothing precedes."""
+    """The log-probability of one prompt token given the tokens before it; None and {} for the first token."""
 
     logprob: float | None
     top_logprobs: dict[int, float]
 
 
 class Scheduler:
-    """The requests of one loaded artifact. Its methods are called from the event loop.
+    """The requests of one loaded artifact. Call its methods from an event loop.
 
-    Its thread and its model go when nobody holds the scheduler any more, running requests included.
+    The engine's thread ends and the model is freed when nothing refers to the scheduler any more; a running request
+    is such a reference.
+
+    Args:
+        runtime: the loaded artifact.
+        limits: what clients may take; None: the defaults.
+        metrics: where to count; None: nowhere else.
     """
 
     def __init__(self, runtime: Runtime, limits: Limits | None = None, metrics: Metrics | None = None) -> None:
@@ -42,17 +48,24 @@ class Scheduler:
         weakref.finalize(self, self._engine.stop)
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> AsyncGenerator[TokenEvent]:
-        """The tokens of a request as they come, `prompts` token ids, one row each; as `Runtime.events`.
+        """Yield the tokens of a request as they are generated, as `Runtime.generate_events`.
 
-        Closing the generator ends the request.
+        Closing the generator cancels the request.
+
+        Args:
+            prompts: lists of token ids, one row each.
+            sampling: the settings of all rows.
 
         Raises:
-            BadInput: more than this server's limits allow. Unavailable: no room or no time.
+            BadInput: the request exceeds this server's limits.
+            Unavailable: the queue is full, or the request takes too long.
         """
-        self._check(prompts)
-        most = self.limits.new_tokens
-        if most is not None and sampling.max_new_tokens > most:
-            raise BadInput(f"{sampling.max_new_tokens} new tokens are asked for; this server gives at most {most}")
+        self._check_prompt_length(prompts)
+        max_new_tokens = self.limits.new_tokens
+        if max_new_tokens is not None and sampling.max_new_tokens > max_new_tokens:
+            raise BadInput(
+                f"{sampling.max_new_tokens} new tokens are requested; this server generates at most {max_new_tokens}"
+            )
         request = self._new_request()
         for index, prompt in enumerate(prompts):
             generation = self.runtime.start_generation(index, prompt, sampling)
@@ -62,19 +75,19 @@ class Scheduler:
             yield event
 
     async def prompt_logprobs(self, prompt: Sequence[int], top_logprobs: int) -> list[TokenLogprob]:
-        """Each prompt token's log-probability given those before it, and the `top_logprobs` likeliest at its place.
+        """The log-probability of each prompt token, with the `top_logprobs` most likely tokens in its place.
 
         Raises as `generate`.
         """
-        self._check([prompt])
+        self._check_prompt_length([prompt])
         request = self._new_request()
         request.prompt_logprobs = _prompt_logprobs(self.runtime, prompt, top_logprobs)
-        return [scored async for scored in self._stream_results(request)]
+        return [logprob async for logprob in self._stream_results(request)]
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest, most = max(map(len, prompts)), self.limits.prompt_tokens
-        if most is not None and longest > most:
-            raise BadInput(f"the prompt has {longest} tokens; this server takes at most {most}")
+    def _check_prompt_length(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest, limit = max(map(len, prompts)), self.limits.prompt_tokens
+        if limit is not None and longest > limit:
+            raise BadInput(f"the prompt has {longest} tokens; this server accepts at most {limit}")
 
     def _new_request(self) -> QueuedRequest:
         return QueuedRequest(asyncio.get_running_loop(), time.monotonic() + self.limits.timeout_s)
@@ -83,11 +96,14 @@ class Scheduler:
         queued, rate = self._engine.queued_requests, self._engine.requests_per_s()
         if queued >= self.limits.queue + max(0, self._engine.free_rows):
             seconds = min(60, max(1, math.ceil(queued / rate))) if rate else 1
-            message = f"{queued} requests wait already; try again in {seconds} s"
+            message = f"{queued} requests are waiting already; try again in {seconds} s"
             raise Unavailable(429, message, "rate_limit_exceeded", seconds)
         self._engine.submit(request)
         try:
-            while (results := await request.results.get()) is not None:
+            while True:
+                results = await request.results.get()
+                if results is None:
+                    return
                 if isinstance(results, Exception):
                     raise results
                 for result in results:
@@ -101,11 +117,11 @@ class Scheduler:
 
 
 def _prompt_logprobs(runtime: Runtime, prompt: Sequence[int], top_logprobs: int) -> Iterator[list[TokenLogprob]]:
-    """What `Scheduler.score` gives, piece by piece."""
+    """The result of `Scheduler.prompt_logprobs`, in chunks, for the engine's thread."""
     yield [TokenLogprob(None, {})]
     done = 1
     for logits in runtime.prompt_logits(prompt):
-        # What the last position predicts is not in the prompt.
+        # The last position predicts a token that is not in the prompt.
         yield [_token_logprob(step, token, top_logprobs) for step, token in zip(logits, prompt[done:], strict=False)]
         done += len(logits)
 

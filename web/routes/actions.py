@@ -67,8 +67,7 @@ def promote(request: Request, name: str, number: int, site: SiteDependency, sent
             alias_gate.fallback_policy,
             who=alias_gate.user,
             reason=reason,
-            override=override,
-            expected_verdict=_field(sent, "verdict_digest"),
+            options=promotion.PromotionOptions(override=override, expected_verdict=_field(sent, "verdict_digest")),
         )
         return _history(name, done.entry)
 
@@ -251,7 +250,7 @@ def answer_request(request: Request, name: str, number: int, site: SiteDependenc
             "approve" if said == "approve" else "reject",
             who=alias_gate.user,
             reason=sent.get("reason", ""),
-            verdict=verdict,
+            shown=approvals.ShownToApprover(verdict),
         )
         return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
 

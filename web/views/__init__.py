@@ -1,1 +1,1 @@
-"""What the pages show, as data for their templates."""
+"""The data of the pages, for their templates."""

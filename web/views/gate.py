@@ -83,15 +83,19 @@ def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Cand
 
 def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candidate], int]:
     """The MAX_CANDIDATES cheapest scored ONNX variants with their verdicts, and how many variants were not judged."""
-    variants = [found for found in site.store.versions_with_findings(alias_gate.name) if found.version.kind == "onnx"]
+    versions = site.store.versions_with_findings(alias_gate.name)
+    variants = [findings for findings in versions if findings.version.kind == "onnx"]
     price = {
-        found.version: min(card.cost.usd_per_million_tokens if card.cost else float("inf") for card in found.scorecards)
-        for found in variants
-        if found.scorecards
+        findings.version: min(
+            card.cost.usd_per_million_tokens if card.cost else float("inf") for card in findings.scorecards
+        )
+        for findings in variants
+        if findings.scorecards
     }
     cheapest = sorted(price, key=lambda version: (price[version], version.version))[:MAX_CANDIDATES]
-    known = [candidate for version in cheapest if (candidate := judge_candidate(site, alias_gate, version))]
-    return known, len(variants) - len(known)
+    judged = [judge_candidate(site, alias_gate, version) for version in cheapest]
+    candidates = [candidate for candidate in judged if candidate is not None]
+    return candidates, len(variants) - len(candidates)
 
 
 def approval_state(site: Site, alias_gate: AliasGate, version: Version) -> approvals.ApprovalState:

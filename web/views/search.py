@@ -1,4 +1,4 @@
-"""The search box: words, and the same conditions as the options of `limbeck models list`, in one line."""
+"""The search box: one line of words and of the conditions of `limbeck models list`."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ FILTER = re.compile(r"\s*(tags|tag|metrics|metric|attributes|name)\b\s*[.=!<>`]|
 
 
 class SearchPage(NamedTuple):
-    """The versions of one page of a search."""
+    """One page of search results."""
 
     hits: Sequence[SearchHit]
     total: int
-    number: int  # of the page, from 1
+    number: int  # page number, from 1
     pages: int
 
 
 def search_page(store: Store, name: str | None, text: str, sort: str, page_number: int) -> SearchPage:
-    """Those of `name`, or of all models, that a line asks for.
+    """Search the versions of `name`, or of all models if it is None.
 
     Args:
-        text: words that a version's fields have; `kind=onnx`, `alias=production`, `since=2026-01-31`,
-            `retention>=0.9`; or a filter in MLflow's language.
-        sort: as `limbeck models list --sort`.
+        store: the registry.
+        name: the registered model.
+        text: words that a version's fields contain; conditions such as `kind=onnx`, `alias=production`,
+            `since=2026-01-31`, `retention>=0.9`; or a filter in MLflow's language.
+        sort: as in `limbeck models list --sort`; "" for the default.
+        page_number: from 1; limited to the last page.
 
     Raises:
-        BadInput: a condition that cannot be read; no such model.
+        BadInput: an invalid condition, or an unknown model.
     """
-    asked, words = _parse_search(text, sort)
-    found = [hit for hit in search_versions(store, name, asked) if all(word in _searchable_text(hit) for word in words)]
-    if name and not found and not text.strip():
+    query, words = _parse_search(text, sort)
+    hits = [hit for hit in search_versions(store, name, query) if all(word in _searchable_text(hit) for word in words)]
+    if name and not hits and not text.strip():
         raise store.not_found_error(name)
-    pages = max(1, -(-len(found) // VERSIONS_PER_PAGE))
+    pages = max(1, -(-len(hits) // VERSIONS_PER_PAGE))
     page_number = min(max(page_number, 1), pages)
-    return SearchPage(
-        found[(page_number - 1) * VERSIONS_PER_PAGE : page_number * VERSIONS_PER_PAGE], len(found), page_number, pages
-    )
+    start = (page_number - 1) * VERSIONS_PER_PAGE
+    return SearchPage(hits[start : start + VERSIONS_PER_PAGE], len(hits), page_number, pages)
 
 
 def _parse_search(text: str, sort: str) -> tuple[Query, list[str]]:
+    """Split a line into a query and its plain words, in lower case."""
     if FILTER.match(text):
         return Query(build_conditions({}, text=text), sort=sort or None), []
     fields: dict[str, str | None] = {}
@@ -65,15 +68,15 @@ def _parse_search(text: str, sort: str) -> tuple[Query, list[str]]:
         else:
             metrics.append(part)
     try:
-        asked = build_conditions(fields, metrics=metrics)
+        conditions = build_conditions(fields, metrics=metrics)
     except BadInput as error:
-        raise BadInput(error.message.replace("--metric ", ""), fix="write retention>=0.9") from None
+        raise BadInput(error.message.replace("--metric ", ""), fix="write it as retention>=0.9") from None
     since, until = (parse_date(more[key]) if key in more else None for key in ("since", "until"))
-    return Query(asked, since, until, more.get("alias"), sort or None), words
+    return Query(conditions, since, until, more.get("alias"), sort or None), words
 
 
 def _searchable_text(hit: SearchHit) -> str:
-    """What words are looked for in."""
+    """The text that plain words are searched in."""
     version: Version | None = hit.version
     if version is None:
         return hit.ref.casefold()

@@ -1,4 +1,4 @@
-"""The page of a version: what is drawn and put in words of `limbeck.web.views.version_data.VersionData`."""
+"""The page of a version: the facts, scores, costs and plots made from its `VersionData`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from limbeck.web.views.version_data import MAIN_CURVES, VersionData
 
 
 class Link(NamedTuple):
-    """Words that lead somewhere."""
+    """A text with a link."""
 
     text: str
     address: str
 
 
 class TaskScore(NamedTuple):
-    """A task of the newest scorecard."""
+    """A row of the table of scores: a task of the newest scorecard."""
 
     task: str
     result: TaskResult
@@ -35,10 +35,12 @@ class TaskScore(NamedTuple):
 
 
 def version_page_values(site: Site, data: VersionData, curve_names: list[str] | None) -> dict[str, Any]:
-    """What the template version.html takes.
+    """The variables of the template version.html.
 
     Args:
-        curve_names: the metrics whose curves are shown; None: those that matter most.
+        site: the shared state.
+        data: of the version.
+        curve_names: the metrics to plot; None: `MAIN_CURVES`.
     """
     version = data.version
     names = [name for name in data.metrics if name in MAIN_CURVES] if curve_names is None else curve_names
@@ -53,14 +55,15 @@ def version_page_values(site: Site, data: VersionData, curve_names: list[str] | 
         "flips_link": version_link(version.ref, "flips") + query_string(against=relative.teacher if relative else None),
         "requests": list(_requests(site, version)),
         "graph": plots.draw_lineage_if_small(data.lineage, version.ref),
-        "curves": [(each.label, plots.draw_curves(each.label, [each])) for each in series],
-        "shown_curves": {each.label for each in series},
+        "curves": [(curve.label, plots.draw_curves(curve.label, [curve])) for curve in series],
+        "shown_curves": {curve.label for curve in series},
         "chosen": curve_names is not None,
         "run_link": site.run_link(version.run_id) if version.run_id and data.metrics else None,
     }
 
 
 def _facts(data: VersionData) -> Iterator[tuple[str, str | Link]]:
+    """(label, value) pairs of the table of facts."""
     version = data.version
     yield "kind", {"onnx": "ONNX variant"}.get(version.kind, version.kind)
     yield "runs in", version.engine
@@ -69,9 +72,9 @@ def _facts(data: VersionData) -> Iterator[tuple[str, str | Link]]:
         yield "recipe", version.recipe + (f", a control: {version.control}" if version.control else "")
     if version.params is not None:
         yield "parameters", f"{version.params:,}"
-    for words, ref in (("made from", made_from_ref(version)), ("teacher", version.teacher)):
+    for label, ref in (("made from", made_from_ref(version)), ("teacher", version.teacher)):
         if ref:
-            yield words, Link(ref, version_link(ref))
+            yield label, Link(ref, version_link(ref))
     if data.making:
         yield "training", f"{data.making.tokens:,} tokens in {data.making.training_seconds:,.0f} s"
     yield "registered", f"{version.created:%Y-%m-%d %H:%M}" + (f" by {version.author}" if version.author else "")
@@ -80,21 +83,21 @@ def _facts(data: VersionData) -> Iterator[tuple[str, str | Link]]:
     if version.data_digest:
         yield "data", version.data_digest[:16]
     if version.recipe_digest:
-        yield "recipe's digest", version.recipe_digest[:16]
+        yield "recipe digest", version.recipe_digest[:16]
 
 
 def _scores(scorecard: Scorecard) -> Iterator[TaskScore]:
-    kept = scorecard.relative.task_retention if scorecard.relative else {}
-    low, high = plots.axis_range([*kept.values()], 0.0, 1.0)
+    retention_of_task = scorecard.relative.task_retention if scorecard.relative else {}
+    overlap_of_task = scorecard.contamination.tasks if scorecard.contamination else {}
+    low, high = plots.axis_range([*retention_of_task.values()], 0.0, 1.0)
     for task, result in scorecard.tasks.items():
-        share = kept.get(task)
-        drawn = plots.draw_interval(share, low, high, marks=(0.0, 1.0)) if share else Markup("")
-        yield TaskScore(
-            task, result, share, drawn, scorecard.contamination.tasks.get(task) if scorecard.contamination else None
-        )
+        retention = retention_of_task.get(task)
+        plot = plots.draw_interval(retention, low, high, marks=(0.0, 1.0)) if retention else Markup("")
+        yield TaskScore(task, result, retention, plot, overlap_of_task.get(task))
 
 
 def _costs(scorecard: Scorecard) -> Iterator[tuple[str, str, str | None]]:
+    """(title, value, the teacher's value) of each known cost figure."""
     teacher = scorecard.relative.teacher_cost if scorecard.relative else None
     for key, column in FIGURES.items():
         value = column.format_value(getattr(scorecard.cost, key, None))
@@ -103,8 +106,8 @@ def _costs(scorecard: Scorecard) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _requests(site: Site, version: Version) -> Iterator[approvals.ApprovalState]:
-    """What was asked for this version, alias by alias."""
+    """The approval requests of this version, by alias."""
     for alias in sorted({"production", *version.aliases, *log.read_ledger(site.store, version.name).aliases}):
-        asked = approvals.load_approval_state(site.store, version, alias)
-        if asked.request:
-            yield asked
+        state = approvals.load_approval_state(site.store, version, alias)
+        if state.request:
+            yield state

@@ -59,7 +59,7 @@ def test_rows_that_come_and_go_in_any_order_have_what_they_have_alone(runtime: R
     for turn in range(45):
         if len(reading) + len(running) < 6 and draw.random() < 0.5:
             beginning = shared[: draw.choice([0, 0, 17, 30, 40])]
-            reading.append(batch.add_prompt(beginning + texts(1, 1, 25, 100 * seed + turn)[0], 40))
+            reading.append(batch.add_prompt(beginning + texts(1, 1, 25, 100 * seed + turn)[0]))
         batch_of = [slot for slot in reading if draw.random() < 0.7]
         for slot, logits in zip(batch_of, batch.prefill(batch_of, draw.choice([3, 16, 100])), strict=True):
             assert (logits is None) == bool(slot.unread_tokens)
@@ -87,11 +87,11 @@ def test_what_a_buffer_held_before_and_never_held_counts_for_nothing(
     monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 77, dtype))
     prompts = texts(5, 3, 60)
     batch = Batch(runtime, prefix_cache_tokens=0)
-    first = [batch.add_prompt(prompt, 1) for prompt in prompts]
+    first = [batch.add_prompt(prompt) for prompt in prompts]
     read(batch, first)
     for slot in first:
         batch.remove_slot(slot)
-    slots = [batch.add_prompt(prompt[:-2], 1) for prompt in reversed(prompts)]
+    slots = [batch.add_prompt(prompt[:-2]) for prompt in reversed(prompts)]
     for slot, logits in zip(slots, read(batch, slots), strict=True):
         np.testing.assert_allclose(logits, whole(runtime, list(slot.prompt)), atol=ATOL)
 
@@ -107,7 +107,7 @@ def test_prompts_of_about_one_length_are_read_in_one_run(runtime: Runtime, monke
         lambda self, slots, pieces: runs.append(len(slots)) or run(self, slots, pieces),
     )
     batch = Batch(runtime)
-    slots = [batch.add_prompt(prompt, 1) for prompt in [*texts(4, 18, 20, 1), *texts(3, 50, 54, 2), *texts(2, 2, 2, 3)]]
+    slots = [batch.add_prompt(prompt) for prompt in [*texts(4, 18, 20, 1), *texts(3, 50, 54, 2), *texts(2, 2, 2, 3)]]
     for slot, logits in zip(slots, read(batch, slots), strict=True):
         np.testing.assert_allclose(logits, whole(runtime, list(slot.prompt)), atol=ATOL)
     assert runs == [2, 4, 3]
@@ -132,13 +132,13 @@ def test_a_beginning_that_another_text_had_is_not_read_again(runtime: Runtime) -
     start, *ends = [texts(1, 50, 50)[0], *texts(3, 5, 9, seed=4)]
     batch = Batch(runtime)
     counted = Counted(batch)
-    left = batch.add_prompt(start + ends[0], 3)
+    left = batch.add_prompt(start + ends[0])
     read(batch, [left])
     batch.step([left], [9])
     batch.remove_slot(left)
     assert counted.tokens == len(start + ends[0])
     for end in ends[1:]:  # the first takes over what has left, the second what is there still
-        slot = batch.add_prompt(start + end, 3)
+        slot = batch.add_prompt(start + end)
         (logits,) = read(batch, [slot])
         assert slot.reused_tokens == len(start)
         np.testing.assert_allclose(logits, whole(runtime, start + end), atol=ATOL)
@@ -146,7 +146,7 @@ def test_a_beginning_that_another_text_had_is_not_read_again(runtime: Runtime) -
         np.testing.assert_allclose(logits, whole(runtime, [*start, *end, 17]), atol=ATOL)
     assert counted.tokens == len(start) + sum(map(len, ends))
     # A text goes on where another ended: what was generated is known too.
-    slot = batch.add_prompt([*start, *ends[0], 9, 8], 3)
+    slot = batch.add_prompt([*start, *ends[0], 9, 8])
     (logits,) = read(batch, [slot])
     np.testing.assert_allclose(logits, whole(runtime, [*start, *ends[0], 9, 8]), atol=ATOL)
     assert slot.reused_tokens == len(start + ends[0]) + 1
@@ -157,7 +157,7 @@ def test_choices_of_one_prompt_read_it_once(runtime: Runtime, most: int) -> None
     prompt = texts(1, 60, 60)[0]
     batch = Batch(runtime)
     counted = Counted(batch)
-    slots = [batch.add_prompt(prompt, 4) for _ in range(4)]
+    slots = [batch.add_prompt(prompt) for _ in range(4)]
     for logits in read(batch, slots, most):
         np.testing.assert_allclose(logits, whole(runtime, prompt), atol=ATOL)
     assert counted.tokens <= 60 + 3 * 16  # the least that is taken over
@@ -195,11 +195,11 @@ def test_a_long_text_leaves_no_wide_buffers(runtime: Runtime) -> None:
     assert isinstance(cache, static_cache.StaticCache)
     static_cache.MIN_WIDTH, least = 8, static_cache.MIN_WIDTH
     try:
-        slot = batch.add_prompt([5] * 100, 3)
+        slot = batch.add_prompt([5] * 100)
         read(batch, [slot])
         assert cache._buffers[0].shape[2] == 128
         batch.remove_slot(slot)
-        slot = batch.add_prompt([5] * 4, 3)
+        slot = batch.add_prompt([5] * 4)
         read(batch, [slot])
         assert cache._buffers[0].shape[2] == 8
     finally:

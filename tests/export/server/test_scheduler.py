@@ -249,7 +249,7 @@ def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, mo
 def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
     async def ask() -> None:
         scheduler = Scheduler(endless, Limits(prompt_tokens=3, new_tokens=5))
-        with pytest.raises(BadInput, match="prompt has 4 tokens; this server takes at most 3"):
+        with pytest.raises(BadInput, match="prompt has 4 tokens; this server accepts at most 3"):
             await anext(scheduler.generate([[1], [1] * 4], Sampling(max_new_tokens=1)))
         with pytest.raises(BadInput, match="at most 3"):
             await scheduler.prompt_logprobs([1] * 4, 0)
