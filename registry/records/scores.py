@@ -79,7 +79,7 @@ class Scorecard(Record):
 
 
 class Parity(Record):
-    """An ONNX variant held against the PyTorch model it came from, on held-out tokens."""
+    """An ONNX variant compared with its PyTorch model on held-out tokens."""
 
     reference: str  # digest of the PyTorch artifact
     precision: str
@@ -91,12 +91,12 @@ class Parity(Record):
     bits_per_byte: float
     greedy_identical: bool
     passed: bool  # fp32: all differences <= 1e-3 and greedy_identical; others: nothing is broken outright
-    p99_kl: float | None = None  # 99th percentile over tokens
-    max_kl: float | None = None
-    # A text alone beside the same text ...: largest difference in log-probability, and mean KL in nats per token
-    batch_diff: float | None = None  # in a batch with others
-    batch_kl: float | None = None
-    left_padding_diff: float | None = None  # in a batch padded on the left, its end token by token
-    left_padding_kl: float | None = None
-    cache_diff: float | None = None  # token by token with the runtime's cache
-    cache_kl: float | None = None
+    p99_kl: float  # 99th percentile over tokens
+    max_kl: float
+    # The same text alone and ...: largest difference in log-probability, and mean KL in nats per token
+    batch_diff: float  # in a batch with others
+    batch_kl: float
+    left_padding_diff: float  # in a batch padded on the left, its last tokens one by one with the cache
+    left_padding_kl: float
+    cache_diff: float  # token by token with the runtime's cache
+    cache_kl: float

@@ -220,5 +220,9 @@ def _parity(**changes: Any) -> Parity:
         "bits_per_byte": 2.0,
         "greedy_identical": True,
         "passed": True,
+        "p99_kl": 1e-3,
+        "max_kl": 1e-2,
+        **dict.fromkeys(("batch_diff", "left_padding_diff", "cache_diff"), 1e-5),
+        **dict.fromkeys(("batch_kl", "left_padding_kl", "cache_kl"), 1e-7),
     }
     return Parity(**fields | changes)

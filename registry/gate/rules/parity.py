@@ -35,10 +35,7 @@ def parity_results(limits: ParityLimits, evidence: Evidence) -> Iterator[RuleRes
     for key, limit in given_limits.items():
         bound, _, figure = key.partition("_")
         label, value = figures[figure]
-        if value is None:
-            yield rule_result(f"parity.{key}", "inconclusive", f"{label} was not measured at the export; {export}")
-        else:
-            yield rule_result(f"parity.{key}", *check_limit(label, value, limit, is_maximum=bound == "max"))
+        yield rule_result(f"parity.{key}", *check_limit(label, value, limit, is_maximum=bound == "max"))
 
 
 def _describe_parity(parity: Parity) -> str:
@@ -46,4 +43,4 @@ def _describe_parity(parity: Parity) -> str:
     text = f"largest difference in log-probability {parity.max_logprob_diff:.2g}"
     text += f", greedy text {'identical' if parity.greedy_identical else 'differs'}"
     modes = {"in a batch": parity.batch_diff, "padded": parity.left_padding_diff, "cached": parity.cache_diff}
-    return text + "".join(f", {mode} {value:.2g}" for mode, value in modes.items() if value is not None)
+    return text + "".join(f", {mode} {value:.2g}" for mode, value in modes.items())
