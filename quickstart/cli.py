@@ -88,7 +88,7 @@ def steps(
     )
     yield (
         "Use: the torch-free runtime in a new process, compared with the teacher",
-        [("generate", f"{name}@production", PROMPT, *SAMPLING, "--beside", teacher)],
+        [("generate", f"{name}@production", PROMPT, *SAMPLING, "--against", teacher)],
     )
 
 

@@ -14,7 +14,7 @@ def command_snippets(version: Version) -> list[str]:
         return [
             f"limbeck generate {ref} PROMPT",
             f"limbeck serve {ref}",
-            f"limbeck deploy {ref} --to DIR",
+            f"limbeck deploy {ref} --output DIR",
             f"limbeck promote {ref} --alias production",
         ]
     score = f"limbeck eval {ref} --tasks TASK,... --against {shlex.quote(version.teacher or 'TEACHER')}"

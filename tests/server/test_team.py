@@ -80,7 +80,7 @@ def test_the_whole_loop_by_several_people(be: Callable[..., None], limbeck: Limb
     be("bob")
     entries = told(limbeck("models", "history", "tiny-coder", "--format", "json"))["entries"]
     assert [(entry["action"], entry["who"]) for entry in entries] == [("promote", "ann")]
-    bundle = limbeck("deploy", "tiny-coder@production", "--to", tmp_path / "bundle")
+    bundle = limbeck("deploy", "tiny-coder@production", "--output", tmp_path / "bundle")
     assert bundle.code == 0, bundle.err
     assert limbeck("rollback", "tiny-coder").code == 2
     be("carl")  # may write the entry, and not take an alias away

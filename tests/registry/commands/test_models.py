@@ -52,7 +52,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
         "newest verdict: pass",
         "model.onnx",
         "mean_kl",
-        "limbeck deploy still/4 --to DIR",
+        "limbeck deploy still/4 --output DIR",
     ):
         assert words in result.out
     about = json.loads(limbeck("models", "show", "still/4", "--format", "json").out)
