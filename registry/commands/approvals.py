@@ -1,4 +1,4 @@
-"""`limbeck request`, `approve`, `reject` and `requests`: yes and no before an alias moves."""
+"""`limbeck request`, `approve`, `reject` and `requests`: approvals before an alias moves."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ if TYPE_CHECKING:
     from limbeck.registry.policy.schema import Policy
     from limbeck.registry.records import Verdict
 
-alias_option = click.option("--alias", default="production", show_default=True, help="The alias that is asked for.")
+alias_option = click.option("--alias", default="production", show_default=True, help="The alias of the request.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation on a terminal.")
 
 
 @click.command()
 @click.argument("ref")
 @alias_option
-@click.option("--reason", required=True, help="Why; kept with the version.")
+@click.option("--reason", required=True, help="Why; stored with the version.")
 @format_option
 def request(ref: str, alias: str, reason: str, output_format: str) -> None:
-    """Ask that an alias may point at the version REF.
+    """Request that an alias may point at the version REF.
 
-    It is bound to the digest of the version's files. It ends where the alias is moved off the version again.
+    The request is bound to the digest of the version's files. It ends when the alias moves off the version again.
     """
     from limbeck.registry.gate import approvals
 
     made = approvals.request_approval(_store(), ref, alias, reason=reason)
     if output_format == "json":
         print_json(made)
-    print_status(
-        f"{made.who} asks for {made.name}/{made.version} at {alias}; to answer: limbeck approve {ref} --alias {alias}"
-    )
+    answer = f"limbeck approve {ref} --alias {alias}"
+    print_status(f"{made.who} requests that {alias} may point at {made.name}/{made.version}; to answer: {answer}")
 
 
 @click.command()
 @click.argument("ref")
 @alias_option
-@click.option("--reason", default="", help="Kept with the version.")
+@click.option("--reason", default="", help="Why; stored with the version.")
 @policy_option
-@click.option("--yes", is_flag=True, help="Ask nothing, on a terminal too.")
+@yes_option
 @format_option
 def approve(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output_format: str) -> None:
-    """Say yes to the newest request for the version REF, with the verdict of now before you.
+    """Approve the newest request for the version REF, after printing the gate decision as of now.
 
-    The author of the version and who asked cannot. It is signed where LIMBECK_SIGNING_KEY names a key.
+    The author of the version and whoever made the request cannot approve it. The approval is signed if
+    LIMBECK_SIGNING_KEY names a key.
     """
     _answer_request(ref, alias, "approve", reason, path, yes, output_format)
 
@@ -58,12 +59,12 @@ def approve(ref: str, alias: str, reason: str, path: Path | None, yes: bool, out
 @click.command()
 @click.argument("ref")
 @alias_option
-@click.option("--reason", required=True, help="Why; kept with the version.")
+@click.option("--reason", required=True, help="Why; stored with the version.")
 @policy_option
-@click.option("--yes", is_flag=True, help="Ask nothing, on a terminal too.")
+@yes_option
 @format_option
 def reject(ref: str, alias: str, reason: str, path: Path | None, yes: bool, output_format: str) -> None:
-    """Say no to the newest request for the version REF; your newest answer counts."""
+    """Reject the newest request for the version REF. Your newest answer counts."""
     _answer_request(ref, alias, "reject", reason, path, yes, output_format)
 
 
@@ -76,39 +77,39 @@ def _answer_request(
 
     store = _store()
     version = store.get(ref)
-    asked = approvals.load_approval_state(store, version, alias)
-    shown = approvals.request_to_answer(store, asked, alias).digest()
+    state = approvals.load_approval_state(store, version, alias)
+    newest = approvals.request_to_answer(store, state, alias)
     policy = policy_for_alias(store, version.name, alias, path)
     verdict = apply_policy(policy, gather_evidence(store, version, policy, alias)) if policy else None
     if output_format == "table":
-        _print_request(asked, policy, verdict)
+        _print_request(state, policy, verdict)
     if not yes and sys.stdin.isatty():
         click.confirm(f"{answer} {version.ref} for {alias}?", abort=True, err=True)
-    made = approvals.answer_request(
-        store, version.ref, alias, answer, reason=reason, verdict=verdict, expected_request=shown
-    )
+    shown = approvals.ShownToApprover(verdict, newest.digest())
+    approval = approvals.answer_request(store, version.ref, alias, answer, reason=reason, shown=shown)
     if output_format == "json":
-        print_json({"approval": made, "verdict": verdict})
-    signed = "signed" if made.signature else "not signed"
-    print_status(f"{made.who} {answer}s {version.ref} for {alias} ({signed})")
+        print_json({"approval": approval, "verdict": verdict})
+    signed = "signed" if approval.signature else "not signed"
+    print_status(f"{approval.who} {answer}s {version.ref} for {alias} ({signed})")
 
 
 def _print_request(state: ApprovalState, policy: Policy | None, verdict: Verdict | None) -> None:
-    """What somebody has to see before they answer."""
-    from limbeck.registry.gate.protection import policy_settings as rules
+    """Print what a person has to see before they answer."""
+    from limbeck.registry.gate.protection import policy_settings
 
     if state.request:
         fields = state.request.model_dump(include={"alias", "who", "when", "reason", "artifact"})
-        print_table(f"asked for {state.version.ref}", ["field", "value"], fields.items())
-    if answers := [*state.earlier_answers, *state.answers]:
-        said = [(a.answer, a.who, f"{a.when:%Y-%m-%d %H:%M}", a.reason or None) for a in answers]
-        print_table("answers so far", ["answer", "who", "when", "reason"], said)
+        print_table(f"request for {state.version.ref}", ["field", "value"], fields.items())
+    answers = [*state.earlier_answers, *state.answers]
+    if answers:
+        rows = [(a.answer, a.who, f"{a.when:%Y-%m-%d %H:%M}", a.reason or None) for a in answers]
+        print_table("answers so far", ["answer", "who", "when", "reason"], rows)
     if policy and verdict:
-        print_table(f"the policy {policy.digest()[:12]}", ["key", "value"], rules(policy))
-        rows = [(rule.rule, rule.outcome, rule.message) for rule in verdict.rules]
-        print_table(f"verdict as of now: {verdict.outcome}", ["rule", "outcome", "numbers"], rows)
+        print_table(f"the policy {policy.digest()[:12]}", ["key", "value"], policy_settings(policy))
+        rules = [(rule.rule, rule.outcome, rule.message) for rule in verdict.rules]
+        print_table(f"gate decision as of now: {verdict.outcome}", ["rule", "outcome", "numbers"], rules)
     else:
-        print_status("no policy: there is no verdict to look at")
+        print_status("there is no policy, so there is no gate decision to show")
     _report_problems(state)
 
 
@@ -116,7 +117,7 @@ def _print_request(state: ApprovalState, policy: Policy | None, verdict: Verdict
 @click.argument("name", required=False)
 @format_option
 def requests(name: str | None, output_format: str) -> None:
-    """The requests that wait for an answer or for their promotion, of NAME or of all models."""
+    """List the requests that wait for an answer or for their promotion, of NAME or of all models."""
     from limbeck.registry.gate import approvals
 
     found = approvals.open_requests(_store(), name)
@@ -124,41 +125,42 @@ def requests(name: str | None, output_format: str) -> None:
         print_json([_request_json(each) for each in found])
         return
     if not found:
-        print_status("nothing waits")
+        print_status("no open requests")
         return
-    columns = ["version", "alias", "asked by", "when", "reason", "approved by", "needed", "may still answer"]
+    columns = ["version", "alias", "requested by", "when", "reason", "approved by", "needed", "may still answer"]
     print_table("requests", columns, [_row(each) for each in found])
     for each in found:
         _report_problems(each.state)
 
 
-def _row(each: OpenRequest) -> tuple[Any, ...]:
+def _row(open_request: OpenRequest) -> tuple[Any, ...]:
+    request = open_request.request
     return (
-        each.state.version.ref,
-        each.request.alias,
-        each.request.who,
-        f"{each.request.when:%Y-%m-%d %H:%M}",
-        each.request.reason,
-        ", ".join(each.approved_by) or None,
-        each.needed,
-        ", ".join(each.eligible_approvers) or None,
+        open_request.state.version.ref,
+        request.alias,
+        request.who,
+        f"{request.when:%Y-%m-%d %H:%M}",
+        request.reason,
+        ", ".join(open_request.approved_by) or None,
+        open_request.needed,
+        ", ".join(open_request.eligible_approvers) or None,
     )
 
 
-def _request_json(each: OpenRequest) -> dict[str, Any]:
-    return each.request.model_dump(mode="json") | {
-        "request": each.request.digest(),
-        "answers": each.state.answers,
-        "approved_by": each.approved_by,
-        "needed": each.needed,
-        "eligible_approvers": each.eligible_approvers,
-        "problems": each.state.problems,
+def _request_json(open_request: OpenRequest) -> dict[str, Any]:
+    return open_request.request.model_dump(mode="json") | {
+        "request": open_request.request.digest(),
+        "answers": open_request.state.answers,
+        "approved_by": open_request.approved_by,
+        "needed": open_request.needed,
+        "eligible_approvers": open_request.eligible_approvers,
+        "problems": open_request.state.problems,
     }
 
 
 def _report_problems(state: ApprovalState) -> None:
     if state.problems:
-        print_status("\n".join([f"not as it should be, of {state.version.ref}:", *indent_lines(state.problems)]))
+        print_status("\n".join([f"problems of {state.version.ref}:", *indent_lines(state.problems)]))
 
 
 def _store() -> Store:

@@ -1,4 +1,4 @@
-"""`limbeck models history`: the alias moves of a model."""
+"""`limbeck models history`: the alias moves of a model, and whether its ledger is consistent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name")
-@click.option("--alias", help="The moves of this alias alone; what is wrong is told of all.")
-@click.option("--verify", is_flag=True, help="Exit 1 where an entry was changed, or an alias moved behind our back.")
-@click.option("--adopt", is_flag=True, help="Take what is wrong as it is: written as an entry, told no more.")
-@click.option("--reason", default="", help="With --adopt: kept in the ledger.")
+@click.option("--alias", help="Only the moves of this alias; problems are still those of all aliases.")
+@click.option(
+    "--verify", is_flag=True, help="Exit with 1 if an entry was changed, or an alias was moved through MLflow itself."
+)
+@click.option("--adopt", is_flag=True, help="Accept the problems as they are: recorded, and not reported again.")
+@click.option("--reason", default="", help="With --adopt: why; recorded in the ledger.")
 @format_option
 def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str, output_format: str) -> None:
     """The alias moves of NAME, from its ledger."""
@@ -32,51 +34,55 @@ def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str
     store = Store()
     if adopt:
         audit.adopt_problems(store, name, reason=reason)
-    book = audit.audit_ledger(store, name)
-    entries = [entry for entry in book.entries if alias in (None, entry.alias)]
-    if alias is not None and not entries and alias not in book.aliases:
-        known = sorted({entry.alias for entry in book.entries} | book.aliases.keys())
+    ledger = audit.audit_ledger(store, name)
+    entries = [entry for entry in ledger.entries if alias in (None, entry.alias)]
+    if alias is not None and not entries and alias not in ledger.aliases:
+        known = sorted({entry.alias for entry in ledger.entries} | ledger.aliases.keys())
         raise BadInput(f"{name} never had an alias {alias!r}", fix=f"it had {', '.join(known) or 'none'}")
+    problems = ledger.problems()
     if output_format == "json":
-        told = {"problems": book.problems(), "adopted": book.remaining_adopted_problems()}
-        print_json({"name": name, "aliases": book.aliases, "entries": entries} | told)
+        adopted = ledger.remaining_adopted_problems()
+        fields = {"name": name, "aliases": ledger.aliases, "entries": entries}
+        print_json(fields | {"problems": problems, "adopted": adopted})
     else:
         print_entries(name, entries)
-    _print_notes(book, entries)
-    problems = book.problems()
+    _print_notes(ledger, entries)
     if verify and problems:
         raise Refused(
             "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
-            fix=f"to take it as it is: limbeck models history {name} --adopt --reason ...",
+            fix=f"to accept them as they are: limbeck models history {name} --adopt --reason ...",
         )
     if problems:
-        print_status("\n".join(["not as it should be:", *indent_lines(problems)]))
+        print_status("\n".join(["problems:", *indent_lines(problems)]))
     elif verify:
-        print_status(f"{len(book.entries)} {'entry' if len(book.entries) == 1 else 'entries'}, each in its place")
+        number = len(ledger.entries)
+        print_status(f"{number} {'entry is' if number == 1 else 'entries are'} consistent")
 
 
-def _print_notes(ledger_snapshot: Ledger, entries: Iterable[LedgerEntry]) -> None:
-    """What a table of moves is too narrow for (stderr)."""
+def _print_notes(ledger: Ledger, entries: Iterable[LedgerEntry]) -> None:
+    """Print overrides, unfinished moves and adopted problems to stderr."""
     report_overrides(entries)
-    for alias in sorted({entry.alias for entry in ledger_snapshot.entries}):
-        if (begun := ledger_snapshot.unfinished_move(alias)) and not ledger_snapshot.external_move_problem(alias):
-            print_status(f"entry {begun.sequence} is not carried out yet; the next promotion or rollback does it")
-    if settled := ledger_snapshot.remaining_adopted_problems():
-        print_status("\n".join(["was not as it should be:", *indent_lines(settled)]))
+    for alias in sorted({entry.alias for entry in ledger.entries}):
+        unfinished = ledger.unfinished_move(alias)
+        if unfinished and not ledger.external_move_problem(alias):
+            print_status(f"entry {unfinished.sequence} is not carried out yet; the next promotion or rollback does it")
+    adopted = ledger.remaining_adopted_problems()
+    if adopted:
+        print_status("\n".join(["adopted problems:", *indent_lines(adopted)]))
 
 
 def report_overrides(entries: Iterable[LedgerEntry]) -> None:
-    """Say which entries are of a version that did not pass, and what it did not pass (stderr)."""
+    """Print the entries that moved an alias to a version that did not pass, with the failing rules, to stderr."""
     for entry in entries:
         if entry.override:
-            put = f"{entry.who} put {entry.alias} on {entry.name}/{entry.to_version}, which did not pass:"
-            words = f"OVERRIDE: in entry {entry.sequence} {put}"
-            print_status("\n".join([words, *indent_lines(entry.overridden_rules)]))
+            target = f"{entry.alias} to {entry.name}/{entry.to_version}"
+            text = f"OVERRIDE: in entry {entry.sequence} {entry.who} moved {target}, which did not pass:"
+            print_status("\n".join([text, *indent_lines(entry.overridden_rules)]))
 
 
 def print_entries(name: str, entries: Iterable[LedgerEntry]) -> None:
     """Print ledger entries as a table."""
-    columns = ["entry", "when", "alias", "action", "from", "to", "who", "verdict", "reason"]
+    columns = ["entry", "when", "alias", "action", "from", "to", "who", "gate decision", "reason"]
     rows = [
         (
             entry.sequence,

@@ -1,4 +1,4 @@
-"""`limbeck policy check`: what a policy asks, and what a version would get."""
+"""`limbeck policy check`: what a policy requires, and what the gate would decide on a version."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from limbeck.registry.core.terminal import format_option, print_json, print_stat
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", "ref", metavar="NAME/VERSION", help="Judge this version, and write nothing.")
-@click.option("--alias", default="production", show_default=True, help="The alias that is to point at it.")
+@click.option("--model", "ref", metavar="NAME/VERSION", help="Apply the policy to this version; writes nothing.")
+@click.option("--alias", default="production", show_default=True, help="The alias that would point at the version.")
 @format_option
 def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
-    """Say in words what a policy asks, with the lines of what is wrong in it.
+    """Describe what the policy FILE requires, or report its mistakes with their lines.
 
-    Exit code 2 for a policy that cannot be used, that asks nothing or that no model can pass; with --model, 1
-    where the version does not pass.
+    Exit code 2 if the policy is invalid, has no rule, or no model can pass it; with --model, 1 if the version does not
+    pass.
     """
     from limbeck.registry.policy.describe import describe_policy
     from limbeck.registry.policy.file import load_policy
@@ -30,8 +30,8 @@ def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
         if output_format == "json":
             print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": None})
         else:
-            print_table(str(file), ["rule", "what it asks"], rules)
-        print_status(f"a policy in order, {policy.digest()[:12]}")
+            print_table(str(file), ["rule", "requires"], rules)
+        print_status(f"the policy {policy.digest()[:12]} is valid")
         return
 
     from limbeck.registry.gate.evidence import gather_evidence
@@ -45,7 +45,7 @@ def check(file: Path, ref: str | None, alias: str, output_format: str) -> None:
         print_json({"policy": policy.digest(), "rules": dict(rules), "verdict": verdict})
     else:
         rows = [(each.rule, each.outcome, each.message) for each in verdict.rules]
-        print_table(f"{version.ref} by {file}", ["rule", "outcome", "with the numbers"], rows)
+        print_table(f"gate decision on {version.ref} by {file}", ["rule", "outcome", "numbers"], rows)
     if verdict.outcome != "pass":
         raise Refused(f"{version.ref} does not pass: {verdict.outcome}")
     print_status(f"{version.ref} passes")

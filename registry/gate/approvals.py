@@ -1,8 +1,8 @@
-"""Somebody asks that an alias may point at a version, others say yes or no: who, when, why, of which very files.
+"""Requests that an alias may point at a version, and the answers to them: who, when, why, and for which exact files.
 
-Kept as tags of the version, `limbeck.request.DIGEST` and `limbeck.approval.DIGEST`, that are only ever added. A
-request is bound to the digest of the version's files, and an answer to the request: of other files both count for
-nothing. It also ends where the alias was moved off the version again, as a rollback does.
+They are tags of the version, `limbeck.request.DIGEST` and `limbeck.approval.DIGEST`, which are only ever added. A
+request is bound to the digest of the version's files, and an answer to its request: if the files differ, both are
+ignored. A request ends when the alias moves off the version again, for example by a rollback.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from limbeck.registry.records import Approval, LedgerEntry, Request, Verdict, Ve
 REQUEST_TAG_PREFIX = "limbeck.request."
 APPROVAL_TAG_PREFIX = "limbeck.approval."
 Answer = Literal["approve", "reject"]
-Kept = TypeVar("Kept", Request, Approval)
+StoredRecord = TypeVar("StoredRecord", Request, Approval)
 
 
 @dataclass(frozen=True)
 class ApprovalState:
-    """What was asked and answered about one version and one alias."""
+    """The requests for one version and one alias, and the answers to them."""
 
     version: Version
-    request: Request | None = None  # the newest that still counts
-    answers: tuple[Approval, ...] = ()  # to it, oldest first
-    ended_requests: tuple[Request, ...] = ()  # that do not count any more, oldest first
-    earlier_answers: tuple[Approval, ...] = ()  # answers to other requests than `request`, oldest first
-    problems: tuple[str, ...] = ()  # what was tampered with, or is of other files
+    request: Request | None = None  # the newest that has not ended
+    answers: tuple[Approval, ...] = ()  # to `request`, oldest first
+    ended_requests: tuple[Request, ...] = ()  # oldest first
+    earlier_answers: tuple[Approval, ...] = ()  # to other requests than `request`, oldest first
+    problems: tuple[str, ...] = ()  # records that were changed, or are of other files
 
     @property
     def ignored_records(self) -> tuple[str, ...]:
-        """What counts for nothing, and why."""
+        """Why requests and answers are ignored, a line for each."""
         if self.request or not self.ended_requests:
             return self.problems
         last = self.ended_requests[-1]
-        words = f"the request of {last.who} ({last.when:%Y-%m-%d}) ended when {last.alias} was moved off the version"
-        return (*self.problems, words)
+        ended = f"the request of {last.who} ({last.when:%Y-%m-%d}) ended when {last.alias} was moved off the version"
+        return (*self.problems, ended)
 
     @property
     def newest_answer_by_person(self) -> dict[str, Approval]:
-        """The newest answer of each."""
+        """Person -> newest answer to `request`."""
         return {answer.who: answer for answer in self.answers}
 
     @property
     def is_rejected(self) -> bool:
+        """Whether the newest answer of anybody is a rejection."""
         return any(answer.answer == "reject" for answer in self.newest_answer_by_person.values())
 
 
@@ -66,24 +67,25 @@ class OpenRequest:
 
     state: ApprovalState
     request: Request
-    needed: int | None  # approvals that the policy which protects the alias asks for; None: it asks for none
+    needed: int | None  # number of approvals that the alias's policy requires; None: it requires none
     eligible_approvers: tuple[str, ...] = ()  # who may still answer, by that policy
 
     @property
     def approved_by(self) -> tuple[str, ...]:
+        """The people whose newest answer is an approval."""
         return tuple(who for who, answer in self.state.newest_answer_by_person.items() if answer.answer == "approve")
 
 
 def request_approval(store: Store, ref: str, alias: str, *, who: str | None = None, reason: str) -> Request:
-    """Ask that `alias` may point at a version.
+    """Request that `alias` may point at a version.
 
-    Raises BadInput: no such version, an alias that cannot be used, no reason or too long a one.
+    Raises BadInput: no such version, an alias that cannot be used, no reason or one that is too long.
     """
     log.check_alias(alias)
     _check_reason(reason, "a request")
     version = store.get(ref)
     who = who or identity.current_user(store.tracking_uri)
-    asked = Request(
+    request = Request(
         name=version.name,
         alias=alias,
         version=version.version,
@@ -92,8 +94,16 @@ def request_approval(store: Store, ref: str, alias: str, *, who: str | None = No
         when=datetime.now(UTC),
         reason=reason,
     )
-    _write(store, version, REQUEST_TAG_PREFIX + asked.digest()[:16], asked.model_dump_json())
-    return asked
+    _write_tag(store, version, REQUEST_TAG_PREFIX + request.digest()[:16], request.model_dump_json())
+    return request
+
+
+@dataclass(frozen=True)
+class ShownToApprover:
+    """What a person was shown before they answered a request."""
+
+    verdict: Verdict | None = None  # the policy's; None without a policy
+    request: str | None = None  # digest of the request; None: not checked
 
 
 def answer_request(
@@ -104,21 +114,16 @@ def answer_request(
     *,
     who: str | None = None,
     reason: str,
-    verdict: Verdict | None = None,
-    expected_request: str | None = None,
+    shown: ShownToApprover = ShownToApprover(),
 ) -> Approval:
-    """Say yes or no to the newest request that `alias` may point at a version.
+    """Approve or reject the newest request that `alias` may point at a version.
 
-    Signed where a key is configured, see registry.core.signing. A second answer of the same person is kept beside the
-    first, and counts instead of it.
-
-    Args:
-        verdict: that the person was shown.
-        expected_request: digest of the request that the person was shown.
+    The answer is signed if a key is configured, see `limbeck.registry.core.signing`. A second answer of a person is
+    stored beside the first, and counts instead of it.
 
     Raises:
-        Refused: the answer of this person would not count; or there is a newer request than the one shown.
-        BadInput: nobody asks for it; no such version, no reason or too long a one.
+        Refused: the answer of this person would not count, or there is a newer request than the one shown.
+        BadInput: no request, no such version, no reason or one that is too long.
     """
     log.check_alias(alias)
     if answer == "reject":
@@ -127,83 +132,84 @@ def answer_request(
         _check_length(reason)
     version = store.get(ref)
     who = who or identity.current_user(store.tracking_uri)
-    asked = load_approval_state(store, version, alias)
-    asked_for = request_to_answer(store, asked, alias, who)
-    if expected_request not in (None, asked_for.digest()):
-        raise Refused(f"{asked_for.who} asks for {version.ref} anew", fix="look at the request again")
+    request = request_to_answer(store, load_approval_state(store, version, alias), alias, who)
+    if shown.request not in (None, request.digest()):
+        raise Refused(f"{request.who} has made a new request for {version.ref}", fix="look at the new request")
     policy = protection.protecting_policy(store, version.name, alias)
-    draft = Approval(
-        request=asked_for.digest(),
+    approval = Approval(
+        request=request.digest(),
         artifact=version.digest,
-        verdict=verdict.content_digest if verdict else None,
+        verdict=shown.verdict.content_digest if shown.verdict else None,
         answer=answer,
         who=who,
         when=datetime.now(UTC),
         reason=reason,
     )
-    if signature := signing.sign(signature_payload(draft)):
-        draft = draft.model_copy(update=signature._asdict())
-    if why := _wrong_key_reason(policy, draft):
+    signature = signing.sign(signature_payload(approval))
+    if signature is not None:
+        approval = approval.model_copy(update=signature._asdict())
+    why = _wrong_key_reason(policy, approval)
+    if why is not None:
         raise Refused(
             f"an answer of {who} on {version.ref} would not count: {why}",
             fix=f"name the file of that key: {signing.KEY_FILE_VARIABLE}=FILE",
         )
-    _write(store, version, APPROVAL_TAG_PREFIX + draft.digest()[:16], draft.model_dump_json())
-    return draft
+    _write_tag(store, version, APPROVAL_TAG_PREFIX + approval.digest()[:16], approval.model_dump_json())
+    return approval
 
 
 def signature_payload(approval: Approval) -> bytes:
-    """What the signature of an approval is over: the digest of all but the key and the signature."""
+    """The bytes that the signature of an approval signs: the digest of all fields but the key and the signature."""
     return signing.APPROVAL_DOMAIN + approval.model_copy(update={"key": None, "signature": None}).digest().encode()
 
 
 def request_to_answer(store: Store, state: ApprovalState, alias: str, who: str | None = None) -> Request:
-    """The request that somebody may answer. Raises BadInput where there is none, Refused where they may not."""
+    """The request that `who` may answer. Raises BadInput if there is none, Refused if their answer would not count."""
     version, who = state.version, who or identity.current_user(store.tracking_uri)
     if state.request is None:
+        message = f"there is no request that {alias} may point at {version.ref}"
         raise BadInput(
-            "\n".join(
-                [f"nobody asks that {alias} may point at {version.ref}", *(f"  {why}" for why in state.ignored_records)]
-            ),
-            fix=f"ask first: limbeck request {version.ref} --alias {alias} --reason ...",
+            "\n".join([message, *(f"  {why}" for why in state.ignored_records)]),
+            fix=f"make one: limbeck request {version.ref} --alias {alias} --reason ...",
         )
     policy = protection.protecting_policy(store, version.name, alias)
-    if why := ineligibility_reason(version, state.request, policy, who):
+    why = ineligibility_reason(version, state.request, policy, who)
+    if why is not None:
         raise Refused(f"an answer of {who} on {version.ref} would not count: {why}")
     return state.request
 
 
 def ineligibility_reason(version: Version, request: Request, policy: Policy | None, who: str) -> str | None:
-    """Why the answer of somebody does not count; None where it does, as far as the policy is known."""
+    """Why an answer of `who` does not count; None if it does, as far as the policy is known."""
     if who == version.author:
-        return f"{who} made {version.ref}, and the author does not approve"
+        return f"{who} is the author of {version.ref}"
     if who == request.who:
-        return f"{who} asked for it, and who asks does not approve"
+        return f"{who} made the request"
     rules = policy.approvals if policy else None
     if rules and rules.people and who not in rules.people:
-        return f"the policy of {request.alias} asks {', '.join(rules.people)}"
+        return f"the policy of {request.alias} lets only {', '.join(rules.people)} approve"
     if rules and rules.keys and who not in rules.keys:
-        return f"the policy of {request.alias} asks for signed approvals, and has no key of {who}"
+        return f"the policy of {request.alias} requires signed approvals, and has no key of {who}"
     return None
 
 
 def _wrong_key_reason(policy: Policy | None, approval: Approval) -> str | None:
-    """How an approval is not signed as a policy asks; None where it is."""
+    """Why an approval is not signed with the key that the policy requires; None if it is."""
     key = policy.approvals.keys.get(approval.who) if policy and policy.approvals else None
     if key is None or approval.key == key:
         return None
-    by = f"it is signed by {approval.key}" if approval.key else "it is not signed"
-    return f"the policy asks for a signature by {key}, and {by}"
+    signed = f"it is signed with {approval.key}" if approval.key else "it is not signed"
+    return f"the policy requires a signature with {key}, and {signed}"
 
 
 def request_and_answers(store: Store, version: Version, alias: str) -> tuple[Request | None, tuple[Approval, ...]]:
-    """The newest request that counts, for the very files of a version, and the answers to it, oldest first."""
-    asked = load_approval_state(store, version, alias)
-    return asked.request, asked.answers
+    """The newest open request for the exact files of a version, and the answers to it, oldest first."""
+    state = load_approval_state(store, version, alias)
+    return state.request, state.answers
 
 
 def load_approval_state(store: Store, version: Version, alias: str) -> ApprovalState:
-    """All that was asked and answered about a version and an alias."""
+    """The requests and answers about a version and an alias."""
     tags = store.client.get_model_version(version.name, str(version.version)).tags
     if not any(key.startswith(REQUEST_TAG_PREFIX) for key in tags):
         return ApprovalState(version)
@@ -213,93 +219,95 @@ def load_approval_state(store: Store, version: Version, alias: str) -> ApprovalS
 def approval_state_from_tags(
     version: Version, tags: Mapping[str, str], entries: list[LedgerEntry], alias: str
 ) -> ApprovalState:
-    """The same, from the tags of the version and the ledger of its model."""
+    """The same, from the tags of the version and the entries of its model's ledger."""
     problems: list[str] = []
     requests = [r for r in _parse_records(tags, REQUEST_TAG_PREFIX, Request, problems) if r.alias == alias]
     answers = _parse_records(tags, APPROVAL_TAG_PREFIX, Approval, problems)
-    ended = []
-    counts = []
+    ended_requests, current_requests = [], []
     for each in requests:
         if (each.name, each.version, each.artifact) != (version.name, version.version, version.digest):
             problems.append(f"the request of {each.who} ({each.when:%Y-%m-%d}) is of other files: {each.artifact[:12]}")
         elif any(_ends_request(entry, each) for entry in entries):
-            ended.append(each)
+            ended_requests.append(each)
         else:
-            counts.append(each)
-    newest = counts[-1] if counts else None
-    digest = newest.digest() if newest else None
-    known = {each.digest() for each in requests}
-    to_it = tuple(a for a in answers if a.request == digest and a.artifact == version.digest)
+            current_requests.append(each)
+    newest = current_requests[-1] if current_requests else None
+    newest_digest = newest.digest() if newest else None
+    known_digests = {each.digest() for each in requests}
+    current_answers = tuple(a for a in answers if a.request == newest_digest and a.artifact == version.digest)
     return ApprovalState(
         version,
-        newest,
-        to_it,
-        tuple(ended),
-        tuple(a for a in answers if a not in to_it and a.request in known),
-        tuple(problems),
+        request=newest,
+        answers=current_answers,
+        ended_requests=tuple(ended_requests),
+        earlier_answers=tuple(a for a in answers if a not in current_answers and a.request in known_digests),
+        problems=tuple(problems),
     )
 
 
 def open_requests(store: Store, name: str | None = None) -> list[OpenRequest]:
-    """The requests that were neither carried out nor rejected, of one model or of all, oldest first.
+    """The requests that were neither carried out nor rejected, for one model or all, oldest first.
 
-    Raises BadInput where there is no such model.
+    Raises BadInput if there is no such model.
     """
-    books = {name: log.read_ledger(store, name)} if name is not None else {}  # raises BadInput
+    ledgers = {name: log.read_ledger(store, name)} if name is not None else {}  # raises BadInput
     found = []
     for each in list_versions(store.client, store.tracking_uri, name):
         if not any(key.startswith(REQUEST_TAG_PREFIX) for key in each.tags):
             continue
         version = store.get(f"{each.name}/{each.version}")
-        book = books.get(each.name) or log.read_ledger(store, each.name)
-        books[each.name] = book
+        if each.name not in ledgers:
+            ledgers[each.name] = log.read_ledger(store, each.name)
+        ledger = ledgers[each.name]
         for alias in sorted({r.alias for r in _parse_records(each.tags, REQUEST_TAG_PREFIX, Request, [])}):
-            asked = approval_state_from_tags(version, each.tags, book.entries, alias)
-            if asked.request and not asked.is_rejected and book.aliases.get(alias) != version.version:
-                found.append(_open(store, asked, asked.request))
+            state = approval_state_from_tags(version, each.tags, ledger.entries, alias)
+            if state.request and not state.is_rejected and ledger.aliases.get(alias) != version.version:
+                found.append(_open_request(store, state, state.request))
     return sorted(found, key=lambda each: each.request.when)
 
 
-def _open(store: Store, state: ApprovalState, request: Request) -> OpenRequest:
+def _open_request(store: Store, state: ApprovalState, request: Request) -> OpenRequest:
     try:
         policy = protection.protecting_policy(store, request.name, request.alias)
-    except Refused:  # it was tampered with: `limbeck models history --verify` tells
+    except Refused:  # it was changed: `limbeck models history --verify` reports that
         policy = None
     rules = policy.approvals if policy else None
     if rules is None:
         return OpenRequest(state, request, None)
-    may = [who for who in rules.people if not ineligibility_reason(state.version, request, policy, who)]
-    return OpenRequest(
-        state, request, rules.needed or None, tuple(who for who in may if who not in state.newest_answer_by_person)
-    )
+    answered = state.newest_answer_by_person
+    waiting_for = [who for who in rules.people if who not in answered]
+    eligible = (who for who in waiting_for if not ineligibility_reason(state.version, request, policy, who))
+    return OpenRequest(state, request, rules.needed or None, tuple(eligible))
 
 
-def _parse_records(tags: Mapping[str, str], prefix: str, record_type: type[Kept], problems: list[str]) -> list[Kept]:
-    """The records of the tags that begin with `prefix`, oldest first; what is not as it was written is a problem."""
-    found: list[Kept] = []
+def _parse_records(
+    tags: Mapping[str, str], prefix: str, record_type: type[StoredRecord], problems: list[str]
+) -> list[StoredRecord]:
+    """The records of the tags that begin with `prefix`, oldest first. Unreadable and changed ones go to `problems`."""
+    found: list[StoredRecord] = []
     for key, value in sorted(tags.items()):
         if not key.startswith(prefix):
             continue
-        what = f"the {record_type.__name__.lower()} {key.removeprefix(prefix)}"
+        label = f"the {record_type.__name__.lower()} {key.removeprefix(prefix)}"
         try:
-            kept = record_type.model_validate_json(value)
+            record = record_type.model_validate_json(value)
         except ValidationError:
-            problems.append(f"{what} cannot be read: it counts for nothing")
+            problems.append(f"{label} cannot be read: it is ignored")
             continue
-        if key == prefix + kept.digest()[:16]:
-            found.append(kept)
+        if key == prefix + record.digest()[:16]:
+            found.append(record)
         else:
-            problems.append(f"{what} was changed through MLflow itself: it counts for nothing")
-    return sorted(found, key=lambda kept: kept.when)
+            problems.append(f"{label} was changed through MLflow itself: it is ignored")
+    return sorted(found, key=lambda record: record.when)
 
 
 def _ends_request(entry: LedgerEntry, request: Request) -> bool:
-    """Whether an entry takes the alias off the version that was asked for, after it was asked."""
+    """Whether an entry moves the alias off the requested version, after the request."""
     leaves = entry.from_version == request.version and entry.to_version != request.version
     return leaves and entry.alias == request.alias and entry.when > request.when
 
 
-def _write(store: Store, version: Version, key: str, value: str) -> None:
+def _write_tag(store: Store, version: Version, key: str, value: str) -> None:
     store.client.set_model_version_tag(version.name, str(version.version), key, value)
 
 

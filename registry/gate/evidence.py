@@ -1,4 +1,4 @@
-"""What the gate judges a version by: its scorecard, its parity, what it came from, who approved it."""
+"""The evidence for a gate decision: a version's scorecard, parity, lineage licences and approvals."""
 
 from __future__ import annotations
 
@@ -19,51 +19,53 @@ from limbeck.registry.records import Approval, Parity, Request, Scorecard, Versi
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of a version when it is judged."""
+    """What is known about a version when a policy is applied to it."""
 
-    version: Version  # the candidate; the scorecard has to be of its very files
+    version: Version  # the candidate; the scorecard has to be of its exact files
     scorecard: Scorecard | None
-    parity: Parity | None = None  # how an ONNX variant compares with its PyTorch model
-    teacher_digest: str | None = None  # of its teacher; the scorecard has to be relative to that very teacher
-    parent_digest: str | None = None  # of its parent; the parity has to be with that very model
-    alias: str = "production"  # that is to point at it
-    request: Request | None = None  # the newest that asks for this alias to point at it
-    approvals: tuple[Approval, ...] = ()  # the answers to it, oldest first
-    ignored_records: tuple[str, ...] = ()  # requests and answers that count for nothing, and why
-    lineage_licences: tuple[LineageLicence, ...] = ()  # the licences along its lineage, where the policy asks for them
-    load_documents: Callable[[], Path] | None = None  # gives the parquet of the scorecard's documents
+    parity: Parity | None = None  # of an ONNX variant with its PyTorch model
+    teacher_digest: str | None = None  # the scorecard has to be relative to the teacher with this digest
+    parent_digest: str | None = None  # the parity has to be with the model with this digest
+    alias: str = "production"  # that would point at the version
+    request: Request | None = None  # the newest that this alias may point at the version
+    approvals: tuple[Approval, ...] = ()  # the answers to `request`, oldest first
+    ignored_records: tuple[str, ...] = ()  # why requests and answers are ignored
+    lineage_licences: tuple[LineageLicence, ...] = ()  # empty if the policy has no rule on licences
+    load_documents: Callable[[], Path] | None = None  # the parquet file of the scorecard's documents
     judged_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 def gather_evidence(store: Store, version: Version, policy: Policy, alias: str) -> Evidence:
-    """What the store knows of a version, with the scorecard that answers the most of what the policy asks."""
+    """The evidence about a version, with the scorecard that answers most of the policy."""
     return gather_evidence_for_versions(store, [version], policy, alias)[0]
 
 
 def gather_evidence_for_versions(
     store: Store, versions: Sequence[Version], policy: Policy, alias: str
 ) -> list[Evidence]:
-    """The same of versions of one name, each read once: their tags in one query, and what they came from."""
+    """The same for versions of one name. Reads their tags in one query, and each parent and teacher once."""
     tags = store.tags(versions)
     refs = {ref for version in versions for ref in (version.teacher, version.parent) if ref}
     digests = {ref: store.get(ref).digest for ref in sorted(refs)}
     entries = log.read_entries(store, versions[0].name) if policy.approvals.needed and versions else []
 
     def evidence(version: Version) -> Evidence:
-        known = tags[version.ref]
+        version_tags = tags[version.ref]
         teacher_digest = digests[version.teacher] if version.teacher else None
-        card = best_scorecard(policy, version, store.findings.scorecards(version, known), teacher_digest)
-        asked = approvals.approval_state_from_tags(version, known, entries, alias) if policy.approvals.needed else None
+        card = best_scorecard(policy, version, store.findings.scorecards(version, version_tags), teacher_digest)
+        state = approvals.ApprovalState(version)
+        if policy.approvals.needed:
+            state = approvals.approval_state_from_tags(version, version_tags, entries, alias)
         return Evidence(
             version,
             card,
-            store.findings.parity(version, known),
+            store.findings.parity(version, version_tags),
             teacher_digest=teacher_digest,
             parent_digest=digests[version.parent] if version.parent and version.kind == "onnx" else None,
             alias=alias,
-            request=asked.request if asked else None,
-            approvals=asked.answers if asked else (),
-            ignored_records=asked.ignored_records if asked else (),
+            request=state.request,
+            approvals=state.answers,
+            ignored_records=state.ignored_records,
             lineage_licences=tuple(licences.lineage_licences(store, version)) if _needs_licences(policy) else (),
             load_documents=partial(store.findings.documents, version, card) if card else None,
         )
@@ -78,24 +80,24 @@ def _needs_licences(policy: Policy) -> bool:
 def best_scorecard(
     policy: Policy, version: Version, scorecards: Sequence[Scorecard], teacher_digest: str | None = None
 ) -> Scorecard | None:
-    """The scorecard to judge by: the newest that answers all the policy asks, else the newest; or None.
+    """The newest scorecard that answers the whole policy, else the newest; None without scorecards.
 
-    One that is relative to another model than the teacher of `teacher_digest` answers nothing.
+    A scorecard that is relative to another model than the teacher with `teacher_digest` does not answer the policy.
     """
-    asked = policy.quality
+    rules = policy.quality
 
-    def answers(card: Scorecard) -> bool:
-        known = {*card.tasks, *(result.metric for result in card.tasks.values())}
+    def answers_policy(card: Scorecard) -> bool:
+        tasks_and_metrics = {*card.tasks, *(result.metric for result in card.tasks.values())}
         return (
             card.artifact == version.digest
             and card.relative is not None
             and card.relative.teacher_digest == (teacher_digest or card.relative.teacher_digest)
-            and set(asked.tasks) <= card.tasks.keys()
-            and asked.min_task_retention.keys() <= card.relative.task_retention.keys()
-            and asked.margin.keys() <= known
-            and all(result.documents >= (asked.min_documents or 0) for result in card.tasks.values())
+            and set(rules.tasks) <= card.tasks.keys()
+            and rules.min_task_retention.keys() <= card.relative.task_retention.keys()
+            and rules.margin.keys() <= tasks_and_metrics
+            and all(result.documents >= (rules.min_documents or 0) for result in card.tasks.values())
             and (card.cost is not None or policy.cost == CostLimits())
             and (card.contamination is not None or policy.lineage.max_contamination is None)
         )
 
-    return next((card for card in reversed(scorecards) if answers(card)), scorecards[-1] if scorecards else None)
+    return next((card for card in reversed(scorecards) if answers_policy(card)), scorecards[-1] if scorecards else None)

@@ -101,7 +101,7 @@ def promote(
     *,
     who: str | None = None,
     reason: str = "",
-    options: PromotionOptions = PromotionOptions(),  # noqa: B008 (frozen)
+    options: PromotionOptions = PromotionOptions(),
 ) -> Promotion:
     """Point an alias at a version that passes a policy.
 
@@ -136,7 +136,7 @@ def promote(
 
     def promote_locked() -> Promotion:
         ledger = _consistent_ledger(store, name, alias, who, adopt=options.adopt, dry_run=options.dry_run)
-        governing = protection.governing_policy(store, name, alias, policy, ledger_snapshot=ledger)
+        governing = protection.governing_policy(store, name, alias, policy, ledger=ledger)
         evidence = gather_evidence_for_versions(store, versions, governing, alias)
         candidates = _judge_candidates(store, governing, evidence, save_verdicts=not options.dry_run)
         if options.expected_verdict is not None:

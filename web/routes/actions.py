@@ -1,7 +1,7 @@
-"""The pages that change something: promote, roll back, ask, approve, reject; each through the gate of the commands.
+"""The pages that change something: promote, roll back, request, approve, reject. They use the commands' gate.
 
-A GET shows what the gate says and changes nothing. A POST carries what was shown, and is refused where that is not
-so any more.
+A GET shows what the gate says and changes nothing. A POST contains what the page showed (verdict, last ledger entry)
+and is refused if that has changed since.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SentForm = Annotated[dict[str, str], Depends(require_session_form)]
 
 @router.get("/models/{name}/promote")
 def choose_version(request: Request, name: str, site: SiteDependency, alias: str = PRODUCTION) -> Response:
-    """The versions that may be promoted, each with the gate's verdict."""
+    """The candidates for promotion, each with its verdict."""
     with not_found_as_404():
         alias_gate = gate.read_alias_gate(site, name, alias)
     candidates, not_judged_count = gate.cheapest_candidates(site, alias_gate) if alias_gate.policy else ([], 0)
@@ -45,21 +45,21 @@ def choose_version(request: Request, name: str, site: SiteDependency, alias: str
 
 @router.get("/models/{name}/{number}/promote")
 def show_promotion(request: Request, name: str, number: int, site: SiteDependency, alias: str = PRODUCTION) -> Response:
-    """What the gate says of a version, what it would replace, who asked and who approved."""
+    """The verdict on a version, what it would replace, and the request with its answers."""
     return _promotion_page(request, site, name, number, alias)
 
 
 @router.post("/models/{name}/{number}/promote")
 def promote(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
-    """Promote it, if the gate still says what the page showed."""
+    """Promote a version, if its verdict is still the one that the page showed."""
     alias, reason, override = _field(sent, "alias"), sent.get("reason", ""), "override" in sent
 
     def act() -> str:
         alias_gate, version = _alias_and_version(site, name, number, alias)
         if override and sent.get("confirm", "").strip() != version.ref:
-            raise BadInput(f"to go over the verdict, type {version.ref} in the form")
+            raise BadInput(f"to override the verdict, type {version.ref} in the form")
         if alias_gate.last_entry_hash != _field(sent, "last_entry_hash"):
-            raise Refused(f"{name}@{alias} was moved meanwhile", fix="look again at what is replaced, then promote")
+            raise Refused(f"{name}@{alias} was moved meanwhile", fix="check what is replaced now, then promote again")
         done = promotion.promote(
             site.store,
             version.ref,
@@ -89,18 +89,18 @@ def _promotion_page(
     alias_gate, version = _alias_and_version(site, name, number, alias)
     candidate = gate.judge_candidate(site, alias_gate, version)
     verdict = candidate.verdict if candidate else None
-    asked = gate.approval_state(site, alias_gate, version)
-    present = f"{name}/{alias_gate.current_version}" if alias_gate.current_version is not None else None
-    why = list(_obstacles(request.state.session, alias_gate))
-    if alias_gate.current_version == number:
-        why.append(f"{alias} is {version.ref} already")
-    may_override = (
-        bool(verdict and verdict.outcome != "pass" and not why) and gate.override_obstacle(site, alias_gate) is None
-    )
+    approval = gate.approval_state(site, alias_gate, version)
+    current_ref = f"{name}/{alias_gate.current_version}" if alias_gate.current_version is not None else None
+    is_current = alias_gate.current_version == number
+    obstacles = _obstacles(request.state.session, alias_gate)
+    if is_current:
+        obstacles.append(f"{alias} is {version.ref} already")
+    did_not_pass = verdict is not None and verdict.outcome != "pass"
+    may_override = did_not_pass and not obstacles and gate.override_obstacle(site, alias_gate) is None
     if alias_gate.policy is None and not alias_gate.problem:
-        why.append("no policy judges this alias")
-    if verdict and verdict.outcome != "pass":
-        why.append(f"the verdict is {verdict.outcome}")
+        obstacles.append("this alias has no policy")
+    if verdict is not None and did_not_pass:
+        obstacles.append(f"the verdict is {verdict.outcome}")
     return _alias_page(
         request,
         "promote.html",
@@ -109,20 +109,20 @@ def _promotion_page(
         error,
         version=version,
         verdict=verdict,
-        asked=asked,
-        answer_obstacle=gate.answer_obstacle(alias_gate, asked),
-        present=present,
-        changes=_changes(site, version, present) if present and alias_gate.current_version != number else None,
-        why=why,
+        approval=approval,
+        answer_obstacle=gate.answer_obstacle(alias_gate, approval),
+        current_ref=current_ref,
+        changes=_changes(site, version, current_ref) if current_ref and not is_current else None,
+        obstacles=obstacles,
         may_override=may_override,
         reason=reason,
     )
 
 
-def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | None:
-    """What would be another: tasks with the difference, costs with the ratio; None where the present one is gone."""
+def _changes(site: Site, version: Version, current_ref: str) -> dict[str, Any] | None:
+    """The differences from the current version, per task and cost; None if the current version no longer exists."""
     try:
-        found: Diff = diff_versions(site.store, version.ref, present)
+        found: Diff = diff_versions(site.store, version.ref, current_ref)
     except BadInput:
         return None
     costs = [
@@ -139,7 +139,7 @@ def _changes(site: Site, version: Version, present: str) -> dict[str, Any] | Non
 
 @router.get("/models/{name}/rollback")
 def show_rollback(request: Request, name: str, site: SiteDependency, alias: str = PRODUCTION) -> Response:
-    """Where a rollback leads, and what the verdict on that was."""
+    """The version that a rollback leads to, and its verdict at that time."""
     return _rollback_page(request, site, name, alias)
 
 
@@ -174,17 +174,17 @@ def _rollback_page(
 ) -> Response:
     with not_found_as_404():
         alias_gate = gate.read_alias_gate(site, name, alias)
-    back = gate.rollback_target_with_entry(alias_gate)
-    target, entry = back or (None, None)
-    why = list(_obstacles(request.state.session, alias_gate))
-    if back is None:
-        why.append(f"nothing was promoted to {alias} that could be rolled back")
+    target_with_entry = gate.rollback_target_with_entry(alias_gate)
+    target, entry = target_with_entry or (None, None)
+    obstacles = _obstacles(request.state.session, alias_gate)
+    if target_with_entry is None:
+        obstacles.append(f"nothing was promoted to {alias} that could be rolled back")
     version = None
     if target is not None:
         try:
             version = site.store.get(f"{name}/{target}")
-        except BadInput as gone:
-            why.append(str(gone))
+        except BadInput as deleted:
+            obstacles.append(str(deleted))
     verdict = gate.verdict_of_entry(site, version, entry) if version else None
     return _alias_page(
         request,
@@ -192,11 +192,11 @@ def _rollback_page(
         alias_gate,
         "roll back",
         error,
-        back=back is not None,
+        has_target=target_with_entry is not None,
         version=version,
         entry=entry,
         verdict=verdict,
-        why=why,
+        obstacles=obstacles,
         reason=reason,
     )
 
@@ -206,19 +206,19 @@ def _rollback_page(
 
 @router.get("/requests")
 def list_requests(request: Request, site: SiteDependency) -> Response:
-    """What is asked for and was neither carried out nor rejected, of all models."""
+    """The open approval requests of all models."""
     return render_page(request, "requests.html", requests=approvals.open_requests(site.store))
 
 
 @router.post("/models/{name}/{number}/request")
 def request_promotion(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
-    """Ask that an alias may point at a version."""
+    """Request approval to point an alias at a version."""
     alias, reason = _field(sent, "alias"), sent.get("reason", "")
 
     def act() -> str:
         alias_gate, version = _alias_and_version(site, name, number, alias)
         approvals.request_approval(site.store, version.ref, alias, who=alias_gate.user, reason=reason)
-        return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
+        return version_link(version.ref, "promote") + query_string(alias=alias) + "#approval"
 
     try:
         return _act_once(request, site, sent, act)
@@ -228,31 +228,31 @@ def request_promotion(request: Request, name: str, number: int, site: SiteDepend
 
 @router.post("/models/{name}/{number}/answer")
 def answer_request(request: Request, name: str, number: int, site: SiteDependency, sent: SentForm) -> Response:
-    """Approve or reject the request that the page showed, with the verdict that it showed."""
+    """Approve or reject a request, if request and verdict are still those that the page showed."""
     alias = _field(sent, "alias")
 
     def act() -> str:
         alias_gate, version = _alias_and_version(site, name, number, alias)
-        said = _field(sent, "answer")
-        if said not in ("approve", "reject"):
-            raise BadInput(f"an answer is approve or reject, not {said!r}")
-        asked = gate.approval_state(site, alias_gate, version)
+        answer = _field(sent, "answer")
+        if answer not in ("approve", "reject"):
+            raise BadInput(f"the answer must be approve or reject, not {answer!r}")
+        approval = gate.approval_state(site, alias_gate, version)
         candidate = gate.judge_candidate(site, alias_gate, version)
         verdict = candidate.verdict if candidate else None
-        if asked.request is None or asked.request.digest() != sent.get("request"):
-            raise Refused("another request is open now than the one that was shown", fix="look again, then answer")
+        if approval.request is None or approval.request.digest() != sent.get("request"):
+            raise Refused("the open request is not the one that the page showed", fix="reload the page, then answer")
         if (verdict.content_digest if verdict else "") != _field(sent, "verdict_digest"):
-            raise Refused("the verdict is another one now than the one that was shown", fix="look again, then answer")
+            raise Refused("the verdict has changed since the page was shown", fix="reload the page, then answer")
         approvals.answer_request(
             site.store,
             version.ref,
             alias,
-            "approve" if said == "approve" else "reject",
+            "approve" if answer == "approve" else "reject",
             who=alias_gate.user,
             reason=sent.get("reason", ""),
             shown=approvals.ShownToApprover(verdict),
         )
-        return version_link(version.ref, "promote") + query_string(alias=alias) + "#asked"
+        return version_link(version.ref, "promote") + query_string(alias=alias) + "#approval"
 
     try:
         return _act_once(request, site, sent, act)
@@ -260,7 +260,7 @@ def answer_request(request: Request, name: str, number: int, site: SiteDependenc
         return _promotion_page(request, site, name, number, alias, error)
 
 
-# --- what they share
+# --- shared
 
 
 def _alias_and_version(site: Site, name: str, number: int, alias: str) -> tuple[AliasGate, Version]:
@@ -269,12 +269,15 @@ def _alias_and_version(site: Site, name: str, number: int, alias: str) -> tuple[
 
 
 def _obstacles(session: Session | None, alias_gate: AliasGate) -> list[str]:
-    """Why nothing can be pressed, whatever the verdict."""
-    return (["you are not logged in"] if session is None else []) + ([alias_gate.problem] if alias_gate.problem else [])
+    """Why the form is disabled, whatever the verdict."""
+    obstacles = ["you are not logged in"] if session is None else []
+    if alias_gate.problem:
+        obstacles.append(alias_gate.problem)
+    return obstacles
 
 
 def _act_once(request: Request, site: Site, form_fields: dict[str, str], action: Callable[[], str]) -> Response:
-    """Go where `action` says; the same form sent again goes there too, and nothing is done twice."""
+    """Run `action` and redirect to the address that it returns. The same form sent again only redirects."""
     _field(form_fields, "form_id")
     form = "&".join([request.url.path, *(f"{name}={value}" for name, value in sorted(form_fields.items()))])
     return RedirectResponse(site.guard.once_per_form.run(form, action), 303)
@@ -288,18 +291,14 @@ def _alias_page(
     error: LimbeckError | None = None,
     **values: Any,
 ) -> Response:
-    """A page of one alias; with an error, that is said on top."""
+    """Render a page of one alias, with `error` on top. Raises errors that are about more than this form."""
     if isinstance(error, NotLoggedIn | Unreachable):
         raise error
-    status = 200 if error is None else 400 if isinstance(error, BadInput) else 409
-    aliases = sorted(
-        {
-            PRODUCTION,
-            alias_gate.alias,
-            *alias_gate.ledger.aliases,
-            *(entry.alias for entry in alias_gate.ledger.entries),
-        }
-    )
+    status = 200
+    if error is not None:
+        status = 400 if isinstance(error, BadInput) else 409
+    past_aliases = {entry.alias for entry in alias_gate.ledger.entries}
+    aliases = sorted({PRODUCTION, alias_gate.alias, *alias_gate.ledger.aliases, *past_aliases})
     crumbs = [("Models", "/"), (alias_gate.name, model_link(alias_gate.name)), (current_crumb, None)]
     shared = {"alias_gate": alias_gate, "aliases": aliases, "crumbs": crumbs, "form_id": secrets.token_urlsafe(9)}
     if error is not None:
@@ -312,8 +311,8 @@ def _history(name: str, entry: LedgerEntry | None) -> str:
 
 
 def _field(form_fields: dict[str, str], name: str) -> str:
-    """A field that every form of these pages has; it may be empty."""
+    """A field that must be there; it may be empty."""
     try:
         return form_fields[name]
     except KeyError:
-        raise BadInput(f"the form has no field {name!r}", fix="load the page again") from None
+        raise BadInput(f"the form has no field {name!r}", fix="reload the page") from None

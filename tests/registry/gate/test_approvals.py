@@ -1,4 +1,4 @@
-"""Requests and answers: whose counts, of which files, and what tampering does to them."""
+"""Requests and answers: whose answer counts, for which files, and what happens if records are changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.gate import approvals
-from limbeck.registry.gate.promotion import Vetoed, promote, rollback
+from limbeck.registry.gate.promotion import PromotionOptions, Vetoed, promote, rollback
 from limbeck.registry.gate.protection import protect
 from limbeck.registry.ledger import log
 from limbeck.registry.policy.schema import ApprovalRules, Policy
@@ -21,28 +21,29 @@ from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
 
 Limbeck = Callable[..., Result]
-ASKS_BOB = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people=("bob", "carol"))})
+DRY_RUN = PromotionOptions(dry_run=True)
+NEEDS_APPROVAL = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people=("bob", "carol"))})
 
 
 @pytest.fixture(autouse=True)
 def _as_ann(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who makes and asks in these tests is ann; nothing is signed."""
+    """ann is the author of the versions and makes the requests; nothing is signed."""
     monkeypatch.setenv("LIMBECK_USER", "ann")
     monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
 
 
-def ask(still: Still, number: int = 3, who: str = "ann") -> None:
+def make_request(still: Still, number: int = 3, who: str = "ann") -> None:
     approvals.request_approval(still.store, f"still/{number}", "production", who=who, reason="smaller")
 
 
-def say(still: Still, who: str, answer: approvals.Answer = "approve", number: int = 3) -> None:
-    approvals.answer_request(still.store, f"still/{number}", "production", answer, who=who, reason="looked")
+def give_answer(still: Still, who: str, given: approvals.Answer = "approve", number: int = 3) -> None:
+    approvals.answer_request(still.store, f"still/{number}", "production", given, who=who, reason="looked")
 
 
-def try_to_promote(still: Still, policy: Policy = ASKS_BOB) -> str | None:
-    """None where still/3 passes, else what does not."""
+def try_to_promote(still: Still, policy: Policy = NEEDS_APPROVAL) -> str | None:
+    """None if still/3 passes, else the message of the veto."""
     try:
-        promote(still.store, "still/3", "production", policy, dry_run=True)
+        promote(still.store, "still/3", "production", policy, options=DRY_RUN)
     except Vetoed as veto:
         return str(veto)
     return None
@@ -53,14 +54,14 @@ def tags(still: Still, version: Version, prefix: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if key.startswith(prefix)}
 
 
-def test_an_approval_opens_the_gate(scored: Still) -> None:
+def test_an_approval_lets_the_alias_move(scored: Still) -> None:
     assert try_to_promote(scored)
-    ask(scored)
+    make_request(scored)
     assert try_to_promote(scored)
-    say(scored, "bob")
+    give_answer(scored, "bob")
     assert try_to_promote(scored) is None
-    other = promote(scored.store, "still/3", "production", POLICY).entry
-    assert other is not None
+    unprotected = promote(scored.store, "still/3", "production", POLICY).entry
+    assert unprotected is not None
     version = scored.variants["fp32"]
     request, answers = approvals.request_and_answers(scored.store, version, "production")
     assert request is not None
@@ -70,61 +71,61 @@ def test_an_approval_opens_the_gate(scored: Still) -> None:
     assert approvals.request_and_answers(scored.store, scored.variants["int8"], "production") == (None, ())
 
 
-def test_whose_answer_does_not_count(scored: Still) -> None:
-    protect(scored.store, "still", "production", ASKS_BOB)
-    with pytest.raises(BadInput, match="nobody asks that production may point at still/3"):
-        say(scored, "bob")
-    ask(scored, who="carol")
+def test_people_whose_answer_does_not_count(scored: Still) -> None:
+    protect(scored.store, "still", "production", NEEDS_APPROVAL)
+    with pytest.raises(BadInput, match="there is no request that production may point at still/3"):
+        give_answer(scored, "bob")
+    make_request(scored, who="carol")
     for who, why in [
-        ("ann", "ann made still/3, and the author does not approve"),
-        ("carol", "carol asked for it, and who asks does not approve"),
-        ("dave", "the policy of production asks bob, carol"),
+        ("ann", "ann is the author of still/3"),
+        ("carol", "carol made the request"),
+        ("dave", "the policy of production lets only bob, carol approve"),
     ]:
         with pytest.raises(Refused, match=why):
-            say(scored, who)
+            give_answer(scored, who)
     assert tags(scored, scored.variants["fp32"], approvals.APPROVAL_TAG_PREFIX) == {}
     (waits,) = approvals.open_requests(scored.store)
     assert (waits.needed, waits.eligible_approvers, waits.approved_by) == (1, ("bob",), ())
 
 
 def test_the_newest_answer_counts_and_none_is_lost(scored: Still) -> None:
-    ask(scored)
-    say(scored, "bob")
-    say(scored, "bob", "reject")
+    make_request(scored)
+    give_answer(scored, "bob")
+    give_answer(scored, "bob", "reject")
     assert len(tags(scored, scored.variants["fp32"], approvals.APPROVAL_TAG_PREFIX)) == 2
-    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
-    assert (asked.is_rejected, [a.answer for a in asked.answers]) == (True, ["approve", "reject"])
+    state = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (state.is_rejected, [a.answer for a in state.answers]) == (True, ["approve", "reject"])
     assert approvals.open_requests(scored.store) == []
     assert "bob" in (try_to_promote(scored) or "")
-    say(scored, "carol")  # a rejection stands until who rejected changes their mind
+    give_answer(scored, "carol")  # a rejection stands until the same person approves
     assert try_to_promote(scored)
-    say(scored, "bob")
+    give_answer(scored, "bob")
     assert try_to_promote(scored) is None
-    ask(scored)  # anew: nobody has answered that
-    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
-    assert (asked.answers, len(asked.earlier_answers)) == ((), 4)
+    make_request(scored)  # nobody has answered the new request
+    state = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (state.answers, len(state.earlier_answers)) == ((), 4)
     assert try_to_promote(scored)
 
 
-def test_a_request_ends_where_the_alias_leaves_the_version(scored: Still) -> None:
-    ask(scored)
-    say(scored, "bob")
-    promote(scored.store, "still/3", "production", ASKS_BOB)
-    assert try_to_promote(scored) is None  # it is there: still approved
+def test_a_request_ends_when_the_alias_moves_off_the_version(scored: Still) -> None:
+    make_request(scored)
+    give_answer(scored, "bob")
+    promote(scored.store, "still/3", "production", NEEDS_APPROVAL)
+    assert try_to_promote(scored) is None  # the alias points at it: still approved
     assert approvals.open_requests(scored.store, "still") == []
     rollback(scored.store, "still", "production", reason="slow")
     assert "ended when production was moved off the version" in (try_to_promote(scored) or "")
-    asked = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
-    assert (asked.request, len(asked.ended_requests)) == (None, 1)
+    state = approvals.load_approval_state(scored.store, scored.variants["fp32"], "production")
+    assert (state.request, len(state.ended_requests)) == (None, 1)
     assert approvals.open_requests(scored.store) == []
-    ask(scored)  # after the alias left
-    say(scored, "carol")
+    make_request(scored)  # after the rollback
+    give_answer(scored, "carol")
     assert try_to_promote(scored) is None
 
 
 def test_other_files_need_another_approval(scored: Still) -> None:
-    ask(scored)
-    say(scored, "bob")
+    make_request(scored)
+    give_answer(scored, "bob")
     scored.store.client.set_model_version_tag("still", "3", "limbeck.digest", scored.variants["int8"].digest)
     version = scored.store.get("still/3")
     assert approvals.request_and_answers(scored.store, version, "production") == (None, ())
@@ -132,20 +133,20 @@ def test_other_files_need_another_approval(scored: Still) -> None:
     assert problem.startswith("the request of ann (")
     assert f"is of other files: {scored.variants['fp32'].digest[:12]}" in problem
     with pytest.raises(BadInput, match="is of other files"):
-        say(scored, "bob")
+        give_answer(scored, "bob")
 
 
-@pytest.mark.parametrize("what", [approvals.REQUEST_TAG_PREFIX, approvals.APPROVAL_TAG_PREFIX])
-def test_what_was_tampered_with_counts_for_nothing(scored: Still, what: str) -> None:
-    ask(scored)
-    say(scored, "bob")
+@pytest.mark.parametrize("prefix", [approvals.REQUEST_TAG_PREFIX, approvals.APPROVAL_TAG_PREFIX])
+def test_records_that_were_changed_are_ignored(scored: Still, prefix: str) -> None:
+    make_request(scored)
+    give_answer(scored, "bob")
     version = scored.variants["fp32"]
-    ((key, value),) = tags(scored, version, what).items()
+    ((key, value),) = tags(scored, version, prefix).items()
     for changed in (json.dumps(json.loads(value) | {"who": "carol"}), "no JSON"):
         scored.store.client.set_model_version_tag("still", "3", key, changed)
         assert approvals.request_and_answers(scored.store, version, "production")[1] == ()
         (problem,) = approvals.load_approval_state(scored.store, version, "production").problems
-        assert "counts for nothing" in problem
+        assert "it is ignored" in problem
         assert problem in (try_to_promote(scored) or "")
     scored.store.client.set_model_version_tag("still", "3", key, value)
     assert try_to_promote(scored) is None
@@ -155,27 +156,27 @@ def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.Monke
     keys = {who: signing.create_key(tmp_path / f"{who}.pem") for who in ("bob", "carol")}
     rules = ApprovalRules(needed=1, people=("bob", "carol"), keys={"bob": keys["bob"]})
     policy = POLICY.model_copy(update={"approvals": rules})
-    ask(scored)
-    say(scored, "bob")  # before the alias is protected nobody knows that a signature is asked
+    make_request(scored)
+    give_answer(scored, "bob")  # before the alias is protected, so no signature is required
     assert try_to_promote(scored, policy)
     protect(scored.store, "still", "production", policy)
     with pytest.raises(Refused, match="it is not signed"):
-        say(scored, "bob")
+        give_answer(scored, "bob")
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "carol.pem"))
-    with pytest.raises(Refused, match="it is signed by"):
-        say(scored, "bob")
+    with pytest.raises(Refused, match="it is signed with"):
+        give_answer(scored, "bob")
     with pytest.raises(Refused, match="has no key of carol"):
-        say(scored, "carol")
+        give_answer(scored, "carol")
     assert try_to_promote(scored, policy)
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "bob.pem"))
-    say(scored, "bob")
+    give_answer(scored, "bob")
     assert try_to_promote(scored, policy) is None
 
     _, answers = approvals.request_and_answers(scored.store, scored.variants["fp32"], "production")
     good = answers[-1]
     signature = signing.Signature(str(good.key), str(good.signature))
     assert signing.verify_signature(approvals.signature_payload(good), signature, keys["bob"])
-    # Somebody with the database, and without the key, writes a new yes under its own digest.
+    # Somebody with access to the database, but without the key, writes an approval under its own digest.
     version = scored.variants["fp32"]
     for key in tags(scored, version, approvals.APPROVAL_TAG_PREFIX):
         scored.store.client.delete_model_version_tag("still", "3", key)
@@ -188,7 +189,7 @@ def test_signed_answers(scored: Still, tmp_path: Path, monkeypatch: pytest.Monke
         scored.store.client.delete_model_version_tag("still", "3", key)
 
 
-def test_what_cannot_be_asked(scored: Still) -> None:
+def test_requests_and_answers_that_are_refused(scored: Still) -> None:
     store = scored.store
     with pytest.raises(BadInput, match="a request needs a reason"):
         approvals.request_approval(store, "still/3", "production", reason=" ")
@@ -200,40 +201,10 @@ def test_what_cannot_be_asked(scored: Still) -> None:
         approvals.request_approval(store, "still/9", "production", reason="x")
     with pytest.raises(BadInput, match='no model is registered as "still'):
         approvals.open_requests(store, "still' OR")
-    ask(scored)
+    make_request(scored)
     with pytest.raises(BadInput, match="a rejection needs a reason"):
         approvals.answer_request(store, "still/3", "production", "reject", who="bob", reason="")
-    shown = approvals.open_requests(store)[0].request.digest()
-    ask(scored, who="carol")
-    with pytest.raises(Refused, match="carol asks for still/3 anew"):
-        approvals.answer_request(
-            store, "still/3", "production", "approve", who="bob", reason="", expected_request=shown
-        )
-
-
-def test_the_commands(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:
-    protect(scored.store, "still", "production", ASKS_BOB)
-    assert limbeck("request", "still/4").code == 2
-    asked = limbeck("request", "still/4", "--reason", "<b>cheap</b>\x1b[2J", "--format", "json")
-    assert json.loads(asked.out)["reason"] == "<b>cheap</b>\x1b[2J"
-    assert asked.err == "ann asks for still/4 at production; to answer: limbeck approve still/4 --alias production\n"
-    refused = limbeck("approve", "still/4")
-    assert (refused.code, "ann made still/4" in refused.err, refused.out) == (1, True, "")
-    refused = limbeck("promote", "still/4")
-    assert refused.code == 1
-    monkeypatch.setenv("LIMBECK_USER", "bob")
-    table = limbeck("requests")
-    assert (table.code, r"<b>cheap</b>\x1b[2J" in table.out, "bob, carol" in table.out) == (0, True, True)
-    no = limbeck("reject", "still/4", "--reason", "not yet")
-    assert (no.code, no.err) == (0, "bob rejects still/4 for production (not signed)\n")
-    assert limbeck("requests", "still").err == "nothing waits\n"
-    yes = limbeck("approve", "still/4", "--reason", "fine")
-    assert "approvals.people" in yes.out  # the policy
-    assert "retention 0.9700 [0.9500, 0.9900]" in yes.out  # the verdict
-    assert "not yet" in yes.out  # the answers so far
-    (waits,) = json.loads(limbeck("requests", "--format", "json").out)
-    assert (waits["version"], waits["approved_by"], waits["eligible_approvers"]) == (4, ["bob"], ["carol"])
-    assert [answer["answer"] for answer in waits["answers"]] == ["reject", "approve"]
-    assert waits["answers"][1]["verdict"]
-    assert limbeck("promote", "still/4").code == 0
-    assert limbeck("requests", "still").out == ""
+    shown = approvals.ShownToApprover(request=approvals.open_requests(store)[0].request.digest())
+    make_request(scored, who="carol")
+    with pytest.raises(Refused, match="carol has made a new request for still/3"):
+        approvals.answer_request(store, "still/3", "production", "approve", who="bob", reason="", shown=shown)

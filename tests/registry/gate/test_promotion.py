@@ -1,4 +1,4 @@
-"""Through the gate and back: what does not pass moves nothing, what is damaged goes nowhere, nothing is lost."""
+"""Promotion and rollback: no alias moves to a version that does not pass or is damaged, and each move is recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def damage(still: Still, version: Version) -> None:
     (still.store.artifacts.verified_folder(version) / "model.onnx").write_text("damaged")
 
 
-def sound(still: Still) -> bool:
+def is_consistent(still: Still) -> bool:
+    """Whether the ledger and the aliases agree."""
     return log.read_ledger(still.store, "still").problems() == []
 
 
@@ -42,7 +43,7 @@ def test_a_version_that_passes(scored: Still) -> None:
     assert log.read_entries(scored.store, "still") == [entry]
 
 
-def test_the_cheapest_that_passes(scored: Still) -> None:
+def test_a_bare_name_promotes_the_cheapest_variant_that_passes(scored: Still) -> None:
     done = promote(scored.store, "still", "production", POLICY)
     assert [(c.version.precision, c.usd_per_million_tokens, c.verdict.outcome) for c in done.candidates] == [
         ("int4", 0.5, "fail"),
@@ -60,19 +61,19 @@ def test_a_torch_version_goes_through_the_same_gate(still: Still) -> None:
         promote(still.store, still.teacher.ref, "production", POLICY)
 
 
-def test_what_does_not_pass_moves_nothing(scored: Still) -> None:
+def test_a_version_that_does_not_pass_moves_nothing(scored: Still) -> None:
     promote(scored.store, "still", "production", POLICY)
     before = log.read_entries(scored.store, "still")
     int4 = scored.variants["int4"]
-    words = r"still/5: fail\n.*min_retention \(fail\): retention 0\.5000 \[0\.4000, 0\.6000\], at least 0\.8000"
-    with pytest.raises(Refused, match=words) as refused:
+    message = r"still/5: fail\n.*min_retention \(fail\): retention 0\.5000 \[0\.4000, 0\.6000\], at least 0\.8000"
+    with pytest.raises(Refused, match=message) as refused:
         promote(scored.store, int4.ref, "production", POLICY)
     assert refused.value.exit_code == 1
     assert (production(scored), log.read_entries(scored.store, "still")) == (scored.variants["int8"].version, before)
-    assert [verdict.outcome for verdict in scored.store.findings.verdicts(int4)] == ["fail"]  # the veto is kept
+    assert [verdict.outcome for verdict in scored.store.findings.verdicts(int4)] == ["fail"]  # it is stored
 
 
-def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
+def test_if_none_passes_the_nearest_candidates_come_first(still: Still) -> None:
     for version, retention in zip(still.variants.values(), (0.1, 0.85, 0.3), strict=True):
         still.score(version, retention=(retention, retention - 0.1, retention + 0.1), cost_ratio=1 - retention)
     with pytest.raises(Vetoed) as veto:
@@ -83,7 +84,7 @@ def test_where_none_passes_the_nearest_come_first(still: Still) -> None:
     assert (production(still), log.read_entries(still.store, "still")) == (None, [])
 
 
-def test_what_was_not_scored_is_told_how(still: Still) -> None:
+def test_the_veto_of_an_unscored_version_names_the_command_to_run(still: Still) -> None:
     with pytest.raises(Vetoed, match=r"inconclusive\n.*run: limbeck eval still/3 --tasks \.\.\. --against still/1"):
         promote(still.store, "still/3", "production", POLICY)
 
@@ -107,7 +108,7 @@ def test_damaged_files_are_refused_and_the_alias_stays(scored: Still) -> None:
     assert (production(scored), len(log.read_entries(scored.store, "still"))) == (3, 1)
 
 
-def test_rolling_back(scored: Still) -> None:
+def test_rollback(scored: Still) -> None:
     store = scored.store
     promote(store, "still/3", "production", POLICY)
     promote(store, "still/4", "production", POLICY)
@@ -116,15 +117,15 @@ def test_rolling_back(scored: Still) -> None:
     assert (entry.action, entry.from_version, entry.to_version) == ("rollback", 4, 3)
     assert (entry.who, entry.reason, entry.artifact) == ("ada", "too slow", scored.variants["fp32"].digest)
     assert production(scored) == 3
-    assert rollback(store, "still", "production").to_version is None  # the first promotion: taken away
+    assert rollback(store, "still", "production").to_version is None  # the first promotion: removed
     assert store.aliases("still") == {"staging": 3}
     with pytest.raises(Refused, match="no promotion to production to roll back"):
         rollback(store, "still", "production")
     promote(store, "still/4", "production", POLICY)
-    assert sound(scored)
+    assert is_consistent(scored)
 
 
-def test_no_way_back_to_damaged_files(scored: Still) -> None:
+def test_no_rollback_to_damaged_files(scored: Still) -> None:
     promote(scored.store, "still/3", "production", POLICY)
     promote(scored.store, "still/4", "production", POLICY)
     damage(scored, scored.variants["fp32"])
@@ -133,7 +134,7 @@ def test_no_way_back_to_damaged_files(scored: Still) -> None:
     assert (production(scored), len(log.read_entries(scored.store, "still"))) == (4, 2)
 
 
-def test_an_alias_moved_behind_our_back(scored: Still) -> None:
+def test_an_alias_that_was_moved_through_mlflow(scored: Still) -> None:
     store = scored.store
     promote(store, "still/3", "production", POLICY)
     store.client.set_registered_model_alias("still", "production", "5")
@@ -150,10 +151,10 @@ def test_an_alias_moved_behind_our_back(scored: Still) -> None:
     assert (adopted.action, adopted.from_version, adopted.to_version, adopted.who) == ("adopt", 3, 5, "ada")
     assert "somebody moved it" in adopted.reason
     assert (promoted.from_version, promoted.to_version, production(scored)) == (5, 4, 4)
-    assert sound(scored)
+    assert is_consistent(scored)
 
 
-def test_an_alias_that_was_there_before_limbeck(scored: Still) -> None:
+def test_an_alias_that_was_set_before_limbeck(scored: Still) -> None:
     scored.store.client.set_registered_model_alias("still", "production", "5")
     with pytest.raises(Refused, match="the ledger knows nothing of it"):
         promote(scored.store, "still/4", "production", POLICY)
@@ -161,8 +162,8 @@ def test_an_alias_that_was_there_before_limbeck(scored: Still) -> None:
     assert rollback(scored.store, "still", "production").to_version == 5
 
 
-def test_a_ledger_without_an_entry_gives_no_way_back(scored: Still) -> None:
-    """With the middle entry gone, the version before is a guess."""
+def test_a_ledger_with_a_missing_entry_allows_no_rollback(scored: Still) -> None:
+    """Without the middle entry, the previous version is unknown."""
     store = scored.store
     for number in (3, 4, 3):
         promote(store, f"still/{number}", "production", POLICY)
@@ -175,12 +176,12 @@ def test_a_ledger_without_an_entry_gives_no_way_back(scored: Still) -> None:
         with pytest.raises(Refused, match="does not have the previous version of production"):
             rollback(store, "still", "production", adopt=True)
     assert production(scored) == 4
-    promote(store, "still/3", "production", POLICY)  # what was adopted is in nobody's way
+    promote(store, "still/3", "production", POLICY)  # adopted problems block nothing
     assert rollback(store, "still", "production").to_version == 4
 
 
 @pytest.mark.parametrize("model", ["still/9", "stil", "still@nothing", "../x", "still/1/2"])
-def test_what_is_not_there(scored: Still, model: str) -> None:
+def test_unknown_models(scored: Still, model: str) -> None:
     with pytest.raises(BadInput):
         promote(scored.store, model, "production", POLICY)
     with pytest.raises(BadInput):
@@ -188,7 +189,7 @@ def test_what_is_not_there(scored: Still, model: str) -> None:
     assert [p.name for p in (home() / "locks").iterdir() if "x" in p.name] == []
 
 
-def test_nothing_to_choose_from(still: Still) -> None:
+def test_a_model_without_variants(still: Still) -> None:
     with pytest.raises(BadInput, match="reserved by MLflow"):
         promote(still.store, "still", "v1", POLICY)
     for version in still.variants.values():
@@ -197,7 +198,7 @@ def test_nothing_to_choose_from(still: Still) -> None:
         promote(still.store, "still", "production", POLICY)
 
 
-def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_USER", "ada")
     assert current_user("sqlite:///x.db") == "ada"
     monkeypatch.delenv("LIMBECK_USER")
@@ -205,7 +206,7 @@ def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current_user("sqlite:///x.db") == "grace"
 
 
-def test_the_verdict_that_was_shown(scored: Still) -> None:
+def test_the_gate_decision_has_to_be_the_one_shown(scored: Still) -> None:
     """A promotion is made on the gate decision that a person was shown, or not at all."""
 
     def expecting(verdict: Verdict) -> PromotionOptions:
@@ -224,7 +225,7 @@ def test_the_verdict_that_was_shown(scored: Still) -> None:
 
 
 @pytest.mark.parametrize(("model", "reason"), [("still", "why"), ("still/5", " ")])
-def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, reason: str) -> None:
+def test_an_override_needs_one_version_and_a_reason(scored: Still, model: str, reason: str) -> None:
     with pytest.raises(BadInput, match="an override needs one named version and a reason"):
         promote(scored.store, model, "production", POLICY, reason=reason, options=PromotionOptions(override=True))
     with pytest.raises(Vetoed, match="the policy lets nobody override it"):
@@ -232,7 +233,7 @@ def test_an_override_is_of_one_version_and_says_why(scored: Still, model: str, r
     assert (production(scored), log.read_entries(scored.store, "still")) == (None, [])
 
 
-def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_move_that_the_server_refuses_is_reverted(scored: Still, monkeypatch: pytest.MonkeyPatch) -> None:
     promote(scored.store, "still/4", "production", POLICY, who="ada")
 
     def refuse(*_: object) -> None:  # as MLflow's server does to somebody with EDIT alone
@@ -243,9 +244,9 @@ def test_a_move_that_the_server_refuses_is_taken_back(scored: Still, monkeypatch
         with pytest.raises(Forbidden, match="does not let bob"):
             rollback(scored.store, "still", "production", who="bob")
     assert production(scored) == 4
-    assert sound(scored)
+    assert is_consistent(scored)
     entries = log.read_entries(scored.store, "still")
     assert [(e.action, e.to_version) for e in entries] == [("promote", 4), ("rollback", None), ("adopt", 4)]
     assert "entry 2 was never carried out: it does not let bob do this" in entries[-1].reason
     assert rollback(scored.store, "still", "production", who="ada").to_version is None
-    assert (production(scored), sound(scored)) == (None, True)
+    assert (production(scored), is_consistent(scored)) == (None, True)

@@ -300,7 +300,7 @@ def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     assert answer.status_code == 303
     page = visitor.get(answer.headers["Location"])
     assert HOSTILE in page.text
-    assert "An answer of yours would not count: dan asked for it" in page.text
+    assert "An answer of yours would not count: dan made the request" in page.text
     page = visitor.get("/requests")
     assert HOSTILE in page.text
     assert "bob, cy" in page.text
