@@ -1,9 +1,9 @@
-"""From a prompt with its completion, or a conversation, to tokens, and which of them are the answers."""
+"""Prompts with completions and conversations as token ids, and which of the tokens are the answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,8 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks what the assistant writes
+TEMPLATE_FIX = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
 
 
 class EncodedDocument(NamedTuple):
@@ -23,8 +24,8 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         ids: (n,) int32.
-        learnt: (n,) bool: the tokens of answers, with the one that ends each.
-        size: bytes of UTF-8 that the learnt tokens stand for.
+        targets: (n,) bool: the tokens to learn: of each answer, with the token that ends it.
+        text_bytes: UTF-8 bytes of text that the targets stand for.
     """
 
     ids: np.ndarray
@@ -40,193 +41,238 @@ class Span(NamedTuple):
 
 
 def encode_document(document: Document, tokenizer: PreTrainedTokenizerBase, start: int, end: int) -> EncodedDocument:
-    """The tokens of a document of which only the answers are learnt.
+    """Encode a document whose answers alone are learnt.
 
-    A conversation is as the chat template lays it out. A prompt comes after the start token, as lm-eval gives it
-    to a model, unless it begins as a rendered chat does: with BOS, or with a special token where there is no BOS.
-    Where an answer ends in no special token of its own, EOS ends it.
+    The chat template lays out a conversation. A prompt follows the start token, as in lm-eval, unless it begins like a
+    rendered chat: with BOS, or with a special token if there is no BOS. EOS ends an answer that does not end with a
+    special token of its own.
 
     Args:
-        start, end: the ids of the start token and of EOS.
+        start: id of the start token.
+        end: id of EOS.
 
     Raises:
-        BadInput: no answer, no chat template or one that does not fit; it names the document.
+        BadInput: no answer, or no chat template that fits; with the document's path.
     """
     try:
-        if document.messages:
-            text, spans = _render_conversation(document.messages, tokenizer)
-            size = sum(len(turn["content"].encode()) for turn in document.messages if turn["role"] == "assistant")
-        else:
-            text, spans = document.text, [Span(len(document.prompt), len(document.text))]
-            size = len(document.completion.encode())
-        if not size:
-            raise BadInput(
-                "there is no answer to learn",
-                fix="give answers (data.completion_column, or an assistant's message), or let the teacher write them: "
-                "[generate]",
-            )
+        text, spans, text_bytes = _text_and_answers(document, tokenizer)
     except BadInput as error:
         error.message = f"{document.path}: {error.message}"
         raise
-    ids, learnt = _tokens(text, spans, tokenizer)
-    if not learnt.any():
-        raise BadInput(f"{document.path}: its answer is no token", fix="leave it out")
-    last = int(np.flatnonzero(learnt)[-1]) + 1
-    ids, learnt = ids[:last], learnt[:last]
+    ids, targets = _encode_text(text, spans, tokenizer)
+    if not targets.any():
+        raise BadInput(f"{document.path}: its answer has no token", fix="leave it out")
+    last = int(np.flatnonzero(targets)[-1]) + 1
+    ids, targets = ids[:last], targets[:last]
     special = set(tokenizer.all_special_ids)
     if ids[-1] not in special:
-        ids, learnt = np.append(ids, np.int32(end)), np.append(learnt, True)
-    begun = ids[0] == start or (tokenizer.bos_token_id is None and ids[0] in special)
-    if not document.messages and not begun:
-        ids, learnt = np.insert(ids, 0, start), np.insert(learnt, 0, False)
-    return EncodedDocument(ids, learnt, size)
+        ids, targets = np.append(ids, np.int32(end)), np.append(targets, True)
+    has_start = ids[0] == start or (tokenizer.bos_token_id is None and ids[0] in special)
+    if not document.messages and not has_start:
+        ids, targets = np.insert(ids, 0, start), np.insert(targets, 0, False)
+    return EncodedDocument(ids, targets, text_bytes)
 
 
-def _tokens(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a text (n,) int32, and which of them lie in `spans` (n,) bool.
+def _text_and_answers(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span], int]:
+    """A document's text, its answers in it, and their bytes of UTF-8. Raises BadInput if there is no answer."""
+    if document.messages:
+        text, spans = _render_conversation(document.messages, tokenizer)
+        contents = [message["content"] for message in document.messages if message["role"] == "assistant"]
+        text_bytes = sum(len(content.encode()) for content in contents)
+    else:
+        text, spans = document.text, [Span(len(document.prompt), len(document.text))]
+        text_bytes = len(document.completion.encode())
+    if not text_bytes:
+        raise BadInput(
+            "there is no answer to learn",
+            fix="give answers (data.completion_column, or an assistant's message), or let the teacher write them: "
+            "[generate]",
+        )
+    return text, spans, text_bytes
 
-    Where a token would reach across the edge of an answer, or a tokenizer does not tell where its tokens lie, the
-    text is cut there before: a model that answers has been given the tokens of the prompt alone.
+
+def _encode_text(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text (n,) int32, and which of them are in `spans` (n,) bool.
+
+    If a token crosses the edge of an answer, or the tokenizer does not report offsets, encodes the parts between the
+    edges separately: at inference the model gets the tokens of the prompt alone.
     """
     starts, stops = np.array(spans).T
     edges = sorted({edge for span in spans for edge in span} - {0, len(text)})
     if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
-        begins, ends = np.array(found["offset_mapping"]).reshape(-1, 2).T
+        encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+        begins, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
         if not _has_split_token(begins, ends, np.array(edges), len(text)):
             span = np.searchsorted(starts, begins, side="right") - 1
-            return np.array(found["input_ids"], dtype=np.int32), (span >= 0) & (begins < stops[span])
-    pieces, learnt = [], []
+            return np.array(encoded["input_ids"], dtype=np.int32), (span >= 0) & (begins < stops[span])
+    parts, targets = [], []
     for begin, stop in pairwise([0, *edges, len(text)]):
         ids = tokenizer(text[begin:stop], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        pieces.append(np.array(ids, dtype=np.int32))
-        learnt.append(np.full(len(ids), ((starts <= begin) & (begin < stops)).any()))
-    return np.concatenate(pieces), np.concatenate(learnt)
+        parts.append(np.array(ids, dtype=np.int32))
+        targets.append(np.full(len(ids), ((starts <= begin) & (begin < stops)).any()))
+    return np.concatenate(parts), np.concatenate(targets)
 
 
 def _has_split_token(begins: np.ndarray, ends: np.ndarray, edges: np.ndarray, length: int) -> bool:
-    """Whether one of `edges` may lie within a token, whose places these are.
+    """Whether one of `edges` may be inside a token; `begins` and `ends` are the tokens' offsets.
 
-    Some tokenizers leave the blanks around a token out of its place: an edge among those belongs to either side.
+    Some tokenizers leave the blanks around a token out of its offsets, so an edge in such a gap may split it too.
     """
     inside = np.searchsorted(edges, ends, side="left") > np.searchsorted(edges, begins, side="right")
     before = np.maximum.accumulate(np.insert(ends, 0, 0))
     after = np.append(begins, length)
-    blank = np.searchsorted(edges, after, side="right") > np.searchsorted(edges, before, side="left")
-    return bool(inside.any() or (blank & (after > before)).any())
+    in_gap = np.searchsorted(edges, after, side="right") > np.searchsorted(edges, before, side="left")
+    return bool(inside.any() or (in_gap & (after > before)).any())
+
+
+# --- conversations through a chat template
+
+
+class _ChatTemplate:
+    """The chat template of a tokenizer. Raises BadInput if it has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        try:
+            self.template: str = tokenizer.get_chat_template()
+        except ValueError:
+            raise BadInput(
+                "a conversation needs a chat template and the tokenizer has none",
+                fix="take a teacher or student with one, or lay the rows out yourself: data.prompt_column",
+            ) from None
+        self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self.marks_answers = GENERATION_MARK.search(self.template) is not None
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """Messages as text; "" for none. With `add_generation_prompt`, up to where the next answer begins."""
+        if not messages:
+            return ""
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_marked(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[Span]]:
+        """Messages as text, and the spans that the template marks as written by the assistant."""
+        text, marks = self._render(messages, return_assistant_tokens_mask=True)
+        return text, [Span(*mark) for mark in marks]
+
+    def _render(self, messages: Sequence[dict[str, str]], **options: Any) -> tuple[str, Any]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)], chat_template=self.template, **self.variables, **options
+            )
+        except Exception as error:  # templates raise errors of any kind, and so does jinja
+            raise BadInput(f"the chat template refuses the messages: {error}") from error
+        texts, marks = rendered
+        return texts[0], marks[0] if marks else []
 
 
 def _render_conversation(
     messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
-    """A conversation as the chat template lays it out, and what of it the assistant writes."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    """A conversation as text, and the spans of it that the assistant writes."""
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return "", []
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError:
-        raise BadInput(
-            "a conversation needs a chat template and the tokenizer has none",
-            fix="take a teacher or student with one, or lay the rows out yourself: data.prompt_column",
-        ) from None
+    template = _ChatTemplate(tokenizer)
+    if template.marks_answers:
+        return _answers_by_marks(messages, answers, template, tokenizer)
+    return _answers_by_comparison(messages, answers, template, tokenizer)
 
-    known: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
-    def render(turns: Sequence[dict[str, str]], marked: bool = False, **options: Any) -> tuple[str, list[Span]]:
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(turns)],
-                chat_template=template,
-                return_assistant_tokens_mask=marked,
-                **known,
-                **options,
-            )
-        except Exception as error:  # templates raise what they like, jinja adds its own
-            raise BadInput(f"the chat template refuses the messages: {error}") from error
-        texts, marks = rendered
-        return texts[0], [Span(*mark) for mark in marks[0]] if marked else []
-
-    if GENERATION_MARK.search(template):
-        text, marks = render(messages, marked=True)
-        spans = _merge_marks(text, marks, tokenizer)
-        for number in answers:
-            if not any(_place(text, messages[number]["content"], span) for span in spans):
-                raise _dropped_message_error(messages, number)
-        return text, spans
-    text, _ = render(messages)
-    befores, askeds = ([_before(messages[:n], render, asked=asked) for n in answers] for asked in (False, True))
-    befores = [
-        _matching_prefix(text, each, number)
-        for number, each in zip(answers, zip(befores, askeds, strict=True), strict=True)
-    ]
-    spans = []
-    for number, before, asked, after in zip(answers, befores, askeds, [*befores[1:], text], strict=True):
-        found = _place(text, messages[number]["content"], Span(len(before), len(after)))
-        if found is None:
+def _answers_by_marks(
+    messages: Sequence[dict[str, str]],
+    answers: Sequence[int],
+    template: _ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[str, list[Span]]:
+    """A conversation as text, and the spans that the template marks."""
+    text, marks = template.render_marked(messages)
+    spans = _merge_marks(text, marks, tokenizer)
+    for number in answers:
+        if not any(_find_content(text, messages[number]["content"], span) for span in spans):
             raise _dropped_message_error(messages, number)
-        begin = len(asked) if text.startswith(asked) else min(_common_prefix_length(text, asked), found.start)
-        upto = render(messages[: number + 1])[0].rstrip()
-        spans.append(Span(begin, _end(text, found.end, upto, tokenizer)))
     return text, spans
 
 
-TEMPLATE_FIX = "take a tokenizer with another chat template, or lay the rows out yourself: data.prompt_column"
+def _answers_by_comparison(
+    messages: Sequence[dict[str, str]],
+    answers: Sequence[int],
+    template: _ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[str, list[Span]]:
+    """A conversation as text, and the spans of its answers, found by rendering the messages before each of them."""
+    text = template.render(messages)
+    prompts = [template.render(messages[:number], add_generation_prompt=True) for number in answers]
+    starts = []  # where the text of each answer begins at the earliest
+    for number, prompt in zip(answers, prompts, strict=True):
+        candidates = (template.render(messages[:number]), prompt)
+        starts.append(len(_matching_prefix(text, candidates, number)))
+    spans = []
+    for number, prompt, start, stop in zip(answers, prompts, starts, [*starts[1:], len(text)], strict=True):
+        content = _find_content(text, messages[number]["content"], Span(start, stop))
+        if content is None:
+            raise _dropped_message_error(messages, number)
+        begin = len(prompt) if text.startswith(prompt) else min(_common_prefix_length(text, prompt), content.start)
+        rendered = template.render(messages[: number + 1]).rstrip()
+        spans.append(Span(begin, _answer_end(text, content.end, rendered, tokenizer)))
+    return text, spans
 
 
-def _before(turns: Sequence[dict[str, str]], render: Callable[..., tuple[str, list[Span]]], asked: bool) -> str:
-    """What comes before an answer: the turns, and where it is `asked` for, what the template opens it with."""
-    return render(turns, add_generation_prompt=asked)[0] if turns else ""
+def _matching_prefix(text: str, candidates: tuple[str, str], number: int) -> str:
+    """The first of `candidates`, renderings of what precedes message `number`, that `text` begins with.
 
-
-def _matching_prefix(text: str, befores: tuple[str, str], number: int) -> str:
-    """Of what may come before message `number`, that with which the whole begins. Raises BadInput for none."""
-    for before in befores:
-        if text.startswith(before):
-            return before
+    Raises BadInput if neither is a prefix.
+    """
+    for candidate in candidates:
+        if text.startswith(candidate):
+            return candidate
     raise BadInput(
-        f"the chat template lays out what comes before message {number + 1} otherwise once it is answered: where the "
-        f"answer begins cannot be told",
+        f"the chat template renders what comes before message {number + 1} differently once it is answered, so the "
+        f"start of the answer is unknown",
         fix=TEMPLATE_FIX,
     )
 
 
 def _common_prefix_length(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """How many characters two texts have in common at the start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _dropped_message_error(messages: Sequence[dict[str, str]], number: int) -> BadInput:
     return BadInput(
-        f"the chat template leaves out some of message {number + 1}: {messages[number]['content'].strip()[:60]!r}",
+        f"the chat template drops part of message {number + 1}: {messages[number]['content'].strip()[:60]!r}",
         fix=f"such as the reasoning in an answer; {TEMPLATE_FIX}",
     )
 
 
-def _place(text: str, content: str, within: Span) -> Span | None:
-    """Where a message's content lies; templates set blanks as they like. None where it is not all there."""
+def _find_content(text: str, content: str, within: Span) -> Span | None:
+    """The span of a message's content in a rendered text; None if part of it is missing. Ignores changed blanks."""
     at = text.find(content.strip(), *within)
     if at >= 0:
         return Span(at, at + len(content.strip()))
-    places = [place for place in range(*within) if not text[place].isspace()]
-    wanted = "".join(content.split())
-    at = "".join(text[place] for place in places).find(wanted)
-    return Span(places[at], places[at + len(wanted) - 1] + 1) if at >= 0 else None
+    offsets = [offset for offset in range(*within) if not text[offset].isspace()]
+    without_blanks = "".join(content.split())
+    at = "".join(text[offset] for offset in offsets).find(without_blanks)
+    return Span(offsets[at], offsets[at + len(without_blanks) - 1] + 1) if at >= 0 else None
 
 
-def _end(text: str, after: int, upto: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where an answer ends: where the text ended with it, else behind the special token that follows its content."""
-    if len(upto) > after and text.startswith(upto):
-        return len(upto)
-    rest = text[after:]
-    blank = len(rest) - len(rest.lstrip())
-    return after + next((blank + len(token) for token in _added_tokens(tokenizer) if rest.startswith(token, blank)), 0)
+def _answer_end(text: str, content_end: int, rendered: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where an answer ends: with `rendered`, the messages up to it, if that is a prefix of the text.
+
+    Otherwise after the special token that follows its content, or with the content if there is none.
+    """
+    if len(rendered) > content_end and text.startswith(rendered):
+        return len(rendered)
+    rest = text[content_end:]
+    blanks = len(rest) - len(rest.lstrip())
+    for token in _added_tokens(tokenizer):
+        if rest.startswith(token, blanks):
+            return content_end + blanks + len(token)
+    return content_end
 
 
 def _merge_marks(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """What a template marks, without the blanks behind a special token; marks that touch are one."""
+    """The spans that a template marks: adjacent ones merged, without blanks after a final special token."""
     spans: list[Span] = []
     for start, end in marks:
         if spans and spans[-1].end == start:
@@ -242,5 +288,5 @@ def _merge_marks(text: str, marks: Sequence[Span], tokenizer: PreTrainedTokenize
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens that are written out whole, the longest first."""
+    """The text of all added tokens, longest first."""
     return sorted(filter(None, map(str, tokenizer.added_tokens_decoder.values())), key=len, reverse=True)

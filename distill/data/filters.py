@@ -1,4 +1,4 @@
-"""Which of a teacher's answers are kept: by length, ending, repetition, a pattern, a verifier, their likelihood."""
+"""Filters a teacher's answers by length, ending, repetition, regular expression, verifier and log-probability."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from limbeck.distill.recipe.schema import Filter
 from limbeck.registry.core.errors import BadInput
 
-# (prompt, answer, row of the data) -> whether the answer is right
+# (prompt, answer, row of the table) -> whether the answer is right
 Verifier = Callable[[Any, str, Mapping[str, Any]], bool]
 
-GRAM = 4
+NGRAM = 4
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?|-?\.\d+")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
 THINK_END = "</think>"
@@ -28,11 +28,12 @@ class Answer(NamedTuple):
     """What a teacher wrote for one prompt.
 
     Attributes:
-        tokens: how many it took, the one that ends it not counted.
+        tokens: its length, without the token that ends it.
         finished: whether it ended by itself, not at max_new_tokens.
-        logprob: mean log-probability of a token under the teacher, in nats; None where it is not known.
-        input_tokens, output_tokens: what a teacher behind an API was sent and gave, as it counts them; else 0.
-        seconds: that a local teacher took; of a batch, its share.
+        logprob: mean log-probability per token under the teacher, in nats; None if unknown.
+        input_tokens: tokens that an endpoint read, as it counts them; else 0.
+        output_tokens: tokens that an endpoint wrote, as it counts them; else 0.
+        seconds: time of a local teacher; of a batch, the answer's share.
     """
 
     text: str
@@ -45,10 +46,11 @@ class Answer(NamedTuple):
 
 
 class AnswerFilter:
-    """The filters of a recipe, in the order of its keys.
+    """Applies the filters of a recipe, and counts what each drops.
 
     Args:
-        beside: the recipe's folder, where a verifier's module may lie.
+        rules: `[generate.filter]`.
+        recipe_folder: searched for the module of a verifier.
 
     Raises:
         BadInput: a verifier that cannot be imported.
@@ -56,20 +58,21 @@ class AnswerFilter:
 
     def __init__(self, rules: Filter, recipe_folder: Path) -> None:
         self.rules = rules
-        self.verifier = _verifier(rules, recipe_folder)
-        self.dropped: Counter[str] = Counter()  # by the first filter that said no
+        self.verifier = _load_verifier(rules, recipe_folder)
+        self.dropped: Counter[str] = Counter()  # by the first filter that failed
         self.kept_count = 0
 
     def keeps(self, prompt: Any, answer: Answer, row: Mapping[str, Any]) -> bool:
-        """Whether an answer stays; counted."""
-        if (reason := self._failed_filter(prompt, answer, row)) is None:
+        """Whether an answer passes all filters. Counts it."""
+        failed = self._failed_filter(prompt, answer, row)
+        if failed is None:
             self.kept_count += 1
-            return True
-        self.dropped[reason] += 1
-        return False
+        else:
+            self.dropped[failed] += 1
+        return failed is None
 
     def check(self, row: Mapping[str, Any], row_name: str) -> None:
-        """Raises BadInput where the verifier would find nothing in a row to compare an answer with."""
+        """Raise BadInput if a row has no right answer for the verifier to compare with."""
         if self.rules.answer_column is None:
             return
         if row.get(self.rules.answer_column) is None:
@@ -80,36 +83,26 @@ class AnswerFilter:
         if self.rules.verifier == "final_answer" and final_answer(str(row[self.rules.answer_column])) is None:
             raise BadInput(
                 f"{row_name}: {self.rules.answer_column!r} has no final answer: no '#### 42', \\boxed{{42}} or number",
-                fix="leave the row out, or give a verifier of your own: package.module:function",
+                fix="leave the row out, or write your own verifier: package.module:function",
             )
 
     def _failed_filter(self, prompt: Any, answer: Answer, row: Mapping[str, Any]) -> str | None:
-        """The first filter that an answer fails."""
+        """The first filter that an answer fails, in the order below; None if it passes all."""
         rules = self.rules
-        if answer.tokens < rules.min_tokens or not answer.text.strip():
-            return "min_tokens"
-        if rules.max_tokens is not None and answer.tokens > rules.max_tokens:
-            return "max_tokens"
-        if rules.finished and not answer.finished:
-            return "finished"
-        if rules.max_repetition < 1 and repetition(answer.text) > rules.max_repetition:
-            return "max_repetition"
-        if rules.regex is not None and not re.search(rules.regex, answer.text, re.DOTALL):
-            return "regex"
-        if rules.min_logprob is not None:
-            if answer.logprob is None:
-                raise BadInput(
-                    "generate.filter.min_logprob needs log-probabilities and the teacher gave none with an answer",
-                    fix="leave min_logprob out, or take a server that gives them",
-                )
-            if answer.logprob < rules.min_logprob:
-                return "min_logprob"
-        if self.verifier is not None and not self._passes_verifier(prompt, answer.text, row):
-            return "verifier"
-        return None
+        passes: dict[str, Callable[[], bool]] = {
+            "min_tokens": lambda: answer.tokens >= rules.min_tokens and answer.text.strip() != "",
+            "max_tokens": lambda: rules.max_tokens is None or answer.tokens <= rules.max_tokens,
+            "finished": lambda: answer.finished or not rules.finished,
+            "max_repetition": lambda: rules.max_repetition >= 1 or repetition(answer.text) <= rules.max_repetition,
+            "regex": lambda: rules.regex is None or re.search(rules.regex, answer.text, re.DOTALL) is not None,
+            "min_logprob": lambda: rules.min_logprob is None or _logprob(answer) >= rules.min_logprob,
+            "verifier": lambda: self._passes_verifier(prompt, answer.text, row),
+        }
+        return next((name for name, check in passes.items() if not check()), None)
 
     def _passes_verifier(self, prompt: Any, answer: str, row: Mapping[str, Any]) -> bool:
-        assert self.verifier is not None
+        if self.verifier is None:
+            return True
         try:
             return bool(self.verifier(prompt, answer, row))
         except Exception as error:  # the recipe's own code can raise anything
@@ -119,24 +112,33 @@ class AnswerFilter:
             ) from error
 
     def summary(self) -> str:
-        """What was kept and what each filter dropped, in words."""
+        """A line with how many answers were kept, and how many each filter dropped."""
         total = self.kept_count + self.dropped.total()
         dropped = ", ".join(f"{count} by {name}" for name, count in self.dropped.most_common())
         return f"{self.kept_count} of {total} answers kept" + (f"; dropped: {dropped}" if dropped else "")
 
 
+def _logprob(answer: Answer) -> float:
+    if answer.logprob is None:
+        raise BadInput(
+            "generate.filter.min_logprob needs log-probabilities, and the teacher returned an answer without them",
+            fix="leave min_logprob out, or use a server that returns them",
+        )
+    return answer.logprob
+
+
 def repetition(text: str) -> float:
-    """The share of a text's 4-grams of words and marks that came before in it."""
+    """The share of a text's 4-grams (of words and punctuation marks) that repeat an earlier one."""
     words = re.findall(r"\w+|[^\w\s]", text)
-    grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
+    grams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a solution comes to; None where it comes to none.
+    """The final answer of a solution; None if it has none.
 
-    What follows the last `####` (GSM8K), else what the last `\\boxed{}` holds (MATH), else the last number. Of
-    reasoning between `<think>` and `</think>` nothing counts.
+    The text after the last `####` (GSM8K), else the content of the last `\\boxed{}` (MATH), else the last number.
+    Ignores reasoning up to `</think>`.
     """
     text = text.rpartition(THINK_END)[2]
     if "####" in text:
@@ -149,7 +151,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(answer: str | None, expected: str | None) -> bool:
-    """Whether two final answers are equal: as numbers where both are, else letter by letter."""
+    """Whether two final answers are equal: as numbers if both are numbers, else as text."""
     if answer is None or expected is None:
         return False
     ours, theirs = _number(answer), _number(expected)
@@ -159,7 +161,7 @@ def same_answer(answer: str | None, expected: str | None) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last `\\boxed{...}` holds, braces within it counted."""
+    """The content of the last `\\boxed{...}`, which may contain braces; None if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -173,13 +175,13 @@ def _boxed(text: str) -> str | None:
 
 
 def _number(text: str) -> Fraction | None:
-    """The one number that a text is about: `$1,234.50`, `42 apples`, `\\frac{1}{2}`, `-3/4`; None if not one."""
+    """The only number in a text such as `$1,234.50`, `42 apples`, `\\frac{1}{2}`, `-3/4`; None if there is not one."""
     found = NUMBER.findall(FRACTION.sub(r"\1/\2", text.replace("\\!", "")))
     if len(found) != 1:
         return None
-    above, _, below = found[0].replace(",", "").partition("/")
+    numerator, _, denominator = found[0].replace(",", "").partition("/")
     try:
-        return Fraction(above.strip()) / Fraction(below.strip() or 1)
+        return Fraction(numerator.strip()) / Fraction(denominator.strip() or 1)
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -188,7 +190,7 @@ def _plain(text: str) -> str:
     return "".join(text.split()).strip("$.").lower()
 
 
-def _verifier(rules: Filter, recipe_folder: Path) -> Verifier | None:
+def _load_verifier(rules: Filter, recipe_folder: Path) -> Verifier | None:
     if rules.verifier is None:
         return None
     if rules.verifier == "final_answer":
@@ -201,16 +203,16 @@ def _verifier(rules: Filter, recipe_folder: Path) -> Verifier | None:
     except Exception as error:  # importing runs the recipe's own code
         raise BadInput(
             f"generate.filter.verifier {rules.verifier!r} cannot be imported: {type(error).__name__}: {error}",
-            fix=f"give final_answer or package.module:function; {recipe_folder} and {Path.cwd()} are looked in too",
+            fix=f"set final_answer or package.module:function; {recipe_folder} and {Path.cwd()} are searched too",
         ) from error
     if not callable(found):
-        raise BadInput(f"generate.filter.verifier {rules.verifier!r} is no function")
+        raise BadInput(f"generate.filter.verifier {rules.verifier!r} is not a function")
     return found  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _importable(recipe_folder: Path) -> Any:
-    """Modules beside the recipe and here can be imported within."""
+    """Let modules beside the recipe and in the current folder be imported."""
     before = list(sys.path)
     sys.path[:0] = [str(recipe_folder), str(Path.cwd())]
     try:

@@ -1,4 +1,4 @@
-"""Which documents share a block, and whether a model keeps those of one block apart."""
+"""Packing: which documents share a block, and whether a model keeps the documents of a block apart."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPEN = 256  # blocks that still take documents; more would fill hardly better and take longer
-VOCABULARY = 32  # of a probed model
+MAX_OPEN_BLOCKS = 256  # more would hardly pack better, and take longer
+PROBE_VOCAB_SIZE = 32
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Documents put into blocks, each whole into the first open block with room for it.
+    """Pack documents into blocks, each into the first open block that has room for it.
 
     Args:
-        lengths: tokens of each, none above `capacity`.
-        capacity: tokens a block.
+        lengths: tokens of each document, none above `capacity`.
+        capacity: tokens per block.
 
     Returns:
-        Of each block its documents' numbers, in order.
+        For each block, the numbers of its documents in order.
     """
     blocks: list[list[int]] = []
-    room = np.zeros(OPEN, dtype=np.int64)  # of each open block
-    number = np.full(OPEN, -1)
+    room = np.zeros(MAX_OPEN_BLOCKS, dtype=np.int64)  # tokens left in each open block
+    number = np.full(MAX_OPEN_BLOCKS, -1)
     for document, length in enumerate(lengths):
         fitting = np.flatnonzero(room >= length)
         if not len(fitting):
-            place = int(room.argmin())  # the fullest is closed
-            room[place], number[place] = capacity, len(blocks)
+            slot = int(room.argmin())  # close the fullest block
+            room[slot], number[slot] = capacity, len(blocks)
             blocks.append([])
         else:
-            place = int(fitting[number[fitting].argmin()])
-        blocks[number[place]].append(document)
-        room[place] -= length
+            slot = int(fitting[number[fitting].argmin()])
+        blocks[number[slot]].append(document)
+        room[slot] -= length
     return blocks
 
 
 def separates_documents(config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
-    """Whether a model of this kind reads a document in a block as it reads it alone, given `position_ids`.
+    """Whether a model of this kind, given `position_ids`, reads a document in a block as it reads it alone.
 
-    Found out on a fresh model of two layers: one that has a state from token to token, or counts places in its own
-    way, sees the documents before. Also false where no such model can be made.
+    Tests it on a fresh model of two layers. A model with a recurrent state, or that counts positions itself (ALiBi),
+    sees the earlier documents. Also false if no such model can be made.
     """
     for narrow in (True, False):
         try:
-            return _ignores_neighbours(_small(config, narrow), trust_remote_code)
-        except Exception:  # a model may not fit together with other sizes, and fails in a way of its own
+            return _ignores_neighbours(_probe_config(config, narrow), trust_remote_code)
+        except Exception:  # a model with changed sizes may fail in many ways
             continue
     return False
 
 
-def _small(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
-    """The same kind of model with two layers and few tokens; `narrow`: with little between attention and attention."""
+def _probe_config(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
+    """The same kind of model with two layers and few tokens; `narrow`: also with a small feed-forward."""
     small = copy.deepcopy(config.get_text_config())
-    most = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    limits = {"num_hidden_layers": 2, "vocab_size": PROBE_VOCAB_SIZE}
     if narrow:
-        most |= {"intermediate_size": 64, "moe_intermediate_size": 64}
-    for name, value in most.items():
+        limits |= {"intermediate_size": 64, "moe_intermediate_size": 64}
+    for name, limit in limits.items():
         if isinstance(getattr(small, name, None), int):
-            setattr(small, name, min(getattr(small, name), value))
+            setattr(small, name, min(getattr(small, name), limit))
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[: small.num_hidden_layers]
     for token in ("bos", "eos", "pad"):
@@ -72,7 +72,7 @@ def _small(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
 
 
 def _ignores_neighbours(config: PretrainedConfig, trust_remote_code: bool, length: int = 12) -> bool:
-    """Whether a document gives the same logits whichever comes before it, and as alone."""
+    """Whether a document gets the same logits alone and after any other document."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,12 +81,12 @@ def _ignores_neighbours(config: PretrainedConfig, trust_remote_code: bool, lengt
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(4.0)  # in a fresh model a layer adds so little that a neighbour would not show
-        one, other, document = torch.randint(VOCABULARY, (3, length))
+                parameter.mul_(4.0)  # the layers of a fresh model add too little to show a neighbour's effect
+        one, other, document = torch.randint(PROBE_VOCAB_SIZE, (3, length))
         packed = torch.stack([torch.cat([one, document]), torch.cat([other, document])])
-        places = torch.arange(length).repeat(2).expand(2, -1)
-        after = model(input_ids=packed, position_ids=places, use_cache=False).logits[:, length:]
+        positions = torch.arange(length).repeat(2).expand(2, -1)
+        after = model(input_ids=packed, position_ids=positions, use_cache=False).logits[:, length:]
         alone = model(input_ids=document[None], use_cache=False).logits
     close = torch.isclose(after[0], alone[0], atol=1e-4, rtol=1e-3).all(-1)
-    # Rounding may send a token to other experts, and then it is one position that differs and not all.
+    # Rounding may route a token to other experts; then only some positions differ.
     return torch.allclose(after[0], after[1], atol=1e-4, rtol=1e-3) and bool(close.float().mean() > 0.5)

@@ -1,4 +1,4 @@
-"""What the teacher is asked, and its answer as a document: prompts from `[data]`, through chat templates or plain."""
+"""Prompts from `[data]` for the teacher to answer, and its answers as documents for the student."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINK_START = "<think>"
-CHARACTERS = 2  # of plain text, for each token of a block: its beginning is a prompt of about half a block
+CHARACTERS_PER_TOKEN = 2  # makes the prompt of a plain text about half a block long
 
 Messages = Sequence[dict[str, str]]
 
 
 class Prompt(NamedTuple):
-    """What the teacher is to answer.
+    """A prompt for the teacher.
 
     Attributes:
         path: identifies it; the split and the statistics group by it.
-        text: in plain. messages: the turns before the answer; () where it is no conversation.
-        row: of the table it is from, for a verifier.
+        text: as plain text.
+        messages: the messages before the answer; empty if it is not a conversation.
+        row: its row of the table, for a verifier.
     """
 
     path: str
@@ -39,32 +40,33 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(data: Data, generate: Generate, recipe_folder: Path) -> list[Prompt]:
-    """The prompts of a recipe's data, ordered by the hash of their path, so that any number is a fair sample.
+    """The prompts of a recipe's data, ordered by the hash of their path, so that any prefix is a fair sample.
 
-    Raises BadInput, naming the row, for one that cannot be used.
+    Raises BadInput for an unusable row, with its number.
     """
+    prompts: Iterator[Prompt]
     if data.kind == "dataset":
-        found = _prompts_of_rows(data, recipe_folder)
+        prompts = _prompts_of_rows(data, recipe_folder)
     else:
-        found = (
+        prompts = (
             Prompt(document.path, _beginning(document.text, data.max_length), (), {})
             for document in corpus.load_documents(data, recipe_folder)
         )
-    kept = sorted((p for p in found if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
-    if not kept:
+    ordered = sorted((p for p in prompts if p.text.strip()), key=lambda prompt: text_digest(prompt.path))
+    if not ordered:
         raise BadInput(f"{data.path or data.kind} has no prompt", fix="give text, a prompt_column or a messages_column")
-    return kept[: generate.max_prompts]
+    return ordered[: generate.max_prompts]
 
 
 def _prompts_of_rows(data: Data, recipe_folder: Path) -> Iterator[Prompt]:
     path = corpus.locate_data(data, recipe_folder)
-    asked = data.model_copy(update={"completion_column": None})  # the teacher's stands in its place
-    for document, row in table_documents(asked, path):
+    without_answers = data.model_copy(update={"completion_column": None})  # the teacher writes them
+    for document, row in table_documents(without_answers, path):
         messages = list(document.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if document.messages and not (messages and messages[-1]["role"] == "user"):
-            raise BadInput(f"{document.path}: no user's turn to answer", fix="leave the row out")
+            raise BadInput(f"{document.path}: the last message is not the user's", fix="leave the row out")
         if messages:
             text = "\n".join(message["content"] for message in messages)
         else:
@@ -73,15 +75,15 @@ def _prompts_of_rows(data: Data, recipe_folder: Path) -> Iterator[Prompt]:
 
 
 def _beginning(text: str, max_length: int) -> str:
-    """The first half of a text, at most about half a block, up to the end of a word."""
-    size = min(len(text) // 2, CHARACTERS * max_length)
+    """The first half of a text, or about half a block if that is shorter, cut at the end of a word."""
+    size = min(len(text) // 2, CHARACTERS_PER_TOKEN * max_length)
     while size > 1 and size < len(text) and not text[size].isspace():
         size -= 1
     return text[:size]
 
 
 def prompt_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
-    """A prompt as the turns before the answer."""
+    """A prompt as the messages before the answer."""
     messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
@@ -89,7 +91,7 @@ def prompt_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str,
 
 
 def render_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt_name: str) -> str:
-    """Turns through a chat template, up to where the answer begins. Raises BadInput where it refuses them."""
+    """Messages rendered by the chat template, up to where the answer begins. Raises BadInput if it refuses them."""
     from jinja2 import TemplateError
 
     try:
@@ -101,11 +103,12 @@ def render_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, p
 def document_layout(
     tokenizer: PreTrainedTokenizerBase, by_chat: bool, system_prompt: str | None
 ) -> Callable[[Prompt, str], Document]:
-    """A function of prompt and answer that gives the document to learn from.
+    """A function that makes the document to learn from a prompt and its answer.
 
     Args:
-        tokenizer: the student's: where it has a chat template, a chat is learnt through it.
-        by_chat: whether the teacher was asked by chat; then its answer does not go on where the prompt ends.
+        tokenizer: the student's; its chat template, if it has one, lays out a chat.
+        by_chat: whether the teacher answered in a chat; if not, its answer continues the prompt's text.
+        system_prompt: put before the messages of a chat.
     """
 
     def plain(prompt: Prompt, answer: str) -> Document:
@@ -114,8 +117,8 @@ def document_layout(
 
     def chat(prompt: Prompt, answer: str) -> Document:
         messages = prompt_messages(prompt, system_prompt)
-        if THINK_END in answer and not keeps_thoughts:
-            # The template would drop the reasoning: what it gives before the answer is the prompt, in plain.
+        if THINK_END in answer and not keeps_reasoning:
+            # The template drops reasoning, so use a plain prompt: what the template renders before the answer.
             text = render_chat_prompt(tokenizer, messages, prompt.path).removeprefix(tokenizer.bos_token or "")
             if text.rstrip().endswith(THINK_START):
                 text = text.rpartition(THINK_START)[0]
@@ -124,7 +127,7 @@ def document_layout(
 
     if not (by_chat and tokenizer.chat_template):
         return plain
-    thinks = {"role": "assistant", "content": f"{THINK_START}\na thought of it\n{THINK_END}\n\nwhat it says"}
-    probe = tokenizer.apply_chat_template([{"role": "user", "content": "what is asked"}, thinks], tokenize=False)
-    keeps_thoughts = "a thought of it" in str(probe)
+    thinks = {"role": "assistant", "content": f"{THINK_START}\nsome reasoning\n{THINK_END}\n\nan answer"}
+    probe = tokenizer.apply_chat_template([{"role": "user", "content": "a question"}, thinks], tokenize=False)
+    keeps_reasoning = "some reasoning" in str(probe)
     return chat

@@ -1,4 +1,4 @@
-"""Prompts with completions and conversations: exactly the answers are learnt, and what cannot be used is told."""
+"""Prompts with completions and conversations: exactly the answers are learnt, and unusable ones are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from limbeck.distill.data.chat import encode_document
 from limbeck.distill.data.document import Document, conversation_document
 from limbeck.distill.recipe import load
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.recipe.schema import Data
 from limbeck.distill.run.prepare import prepare_setting
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.errors import BadInput
@@ -34,7 +33,7 @@ MARKED = (
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3's: the last answer gets a block for thoughts, those before lose theirs.
+# Like Qwen3's: the last answer gets an empty reasoning block, earlier answers lose theirs.
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content.split('</think>')[-1] %}"
     "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}"
@@ -63,8 +62,8 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     return made
 
 
-def laid_out(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """A document's text as it is given to a model, and the runs of it that are learnt."""
+def text_and_answers(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+    """A document's text as a model reads it, and the parts of it that are learnt."""
     end = tokenizer.eos_token_id
     piece = encode_document(document, tokenizer, end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end)
     edges = np.flatnonzero(np.diff(piece.targets)) + 1
@@ -73,9 +72,9 @@ def laid_out(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[st
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_of_a_conversation_the_answers_are_learnt(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def test_the_answers_of_a_conversation_are_learnt(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = template
-    text, learnt = laid_out(conversation_document("a", TALK), tokenizer)
+    text, learnt = text_and_answers(conversation_document("a", TALK), tokenizer)
     assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert text == whole[: whole.index("caf\u00e9 <|im_end|>") + len("caf\u00e9 <|im_end|>")]
@@ -84,7 +83,7 @@ def test_of_a_conversation_the_answers_are_learnt(tokenizer: PreTrainedTokenizer
     assert piece.ids.tolist() == tokenizer.apply_chat_template(TALK)[: len(piece.ids)]
 
 
-def test_the_answer_is_what_follows_the_prompt_that_a_model_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_tokens_before_the_answer_are_those_of_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
     piece = encode_document(conversation_document("a", TALK[:3]), tokenizer, 0, 0)
     prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)
@@ -92,25 +91,25 @@ def test_the_answer_is_what_follows_the_prompt_that_a_model_is_given(tokenizer: 
     assert piece.targets.tolist() == [False] * len(prompt) + [True] * (len(piece.ids) - len(prompt))
 
 
-def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_templates_that_add_or_drop_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = THINKS
-    _, learnt = laid_out(conversation_document("a", TALK[:5]), tokenizer)
+    _, learnt = text_and_answers(conversation_document("a", TALK[:5]), tokenizer)
     assert learnt == ["return 3<|im_end|>", "<think>\n\n</think>\n\n  3, caf\u00e9 <|im_end|>"]
     thought = [*TALK[:2], {"role": "assistant", "content": "<think>1 + 2</think>3"}]
-    _, learnt = laid_out(conversation_document("a", thought), tokenizer)
+    _, learnt = text_and_answers(conversation_document("a", thought), tokenizer)
     assert learnt == ["<think>1 + 2</think>3<|im_end|>"]
-    with pytest.raises(BadInput, match=r"q:7: the chat template leaves out some of message 3: '<think>1 \+ 2"):
-        laid_out(conversation_document("q:7", [*thought, *TALK[3:5]]), tokenizer)
+    with pytest.raises(BadInput, match=r"q:7: the chat template drops part of message 3: '<think>1 \+ 2"):
+        text_and_answers(conversation_document("q:7", [*thought, *TALK[3:5]]), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("template", "content", "learnt"),
     [
-        # As DeepSeek-R1's: what opens an answer that is asked for is not there once it is given.
+        # Like DeepSeek-R1's: the generation prompt opens a reasoning block, which a given answer does not have.
         (CHATML.replace("{% endif %}", "<think>\n{% endif %}"), "3", "3<|im_end|>"),
-        # What is given of an answer where it is asked for is not learnt.
+        # The part of an answer that the generation prompt already has is not learnt.
         (CHATML.replace("{% endif %}", "<think>\n{% endif %}"), "<think>\n1+2</think>3", "1+2</think>3<|im_end|>"),
-        # As Qwen3.5's: the end of a thought that was not had.
+        # Like Qwen3.5's: an empty reasoning block before each given answer.
         (
             CHATML.replace("{% endif %}", "<think>\n{% endif %}").replace(
                 "{{ m.content }}", "<think>\n\n</think>{{ m.content }}"
@@ -118,33 +117,35 @@ def test_templates_that_write_more_than_the_content(tokenizer: PreTrainedTokeniz
             "3",
             "\n</think>3<|im_end|>",
         ),
-        # As GLM's: blanks are set anew.
+        # Like GLM's: blanks change.
         (
             CHATML.replace("m.content", "m.content.replace('\n', '')"),
             "<think>\n1 + 2\n</think>\n\n3",
             "<think>1 + 2</think>3<|im_end|>",
         ),
-        # As Cohere's: two tokens end a turn; as Phi-3's: EOS stands where no answer is asked for.
+        # Like Cohere's: two tokens end a message. Like Phi-3's: EOS follows if no answer is requested.
         (CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>"), "3", "3<|im_end|><|endoftext|>"),
         (CHATML.replace("{% endif %}", "{% else %}<|endoftext|>{% endif %}"), "3", "3<|im_end|>\n<|endoftext|>"),
     ],
 )
-def test_templates_of_many_kinds(tokenizer: PreTrainedTokenizerBase, template: str, content: str, learnt: str) -> None:
+def test_templates_like_those_of_well_known_models(
+    tokenizer: PreTrainedTokenizerBase, template: str, content: str, learnt: str
+) -> None:
     tokenizer.chat_template = template
     talk = [TALK[1], {"role": "assistant", "content": content}]
-    assert laid_out(conversation_document("a", talk), tokenizer)[1] == [learnt]
+    assert text_and_answers(conversation_document("a", talk), tokenizer)[1] == [learnt]
 
 
-def test_marks_that_touch_are_one_and_end_with_their_token(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_adjacent_marks_are_merged_and_end_with_their_token(tokenizer: PreTrainedTokenizerBase) -> None:
     marked = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n{% endgeneration %}"
     tokenizer.chat_template = MARKED.replace("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", marked)
-    _, learnt = laid_out(conversation_document("a", TALK), tokenizer)
+    _, learnt = text_and_answers(conversation_document("a", TALK), tokenizer)
     assert learnt == ["return 3<|im_end|>", "  3, caf\u00e9 <|im_end|>"]
 
 
-def test_an_answer_without_a_token_that_ends_it_gets_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_answer_without_an_end_token_gets_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
-    _, learnt = laid_out(conversation_document("a", TALK[:3]), tokenizer)
+    _, learnt = text_and_answers(conversation_document("a", TALK[:3]), tokenizer)
     assert learnt == ["return 3<|endoftext|>"]
 
 
@@ -154,35 +155,37 @@ def test_an_answer_without_a_token_that_ends_it_gets_eos(tokenizer: PreTrainedTo
         (None, TALK, "q:7: a conversation needs a chat template and the tokenizer has none"),
         (CHATML, TALK[:2], "q:7: there is no answer to learn"),
         (CHATML + "{{ raise_exception('no system') }}", TALK, "q:7: the chat template refuses the messages: no system"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content[:4] }}"), TALK, "q:7: .* leaves out some of message 3"),
-        ("{{ messages | length }} turns\n" + CHATML, TALK, "q:7: .* what comes before message 3 otherwise"),
-        (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK[:5], "q:7: .* leaves out some of message 3"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:4] }}"), TALK, "q:7: .* drops part of message 3"),
+        ("{{ messages | length }} turns\n" + CHATML, TALK, "q:7: .* what comes before message 3 differently"),
+        (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK[:5], "q:7: .* drops part of message 3"),
     ],
 )
-def test_conversations_that_cannot_be_used(
+def test_unusable_conversations_are_errors(
     tokenizer: PreTrainedTokenizerBase, template: str | None, messages: list[dict[str, str]], message: str
 ) -> None:
     tokenizer.chat_template = template
     with pytest.raises(BadInput, match=message):
-        laid_out(conversation_document("q:7", messages), tokenizer)
+        text_and_answers(conversation_document("q:7", messages), tokenizer)
 
 
 def test_a_prompt_and_its_completion(tokenizer: PreTrainedTokenizerBase) -> None:
-    text, learnt = laid_out(Document("a", "add: return a", prompt="add:"), tokenizer)
+    text, learnt = text_and_answers(Document("a", "add: return a", prompt="add:"), tokenizer)
     assert text == "<|endoftext|>add: return a<|endoftext|>"
     assert learnt == [" return a<|endoftext|>"]
-    # A chat that is rendered already begins and ends by itself.
+    # A rendered chat already has its start and end tokens.
     rendered = "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n"
-    text, learnt = laid_out(Document("a", rendered + "3<|im_end|>", prompt=rendered), tokenizer)
+    text, learnt = text_and_answers(Document("a", rendered + "3<|im_end|>", prompt=rendered), tokenizer)
     assert (text, learnt) == (rendered + "3<|im_end|>", ["3<|im_end|>"])
-    # With a BOS it always comes first, and once.
+    # BOS, if there is one, comes first and only once.
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     for prompt in (rendered, "<s>" + rendered):
-        assert laid_out(Document("a", prompt + "3", prompt=prompt), tokenizer)[0] == f"<s>{rendered}3<|endoftext|>"
+        assert (
+            text_and_answers(Document("a", prompt + "3", prompt=prompt), tokenizer)[0] == f"<s>{rendered}3<|endoftext|>"
+        )
 
 
-def test_the_prompts_tokens_are_those_a_model_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Also where a token of the whole would reach across the edge, and where it begins with a blank."""
+def test_the_prompt_has_the_tokens_that_it_has_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Even if a token of the whole text would cross the edge, or begins with a blank."""
     across = 0
     text = "def add(a, b):\n    return a + b\n"
     for edge in range(1, len(text) - 1):
@@ -194,16 +197,16 @@ def test_the_prompts_tokens_are_those_a_model_is_given(tokenizer: PreTrainedToke
     assert across > 5
 
 
-def test_blanks_before_a_token_belong_to_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Many tokenizers of the hub leave them out of a token's place."""
+def test_offsets_without_blanks_are_handled(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Many tokenizers leave the blanks around a token out of its offsets."""
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    test_the_prompts_tokens_are_those_a_model_is_given(tokenizer)
+    test_the_prompt_has_the_tokens_that_it_has_alone(tokenizer)
 
 
-def test_a_tokenizer_that_puts_a_blank_before_each_text() -> None:
-    """As Llama 2's: the completion alone would get one too, which no model that answers writes."""
+def test_a_tokenizer_that_adds_a_blank_before_each_text() -> None:
+    """Like Llama 2's. The completion alone would get a blank too, which a model never generates."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -226,47 +229,6 @@ def table(limbeck_home: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_rows_are_read_as_the_recipe_says(table: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"q": f"question {n}?", "a": f" answer {n}", "chat": TALK[: 3 + n % 2 * 2]} for n in range(30)]
-    table(*rows)
-
-    def read(**columns: str) -> list[Document]:
-        made = corpus.prepare_corpus(Data(path="qa.jsonl", **columns), tmp_path, "qa")
-        documents = [*corpus.read_corpus(made.train), *corpus.read_corpus(made.heldout)]
-        assert len(documents) == 30
-        return sorted(documents)
-
-    for document, row in zip(read(prompt_column="q", completion_column="a"), rows, strict=True):
-        assert (document.prompt, document.completion, document.messages) == (row["q"], row["a"], ())
-    for document, row in zip(read(messages_column="chat"), rows, strict=True):
-        assert document.messages == row["chat"]
-        assert document.text == "\n".join(turn["content"] for turn in TALK[: len(row["chat"])])  # type: ignore[arg-type]
-    assert [d.text for d in read(text_column="a")] == [row["a"] for row in rows]
-    assert [d.completion for d in read(prompt_column="q")] == [""] * 30
-
-
-@pytest.mark.parametrize(
-    ("columns", "row", "message"),
-    [
-        ({"messages_column": "chat"}, {"chat": "hello"}, r"qa.jsonl, row 2: chat has no messages"),
-        ({"messages_column": "chat"}, {"chat": []}, r"row 2: chat has no messages"),
-        ({"messages_column": "chat"}, {"chat": [{"role": "bot", "content": "x"}]}, r"row 2: chat, message 1 cannot"),
-        ({"messages_column": "chat"}, {"chat": [{"role": "user", "content": None}]}, r"row 2: chat, message 1 cannot"),
-        ({"prompt_column": "q", "completion_column": "a"}, {"q": "x", "a": " "}, r"row 2: a is empty"),
-        ({"prompt_column": "q", "completion_column": "a"}, {"q": None, "a": "x"}, r"row 2: q is empty"),
-        ({"prompt_column": "ask"}, {}, r"has no column 'ask'\n.*prompt_column to one of: q, a, chat"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_told_by_their_number(
-    table: Callable[..., Path], tmp_path: Path, columns: dict[str, str], row: dict[str, object], message: str
-) -> None:
-    good = {"q": "question", "a": "answer", "chat": [{"role": "user", "content": "x"}]}
-    mixed = isinstance(row.get("chat"), str)  # a column of one type, as a file has
-    table(good | ({"chat": "x"} if mixed else {}), good | row)
-    with pytest.raises(BadInput, match=message if not mixed else message.replace("row 2", "row 1")):
-        corpus.prepare_corpus(Data(path="qa.jsonl", **columns), tmp_path, "qa")  # type: ignore[arg-type]
-
-
 def test_a_recipe_over_conversations(
     table: Callable[..., Path],
     store: Store,
@@ -275,7 +237,7 @@ def test_a_recipe_over_conversations(
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
-    """From rows to registered students; what the teacher's licence says of them goes along."""
+    """From rows to registered students, which record what the teacher's licence allows."""
     chance = random.Random(0)
     turns = [[*TALK[:2], {"role": "assistant", "content": f"return {chance.randint(0, 9)}"}] for _ in range(60)]
     table(*({"chat": turn} for turn in turns), {"chat": [TALK[1], {"role": "assistant", "content": "long " * 90}]})
@@ -299,12 +261,12 @@ def test_a_recipe_over_conversations(
     assert saved.apply_chat_template(TALK[:2], tokenize=False) == "system: be brief\nuser: add 1 and 2\n"
 
 
-def test_students_that_would_see_their_neighbours_get_one_document_a_block(
+def test_students_that_cannot_separate_documents_get_one_per_block(
     store: Store, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for student, most in (("llama", 2), ("bloom", 1)):
+    for student, segments in (("llama", 2), ("bloom", 1)):
         path = write_recipe(student=student)
         setting = prepare_setting(load.load_recipe(path, ["data.max_length=256"]), Source(path), store)
-        assert setting.train.segments.max() >= most
-        assert (setting.train.segments.max() == 1) == (most == 1)
+        assert setting.train.segments.max() >= segments
+        assert (setting.train.segments.max() == 1) == (segments == 1)
     assert "small: would see the documents beside one in a block" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which answers of a teacher are kept, and what is told of the others."""
+"""Filters of a teacher's answers: what each one drops, the report, and the verifiers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from limbeck.registry.core.errors import BadInput
 GOOD = Answer("Two and two are four.\n#### 4", tokens=9, finished=True, logprob=-0.5)
 
 
-def sieve(beside: Path = Path(), **rules: Any) -> AnswerFilter:
-    return AnswerFilter(Filter(**rules), beside)
+def make_filter(recipe_folder: Path = Path(), **rules: Any) -> AnswerFilter:
+    return AnswerFilter(Filter(**rules), recipe_folder)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def sieve(beside: Path = Path(), **rules: Any) -> AnswerFilter:
     ],
 )
 def test_each_filter(rules: dict[str, Any], change: dict[str, Any], reason: str | None) -> None:
-    tried = sieve(**rules)
-    assert tried.keeps("2 + 2?", GOOD._replace(**change), {"a": "#### 4.0"}) == (reason is None)
-    assert dict(tried.dropped) == ({reason: 1} if reason else {})
-    assert tried.kept_count == (reason is None)
+    answer_filter = make_filter(**rules)
+    assert answer_filter.keeps("2 + 2?", GOOD._replace(**change), {"a": "#### 4.0"}) == (reason is None)
+    assert dict(answer_filter.dropped) == ({reason: 1} if reason else {})
+    assert answer_filter.kept_count == (reason is None)
 
 
-def test_what_was_dropped_is_counted_by_the_first_filter_that_said_no() -> None:
-    tried = sieve(max_tokens=5, regex="x")
+def test_a_dropped_answer_counts_for_the_first_filter_it_fails() -> None:
+    answer_filter = make_filter(max_tokens=5, regex="x")
     for answer in (
         GOOD,
         GOOD,
@@ -55,12 +55,12 @@ def test_what_was_dropped_is_counted_by_the_first_filter_that_said_no() -> None:
         GOOD._replace(tokens=3, text="x"),
         GOOD._replace(finished=False),
     ):
-        tried.keeps("", answer, {})
-    assert tried.summary() == "1 of 5 answers kept; dropped: 3 by max_tokens, 1 by regex"
+        answer_filter.keeps("", answer, {})
+    assert answer_filter.summary() == "1 of 5 answers kept; dropped: 3 by max_tokens, 1 by regex"
 
 
 def test_repetition_is_the_share_of_four_grams_seen_before() -> None:
-    # a b c d | b c d a | c d a b | d a b c | a b c d: the last came before.
+    # a b c d | b c d a | c d a b | d a b c | a b c d: the last repeats the first.
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("a b c d e f g h") == 0
     assert repetition("a b c") == 0
@@ -108,38 +108,38 @@ def test_final_answers_are_compared_as_numbers(given: str | None, wanted: str | 
     assert same_answer(given, wanted) == equal
 
 
-def test_a_verifier_of_ones_own_lies_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_custom_verifier_is_imported_from_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "own_checks.py").write_text(
         "def is_upper(prompt, answer, row):\n    return answer == prompt.upper() + row['end']\n"
         "def fails(prompt, answer, row):\n    raise RuntimeError('no such word')\n"
         "number = 3\n"
     )
-    tried = sieve(tmp_path, verifier="own_checks:is_upper")
-    assert tried.keeps("yes", GOOD._replace(text="YES!"), {"end": "!"})
-    assert not tried.keeps("yes", GOOD._replace(text="YES!"), {"end": "?"})
+    answer_filter = make_filter(tmp_path, verifier="own_checks:is_upper")
+    assert answer_filter.keeps("yes", GOOD._replace(text="YES!"), {"end": "!"})
+    assert not answer_filter.keeps("yes", GOOD._replace(text="YES!"), {"end": "?"})
     with pytest.raises(BadInput, match=r"own_checks:fails.*RuntimeError: no such word.*begins 'Two"):
-        sieve(tmp_path, verifier="own_checks:fails").keeps("", GOOD, {})
+        make_filter(tmp_path, verifier="own_checks:fails").keeps("", GOOD, {})
     for name in ("own_checks:number", "own_checks:none", "no_such_module_here:f", "own_checks"):
         with pytest.raises(BadInput, match=f"verifier '{name}'"):
-            sieve(tmp_path, verifier=name)
+            make_filter(tmp_path, verifier=name)
 
 
-def test_a_row_that_a_verifier_could_not_use_is_found_before(tmp_path: Path) -> None:
-    tried = sieve(verifier="final_answer", answer_column="solution")
-    tried.check({"solution": "it is 4"}, "row 1")
+def test_a_row_without_a_right_answer_is_an_error(tmp_path: Path) -> None:
+    answer_filter = make_filter(verifier="final_answer", answer_column="solution")
+    answer_filter.check({"solution": "it is 4"}, "row 1")
     with pytest.raises(BadInput, match=r"row 2 has no 'solution'.*\n.*its columns are: answer"):
-        tried.check({"answer": "4"}, "row 2")
+        answer_filter.check({"answer": "4"}, "row 2")
     with pytest.raises(BadInput, match="row 3: 'solution' has no final answer"):
-        tried.check({"solution": "many"}, "row 3")
-    sieve(regex="x").check({}, "row 4")
+        answer_filter.check({"solution": "many"}, "row 3")
+    make_filter(regex="x").check({}, "row 4")
 
 
-def test_a_likelihood_that_is_not_known_is_no_reason_to_keep() -> None:
-    with pytest.raises(BadInput, match="gave none"):
-        sieve(min_logprob=-1.0).keeps("", GOOD._replace(logprob=None), {})
+def test_min_logprob_needs_log_probabilities() -> None:
+    with pytest.raises(BadInput, match="returned an answer without them"):
+        make_filter(min_logprob=-1.0).keeps("", GOOD._replace(logprob=None), {})
 
 
 @pytest.mark.parametrize("rules", [{"regex": "("}, {"verifier": "final_answer"}])
-def test_filters_are_checked_with_the_recipe(rules: dict[str, str]) -> None:
+def test_filters_with_a_mistake_are_refused(rules: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"regular expression|answer_column"):
         Filter(**rules)

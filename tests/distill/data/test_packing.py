@@ -1,4 +1,4 @@
-"""Blocks: a document's loss is the same whatever lies beside it, and every document is in a block once."""
+"""Packing: a document's loss does not depend on its neighbours, and every document is in one block."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from limbeck.registry.core.errors import BadInput
 from tests.conftest import SIZES, make_model
 from tests.distill.conftest import lines_of_text
 
-APART = ["llama", "qwen2", "gpt2", "gpt_neox", "mistral", "gemma2"]
-# A short one between two others, the last longer than mistral's window.
+SEPARATING = ["llama", "qwen2", "gpt2", "gpt_neox", "mistral", "gemma2"]
+# Short and long; the last is longer than mistral's window.
 TEXTS = ["drops of spirit", "class Vessel:\n    pass\n", "def add(a, b):\n    return a + b\n" * 2]
 
 
-def learnt(*texts: str) -> list[Document]:
-    """Documents that stay whole: a prompt of one character and the rest as its completion."""
+def whole_documents(*texts: str) -> list[Document]:
+    """Documents that stay whole: a prompt of one character, and the rest as its completion."""
     return [Document(str(number), text, prompt=text[0]) for number, text in enumerate(texts)]
 
 
-def nats_of(model: PreTrainedModel, blocks: Blocks) -> dict[bytes, tuple[float, torch.Tensor]]:
-    """Of each document, by its tokens: its loss, and the gradient of that with respect to every weight."""
+def losses_of_documents(model: PreTrainedModel, blocks: Blocks) -> dict[bytes, tuple[float, torch.Tensor]]:
+    """The loss in nats and the gradient for each document, by its tokens."""
     batch = blocks.batch(np.arange(len(blocks.ids)))
     found = {}
     for row, segments in enumerate(blocks.segments):
@@ -46,22 +46,22 @@ def nats_of(model: PreTrainedModel, blocks: Blocks) -> dict[bytes, tuple[float, 
     return found
 
 
-@pytest.mark.parametrize("model_type", [*APART, "bloom", "mamba"])
+@pytest.mark.parametrize("model_type", [*SEPARATING, "bloom", "mamba"])
 def test_a_documents_loss_does_not_depend_on_its_neighbours(
     tmp_path: Path, tokenizer_folder: Path, model_type: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, tokenizer_folder, model_type))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    apart = separates_documents(model.config)
-    assert apart == (model_type in APART)
+    separates = separates_documents(model.config)
+    assert separates == (model_type in SEPARATING)
 
-    packed = make_blocks(learnt(*TEXTS), tokenizer, 96, one_document_per_block=not apart)
-    other = make_blocks(learnt(TEXTS[2], TEXTS[0]), tokenizer, 96, one_document_per_block=not apart)
-    single = [make_blocks(learnt(text), tokenizer, 96) for text in TEXTS]
-    assert len(packed.ids) == (1 if apart else 3)
-    found, again = nats_of(model, packed), nats_of(model, other)
+    packed = make_blocks(whole_documents(*TEXTS), tokenizer, 96, one_document_per_block=not separates)
+    other = make_blocks(whole_documents(TEXTS[2], TEXTS[0]), tokenizer, 96, one_document_per_block=not separates)
+    single = [make_blocks(whole_documents(text), tokenizer, 96) for text in TEXTS]
+    assert len(packed.ids) == (1 if separates else 3)
+    found, again = losses_of_documents(model, packed), losses_of_documents(model, other)
     for blocks in single:
-        ((tokens, (nats, gradient)),) = nats_of(model, blocks).items()
+        ((tokens, (nats, gradient)),) = losses_of_documents(model, blocks).items()
         for each in (found, again):
             if tokens in each:
                 assert each[tokens][0] == pytest.approx(nats, rel=1e-5)
@@ -70,17 +70,17 @@ def test_a_documents_loss_does_not_depend_on_its_neighbours(
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mamba"])
-def test_the_models_that_are_given_one_document_a_block_need_it(
+def test_models_that_get_one_document_per_block_need_it(
     tmp_path: Path, tokenizer_folder: Path, model_type: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, tokenizer_folder, model_type))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    packed = nats_of(model, make_blocks(learnt(*TEXTS), tokenizer, 96))
-    alone = nats_of(model, make_blocks(learnt(*TEXTS), tokenizer, 96, one_document_per_block=True))
+    packed = losses_of_documents(model, make_blocks(whole_documents(*TEXTS), tokenizer, 96))
+    alone = losses_of_documents(model, make_blocks(whole_documents(*TEXTS), tokenizer, 96, one_document_per_block=True))
     assert any(abs(packed[tokens][0] - nats) > 1e-4 * nats for tokens, (nats, _) in alone.items())
 
 
-def test_the_probe_leaves_no_trace_and_takes_what_it_cannot_make_for_a_leak() -> None:
+def test_the_probe_has_no_side_effects_and_distrusts_models_it_cannot_make() -> None:
     config = AutoConfig.for_model("llama", vocab_size=300, **SIZES["llama"])
     before, state = config.to_dict(), torch.get_rng_state()
     assert separates_documents(config)
@@ -90,7 +90,7 @@ def test_the_probe_leaves_no_trace_and_takes_what_it_cannot_make_for_a_leak() ->
     assert not separates_documents(AutoConfig.for_model("t5"))
 
 
-def test_long_texts_one_document_a_block(tokenizer_folder: Path) -> None:
+def test_texts_with_one_document_per_block(tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = [Document(str(n), lines_of_text(n + 1, seed=n)) for n in range(5)]
     blocks = make_blocks(documents, tokenizer, 16, one_document_per_block=True)
@@ -108,7 +108,7 @@ def test_long_texts_one_document_a_block(tokenizer_folder: Path) -> None:
     assert blocks.targets.sum() == (blocks.segments > 0).sum() - len(rows)
 
 
-def test_first_fit() -> None:
+def test_first_fit_matches_a_simple_implementation() -> None:
     chance = random.Random(0)
     lengths = [chance.randint(1, 40) for _ in range(400)]
     expected: list[list[int]] = []
@@ -120,12 +120,12 @@ def test_first_fit() -> None:
         else:
             expected[place].append(number)
     assert first_fit(lengths, 40) == expected
-    many = first_fit([25] * 1000, 40)  # more blocks than stay open
+    many = first_fit([25] * 1000, 40)  # more blocks than MAX_OPEN_BLOCKS
     assert sorted(itertools.chain(*many)) == list(range(1000))
     assert first_fit([], 40) == []
 
 
-def test_blocks_of_whole_documents(tokenizer_folder: Path) -> None:
+def test_prompts_with_completions_stay_whole(tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     texts = [lines_of_text(1 + n % 5, seed=n) for n in range(40)]
     documents = [Document(str(n), text, prompt=text[:7]) for n, text in enumerate(texts)]
@@ -151,7 +151,7 @@ def test_blocks_of_whole_documents(tokenizer_folder: Path) -> None:
 
 def test_max_tokens_takes_the_first_whole_documents(tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    documents = learnt(*(lines_of_text(1, seed=n) for n in range(40)))
+    documents = whole_documents(*(lines_of_text(1, seed=n) for n in range(40)))
     whole = make_blocks(documents, tokenizer, 64)
     fewer = make_blocks(iter(documents), tokenizer, 64, max_tokens=200)
     used = int((fewer.segments > 0).sum())
@@ -165,12 +165,12 @@ def test_max_tokens_takes_the_first_whole_documents(tokenizer_folder: Path) -> N
     [
         ([], {}, "there is no document"),
         ([Document("a", "short")], {}, "do not fill one block of 64"),
-        (learnt("long " * 100, "longer " * 100), {}, "all 2 documents are longer than 64 tokens"),
-        (learnt("drops of spirit"), {"max_tokens": 8}, "data.max_tokens 8 is less than the first document"),
+        (whole_documents("long " * 100, "longer " * 100), {}, "all 2 documents are longer than 64 tokens"),
+        (whole_documents("drops of spirit"), {"max_tokens": 8}, "data.max_tokens 8 is less than the first document"),
         ([Document("q.jsonl:3", "prompt", prompt="prompt")], {}, "q.jsonl:3: there is no answer to learn"),
     ],
 )
-def test_what_makes_no_blocks(
+def test_unusable_documents_are_an_error(
     tokenizer_folder: Path, documents: list[Document], options: dict[str, int], message: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -239,7 +239,7 @@ def test_nothing_left_to_learn_from_is_told_with_the_counts(
     assert done.code == 2
     assert "recipe.toml" in done.err
     assert "0 of 12 answers kept; dropped: 12 by verifier" in done.err
-    assert "the answers are kept" in done.err
+    assert "the answers stay stored" in done.err
     assert store.versions("tiny") == [] or [v.kind for v in store.versions("tiny")] == ["teacher"]
 
 
@@ -295,7 +295,7 @@ def test_conversations_are_answered_after_the_last_users_turn(tmp_path: Path) ->
     assert sorted(len(prompt.messages) for prompt in found) == [1, 3]
     assert {prompt.messages[-1]["role"] for prompt in found} == {"user"}
     path.write_text(json.dumps({"m": [answer]}) + "\n")
-    with pytest.raises(BadInput, match=r"chats.jsonl:0000000: no user's turn"):
+    with pytest.raises(BadInput, match=r"chats.jsonl:0000000: the last message is not the user's"):
         prompts.load_prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
 
 
