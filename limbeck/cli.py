@@ -21,11 +21,11 @@ Table = dict[str, tuple["str | Table", str]]
 # command -> (module:object, the line that `--help` shows)
 MODELS: Table = {
     "list": ("limbeck.registry.commands.models:list_", "The versions of NAME, or of all models."),
-    "show": ("limbeck.registry.commands.models:show", "All that is known of a version."),
+    "show": ("limbeck.registry.commands.models:show", "Everything recorded about a version."),
     "lineage": ("limbeck.registry.commands.models:lineage", "The tree from teacher to served artifact."),
     "card": ("limbeck.registry.commands.models:card", "The model card of a version, as Markdown."),
     "diff": ("limbeck.evals.commands.diff:diff", "Two versions side by side: recipe, scores, cost."),
-    "sbom": ("limbeck.registry.commands.sbom:sbom", "What went into a version, with digests; signed, verified."),
+    "sbom": ("limbeck.registry.commands.sbom:sbom", "The SBOM of a version: print, store, sign, verify."),
     "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
 }
 KEYS: Table = {
@@ -35,14 +35,14 @@ KEYS: Table = {
 POLICY: Table = {
     "check": (
         "limbeck.registry.commands.policy:check",
-        "Say in words what a policy asks; with --model, judge a version by it.",
+        "Describe what a policy requires; with --model, apply it to a version.",
     ),
 }
 WEBHOOKS: Table = {
     "list": ("limbeck.registry.commands.webhooks:list_", "The webhooks of the server."),
-    "add": ("limbeck.registry.commands.webhooks:add", "Have the server tell an address of what happens."),
-    "remove": ("limbeck.registry.commands.webhooks:remove", "Send no more notices by a webhook."),
-    "test": ("limbeck.registry.commands.webhooks:test", "Have the server send an example now."),
+    "add": ("limbeck.registry.commands.webhooks:add", "Have the server send a notice to an address after an event."),
+    "remove": ("limbeck.registry.commands.webhooks:remove", "Remove a webhook."),
+    "test": ("limbeck.registry.commands.webhooks:test", "Have the server send an example notice now."),
 }
 # or (the table of a group, its line)
 COMMANDS: Table = {
@@ -73,20 +73,23 @@ COMMANDS: Table = {
     ),
     "models": (MODELS, "Browse the registry."),
     "promote": ("limbeck.registry.commands.gate:promote", "Move an alias to a version that passes the policy."),
-    "rollback": ("limbeck.registry.commands.gate:rollback", "Put an alias back on the version before."),
-    "policy": (POLICY, "What a gate asks, in words."),
-    "protect": ("limbeck.registry.commands.gate:protect", "Let an alias move by one policy alone."),
-    "request": ("limbeck.registry.commands.approvals:request", "Ask that an alias may point at a version."),
-    "approve": ("limbeck.registry.commands.approvals:approve", "Say yes to a request, with the verdict before you."),
-    "reject": ("limbeck.registry.commands.approvals:reject", "Say no to a request."),
-    "requests": ("limbeck.registry.commands.approvals:requests", "What waits for an answer."),
-    "keys": (KEYS, "The key that bills of materials and approvals are signed with."),
+    "rollback": ("limbeck.registry.commands.gate:rollback", "Move an alias back to its previous version."),
+    "policy": (POLICY, "Check a policy."),
+    "protect": ("limbeck.registry.commands.gate:protect", "Let an alias move only by one policy."),
+    "request": ("limbeck.registry.commands.approvals:request", "Request that an alias may point at a version."),
+    "approve": ("limbeck.registry.commands.approvals:approve", "Approve a request, after printing the gate decision."),
+    "reject": ("limbeck.registry.commands.approvals:reject", "Reject a request."),
+    "requests": ("limbeck.registry.commands.approvals:requests", "List the open requests."),
+    "keys": (KEYS, "The key that signs SBOMs and approvals."),
     "deploy": ("limbeck.export.commands.deploy:deploy", "Copy a verified, self-contained bundle."),
     "serve": ("limbeck.export.commands.serve:serve", "Serve an ONNX model over OpenAI-compatible HTTP."),
     "generate": ("limbeck.export.commands.generate:generate", "Complete a prompt and report the speed."),
-    "webhooks": (WEBHOOKS, "Notices by webhook of what happens to models."),
+    "webhooks": (WEBHOOKS, "Webhooks: notices of what happens to models."),
     "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
-    "doctor": ("limbeck.registry.commands.doctor:doctor", "What is installed, reachable, and what is wrong."),
+    "doctor": (
+        "limbeck.registry.commands.doctor:doctor",
+        "Check the installation, the machine and the registry.",
+    ),
 }
 
 # Which extra of the distribution the commands of a module need. `serve` and `deploy` need less than the rest of export.

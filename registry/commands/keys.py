@@ -1,4 +1,4 @@
-"""`limbeck keys`: the key that bills of materials and approvals are signed with."""
+"""`limbeck keys`: the key that SBOMs and approvals are signed with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
 
-name_option = click.option("--name", help="Whose key it is.  [default: who you are to Limbeck]")
+name_option = click.option("--name", help="The owner of the key.  [default: your name in Limbeck]")
 
 
 @click.command()
@@ -22,9 +22,9 @@ def new(file: Path, name: str | None) -> None:
     from limbeck.registry.core import signing
 
     print(_trusted_key_line(signing.create_key(file), name))
-    print_status(f"sign with it: export {signing.KEY_FILE_VARIABLE}={shlex.quote(str(file.resolve()))}")
+    print_status(f"to sign with it: export {signing.KEY_FILE_VARIABLE}={shlex.quote(str(file.resolve()))}")
     print_status(
-        f"who is to trust it puts the line above into a file, and that file's name into {signing.TRUSTED_KEYS_VARIABLE}"
+        f"to trust it: put the line above into a file, and the name of that file into {signing.TRUSTED_KEYS_VARIABLE}"
     )
 
 
@@ -34,7 +34,7 @@ def new(file: Path, name: str | None) -> None:
 def show(file: Path | None, name: str | None) -> None:
     """Print the public key of the private key in FILE, as a line for a file of trusted keys.
 
-    FILE is the one that LIMBECK_SIGNING_KEY names where it is not given.
+    Without FILE, the key that LIMBECK_SIGNING_KEY names.
     """
     from limbeck.registry.core import signing
 
@@ -49,6 +49,6 @@ def show(file: Path | None, name: str | None) -> None:
 def _trusted_key_line(key: str, name: str | None) -> str:
     from limbeck.registry.mlflow.identity import current_user
 
-    # Without the state folder, which a host that only keeps a key need not have.
+    # Without the default store, since a host that only has a key needs no state folder.
     who = name or current_user(os.environ.get("MLFLOW_TRACKING_URI", ""))
     return f"{key} {' '.join(who.split())}"

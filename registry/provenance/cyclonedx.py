@@ -1,7 +1,8 @@
-"""What went into a version, as a bill of materials in CycloneDX 1.6: files, models, data, code, packages, scores.
+"""The SBOM of a version in CycloneDX 1.6: its files, models, data, code, packages and scores.
 
-It is made from the records alone: one state of them gives the same bytes each time. A model's hash is its digest
-(`registry.core.digest`, over the hashes of its files), a text's that of its documents, a recipe's that of what it says.
+It is made from the records alone, so the same records give the same bytes. The hash of a model is its digest
+(`limbeck.registry.core.digest`, over the hashes of its files), of a text the digest of its documents, of a recipe the
+digest of its values.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from limbeck.registry.records import Scorecard, Verdict, Version
 
 Json = dict[str, Any]
 
-MADE_WITH = TAG_PREFIX + "made_with"  # a tag of the run that made a version: package -> version, as JSON
-COMMIT = re.compile(r"\+g([0-9a-f]{7,40})$")  # in the code version of a clone that has no changes
-Z95 = 1.959964  # half of a 95% interval, in standard errors
-# As SPDX spells what the hub writes small; others are given by name.
+MADE_WITH = TAG_PREFIX + "made_with"  # tag of the run that made a version: package -> version, as JSON
+COMMIT = re.compile(r"\+g([0-9a-f]{7,40})$")  # in the code version of a clone without changes
+NORMAL_95 = 1.959964  # half the width of a 95% interval, in standard errors
+# The hub's lower-case identifier -> the identifier of SPDX; other licences are listed by name.
 SPDX = {
     each.lower(): each
     for each in (
@@ -38,7 +39,7 @@ SPDX = {
 
 
 def cyclonedx_document(store: Store, version: Version) -> Json:
-    """What went into a version, whose files are verified first. Raises DamagedArtifact."""
+    """The SBOM of a version. Verifies the version's files; raises DamagedArtifact."""
     folder = store.artifacts.verified_folder(version)
     manifest = read_manifest(folder)
     files = manifest.get("files") or file_digests(folder)
@@ -47,7 +48,7 @@ def cyclonedx_document(store: Store, version: Version) -> Json:
     verdict = next(
         (each for each in reversed(store.findings.verdicts(version)) if each.artifact == version.digest), None
     )
-    card = _card(store, version, verdict)
+    card = _scorecard(store, version, verdict)
     components, uses = _components(store, version, manifest)
     main = components.pop(_ref(version)) | {
         "components": [{"type": "file", "name": name} | _hash(files[name]) for name in sorted(files)],
@@ -63,49 +64,58 @@ def cyclonedx_document(store: Store, version: Version) -> Json:
         policy=verdict and verdict.policy,
     )
     times = [version.created, *(each.created for each in (card, verdict) if each)]
-    said = {
+    content = {
         "metadata": {"timestamp": max(times).isoformat(), "component": main},
         "components": list(components.values()),
         "dependencies": [{"ref": user} | ({"dependsOn": used} if used else {}) for user, used in uses.items()],
     }
     head = {"$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json", "bomFormat": "CycloneDX"}
-    serial = f"urn:uuid:{uuid5(NAMESPACE_URL, json_digest(said))}"
-    return head | {"specVersion": "1.6", "serialNumber": serial, "version": 1} | said
+    serial = f"urn:uuid:{uuid5(NAMESPACE_URL, json_digest(content))}"
+    return head | {"specVersion": "1.6", "serialNumber": serial, "version": 1} | content
 
 
-def _card(store: Store, version: Version, verdict: Verdict | None) -> Scorecard | None:
-    """The scorecard that the verdict judged by, else the newest."""
+def _scorecard(store: Store, version: Version, verdict: Verdict | None) -> Scorecard | None:
+    """The scorecard that the verdict is based on, else the newest; None without one."""
     cards = [card for card in store.findings.scorecards(version) if card.artifact == version.digest]
     judged = [card for card in cards if verdict and card.digest() == verdict.scorecard]
     return next(reversed(judged or cards), None)
 
 
 def _components(store: Store, version: Version, manifest: Json) -> tuple[dict[str, Json], dict[str, list[str]]]:
-    """By bom-ref: all that is in a version's lineage, the version first; and what each is made from."""
+    """The components of a version's lineage by bom-ref, the version first; and the refs that each is made from."""
     components: dict[str, Json] = {}
     uses: dict[str, list[str]] = {}
-    now: Version | None = version
-    while now is not None and _ref(now) not in components:
-        components[_ref(now)] = _model(now)
-        above = None
-        if now.parent:
-            with suppress(BadInput):  # it is not there any more
-                above = store.get(now.parent)
-        parts = [_model(above)] if above else [_missing_component(now.parent)] if now.parent else []
-        if now.kind == "onnx":
-            parts += _packages(manifest.get("made_with", {}) if now is version else {})
-        if now.kind != "onnx" or above is None:  # what a student is made from its variants only repeat
-            parts += _ingredients(now, *_run(store, now))
+    current: Version | None = version
+    while current is not None and _ref(current) not in components:
+        components[_ref(current)] = _model(current)
+        parent = _parent(store, current)
+        parts: list[Json] = []
+        if parent is not None:
+            parts.append(_model(parent))
+        elif current.parent:
+            parts.append(_missing_component(current.parent))
+        if current is version and current.kind == "onnx":
+            parts += _packages(manifest.get("made_with", {}))
+        if current.kind != "onnx" or parent is None:  # a variant is made from the same parts as its student
+            parts += _ingredients(current, *_run(store, current))
         for part in parts:
-            if above is None or part["bom-ref"] != _ref(above):  # that one's turn comes
+            if parent is None or part["bom-ref"] != _ref(parent):  # the next round adds the parent
                 components.setdefault(part["bom-ref"], part)
-        uses[_ref(now)] = list(dict.fromkeys(part["bom-ref"] for part in parts))
-        now = above
+        uses[_ref(current)] = list(dict.fromkeys(part["bom-ref"] for part in parts))
+        current = parent
     return components, uses | {ref: [] for ref in components if ref not in uses}
 
 
+def _parent(store: Store, version: Version) -> Version | None:
+    """None without a parent, or if it was deleted."""
+    if version.parent:
+        with suppress(BadInput):
+            return store.get(version.parent)
+    return None
+
+
 def _run(store: Store, version: Version) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """The parameters and tags of the run that made a version; empty where it is gone."""
+    """The parameters and tags of the run that made a version; empty without a run, or if it was deleted."""
     with suppress(BadInput):
         if version.run_id:
             data = store.client.get_run(version.run_id).data
@@ -119,7 +129,7 @@ def _ref(version: Version) -> str:
 
 def _missing_component(ref: str) -> Json:
     named = {"type": "machine-learning-model", "bom-ref": f"model:{ref}", "name": ref}
-    return named | {"description": "It is not in the registry any more."}
+    return named | {"description": "It was deleted from the registry."}
 
 
 def _model(version: Version) -> Json:
@@ -146,7 +156,7 @@ def _model(version: Version) -> Json:
 
 
 def _ingredients(version: Version, params: Mapping[str, str], tags: Mapping[str, str]) -> Iterator[Json]:
-    """What a version was made from besides its parent."""
+    """The components that a version was made from besides its parent."""
     if version.data_digest:
         path, source = (params.get(f"data.{key}", "None") for key in ("path", "source"))
         named = next((each for each in (path, source) if each != "None"), "text")
@@ -175,7 +185,7 @@ def _packages(made_with: Mapping[str, str]) -> Iterator[Json]:
 
 
 def _model_card(folder: Path, data: list[str], card: Scorecard | None) -> Json:
-    """What it is and how it scored, in CycloneDX's fields."""
+    """The architecture, data and scores in CycloneDX's fields."""
     config = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
     text = [{"format": "text"}]
     parameters: Json = {"task": "text-generation", "inputs": text, "outputs": text}
@@ -190,7 +200,7 @@ def _model_card(folder: Path, data: list[str], card: Scorecard | None) -> Json:
 
 def _metrics(card: Scorecard) -> Iterator[Json]:
     for task, result in card.tasks.items():
-        half = Z95 * result.stderr if result.stderr is not None else None
+        half = NORMAL_95 * result.stderr if result.stderr is not None else None
         limits = None if half is None else (result.value - half, result.value + half)
         yield _metric(result.metric, result.value, limits, task)
     if card.relative and (kept := card.relative.retention):

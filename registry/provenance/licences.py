@@ -1,9 +1,9 @@
-"""Licences: what well-known ones say about training a model on another's outputs, and which a version is under.
+"""Licences: whether well-known ones allow training on a model's outputs, and which licences a version is under.
 
-A reading in short, no legal advice: terms change, so each entry names where to look. What is not listed is
-unknown, and a recipe can say what its owner knows (`teacher.licence_allows_distillation`).
+This is a summary, not legal advice: terms change, so each entry names its source. A licence that is not listed is
+unknown; a recipe can state the answer (`teacher.licence_allows_distillation`).
 
-Several licences are one expression in the manner of SPDX: all of `MIT AND CC-BY-4.0` hold, either of `MIT OR GPL-3.0`.
+Several licences are one SPDX expression: both of `MIT AND CC-BY-4.0` apply, one of `MIT OR GPL-3.0`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class LicenceTerms(NamedTuple):
-    """Whether a licence allows a student to learn from a model's outputs, on which terms, and where that is said."""
+    """Whether a licence allows a student to learn from a model's outputs, on which terms, and the source of that."""
 
     allows_distillation: bool
     summary: str
     source: str
 
 
-_FREE = "it does not restrict what outputs are used for"
+_FREE = "it does not restrict the use of outputs"
 _SPDX = "https://spdx.org/licenses/"
 _COMPETING = "outputs may not be used to develop models that compete with the provider's"
-_RAIL = "a model that is distilled is a derivative: it has to pass on the use restrictions"
+_RAIL = "a distilled model is a derivative: it has to pass on the use restrictions"
 
 # By the identifiers of the Hugging Face hub, of SPDX, or a provider's name for models behind an API.
 TERMS = {
@@ -42,7 +42,7 @@ TERMS = {
     ),
     **dict.fromkeys(
         ["cc-by-nc-4.0", "cc-by-nc-sa-4.0"],
-        LicenceTerms(True, "for purposes that are not commercial", "https://creativecommons.org/licenses/"),
+        LicenceTerms(True, "for non-commercial purposes", "https://creativecommons.org/licenses/"),
     ),
     **dict.fromkeys(
         ["openrail", "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
@@ -84,7 +84,7 @@ TERMS = {
     ),
     "qwen-research": LicenceTerms(
         True,
-        'for research alone; a model trained on outputs says "Built with Qwen" or "Improved using Qwen"',
+        'for research only; a model trained on outputs says "Built with Qwen" or "Improved using Qwen"',
         "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE",
     ),
     "tongyi-qianwen": LicenceTerms(
@@ -98,7 +98,7 @@ TERMS = {
 }  # fmt: skip
 
 
-# Whose terms hold for what comes from an endpoint.
+# Host of an endpoint -> the name in `TERMS` of its provider.
 HOSTS = {
     "api.openai.com": "openai",
     "api.anthropic.com": "anthropic",
@@ -107,98 +107,107 @@ HOSTS = {
 
 
 def licence_of_endpoint(url: str) -> str | None:
-    """The name in `TERMS` of the provider behind an endpoint; None where it is none of those known."""
+    """The name in `TERMS` of the provider behind an endpoint; None if the provider is unknown."""
     return HOSTS.get(urlsplit(url).hostname or "")
 
 
 def terms_of_licence(licence: str | None) -> LicenceTerms | None:
-    """What is known of a licence, however its name is spelt (`Apache 2.0`); None where nothing is."""
+    """The terms of a licence in any spelling (`Apache 2.0`); None if they are unknown."""
     return _BY_NAME.get(_normalise_name(licence)) if licence else None
 
 
 def allows_distillation(licence: str | None) -> bool | None:
-    """Whether a licence allows training on the outputs of a model that is under it; None where that is not known.
+    """Whether a licence allows training on the outputs of a model under it; None if that is unknown.
 
-    Of an expression all of AND have to, and one of OR.
+    In an expression, all licences of AND have to allow it, and one of OR.
     """
     if not licence:
         return None
-    if len(either := _split(licence, "OR")) > 1:
-        answers = [allows_distillation(each) for each in either]
-        return True if True in answers else None if None in answers else False
-    if len(each := licence_names(licence)) > 1:
-        return all_allow(allows_distillation(name) for name in each)
-    known = terms_of_licence(_strip_brackets(licence))
-    return known.allows_distillation if known else None
+    alternatives = _split(licence, "OR")
+    if len(alternatives) > 1:
+        answers = [allows_distillation(each) for each in alternatives]
+        if True in answers:
+            return True
+        return None if None in answers else False
+    names = licence_names(licence)
+    if len(names) > 1:
+        return all_allow(allows_distillation(name) for name in names)
+    terms = terms_of_licence(_strip_brackets(licence))
+    return terms.allows_distillation if terms else None
 
 
 def is_allowed(licence: str | None, allowed: Collection[str]) -> bool | None:
-    """Whether a licence is one of those that are allowed, however these are spelt; None where it is not stated.
+    """Whether a licence is one of `allowed`, in any spelling; None if it is not stated.
 
-    Of an expression all of AND have to be, and one of OR.
+    In an expression, all licences of AND have to be allowed, and one of OR.
     """
     if not licence:
         return None
-    if len(either := _split(licence, "OR")) > 1:
-        return any(is_allowed(each, allowed) for each in either)
-    if len(each := licence_names(licence)) > 1:
-        return all(is_allowed(name, allowed) for name in each)
+    alternatives = _split(licence, "OR")
+    if len(alternatives) > 1:
+        return any(is_allowed(each, allowed) for each in alternatives)
+    names = licence_names(licence)
+    if len(names) > 1:
+        return all(is_allowed(name, allowed) for name in names)
     return _normalise_name(_strip_brackets(licence)) in {_normalise_name(name) for name in allowed}
 
 
 def all_allow(answers: Iterable[bool | None]) -> bool | None:
-    """Whether all allow: False where one forbids, else None where one is not known."""
-    given = list(answers)
-    return False if False in given else None if None in given else True
+    """True if all answers are True, False if one is False, else None."""
+    collected = list(answers)
+    if False in collected:
+        return False
+    return None if None in collected else True
 
 
 def licence_names(licence: str | None) -> list[str]:
-    """The licences that hold all at once: what AND joins in an expression; none of None."""
+    """The licences that apply together: the operands of AND in an expression; empty for None."""
     if not licence or len(_split(licence, "OR")) > 1:
         return [licence] if licence else []
     return [_strip_brackets(part) for part in _split(licence, "AND")]
 
 
 def join_licences(licences: Iterable[str | None]) -> str | None:
-    """All of the licences as one expression, each once; None where there is none."""
+    """The licences as one expression with AND, each once; None if there is none."""
     each = {_normalise_name(name): name for licence in licences for name in licence_names(licence)}
     if len(each) < 2:
         return next(iter(each.values()), None)
     return " AND ".join(f"({name})" if len(_split(name, "OR")) > 1 else name for name in each.values())
 
 
+MAX_ANCESTORS = 1000  # guards against a circle
+
+
 class LineageLicence(NamedTuple):
-    """A licence that a version is under because of what went into it, or into what it learnt from."""
+    """A licence along the lineage of a version: of a teacher, of data or of a base model."""
 
     role: Literal["teacher", "data", "base model"]
     version: str  # NAME/VERSION that was made from it
-    origin: (
-        str  # NAME/VERSION of the teacher, the digest of the data, or the pretrained model that the version began as
-    )
+    origin: str  # NAME/VERSION of the teacher, digest of the data, or name of the base model
     licence: str | None  # None: not stated
-    allows_distillation: bool | None  # whether a model may learn from it; None: not known
+    allows_distillation: bool | None  # whether a model may learn from it; None: unknown
 
 
 def lineage_licences(store: Store, version: Version) -> list[LineageLicence]:
-    """The licence of every teacher and of all data along a version's lineage, the first ancestor's first.
+    """The licences of every teacher, base model and training text along a version's lineage, first ancestor first.
 
-    A version that was distilled from a student is under the terms of that student's teacher too. What an ancestor
-    that is not there any more came from is not known: it is a teacher without a licence.
+    A version that was distilled from a student is under the terms of that student's teacher too. The lineage of a
+    deleted ancestor is unknown: it counts as a teacher without a licence.
     """
-    lines: list[list[LineageLicence]] = []
+    by_version: list[list[LineageLicence]] = []
     while True:
         parent = _version_or_none(store, version.parent)
-        if version.kind != "onnx" or parent is None:  # a variant is under what its student is
-            lines.append(list(_own_licences(version, parent)))
-        if parent is None or parent.ref == version.ref or len(lines) > LONGEST:
-            return [term for line in reversed(lines) for term in line]
+        if version.kind != "onnx" or parent is None:  # a variant has the licences of its student
+            by_version.append(list(_own_licences(version, parent)))
+        if parent is None or parent.ref == version.ref or len(by_version) > MAX_ANCESTORS:
+            return [each for licences in reversed(by_version) for each in licences]
         version = parent
 
 
 def fill_missing_licences(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
-    """Record with a version, and with its ONNX variants, what was not known of its licences when they were made.
+    """Record licence fields of a version and its ONNX variants that were unknown when they were made.
 
-    What is recorded stays as it is: who knows better makes the version anew.
+    Fields that are recorded stay unchanged: to correct one, make the version again.
     """
     stated = {field: value for field, value in fields.items() if value is not None}
     if all(getattr(version, field) is not None for field in stated):
@@ -210,11 +219,8 @@ def fill_missing_licences(store: Store, version: Version, fields: Mapping[str, s
                 store.client.set_model_version_tag(each.name, str(each.version), f"limbeck.{field}", str(value))
 
 
-LONGEST = 1000  # ancestors
-
-
 def _own_licences(version: Version, parent: Version | None) -> Iterator[LineageLicence]:
-    """What a version itself adds."""
+    """The licences that a version adds to those of its parent."""
     if version.parent and version.kind != "teacher":  # a teacher's parent is the version that it is a copy of
         stated = version.teacher_licence or (parent.licence if parent else None)
         allowed = version.licence_allows_distillation
@@ -222,7 +228,7 @@ def _own_licences(version: Version, parent: Version | None) -> Iterator[LineageL
             "teacher", version.ref, version.parent, stated, allows_distillation(stated) if allowed is None else allowed
         )
     if version.parent and parent is None:
-        yield LineageLicence("teacher", version.ref, f"{version.parent}, which is gone", None, None)
+        yield LineageLicence("teacher", version.ref, f"{version.parent}, which was deleted", None, None)
     if version.base_model:
         stated = version.base_model_licence
         yield LineageLicence("base model", version.ref, version.base_model, stated, allows_distillation(stated))
@@ -240,12 +246,12 @@ def _version_or_none(store: Store, ref: str | None) -> Version | None:
 
 
 def _split(expression: str, operator: str) -> list[str]:
-    """An expression at an operator that stands in no brackets; brackets within brackets are not told apart."""
+    """The operands of an operator outside brackets. Does not handle nested brackets."""
     return re.split(rf"\s+{operator}\s+(?![^()]*\))", _strip_brackets(expression))
 
 
 def _strip_brackets(expression: str) -> str:
-    """Without brackets around the whole."""
+    """The expression without brackets around the whole."""
     inner = re.fullmatch(r"\s*\(([^()]*)\)\s*", expression)
     return (inner[1] if inner else expression).strip()
 

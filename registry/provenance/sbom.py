@@ -1,7 +1,7 @@
-"""A bill of materials as it is kept: read, held against an artifact and against whom to trust.
+"""Reads, writes and verifies the SBOM beside an artifact: its subject, its signatures and whom to trust.
 
-It lies beside an artifact as `sbom.json` (CycloneDX) with the signatures over its very bytes in `sbom.signatures.json`.
-`limbeck.registry.provenance.attestation` writes it. Standard library only, so a serving host can use it.
+The SBOM is `sbom.json` (CycloneDX), the signatures over its exact bytes are in `sbom.signatures.json`.
+`limbeck.registry.provenance.attestation` makes it. A serving host imports this module, so it needs no MLflow.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SBOM_FILE, SIGNATURES_FILE = "sbom.json", "sbom.signatures.json"
 
 
 class Sbom(NamedTuple):
-    """A bill of materials and who signed it."""
+    """An SBOM and its signatures."""
 
-    text: str  # CycloneDX JSON; digest and signatures are over these very bytes (UTF-8)
+    text: str  # CycloneDX JSON; digest and signatures are over its UTF-8 bytes
     signatures: tuple[Signature, ...] = ()
 
     @property
@@ -31,15 +31,15 @@ class Sbom(NamedTuple):
 
     @property
     def signed_bytes(self) -> bytes:
-        """What a signature is over."""
+        """The bytes that a signature signs."""
         return SBOM_DOMAIN + self.text.encode()
 
     def signatures_json(self) -> str:
-        """The signatures as a file has them."""
+        """The signatures as JSON, as the file has them."""
         return json.dumps([signature._asdict() for signature in self.signatures], indent=1) + "\n"
 
     def artifact_digest(self) -> str:
-        """The digest of the artifact whose files are listed. Raises ValueError where it lists none."""
+        """The digest of the artifact whose files the SBOM lists. Raises ValueError if it lists none."""
         try:
             component: dict[str, Any] = json.loads(self.text)["metadata"]["component"]
             parts = component["components"]
@@ -51,37 +51,37 @@ class Sbom(NamedTuple):
 
 
 def read_sbom(folder: Path) -> Sbom | None:
-    """The bill that lies in a folder, and its signatures; None where there is none. Raises DamagedArtifact."""
+    """The SBOM in a folder with its signatures; None if there is none. Raises DamagedArtifact if it is not readable."""
     if not (folder / SBOM_FILE).is_file():
         return None
     try:
         text = (folder / SBOM_FILE).read_bytes().decode()
-        kept = json.loads((folder / SIGNATURES_FILE).read_bytes()) if (folder / SIGNATURES_FILE).is_file() else []
-        return Sbom(text, tuple(Signature(str(each["key"]), str(each["signature"])) for each in kept))
+        fields = json.loads((folder / SIGNATURES_FILE).read_bytes()) if (folder / SIGNATURES_FILE).is_file() else []
+        return Sbom(text, tuple(Signature(str(each["key"]), str(each["signature"])) for each in fields))
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedArtifact(folder, [f"{SBOM_FILE} or {SIGNATURES_FILE} cannot be read: {error!r}"]) from None
 
 
 def write_sbom(folder: Path, sbom: Sbom) -> None:
-    """Lay a bill and its signatures into a folder."""
+    """Write an SBOM and its signatures into a folder."""
     (folder / SBOM_FILE).write_bytes(sbom.text.encode())
     if sbom.signatures:
         (folder / SIGNATURES_FILE).write_text(sbom.signatures_json())
 
 
 def verify_sbom(sbom: Sbom | None, digest: str, artifact_name: str) -> str | None:
-    """Hold a bill against the artifact that it is of, and against whom to trust.
+    """Check that an SBOM is of an artifact, and that a trusted key signed it.
 
     Args:
-        sbom: None where the artifact has none, which is enough where no keys are trusted.
-        digest: the artifact's.
-        artifact_name: the artifact, for an error.
+        sbom: None if the artifact has none, which is an error only if trusted keys are configured.
+        digest: of the artifact.
+        artifact_name: for errors.
 
     Returns:
-        Who signed it, by the name in the file of trusted keys; None where no such file is configured.
+        The name of the signer in the file of trusted keys; None if no such file is configured.
 
     Raises:
-        DamagedArtifact: a bill of another artifact, or a signature that does not fit.
+        DamagedArtifact: the SBOM of another artifact, or a signature that does not match.
         BadInput: trusted keys are configured, and none of them signed it.
     """
     trusted = signing.read_trusted_keys()
@@ -89,38 +89,35 @@ def verify_sbom(sbom: Sbom | None, digest: str, artifact_name: str) -> str | Non
         check_sbom_subject(sbom, digest, artifact_name)
     if trusted is None:
         return None
-    unsigned = f"and {signing.TRUSTED_KEYS_VARIABLE} asks for one that is signed"
+    requirement = f"and {signing.TRUSTED_KEYS_VARIABLE} requires a signed one"
     fix = (
-        f"where the registry and the key are: set {signing.KEY_FILE_VARIABLE}, then limbeck models sbom MODEL --attest"
+        f"on the machine with the registry and the key: set {signing.KEY_FILE_VARIABLE}, "
+        "then limbeck models sbom MODEL --attest"
     )
     if sbom is None:
-        raise BadInput(f"{artifact_name} has no bill of materials, {unsigned}", fix=fix)
+        raise BadInput(f"{artifact_name} has no SBOM, {requirement}", fix=fix)
     if not sbom.signatures:
-        raise BadInput(f"the bill of materials of {artifact_name} is not signed, {unsigned}", fix=fix)
+        raise BadInput(f"the SBOM of {artifact_name} is not signed, {requirement}", fix=fix)
     known = [signature for signature in sbom.signatures if signature.key in trusted]
     if not known:
         keys = ", ".join(signature.key for signature in sbom.signatures)
         raise BadInput(
-            f"the bill of materials of {artifact_name} is signed, but by no key that "
+            f"the SBOM of {artifact_name} is signed, but not with a key that "
             f"{signing.TRUSTED_KEYS_VARIABLE} lists: {keys}",
-            fix="have it signed by one of those, or, where you know whose key it is, add it to the file",
+            fix="have it signed with one of those, or add the key to the file if you know whose it is",
         )
     for signature in known:
         if signing.verify_signature(sbom.signed_bytes, signature, signature.key):
             return trusted[signature.key]
     names = ", ".join(trusted[signature.key] for signature in known)
-    raise DamagedArtifact(
-        artifact_name, [f"the signature of {names} does not fit its bill of materials: one was changed"]
-    )
+    raise DamagedArtifact(artifact_name, [f"the signature of {names} does not match its SBOM: one of them was changed"])
 
 
 def check_sbom_subject(sbom: Sbom, digest: str, artifact_name: str) -> None:
-    """Raises DamagedArtifact unless a bill is of the artifact of a digest; `artifact_name` names that for the error."""
+    """Raises DamagedArtifact unless the SBOM is of the artifact with this digest; `artifact_name` is for the error."""
     try:
         listed = sbom.artifact_digest()
     except ValueError as error:
-        raise DamagedArtifact(artifact_name, [f"its bill of materials cannot be read: {error}"]) from None
+        raise DamagedArtifact(artifact_name, [f"its SBOM cannot be read: {error}"]) from None
     if listed != digest:
-        raise DamagedArtifact(
-            artifact_name, [f"its bill of materials is of other files ({listed[:12]}, not {digest[:12]})"]
-        )
+        raise DamagedArtifact(artifact_name, [f"its SBOM is of other files ({listed[:12]}, not {digest[:12]})"])

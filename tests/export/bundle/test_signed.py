@@ -1,4 +1,4 @@
-"""What `deploy` and `serve` hold a bill of materials against: the files, the artifact it is of, whom to trust."""
+"""What `deploy` and `serve` hold an SBOM against: the files, the artifact it is of, whom to trust."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_changed_weights_whose_manifests_fit(bundle: Path) -> None:
     weights = bundle / "model/model.onnx"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     rehashed(bundle)
-    with pytest.raises(DamagedArtifact, match="bill of materials is of other files"):
+    with pytest.raises(DamagedArtifact, match="SBOM is of other files"):
         find_onnx_artifact(str(bundle))
 
 
@@ -97,7 +97,7 @@ def test_a_changed_bill(bundle: Path) -> None:
     with pytest.raises(DamagedArtifact, match=r"sbom\.json has sha256"):
         find_onnx_artifact(str(bundle))
     rehashed(bundle)
-    with pytest.raises(DamagedArtifact, match="the signature of ada does not fit"):
+    with pytest.raises(DamagedArtifact, match="the signature of ada does not match"):
         find_onnx_artifact(str(bundle))
 
 
@@ -117,7 +117,7 @@ def test_a_bill_or_a_signature_that_is_gone(bundle: Path) -> None:
         find_onnx_artifact(str(bundle))
     (bundle / bills.SBOM_FILE).unlink()
     rehashed(bundle)
-    with pytest.raises(BadInput, match="has no bill of materials"):
+    with pytest.raises(BadInput, match="has no SBOM"):
         find_onnx_artifact(str(bundle))
 
 
@@ -131,7 +131,7 @@ def test_a_key_that_is_not_trusted(
         ("deploy", "coder/1", "--output", "b"),
     ):
         done = limbeck(*command)
-        assert (done.code, "by no key that LIMBECK_TRUSTED_KEYS lists" in done.err) == (2, True), done.err
+        assert (done.code, "not with a key that LIMBECK_TRUSTED_KEYS lists" in done.err) == (2, True), done.err
     assert not Path("b").exists()
     trusted.unlink()
     gone = limbeck("serve", bundle, "--port", 0)
@@ -141,7 +141,7 @@ def test_a_key_that_is_not_trusted(
 
 
 def test_a_folder_without_a_bill(llama: Exported, trusted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="has no bill of materials"):
+    with pytest.raises(BadInput, match="has no SBOM"):
         find_onnx_artifact(str(llama.fp32))
     monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE)
     assert find_onnx_artifact(str(llama.fp32)).sbom is None
@@ -155,7 +155,7 @@ def test_a_bundle_that_is_replaced_under_a_server(bundle: Path, llama: Exported,
     write_bundle(llama.int8, bundle)  # nobody signed that
     refused = watched._read_artifact()
     assert isinstance(refused, WatchProblem)
-    assert "has no bill of materials" in refused.message
+    assert "has no SBOM" in refused.message
 
 
 def test_deploy_tells_the_bill(registered: Store, limbeck: Callable[..., Result], tmp_path: Path) -> None:

@@ -17,9 +17,14 @@ Limbeck = Callable[..., Result]
 NEEDS_APPROVAL = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people=("bob", "carol"))})
 
 
-def test_request_approve_reject_and_requests(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _as_ann(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ann is the author of the versions and makes the requests; nothing is signed."""
     monkeypatch.setenv("LIMBECK_USER", "ann")
     monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
+
+
+def test_request_approve_reject_and_requests(scored: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch) -> None:
     protect(scored.store, "still", "production", NEEDS_APPROVAL)
     assert limbeck("request", "still/4").code == 2
     asked = limbeck("request", "still/4", "--reason", "<b>cheap</b>\x1b[2J", "--format", "json")

@@ -1,4 +1,4 @@
-"""What licences say about training on outputs."""
+"""Licences: expressions, spellings, whether they allow training on outputs, and those along a lineage."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from limbeck.registry.records import NewVersion
         (None, None),
     ],
 )
-def test_what_is_known_of_a_licence(licence: str | None, allows: bool | None) -> None:
+def test_whether_a_licence_allows_distillation(licence: str | None, allows: bool | None) -> None:
     assert licences.allows_distillation(licence) is allows
 
 
-def test_each_entry_says_where_it_is_from() -> None:
+def test_every_entry_has_a_source() -> None:
     for name in licences.TERMS:
         terms = licences.terms_of_licence(name.upper())
         assert terms is not None
@@ -40,7 +40,7 @@ def test_each_entry_says_where_it_is_from() -> None:
         assert terms.source.startswith("https://")
 
 
-def test_the_terms_of_an_endpoint() -> None:
+def test_the_licence_of_an_endpoint() -> None:
     assert licences.licence_of_endpoint("https://api.openai.com/v1#gpt-4o") == "openai"
     assert licences.licence_of_endpoint("http://127.0.0.1:8000/v1#student") is None
 
@@ -59,12 +59,12 @@ def test_the_terms_of_an_endpoint() -> None:
         (None, [], None),
     ],
 )
-def test_several_licences(licence: str | None, names: list[str], allows: bool | None) -> None:
+def test_expressions_of_several_licences(licence: str | None, names: list[str], allows: bool | None) -> None:
     assert licences.licence_names(licence) == names
     assert licences.allows_distillation(licence) is allows
 
 
-def test_licences_are_joined_each_once() -> None:
+def test_joined_licences_occur_once() -> None:
     assert licences.join_licences([None, "MIT", "mit AND openai", None, "PSF-2.0 OR GPL-3.0"]) == (
         "mit AND openai AND (PSF-2.0 OR GPL-3.0)"
     )
@@ -72,13 +72,13 @@ def test_licences_are_joined_each_once() -> None:
     assert licences.join_licences(["MIT OR GPL-3.0"]) == "MIT OR GPL-3.0"
 
 
-def test_the_chain_ends_where_an_ancestor_is_gone(store: Store, make_folder: Callable[..., Path]) -> None:
+def test_the_lineage_ends_at_a_deleted_ancestor(store: Store, make_folder: Callable[..., Path]) -> None:
     teacher = store.register(NewVersion(name="a", kind="teacher", licence="mit"), make_folder("t"))
-    told = {"teacher_licence": "mit", "licence_allows_distillation": True}
-    student = store.register(NewVersion(name="a", kind="student", parent=teacher.ref, **told), make_folder("s"))
+    licence = {"teacher_licence": "mit", "licence_allows_distillation": True}
+    student = store.register(NewVersion(name="a", kind="student", parent=teacher.ref, **licence), make_folder("s"))
     assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [("a/1", True)]
     store.client.delete_model_version("a", "1")
     assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [
         ("a/1", True),
-        ("a/1, which is gone", None),
+        ("a/1, which was deleted", None),
     ]

@@ -1,4 +1,4 @@
-"""Bills of materials: what they say, that one state gives one bill, and that a changed one is found."""
+"""SBOMs: their contents, that the same records give the same SBOM, and that changes are detected."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import CostLimits
 from limbeck.registry.provenance import attestation, cyclonedx
-from limbeck.registry.provenance import sbom as bills
-from limbeck.registry.provenance.sbom import Sbom
+from limbeck.registry.provenance.sbom import Sbom, read_sbom, verify_sbom
 from limbeck.registry.records import NewVersion, Version
 from tests.conftest import Result
 from tests.registry.conftest import POLICY, Still
@@ -66,14 +65,14 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
     )
 
 
-def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
-    said = attestation.sbom_json(store, made)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
-    main = said["metadata"]["component"]
+def test_an_sbom_has_all_parts_of_a_version(store: Store, made: Version) -> None:
+    document = attestation.sbom_json(store, made)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document)) is None
+    main = document["metadata"]["component"]
     assert (main["type"], main["name"], main["version"]) == ("machine-learning-model", "still", "3")
     files = {each["name"]: each["hashes"][0]["content"] for each in main["components"]}
     assert files == file_digests(store.artifacts.verified_folder(made))
-    parts = {each["bom-ref"]: each for each in said["components"]}
+    parts = {each["bom-ref"]: each for each in document["components"]}
     licences = {
         ref: [one["license"].get("id") or one["license"]["name"] for one in each.get("licenses", [])]
         for ref, each in parts.items()
@@ -100,13 +99,13 @@ def test_a_bill_says_what_went_in(store: Store, made: Version) -> None:
     }
     assert parts[data]["name"] == "texts.jsonl"
     assert parts[code]["pedigree"] == {"commits": [{"uid": "cf305ea"}]}
-    uses = {each["ref"]: set(each.get("dependsOn", [])) for each in said["dependencies"]}
+    uses = {each["ref"]: set(each.get("dependsOn", [])) for each in document["dependencies"]}
     assert uses["model:still/3"] == {"model:still/2"}
     assert uses["model:still/2"] == {"model:still/1", base, data, recipe, code, torch}
     assert not uses["model:still/1"]
 
 
-def test_a_commit_with_changes_is_none(store: Store, make_folder: Callable[..., Path]) -> None:
+def test_a_clone_with_changes_has_no_commit(store: Store, make_folder: Callable[..., Path]) -> None:
     version = store.register(
         NewVersion(name="a", kind="teacher", code_version="limbeck 0.1.0+gcf305ea-dirty"), make_folder("a")
     )
@@ -114,37 +113,40 @@ def test_a_commit_with_changes_is_none(store: Store, make_folder: Callable[..., 
     assert (code["version"], "pedigree" in code) == ("0.1.0+gcf305ea-dirty", False)
 
 
-def test_an_ancestor_that_is_gone_is_named(store: Store, made: Version) -> None:
+def test_a_deleted_ancestor_is_named(store: Store, made: Version) -> None:
     store.client.delete_model_version("still", "2")
-    said = attestation.sbom_json(store, made)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
-    parts = {each["bom-ref"]: each for each in said["components"]}
-    assert "not in the registry any more" in parts["model:still/2"]["description"]
+    document = attestation.sbom_json(store, made)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document)) is None
+    parts = {each["bom-ref"]: each for each in document["components"]}
+    assert "deleted from the registry" in parts["model:still/2"]["description"]
     assert f"data:{'e' * 64}" in parts  # the variant knows its text all the same
 
 
-def test_scores_and_verdict_are_in_it(scored: Still) -> None:
+def test_an_sbom_has_scores_and_verdict(scored: Still) -> None:
     version = scored.variants["int8"]
     unjudged = attestation.sbom_json(scored.store, version)
     promote(scored.store, version.ref, "production", POLICY)
-    said = attestation.sbom_json(scored.store, version)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(said)) is None
-    metrics = said["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    document = attestation.sbom_json(scored.store, version)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document)) is None
+    metrics = document["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     bits = next(each for each in metrics if each.get("slice") == "bits")
     assert (bits["type"], bits["value"]) == ("acc", "0.5")
     assert bits["confidenceInterval"] == {"lowerBound": "0.4804", "upperBound": "0.5196"}
-    kept = next(each for each in metrics if each["type"] == "retention against still/1")
-    assert (kept["value"], kept["confidenceInterval"]) == ("0.97", {"lowerBound": "0.95", "upperBound": "0.99"})
-    properties = {each["name"]: each["value"] for each in said["metadata"]["component"]["properties"]}
+    retention = next(each for each in metrics if each["type"] == "retention against still/1")
+    assert (retention["value"], retention["confidenceInterval"]) == (
+        "0.97",
+        {"lowerBound": "0.95", "upperBound": "0.99"},
+    )
+    properties = {each["name"]: each["value"] for each in document["metadata"]["component"]["properties"]}
     [verdict] = scored.store.findings.verdicts(version)
     [card] = scored.store.findings.scorecards(version)
     assert properties["limbeck:verdict"] == verdict.digest()
     assert properties["limbeck:scorecard"] == card.digest()
     assert (properties["limbeck:outcome"], properties["limbeck:tasks"]) == ("pass", "tasks")
-    assert unjudged["serialNumber"] != said["serialNumber"]
+    assert unjudged["serialNumber"] != document["serialNumber"]
 
 
-def test_one_state_has_one_bill(scored: Still) -> None:
+def test_the_same_records_give_the_same_sbom(scored: Still) -> None:
     store, version = scored.store, scored.variants["int8"]
     first = attestation.attest(store, version)
     assert attestation.attest(Store(), version) == first
@@ -159,7 +161,7 @@ def test_one_state_has_one_bill(scored: Still) -> None:
     assert attestation.find_sbom(store, version, "0" * 64) is None
 
 
-def test_a_promotion_writes_one_that_the_ledger_names(scored: Still) -> None:
+def test_a_promotion_stores_an_sbom_that_the_ledger_names(scored: Still) -> None:
     store = scored.store
     done = promote(store, "still", "production", POLICY)
     assert done.entry is not None
@@ -178,7 +180,7 @@ def test_a_promotion_writes_one_that_the_ledger_names(scored: Still) -> None:
         attestation.sbom_of_ref(store, "still@production")
 
 
-def test_a_changed_bill_is_found(scored: Still) -> None:
+def test_a_changed_sbom_is_detected(scored: Still) -> None:
     store, version = scored.store, scored.variants["int8"]
     digest = attestation.attest(store, version)
     found = attestation.find_sbom(store, version)
@@ -190,35 +192,35 @@ def test_a_changed_bill_is_found(scored: Still) -> None:
     for text in (found.text.replace('"0.97"', '"1.97"'), "{}", "[]", "no JSON"):
         assert text != found.text
         tamper(text)
-        with pytest.raises(DamagedArtifact, match="the bill of materials of still/4"):
+        with pytest.raises(DamagedArtifact, match="the SBOM of still/4"):
             attestation.find_sbom(store, version)
     tamper(found.text)
     assert attestation.find_sbom(store, version) == found
 
 
-def test_a_bill_is_signed_by_the_key_that_is_configured(
+def test_an_sbom_is_signed_with_the_configured_key(
     scored: Still, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, version = scored.store, scored.variants["int8"]
     monkeypatch.delenv(signing.KEY_FILE_VARIABLE)
     digest = attestation.attest(store, version)
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
-    assert attestation.attest(store, version) == digest  # the same bill, signed now
+    assert attestation.attest(store, version) == digest  # the same SBOM, signed now
     found = attestation.find_sbom(store, version)
     assert found is not None
     assert [each.key for each in found.signatures] == [key]
-    assert bills.verify_sbom(found, version.digest, version.ref) == "ada"
+    assert verify_sbom(found, version.digest, version.ref) == "ada"
     ben = signing.create_key(tmp_path / "ben.pem")
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ben.pem"))
     signed = attestation.sign_sbom(store, version, found)
     assert {each.key for each in signed.signatures} == {key, ben}
-    kept = attestation.find_sbom(store, version)
-    assert kept is not None
-    assert set(kept.signatures) == set(signed.signatures)
-    assert bills.verify_sbom(kept, version.digest, version.ref) == "ada"
+    stored = attestation.find_sbom(store, version)
+    assert stored is not None
+    assert set(stored.signatures) == set(signed.signatures)
+    assert verify_sbom(stored, version.digest, version.ref) == "ada"
 
 
-def test_a_key_that_cannot_be_used_leaves_nothing(
+def test_a_key_that_cannot_be_used_stores_nothing(
     scored: Still, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "nowhere.pem"))
@@ -231,7 +233,7 @@ def test_a_key_that_cannot_be_used_leaves_nothing(
 
 @pytest.fixture
 def signed(scored: Still, key: str) -> tuple[Sbom, Version]:
-    """A signed bill, and its version."""
+    """A signed SBOM, and its version."""
     version = scored.variants["int8"]
     attestation.attest(scored.store, version)
     found = attestation.find_sbom(scored.store, version)
@@ -239,39 +241,39 @@ def signed(scored: Still, key: str) -> tuple[Sbom, Version]:
     return found, version
 
 
-def test_what_cannot_be_trusted(scored: Still, signed: tuple[Sbom, Version], tmp_path: Path) -> None:
-    bill, version = signed
+def test_sboms_that_are_not_trusted(scored: Still, signed: tuple[Sbom, Version], tmp_path: Path) -> None:
+    sbom, version = signed
     other = scored.variants["fp32"]
 
     def refused(kind: type[Exception], words: str, given: Sbom | None, digest: str = version.digest) -> None:
         with pytest.raises(kind, match=words):
-            bills.verify_sbom(given, digest, version.ref)
+            verify_sbom(given, digest, version.ref)
 
-    refused(BadInput, "still/4 has no bill of materials, and LIMBECK_TRUSTED_KEYS asks", None)
-    refused(BadInput, "is not signed", bill._replace(signatures=()))
-    refused(DamagedArtifact, "is of other files", bill, other.digest)
-    changed = bill._replace(text=bill.text.replace('"0.97"', '"1.97"'))
-    refused(DamagedArtifact, "the signature of ada does not fit", changed)
+    refused(BadInput, "still/4 has no SBOM, and LIMBECK_TRUSTED_KEYS requires", None)
+    refused(BadInput, "is not signed", sbom._replace(signatures=()))
+    refused(DamagedArtifact, "is of other files", sbom, other.digest)
+    changed = sbom._replace(text=sbom.text.replace('"0.97"', '"1.97"'))
+    refused(DamagedArtifact, "the signature of ada does not match", changed)
     refused(DamagedArtifact, "cannot be read: no files are listed", Sbom("{}"))
     refused(DamagedArtifact, "cannot be read", Sbom("no JSON"))
     eve = signing.create_key(tmp_path / "eve.pem")
-    theirs = bill.signatures[0]._replace(key=eve)
-    refused(BadInput, "signed, but by no key that LIMBECK_TRUSTED_KEYS lists", bill._replace(signatures=(theirs,)))
-    assert bills.verify_sbom(bill._replace(signatures=(theirs, *bill.signatures)), version.digest, "it") == "ada"
+    theirs = sbom.signatures[0]._replace(key=eve)
+    refused(BadInput, "signed, but not with a key that LIMBECK_TRUSTED_KEYS lists", sbom._replace(signatures=(theirs,)))
+    assert verify_sbom(sbom._replace(signatures=(theirs, *sbom.signatures)), version.digest, "it") == "ada"
 
 
-def test_where_no_keys_are_trusted_a_bill_still_has_to_be_of_the_artifact(
+def test_without_trusted_keys_an_sbom_still_has_to_be_of_the_artifact(
     scored: Still, signed: tuple[Sbom, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bill, version = signed
+    sbom, version = signed
     monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE)
-    assert bills.verify_sbom(bill, version.digest, "it") is None
-    assert bills.verify_sbom(None, version.digest, "it") is None
+    assert verify_sbom(sbom, version.digest, "it") is None
+    assert verify_sbom(None, version.digest, "it") is None
     with pytest.raises(DamagedArtifact, match="is of other files"):
-        bills.verify_sbom(bill, scored.variants["fp32"].digest, "it")
+        verify_sbom(sbom, scored.variants["fp32"].digest, "it")
 
 
-def test_the_command_shows_keeps_and_verifies(
+def test_the_command_prints_stores_and_verifies(
     scored: Still,
     limbeck: Callable[..., Result],
     tmp_path: Path,
@@ -280,7 +282,7 @@ def test_the_command_shows_keeps_and_verifies(
     store, version = scored.store, scored.variants["int8"]
     shown = limbeck("models", "sbom", "still/4")
     assert json.loads(shown.out)["metadata"]["component"]["version"] == "4"
-    assert "neither kept nor signed" in shown.err
+    assert "neither stored nor signed" in shown.err
     assert attestation.find_sbom(store, version) is None
     none = limbeck("models", "sbom", "still/4", "--verify")
     assert (none.code, "limbeck models sbom still/4 --attest" in none.err) == (2, True)
@@ -288,12 +290,12 @@ def test_the_command_shows_keeps_and_verifies(
     assert "not signed" in limbeck("models", "sbom", "still@production", "--verify").out
     public = signing.create_key(tmp_path / "ada.pem")
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
-    scored.score(version, usd=3.0, harness="lm-eval 1")  # the alias keeps the bill of its promotion
+    scored.score(version, usd=3.0, harness="lm-eval 1")  # the alias keeps the SBOM of its promotion
     written = limbeck("models", "sbom", "still@production", "--attest", "--output", tmp_path / "out" / "sbom.json")
     assert written.code == 0, written.err
-    assert bills.read_sbom(tmp_path / "out") == attestation.sbom_of_ref(store, "still@production")
+    assert read_sbom(tmp_path / "out") == attestation.sbom_of_ref(store, "still@production")
     assert (
-        f"signed with {public}, which is held against no list"
+        f"signed with {public}, a key that was not checked"
         in limbeck("models", "sbom", "still@production", "--verify").out
     )
     (tmp_path / "trusted").write_text(f"{public} ada\n")
