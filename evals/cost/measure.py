@@ -158,18 +158,24 @@ def median_estimate(values: Sequence[float] | np.ndarray) -> Estimate:
     binomial(n, 1/2), for any distribution. With n below 6 the interval is from the smallest to the largest value, and
     its confidence is lower.
     """
-    from scipy.stats import binom
-
     ordered = np.sort(np.asarray(values, np.float64))
     n = len(ordered)
-    k = max(1, int(binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)))
-    coverage = float(1 - 2 * binom.cdf(k - 1, n, 0.5))
+    k, coverage = _median_interval_rank(n)
     return Estimate(
         value=float(np.median(ordered)),
         low=float(ordered[k - 1]),
         high=float(ordered[n - k]),
         confidence=min(CONFIDENCE, coverage),
     )
+
+
+@functools.cache
+def _median_interval_rank(n: int) -> tuple[int, float]:
+    """The rank k of `median_estimate`, and the confidence of its interval."""
+    from scipy.stats import binom
+
+    k = max(1, int(binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)))
+    return k, float(1 - 2 * binom.cdf(k - 1, n, 0.5))
 
 
 def scale_estimate(estimate: Estimate, factor: float) -> Estimate:

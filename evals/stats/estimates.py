@@ -1,9 +1,9 @@
-"""A mean of clustered documents, a paired difference of two, and the bounds of both. numpy and scipy.
+"""Means of clustered documents, paired differences of two models, and their confidence bounds; numpy and scipy only.
 
-Documents of one file are alike, so the error of a mean is the jackknife's over whole clusters (CR3: Bell &
-McCaffrey 2002; Cameron & Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015). It stays honest where
-clusters are few and of unequal size, as G / (G - 1) alone does not, and for clusters of one size it is the same.
-The t quantile takes the effective number of clusters less one (Carter, Schnepel & Steigerwald 2017).
+Documents of one file are correlated, so the standard error of a mean is the jackknife over whole clusters (CR3: Bell &
+McCaffrey 2002; Cameron & Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015). It holds with few
+clusters of unequal size, where G / (G - 1) alone is too small; for clusters of equal size the two agree. The t quantile
+has the effective number of clusters minus one degrees of freedom (Carter, Schnepel & Steigerwald 2017).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class ClusteredEstimate:
-    """A number that is, near the truth, a sum over clusters.
+    """An estimate whose error is, to first order, a sum over independent clusters.
 
     Attributes:
-        value: the number.
-        errors: (C,) float64, what each cluster adds to its error, small-sample factor included; NaN where there
+        value: the estimate.
+        errors: (C,) float64, each cluster's contribution to the error, with the small-sample factor; NaN if there
             are fewer than two clusters.
-        degrees_of_freedom: the effective number of clusters, less one; at least 1.
+        degrees_of_freedom: the effective number of clusters minus one; at least 1.
     """
 
     value: float
@@ -37,9 +37,11 @@ class ClusteredEstimate:
 
     @property
     def stderr(self) -> float:
+        """The standard error; NaN if there are fewer than two clusters."""
         return float(np.sqrt((self.errors**2).sum()))
 
     def interval(self) -> Estimate:
+        """The value with its 95% interval."""
         half = self.quantile((1 + CONFIDENCE) / 2) * self.stderr
         low, high = self.value - half, self.value + half
         return Estimate(
@@ -47,26 +49,32 @@ class ClusteredEstimate:
         )
 
     def quantile(self, probability: float) -> float:
+        """A quantile of the t distribution."""
         return float(stdtrit(self.degrees_of_freedom, probability))
 
 
 def clustered_mean(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> ClusteredEstimate:
-    """Weighted mean of (N,) values of documents in clusters (N,) int64.
+    """Weighted mean of (N,) values of documents, with (N,) weights and (N,) int64 cluster codes.
 
-    It is a ratio estimator, sum(w x) / sum(w). Leaving out cluster c moves it by its linearized error over
-    1 - (c's share of the weight), which is what the jackknife adds up.
+    It is the ratio estimator sum(w x) / sum(w). Leaving out cluster c changes it by c's linearized error over
+    1 - (c's share of the weight); the jackknife sums the squares of these changes.
     """
     weights = weights / weights.sum()
     value = float((weights * values).sum())
     shares = np.bincount(codes, weights)
     clusters = np.count_nonzero(shares)
-    left = 1 - shares if clusters > 1 else np.full_like(shares, np.nan)
-    errors = np.sqrt(1 - 1 / clusters) / left * np.bincount(codes, weights * (values - value))
+    remaining = 1 - shares if clusters > 1 else np.full_like(shares, np.nan)
+    errors = np.sqrt(1 - 1 / clusters) / remaining * np.bincount(codes, weights * (values - value))
     return ClusteredEstimate(value, errors, max(1.0, 1 / float((shares**2).sum()) - 1))
 
 
 def delta_method(value: float, *terms: tuple[float, ClusteredEstimate]) -> ClusteredEstimate:
-    """A function of estimates, given its value and its derivative by each; as free as the least free."""
+    """A function of estimates by the delta method, with the smallest of their degrees of freedom.
+
+    Args:
+        value: of the function.
+        terms: (derivative of the function by the estimate, the estimate); their clusters have the same codes.
+    """
     errors = np.zeros(max(len(estimate.errors) for _, estimate in terms))
     for derivative, estimate in terms:
         errors[: len(estimate.errors)] += derivative * estimate.errors
@@ -75,18 +83,18 @@ def delta_method(value: float, *terms: tuple[float, ClusteredEstimate]) -> Clust
 
 @dataclass(frozen=True)
 class Difference:
-    """Candidate less reference, document by document.
+    """The mean difference, candidate minus reference, over the same documents.
 
-    Scores of 0 and 1 need more than the standard error. A mean difference of d needs a share |d| of documents, or
-    more, that changed: where the standard error claims to know better, as it does where few changed or only
-    those that got worse, Wilson's interval of that share is the bound. And they move in steps, so one document is
-    taken off. Without both, a student that is worse by the margin would pass far more often than 5% of the time.
+    Scores of 0 and 1 need more than the standard error. A mean difference d needs at least a share |d| of changed
+    documents. The standard error is too small if few documents changed, or if all changes go one way; then the bound
+    is that of Wilson's interval for this share. Scores of 0 and 1 also move in steps, so the bounds are one document
+    wider. Without both, a student that is worse by exactly the margin would pass far more often than 5% of the time.
 
     Attributes:
         estimate: of the mean difference.
-        independent: for scores of 0 and 1, how many independent documents would tell as much about a share;
-            None for others.
-        step: for scores of 0 and 1, what one document moves the mean by; else 0.
+        effective_documents: for scores of 0 and 1, the number of independent documents with the same information
+            about a share; None for other scores.
+        step: for scores of 0 and 1, the change of the mean by one document; else 0.
     """
 
     estimate: ClusteredEstimate
@@ -94,14 +102,15 @@ class Difference:
     step: float = 0.0
 
     def negate(self) -> Difference:
-        """Reference less candidate."""
+        """The difference reference minus candidate."""
         return replace(self, estimate=replace(self.estimate, value=-self.estimate.value, errors=-self.estimate.errors))
 
     def bounds(self, probability: float) -> tuple[float, float]:
-        """The bounds that are each on the right side of the truth with `probability`."""
+        """One-sided lower and upper bounds, each with this confidence."""
         return self._bounds(self.estimate.value, self.estimate.quantile(probability))
 
     def interval(self) -> Estimate:
+        """The mean difference with its 95% interval."""
         low, high = self.bounds((1 + CONFIDENCE) / 2)
         freedom = self.estimate.degrees_of_freedom
         return Estimate(
@@ -109,19 +118,19 @@ class Difference:
         )
 
     def p_value_above(self, threshold: float) -> float:
-        """p-value of the one-sided test of "at most `threshold`"; below 0.05 just where the lower bound is above it."""
+        """The p-value of "at most `threshold`": it is below 0.05 if and only if the 95% lower bound is above."""
         gap = self.estimate.value - self.step - threshold
         return float(stdtr(self.estimate.degrees_of_freedom, -self._t_statistic(gap, threshold)))
 
     def stderr_at(self, truth: float) -> float:
-        """The standard error were the true difference `truth`, in -1..1 for scores of 0 and 1."""
+        """The standard error if the true difference were `truth`."""
         if self.effective_documents is None:
             return self.estimate.stderr
         share = min(abs(truth), 1.0)
         return max(self.estimate.stderr, float(np.sqrt(share * (1 - share) / self.effective_documents)))
 
     def detectable(self, probability: float, power: float) -> float:
-        """The smallest distance from 0 that a one-sided test finds with `power`."""
+        """The smallest distance from 0 that a one-sided test detects with `power`."""
         quantile = self.estimate.quantile(probability) + self.estimate.quantile(power)
         return self._bounds(0.0, quantile)[1]
 
@@ -137,58 +146,61 @@ class Difference:
 
     def _t_statistic(self, gap: float, truth: float) -> float:
         stderr = self.stderr_at(truth)
-        return gap / stderr if stderr else float(np.copysign(np.inf, gap)) if gap else 0.0
+        if stderr:
+            return gap / stderr
+        return float(np.copysign(np.inf, gap)) if gap else 0.0
 
 
 def clustered_difference(
     candidate: np.ndarray, reference: np.ndarray, weights: np.ndarray, codes: np.ndarray
 ) -> Difference:
-    """Mean difference of (N,) values of the same documents, weighted, in clusters (N,) int64.
+    """The weighted mean difference of (N,) values of the same documents, with (N,) int64 cluster codes.
 
-    How much clusters take from the documents of 0/1 scores is the largest of three design effects (Kish 1965):
-    that of the difference, which a few changed documents tell little about, and those of both models' scores.
+    For scores of 0 and 1 the effective number of documents is their number over the largest of three design effects
+    of clusters (Kish 1965): that of the difference, which is unreliable if few documents changed, and those of the
+    two models' scores.
     """
     estimate = clustered_mean(candidate - reference, weights, codes)
     if not np.isin((candidate, reference), (0, 1)).all():
         return Difference(estimate)
     documents = float(weights.sum() ** 2 / (weights**2).sum())
-    apart = np.arange(len(weights))
+    single_codes = np.arange(len(weights))  # each document as a cluster of its own
     effects = []
     for values in (candidate - reference, candidate, reference):
-        if alone := clustered_mean(values, weights, apart).stderr:
-            effects.append((clustered_mean(values, weights, codes).stderr / alone) ** 2)
-    # Where both are right, or both wrong, on all: as if the documents of a cluster were all the same.
-    independent = documents / max(1.0, *effects) if effects else min(documents, estimate.degrees_of_freedom + 1)
-    return Difference(estimate, independent, 1 / documents)
+        unclustered = clustered_mean(values, weights, single_codes).stderr
+        if unclustered:
+            effects.append((clustered_mean(values, weights, codes).stderr / unclustered) ** 2)
+    # Without effects both models are right on all documents, or wrong on all: a cluster counts as one document.
+    clusters = min(documents, estimate.degrees_of_freedom + 1)
+    effective = documents / max(1.0, *effects) if effects else clusters
+    return Difference(estimate, effective, 1 / documents)
 
 
 def average_differences(differences: Sequence[Difference]) -> Difference:
-    """The mean of the differences of K tasks (macro)."""
+    """The macro average: the mean of the differences of several tasks."""
     share = 1 / len(differences)
     value = float(np.mean([each.estimate.value for each in differences]))
     estimate = delta_method(value, *((share, each.estimate) for each in differences))
     known = [each.effective_documents for each in differences if each.effective_documents is not None]
     if len(known) < len(differences):
         return Difference(estimate)
-    independent = 1 / float(np.sum(share**2 / np.array(known)))
-    return Difference(estimate, independent, float(np.sum([share**2 * each.step for each in differences])))
+    effective = 1 / float(np.sum(share**2 / np.array(known)))
+    return Difference(estimate, effective, float(np.sum([share**2 * each.step for each in differences])))
 
 
 def cluster_codes(clusters: Any) -> np.ndarray:
-    """(N,) labels of any kind -> (N,) int64 from 0."""
+    """(N,) labels of any type as (N,) int64 codes from 0."""
     return np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
 
 
 def _wilson(share: float, documents: float, quantile: float) -> float:
-    """The largest d that is within `quantile` of `share`, where d has a variance of |d| (1 - |d|) / documents.
+    """The largest d within `quantile` standard errors of `share`, if d has the variance |d| (1 - |d|) / documents.
 
-    It is Wilson's upper bound (1927) of a share of documents, and goes on below 0: there it is less his lower
-    bound of -share, but for a share so near 0 that some d above 0 is not excluded.
+    For a share above 0 it is Wilson's upper bound (1927). Below 0 it is minus his lower bound of -share, unless the
+    share is so near 0 that some d above 0 is not excluded.
     """
     p, z2 = max(min(share, 1.0), -1.0), quantile**2
-    if p * (1 - p) + z2 / (4 * documents) >= 0:
-        sign = 1.0
-    else:
-        sign, p = -1.0, -p
+    sign = 1.0 if p * (1 - p) + z2 / (4 * documents) >= 0 else -1.0
+    p *= sign
     half = quantile * np.sqrt(p * (1 - p) / documents + z2 / (4 * documents**2))
     return float((sign * (p + z2 / (2 * documents)) + half) / (1 + z2 / documents))

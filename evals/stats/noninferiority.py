@@ -1,7 +1,7 @@
-"""Is a candidate as good as its reference? Margins, verdicts, Holm's correction, and what would settle the rest.
+"""Non-inferiority: is a candidate as good as its reference? Margins, verdicts, Holm's correction, documents needed.
 
-"Not significantly different" is no evidence of "as good": too few documents never find a difference. So the
-burden is on the candidate: its one-sided 95% lower bound has to lie above minus a margin that was set beforehand.
+"Not significantly different" is no evidence for "as good": with too few documents no difference is ever significant. So
+the candidate must prove it: its one-sided 95% lower bound must be above minus a margin that was set beforehand.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DEFAULT_MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Margins:
-    """How much worse a candidate may be, in each metric's own units: by task, else by metric, else the default."""
+    """How much worse a candidate may be, in the metric's own units: by task, else by metric, else the default."""
 
     default: float = DEFAULT_MARGIN
     by_name: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Margins:
-        """From `0.01` (the default) and `NAME=0.02`, as the command line has them.
+        """Parse command-line margins: `0.01` is the default, `NAME=0.02` that of a task or metric.
 
-        Raises BadInput for what is no finite number above 0.
+        Raises BadInput for a margin that is not a finite number above 0.
         """
-        default, named = DEFAULT_MARGIN, {}
+        default, by_name = DEFAULT_MARGIN, {}
         for text in texts:
             name, _, number = text.rpartition("=")
             try:
@@ -45,44 +45,49 @@ class Margins:
             if not 0 < margin < math.inf:
                 raise BadInput(f"--margin {text}: a margin is a number above 0", fix="such as 0.01 or TASK=0.02")
             if name:
-                named[name.strip()] = margin
+                by_name[name.strip()] = margin
             else:
                 default = margin
-        return cls(default, named)
+        return cls(default, by_name)
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise BadInput where a margin is of none of the tasks and metrics `names`."""
+        """Raise BadInput for a margin of a name that is not among these tasks and metrics."""
         known = list(dict.fromkeys(names))
         for name in self.by_name:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3)
                 raise BadInput(
-                    f"--margin {name}=...: no task or metric of this comparison"
+                    f"--margin {name}=...: the comparison has no such task or metric"
                     + (f"; did you mean {' or '.join(near)}?" if near else ""),
-                    fix=f"there are {', '.join(known)}",
+                    fix=f"known names: {', '.join(known)}",
                 )
 
     def margin_for(self, task: str, metric: str) -> float:
+        """The margin of a task."""
         return self.by_name.get(task, self.by_name.get(metric, self.default))
 
 
 def noninferiority_test(
     difference: Difference, margin: float, *, higher_is_better: bool, documents: int, clusters: int
 ) -> Noninferiority:
-    """Test one difference, alone: `corrected` takes the others into account.
+    """Test one difference by itself; `correct_by_holm` corrects for other tests.
 
     Args:
-        difference: candidate less reference.
+        difference: candidate minus reference.
         margin: above 0.
-        documents, clusters: that it is of, to tell how many more would settle it.
+        documents, clusters: their numbers, from which the result computes how many would settle the test.
     """
     advantage = difference if higher_is_better else difference.negate()
     lower, upper = advantage.bounds(1 - SIGNIFICANCE_LEVEL)
-    outcome: Outcome = "pass" if lower > -margin else "fail" if upper < -margin else "inconclusive"
+    outcome: Outcome = "inconclusive"
+    if lower > -margin:
+        outcome = "pass"
+    elif upper < -margin:
+        outcome = "fail"
     p_value = advantage.p_value_above(-margin)
-    needed = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL) if outcome == "inconclusive" else None
-    if needed is not None:
-        needed = max(1 + 1 / documents, needed)
+    factor = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL) if outcome == "inconclusive" else None
+    if factor is not None:
+        factor = max(1 + 1 / documents, factor)
     return Noninferiority(
         margin=margin,
         lower=lower,
@@ -92,15 +97,15 @@ def noninferiority_test(
         uncorrected=outcome,
         verdict=outcome,
         detectable=advantage.detectable(1 - SIGNIFICANCE_LEVEL, POWER),
-        documents_needed=math.ceil(documents * needed) if needed else None,
-        clusters_needed=math.ceil(clusters * needed) if needed else None,
+        documents_needed=math.ceil(documents * factor) if factor else None,
+        clusters_needed=math.ceil(clusters * factor) if factor else None,
     )
 
 
 def documents_factor(advantage: Difference, margin: float, level: float) -> float | None:
-    """So many times the documents would settle a test with POWER, if the difference stays what it is.
+    """How many times as many documents settle a test with POWER, if the difference stays the same.
 
-    None where it is at the margin itself: no number would.
+    None if the difference equals the margin: then no number does.
     """
     gap = abs(advantage.estimate.value + margin)
     quantiles = sum(advantage.estimate.quantile(probability) for probability in (1 - level, POWER))
@@ -108,12 +113,12 @@ def documents_factor(advantage: Difference, margin: float, level: float) -> floa
 
 
 def passing_margin(advantage: Difference, level: float) -> float:
-    """The margin above which a test passes at `level`."""
+    """The smallest margin for which a test passes at `level`."""
     return -advantage.bounds(1 - level)[0]
 
 
 def correct_by_holm(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
-    """The same tests with Holm's correction over all of them: what no longer passes is inconclusive."""
+    """The same tests, Holm-corrected for each other: a test that no longer passes is inconclusive."""
 
     def verdict(test: Noninferiority, p_holm: float) -> Outcome:
         return "inconclusive" if test.uncorrected == "pass" and p_holm >= SIGNIFICANCE_LEVEL else test.uncorrected
@@ -126,9 +131,9 @@ def correct_by_holm(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
 
 
 def holm_adjusted_p_values(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for all of them, so that at most one in twenty families has a false one below 0.05.
+    """Holm-adjusted p-values: at most one family of tests in twenty has a false one below 0.05.
 
-    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979: no assumption on how they depend.
+    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979. It holds for any dependence of the tests.
     """
     order = np.argsort(p_values)
     steps = np.maximum.accumulate(np.asarray(p_values, np.float64)[order] * np.arange(len(order), 0, -1))

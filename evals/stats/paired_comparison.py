@@ -1,4 +1,4 @@
-"""A candidate held against its reference, task by task and over all: from paired documents to records."""
+"""Compares a candidate with its reference, by task and over all tasks: from paired documents to records."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 class PairedComparison(NamedTuple):
-    """A candidate against its reference; each test is alone: see `correct`."""
+    """A candidate compared with its reference; `correct_candidates_by_holm` corrects its tests for each other."""
 
     tasks: list[ComparedTask]  # top-level tasks and groups
-    over_all: list[ComparedTask]  # of each metric that several tasks have: macro, then pooled
-    unknown_tasks: dict[str, str]  # task -> why nothing can be told of it
+    over_all: list[ComparedTask]  # macro, then pooled, for each metric that several tasks share
+    unknown_tasks: dict[str, str]  # task -> why it cannot be tested
     retention: Estimate | None  # mean over the tasks that have one
-    differences: dict[str, Difference]  # by task: candidate less reference
+    differences: dict[str, Difference]  # task -> candidate minus reference
 
 
 def compare_to_reference(
     pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], margins: Margins, names: tuple[str, str]
 ) -> PairedComparison:
-    """Hold a candidate against its reference.
+    """Compare a candidate with its reference.
 
-    Macro is the mean of the tasks' differences, pooled the difference over all their documents together. Each
-    is of the tasks of one metric: differences of accuracies and of bits per byte do not add.
+    Macro is the mean of the tasks' differences; pooled is the difference over all their documents together. Both
+    combine tasks of one metric only: differences of accuracies and of bits per byte do not add.
 
     Args:
-        pairs: of `evals.stats.retention.pair` with `evals.stats.diagnostics.COLUMNS`, the student being the candidate.
+        pairs: of `pair_documents` with DIAGNOSTIC_COLUMNS; the student is the candidate.
         tasks: the reference's results.
         margins: how much worse the candidate may be.
         names: of the candidate and of the reference.
@@ -47,19 +47,21 @@ def compare_to_reference(
     for name in top:
         rows = pairs[pairs["task"].isin(leaf_tasks(name, tasks))]
         if name in found.difference:
-            kept, why = found.task_retention.get(name), found.left_out.get(name)
-            subjects[name] = _RowSubject(
-                name, (name,), tasks[name], rows, paired_difference(rows), *_means(rows), kept, why
-            )
-    metrics: dict[tuple[str, bool], list[_RowSubject]] = {}
+            retention, why = found.task_retention.get(name), found.left_out.get(name)
+            difference = paired_difference(rows)
+            subjects[name] = _RowSubject(name, (name,), tasks[name], rows, difference, *_means(rows), retention, why)
+    by_metric: dict[tuple[str, bool], list[_RowSubject]] = {}
     for each in subjects.values():
-        metrics.setdefault((each.result.metric, each.result.higher_is_better), []).append(each)
-    together = [
-        row for parts in metrics.values() if len(parts) > 1 for row in _macro_and_pooled(parts, pairs, tasks, names[1])
+        by_metric.setdefault((each.result.metric, each.result.higher_is_better), []).append(each)
+    over_all = [
+        row
+        for parts in by_metric.values()
+        if len(parts) > 1
+        for row in _macro_and_pooled(parts, pairs, tasks, names[1])
     ]
     return PairedComparison(
         tasks=[_row(each, margins, names) for each in subjects.values()],
-        over_all=[_row(each, margins, names) for each in together],
+        over_all=[_row(each, margins, names) for each in over_all],
         unknown_tasks={name: found.left_out[name] for name in top if name not in subjects},
         retention=found.retention,
         differences={name: each.difference for name, each in subjects.items()},
@@ -67,14 +69,14 @@ def compare_to_reference(
 
 
 def correct_candidates_by_holm(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
-    """The rows of several candidates, each test corrected for all the others of all of them (Holm)."""
+    """The rows of several candidates, each test Holm-corrected for all tests of all candidates."""
     families = [list(rows) for rows in families]
     tests = iter(correct_by_holm([row.noninferiority for rows in families for row in rows]))
     return [[row.model_copy(update={"noninferiority": next(tests)}) for row in rows] for rows in families]
 
 
 class _RowSubject(NamedTuple):
-    """What one row is of."""
+    """The data of one row: a task, or several tasks together."""
 
     task: str
     parts: tuple[str, ...]
@@ -84,35 +86,37 @@ class _RowSubject(NamedTuple):
     candidate: float
     reference: float
     retention: Estimate | None
-    no_retention: str | None
+    no_retention: str | None  # why it has no retention
 
 
 def _macro_and_pooled(
     parts: Sequence[_RowSubject], pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str
 ) -> Iterator[_RowSubject]:
-    """Tasks of one metric together, two ways."""
+    """Tasks of one metric together: their macro average, then their documents pooled."""
     names = tuple(part.task for part in parts)
     inner = [leaf for name in names for leaf in leaf_tasks(name, tasks)]
     rows = pairs[pairs["task"].isin(inner)]
-    kept = compare_pairs(rows, {name: tasks[name] for name in (*names, *inner)})
-    value, other = (float(np.mean([getattr(part, side) for part in parts])) for side in ("candidate", "reference"))
-    why = None if kept.retention else "none of its tasks has one"
+    found = compare_pairs(rows, {name: tasks[name] for name in (*names, *inner)})
+    candidate, reference_mean = (
+        float(np.mean([getattr(part, side) for part in parts])) for side in ("candidate", "reference")
+    )
+    why = None if found.retention else "none of its tasks has one"
     mean = average_differences([part.difference for part in parts])
-    yield _RowSubject("macro", names, parts[0].result, rows, mean, value, other, kept.retention, why)
+    yield _RowSubject("macro", names, parts[0].result, rows, mean, candidate, reference_mean, found.retention, why)
 
-    # Pooled is what a group of them would be, with the chance of its documents.
+    # Pooled is a group of all tasks; its chance level is the mean over its documents.
     weights = [float(part.rows["weight"].sum()) for part in parts]
     known = [part.result.chance for part in parts if part.result.chance is not None]
     chance = float(np.average(known, weights=weights)) if len(known) == len(parts) else None
     group = parts[0].result.model_copy(update={"chance": chance, "group": None})
     members = {leaf: tasks[leaf].model_copy(update={"group": "pooled"}) for leaf in inner}
-    kept = compare_pairs(rows, {"pooled": group, **members}, reference)
-    retention, why = kept.task_retention.get("pooled"), kept.left_out.get("pooled")
+    found = compare_pairs(rows, {"pooled": group, **members}, reference)
+    retention, why = found.task_retention.get("pooled"), found.left_out.get("pooled")
     yield _RowSubject("pooled", names, group, rows, paired_difference(rows), *_means(rows), retention, why)
 
 
 def _means(rows: pd.DataFrame) -> tuple[float, float]:
-    """Of the candidate and of the reference."""
+    """The weighted means of the candidate and of the reference."""
     student, teacher = (float(np.average(rows[side], weights=rows["weight"])) for side in ("student", "teacher"))
     return student, teacher
 

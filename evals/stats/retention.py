@@ -1,6 +1,6 @@
-"""How sure a score is, and how much of a teacher's quality a student keeps.
+"""Retention: the share of a teacher's quality that a student keeps, with confidence intervals.
 
-Errors are clustered by document group; student and teacher answer the same documents, so they are compared
+Errors are clustered by groups of documents. Student and teacher answer the same documents, so they are compared
 document by document (Miller, "Adding Error Bars to Evals", arXiv 2411.00640). `evals.stats.estimates` has the formulas.
 """
 
@@ -31,18 +31,18 @@ DOCUMENT_KEY = ["task", "doc_id", "doc_hash", "prompt_hash"]  # what makes two d
 
 
 class TeacherComparison(NamedTuple):
-    """A student relative to its teacher."""
+    """A student compared with its teacher."""
 
     retention: Estimate | None  # mean over the top-level tasks that have one
     task_retention: dict[str, Estimate]
-    difference: dict[str, Estimate]  # student - teacher, in the metric's own units
+    difference: dict[str, Estimate]  # student minus teacher, in the metric's own units
     left_out: dict[str, str]  # task -> why it has no retention
 
 
 def mean_and_stderr(
     values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray
 ) -> tuple[float, float | None]:
-    """Weighted mean of N documents and its cluster-robust standard error; None where there is one cluster."""
+    """Weighted mean of N documents and its cluster-robust standard error; None if there is only one cluster."""
     estimate = clustered_mean(np.asarray(values, np.float64), np.asarray(weights, np.float64), cluster_codes(clusters))
     return estimate.value, None if np.isnan(estimate.stderr) else estimate.stderr
 
@@ -50,20 +50,19 @@ def mean_and_stderr(
 def compare_with_teacher(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult]) -> TeacherComparison:
     """Compare two models document by document.
 
-    Retention of a task is (student - chance) / (teacher - chance): the share of what the teacher has above
-    guessing that the student keeps. It serves metrics where lower is better too: with 8 bits per byte as
-    chance it is the share of the teacher's saving over incompressible text. Where the metric has no chance it
-    is student / teacher, or teacher / student where lower is better. Its interval is by the delta method on
-    the paired documents. Where the teacher is not above chance (its own interval reaches it) there is nothing
-    to keep: the task is left out. The mean takes each top-level task once; a file that two tasks use is one
-    cluster in it, so that their covariance counts.
+    The retention of a task is (student - chance) / (teacher - chance): the share of the teacher's quality above
+    guessing that the student keeps. It holds for metrics with lower values better too: with 8 bits per byte as chance
+    it is the share of the teacher's saving over incompressible text. Without a chance level it is student / teacher, or
+    teacher / student if lower is better. Its interval is by the delta method on the paired documents. A task is left
+    out if the teacher's interval reaches chance, since there is nothing to keep. The mean counts each top-level task
+    once; a file that two tasks use is one cluster in it, so their covariance counts.
 
     Args:
         student, teacher: the `documents` of `limbeck.evals.scores.harness.score_model`.
         tasks: the teacher's results.
 
     Raises:
-        BadInput: documents that do not pair; they are named.
+        BadInput: documents that do not pair, by name.
     """
     return compare_pairs(pair_documents(student, teacher), tasks)
 
@@ -71,23 +70,23 @@ def compare_with_teacher(student: pa.Table, teacher: pa.Table, tasks: Mapping[st
 def compare_pairs(
     pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str = "the teacher"
 ) -> TeacherComparison:
-    """As `compare`, over what `pair` gives; `reference` is what the teacher is called."""
+    """As `compare_with_teacher`, for the result of `pair_documents`; `reference` names the teacher in messages."""
     differences, retentions, left_out = {}, {}, {}
     for name, result in tasks.items():
         rows = pairs[pairs["task"].isin(leaf_tasks(name, tasks))]
         if rows["code"].nunique() < 2:
-            left_out[name] = "it needs documents of two groups or more to tell how sure a score is"
+            left_out[name] = "a confidence interval needs documents of two groups or more"
             continue
         weights, clusters = rows["weight"].to_numpy(), rows["code"].to_numpy()
         differences[name] = paired_difference(rows).interval()
-        ours, theirs = (clustered_mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
-        if _is_above_chance(theirs, result):
-            retentions[name] = _retention(ours, theirs, result)
+        student, teacher = (clustered_mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
+        if _is_above_chance(teacher, result):
+            retentions[name] = _retention(student, teacher, result)
         else:
-            sure = theirs.interval()
+            interval = teacher.interval()
             left_out[name] = (
-                f"retention is undefined: {reference}'s {result.metric} of {sure.value:.4g} [{sure.low:.4g}, "
-                f"{sure.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}, so there is "
+                f"retention is undefined: {reference}'s {result.metric} of {interval.value:.4g} [{interval.low:.4g}, "
+                f"{interval.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}, so there is "
                 "nothing to keep"
             )
     top = [retentions[name] for name in top_level_tasks(tasks) if name in retentions]
@@ -101,16 +100,17 @@ def compare_pairs(
 
 
 def check_numbers(documents: pa.Table, model: str) -> None:
-    """Raise BadInput, naming the documents, where a score is NaN or infinite."""
+    """Raise BadInput, naming the documents, if a score is NaN or infinite."""
     broken = documents.to_pandas()[~np.isfinite(documents["value"].to_numpy())]
     if len(broken):
         raise BadInput(
-            f"the scores of {model} on {_name_documents(broken)} are no numbers", fix="its logits are NaN there"
+            f"the scores of {model} on {_name_documents(broken)} are NaN or infinite",
+            fix="check the weights: how the model was trained or exported",
         )
 
 
 def leaf_tasks(name: str, tasks: Mapping[str, TaskResult]) -> list[str]:
-    """The sub-tasks of a group, or the task itself."""
+    """The tasks of a group, or the task itself."""
     return [other for other, result in tasks.items() if result.group == name] or [name]
 
 
@@ -120,50 +120,44 @@ def pair_documents(
     columns: Sequence[str] = (),
     names: Sequence[str] = ("the student", "the teacher"),
 ) -> pd.DataFrame:
-    """One row for each document: KEY, student and teacher (their values), weight, cluster, and the cluster's code.
+    """One row for each document: DOCUMENT_KEY, student and teacher (their values), weight, cluster, and its code.
 
     Args:
-        columns: what more is wanted of each model: student_response for "response". None where a file of
-            documents lacks it.
-        names: what errors call the two.
+        columns: more columns, of both models: "response" becomes student_response and teacher_response.
+        names: of the two models in errors.
 
     Raises:
-        BadInput: the two were not asked the same documents; they are named.
+        BadInput: the two were not scored on the same documents, by name.
     """
-    ours, theirs = (
-        _side(table, [*DOCUMENT_KEY, "value", *more], columns, side)
-        for table, side, more in ((student, "student", ()), (teacher, "teacher", ("weight", "cluster")))
-    )
-    pairs = ours.merge(theirs, how="outer", on=DOCUMENT_KEY, indicator=True)
+    students = _side(student, [*DOCUMENT_KEY, "value"], columns, "student")
+    teachers = _side(teacher, [*DOCUMENT_KEY, "value", "weight", "cluster"], columns, "teacher")
+    pairs = students.merge(teachers, how="outer", on=DOCUMENT_KEY, indicator=True)
     single = pairs[pairs["_merge"] != "both"]
     if len(single):
         sides = {"left_only": f"of {names[0]} alone", "right_only": f"of {names[1]} alone"}
+        groups = single.groupby("_merge", observed=True)
+        named = "; ".join(f"{_name_documents(rows)} {sides[str(side)]}" for side, rows in groups)
         raise BadInput(
-            f"{' and '.join(names)} were not asked the same documents: "
-            + "; ".join(
-                f"{_name_documents(rows)} {sides[str(side)]}" for side, rows in single.groupby("_merge", observed=True)
-            ),
-            fix="score both anew on the same tasks: add --force",
+            f"{' and '.join(names)} were not scored on the same documents: {named}",
+            fix="score both again on the same tasks: add --force",
         )
     return pairs.assign(code=cluster_codes(pairs["cluster"])).drop(columns="_merge")
 
 
 def paired_difference(pairs: pd.DataFrame) -> Difference:
-    """Student less teacher, over rows of `pair`."""
+    """Student minus teacher, over rows of `pair_documents`."""
     student, teacher, weights, clusters = (pairs[name].to_numpy() for name in (*SIDES, "weight", "code"))
     return clustered_difference(student, teacher, weights, clusters)
 
 
-def _side(table: pa.Table, wanted: Sequence[str], columns: Sequence[str], side: str) -> pd.DataFrame:
-    there = [name for name in columns if name in table.column_names]
-    frame = table.select([*wanted, *there]).to_pandas()
-    for name in set(columns) - set(there):
-        frame[name] = None
+def _side(table: pa.Table, required: Sequence[str], columns: Sequence[str], side: str) -> pd.DataFrame:
+    """One model's columns; the value and the `columns` are renamed after the side."""
+    frame = table.select([*required, *columns]).to_pandas()
     return frame.rename(columns={"value": side} | {name: f"{side}_{name}" for name in columns})
 
 
 def _is_above_chance(teacher: ClusteredEstimate, result: TaskResult) -> bool:
-    """Whether the teacher's whole interval is better than chance; above 0 where the metric has no chance."""
+    """Whether the teacher's whole interval is better than chance, or above 0 if the metric has no chance level."""
     interval = teacher.interval()
     if result.chance is None:
         return interval.low > 0
@@ -171,16 +165,16 @@ def _is_above_chance(teacher: ClusteredEstimate, result: TaskResult) -> bool:
 
 
 def _retention(student: ClusteredEstimate, teacher: ClusteredEstimate, result: TaskResult) -> ClusteredEstimate:
-    upper, lower = student, teacher
+    numerator, denominator = student, teacher
     if result.chance is None and not result.higher_is_better:
-        upper, lower = teacher, student
-    above = lower.value - (result.chance or 0.0)
-    ratio = (upper.value - (result.chance or 0.0)) / above
-    return delta_method(ratio, (1 / above, upper), (-ratio / above, lower))
+        numerator, denominator = teacher, student
+    above_chance = denominator.value - (result.chance or 0.0)
+    ratio = (numerator.value - (result.chance or 0.0)) / above_chance
+    return delta_method(ratio, (1 / above_chance, numerator), (-ratio / above_chance, denominator))
 
 
 def _name_documents(rows: pd.DataFrame) -> str:
-    """The first documents of a table, in words."""
+    """The first four documents of a table and the number of the others, for a message."""
     shown = [f"{row.task} {row.doc_id}" for row in rows.head(4).itertuples()]
     more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
     return f"documents {', '.join(shown)}{more}"

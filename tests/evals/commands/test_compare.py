@@ -21,7 +21,7 @@ from limbeck.registry.catalog.model_ref import load_registered_version
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import ComparedModels, NewVersion, Version
 from tests.conftest import make_model
-from tests.evals.stats.test_retention import documents, result
+from tests.evals.document_tables import documents, result
 
 NAMES = ["text_bits_per_byte", "text_next_line"]
 
@@ -270,5 +270,5 @@ def test_documents_that_do_not_pair_are_named(three_tasks: Any) -> None:
     from limbeck.registry.core.errors import BadInput
 
     ours, theirs, _ = three_tasks
-    with pytest.raises(BadInput, match=r"m/2 and m/1 were not asked .*: documents bits 49 of m/1 alone"):
+    with pytest.raises(BadInput, match=r"m/2 and m/1 were not scored on .*: documents bits 49 of m/1 alone"):
         pair_documents(ours.slice(0, len(ours) - 1), theirs, DIAGNOSTIC_COLUMNS, ("m/2", "m/1"))

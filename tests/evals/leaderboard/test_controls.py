@@ -16,8 +16,8 @@ from limbeck.evals.scores.controls import compare_with_controls
 from limbeck.registry.mlflow.runs import TRAINING_COST_TAG
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion, TrainingCost, Version
+from tests.evals.document_tables import documents
 from tests.evals.leaderboard_helpers import make_card
-from tests.evals.stats.test_retention import documents
 
 FILES = [f"file{place % 12}.py" for place in range(48)]
 

@@ -1,4 +1,4 @@
-"""Verdicts of "as good as" against scipy and statsmodels, and by simulation: how often does a worse student pass?"""
+"""Non-inferiority tests, compared with scipy and statsmodels, and by simulation: how often do worse students pass?"""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from limbeck.evals.stats.estimates import Difference, average_differences, clustered_difference
-from limbeck.evals.stats.noninferiority import Margins, correct_by_holm, holm_adjusted_p_values, noninferiority_test
+from limbeck.evals.stats.noninferiority import (
+    SIGNIFICANCE_LEVEL,
+    Margins,
+    correct_by_holm,
+    holm_adjusted_p_values,
+    noninferiority_test,
+)
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Noninferiority
 
 
-def judged(
+def run_test(
     found: Difference, margin: float, *, higher_is_better: bool = True, documents: int = 100, clusters: int = 100
 ) -> Noninferiority:
     return noninferiority_test(found, margin, higher_is_better=higher_is_better, documents=documents, clusters=clusters)
 
 
-def of_values(candidate: np.ndarray, reference: np.ndarray, clusters: np.ndarray | None = None) -> Difference:
+def difference_of(candidate: np.ndarray, reference: np.ndarray, clusters: np.ndarray | None = None) -> Difference:
     count = len(candidate)
     return clustered_difference(
         candidate, reference, np.ones(count), np.arange(count) if clusters is None else clusters
@@ -35,7 +41,7 @@ def test_independent_documents_equal_a_one_sided_t_test() -> None:
     candidate = reference - 0.1 + 0.5 * random.normal(size=60)
     for margin in (0.05, 0.2, 0.5):
         expected = stats.ttest_1samp(candidate - reference, -margin, alternative="greater")
-        found = judged(of_values(candidate, reference), margin)
+        found = run_test(difference_of(candidate, reference), margin)
         assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
         assert found.lower == pytest.approx(expected.confidence_interval(0.95).low, rel=1e-9)
         less = stats.ttest_1samp(candidate - reference, -margin, alternative="less")
@@ -44,53 +50,53 @@ def test_independent_documents_equal_a_one_sided_t_test() -> None:
         assert (found.uncorrected == "fail") == (less.pvalue < 0.05)
 
 
-def test_lower_is_better_is_the_same_test_turned() -> None:
+def test_lower_is_better_is_the_same_test_with_opposite_signs() -> None:
     random = np.random.default_rng(1)
     a, b = random.normal(size=40), random.normal(size=40)
-    straight, turned = judged(of_values(a, b), 0.3), judged(of_values(-a, -b), 0.3, higher_is_better=False)
-    assert turned.model_dump() == pytest.approx(straight.model_dump())
-    worse = judged(of_values(b + 1.0, b + 0.01 * a), 0.3, higher_is_better=False)  # one bit per byte more
+    higher, lower = run_test(difference_of(a, b), 0.3), run_test(difference_of(-a, -b), 0.3, higher_is_better=False)
+    assert lower.model_dump() == pytest.approx(higher.model_dump())
+    worse = run_test(difference_of(b + 1.0, b + 0.01 * a), 0.3, higher_is_better=False)  # one bit per byte more
     assert worse.uncorrected == "fail"
 
 
 def binary(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate and reference of: both right, right to wrong, wrong to right, both wrong."""
+    """Candidate and reference with these counts: both right, right to wrong, wrong to right, both wrong."""
     return np.repeat([1.0, 0, 1, 0], counts), np.repeat([1.0, 1, 0, 0], counts)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 4])
-def test_where_answers_only_get_worse_the_bound_is_wilsons(lost: int) -> None:
+def test_if_answers_only_get_worse_the_bound_is_that_of_wilson(lost: int) -> None:
     count = 200
-    found = judged(of_values(*binary((150 - lost, lost, 0, 50))), 0.05)
-    # One document is taken off for the steps; the level is that of t with 199 degrees of freedom.
+    found = run_test(difference_of(*binary((150 - lost, lost, 0, 50))), 0.05)
+    # One more document for the steps; the level is that of t with 199 degrees of freedom.
     alpha = 2 * stats.norm.sf(stats.t.ppf(0.95, count - 1))
     _, high = proportion_confint(lost + 1, count, alpha, method="wilson")
     assert found.lower == pytest.approx(-high, rel=1e-9)
 
 
-def test_no_changed_answer_is_no_proof() -> None:
+def test_a_few_documents_without_a_change_are_inconclusive() -> None:
     same = binary((30, 0, 0, 10))
-    found = judged(of_values(*same), 0.01)
+    found = run_test(difference_of(*same), 0.01)
     assert found.uncorrected == "inconclusive"
     assert found.lower < -0.01
-    assert judged(of_values(*binary((3000, 0, 0, 1000))), 0.01).uncorrected == "pass"
-    # All of it in two files tells less; all right, nothing tells how alike a file's documents are.
+    assert run_test(difference_of(*binary((3000, 0, 0, 1000))), 0.01).uncorrected == "pass"
+    # Two files are less evidence; if all answers are right, the correlation within a file is unknown.
     files = np.repeat([0, 1], 1000)
-    assert judged(of_values(np.ones(2000), np.ones(2000), files), 0.01).uncorrected == "inconclusive"
+    assert run_test(difference_of(np.ones(2000), np.ones(2000), files), 0.01).uncorrected == "inconclusive"
 
 
-def test_the_verdict_is_that_of_the_p_value_and_of_the_bounds() -> None:
+def test_the_verdict_agrees_with_the_p_value_and_with_the_bounds() -> None:
     random = np.random.default_rng(2)
     seen = set()
     for _ in range(600):
         clusters = random.integers(0, random.integers(2, 60), 120)
         reference = (random.random(120) < 0.7).astype(float)
         candidate = np.where(random.random(120) < random.uniform(0.6, 1), reference, random.random(120) < 0.6)
-        between, margin = of_values(candidate.astype(float), reference, clusters), random.uniform(0.005, 0.3)
-        found = judged(between, margin)
+        difference, margin = difference_of(candidate.astype(float), reference, clusters), random.uniform(0.005, 0.3)
+        found = run_test(difference, margin)
         assert (found.p_value < 0.05) == (found.lower > -margin) == (found.uncorrected == "pass")
         assert (found.upper < -margin) == (found.uncorrected == "fail")
-        interval = between.interval()
+        interval = difference.interval()
         assert interval.low <= found.lower <= interval.value <= found.upper <= interval.high
         seen.add(found.uncorrected)
     assert seen == {"pass", "fail", "inconclusive"}
@@ -110,19 +116,19 @@ def sizes(kind: str) -> np.ndarray:
 
 
 def draw(
-    random: np.random.Generator, sizes: np.ndarray, worse: float, agreement: float, alike: float, sets: int
+    random: np.random.Generator, sizes: np.ndarray, worse: float, agreement: float, correlation: float, sets: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """0/1 scores (sets, N) of a candidate that is `worse` than its reference by that much in truth, and clusters.
+    """(sets, N) 0/1 scores of a candidate and of its reference, which is better by `worse`, and (N,) cluster codes.
 
-    What makes a document hard, and what makes an answer change, is `alike` within a cluster (a Gaussian copula).
+    The difficulty of documents and the changes of answers correlate within a cluster (a Gaussian copula).
     """
     codes = np.repeat(np.arange(len(sizes)), sizes)
 
     def normal() -> np.ndarray:
         own = random.normal(size=(sets, len(codes)))
-        if not alike:
+        if not correlation:
             return own
-        return np.sqrt(alike) * random.normal(size=(sets, len(sizes)))[:, codes] + np.sqrt(1 - alike) * own
+        return np.sqrt(correlation) * random.normal(size=(sets, len(sizes)))[:, codes] + np.sqrt(1 - correlation) * own
 
     right, luck = normal() < stats.norm.ppf(0.7), normal()
     lost, won = (1 - agreement + worse) / 2, (1 - agreement - worse) / 2
@@ -130,15 +136,26 @@ def draw(
     return candidate.astype(float), right.astype(float), codes
 
 
-def passes(drawn: tuple[np.ndarray, np.ndarray, np.ndarray], margin: float) -> float:
+def pass_rate(drawn: tuple[np.ndarray, np.ndarray, np.ndarray], margin: float) -> float:
+    """The share of drawn pairs whose test passes, which is if the lower bound is above minus the margin."""
     candidates, references, codes = drawn
-    of = [of_values(*pair, codes) for pair in zip(candidates, references, strict=True)]
-    return float(np.mean([judged(each, margin).uncorrected == "pass" for each in of]))
+    weights = np.ones(len(codes))
+    independent = len(np.unique(codes)) == len(codes)
+    passed: dict[tuple[int, int, int], bool] = {}  # of independent documents only these counts matter
+    count = 0
+    for candidate, reference in zip(candidates, references, strict=True):
+        lost, won = int((candidate < reference).sum()), int((candidate > reference).sum())
+        key = (lost, won, int(candidate.sum())) if independent else (-1, -1, len(passed))
+        if key not in passed:
+            lower, _ = clustered_difference(candidate, reference, weights, codes).bounds(1 - SIGNIFICANCE_LEVEL)
+            passed[key] = lower > -margin
+        count += passed[key]
+    return count / len(candidates)
 
 
 SETTINGS = [
-    # clusters x documents of each, margin, agreement, how alike the documents of a cluster are
-    ("136 x 1", 0.02, 0.98, 0.0),  # every change is for the worse, and few there are
+    # clusters x documents of each, margin, agreement, correlation within a cluster
+    ("136 x 1", 0.02, 0.98, 0.0),  # few changes, all of them for the worse
     ("300 x 1", 0.02, 0.98, 0.0),
     ("300 x 1", 0.05, 0.90, 0.0),
     ("1000 x 1", 0.02, 0.95, 0.0),
@@ -153,13 +170,13 @@ SETTINGS = [
 ]
 
 
-def test_a_student_that_is_worse_by_the_margin_passes_at_most_one_time_in_twenty() -> None:
+def test_a_student_that_is_worse_by_the_margin_passes_at_most_5_percent_of_the_time() -> None:
     random, sets = np.random.default_rng(3), 2000
     rates = {}
     for setting in SETTINGS:
-        kind, margin, agreement, alike = setting
-        rates[setting] = passes(draw(random, sizes(kind), margin, agreement, alike, sets), margin)
-    # 2,000 draws of something that happens 5% of the time give 5% within 1.2 points, 2.5 standard errors.
+        kind, margin, agreement, correlation = setting
+        rates[setting] = pass_rate(draw(random, sizes(kind), margin, agreement, correlation, sets), margin)
+    # 2.5 standard errors of a rate of 5% in 2,000 draws are 1.2 points.
     assert max(rates.values()) <= 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / sets), rates
     assert np.mean([*rates.values()]) <= 0.05, rates
 
@@ -173,61 +190,61 @@ def test_a_student_that_is_worse_by_the_margin_passes_at_most_one_time_in_twenty
         ("40 x 10", 0.05, 0.9, 0.8),
     ],
 )
-def test_a_student_that_is_as_good_passes_where_there_are_documents_enough(
+def test_a_student_that_is_as_good_passes_with_enough_documents(
     kind: str, margin: float, agreement: float, at_least: float
 ) -> None:
     drawn = draw(np.random.default_rng(4), sizes(kind), 0.0, agreement, 0.1, 300)
-    assert passes(drawn, margin) >= at_least
+    assert pass_rate(drawn, margin) >= at_least
 
 
-@pytest.mark.parametrize(("kind", "alike"), [("400 x 1", 0.0), ("60 x 8", 0.2), ("unequal", 0.2)])
-def test_intervals_of_binary_differences_cover_the_truth(kind: str, alike: float) -> None:
-    candidates, references, codes = draw(np.random.default_rng(5), sizes(kind), 0.03, 0.93, alike, 1500)
-    intervals = [of_values(*pair, codes).interval() for pair in zip(candidates, references, strict=True)]
+@pytest.mark.parametrize(("kind", "correlation"), [("400 x 1", 0.0), ("60 x 8", 0.2), ("unequal", 0.2)])
+def test_intervals_of_binary_differences_cover_the_truth(kind: str, correlation: float) -> None:
+    candidates, references, codes = draw(np.random.default_rng(5), sizes(kind), 0.03, 0.93, correlation, 1500)
+    intervals = [difference_of(*pair, codes).interval() for pair in zip(candidates, references, strict=True)]
     covered = np.mean([interval.low <= -0.03 <= interval.high for interval in intervals])
     assert 0.94 <= covered <= 0.995
 
 
-def test_the_detectable_margin_is_passed_four_times_in_five() -> None:
+def test_a_student_that_is_as_good_passes_at_the_detectable_margin_80_percent_of_the_time() -> None:
     random = np.random.default_rng(6)
     drawn = draw(random, sizes("300 x 2"), 0.0, 0.9, 0.2, 500)
-    margins = [judged(of_values(a, b, drawn[2]), 0.5).detectable for a, b in zip(*drawn[:2], strict=True)]
-    assert passes(drawn, float(np.mean(margins))) == pytest.approx(0.8, abs=0.06)
+    margins = [run_test(difference_of(a, b, drawn[2]), 0.5).detectable for a, b in zip(*drawn[:2], strict=True)]
+    assert pass_rate(drawn, float(np.mean(margins))) == pytest.approx(0.8, abs=0.06)
 
 
-def test_so_many_documents_settle_it_four_times_in_five() -> None:
+def test_the_documents_needed_settle_the_test_80_percent_of_the_time() -> None:
     answers = (328, 31, 24, 117)  # 500 documents, two in each cluster; the candidate is 1.4 points worse
-    between = of_values(*binary(answers))
-    found = judged(between, 0.03, documents=500, clusters=250)
+    difference = difference_of(*binary(answers))
+    found = run_test(difference, 0.03, documents=500, clusters=250)
     assert found.uncorrected == "inconclusive"
     assert found.documents_needed is not None
     assert found.clusters_needed == pytest.approx(found.documents_needed / 2, abs=1)
     drawn = draw(np.random.default_rng(7), np.ones(found.documents_needed, int), 7 / 500, 1 - 55 / 500, 0.0, 300)
-    assert passes(drawn, 0.03) == pytest.approx(0.8, abs=0.06)
-    assert judged(between, 0.1, documents=500).documents_needed is None  # it is settled
+    assert pass_rate(drawn, 0.03) == pytest.approx(0.8, abs=0.06)
+    assert run_test(difference, 0.1, documents=500).documents_needed is None  # already settled
 
 
-def test_a_difference_at_the_margin_is_never_settled() -> None:
-    found = judged(of_values(*binary((50, 10, 0, 40))), 0.1)
+def test_no_number_of_documents_settles_a_difference_at_the_margin() -> None:
+    found = run_test(difference_of(*binary((50, 10, 0, 40))), 0.1)
     assert found.uncorrected == "inconclusive"
     assert found.documents_needed is None
 
 
 def test_macro_is_the_mean_of_the_tasks() -> None:
     random = np.random.default_rng(8)
-    parts = [of_values(random.normal(size=n), random.normal(size=n)) for n in (30, 90)]
+    parts = [difference_of(random.normal(size=n), random.normal(size=n)) for n in (30, 90)]
     found = average_differences(parts)
     assert found.estimate.value == pytest.approx(np.mean([part.estimate.value for part in parts]))
-    # The tasks' documents are numbered alike, so that the first 30 of both are the same clusters.
+    # Both tasks number their clusters from 0, so the first 30 of both are the same clusters.
     a, b = (part.estimate.errors for part in parts)
     together = np.concatenate([a + b[:30], b[30:]]) / 2
     assert found.estimate.stderr == pytest.approx(np.sqrt((together**2).sum()))
-    ones = [of_values(*binary((20, 2, 2, 6))), of_values(*binary((60, 2, 2, 16)))]
+    ones = [difference_of(*binary((20, 2, 2, 6))), difference_of(*binary((60, 2, 2, 16)))]
     assert average_differences(ones).step == pytest.approx((1 / 30 + 1 / 80) / 4)
-    assert average_differences([*ones, *parts]).step == 0  # not all are of 0 and 1
+    assert average_differences([*ones, *parts]).step == 0  # not all scores are 0 or 1
 
 
-# --- several at once
+# --- several tests
 
 
 def test_holm_equals_statsmodels() -> None:
@@ -238,16 +255,16 @@ def test_holm_equals_statsmodels() -> None:
     assert holm_adjusted_p_values([]) == []
 
 
-def test_a_pass_that_holm_takes_back_is_inconclusive() -> None:
+def test_a_pass_that_holm_revokes_is_inconclusive() -> None:
     noise = np.tile([1.0, -1.0], 50)
     just = 1.8 * noise.std(ddof=1) / 10 - 0.05  # p is 0.037
-    clear, near, bad = (of_values(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
-    alone = [judged(each, 0.05) for each in (clear, near, bad)]
-    assert [test.uncorrected for test in alone] == ["pass", "pass", "fail"]
-    found = correct_by_holm(alone)
+    clear, near, bad = (difference_of(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
+    tests = [run_test(each, 0.05) for each in (clear, near, bad)]
+    assert [test.uncorrected for test in tests] == ["pass", "pass", "fail"]
+    found = correct_by_holm(tests)
     assert [test.verdict for test in found] == ["pass", "inconclusive", "fail"]
-    assert [test.p_holm for test in found] == holm_adjusted_p_values([test.p_value for test in alone])
-    assert correct_by_holm(alone[1:2])[0].verdict == "pass"  # nothing else is tested
+    assert [test.p_holm for test in found] == holm_adjusted_p_values([test.p_value for test in tests])
+    assert correct_by_holm(tests[1:2])[0].verdict == "pass"  # a single test needs no correction
 
 
 # --- margins

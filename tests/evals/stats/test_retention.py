@@ -1,50 +1,31 @@
-"""Means, standard errors and retention against statsmodels, and by simulation."""
+"""Means, standard errors and retention, compared with statsmodels, and by simulation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from limbeck.evals.stats.estimates import clustered_mean
-from limbeck.evals.stats.retention import check_numbers, compare_with_teacher, mean_and_stderr
+from limbeck.evals.stats.estimates import cluster_codes, clustered_mean
+from limbeck.evals.stats.retention import (
+    check_numbers,
+    compare_pairs,
+    compare_with_teacher,
+    mean_and_stderr,
+    pair_documents,
+)
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import TaskResult
-
-
-def documents(
-    task: str, values: Sequence[float], clusters: Sequence[Any], weights: Sequence[float] | None = None
-) -> Any:
-    """A table as the harness gives it."""
-    count = len(values)
-    return pa.table(
-        {
-            "task": [task] * count,
-            "doc_id": list(range(count)),
-            "doc_hash": [f"{task}-{i}" for i in range(count)],
-            "prompt_hash": [f"p-{task}-{i}" for i in range(count)],
-            "metric": ["acc"] * count,
-            "value": np.asarray(values, np.float64),
-            "weight": np.ones(count) if weights is None else np.asarray(weights, np.float64),
-            "cluster": [str(c) for c in clusters],
-        }
-    )
-
-
-def result(table: Any, **changes: Any) -> TaskResult:
-    """A task's result for the documents of `table`."""
-    value, stderr = mean_and_stderr(table["value"], table["weight"], table["cluster"])
-    fields = dict(metric="acc", value=value, stderr=stderr, higher_is_better=True, documents=len(table), chance=0.25)
-    return TaskResult.model_validate({**fields, "task_hash": "t", "prompt_hash": "p", **changes})
+from tests.evals.document_tables import documents, result
 
 
 def clustered(random: np.random.Generator, clusters: int = 40, rho: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster labels and a shared part (N,), for clusters of unequal size."""
+    """(N,) cluster labels and (N,) values that correlate within clusters of unequal size."""
     labels = np.repeat(np.arange(clusters), random.integers(1, 9, clusters))
     return labels, np.sqrt(rho) * random.normal(size=clusters)[labels] + np.sqrt(1 - rho) * random.normal(
         size=len(labels)
@@ -52,7 +33,7 @@ def clustered(random: np.random.Generator, clusters: int = 40, rho: float = 0.5)
 
 
 def jackknife(values: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean and CR3 standard error by statsmodels: HC3 of the clusters' means, weighted, less one cluster in G."""
+    """Mean and CR3 standard error by statsmodels: HC3 of the weighted cluster means, times sqrt(1 - 1 / G)."""
     names = np.unique(labels)
     share = np.array([weights[labels == name].sum() for name in names])
     means = np.array([np.average(values[labels == name], weights=weights[labels == name]) for name in names])
@@ -68,7 +49,7 @@ def test_mean_and_stderr_equal_statsmodels() -> None:
     assert mean_and_stderr(values, weights, [f"file{i}.py" for i in labels]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_clusters_of_one_size_have_the_usual_cluster_robust_error() -> None:
+def test_clusters_of_equal_size_have_the_usual_cluster_robust_error() -> None:
     random = np.random.default_rng(10)
     labels = np.repeat(np.arange(20), 5)
     values = random.normal(size=20)[labels] + random.normal(size=100)
@@ -76,7 +57,7 @@ def test_clusters_of_one_size_have_the_usual_cluster_robust_error() -> None:
     assert mean_and_stderr(values, np.ones(100), labels) == pytest.approx((fit.params[0], fit.bse[0]), rel=1e-12)
 
 
-def test_the_error_is_that_of_leaving_out_each_cluster() -> None:
+def test_the_error_is_the_jackknife_over_clusters() -> None:
     random = np.random.default_rng(11)
     labels, values = clustered(random, clusters=7)
     without = np.array([values[labels != name].mean() for name in range(7)])
@@ -84,14 +65,14 @@ def test_the_error_is_that_of_leaving_out_each_cluster() -> None:
     assert stderr == pytest.approx(np.sqrt(6 / 7 * ((without - values.mean()) ** 2).sum()))
 
 
-def test_without_clusters_the_error_is_the_usual_one() -> None:
+def test_the_error_of_independent_documents_is_the_usual_one() -> None:
     values = np.random.default_rng(1).normal(size=50)
     mean, stderr = mean_and_stderr(values, np.ones(50), range(50))
     assert mean == pytest.approx(values.mean())
     assert stderr == pytest.approx(values.std(ddof=1) / np.sqrt(50))
 
 
-def test_one_cluster_has_no_error() -> None:
+def test_one_cluster_has_no_standard_error() -> None:
     assert mean_and_stderr([0.0, 1.0], [1, 1], ["a", "a"]) == (0.5, None)
 
 
@@ -108,12 +89,12 @@ def test_the_difference_is_paired_and_equals_statsmodels() -> None:
     half = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1) * stderr
     found = comparison.difference["t"]
     assert (found.value, found.low, found.high) == pytest.approx((value, value - half, value + half), rel=1e-9)
-    alone = mean_and_stderr(student, np.ones(len(labels)), labels)[1]
-    assert alone is not None
-    assert found.high - found.low < alone  # pairing removes what both share
+    unpaired = mean_and_stderr(student, np.ones(len(labels)), labels)[1]
+    assert unpaired is not None
+    assert found.high - found.low < unpaired  # pairing removes the shared part of the error
 
 
-def test_the_teacher_keeps_exactly_all_of_itself() -> None:
+def test_a_model_retains_exactly_all_of_itself() -> None:
     table = documents("t", np.random.default_rng(3).random(30), range(30))
     found = compare_with_teacher(table, table, {"t": result(table)})
     assert found.retention is not None
@@ -143,7 +124,7 @@ def test_retention_by_hand(student: float, teacher: float, changes: dict[str, An
 def two_tasks(random: np.random.Generator, clusters: int = 40) -> tuple[Any, Any, dict[str, TaskResult], float]:
     """Student and teacher on a choice task and on bits per byte over the same files, and the true retention.
 
-    Documents of a file share their difficulty, in both tasks and for both models.
+    Documents of one file have correlated difficulty, in both tasks and for both models.
     """
     hard = random.normal(size=clusters)
     students, teachers, tasks = [], [], {}
@@ -151,7 +132,7 @@ def two_tasks(random: np.random.Generator, clusters: int = 40) -> tuple[Any, Any
         labels = np.repeat(np.arange(clusters), random.integers(1, 9, clusters))
         if task == "choice":
             logit = 0.7 * hard[labels]
-            luck = random.random(len(labels))  # the same for both: they tend to err together
+            luck = random.random(len(labels))  # the same for both models, so their errors correlate
             base = 1 / (1 + np.exp(-logit))
             values = (luck < 0.25 + 0.5 * base).astype(float), (luck < 0.25 + 0.3 * base).astype(float)
             weights = np.ones(len(labels))
@@ -166,20 +147,34 @@ def two_tasks(random: np.random.Generator, clusters: int = 40) -> tuple[Any, Any
     return pa.concat_tables(students), pa.concat_tables(teachers), tasks, (0.6 + 5.4 / 6) / 2
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def same_rows(student: pa.Table, teacher: pa.Table) -> pd.DataFrame:
+    """What `pair_documents` returns for tables with the same rows in the same order, without its slow merge."""
+    frame = pd.DataFrame({name: teacher[name].to_numpy() for name in ("task", "weight", "cluster")})
+    sides = {"student": student["value"].to_numpy(), "teacher": teacher["value"].to_numpy()}
+    return frame.assign(code=cluster_codes(frame["cluster"].to_numpy()), **sides)
+
+
+def test_pairs_of_the_same_rows_need_no_merge() -> None:
+    student, teacher, *_ = two_tasks(np.random.default_rng(4))
+    paired, expected = same_rows(student, teacher), pair_documents(student, teacher)
+    by_document = [*paired.columns]
+    assert sorted(map(tuple, paired[by_document].to_numpy())) == sorted(map(tuple, expected[by_document].to_numpy()))
+
+
+def test_95_percent_intervals_cover_the_truth() -> None:
     random = np.random.default_rng(4)
     covered = []
     for _ in range(400):
-        *given, truth = two_tasks(random)
-        found = compare_with_teacher(*given).retention
+        student, teacher, tasks, truth = two_tasks(random)
+        found = compare_pairs(same_rows(student, teacher), tasks).retention
         assert found is not None
         covered.append(found.low <= truth <= found.high)
-    # Within three standard errors of 95% at 400 draws, and a little for the delta method.
+    # Three standard errors of 95% at 400 draws, and some more for the delta method.
     assert 0.91 <= np.mean(covered) <= 0.98
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3])
-def test_intervals_cover_where_one_cluster_is_half_of_all(rho: float) -> None:
+def test_intervals_cover_the_truth_if_one_cluster_is_half_of_all(rho: float) -> None:
     random = np.random.default_rng(8)
     labels = np.repeat(np.arange(12), [4] * 11 + [44])
     codes, weights = labels, np.ones(len(labels))
@@ -188,7 +183,7 @@ def test_intervals_cover_where_one_cluster_is_half_of_all(rho: float) -> None:
         shared, own = random.normal(size=12)[labels], random.normal(size=len(labels))
         interval = clustered_mean(np.sqrt(rho) * shared + np.sqrt(1 - rho) * own, weights, codes).interval()
         covered += interval.low <= 0 <= interval.high
-    # With G / (G - 1) and G - 1 degrees of freedom it would be 83% at rho 0.3.
+    # With the factor G / (G - 1) and G - 1 degrees of freedom it would be 83% at rho 0.3.
     assert covered / 1500 >= 0.94
 
 
@@ -197,18 +192,18 @@ def test_the_interval_agrees_with_a_cluster_bootstrap() -> None:
     student, teacher, tasks, _ = two_tasks(random, clusters=120)
     found = compare_with_teacher(student, teacher, tasks).retention
     assert found is not None
-    ours, theirs = student.to_pandas(), teacher.to_pandas()
-    files = theirs["cluster"].unique()
-    rows = {file: np.flatnonzero(theirs["cluster"] == file) for file in files}
-    task, weight = theirs["task"].to_numpy(), theirs["weight"].to_numpy()
-    values = ours["value"].to_numpy(), theirs["value"].to_numpy()
+    frame = teacher.to_pandas()
+    files = frame["cluster"].unique()
+    rows = {file: np.flatnonzero(frame["cluster"] == file) for file in files}
+    task, weight = frame["task"].to_numpy(), frame["weight"].to_numpy()
+    values = student["value"].to_numpy(), teacher["value"].to_numpy()
     means = []
     for _ in range(1000):
         drawn = np.concatenate([rows[file] for file in random.choice(files, len(files))])
         retained = []
         for name, result_of in tasks.items():
-            own = drawn[task[drawn] == name]
-            s, t = (np.average(v[own], weights=weight[own]) for v in values)
+            of_task = drawn[task[drawn] == name]
+            s, t = (np.average(v[of_task], weights=weight[of_task]) for v in values)
             retained.append((s - result_of.chance) / (t - result_of.chance))
         means.append(np.mean(retained))
     low, high = np.quantile(means, [0.025, 0.975])
@@ -226,18 +221,18 @@ def test_a_group_counts_once_and_pools_its_documents() -> None:
     tasks["group"] = result(pooled)
     found = compare_with_teacher(*tables, tasks)
 
-    def kept(table: Any, of: Any) -> float:
-        return float((np.mean(table["value"]) - 0.25) / (np.mean(of["value"]) - 0.25))
+    def retention(table: Any, teacher_table: Any) -> float:
+        return float((np.mean(table["value"]) - 0.25) / (np.mean(teacher_table["value"]) - 0.25))
 
-    group = kept(pa.concat_tables([student["a"], student["b"]]), pooled)
-    single = kept(student["single"], teacher["single"])
+    group = retention(pa.concat_tables([student["a"], student["b"]]), pooled)
+    single = retention(student["single"], teacher["single"])
     assert found.task_retention["group"].value == pytest.approx(group)
-    assert found.task_retention["a"].value == pytest.approx(kept(student["a"], teacher["a"]))
+    assert found.task_retention["a"].value == pytest.approx(retention(student["a"], teacher["a"]))
     assert found.retention is not None
     assert found.retention.value == pytest.approx((group + single) / 2)
 
 
-def test_a_teacher_that_guesses_is_left_out_of_the_mean() -> None:
+def test_a_task_on_which_the_teacher_guesses_is_left_out() -> None:
     random = np.random.default_rng(7)
     good, guessed = (documents(name, random.random(200) < p, range(200)) for name, p in (("good", 0.8), ("bad", 0.27)))
     both = pa.concat_tables([good, guessed])
@@ -260,7 +255,7 @@ def test_documents_that_do_not_pair_are_named() -> None:
         compare_with_teacher(table.slice(0, 3), table, {"t": result(table)})
 
 
-def test_scores_that_are_no_numbers_are_named() -> None:
+def test_documents_with_nan_or_infinite_scores_are_named() -> None:
     check_numbers(documents("t", range(10), range(10)), "m/1")
-    with pytest.raises(BadInput, match="the scores of m/1 on documents t 0, t 3 are no numbers"):
+    with pytest.raises(BadInput, match="the scores of m/1 on documents t 0, t 3 are NaN or infinite"):
         check_numbers(documents("t", [np.nan, 1, 2, np.inf], range(4)), "m/1")

@@ -358,7 +358,7 @@ def test_what_was_not_measured_is_said(store: Store, add: Add) -> None:
     assert (allowed.answer, candidate(allowed, best).quality) == ("not settled", "inconclusive")
     for words in (
         "Quality kept on guess: retention is undefined",
-        "Quality on one: it needs documents of two groups",
+        "Quality on one: a confidence interval needs documents of two groups",
         "(qa, guess, one): other languages",
         "Tasks that versions of m are scored on too: other.",
         "Luck in training: one student of small",
