@@ -1,1 +1,1 @@
-"""The ledger of alias moves: chained by hash, anchored, locked."""
+"""The ledger of alias moves: `log` writes it, `chain` checks it, `anchor` fixes its order, `lock` orders the moves."""

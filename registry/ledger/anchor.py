@@ -1,11 +1,11 @@
-"""What holds a ledger in place: one MLflow run for each registered model, with a parameter for each entry.
+"""The anchor of a ledger: one MLflow run for each registered model, with a parameter for each entry.
 
-MLflow lets nobody change or delete a parameter of a run: the first value stays. So the parameter `000007` of that
-run decides, between machines too, which entry is the seventh: whoever comes second is told so. It is also the
-witness of entries that were changed or dropped, the last ones and all of them included.
+MLflow lets nobody change or delete a parameter of a run: its first value stays. So the parameter `000007` of that
+run decides, also between machines, which entry is the seventh; the second to write it gets an error. The anchor also
+proves which entries were changed or deleted, even if the last ones or all of them are gone.
 
-Which run is whose is written once as well, as a parameter of a root run. All of them lie in the experiment
-`limbeck-ledger`; those who promote need EDIT on it where the server has accounts.
+Which run belongs to which model is written once as well, as a parameter of a root run. All of these runs are in the
+experiment `limbeck-ledger`; if the server has accounts, people who promote need EDIT on it.
 """
 
 from __future__ import annotations
@@ -22,72 +22,66 @@ from limbeck.registry.mlflow.store import Store
 EXPERIMENT = "limbeck-ledger"
 ROOT_RUN_TAG = "limbeck.root"  # the experiment's tag that names the root run
 
-_RUN_IDS: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run: never another
+_RUN_IDS: WeakKeyDictionary[Store, dict[str, str]] = WeakKeyDictionary()  # registered model -> run, which never changes
 
 
 class Anchor(NamedTuple):
-    """The run that holds the ledger of a registered model in place."""
+    """The run that anchors the ledger of a registered model."""
 
     run_id: str
-    hashes: dict[int, str]  # sequence number -> hash of the entry that it belongs to
-    deleted: bool  # nothing can be entered then; what was entered can be read still
+    hashes: dict[int, str]  # sequence number -> hash of its entry
+    deleted: bool  # MLflow takes no further entry then; the entries can still be read
 
 
 def find_anchor(store: Store, name: str) -> Anchor | None:
-    """The anchor of a registered model; None where nothing was ever entered."""
-    known = _RUN_IDS.setdefault(store, {})
-    if name not in known:
+    """The anchor of a registered model; None if no entry was ever written."""
+    run_ids = _RUN_IDS.setdefault(store, {})
+    if name not in run_ids:
         root = _find_root_run(store)
-        found = store.client.get_run(root).data.params.get(name) if root else None
-        if found is None:
+        run_id = store.client.get_run(root).data.params.get(name) if root else None
+        if run_id is None:
             return None
-        known[name] = found
+        run_ids[name] = run_id
     try:
-        run = store.client.get_run(known[name])
+        run = store.client.get_run(run_ids[name])
     except NotFound:
-        return Anchor(known.pop(name), {}, deleted=True)
+        return Anchor(run_ids.pop(name), {}, deleted=True)
     hashes = {int(key): value for key, value in run.data.params.items() if key.isdecimal()}
     return Anchor(run.info.run_id, hashes, run.info.lifecycle_stage != "active")
 
 
 def ensure_anchor(store: Store, name: str) -> Anchor:
-    """The anchor of a registered model, made if it is missing."""
-    if there := find_anchor(store, name):
-        return there
+    """The anchor of a registered model, created if it is missing."""
+    if existing := find_anchor(store, name):
+        return existing
     root = _find_root_run(store) or _create_root_run(store)
     experiment = store.client.get_run(root).info.experiment_id
     run = store.client.create_run(experiment, run_name=f"ledger of {name}").info.run_id
     store.client.set_terminated(run)
     if _write_param_once(store, root, name, run) != run:
         store.client.delete_run(run)
-    there = find_anchor(store, name)
-    assert there is not None
-    return there
+    created = find_anchor(store, name)
+    assert created is not None
+    return created
 
 
 def claim_sequence_number(store: Store, run_id: str, number: int, digest: str) -> bool:
-    """Make the entry of a hash the one of a number; False where another is already."""
+    """Claim a sequence number for the entry with hash `digest`; False if another entry has the number."""
     return _write_param_once(store, run_id, f"{number:06d}", digest) == digest
 
 
-def anchor_existing_hashes(store: Store, run_id: str, hashes: dict[int, str]) -> None:
-    """Enter what a ledger of before there were anchors holds; number -> hash."""
-    params = {f"{number:06d}": digest for number, digest in hashes.items()}
-    store.client.log_params(run_id, params)
-
-
 def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
-    """The value that a parameter has from now on: the given one, or that of whoever was first."""
+    """Write a parameter that has no value yet. Returns its value: the given one, or that of the first writer."""
     try:
         store.client.log_param(run_id, key, value)
         return value
     except LimbeckError as error:
-        there = store.client.get_run(run_id)
-        if there.info.lifecycle_stage != "active":
+        run = store.client.get_run(run_id)
+        if run.info.lifecycle_stage != "active":
             raise _deleted_run_error(run_id) from error
-        if key not in there.data.params:
+        if key not in run.data.params:
             raise
-        return str(there.data.params[key])
+        return str(run.data.params[key])
 
 
 def _find_root_run(store: Store) -> str | None:
@@ -96,16 +90,16 @@ def _find_root_run(store: Store) -> str | None:
 
 
 def _create_root_run(store: Store) -> str:
-    """The root run, in an experiment that takes its name when all is there; the first one to take it stays."""
+    """Create the root run in a draft experiment, which gets its name when complete; the first one named wins."""
     client = store.client
-    where = None if store.is_server else str(home() / "artifacts")
-    draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=where)
+    location = None if store.is_server else str(home() / "artifacts")
+    draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=location)
     run = client.create_run(draft, run_name="ledgers").info.run_id
     client.set_terminated(run)
     client.set_experiment_tag(draft, ROOT_RUN_TAG, run)
     try:
         client.rename_experiment(draft, EXPERIMENT)
-    except LimbeckError:  # somebody was first
+    except LimbeckError:  # another process was first
         client.delete_experiment(draft)
         if (root := _find_root_run(store)) is None:
             raise
@@ -115,6 +109,6 @@ def _create_root_run(store: Store) -> str:
 
 def _deleted_run_error(run_id: str) -> BadInput:
     return BadInput(
-        f"the MLflow run {run_id}, which holds the ledger in place, was deleted",
-        fix=f"put it back: mlflow runs restore --run-id {run_id}",
+        f"the MLflow run {run_id}, which anchors the ledger, was deleted",
+        fix=f"restore it: mlflow runs restore --run-id {run_id}",
     )

@@ -1,18 +1,19 @@
-"""The ledger of alias moves: append-only, chained by hash, kept on the tracking server with the model.
+"""The ledger of alias moves: append-only, chained by hash, kept with the model on the tracking server.
 
-MLflow moves an alias without a trace. So each move is written here first and then made, and a mark says that
-it was made. A process killed in between leaves an entry without its mark: `settle` finishes it. An alias that
-is not where the last finished entry put it was moved through MLflow itself: that is told, never overwritten.
+MLflow moves an alias without a trace. So each move is written to the ledger first, then made, and then a mark records
+that it was made. A process killed in between leaves an entry without its mark: `finish_pending_moves` makes the move.
+An alias that is not where the last finished entry put it was moved through MLflow itself: that is reported and never
+overwritten.
 
-Entries are tags `limbeck.ledger.SEQUENCE.HASH` of the registered model; the mark is `limbeck.applied.ALIAS`. An
-entry counts from the moment that `ledger.anchor` has its hash: MLflow lets each number have one hash, and never
-another. Two machines that write at once are so put in order, and what is changed, dropped (the last ones or all,
-too), doubled or reordered through MLflow afterwards is found.
+Entries are tags `limbeck.ledger.SEQUENCE.HASH` of the registered model; the mark is the tag `limbeck.applied.ALIAS`. An
+entry counts as soon as `limbeck.registry.ledger.anchor` has its hash: MLflow accepts one hash for each sequence number
+and never changes it. So two machines that write at once get an order, and entries that somebody changes, deletes (also
+the last ones, or all), duplicates or reorders through MLflow are found.
 
-Somebody who can write to MLflow's database itself can rewrite tags and anchor together. Against that there are
-signatures alone: an entry has one where a key is configured, see `registry.core.signing`, and `limbeck models history`
-asks for one of a trusted key where `LIMBECK_TRUSTED_KEYS` names some. Even so the last entries can be dropped by
-such a person: what was never seen has no signature to miss.
+Somebody who can write to MLflow's database can change tags and anchor together. Only signatures help against that: an
+entry is signed if a key is configured, see `limbeck.registry.core.signing`, and `limbeck models history` requires a
+signature by a trusted key if `LIMBECK_TRUSTED_KEYS` is set. Even then such a person can delete the last entries: nobody
+misses a signature that was never seen.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from limbeck.registry.records import LedgerEntry
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
 LONGEST_REASON = 2000  # characters
-LONGEST_ENTRY = 5000  # characters; what a tag of a registered model holds
-TRIES = 10  # of what another machine comes in between of
+LONGEST_ENTRY = 5000  # characters; the limit of a registered model's tag
+TRIES = 10  # to read or write while other machines write
 
 
 class ConcurrentMove(Refused):
-    """Another machine wrote to the ledger since it was read: what was about to be written is not there."""
+    """Another machine wrote to the ledger after it was read; the new entry was not written."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -55,19 +56,23 @@ class ConcurrentMove(Refused):
 
 
 def read_ledger(store: Store, name: str) -> Ledger:
-    """The ledger of a registered model. Raises BadInput where there is no such model."""
-    held = anchor.find_anchor(store, name)
+    """The ledger of a registered model. Raises BadInput if there is no such model."""
+    before = anchor.find_anchor(store, name)
     for _ in range(TRIES):
         try:
             model = store.client.get_registered_model(name)
         except NotFound:
             raise store.not_found_error(name) from None
         aliases = {alias: int(number) for alias, number in model.aliases.items()}
-        book = Ledger(name, dict(model.tags), aliases, held)
-        # What is not in the anchor may have come into it between the two calls, and its alias may have moved.
-        if not book.pending_tags or held == (held := anchor.find_anchor(store, name)):
-            return book
-    raise LimbeckError(f"others are writing to the ledger of {name} all the time", fix="try again later")
+        ledger = Ledger(name, dict(model.tags), aliases, before)
+        if not ledger.pending_tags:
+            return ledger
+        # A pending entry may have reached the anchor between the two calls, and its alias may have moved.
+        after = anchor.find_anchor(store, name)
+        if after == before:
+            return ledger
+        before = after
+    raise LimbeckError(f"other machines keep writing to the ledger of {name}", fix="try again later")
 
 
 def read_entries(store: Store, name: str) -> list[LedgerEntry]:
@@ -76,39 +81,41 @@ def read_entries(store: Store, name: str) -> list[LedgerEntry]:
 
 
 def append_entry(store: Store, name: str, *, based_on: Ledger | None = None, **fields: Any) -> LedgerEntry:
-    """Write an entry at the end; the alias is moved by `apply`, after.
+    """Write an entry at the end. It does not move the alias: `apply_entry` does, afterwards.
 
     Args:
-        store: where the ledger is.
+        store: the store of the model.
         name: the registered model.
-        based_on: the ledger as it was read, where the entry says what follows from it; None for wherever it ends.
-        fields: of LedgerEntry, less `sequence`, `when`, `name`, `previous`, `hash` and `anchor`.
+        based_on: the ledger that the entry was decided on; None: append it whatever the ledger says by now.
+        fields: of LedgerEntry, without `sequence`, `when`, `name`, `previous`, `hash` and `anchor`.
 
     Raises:
-        BadInput: a reason of more than 2,000 characters, or an entry that is too long.
-        Overtaken: there is an entry after those of `based_on`.
+        BadInput: the reason has more than 2,000 characters, the entry is too long, or the anchor is gone.
+        ConcurrentMove: there is an entry after those of `based_on`.
     """
     if len(fields.get("reason", "")) > LONGEST_REASON:
         raise BadInput(f"the reason has {len(fields['reason'])} characters, at most {LONGEST_REASON} are kept")
     for _ in range(1 if based_on else TRIES):
-        book = based_on or read_ledger(store, name)
-        run = _ensure_anchored(store, book)
+        ledger = based_on or read_ledger(store, name)
+        run_id = _anchor_run(store, ledger)
         draft = LedgerEntry(
-            sequence=book.last_sequence + 1,
+            sequence=ledger.last_sequence + 1,
             when=datetime.now(UTC),
             name=name,
-            previous=book.last_hash,
+            previous=ledger.last_hash,
             hash="",
-            anchor=run,
+            anchor=run_id,
             **fields,
         )
         entry = _sign_entry(draft.model_copy(update={"hash": compute_entry_hash(draft)}))
         text, key = entry.model_dump_json(), entry_tag(entry.sequence, entry.hash)
         if len(text) > LONGEST_ENTRY:
-            raise BadInput(f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="say it shorter")
+            raise BadInput(
+                f"the entry has {len(text)} characters, MLflow keeps {LONGEST_ENTRY}", fix="write a shorter reason"
+            )
         store.client.set_registered_model_tag(name, key, text)
-        if anchor.claim_sequence_number(store, run, entry.sequence, entry.hash):
-            for other in book.pending_tags:  # of a process that was killed before it could enter it
+        if anchor.claim_sequence_number(store, run_id, entry.sequence, entry.hash):
+            for other in ledger.pending_tags:  # of a process that was killed before its entry counted
                 store.client.delete_registered_model_tag(name, other)
             return entry
         store.client.delete_registered_model_tag(name, key)
@@ -116,27 +123,30 @@ def append_entry(store: Store, name: str, *, based_on: Ledger | None = None, **f
 
 
 def _sign_entry(entry: LedgerEntry) -> LedgerEntry:
-    """The entry with a signature over its hash, where a key is configured."""
-    made = signing.sign(signing.LEDGER_DOMAIN + entry.hash.encode())
-    return entry.model_copy(update={"key": made.key, "signature": made.signature}) if made else entry
+    """The entry with a signature over its hash, if a key is configured."""
+    signature = signing.sign(signing.LEDGER_DOMAIN + entry.hash.encode())
+    return entry.model_copy(update={"key": signature.key, "signature": signature.signature}) if signature else entry
 
 
-def _ensure_anchored(store: Store, ledger_snapshot: Ledger) -> str:
-    """The run of the anchor; entries of before there were anchors are entered in it."""
-    there = ledger_snapshot.anchor or anchor.ensure_anchor(store, ledger_snapshot.name)
-    if not there.hashes and ledger_snapshot.entries:
-        anchor.anchor_existing_hashes(
-            store, there.run_id, {entry.sequence: entry.hash for entry in reversed(ledger_snapshot.entries)}
+def _anchor_run(store: Store, ledger: Ledger) -> str:
+    """The run of the anchor, created for the first entry. Raises BadInput if entries have lost their anchor."""
+    if ledger.anchor:
+        return ledger.anchor.run_id
+    if ledger.entries:
+        raise BadInput(
+            f"the ledger of {ledger.name} has entries, but its anchor is gone: "
+            f"the MLflow run {ledger.entries[0].anchor}",
+            fix=f"restore the MLflow experiment {anchor.EXPERIMENT} and its tag {anchor.ROOT_RUN_TAG}",
         )
-    return there.run_id
+    return anchor.ensure_anchor(store, ledger.name).run_id
 
 
 def apply_entry(store: Store, entry: LedgerEntry) -> None:
-    """Move the alias as an entry says, and mark the entry as made.
+    """Move the alias to where an entry puts it, and mark the entry as made.
 
-    On another machine somebody may have finished this entry and written the next meanwhile: then this is its move
-    undone, so the ledger is read again, and the last entry is made again. The first mark is for whoever finds this
-    process dead in between.
+    Another machine may have finished this entry and written the next one meanwhile; then this move undoes that one. So
+    the ledger is read again, and its last entry is applied again. The first mark is for the process that finds this
+    one killed in between.
     """
     while entry.action != "protect":
         name, alias = entry.name, entry.alias
@@ -153,9 +163,9 @@ def apply_entry(store: Store, entry: LedgerEntry) -> None:
 
 
 def apply_or_revert(store: Store, entry: LedgerEntry, *, who: str) -> Forbidden | None:
-    """As `apply`; a move that the server does not let `who` make is taken back by an entry, and the refusal given.
+    """As `apply_entry`; if the server forbids the move to `who`, a further entry reverts it and the error is returned.
 
-    MLflow asks for more to take an alias away (MANAGE) than to write an entry (EDIT).
+    MLflow demands more for deleting an alias (MANAGE) than for writing an entry (EDIT).
     """
     try:
         apply_entry(store, entry)
@@ -173,37 +183,37 @@ def _set_alias(store: Store, name: str, alias: str, number: int | None) -> None:
 
 
 def finish_pending_moves(store: Store, name: str, *, who: str) -> Ledger:
-    """Finish the moves that a killed process left unfinished, and clear what it never entered.
+    """Make the moves that a killed process left unfinished, and delete the tags of entries that never counted.
 
-    Where the files that such an entry points at are gone or damaged by now, the alias stays where it is, and
-    an entry of `who` says so. Returns the ledger as it is then.
+    If the files of the version that such a move leads to are gone or damaged by now, the alias stays where it is, and
+    an entry of `who` records it. Returns the ledger afterwards.
     """
-    book = read_ledger(store, name)
-    begun = [alias for alias in sorted({entry.alias for entry in book.entries}) if book.unfinished_move(alias)]
-    if not (begun or book.stray_tags):
-        return book
-    for key in book.stray_tags:
+    ledger = read_ledger(store, name)
+    unfinished = [alias for alias in sorted({e.alias for e in ledger.entries}) if ledger.unfinished_move(alias)]
+    if not (unfinished or ledger.stray_tags):
+        return ledger
+    for key in ledger.stray_tags:
         store.client.delete_registered_model_tag(name, key)
-    for alias in begun:
-        entry = book.unfinished_move(alias)
-        if entry is None or book.external_move_problem(alias):
+    for alias in unfinished:
+        entry = ledger.unfinished_move(alias)
+        if entry is None or ledger.external_move_problem(alias):
             continue
-        if entry.to_version is not None and book.aliases.get(alias) != entry.to_version:
+        if entry.to_version is not None and ledger.aliases.get(alias) != entry.to_version:
             try:
                 store.artifacts.verified_folder(store.get(f"{name}/{entry.to_version}"))
             except (DamagedArtifact, BadInput) as error:
-                entry = _append_reversal(store, book, entry, who, error.message)
+                entry = _append_reversal(store, ledger, entry, who, error.message)
         apply_or_revert(store, entry, who=who)
-        book = read_ledger(store, name)
+        ledger = read_ledger(store, name)
     return read_ledger(store, name)
 
 
-def _append_reversal(store: Store, ledger_snapshot: Ledger, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
-    """The entry that leaves an alias where `entry` was about to take it from."""
+def _append_reversal(store: Store, ledger: Ledger, entry: LedgerEntry, who: str, why: str) -> LedgerEntry:
+    """Append the entry that leaves an alias where it was before `entry`."""
     return append_entry(
         store,
         entry.name,
-        based_on=ledger_snapshot,
+        based_on=ledger,
         who=who,
         alias=entry.alias,
         action="rollback" if entry.action == "promote" else "adopt",
@@ -218,24 +228,24 @@ def _append_reversal(store: Store, ledger_snapshot: Ledger, entry: LedgerEntry, 
 def adopt_alias(
     store: Store, name: str, alias: str, *, who: str, reason: str, extra_problems: Sequence[str] = ()
 ) -> LedgerEntry | None:
-    """Write an alias into the ledger as MLflow has it, and what else is wrong as it is: later it is not told anew.
+    """Write the position of an alias in MLflow into the ledger, and accept its problems: no later check reports them.
 
     Args:
-        extra_problems: further problems that are taken as they are.
+        extra_problems: further problems to accept.
 
     Returns:
-        The entry; None where there is nothing to adopt.
+        The entry; None if there is nothing to adopt.
     """
-    book = read_ledger(store, name)
-    moved = book.external_move_problem(alias)
-    rest = [problem for problem in [*book.problems(alias), *extra_problems] if problem != moved]
-    if moved is None and not rest:
+    ledger = read_ledger(store, name)
+    external_move = ledger.external_move_problem(alias)
+    others = [problem for problem in [*ledger.problems(alias), *extra_problems] if problem != external_move]
+    if external_move is None and not others:
         return None
-    last, now = book.last_move(alias), book.aliases.get(alias)
+    last, now = ledger.last_move(alias), ledger.aliases.get(alias)
     entry = append_entry(
         store,
         name,
-        based_on=book,
+        based_on=ledger,
         who=who,
         alias=alias,
         action="adopt",
@@ -244,7 +254,7 @@ def adopt_alias(
         artifact=_artifact_digest_or_none(store, name, now),
         verdict=None,
         reason=reason,
-        adopted=tuple(dict.fromkeys(problem_id(problem) for problem in rest)),
+        adopted=tuple(dict.fromkeys(problem_id(problem) for problem in others)),
     )
     apply_entry(store, entry)
     return entry
@@ -253,13 +263,13 @@ def adopt_alias(
 def _artifact_digest_or_none(store: Store, name: str, number: int | None) -> str | None:
     try:
         return store.get(f"{name}/{number}").digest if number is not None else None
-    except BadInput:  # deleted, or a version that Limbeck did not register
+    except BadInput:  # deleted, or not registered by Limbeck
         return None
 
 
 def check_alias(alias: str) -> None:
-    """Raises BadInput for an alias that MLflow does not take or keeps for itself."""
+    """Raise BadInput if MLflow does not accept an alias or reserves it."""
     if not ALIAS.fullmatch(alias):
-        raise BadInput(f"{alias!r} is no alias", fix="use letters, digits, dashes and underscores")
+        raise BadInput(f"{alias!r} is not an alias", fix="use letters, digits, dashes and underscores")
     if RESERVED.fullmatch(alias):
         raise BadInput(f"the alias {alias!r} is reserved by MLflow", fix="use another, such as production")

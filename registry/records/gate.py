@@ -32,12 +32,12 @@ class Verdict(Record):
 
     @property
     def content_digest(self) -> str:
-        """The digest of all but the time: the same for two verdicts that say the same."""
+        """The digest of all fields except the time: verdicts with the same content have the same."""
         return json_digest({name: value for name, value in self.model_dump(mode="json").items() if name != "created"})
 
 
 class Request(Record):
-    """Somebody asks that an alias may point at a version."""
+    """Somebody requests that an alias may point at a version."""
 
     name: str
     alias: str
@@ -63,30 +63,30 @@ class Approval(Record):
 
 
 class LedgerEntry(Record):
-    """An alias moved; each entry carries the hash of the one before."""
+    """One move of an alias, or a change of its protection. Each entry has the hash of the one before."""
 
-    sequence: int
+    sequence: int  # from 1
     when: datetime
     who: str
     name: str
     alias: str
-    # adopt: moved through MLflow itself, and taken over; protect: the alias stays, its policy changes
+    # adopt: somebody moved it through MLflow, and that is accepted; protect: the alias stays, its policy changes
     action: Literal["promote", "rollback", "adopt", "protect"]
     from_version: int | None
-    to_version: int | None  # None: the alias was taken away (a rollback of the first promotion)
-    artifact: str | None  # digest of the artifact it now points at
+    to_version: int | None  # None: the alias was deleted (a rollback of the first promotion)
+    artifact: str | None  # digest of the artifact that the alias now points at
     verdict: str | None  # digest of the verdict
     reason: str
     previous: str  # hash of the entry before; "" for the first
-    hash: str  # over all the other fields but key and signature
-    override: bool = False  # the verdict did not pass: somebody with the permission moved it all the same
-    overridden_rules: tuple[str, ...] = ()  # the rules that an override went over, with their numbers
+    hash: str  # over all other fields except key and signature
+    anchor: str  # the MLflow run that anchors the ledger, see limbeck.registry.ledger.anchor
+    override: bool = False  # the verdict did not pass, and somebody with the permission moved it anyway
+    overridden_rules: tuple[str, ...] = ()  # the rules that were overridden, with their numbers
     policy: str | None = None  # digest of the policy
     approvals: tuple[str, ...] = ()  # digests of the approvals
-    sbom: str | None = None  # digest of the bill of materials of the artifact
-    anchor: str | None = None  # the MLflow run that holds the ledger in place
+    sbom: str | None = None  # digest of the artifact's SBOM
     adopted: tuple[
         str, ...
-    ] = ()  # of an adopt entry: the problems that it takes as they are, see limbeck.registry.ledger.chain
-    key: str | None = None  # public ed25519 key of who wrote it, base64; None: not signed
+    ] = ()  # of an adopt entry: the problems it accepts, by limbeck.registry.ledger.chain.problem_id
+    key: str | None = None  # public ed25519 key of the writer, base64; None: not signed
     signature: str | None = None  # over the hash, base64

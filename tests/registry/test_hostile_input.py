@@ -158,7 +158,7 @@ def test_aliases_that_are_none(still: Still, alias: str, limbeck: Callable[..., 
         ("request", "still/3", "--alias", alias, "--reason", "why"),
     ):
         code, _, err = limbeck(*command)
-        assert (code, "is no alias" in err, is_clean(err)) == (2, True, True)
+        assert (code, "is not an alias" in err, is_clean(err)) == (2, True, True)
 
 
 # --- files

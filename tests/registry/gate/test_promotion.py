@@ -156,7 +156,7 @@ def test_an_alias_that_was_moved_through_mlflow(scored: Still) -> None:
 
 def test_an_alias_that_was_set_before_limbeck(scored: Still) -> None:
     scored.store.client.set_registered_model_alias("still", "production", "5")
-    with pytest.raises(Refused, match="the ledger knows nothing of it"):
+    with pytest.raises(Refused, match="the ledger does not know it"):
         promote(scored.store, "still/4", "production", POLICY)
     promote(scored.store, "still/4", "production", POLICY, options=PromotionOptions(adopt=True))
     assert rollback(scored.store, "still", "production").to_version == 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -106,10 +105,8 @@ def test_a_doubled_and_an_unreadable_entry(moved: Still) -> None:
     key, value = list(tags(moved.store).items())[1]
     for double in (key + "x", key.replace("000002", "000005"), key.replace("000002", "000009"), ENTRY_TAG_PREFIX + "x"):
         moved.store.client.set_registered_model_tag("still", double, value)
-        assert (
-            problems(moved)
-            == f"the entry {double.removeprefix(ENTRY_TAG_PREFIX)} was never entered: the anchor does not know it"
-        )
+        place = double.removeprefix(ENTRY_TAG_PREFIX)
+        assert problems(moved) == f"the entry {place} was never written to the ledger: the anchor does not know it"
         moved.store.client.delete_registered_model_tag("still", double)
     moved.store.client.set_registered_model_tag("still", key, "no entry")
     assert "cannot be read" in problems(moved)
@@ -126,7 +123,7 @@ def test_a_chain_that_was_written_anew(moved: Still) -> None:
         previous = entry.hash
     for alias in ("production", "staging"):
         store.client.delete_registered_model_tag("still", APPLIED_TAG_PREFIX + alias)
-    assert problems(moved).count("is missing") == problems(moved).count("was never entered") == 4
+    assert problems(moved).count("is missing") == problems(moved).count("was never written to the ledger") == 4
 
 
 def test_a_run_that_was_deleted(moved: Still) -> None:
@@ -134,7 +131,7 @@ def test_a_run_that_was_deleted(moved: Still) -> None:
     book = log.read_ledger(moved.store, "still")
     assert book.anchor is not None
     moved.store.client.delete_run(book.anchor.run_id)
-    assert problems(moved) == f"the MLflow run {book.anchor.run_id}, which holds the ledger in place, was deleted"
+    assert problems(moved) == f"the MLflow run {book.anchor.run_id}, which anchors the ledger, was deleted"
     with pytest.raises(BadInput, match=f"mlflow runs restore --run-id {book.anchor.run_id}"):
         move(moved, 3, 5)
     moved.store.client.restore_run(book.anchor.run_id)
@@ -145,32 +142,29 @@ def test_a_run_that_was_deleted(moved: Still) -> None:
         book.anchor.run_id,
     )
     moved.store = Store()
-    assert f"entry 1 is held in place by the run {book.anchor.run_id}, the ledger by another" in problems(moved)
+    assert f"entry 1 is anchored in the run {book.anchor.run_id}, the ledger in none" in problems(moved)
 
 
-def test_a_ledger_of_before_there_were_anchors(still: Still) -> None:
-    previous = ""
-    for number, (before, to) in enumerate([(None, 3), (3, 4)], 1):
-        entry = LedgerEntry(
-            sequence=number, when=datetime.now(UTC), who="me", name="still", alias="production", action="promote",
-            from_version=before, to_version=to, artifact=None, verdict=None, reason="", previous=previous, hash="",
-        )  # fmt: skip
-        entry = entry.model_copy(update={"hash": (previous := compute_entry_hash(entry))})
-        still.store.client.set_registered_model_tag("still", entry_tag(number, entry.hash), entry.model_dump_json())
-        log.apply_entry(still.store, entry)
-    assert problems(still) == ""
-    assert log.read_ledger(still.store, "still").anchor is None
-    move(still, 5, 4)
-    book = log.read_ledger(still.store, "still")
-    assert [(entry.sequence, entry.to_version) for entry in book.entries] == [(1, 3), (2, 4), (3, 5)]
-    assert book.anchor is not None
-    assert (sorted(book.anchor.hashes), book.problems()) == ([1, 2, 3], [])
+def test_a_ledger_whose_anchor_is_gone_takes_no_entry(moved: Still) -> None:
+    """Its entries are still listed, each with a problem: nobody can start a new chain over them."""
+    experiment = moved.store.client.get_experiment_by_name(anchor.EXPERIMENT).experiment_id
+    moved.store.client.rename_experiment(experiment, "elsewhere")
+    moved.store = Store()
+    ledger = log.read_ledger(moved.store, "still")
+    assert [entry.sequence for entry in ledger.entries] == [1, 2, 3, 4]
+    assert problems(moved).count(f"is anchored in the run {ledger.entries[0].anchor}, the ledger in none") == 4
+    with pytest.raises(BadInput, match="has entries, but its anchor is gone"):
+        move(moved, 3, 5)
+    assert len(tags(moved.store)) == 4
+    moved.store.client.rename_experiment(experiment, anchor.EXPERIMENT)
+    moved.store = Store()
+    assert problems(moved) == ""
 
 
 def test_a_forged_entry_has_to_fit_the_moves(moved: Still) -> None:
     """A whole chain written anew, with hashes that fit, but moves that do not."""
     forged = move(moved, 3, before=2)
-    assert f"entry {forged.sequence} moves production from version 2, where it was at version 5" in problems(moved)
+    assert f"entry {forged.sequence} moves production from version 2, but it was at version 5" in problems(moved)
 
 
 def test_an_alias_moved_through_mlflow(moved: Still) -> None:
@@ -202,7 +196,7 @@ def test_an_alias_that_the_ledger_does_not_know(moved: Still) -> None:
     assert (
         book.problems("canary")
         == book.problems()
-        == ["canary points at version 1, but the ledger knows nothing of it: somebody moved it through MLflow itself"]
+        == ["canary points at version 1, but the ledger does not know it: somebody moved it through MLflow itself"]
     )
     log.adopt_alias(moved.store, "still", "canary", who="me", reason="")
     assert problems(moved) == ""
