@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -24,12 +26,18 @@ def source_files() -> dict[str, Path]:
 
 def pinned_requirements(*extra_modules: str) -> list[str]:
     """List the packages that those modules and `extra_modules` need, as sorted "name==version" of what is installed."""
-    distributions = importlib.metadata.packages_distributions()
+    distributions = _distributions_of_modules()
     pins: dict[str, str] = {}
     for module in [*_follow_imports()[1], *extra_modules]:
         for name in distributions.get(module, [module]):
             _pin(name, set(), pins)
     return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+@cache
+def _distributions_of_modules() -> Mapping[str, list[str]]:
+    """Map top-level module -> distributions that contain it. Cached: reading all metadata takes about a second."""
+    return importlib.metadata.packages_distributions()
 
 
 def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
@@ -45,7 +53,8 @@ def _pin(name: str, extras: set[str], pins: dict[str, str]) -> None:
             _pin(needed.name, needed.extras, pins)
 
 
-def _follow_imports() -> tuple[list[str], list[str]]:
+@cache
+def _follow_imports() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return Limbeck's modules, and the top-level module names of third parties."""
     ours: dict[str, None] = {}
     others: dict[str, None] = {}
@@ -70,7 +79,7 @@ def _follow_imports() -> tuple[list[str], list[str]]:
                 add(name)
             elif top not in sys.stdlib_module_names:
                 others[top] = None
-    return list(ours), list(others)
+    return tuple(ours), tuple(others)
 
 
 def _module_file(module: str) -> Path:

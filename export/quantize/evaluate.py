@@ -77,8 +77,22 @@ class CandidateEvaluator:
 
     def score(self, model: Any) -> CandidateScore:
         """Score the candidate `model`, an onnx.ModelProto, on the texts."""
-        size = self._write(model)
-        runtime = Runtime.load(self._scratch, verify=False)
+        runtime, size = self._load(model)
+        return self._score(runtime, size)
+
+    def score_and_time(self, model: Any) -> tuple[CandidateScore, float]:
+        """Score a candidate, and measure the milliseconds per decoded token at batch 1: the faster of two runs."""
+        runtime, size = self._load(model)
+        return self._score(runtime, size), self._decode_ms(runtime)
+
+    def _load(self, model: Any) -> tuple[Runtime, int]:
+        """Load the candidate. Returns its runtime and the bytes of its weights."""
+        for path in self._scratch.glob(f"{GRAPH}*"):
+            path.unlink()
+        size = save_graph(model, self._scratch / GRAPH)
+        return Runtime.load(self._scratch, verify=False), size
+
+    def _score(self, runtime: Runtime, size: int) -> CandidateScore:
         kl, nats, reference = 0.0, 0.0, 0.0
         for row, p in zip(self._rows, self._reference, strict=True):
             q = self._logprobs(runtime, row)
@@ -88,10 +102,7 @@ class CandidateEvaluator:
             reference -= float(p[steps, row[1:]].sum())
         return CandidateScore(kl / self.tokens, nats / reference - 1, kl / reference, size)
 
-    def decode_ms(self, model: Any) -> float:
-        """Measure the milliseconds per decoded token at batch 1: the faster of two runs."""
-        self._write(model)
-        runtime = Runtime.load(self._scratch, verify=False)
+    def _decode_ms(self, runtime: Runtime) -> float:
         context = runtime.max_length
         prompt = self._rows[0][: min(PROMPT_TOKENS, context // 2)]
         steps = min(DECODED_TOKENS, context - len(prompt) - 1)
@@ -99,11 +110,6 @@ class CandidateEvaluator:
             runtime.generate([prompt], max_new_tokens=steps + 1, ignore_eos=True)[0].decode_s for _ in range(RUNS)
         ]
         return 1000 * min(seconds) / steps
-
-    def _write(self, model: Any) -> int:
-        for path in self._scratch.glob(f"{GRAPH}*"):
-            path.unlink()
-        return save_graph(model, self._scratch / GRAPH)
 
     def _logprobs(self, runtime: Runtime, row: list[int]) -> np.ndarray:
         """Return (T, V) float32 log-probabilities of one text."""

@@ -109,14 +109,15 @@ class _Search:
     def _try_format(self, blocks: BlockFormat) -> _Trial:
         model = self.weights.quantize(dict.fromkeys(self.weights.groups, blocks))
         self.weights.clear_packed()
-        score = self.evaluator.score(model)
-        line = f"  {_describe_format(blocks)}: KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
-        if not self.on_cpu:
-            self.report(line)
-            return _Trial(blocks, score, score.bytes)
-        milliseconds = self.evaluator.decode_ms(model)
-        self.report(f"{line}, {milliseconds:.2f} ms per token")
-        return _Trial(blocks, score, milliseconds)
+        if self.on_cpu:
+            score, time = self.evaluator.score_and_time(model)
+            speed = f", {time:.2f} ms per token"
+        else:
+            score = self.evaluator.score(model)
+            time, speed = score.bytes, ""
+        change = f"KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
+        self.report(f"  {_describe_format(blocks)}: {change}{speed}")
+        return _Trial(blocks, score, time)
 
     def _best(self, trials: list[_Trial]) -> BlockFormat:
         shortest = min(trial.time for trial in trials)
