@@ -1,4 +1,4 @@
-"""Pages over a real registry, asked over HTTP and clicked on in a real browser. One registry and browser a module."""
+"""The pages over a real registry, for HTTP clients and a real browser. One registry and one browser per module."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FLAGS = [
 
 @dataclass
 class Site:
-    """Pages that are served on loopback, and the registry behind them."""
+    """The pages, served on loopback, and their registry."""
 
     still: Still
     address: str  # http://127.0.0.1:PORT
@@ -72,7 +72,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
 
 
 def write_answers(file: Path, wrong: int) -> Path:
-    """The documents of a scorecard of 2 tasks of 80 questions each, of which the first `wrong` are answered wrongly."""
+    """Write the documents of a scorecard: 2 tasks with 80 questions each, the first `wrong` answered wrongly."""
     rows = [
         {
             "task": task,
@@ -96,7 +96,7 @@ def write_answers(file: Path, wrong: int) -> Path:
 
 @pytest.fixture(scope="module")
 def site(registry: Still) -> Iterator[Site]:
-    """The pages, served by a thread; POLICY judges for aliases that no policy protects."""
+    """The pages, served by a thread, with POLICY for aliases that no policy protects."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = create_app(registry.store, policy=POLICY, token=TOKEN)
@@ -104,6 +104,7 @@ def site(registry: Still) -> Iterator[Site]:
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     yield Site(registry, address)
     server.should_exit = True
@@ -113,7 +114,7 @@ def site(registry: Still) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium; skipped where none is installed."""
+    """A headless Chromium; the test is skipped if none is installed."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
@@ -125,20 +126,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def tab(browser: Browser, site: Site) -> Iterator[Page]:
-    """A page of a new profile, 1280 wide and light, not logged in; a script or style that is refused fails the test."""
+    """A tab with a new profile, light and 1280 pixels wide, not logged in. An error in its console fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, base_url=site.address, color_scheme="light")
     page = context.new_page()
     page.set_default_timeout(10_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     yield page
     context.close()
-    assert [each for each in problems if "status of 4" not in each] == []
+    assert [problem for problem in problems if "status of 4" not in problem] == []
 
 
 def log_in(tab: Page) -> None:
-    """Through the form."""
+    """Log in through the form."""
     tab.goto("/login")
     tab.get_by_label("Token").fill(TOKEN)
     tab.get_by_role("button", name="Log in").click()

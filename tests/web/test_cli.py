@@ -1,4 +1,4 @@
-"""`limbeck ui`: the process, its token and its end."""
+"""`limbeck ui`: the process, its token and its exit."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from tests.conftest import Result
 from tests.web.conftest import TOKEN
 
 
-def test_it_starts_quickly_tells_its_token_once_and_ends_with_ctrl_c(store: Store) -> None:
+def test_ui_prints_its_address_and_token_and_ends_with_ctrl_c(store: Store) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LIMBECK_UI_TOKEN"}
     command = [sys.executable, "-m", "limbeck", "ui", "--port", "0"]
     environment["PYTHONPATH"] = str(ROOT)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         address = process.stderr.readline().strip()
-        said = process.stderr.readline()
-        token = said.split()[-1]
+        token = process.stderr.readline().split()[-1]
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
         assert len(token) >= 32
         with httpx.Client(base_url=address, headers={"Origin": address.rstrip("/")}, trust_env=False) as visitor:
@@ -41,14 +40,14 @@ def test_it_starts_quickly_tells_its_token_once_and_ends_with_ctrl_c(store: Stor
         assert (process.wait(timeout=30), process.stderr.read()) == (0, "stopped\n")
 
 
-def test_it_imports_no_torch() -> None:
+def test_ui_imports_no_torch_transformers_or_mlflow() -> None:
     heavy = "print({'torch', 'transformers', 'mlflow'} & sys.modules.keys())"
     code = f"import sys, limbeck.web.cli, limbeck.web.app, limbeck.export.server.app; {heavy}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_what_is_wrong_is_said_at_once(
+def test_a_taken_port_a_missing_policy_and_a_short_token_are_reported_at_once(
     store: Store, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIMBECK_UI_TOKEN", TOKEN)
@@ -62,4 +61,4 @@ def test_what_is_wrong_is_said_at_once(
     assert (result.code, "nowhere.toml" in result.err) == (2, True)
     monkeypatch.setenv("LIMBECK_UI_TOKEN", "short")
     result = limbeck("ui", "--port", 0)
-    assert (result.code, "at least 16 are asked" in result.err) == (2, True)
+    assert (result.code, "it needs at least 16" in result.err) == (2, True)

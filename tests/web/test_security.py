@@ -1,4 +1,4 @@
-"""Who may look and who may change: sessions, forms, other sites, other names of this machine, guessed tokens."""
+"""Access control of the pages: sessions, forms, cross-site requests, DNS rebinding, guessed tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clock:
 
 
 def guarded(guard: Guard, address: str = "http://127.0.0.1:8600") -> TestClient:
-    """One page that says who asks, and takes changes."""
+    """A client of an application with one page, which returns whether the visitor is logged in and accepts POST."""
     app = FastAPI()
 
     @app.api_route("/page", methods=["GET", "POST"])
@@ -57,10 +57,10 @@ def session(guard: Guard) -> tuple[str, Session]:
     return cookie, found
 
 
-def test_a_session_is_for_the_token_ends_and_can_be_ended() -> None:
+def test_a_session_needs_the_token_expires_and_can_be_logged_out() -> None:
     clock = Clock()
     guard = Guard(TOKEN, clock=clock)
-    with pytest.raises(Refused, match="not the token"):
+    with pytest.raises(Refused, match="wrong token"):
         guard.log_in(TOKEN + "x", "a")
     cookie, mine = session(guard)
     _, other = session(guard)
@@ -75,42 +75,42 @@ def test_a_session_is_for_the_token_ends_and_can_be_ended() -> None:
     assert guard.session(cookie) is None
 
 
-def test_a_forged_cookie_is_none() -> None:
+def test_a_forged_cookie_has_no_session() -> None:
     guard = Guard(TOKEN)
     cookie, _ = session(guard)
     expires, nonce, signature = cookie.split(".")
     forged = [f"{int(expires) + 1}.{nonce}.{signature}", f"{expires}.{nonce}x.{signature}", f"{expires}.{nonce}.", ""]
-    # What another server signed, or this one for another purpose, is worth nothing here.
+    # Signed by another server, or by this one for another purpose: invalid.
     forged += [Guard(TOKEN).log_in(TOKEN, "a"), f"{expires}.{nonce}.{guard._sign('csrf', f'{expires}.{nonce}')}", "é.é"]
-    assert [guard.session(each) for each in forged] == [None] * len(forged)
+    assert [guard.session(cookie) for cookie in forged] == [None] * len(forged)
 
 
-def test_without_a_token_nobody_gets_in() -> None:
+def test_nobody_can_log_in_if_there_is_no_token() -> None:
     guard = Guard(None)
     for tried in ("", "None"):
         with pytest.raises(Refused):
             guard.log_in(tried, "a")
 
 
-def test_guessing_is_slow() -> None:
+def test_guessing_the_token_is_slowed_down() -> None:
     clock = Clock()
     guard = Guard(TOKEN, clock=clock)
     for _ in range(5):
-        with pytest.raises(Refused, match="not the token"):
+        with pytest.raises(Refused, match="wrong token"):
             guard.log_in("wrong", "a")
     with pytest.raises(Refused, match="wait 60 seconds"):
-        guard.log_in(TOKEN, "a")  # the right one too: else guessing would not be slow
+        guard.log_in(TOKEN, "a")  # even with the right token: else guessing would not be slow
     assert guard.session(guard.log_in(TOKEN, "another address"))
     clock.time += TRY_WINDOW_S
     assert guard.session(guard.log_in(TOKEN, "a"))
 
 
-def test_only_these_pages_may_send_a_change() -> None:
+def test_only_forms_of_these_pages_can_change_something() -> None:
     client = guarded(Guard(TOKEN))
     assert client.post("/page", headers=OWN).status_code == 200
     assert client.post("/page", headers=OWN | {"Sec-Fetch-Site": "same-origin"}).status_code == 200
     for headers in (
-        {},  # a browser always says where a form comes from
+        {},  # browsers always send the origin of a form
         {"Origin": "null"},
         {"Origin": "http://evil.example"},
         {"Origin": "http://127.0.0.1:8601"},  # another server of this machine
@@ -121,7 +121,7 @@ def test_only_these_pages_may_send_a_change() -> None:
         assert client.post("/page", headers=headers).status_code == 403, headers
 
 
-def test_other_sites_may_link_here_and_embed_nothing() -> None:
+def test_other_sites_can_link_to_these_pages_but_not_embed_them() -> None:
     client = guarded(Guard(TOKEN))
     linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert client.get("/page", headers=linked).status_code == 200
@@ -143,22 +143,22 @@ def test_other_sites_may_link_here_and_embed_nothing() -> None:
         ("127.0.0.1:8600", 200),
         ("localhost", 200),
         ("[::1]:8600", 200),
-        ("10.1.2.3", 200),  # an address needs no lookup
+        ("10.1.2.3", 200),  # an IP address needs no DNS
         ("registry.example:8600", 200),
         ("REGISTRY.example.", 200),
-        ("evil.example:8600", 421),  # a name that was turned to this machine
+        ("evil.example:8600", 421),  # a name rebound to this machine
         ("127.0.0.1.evil.example", 421),
         ("localhost.evil.example", 421),
         ("", 421),
         ("[", 421),
     ],
 )
-def test_only_known_names_are_answered(host: str, status: int) -> None:
+def test_only_known_host_names_are_answered(host: str, status: int) -> None:
     client = guarded(Guard(TOKEN, hosts=["registry.example"]))
     assert client.get("/page", headers={"Host": host}).status_code == status
 
 
-def test_private_pages_are_read_after_login_alone() -> None:
+def test_private_pages_can_be_read_only_after_login() -> None:
     guard = Guard(TOKEN, private=True)
     client = guarded(guard)
     answer = client.get("/page?a=1&b=2")
@@ -169,30 +169,30 @@ def test_private_pages_are_read_after_login_alone() -> None:
     assert client.get("/page").json() is True
 
 
-def test_two_servers_of_one_machine_share_no_cookie() -> None:
+def test_two_servers_on_one_machine_use_different_cookies() -> None:
     assert Guard(TOKEN).cookie != Guard(TOKEN).cookie
 
 
-def test_where_login_leads() -> None:
+def test_login_leads_only_to_paths_of_these_pages() -> None:
     assert safe_local_path("/models/a/1?x=1#y") == "/models/a/1?x=1#y"
     for elsewhere in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", None, "/a\nb"):
         assert safe_local_path(elsewhere) == "/"
 
 
-def test_tokens() -> None:
+def test_a_token_is_generated_or_checked_for_its_length() -> None:
     assert token_or_new(None) != token_or_new(None)
     assert len(token_or_new("")) >= 32
     assert token_or_new(f" {TOKEN}\n") == TOKEN
-    with pytest.raises(BadInput, match="has 5 characters, at least 16"):
+    with pytest.raises(BadInput, match="has 5 characters; it needs at least 16"):
         token_or_new("short")
 
 
-def test_loopback() -> None:
+def test_loopback_addresses_are_recognized() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.com")))
 
 
-def test_a_form_acts_once_and_again_only_after_an_error() -> None:
+def test_a_form_runs_its_action_once_and_again_only_after_an_error() -> None:
     once, acts, ready = OncePerForm(), [], Barrier(8)
 
     def act() -> str:

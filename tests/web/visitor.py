@@ -1,4 +1,4 @@
-"""A visitor without a browser: reads pages, fills in forms and sends them."""
+"""A visitor over plain HTTP: reads pages, fills in forms and submits them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.web.conftest import TOKEN, Site
 
 
 class Page(HTMLParser):
-    """The forms, buttons, words and links of a page."""
+    """The forms, buttons, tags and text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.forms: list[dict[str, str]] = []
-        self.buttons: dict[str, bool] = {}  # words -> can be pressed
+        self.buttons: dict[str, bool] = {}  # text -> is enabled
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self._button: dict[str, str | None] | None = None
         self.text = ""
@@ -42,16 +42,16 @@ class Page(HTMLParser):
             self.buttons[data.strip()] = "disabled" not in self._button
 
     def form(self, action: str, **filled: str) -> dict[str, str]:
-        """The fields of the first form that goes to `action`."""
+        """The fields of the first form with this action, updated with `filled`."""
         found = next(form for form in self.forms if form["@"] == action)
         return {name: value for name, value in found.items() if name != "@"} | filled
 
 
 class Visitor:
-    """Somebody at the pages; asks as a browser does, from these pages."""
+    """An HTTP client that sends what a browser sends from these pages; logged in if it has a token."""
 
     def __init__(self, site: Site, *, token: str | None = None) -> None:
-        # A proxy of the environment is not asked for a page of this machine.
+        # Do not use the environment's proxy for pages of this machine.
         self.http = httpx.Client(base_url=site.address, headers={"Origin": site.address}, trust_env=False)
         if token is not None:
             assert self.http.post("/login", data={"token": token}).status_code == 303
@@ -65,6 +65,6 @@ class Visitor:
         return self.http.post(path, data=form, **options)
 
 
-def member(site: Site) -> Visitor:
+def logged_in_visitor(site: Site) -> Visitor:
     """A visitor who has logged in."""
     return Visitor(site, token=TOKEN)

@@ -1,4 +1,4 @@
-"""The history of a model: its ledger, with what is wrong on top."""
+"""The history of a model: its ledger, with any problems on top."""
 
 from __future__ import annotations
 
@@ -18,36 +18,33 @@ router = APIRouter()
 
 @router.get("/models/{name}/history")
 def history(request: Request, name: str, site: Annotated[Site, Depends(current_site)], entry: int = 0) -> Response:
-    """The alias moves of a model, newest first.
-
-    Args:
-        entry: the sequence of the one that was just written.
-    """
+    """The ledger of a model, newest entry first; `entry` is the sequence number of the one just written."""
     with not_found_as_404():
-        book = audit.audit_ledger(site.store, name)
-    problems = book.problems()
+        ledger = audit.audit_ledger(site.store, name)
+    problems = ledger.problems()
     if wants_json(request):
-        told = {"name": name, "aliases": book.aliases, "problems": problems}
-        return JSONResponse(told | {"entries": [each.model_dump(mode="json") for each in book.entries]})
-    written = next((each for each in book.entries if each.sequence == entry), None)
+        entries = [item.model_dump(mode="json") for item in ledger.entries]
+        return JSONResponse({"name": name, "aliases": ledger.aliases, "problems": problems, "entries": entries})
+    new_entry = next((item for item in ledger.entries if item.sequence == entry), None)
+    aliases = sorted({item.alias for item in ledger.entries})
     return render_page(
         request,
         "history.html",
         crumbs=[("Models", "/"), (name, model_link(name)), ("history", None)],
-        flash=describe_entry(written) if written else None,
-        book=book,
+        flash=describe_entry(new_entry) if new_entry else None,
+        ledger=ledger,
         problems=problems,
-        unfinished_moves=[book.unfinished_move(alias) for alias in sorted({each.alias for each in book.entries})],
-        written=entry,
+        unfinished_moves=[ledger.unfinished_move(alias) for alias in aliases],
+        new_sequence=entry,
     )
 
 
 def describe_entry(entry: LedgerEntry) -> str:
-    """What an entry did, in a sentence."""
+    """A sentence about what an entry did."""
     alias = f"{entry.name}@{entry.alias}"
     if entry.action == "protect":
-        return f"{alias} is {'protected by a policy' if entry.policy else 'protected no longer'}"
+        return f"{alias} is {'now protected by a policy' if entry.policy else 'no longer protected'}"
     if entry.to_version is None:
-        return f"{alias} is taken away"
-    was = f"{entry.name}/{entry.from_version}" if entry.from_version is not None else "nothing"
-    return f"{alias} is now {entry.name}/{entry.to_version} (it was {was})"
+        return f"{alias} was removed"
+    before = f"{entry.name}/{entry.from_version}" if entry.from_version is not None else "not set"
+    return f"{alias} is now {entry.name}/{entry.to_version} (before: {before})"

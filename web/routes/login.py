@@ -1,4 +1,4 @@
-"""Logging in with the token, and out."""
+"""Log in with the token, and log out."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SiteDependency = Annotated[Site, Depends(current_site)]
 
 @router.get("/login")
 def form(request: Request, site: SiteDependency, next: str = "/") -> Response:
-    """The form that asks for the token."""
+    """The login form."""
     return _form(request, site, safe_local_path(next))
 
 
 @router.post("/login")
 def log_in(request: Request, site: SiteDependency, sent: Annotated[dict[str, str], Depends(read_form)]) -> Response:
-    """A session for the token; back to the page that led here."""
-    to = safe_local_path(sent.get("next"))
+    """Start a session for the token and go back to the page that led here."""
+    next_path = safe_local_path(sent.get("next"))
     try:
         cookie = site.guard.log_in(sent.get("token", ""), request.client.host if request.client else "")
     except Refused as refused:
-        return _form(request, site, to, str(refused), 429 if refused.fix else 403)
-    answer = RedirectResponse(to, 303)
+        return _form(request, site, next_path, str(refused), 429 if refused.fix else 403)
+    answer = RedirectResponse(next_path, 303)
     answer.set_cookie(
         site.guard.cookie,
         cookie,
@@ -47,7 +47,7 @@ def log_in(request: Request, site: SiteDependency, sent: Annotated[dict[str, str
 def log_out(
     request: Request, site: SiteDependency, sent: Annotated[dict[str, str], Depends(require_session_form)]
 ) -> Response:
-    """The session ends, on the server too."""
+    """End the session, on the server too."""
     if request.state.session is None:
         raise NotLoggedIn("you are not logged in")
     site.guard.log_out(request.state.session)
@@ -56,15 +56,15 @@ def log_out(
     return answer
 
 
-def _form(request: Request, site: Site, to: str, problem: str | None = None, status: int = 200) -> Response:
+def _form(request: Request, site: Site, next_path: str, problem: str | None = None, status: int = 200) -> Response:
     return render_page(
         request,
         "login.html",
         status=status,
         crumbs=[("Models", "/"), ("Log in", None)],
-        can=site.guard.token is not None,
+        has_token=site.guard.token is not None,
         private=site.guard.private,
-        next=to,
+        next=next_path,
         problem=problem,
-        who=current_user(site.store.tracking_uri),
+        user=current_user(site.store.tracking_uri),
     )

@@ -1,4 +1,4 @@
-// A form that was sent says that it is at work, and is not sent again.
+// A submitted form shows that it is busy and cannot be submitted again.
 "use strict";
 for (const form of document.querySelectorAll("form[method=post]")) {
   form.addEventListener("submit", (event) => {
@@ -14,5 +14,5 @@ for (const form of document.querySelectorAll("form[method=post]")) {
   });
 }
 addEventListener("pageshow", (event) => {
-  if (event.persisted) location.reload(); // back from another page: what it says may be old
+  if (event.persisted) location.reload(); // back to this page: its content may be outdated
 });

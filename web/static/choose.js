@@ -1,19 +1,19 @@
 "use strict";
-// Two versions of a table are chosen to be compared: no third one can be.
+// Select exactly two versions of the table to compare.
 
 const form = document.getElementById("compare");
 const boxes = [...document.querySelectorAll('input[form="compare"]')];
 const button = form.querySelector("button");
-const words = form.querySelector("span");
-const hint = words.textContent;
+const label = form.querySelector("span");
+const hint = label.textContent;
 
-function count() {
+function update() {
   const chosen = boxes.filter(box => box.checked);
   for (const box of boxes) box.disabled = chosen.length === 2 && !box.checked;
   button.disabled = chosen.length !== 2;
-  words.textContent = chosen.length ? chosen.map(box => box.value).join(" and ") : hint;
+  label.textContent = chosen.length ? chosen.map(box => box.value).join(" and ") : hint;
   form.classList.toggle("chosen", chosen.length > 0);
 }
 
-boxes.forEach(box => box.addEventListener("change", count));
-count();
+boxes.forEach(box => box.addEventListener("change", update));
+update();

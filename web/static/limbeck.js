@@ -1,5 +1,5 @@
 "use strict";
-// Of every page: the switch between dark and light. The server reads the cookie, so that no page flickers.
+// On every page: the switch between dark and light theme. The server reads the cookie, so that pages do not flicker.
 
 const theme = document.querySelector(".theme");
 const isDark = () => {

@@ -48,7 +48,7 @@ def version_page_values(site: Site, data: VersionData, curve_names: list[str] | 
     relative = data.card.relative if data.card else None
     return {
         "version": version,
-        "about": data,
+        "data": data,
         "facts": list(_facts(data)),
         "scores": list(_scores(data.card)) if data.card else [],
         "costs": list(_costs(data.card)) if data.card else [],
@@ -57,7 +57,7 @@ def version_page_values(site: Site, data: VersionData, curve_names: list[str] | 
         "graph": plots.draw_lineage_if_small(data.lineage, version.ref),
         "curves": [(curve.label, plots.draw_curves(curve.label, [curve])) for curve in series],
         "shown_curves": {curve.label for curve in series},
-        "chosen": curve_names is not None,
+        "curves_are_chosen": curve_names is not None,
         "run_link": site.run_link(version.run_id) if version.run_id and data.metrics else None,
     }
 
@@ -75,8 +75,8 @@ def _facts(data: VersionData) -> Iterator[tuple[str, str | Link]]:
     for label, ref in (("made from", made_from_ref(version)), ("teacher", version.teacher)):
         if ref:
             yield label, Link(ref, version_link(ref))
-    if data.making:
-        yield "training", f"{data.making.tokens:,} tokens in {data.making.training_seconds:,.0f} s"
+    if data.training_cost:
+        yield "training", f"{data.training_cost.tokens:,} tokens in {data.training_cost.training_seconds:,.0f} s"
     yield "registered", f"{version.created:%Y-%m-%d %H:%M}" + (f" by {version.author}" if version.author else "")
     if version.code_version:
         yield "code", version.code_version

@@ -70,7 +70,7 @@ class VersionData:
         return self._read_part("verdicts", lambda: self.store.findings.verdicts(self.version), [])
 
     @cached_property
-    def making(self) -> TrainingCost | None:
+    def training_cost(self) -> TrainingCost | None:
         return self._read_part("training_cost", lambda: self.store.runs.training_cost(self.version), None)
 
     @cached_property
@@ -110,7 +110,7 @@ class VersionData:
             "scorecards": [card.model_dump(mode="json") for card in self.scorecards],
             "parity": self.parity.model_dump(mode="json") if self.parity else None,
             "verdicts": [verdict.model_dump(mode="json") for verdict in self.verdicts],
-            "making": self.making.model_dump(mode="json") if self.making else None,
+            "training_cost": self.training_cost.model_dump(mode="json") if self.training_cost else None,
             "recipe_parameters": self.recipe,
             "lineage": [tree.json() for tree in self.lineage],
             "licences": [term._asdict() for term in self.licences],

@@ -1,4 +1,4 @@
-"""What the pages change, and all that they refuse to: over HTTP, on a real registry. Each test has its own alias."""
+"""The pages that change something, over HTTP on a real registry. Each test has its own alias."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from limbeck.registry.policy.schema import ApprovalRules, OverrideRules
 from limbeck.registry.records import LedgerEntry, Version
 from tests.registry.conftest import POLICY, Still
 from tests.web.conftest import TOKEN, Site
-from tests.web.visitor import Visitor, member
+from tests.web.visitor import Visitor, logged_in_visitor
 
 HOSTILE = "<script>alert(1)</script><b>\"'&javascript:"
-Everything = tuple[dict[str, int], list[LedgerEntry]]
+LedgerState = tuple[dict[str, int], list[LedgerEntry]]
 
 
-def everything(site: Site) -> Everything:
-    """Where all aliases are, and all entries."""
-    book = log.read_ledger(site.store, "still")
-    return dict(book.aliases), list(book.entries)
+def ledger_state(site: Site) -> LedgerState:
+    """All aliases and all ledger entries."""
+    ledger = log.read_ledger(site.store, "still")
+    return dict(ledger.aliases), list(ledger.entries)
 
 
 def entries(site: Site, alias: str) -> list[LedgerEntry]:
@@ -36,23 +36,23 @@ def number(site: Site, precision: str) -> int:
 
 @pytest.fixture
 def unchanged(site: Site) -> Iterator[None]:
-    """Fails where the test moved an alias or wrote an entry."""
-    before = everything(site)
+    """Fails the test if it moved an alias or wrote a ledger entry."""
+    before = ledger_state(site)
     yield
-    assert everything(site) == before
+    assert ledger_state(site) == before
 
 
-def open_form(who: Visitor, site: Site, precision: str, alias: str) -> tuple[str, dict[str, str]]:
-    """The form that promotes a variant, as its page gives it."""
+def open_form(visitor: Visitor, site: Site, precision: str, alias: str) -> tuple[str, dict[str, str]]:
+    """The path and fields of the form that promotes a variant, from its page."""
     path = f"/models/still/{number(site, precision)}/promote"
-    return path, who.get(f"{path}?alias={alias}").form(path)
+    return path, visitor.get(f"{path}?alias={alias}").form(path)
 
 
 # --- reading
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_reader_sees_all_and_can_press_nothing(site: Site) -> None:
+def test_a_visitor_without_a_session_sees_everything_with_disabled_buttons(site: Site) -> None:
     reader = Visitor(site)
     page = reader.get(f"/models/still/{number(site, 'int8')}/promote")
     assert "Verdict: pass" in page.text
@@ -71,8 +71,8 @@ def test_a_reader_sees_all_and_can_press_nothing(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("what", ["4/promote", "rollback", "4/request", "4/answer"])
-def test_a_change_without_a_session_is_refused(site: Site, what: str) -> None:
+@pytest.mark.parametrize("page", ["4/promote", "rollback", "4/request", "4/answer"])
+def test_a_change_without_a_session_is_refused(site: Site, page: str) -> None:
     form = {
         "csrf": "",
         "form_id": "1",
@@ -81,20 +81,20 @@ def test_a_change_without_a_session_is_refused(site: Site, what: str) -> None:
         "verdict_digest": "",
         "reason": "r",
     }
-    answer = Visitor(site).post(f"/models/still/{what}", form)
+    answer = Visitor(site).post(f"/models/still/{page}", form)
     assert answer.status_code == 403
     assert "you are not logged in" in answer.text
-    # And looking changes nothing, whatever is asked for.
-    assert member(site).http.get(f"/models/still/{what}", params=form).status_code in (200, 405)
+    # A GET changes nothing, whatever its parameters.
+    assert logged_in_visitor(site).http.get(f"/models/still/{page}", params=form).status_code in (200, 405)
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_form_is_for_one_session(site: Site) -> None:
-    path, form = open_form(member(site), site, "int8", "production")
+def test_a_form_is_valid_for_its_session_only(site: Site) -> None:
+    path, form = open_form(logged_in_visitor(site), site, "int8", "production")
     for csrf in (form["csrf"], "", "0" * 64):
-        answer = member(site).post(path, form | {"csrf": csrf})
-        assert (answer.status_code, "not made for your session" in answer.text) == (403, True)
-    visitor = member(site)
+        answer = logged_in_visitor(site).post(path, form | {"csrf": csrf})
+        assert (answer.status_code, "belongs to another session" in answer.text) == (403, True)
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "int8", "production")
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         assert visitor.post(path, form, headers=headers).status_code == 403
@@ -103,20 +103,20 @@ def test_a_form_is_for_one_session(site: Site) -> None:
     assert visitor.post(path, form).status_code == 403
 
 
-def test_a_session_that_was_ended_is_over(site: Site) -> None:
-    visitor = member(site)
+def test_a_cookie_is_invalid_after_logout(site: Site) -> None:
+    visitor = logged_in_visitor(site)
     _, form = open_form(visitor, site, "int8", "production")
     cookies = dict(visitor.http.cookies)
     visitor.post("/logout", {"csrf": form["csrf"]})
     assert not visitor.http.cookies
-    visitor.http.cookies.update(cookies)  # a copy of it that somebody kept
+    visitor.http.cookies.update(cookies)  # a copy of the cookie from before
     assert "Log in" in visitor.get("/requests").text
 
 
-def test_logging_in(site: Site) -> None:
+def test_login_sets_a_safe_cookie_and_does_not_leave_these_pages(site: Site) -> None:
     visitor = Visitor(site)
     answer = visitor.post("/login", {"token": "wrong", "next": "/requests"})
-    assert (answer.status_code, "that is not the token" in answer.text) == (403, True)
+    assert (answer.status_code, "wrong token" in answer.text) == (403, True)
     assert "Set-Cookie" not in answer.headers
     answer = visitor.post("/login", {"token": TOKEN, "next": "//evil.example"})
     assert (answer.status_code, answer.headers["Location"]) == (303, "/")
@@ -125,12 +125,12 @@ def test_logging_in(site: Site) -> None:
     assert "SameSite=strict" in cookie
     assert "Secure" not in cookie
     assert TOKEN not in cookie
-    https = visitor.post("/login", {"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})  # TLS ends before it
+    https = visitor.post("/login", {"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})  # behind a TLS proxy
     assert "Secure" in https.headers["Set-Cookie"]
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_what_is_not_there(site: Site) -> None:
+def test_unknown_models_and_invalid_forms_are_refused(site: Site) -> None:
     reader = Visitor(site)
     assert "did you mean still?" in reader.get("/models/stil/history", 404).text
     for path in (
@@ -139,7 +139,7 @@ def test_what_is_not_there(site: Site) -> None:
         "/models/still/rollback?alias=%3Cb%3E",
     ):
         reader.get(f"/models/still/{path}", 404)
-    visitor = member(site)
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "int8", "production")
     del form["verdict_digest"]
     assert visitor.post(path, form).status_code == 400
@@ -151,8 +151,8 @@ def test_what_is_not_there(site: Site) -> None:
 # --- promote
 
 
-def test_a_version_that_passes_is_promoted_once(site: Site) -> None:
-    visitor = member(site)
+def test_a_form_that_is_sent_three_times_promotes_once(site: Site) -> None:
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "int8", "first")
     form["reason"] = HOSTILE
     with ThreadPoolExecutor(3) as threads:  # a double click, and one more
@@ -163,7 +163,7 @@ def test_a_version_that_passes_is_promoted_once(site: Site) -> None:
     }
     assert (entry.action, entry.to_version, entry.who, entry.reason) == ("promote", 4, "ada", HOSTILE)
     page = visitor.get(answers[0].headers["Location"])
-    assert "still@first is now still/4 (it was nothing)" in page.text
+    assert "still@first is now still/4 (before: not set)" in page.text
     assert HOSTILE in page.text  # as text
     assert all(tag != "script" or "src" in attributes for tag, attributes in page.tags)
     page = visitor.get(f"{path}?alias=first")
@@ -172,8 +172,8 @@ def test_a_version_that_passes_is_promoted_once(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_version_that_fails_cannot_be_pressed_nor_sent(site: Site) -> None:
-    visitor = member(site)
+def test_a_failing_version_has_a_disabled_button_and_a_forged_form_is_refused(site: Site) -> None:
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "int4", "failing")
     page = visitor.get(f"{path}?alias=failing")
     assert page.buttons["Promote still/5 to failing"] is False
@@ -188,8 +188,8 @@ def test_a_version_that_fails_cannot_be_pressed_nor_sent(site: Site) -> None:
     assert (answer.status_code, "override" in answer.text) == (409, True)
 
 
-def test_what_was_shown_has_to_hold_when_it_is_pressed(site: Site) -> None:
-    visitor = member(site)
+def test_a_form_is_refused_if_the_verdict_or_the_alias_has_changed(site: Site) -> None:
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "fp32", "stale")
     site.still.score(site.still.variants["fp32"], usd=2.0, retention=(0.96, 0.94, 0.98))  # passes, otherwise
     answer = visitor.post(path, form)
@@ -204,8 +204,8 @@ def test_what_was_shown_has_to_hold_when_it_is_pressed(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_changed_files_go_nowhere(site: Site) -> None:
-    visitor = member(site)
+def test_a_version_with_changed_files_is_not_promoted(site: Site) -> None:
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "fp32", "changed")
     file = site.store.artifacts.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
@@ -217,10 +217,12 @@ def test_changed_files_go_nowhere(site: Site) -> None:
         file.write_text(was)
 
 
-def test_an_override_is_for_those_who_may_and_loud(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_override_needs_permission_a_reason_and_confirmation_and_is_visible(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strict = POLICY.model_copy(update={"override": OverrideRules(people=("ada",))})
     protection.protect(site.store, "still", "forced", strict, who="ada")
-    visitor = member(site)
+    visitor = logged_in_visitor(site)
     path, form = open_form(visitor, site, "int4", "forced")
     page = visitor.get(f"{path}?alias=forced")
     assert (page.buttons["Promote still/5 to forced"], page.buttons["Override and promote"]) == (False, True)
@@ -243,13 +245,13 @@ def test_an_override_is_for_those_who_may_and_loud(site: Site, monkeypatch: pyte
 # --- roll back
 
 
-def test_a_rollback_goes_one_step_and_says_why(site: Site) -> None:
+def test_a_rollback_goes_back_one_step_and_needs_a_reason(site: Site) -> None:
     for precision in ("fp32", "int8"):
         promote(site.store, f"still/{number(site, precision)}", "back", POLICY, who="bob", reason=f"the {precision}")
-    visitor, path = member(site), "/models/still/rollback"
+    visitor, path = logged_in_visitor(site), "/models/still/rollback"
     page = visitor.get(f"{path}?alias=back")
     assert "the fp32" in page.text
-    assert "The verdict then: pass" in page.text
+    assert "Verdict at that time: pass" in page.text
     assert page.buttons["Roll back to still/3"] is True
     form = page.form(path)
     assert visitor.post(path, form).status_code == 400  # no reason
@@ -260,21 +262,21 @@ def test_a_rollback_goes_one_step_and_says_why(site: Site) -> None:
     assert {answer.status_code for answer in answers} == {303}
     *_, entry = found = entries(site, "back")
     assert (len(found), entry.action, entry.to_version, entry.reason) == (3, "rollback", 3, form["reason"])
-    # The same page sent from another window, which has not seen that.
+    # The same page from another window, which does not show the rollback.
     answer = visitor.post(path, form | {"form_id": "another"})
     assert (answer.status_code, "ada has moved" in answer.text) == (409, True)
     page = visitor.get(f"{path}?alias=back")
-    assert page.buttons["Take back away"] is True
+    assert page.buttons["Remove back"] is True
     answer = visitor.post(path, page.form(path, reason="away"))
-    assert "still@back is taken away" in visitor.get(answer.headers["Location"]).text
+    assert "still@back was removed" in visitor.get(answer.headers["Location"]).text
     assert visitor.get(f"{path}?alias=back").buttons["Roll back"] is False
 
 
-def test_damaged_files_are_not_gone_back_to(site: Site) -> None:
-    visitor, path = member(site), "/models/still/rollback"
+def test_a_rollback_to_damaged_files_is_refused(site: Site) -> None:
+    visitor, path = logged_in_visitor(site), "/models/still/rollback"
     for precision in ("fp32", "int8"):
         promote(site.store, f"still/{number(site, precision)}", "worn", POLICY)
-    before = everything(site)
+    before = ledger_state(site)
     form = visitor.get(f"{path}?alias=worn").form(path, reason="why not")
     file = site.store.artifacts.verified_folder(site.still.variants["fp32"]) / "model.onnx"
     was = file.read_text()
@@ -283,24 +285,24 @@ def test_damaged_files_are_not_gone_back_to(site: Site) -> None:
         answer = visitor.post(path, form)
     finally:
         file.write_text(was)
-    assert (answer.status_code, "is damaged" in answer.text, everything(site)) == (409, True, before)
+    assert (answer.status_code, "is damaged" in answer.text, ledger_state(site)) == (409, True, before)
 
 
 # --- requests
 
 
-def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_approve_and_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = POLICY.model_copy(update={"approvals": ApprovalRules(needed=1, people=("bob", "cy"))})
     protection.protect(site.store, "still", "asked", asks, who="root")
     monkeypatch.setenv("LIMBECK_USER", "dan")
-    visitor, path = member(site), "/models/still/4/promote"
+    visitor, path = logged_in_visitor(site), "/models/still/4/promote"
     page = visitor.get(f"{path}?alias=asked")
     assert page.buttons["Promote still/4 to asked"] is False
     answer = visitor.post("/models/still/4/request", page.form("/models/still/4/request", reason=HOSTILE))
     assert answer.status_code == 303
     page = visitor.get(answer.headers["Location"])
     assert HOSTILE in page.text
-    assert "An answer of yours would not count: dan made the request" in page.text
+    assert "Your answer would not count: dan made the request" in page.text
     page = visitor.get("/requests")
     assert HOSTILE in page.text
     assert "bob, cy" in page.text
@@ -311,8 +313,8 @@ def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     forged = visitor.post("/models/still/4/answer", form | {"answer": "maybe"})
     assert forged.status_code == 400
     other = visitor.post("/models/still/4/answer", form | {"answer": "approve", "verdict_digest": "0" * 64})
-    assert (other.status_code, "the verdict is another one now" in other.text) == (409, True)
-    assert visitor.post("/models/still/4/answer", form | {"answer": "reject"}).status_code == 400  # says not why
+    assert (other.status_code, "the verdict has changed" in other.text) == (409, True)
+    assert visitor.post("/models/still/4/answer", form | {"answer": "reject"}).status_code == 400  # without a reason
     assert visitor.post("/models/still/4/answer", form | {"answer": "approve", "reason": "tried it"}).status_code == 303
     (answered,) = approvals.request_and_answers(site.store, version(site, 4), "asked")[1]
     assert (answered.who, answered.answer, answered.reason) == ("bob", "approve", "tried it")
@@ -320,7 +322,7 @@ def test_ask_approve_promote(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     assert page.buttons["Promote still/4 to asked"] is True
     assert visitor.post(path, page.form(path)).status_code == 303
     assert entries(site, "asked")[-1].approvals == (answered.digest(),)
-    assert "Nothing is asked for" in visitor.get("/requests").text
+    assert "There are no open requests" in visitor.get("/requests").text
 
 
 def version(site: Site, number: int) -> Version:
@@ -330,11 +332,11 @@ def version(site: Site, number: int) -> Version:
 # --- history
 
 
-def test_what_is_wrong_is_on_top_and_stops_everything(site: Site) -> None:
+def test_a_moved_alias_is_reported_on_top_and_blocks_every_change(site: Site) -> None:
     promote(site.store, "still/4", "moved", POLICY)
     site.store.client.set_registered_model_alias("still", "moved", "5")  # behind the ledger's back
     try:
-        visitor = member(site)
+        visitor = logged_in_visitor(site)
         page = visitor.get("/models/still/history")
         assert "somebody moved it through MLflow itself" in page.text
         assert "agree." not in page.text.replace("do not agree.", "")
@@ -342,23 +344,23 @@ def test_what_is_wrong_is_on_top_and_stops_everything(site: Site) -> None:
         assert visitor.get(f"{path}?alias=moved").buttons["Promote still/3 to moved"] is False
         assert visitor.post(path, form).status_code == 409
         assert visitor.get("/models/still/rollback?alias=moved").buttons["Roll back"] is False
-        told = visitor.http.get("/models/still/history?format=json").json()
-        assert told["problems"]
-        assert told["aliases"]["moved"] == 5
+        history = visitor.http.get("/models/still/history?format=json").json()
+        assert history["problems"]
+        assert history["aliases"]["moved"] == 5
     finally:
         site.store.client.set_registered_model_alias("still", "moved", "4")
     assert "agree." in visitor.get("/models/still/history").text.replace("do not agree.", "")
 
 
-def test_a_model_without_a_policy_says_so(registry: Still) -> None:
+def test_an_alias_without_a_policy_cannot_be_promoted(registry: Still) -> None:
     from starlette.testclient import TestClient
 
     from limbeck.web.app import create_app
 
     client = TestClient(create_app(registry.store), base_url="http://127.0.0.1")
     page = client.get("/models/still/4/promote").text
-    assert "No policy judges production" in page
+    assert "production has no policy" in page
     assert '<button class="main"' in page
-    assert "no policy judges this alias" in page
+    assert "this alias has no policy" in page
     assert "without a token" in client.get("/login").text
     assert client.post("/login", data={"token": ""}, headers={"Origin": "http://127.0.0.1"}).status_code == 403

@@ -1,4 +1,4 @@
-"""The pages for reading, asked over HTTP: what they show of a real registry, and that nothing in it becomes markup."""
+"""The pages for reading, over HTTP on a real registry: what they show, and that all text is escaped."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SVG = {"path", "rect", "circle", "line"}
 
 
 class Page(HTMLParser):
-    """The tags, links and words of a page; fails where a tag is not closed."""
+    """The tags and text of a page; fails if a tag is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
+        self.shown_text = ""
         self.feed(text)
         self.close()
         assert self.open == []
@@ -50,7 +50,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.shown_text += data
 
     def links(self) -> list[str]:
         return [str(attrs["href"]) for tag, attrs in self.tags if tag == "a"]
@@ -67,7 +67,7 @@ def pages(registry: Still) -> Iterator[TestClient]:
     folder = Path(store.artifacts.verified_folder(registry.student)).parent / "evil"
     folder.mkdir()
     (folder / 'a"<b>.txt').write_text("x")
-    said = dict.fromkeys(("recipe", "licence", "code_version", "author", "teacher_licence", "precision"), EVIL)
+    fields = dict.fromkeys(("recipe", "licence", "code_version", "teacher_licence", "precision"), EVIL)
     evil = store.register(
         NewVersion(
             name="evil",
@@ -75,10 +75,11 @@ def pages(registry: Still) -> Iterator[TestClient]:
             parent=registry.teacher.ref,
             teacher=registry.teacher.ref,
             run_id=run.id,
-            **said,
+            **fields,
         ),
         folder,
     )
+    store.client.set_model_version_tag("evil", "1", "limbeck.author", EVIL)
     store.client.set_model_version_tag("evil", "1", "limbeck.parent", "no<b>thing/1")
     registry.score(evil, harness=EVIL)
     with TestClient(create_app(store, policy=POLICY), base_url="http://127.0.0.1") as client:
@@ -99,10 +100,10 @@ def test_the_first_page_lists_models(pages: TestClient, registry: Still) -> None
     assert still["versions"] == 5
     assert still["teacher"] == "still/1"
     assert still["best"]["version"] == "still/4"  # int8 is as good as fp32, and cheaper
-    assert "97.0%" in page.words
+    assert "97.0%" in page.shown_text
 
 
-def test_a_leaderboard_shows_what_the_address_says(pages: TestClient) -> None:
+def test_a_leaderboard_applies_the_filters_and_order_of_its_address(pages: TestClient) -> None:
     def rows(path: str) -> list[str]:
         lines = re.findall(r'<tr class="[^"]*" data-row="\d+"( hidden)?><td data-value="([^"]*)"', pages.get(path).text)
         return [ref.rpartition("/")[2] for hidden, ref in lines if not hidden]
@@ -122,21 +123,21 @@ def test_a_leaderboard_shows_what_the_address_says(pages: TestClient) -> None:
     assert heads["usd_per_million_tokens"]["aria-sort"] == "ascending"
     assert "/models/still?cost=p50_ms&kind=onnx&sort=usd_per_million_tokens&reverse=1" in page.links()
     assert [row["version"] for row in pages.get("/models/still?precision=int4&format=json").json()] == ["still/5"]
-    assert "there are: usd_per_million_tokens" in get(pages, "/models/still?cost=p5", 400).words
+    assert "there are: usd_per_million_tokens" in get(pages, "/models/still?cost=p5", 400).shown_text
 
 
-def test_a_leaderboard_of_many_versions_is_divided(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leaderboard_of_many_versions_has_pages(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaderboards, "ROWS_PER_PAGE", 2)
     first, last = get(pages, "/models/still?recipe=small"), get(pages, "/models/still?recipe=small&page=2")
     assert "/models/still?recipe=small&page=2" in first.links()
-    assert "Page 1 of 2: 4 versions" in first.words
+    assert "Page 1 of 2: 4 versions" in first.shown_text
     shown = [[attrs["value"] for tag, attrs in page.tags if attrs.get("type") == "checkbox"] for page in (first, last)]
     assert shown == [["still/4", "still/3"], ["still/5", "still/2"]]
-    assert '"version":"still/5"' in pages.get("/models/still?recipe=small").text  # a dot of the plot all the same
-    assert "Page 2 of 2" in get(pages, "/models/still?recipe=small&page=99").words
+    assert '"version":"still/5"' in pages.get("/models/still?recipe=small").text  # still a point of the plot
+    assert "Page 2 of 2" in get(pages, "/models/still?recipe=small&page=99").shown_text
 
 
-def test_a_leaderboard_is_made_again_when_something_changes(pages: TestClient, registry: Still) -> None:
+def test_a_leaderboard_is_cached_until_an_alias_changes(pages: TestClient, registry: Still) -> None:
     site = pages.app.state.site  # type: ignore[attr-defined]
     before = site.leaderboards.rows("still")
     assert site.leaderboards.rows("still") is before
@@ -148,12 +149,12 @@ def test_a_leaderboard_is_made_again_when_something_changes(pages: TestClient, r
     assert site.leaderboards.rows("still") == before
 
 
-def test_a_version_is_told_whole(pages: TestClient, registry: Still) -> None:
+def test_the_page_of_a_version_has_all_its_data(pages: TestClient, registry: Still) -> None:
     int8 = registry.variants["int8"]
     page = get(pages, f"/models/still/{int8.version}")
     links = {"/models/still/1", "/models/still/2", "/models/still/4/card", "/models/still/4/flips?against=still%2F1"}
     assert links <= set(page.links())
-    for words in (
+    for text in (
         int8.digest,
         "97.0%",
         "95.0% to 99.0%",
@@ -162,17 +163,17 @@ def test_a_version_is_told_whole(pages: TestClient, registry: Still) -> None:
         "not stated",
         "25.0%",
     ):
-        assert words in page.words
-    assert "No gate has judged it" in page.words
-    told = pages.get(f"/models/still/{int8.version}?format=json").json()
-    assert told["digest"] == int8.digest
-    assert [card["artifact"] for card in told["scorecards"]] == [int8.digest]
-    assert told["files"][1]["name"] == "model.onnx"
-    assert [node["version"] for node in told["lineage"]] == ["still/1"]
-    assert "Not scored yet" in get(pages, "/models/still/2").words
+        assert text in page.shown_text
+    assert "No recorded verdict" in page.shown_text
+    data = pages.get(f"/models/still/{int8.version}?format=json").json()
+    assert data["digest"] == int8.digest
+    assert [card["artifact"] for card in data["scorecards"]] == [int8.digest]
+    assert data["files"][1]["name"] == "model.onnx"
+    assert [node["version"] for node in data["lineage"]] == ["still/1"]
+    assert "Not scored yet" in get(pages, "/models/still/2").shown_text
 
 
-def test_curves_are_those_that_are_chosen(pages: TestClient) -> None:
+def test_curves_can_be_chosen_in_the_address(pages: TestClient) -> None:
     def drawn(path: str) -> list[str]:
         return re.findall(r"<figcaption>(.*?)</figcaption>", pages.get(path).text)
 
@@ -198,23 +199,23 @@ def test_an_interval_is_drawn_to_scale() -> None:
     assert "0.5, between 0.25 and 1" in svg
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
+def test_a_long_curve_is_thinned_but_keeps_its_last_point() -> None:
     points = [(step, float(step)) for step in range(10_001)]
     svg = plots.draw_curves("x", [plots.Series("x", points)])
     assert svg.count("<circle") <= plots.MAX_POINTS + 1
     assert "step 10,000: 10000" in svg
 
 
-def test_the_card_is_rendered(pages: TestClient) -> None:
+def test_the_model_card_is_rendered_as_html_and_markdown(pages: TestClient) -> None:
     page = get(pages, "/models/still/4/card")
     assert ("h2", {}) in page.tags
-    assert "Where it comes from" not in page.words
+    assert "Where it comes from" not in page.shown_text
     answer = pages.get("/models/still/4/card?format=md")
     assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
     assert answer.text.startswith("---\n")
 
 
-def test_markdown_lets_nothing_through() -> None:
+def test_html_and_unsafe_links_in_markdown_are_escaped() -> None:
     head, body = markdown(
         f"---\nlicence: x\n---\n# A\n{EVIL}\n\n[a](javascript:alert(1)) ![b](http://elsewhere/x.png)\n"
     )
@@ -225,28 +226,28 @@ def test_markdown_lets_nothing_through() -> None:
 
 def test_flips_are_shown_page_by_page(pages: TestClient) -> None:
     page = get(pages, "/models/still/4/flips?against=still/3")  # int8 has 7 wrong, fp32 5, in each of two tasks
-    assert "all: 4" in page.words
-    assert "<i>no</i>" in page.words
+    assert "all: 4" in page.shown_text
+    assert "<i>no</i>" in page.shown_text
     one = get(pages, "/models/still/4/flips?against=still/3&task=bits")
-    assert one.words.count("question") == 2
+    assert one.shown_text.count("question") == 2
     many = pages.get("/models/still/5/flips?against=still/4&format=json&page=5").json()
     assert len(many) == 6  # of 106: the last of five pages
-    assert "no common documents" in get(pages, "/models/still/2/flips?against=still/3").words
-    assert "no model is registered" in get(pages, "/models/still/4/flips?against=nothing/1").words
+    assert "no common documents" in get(pages, "/models/still/2/flips?against=still/3").shown_text
+    assert "no model is registered" in get(pages, "/models/still/4/flips?against=nothing/1").shown_text
 
 
-def test_two_are_compared(pages: TestClient) -> None:
+def test_two_versions_are_compared(pages: TestClient) -> None:
     page = get(pages, "/compare?v=still/4&v=still/3")
-    assert "-0.0250" in page.words  # two of 80
-    assert "int8" in page.words
+    assert "-0.0250" in page.shown_text  # two of 80
+    assert "int8" in page.shown_text
     assert "/models/still/4/flips?against=still%2F3" in page.links()
     assert pages.get("/compare?a=still/4&b=still/3&format=json").json()["a"]["precision"] == "int8"
     assert "required" in pages.get("/compare?a=still/4").text
-    assert "it has 1, 2, 3, 4, 5" in get(pages, "/compare?a=still/4&b=still/9", 404).words
+    assert "it has 1, 2, 3, 4, 5" in get(pages, "/compare?a=still/4&b=still/9", 404).shown_text
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("query", "refs"),
     [
         ("", ["evil/1", "still/1", "still/2", "still/3", "still/4", "still/5"]),
         ("kind=onnx precision=int8", ["still/4"]),
@@ -257,9 +258,9 @@ def test_two_are_compared(pages: TestClient) -> None:
         ("tags.`limbeck.precision` = 'int4'", ["still/5"]),
     ],
 )
-def test_versions_are_searched(pages: TestClient, asked: str, found: list[str]) -> None:
-    assert [hit["ref"] for hit in pages.get(f"/versions?q={quote(asked)}&format=json").json()] == found
-    assert set(get(pages, f"/versions?q={quote(asked)}").links()) >= {f"/models/{ref}" for ref in found}
+def test_versions_are_searched(pages: TestClient, query: str, refs: list[str]) -> None:
+    assert [hit["ref"] for hit in pages.get(f"/versions?q={quote(query)}&format=json").json()] == refs
+    assert set(get(pages, f"/versions?q={quote(query)}").links()) >= {f"/models/{ref}" for ref in refs}
 
 
 def test_versions_are_sorted_by_a_metric(pages: TestClient) -> None:
@@ -269,40 +270,40 @@ def test_versions_are_sorted_by_a_metric(pages: TestClient) -> None:
     ]
 
 
-def test_what_is_wrong_is_said(pages: TestClient) -> None:
-    assert "did you mean still?" in get(pages, "/models/stil", 404).words
-    assert "it has 1, 2, 3, 4, 5" in get(pages, "/models/still/6", 404).words
+def test_errors_name_the_problem_and_the_fix(pages: TestClient) -> None:
+    assert "did you mean still?" in get(pages, "/models/stil", 404).shown_text
+    assert "it has 1, 2, 3, 4, 5" in get(pages, "/models/still/6", 404).shown_text
     get(pages, "/models/still/0", 404)
-    assert "there is no page at /nope" in get(pages, "/nope", 404).words
-    assert "'>3' is no" not in get(pages, "/versions?q=nothing%3E3", 400).words
+    assert "there is no page at /nope" in get(pages, "/nope", 404).shown_text
+    assert "'>3' is no" not in get(pages, "/versions?q=nothing%3E3", 400).shown_text
     assert pages.get("/models/stil?format=json").json()["fix"] == "did you mean still?"
     get(pages, "/models/still?page=0", 400)
     get(pages, "/models/..%2F..%2Fetc%2Fpasswd", 404)
 
 
-def test_a_server_that_does_not_answer_is_said(
+def test_an_unreachable_tracking_server_is_reported(
     pages: TestClient, registry: Still, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: object, **__: object) -> None:
         raise Unreachable("the tracking server http://x does not answer: connection refused", fix="start it")
 
     monkeypatch.setattr(Store, "get", gone)
-    assert "connection refused" in get(pages, "/models/still/4", 503).words
+    assert "connection refused" in get(pages, "/models/still/4", 503).shown_text
 
 
 def test_a_damaged_part_does_not_hide_the_others(
     pages: TestClient, registry: Still, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, fp32 = registry.store, registry.variants["fp32"]
-    kept = store.client.get_model_version("still", "3").tags["limbeck.parity"]
+    parity = store.client.get_model_version("still", "3").tags["limbeck.parity"]
     store.client.set_model_version_tag("still", "3", "limbeck.parity", "{}")
     try:
         page = get(pages, "/models/still/3")
         assert [attrs for _, attrs in page.tags if attrs.get("role") == "alert"]
-        assert "limbeck.parity" in page.words
-        assert fp32.digest in page.words
+        assert "limbeck.parity" in page.shown_text
+        assert fp32.digest in page.shown_text
     finally:
-        store.client.set_model_version_tag("still", "3", "limbeck.parity", kept)
+        store.client.set_model_version_tag("still", "3", "limbeck.parity", parity)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_damaged_part_does_not_hide_the_others(
         f"/models/evil/1?curve={quote(EVIL)}",
     ],
 )
-def test_nothing_becomes_markup(pages: TestClient, path: str) -> None:
+def test_hostile_text_never_becomes_markup(pages: TestClient, path: str) -> None:
     answer = pages.get(path)
     assert answer.status_code in (200, 400, 404)
     page = Page(answer.text)
@@ -341,10 +342,10 @@ def test_nothing_becomes_markup(pages: TestClient, path: str) -> None:
     assert "<script>alert" not in answer.text
 
 
-def test_what_is_evil_is_shown_as_it_is(pages: TestClient) -> None:
-    assert EVIL in get(pages, "/models/evil/1").words
-    assert 'a"<b>.txt' in get(pages, "/models/evil/1").words
-    assert "no<b>thing/1" in get(pages, "/models/evil/lineage").words
+def test_hostile_text_is_shown_unchanged(pages: TestClient) -> None:
+    assert EVIL in get(pages, "/models/evil/1").shown_text
+    assert 'a"<b>.txt' in get(pages, "/models/evil/1").shown_text
+    assert "no<b>thing/1" in get(pages, "/models/evil/lineage").shown_text
 
 
 def test_pages_are_read_from_many_threads_at_once(pages: TestClient) -> None:
@@ -354,15 +355,15 @@ def test_pages_are_read_from_many_threads_at_once(pages: TestClient) -> None:
     assert {answer.status_code for answer in answers} == {200}
 
 
-def test_nothing_is_fetched_from_elsewhere(pages: TestClient) -> None:
+def test_pages_load_nothing_from_other_sites(pages: TestClient) -> None:
     for path in ("/", "/models/still", "/models/still/4", "/compare?a=still/4&b=still/3"):
         page = get(pages, path)
         fetched = [attrs.get(name) for tag, attrs in page.tags for name in ("src", "srcset") if name in attrs]
         fetched += [attrs["href"] for tag, attrs in page.tags if tag == "link"]
-        assert all(str(each).startswith("/static/") for each in fetched)
+        assert all(str(path).startswith("/static/") for path in fetched)
         assert not [tag for tag, attrs in page.tags if "style" in attrs or tag in ("style", "iframe")]
-        for each in fetched:
-            assert pages.get(str(each)).status_code == 200
+        for path in fetched:
+            assert pages.get(str(path)).status_code == 200
     assert pages.get("/static/page.py").status_code == 404
 
 
@@ -377,17 +378,17 @@ def test_runs_are_linked_without_credentials(registry: Still, pages: TestClient)
     assert "secret" not in text
 
 
-def test_a_theme_is_remembered(pages: TestClient) -> None:
+def test_the_theme_of_the_cookie_is_used(pages: TestClient) -> None:
     assert 'data-theme="dark"' in pages.get("/", headers={"cookie": "theme=dark"}).text
     assert "data-theme" not in pages.get("/", headers={"cookie": 'theme="><script>'}).text
 
 
 def test_an_empty_registry_has_pages(store: Store, tmp_path: Path) -> None:
     with TestClient(create_app(store), base_url="http://127.0.0.1") as client:
-        assert "limbeck quickstart" in get(client, "/").words
+        assert "limbeck quickstart" in get(client, "/").shown_text
         get(client, "/versions")
         only: Version = store.register(NewVersion(name="only", kind="teacher"), make_artifact(tmp_path, "only"))
-        assert "Not scored yet" in get(client, f"/models/only/{only.version}").words
+        assert "Not scored yet" in get(client, f"/models/only/{only.version}").shown_text
         get(client, "/models/only")
         get(client, "/models/only/1/flips")
-        assert "limbeck eval only/1" in get(client, "/models/only/1").words
+        assert "limbeck eval only/1" in get(client, "/models/only/1").shown_text
