@@ -1,1 +1,1 @@
-"""Models and tokenizers: loading, pruning, sampling, token alignment, licences."""
+"""Models and tokenizers: loading, pruning, sampling, held-out scores, token alignment and licences."""

@@ -1,4 +1,4 @@
-"""How a model does on held-out text: bits per byte, and agreement with the teacher, on a fixed sample."""
+"""Scores of a model on held-out text: bits per byte, and agreement with the teacher."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from transformers import PreTrainedModel
 from limbeck.distill.data.blocks import Blocks, layout_digest
 from limbeck.distill.models import loading
 
-SAMPLE_BLOCKS = 16  # of a sample while a student learns
-FINAL_BLOCKS = 128  # of one that it is judged by at its end
+SAMPLE_BLOCKS = 16  # scored during training
+FINAL_BLOCKS = 128  # scored after training
 
 
 class Score(NamedTuple):
-    """Bits per byte of text, and the share of targets on which student and teacher have one likeliest token."""
+    """Bits per byte of text, and the share of targets for which student and teacher predict the same token.
+
+    `agreement` is None without a teacher.
+    """
 
     bits_per_byte: float
     agreement: float | None
 
 
 def sample_blocks(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
-    """At most `count` evenly spread blocks. Tokens and bytes of text stay those of all: their ratio is what counts."""
+    """At most `count` evenly spread blocks. `text_tokens` and `text_bytes` stay those of all blocks."""
     chosen = np.unique(np.linspace(0, len(blocks.ids) - 1, count).astype(int))
     ids, segments, targets = blocks.ids[chosen], blocks.segments[chosen], blocks.targets[chosen]
     digest = layout_digest(ids, segments, targets)
@@ -32,19 +35,19 @@ def sample_blocks(blocks: Blocks, count: int = SAMPLE_BLOCKS) -> Blocks:
 
 
 def bits_per_byte(model: PreTrainedModel, blocks: Blocks) -> float:
-    """Bits per byte of text over at most `MANY` evenly spread blocks, every target predicted."""
+    """Bits per byte of text on at most `FINAL_BLOCKS` evenly spread blocks."""
     return score(model, sample_blocks(blocks, FINAL_BLOCKS)).bits_per_byte
 
 
 @torch.no_grad()
 def likeliest_tokens(model: PreTrainedModel, blocks: Blocks, vocab_size: int) -> np.ndarray:
-    """The model's likeliest next token at each position of the blocks, padded entries left out: (N, T) int32."""
+    """The model's most likely next token at each position, among the first `vocab_size`: (N, T) int32."""
     model.eval()
-    said = [
+    tokens = [
         loading.logits_of(model, batch)[..., :vocab_size].argmax(-1).cpu().numpy()
         for batch in loading.batches(blocks, vocab_size, np.arange(len(blocks.ids)))
     ]
-    return np.concatenate(said).astype(np.int32)
+    return np.concatenate(tokens).astype(np.int32)
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def score(student: PreTrainedModel, blocks: Blocks, teacher: np.ndarray | None =
     """Score the student on the blocks.
 
     Args:
-        teacher: its likeliest next token at each position (N, T); None where there is none to agree with.
+        teacher: its most likely next token at each position (N, T); None without a teacher.
         bf16: run under autocast.
     """
     nats = torch.zeros((), dtype=torch.float64)
@@ -66,8 +69,8 @@ def score(student: PreTrainedModel, blocks: Blocks, teacher: np.ndarray | None =
         nats += F.cross_entropy(logits[rows], labels[rows], reduction="sum").double().cpu()
         targets += int(rows.sum())
         if teacher is not None:
-            said = torch.from_numpy(teacher[done : done + len(labels), :-1]).to(logits.device)
-            agreed += int((logits.argmax(-1) == said)[rows].sum())
+            teacher_tokens = torch.from_numpy(teacher[done : done + len(labels), :-1]).to(logits.device)
+            agreed += int((logits.argmax(-1) == teacher_tokens)[rows].sum())
         done += len(labels)
     targets = max(targets, 1)
     per_token = float(nats) / targets / float(np.log(2))

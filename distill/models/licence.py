@@ -1,4 +1,4 @@
-"""The licence of a model: its card's, the registry's, and those of what went into it."""
+"""The licence of a model, from its card or the registry, and the licences of its lineage."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from limbeck.registry.records import Version
 
 
 def licence_of_model(model: ResolvedModel) -> str | None:
-    """The licence of a model, as the registry or its own card states it, or None."""
+    """The licence of a model, from the registry or its own card; None if neither states it."""
     return model.version.licence if model.version else licence_of_card(model.path)
 
 
 def licence_of_card(folder: Path) -> str | None:
-    """The licence that the card of a model or data set states, or None."""
+    """The licence in the card of a model or data set; None if it states none."""
     from huggingface_hub import ModelCard
 
     try:
@@ -25,19 +25,19 @@ def licence_of_card(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     licence = data.get("license_name") if data.license == "other" else data.license
-    if isinstance(data.license, list):  # of a data set's parts
+    if isinstance(data.license, list):  # one for each part of a data set
         return licences.join_licences(map(str, data.license))
     return str(licence or data.license) if data.license else None
 
 
 def version_of_model(store: Store, model: ResolvedModel) -> Version | None:
-    """The version that a model is: as it was named, else the student that has the very files of its folder."""
+    """The registered version of a model: the one it was named by, or a student with the same files; else None."""
     if model.version or model.endpoint:
         return model.version
     return next((v for v in store.versions() if v.digest == model.digest and v.kind == "student"), None)
 
 
 def inherited_terms(store: Store, model: ResolvedModel) -> tuple[LineageLicence, ...]:
-    """The licences of what went into a model, as far as the registry knows it."""
+    """The licences of a model's lineage; empty if the model is not registered."""
     version = version_of_model(store, model)
     return tuple(licences.lineage_licences(store, version)) if version else ()

@@ -1,4 +1,4 @@
-"""Teachers and students as transformers models: loading, checking, running over blocks."""
+"""Loads models and tokenizers with transformers, checks them, and runs them on blocks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises BadInput where there is none."""
+    """The tokenizer of a model folder. Raises BadInput if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # where files are missing, transformers raises whatever it stumbles over
+    except Exception as error:  # transformers raises many kinds of error if files are missing
         raise BadInput(f"{folder} has no tokenizer that transformers can load: {error}") from error
 
 
 def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM in float32 from safetensors. Raises BadInput where transformers cannot load it."""
+    """Load a causal LM in float32 from safetensors. Raises BadInput if transformers cannot load it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a causal LM. Raises BadInput where transformers does not know it."""
+    """The config of a causal LM. Raises BadInput if transformers does not know it."""
     from transformers import AutoConfig
 
     try:
@@ -50,14 +50,14 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the greatest token id. A model's `vocab_size` may be greater: the rest is padding."""
+    """The largest token id plus 1. A model's `vocab_size` may be larger: the rest is padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_fits(
     folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, trust_remote_code: bool = False
 ) -> None:
-    """Raises BadInput where the model in `folder` has fewer positions than a block, or too few embeddings."""
+    """Raise BadInput if the model in `folder` has fewer positions than a block, or fewer embeddings than tokens."""
     config = load_config(folder, trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions < max_length:
@@ -73,20 +73,20 @@ def check_fits(
 
 
 def device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
+    """`cuda` if there is a GPU, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batches(blocks: Blocks, vocab_size: int, indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-    """The blocks at `indices` in batches whose logits stay below a gigabyte, 8 blocks at most."""
+    """The blocks at `indices` in batches of at most 8 blocks, whose logits take at most a gigabyte."""
     size = max(1, min(8, 2**28 // (blocks.ids.shape[1] * vocab_size)))
     for start in range(0, len(indices), size):
         yield blocks.batch(indices[start : start + size])
 
 
 def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (n, T, V) float32 of a batch of blocks."""
+    """The logits (n, T, V) float32 of a batch of blocks."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
     return model(**inputs, use_cache=False).logits.float()

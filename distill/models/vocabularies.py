@@ -1,4 +1,4 @@
-"""Whether teacher and student speak of the same tokens: what differs, and what only looks as if it did."""
+"""Compares the vocabularies of teacher and student: real differences, and mere padding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Vocabularies(NamedTuple):
-    """How the tokens of a teacher and of a student compare; of pairs the teacher's comes first.
+    """A comparison of the tokens of a teacher and a student. In pairs the teacher comes first.
 
     Attributes:
-        tokens: entries of each tokenizer.
-        rows: of each model's embeddings. What is beyond the tokenizer's ids is padding, which no text has: Qwen2.5
-            has 151,936 or 152,064 rows, by size, for one tokenizer of 151,665.
-        unlike: tokens that only one of them has, or that have another id in each.
-        special: in words, special tokens that they do not share and whether BOS comes before a text.
+        tokens: size of each tokenizer.
+        embedding_rows: of each model. Rows beyond the tokenizer's ids are padding: Qwen2.5 has 151,936 or 152,064
+            rows, depending on the model's size, for the same tokenizer of 151,665.
+        different_tokens: tokens that only one tokenizer has, or that have different ids.
+        special: descriptions of differences between special tokens, and in adding BOS before a text.
     """
 
     tokens: tuple[int, int]
@@ -37,27 +37,24 @@ class Vocabularies(NamedTuple):
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Rows that stand for no token."""
+        """Embedding rows without a token, of teacher and student."""
         return self.embedding_rows[0] - self.tokens[0], self.embedding_rows[1] - self.tokens[1]
 
     def summary(self) -> str:
-        """The comparison in a line."""
+        """The comparison as one line."""
         if not self.same:
-            return (
-                f"unequal: {self.tokens[0]:,} and {self.tokens[1]:,} tokens, {self.different_tokens:,} of them unlike"
-            )
-        padded = (
-            f", embeddings padded to {self.embedding_rows[0]:,} and {self.embedding_rows[1]:,}"
-            if any(self.padding)
-            else ""
-        )
+            sizes = f"{self.tokens[0]:,} and {self.tokens[1]:,} tokens"
+            return f"unequal: {sizes}, {self.different_tokens:,} of them different"
+        padded = ""
+        if any(self.padding):
+            padded = f", embeddings padded to {self.embedding_rows[0]:,} and {self.embedding_rows[1]:,}"
         return "; ".join((f"equal: {self.tokens[0]:,} tokens{padded}", *self.special))
 
 
 def compare(
     teacher: PreTrainedTokenizerBase, teacher_rows: int, student: PreTrainedTokenizerBase, student_rows: int
 ) -> Vocabularies:
-    """The vocabularies of two models, given the tokenizer and the rows of the embeddings of each."""
+    """Compare the vocabularies of two models, given the tokenizer and the number of embedding rows of each."""
     own, other = teacher.get_vocab(), student.get_vocab()
     special = []
     for name in SPECIAL:
@@ -66,7 +63,7 @@ def compare(
             special.append(f"{name}: {_format_token(pair[0])} and {_format_token(pair[1])}")
     adds = _adds_bos(teacher), _adds_bos(student)
     if adds[0] != adds[1]:
-        special.append(f"only the {'teacher' if adds[0] else 'student'}'s tokenizer puts BOS before a text")
+        special.append(f"only the {'teacher' if adds[0] else 'student'}'s tokenizer adds BOS before a text")
     return Vocabularies(
         (loading.vocabulary_size(teacher), loading.vocabulary_size(student)),
         (teacher_rows, student_rows),
@@ -85,13 +82,13 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_same_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises BadInput where the model in `folder` has other tokens than `tokenizer`, the recipe's."""
+    """Raise BadInput if the model in `folder` has other tokens than the recipe's `tokenizer`."""
     own, shared = loading.load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
     if own != shared:
         raise BadInput(
-            f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them unlike "
-            f"the {len(shared)} of the recipe's tokenizer",
-            fix="the students of a run share one: give this one a run of its own. To learn from a teacher with other "
-            'tokens, set teacher.retokenize = true, or divergence = "chunks"; or learn from its text alone: [generate] '
-            "and labels = 1.0",
+            f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them different "
+            f"from the {len(shared)} of the recipe's tokenizer",
+            fix="the students of a run share one tokenizer: give this student its own run. To learn from a teacher "
+            'with other tokens, set teacher.retokenize = true, or divergence = "chunks"; or learn from its text alone: '
+            "[generate] and labels = 1.0",
         )

@@ -33,8 +33,8 @@ def line_of(recipe: Path, text: str) -> int:
         ("max_steps = 4", 'lr_scheduler_type = "cosin"', ["training.lr_scheduler_type", "did you mean 'cosine'"]),
         ("heldout = 0.2", "heldout = 1.5", ["data.heldout", "less than 1"]),
         ("hidden_size = 32", "hiden_size = 32", ["llama has no setting 'hiden_size'", "did you mean hidden_size"]),
-        ('model_type = "llama"', 'model_type = "lama"', ["'lama' is no architecture", "did you mean llama"]),
-        ("num_attention_heads = 4", "num_attention_heads = 5", ["students.small.config", "does not make a model"]),
+        ('model_type = "llama"', 'model_type = "lama"', ["'lama' is not an architecture", "did you mean llama"]),
+        ("num_attention_heads = 4", "num_attention_heads = 5", ["students.small.config", "no model can be made from this"]),
         ("labels = 1.0", 'divergence = "reverse_k"', ["objectives.labels.divergence", "did you mean 'reverse_kl'"]),
         ('path = "text.txt"', 'path = "txt.text"', ["data.path 'txt.text' does not exist"]),
         ("labels = 1.0", "lables = 1.0", ["unknown key objectives.labels.lables", "did you mean labels"]),
@@ -93,9 +93,9 @@ def test_recipes_that_do_not_fit_together(
     assert done.code == 2
     assert "objectives.distilled.layers: layers.map maps the student's layer 1 to the teacher's 99" in done.err
     two = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.other]\nlabels = 1.0\n")
-    assert "makes 2" in limbeck("distill", two, "--to", tmp_path / "copy").err
+    assert "makes 2" in limbeck("distill", two, "--output", tmp_path / "copy").err
     (tmp_path / "mine").mkdir()
-    done = limbeck("distill", write_recipe(tiny_llama), "--to", tmp_path / "mine")
+    done = limbeck("distill", write_recipe(tiny_llama), "--output", tmp_path / "mine")
     assert (done.code, (tmp_path / "mine").is_dir()) == (2, True)
 
 
@@ -135,7 +135,7 @@ def broken(tmp_path: Path, tiny_llama: Path) -> Callable[[str], Path | str]:
     [
         ("gone", "no such folder"),
         ("unregistered", "no model is registered as 'no-such-teacher'"),
-        ("no model", "is no model: it has no config.json"),
+        ("no model", "is not a model: it has no config.json"),
         ("pickle", "pickle files only"),
         ("truncated", "is damaged: model.safetensors"),
         ("no tokenizer", "no tokenizer"),
@@ -215,7 +215,7 @@ def test_a_student_with_another_tokenizer(
     assert done.code == 2
     line = line_of(recipe, f'model = "{student}')
     assert f"recipe.toml:{line}: students.small.model" in done.err
-    assert "unlike the 300 of the recipe's tokenizer" in done.err
+    assert "different from the 300 of the recipe's tokenizer" in done.err
     assert not (tmp_path / "home" / "teacher-cache").exists()
 
 

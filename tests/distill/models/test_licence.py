@@ -1,4 +1,4 @@
-"""What is known of a teacher's licence: what its card states, and what the recipe says instead."""
+"""Licences of teachers, texts and base models, from cards, recipes and providers, and what students inherit."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tests.distill.conftest import DISTILLED
         (None, None),
     ],
 )
-def test_the_licence_that_a_card_states(tmp_path: Path, card: str | None, licence: str | None) -> None:
+def test_the_licence_in_a_model_card(tmp_path: Path, card: str | None, licence: str | None) -> None:
     if card:
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n\n# a model\n")
     assert licence_of_card(tmp_path) == licence
 
 
-def test_whether_a_student_may_learn_from_the_teacher(
+def test_the_recipe_goes_before_the_card_of_the_teacher(
     store: Store, write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
@@ -63,10 +63,10 @@ def test_whether_a_student_may_learn_from_the_teacher(
 
 
 @pytest.fixture
-def taught(
+def train_student(
     store: Store, limbeck: Callable[..., Result], write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> Callable[..., Version]:
-    """The newest student of a recipe whose teacher is `teacher`, made by the command."""
+    """Runs `limbeck distill` with this teacher, and returns the newest student."""
 
     def teach(teacher: object, name: str, *overrides: str, student: str | Path = "llama") -> Version:
         settings = (f"name={name}", "training.max_steps=1", "data.max_tokens=2000", *overrides)
@@ -81,20 +81,20 @@ def taught(
 RULE = Policy(quality=QualityRules(min_retention=0), lineage=LineageRules(require_distillation_licence=True))
 
 
-def judged(store: Store, version: Version) -> tuple[str, str]:
+def licence_rule(store: Store, version: Version) -> tuple[str, str]:
     rules = apply_policy(RULE, gather_evidence(store, version, RULE, "production")).rules
     return next((each.outcome, each.message) for each in rules if each.rule == "lineage.require_distillation_licence")
 
 
-def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
-    store: Store, taught: Callable[..., Version], tiny_llama: Path, tmp_path: Path
+def test_a_student_of_a_student_inherits_the_terms_of_both_teachers(
+    store: Store, train_student: Callable[..., Version], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    first = taught(tiny_llama, "first", "teacher.licence=openai", "data.licence=CC-BY-4.0", "licence=MIT")
+    first = train_student(tiny_llama, "first", "teacher.licence=openai", "data.licence=CC-BY-4.0", "licence=MIT")
     assert (first.teacher_licence, first.data_licence, first.code_licence) == ("openai", "CC-BY-4.0", "Apache-2.0")
-    assert (first.licence_allows_distillation, judged(store, first)[0]) == (False, "fail")
-    # Named by its folder, as a stranger's model would be; it is known by its files all the same.
+    assert (first.licence_allows_distillation, licence_rule(store, first)[0]) == (False, "fail")
+    # Given as a folder, like an unknown model. It is still recognised by its files.
     laundered = shutil.copytree(store.artifacts.verified_folder(first), tmp_path / "laundered")
-    second = taught(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
+    second = train_student(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
     assert (second.teacher_licence, second.data_licence) == ("mit AND openai", "MIT AND CC-BY-4.0")
     assert second.licence_allows_distillation is False
     [exported] = export_version(store, second, ["int8"])
@@ -108,48 +108,48 @@ def test_a_student_of_a_student_is_under_the_terms_of_both_teachers(
             ("teacher", second.ref, "mit AND openai"),
             ("data", second.ref, "MIT AND CC-BY-4.0"),
         ]
-        outcome, words = judged(store, version)
+        outcome, message = licence_rule(store, version)
         assert outcome == "fail"
-        assert f"the licence of {first.parent} forbids learning from it (openai" in words
+        assert f"the licence of {first.parent} forbids learning from it (openai" in message
     with pytest.raises(Refused, match="the licence of first/1 forbids learning from it"):
         promote(store, variant.ref, "production", RULE)
 
 
-def test_what_is_stated_later_is_recorded_and_what_is_recorded_stays(
-    store: Store, taught: Callable[..., Version], tiny_llama: Path
+def test_a_licence_can_be_added_later_but_not_changed(
+    store: Store, train_student: Callable[..., Version], tiny_llama: Path
 ) -> None:
-    student = taught(tiny_llama, "later")
+    student = train_student(tiny_llama, "later")
     assert (student.teacher_licence, student.data_licence) == (None, None)
-    assert judged(store, student)[0] == "inconclusive"
-    again = taught(tiny_llama, "later", "teacher.licence=mit", "data.licence=MIT")
-    assert again == store.get(student.ref)  # made before: it was not trained again
-    assert (again.teacher_licence, again.data_licence, judged(store, again)[0]) == ("mit", "MIT", "pass")
-    assert taught(tiny_llama, "later", "teacher.licence=openai", "data.licence=GPL-3.0") == again
+    assert licence_rule(store, student)[0] == "inconclusive"
+    again = train_student(tiny_llama, "later", "teacher.licence=mit", "data.licence=MIT")
+    assert again == store.get(student.ref)  # the same student, not trained again
+    assert (again.teacher_licence, again.data_licence, licence_rule(store, again)[0]) == ("mit", "MIT", "pass")
+    assert train_student(tiny_llama, "later", "teacher.licence=openai", "data.licence=GPL-3.0") == again
 
 
-def test_what_a_student_began_as_is_recorded(store: Store, taught: Callable[..., Version], tiny_llama: Path) -> None:
+def test_the_base_model_is_recorded(store: Store, train_student: Callable[..., Version], tiny_llama: Path) -> None:
     stated = ("teacher.licence=mit", "students.small.licence=llama3")
-    student = taught(tiny_llama, "base", *stated, student=tiny_llama)
+    student = train_student(tiny_llama, "base", *stated, student=tiny_llama)
     assert (student.base_model, student.base_model_licence) == (str(tiny_llama), "llama3")
     assert student.base_model_digest == folder_digest(tiny_llama)
     assert ("base model", "llama3") in [(term.role, term.licence) for term in licences.lineage_licences(store, student)]
 
 
-def test_the_licence_of_a_data_set_is_that_of_its_card(tmp_path: Path) -> None:
+def test_the_licence_of_a_data_set_comes_from_its_card(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n')
 
-    def of(**more: str) -> str | None:
+    def licence_of_rows(**more: str) -> str | None:
         return text_licence(Data(path="rows.jsonl", **more), tmp_path)
 
-    assert of() is None
+    assert licence_of_rows() is None
     (tmp_path / "README.md").write_text("---\nlicense: [cc-by-4.0, mit]\n---\n")
-    assert of() == "cc-by-4.0 AND mit"
-    assert of(licence="PSF-2.0") == "PSF-2.0"
+    assert licence_of_rows() == "cc-by-4.0 AND mit"
+    assert licence_of_rows(licence="PSF-2.0") == "PSF-2.0"
     assert text_licence(Data(path="owner/never-fetched"), tmp_path) is None
 
 
-def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
+def test_terms_of_a_provider_go_before_the_card_of_the_tokenizer(
     store: Store, write_recipe: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
@@ -157,9 +157,9 @@ def test_terms_of_a_provider_are_before_the_card_of_a_tokenizer(
     path = write_recipe("teacher", objectives=DISTILLED)
     setting = prepare_setting(load.load_recipe(path, []), Source(path), store)
     assert setting.recipe.teacher is not None
-    asked = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
-    behind = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": asked}))
-    assert (setting.teacher_licence_allows, behind.teacher_licence, behind.teacher_licence_allows) == (
+    endpoint = setting.recipe.teacher.model_copy(update={"model": "https://api.openai.com/v1#gpt"})
+    with_endpoint = setting._replace(recipe=setting.recipe.model_copy(update={"teacher": endpoint}))
+    assert (setting.teacher_licence_allows, with_endpoint.teacher_licence, with_endpoint.teacher_licence_allows) == (
         True,
         "openai",
         False,

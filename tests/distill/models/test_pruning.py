@@ -1,4 +1,4 @@
-"""Students cut from their teacher: what stays is the teacher's, what is cut is what does least."""
+"""Pruned students: they keep the teacher's weights, without the least important units."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Limbeck = Callable[..., Any]
 
 
 def blocks_of(ids: np.ndarray, padded: int = 0) -> Blocks:
-    """Blocks of one document each, the last `padded` tokens of every second one padding."""
+    """Blocks of one document each; every second one ends with `padded` tokens of padding."""
     segments = np.ones(ids.shape, dtype=np.uint16)
     if padded:
         segments[::2, -padded:] = 0
@@ -47,8 +47,8 @@ def blocks() -> Blocks:
     return blocks_of(np.random.default_rng(0).integers(1, 300, (8, 24)), padded=5)
 
 
-def opinionated(folder: Path, tokenizer_folder: Path, model_type: str, **changes: object) -> PreTrainedModel:
-    """A model whose every weight, biases and norms among them, is of some size."""
+def make_teacher(folder: Path, tokenizer_folder: Path, model_type: str, **changes: object) -> PreTrainedModel:
+    """A model in which no weight is near zero, nor any bias or norm."""
     sizes: dict[str, object] = {"num_hidden_layers": 3} | changes
     if model_type == "gpt2":
         sizes["n_layer"] = sizes.pop("num_hidden_layers")
@@ -65,18 +65,18 @@ def logits(model: PreTrainedModel, blocks: Blocks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_cutting_nothing_changes_nothing(
+def test_pruning_nothing_changes_nothing(
     model_type: str, tmp_path: Path, tokenizer_folder: Path, blocks: Blocks
 ) -> None:
-    teacher = opinionated(tmp_path, tokenizer_folder, model_type)
+    teacher = make_teacher(tmp_path, tokenizer_folder, model_type)
     student = prune(teacher, Prune(), blocks)
     assert torch.equal(logits(student, blocks), logits(teacher, blocks))
     assert student.config.to_dict() == teacher.config.to_dict()
     student.get_input_embeddings().weight.data.zero_()
-    assert teacher.get_input_embeddings().weight.abs().sum() > 0  # nothing is shared
+    assert teacher.get_input_embeddings().weight.abs().sum() > 0  # no weight is shared
 
 
-# What writes into the residual stream, by which axis of it is the stream; and what makes a neuron, by its axis.
+# Parameters that write to the residual stream, and those that make the neurons, with the axis that is cut.
 WRITERS = {
     "llama": {"embed_tokens.weight": 1, "o_proj.weight": 0, "down_proj.weight": 0},
     "gpt2": {"wte.weight": 1, "wpe.weight": 1, "c_proj.weight": 1, "c_proj.bias": 0},
@@ -91,36 +91,34 @@ NEURONS = {
 
 
 def values_of_heads(model_type: str, heads: list[int], size: int) -> tuple[dict[str, int], list[int]]:
-    """The parameters that hold the value projections, by the axis they are on, and the places of `heads` in it."""
+    """The parameters of the value projections, with their axis, and the indices of `heads` on it."""
     inside = range(size)
-    if model_type == "gpt2":  # queries of all heads, keys of all heads, values of all heads
+    if model_type == "gpt2":  # all queries, all keys, all values
         return {"c_attn.weight": 1, "c_attn.bias": 0}, [2 * 32 + head * size + i for head in heads for i in inside]
-    if model_type == "gpt_neox":  # query, key and value of each head together
+    if model_type == "gpt_neox":  # query, key and value of each head side by side
         names = {"query_key_value.weight": 0, "query_key_value.bias": 0}
         return names, [(3 * head + 2) * size + i for head in heads for i in inside]
     return {"v_proj.weight": 0, "v_proj.bias": 0}, [head * size + i for head in heads for i in inside]
 
 
-def zero(model: PreTrainedModel, axes: dict[str, int], places: list[int], layer: int | None = None) -> None:
+def zero(model: PreTrainedModel, axes: dict[str, int], indices: list[int], layer: int | None = None) -> None:
     for name, parameter in model.named_parameters():
         for end, axis in axes.items():
             if name.endswith(f".{end}") and (layer is None or f".{layer}." in name):
-                parameter.data.index_fill_(axis, torch.tensor(places), 0.0)
+                parameter.data.index_fill_(axis, torch.tensor(indices), 0.0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_cutting_what_is_zero_changes_nothing(
-    model_type: str, tmp_path: Path, tokenizer_folder: Path, blocks: Blocks
-) -> None:
-    """Channels, neurons, heads and a layer that the teacher does not use can go, all at once."""
-    teacher = opinionated(tmp_path, tokenizer_folder, model_type)
+def test_pruning_zeros_changes_nothing(model_type: str, tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
+    """Channels, neurons, heads and a layer that the teacher does not use can all be cut at once."""
+    teacher = make_teacher(tmp_path, tokenizer_folder, model_type)
     family = model_type if model_type in WRITERS else "llama"
-    fused = family != "llama"  # there a head is hidden_size / num_attention_heads
+    fused = family != "llama"  # a head must have hidden_size / num_attention_heads channels
     channels = [1, 2, 5, 7, 8, 9, 12, 16, 17, 20, 21, 25, 28, 29, 30, 31] if fused else [0, 3, 9, 17, 24, 25, 30, 31]
     others = [channel for channel in range(32) if channel not in channels]
     for name, parameter in teacher.named_parameters():
         for end, axis in WRITERS[family].items():
-            if fused and name.endswith(f".{end}"):  # a LayerNorm takes away the mean, which the cut must not change
+            if fused and name.endswith(f".{end}"):  # LayerNorm subtracts the mean, which the cut must not change
                 kept = parameter.data.index_select(axis, torch.tensor(others))
                 parameter.data.index_copy_(axis, torch.tensor(others), kept - kept.mean(axis, keepdim=True))
         if fused and parameter.ndim == 1 and ("ln_" in name or "norm" in name):
@@ -131,7 +129,7 @@ def test_cutting_what_is_zero_changes_nothing(
     size = 16 if model_type == "qwen3" else 8
     for layer, dead in enumerate(([0, 2], [1, 3], [1, 2]) if fused else ([0], [1], [1])):
         zero(teacher, *values_of_heads(model_type, dead, size), layer)
-    zero(teacher, WRITERS[family] | {"embed_tokens.weight": 1}, list(range(32)), layer=1)  # does nothing at all
+    zero(teacher, WRITERS[family] | {"embed_tokens.weight": 1}, list(range(32)), layer=1)  # this layer has no effect
     spec = Prune(
         layers=(0, 2),
         hidden_size=32 - len(channels),
@@ -150,7 +148,7 @@ def test_cutting_what_is_zero_changes_nothing(
 
 
 def plain_importance(model: PreTrainedModel, blocks: Blocks) -> dict[tuple[str, int | None], torch.Tensor]:
-    """Layer by layer and block by block, with attention written out."""
+    """A reference: layer by layer and block by block, with attention written out."""
     config = model.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     seen: dict[tuple[str, int | None, str], list[torch.Tensor]] = {}
@@ -192,8 +190,8 @@ def plain_importance(model: PreTrainedModel, blocks: Blocks) -> dict[tuple[str, 
 
 
 @torch.no_grad()
-def test_importance_is_that_of_a_plain_reference(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
-    teacher = opinionated(tmp_path, tokenizer_folder, "llama")
+def test_importance_equals_a_plain_reference(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
+    teacher = make_teacher(tmp_path, tokenizer_folder, "llama")
     expected = plain_importance(teacher, blocks)
     found = importance(teacher, blocks, np.arange(len(blocks.ids)))
     assert found.keys() == expected.keys()
@@ -205,8 +203,8 @@ def test_importance_is_that_of_a_plain_reference(tmp_path: Path, tokenizer_folde
 def test_heads_stay_with_their_group(
     tmp_path: Path, tokenizer_folder: Path, blocks: Blocks, heads: int, kv_heads: int
 ) -> None:
-    """Of all ways to keep so many groups and so many heads of each, the one that is worth most."""
-    teacher = opinionated(tmp_path, tokenizer_folder, "qwen2", num_attention_heads=8, num_key_value_heads=4)
+    """Keeps the groups and heads with the highest total importance of all possible choices."""
+    teacher = make_teacher(tmp_path, tokenizer_folder, "qwen2", num_attention_heads=8, num_key_value_heads=4)
     student = prune(teacher, Prune(num_attention_heads=heads, num_key_value_heads=kv_heads), blocks)
     assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (heads, kv_heads)
     scores = importance(teacher, blocks, np.arange(len(blocks.ids)))
@@ -234,11 +232,11 @@ def test_layers_are_evenly_spread(tmp_path: Path, tokenizer_folder: Path, blocks
     assert pruned_shape(config, Prune(layers=(3, 4))).layers == (3, 4)
 
 
-def test_each_layer_keeps_its_kind(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
-    """Where some layers see a window and others all, the kinds are cut with the layers."""
+def test_each_layer_keeps_its_attention_type(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
+    """`layer_types` (sliding window or full attention) is cut with the layers."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     changes: dict[str, object] = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 8}
-    teacher = opinionated(tmp_path / "teacher", tokenizer_folder, "qwen2", **changes)
+    teacher = make_teacher(tmp_path / "teacher", tokenizer_folder, "qwen2", **changes)
     prune(teacher, Prune(layers=(1, 2)), blocks).save_pretrained(tmp_path / "student")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.config.layer_types == kinds[1:]
@@ -248,7 +246,7 @@ def test_each_layer_keeps_its_kind(tmp_path: Path, tokenizer_folder: Path, block
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[PreTrainedModel, Blocks, Blocks]:
-    """A teacher that has learnt its text, and that text."""
+    """A trained teacher, with its training and held-out blocks."""
     folder = tmp_path_factory.mktemp("trained")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     text, heldout = ([Document("a", lines_of_text(lines, seed))] for seed, lines in ((0, 900), (1, 200)))
@@ -274,22 +272,22 @@ def learn(model: PreTrainedModel, blocks: Blocks, heldout: Blocks, folder: Path,
     [{"num_hidden_layers": 2}, {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}],
     ids=["layers", "width"],
 )
-def test_a_carved_student_starts_better(
+def test_a_pruned_student_learns_faster_than_a_fresh_one(
     trained: tuple[PreTrainedModel, Blocks, Blocks], cut: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Than one of the same shape with random weights, after the same tokens."""
+    """Compared with a student of the same shape with random weights, after the same number of tokens."""
     teacher, blocks, heldout = trained
-    carved = prune(teacher, Prune(**cut), blocks)
-    random = AutoModelForCausalLM.from_config(carved.config)
-    assert carved.num_parameters() == random.num_parameters() < teacher.num_parameters()
+    pruned = prune(teacher, Prune(**cut), blocks)
+    random = AutoModelForCausalLM.from_config(pruned.config)
+    assert pruned.num_parameters() == random.num_parameters() < teacher.num_parameters()
     steps = 4
-    assert learn(carved, blocks, heldout, tmp_path / "carved", steps) < 0.6 * learn(
+    assert learn(pruned, blocks, heldout, tmp_path / "pruned", steps) < 0.6 * learn(
         random, blocks, heldout, tmp_path / "random", steps
     )
 
 
 @pytest.mark.parametrize(
-    ("model_type", "cut", "said"),
+    ("model_type", "cut", "message"),
     [
         ("llama", {"layers": (0, 3)}, "layer 3 is not there: the teacher's are 0 to 1"),
         ("llama", {"layers": (1, 0)}, "has to go up"),
@@ -306,37 +304,37 @@ def test_a_carved_student_starts_better(
         ("llama", {}, "quantized"),
     ],
 )
-def test_what_cannot_be_cut(
-    tmp_path: Path, tokenizer_folder: Path, model_type: str, cut: dict[str, Any], said: str
+def test_impossible_shapes_are_refused(
+    tmp_path: Path, tokenizer_folder: Path, model_type: str, cut: dict[str, Any], message: str
 ) -> None:
     config = loading.load_config(make_model(tmp_path, tokenizer_folder, model_type))
     config.scale_attn_by_inverse_layer_idx = model_type == "gpt2"
     if not cut:
         config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(BadInput, match=re.escape(said)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         pruned_shape(config, Prune(**cut))
 
 
-def carving_recipe(recipe: Path, cut: str) -> Path:
+def write_prune_recipe(recipe: Path, cut: str) -> Path:
     text = recipe.read_text()
     begin, end = text.index("[students.small.config]"), text.index("[objectives")
     recipe.write_text(f"{text[:begin]}[students.small.prune]\n{cut}\n{text[end:]}")
     return recipe
 
 
-def test_carved_students_from_a_recipe(
+def test_a_recipe_with_pruned_students(
     store: Store, limbeck: Limbeck, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    """One as it is cut; one with an adapter that is merged, saved in half the bytes and exported."""
+    """One is only pruned; one also has a LoRA adapter, which is merged, is saved in bfloat16 and exported."""
     teacher = make_model(tmp_path / "teacher", tokenizer_folder, "qwen2")
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "top_k": 7}))
     cut = "num_hidden_layers = 1\nhidden_size = 24\n"
     adapted = f'[students.adapted]\ndtype = "bfloat16"\nlora = {{ r = 4 }}\n[students.adapted.prune]\n{cut}'
-    done = limbeck("distill", carving_recipe(write_recipe(teacher), cut + adapted), "--format", "json")
+    done = limbeck("distill", write_prune_recipe(write_recipe(teacher), cut + adapted), "--format", "json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert [student["recipe"] for student in made] == ["small", "adapted"]
-    # From labels alone, and yet made from the teacher.
+    # They learn from labels alone, but are made from the teacher.
     assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]
     for student, dtype in zip(made, (torch.float32, torch.bfloat16), strict=True):
         folder = store.artifacts.verified_folder(store.get(f"tiny/{student['version']}"))
@@ -352,10 +350,10 @@ def test_carved_students_from_a_recipe(
     assert done.code == 0, done.err
 
 
-def test_a_mistake_in_a_cut_is_told_before_the_teacher_runs(
+def test_a_mistake_in_prune_is_an_error_before_the_teacher_runs(
     store: Store, limbeck: Limbeck, write_recipe: Callable[..., Path], tiny_llama: Path, limbeck_home: Path
 ) -> None:
-    recipe = carving_recipe(write_recipe(tiny_llama, objectives=DISTILLED), "num_hidden_layers = 9")
+    recipe = write_prune_recipe(write_recipe(tiny_llama, objectives=DISTILLED), "num_hidden_layers = 9")
     done = limbeck("distill", recipe)
     assert done.code == 2
     assert "recipe.toml" in done.err

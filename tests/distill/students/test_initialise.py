@@ -127,6 +127,6 @@ def test_special_tokens_and_bos_are_compared(tokenizer_folder: Path) -> None:
     told = vocabularies.compare(plain, 300, begun, 300).summary()
     assert "bos_token: none and 'a'" in told
     assert "eos_token: '<|endoftext|>' and 'a'" in told
-    assert "only the student's tokenizer puts BOS before a text" in told
+    assert "only the student's tokenizer adds BOS before a text" in told
     assert "pad_token" not in told
     assert vocabularies.compare(begun, 300, begun, 300).special == ()

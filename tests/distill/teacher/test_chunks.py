@@ -92,7 +92,7 @@ def test_tokens_are_bytes_of_the_text(tokenizers: dict[str, Any], name: str, tex
 def test_wordpiece_is_bad_input() -> None:
     backend = Tokenizer(kinds.WordPiece({"[UNK]": 0, "word": 1, "##s": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
-    with pytest.raises(BadInput, match="no bytes of the text"):
+    with pytest.raises(BadInput, match="not bytes of the text"):
         alignment.token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 
