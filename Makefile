@@ -45,7 +45,7 @@ bench: install  ## the benchmarks: ratios measured side by side
 	$(BIN)/python -m tests.bench
 
 teacher: install  ## train the quickstart's teacher again (about half an hour)
-	$(BIN)/limbeck distill quickstart/teacher.toml --to quickstart/teacher
+	$(BIN)/limbeck distill quickstart/teacher.toml --output quickstart/teacher
 
 clean:  ## remove .venv and .limbeck
 	rm -rf .venv .limbeck

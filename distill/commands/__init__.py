@@ -1,1 +1,1 @@
-"""The commands of this room: `limbeck distill`, `data`, `cache`."""
+"""The commands of this room: `limbeck distill`, `limbeck data`, `limbeck cache`."""

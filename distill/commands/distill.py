@@ -20,23 +20,25 @@ set_option = click.option(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @set_option
-@click.option("--to", type=click.Path(path_type=Path), help="Also copy the (one) student's files to this folder.")
-@click.option("--resume", is_flag=True, help="Go on, as is done anyway; an error where nothing was begun.")
-@click.option("--restart", is_flag=True, help="Drop checkpoints and make every student anew.")
+@click.option(
+    "--output", "output_folder", type=click.Path(path_type=Path), help="Also copy the only student's files to a folder."
+)
+@click.option("--resume", is_flag=True, help="Resume an earlier run, which must exist; without it, one is resumed too.")
+@click.option("--restart", is_flag=True, help="Remove checkpoints and make every student again.")
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="local",
     metavar="[ADDRESS]",
-    help="Make the students on a Ray cluster: at this address, auto for one that runs here; alone, begin one here.",
+    help="Make the students on a Ray cluster: at ADDRESS, on one that runs here (auto), or on a new one (no ADDRESS).",
 )
-@click.option("--check", "check_only", is_flag=True, help="Say what does not fit and what it will take; make nothing.")
-@click.option("--yes", is_flag=True, help="Go on where a warning has to be confirmed.")
+@click.option("--check", "check_only", is_flag=True, help="Report errors, warnings and forecasts; make nothing.")
+@click.option("--yes", is_flag=True, help="Confirm all warnings that need confirmation.")
 @format_option
-def distill(
+def distill(  # noqa: PLR0913 (one parameter per option)
     recipe: Path,
     overrides: tuple[str, ...],
-    to: Path | None,
+    output_folder: Path | None,
     resume: bool,
     restart: bool,
     ray: str | None,
@@ -46,16 +48,16 @@ def distill(
 ) -> None:
     """Distil the teacher of RECIPE into its students: every size, objective, temperature and seed, and controls.
 
-    The teacher runs once for all of them. Each student is logged to MLflow and registered. A student already
-    made from the same ingredients is skipped; a run that was stopped goes on from its last checkpoint. Where one
-    student fails the others are made all the same, and the exit code is 1.
+    The teacher runs once for all students. Each student is logged to MLflow and registered. A student that was
+    already made from the same recipe, data and teacher is skipped. A stopped run resumes from its last checkpoint.
+    If one student fails, the others are still made, and the exit code is 1.
     """
     if resume and restart:
-        raise click.UsageError("--resume goes on and --restart begins anew: give one of them")
+        raise click.UsageError("--resume and --restart exclude each other")
     from limbeck.registry.core.terminal import quiet_libraries
 
     quiet_libraries()
-    from limbeck.distill.run.distill import SomeFailed
+    from limbeck.distill.run.distill import SomeStudentsFailed
     from limbeck.distill.run.distill import distill as run
     from limbeck.distill.run.worker import run_worker
     from limbeck.distill.training import distributed
@@ -69,18 +71,20 @@ def distill(
     if check_only:
         _check(recipe, list(overrides), output_format)
         return
-    begin: Begin = "resume" if resume else "restart" if restart else "go on"
+    begin: Begin = "continue"
+    if resume or restart:
+        begin = "resume" if resume else "restart"
     try:
         with distributed.lead_workers():
-            students = run(recipe, list(overrides), Store(), to, begin=begin, ray=ray, yes=yes)
-    except SomeFailed as error:
+            students = run(recipe, list(overrides), Store(), output_folder, begin=begin, ray=ray, yes=yes)
+    except SomeStudentsFailed as error:
         _print_students(error.made, output_format)
         raise
     _print_students(students, output_format)
 
 
 def _check(recipe: Path, overrides: list[str], output_format: str) -> None:
-    """Print the findings; exit code 2 where one is an error."""
+    """Print the findings of the preflight; exit code 2 if one is an error."""
     from limbeck.distill.run.preflight import check_recipe
     from limbeck.registry.mlflow.store import Store
 
@@ -89,7 +93,7 @@ def _check(recipe: Path, overrides: list[str], output_format: str) -> None:
         print_json(findings)
     else:
         rows = [(f.check, f.level, f.message + (f"\n{f.fix}" if f.fix and f.level != "ok" else "")) for f in findings]
-        print_table(f"{recipe}, before it is run", ["check", "", "what was found"], rows)
+        print_table(f"preflight of {recipe}", ["check", "", "finding"], rows)
     if any(finding.level == "error" for finding in findings):
         raise click.exceptions.Exit(2)
 
@@ -110,9 +114,9 @@ def _print_students(students: list[Student], output_format: str) -> None:
 @set_option
 @format_option
 def data(recipe: Path, overrides: tuple[str, ...], output_format: str) -> None:
-    """Write the train and held-out documents of RECIPE as JSON lines below .limbeck/data/NAME.
+    """Write the training and held-out documents of RECIPE as JSON lines in .limbeck/data/NAME.
 
-    Where RECIPE has [generate], the teacher writes them.
+    If RECIPE has [generate], the teacher writes them.
     """
     from limbeck.registry.core.terminal import quiet_libraries
 

@@ -1,1 +1,1 @@
-"""A whole distillation run: prepare, check, forecast, train each student, on one or several machines."""
+"""A whole distillation run: prepare, check, forecast, and train each student, on one or several machines."""

@@ -1,4 +1,4 @@
-"""What the students of a recipe share: text, tokenizer, blocks, teacher; all checked before anything is trained."""
+"""Prepares what the students of a recipe share: text, tokenizer, blocks and teacher, checked before any training."""
 
 from __future__ import annotations
 
@@ -25,39 +25,50 @@ if TYPE_CHECKING:
 
 
 def prepare_setting(recipe: Recipe, source: Source, store: Store) -> Setting:
-    """Text on disk, teacher found, tokenizer, blocks; nothing is registered. Raises BadInput with the recipe's line.
+    """Write the text, resolve the models, and make the tokenizer and the blocks; registers nothing.
 
-    Where the teacher is to write the text there is none yet, and no block: see `written`.
+    If the teacher writes the text, the setting has no text and no blocks yet: see `with_generated_text`.
+    Raises BadInput, or Unreachable for an endpoint, with the line of the recipe.
     """
-    beside = source.path.resolve().parent
+    recipe_folder = source.path.resolve().parent
     text = EMPTY_CORPUS
     if recipe.generate is None:
         with errors_at(source, "data", "path"):
-            text = corpus.prepare_corpus(recipe.data, beside, recipe.name)
-    starts = {}
+            text = corpus.prepare_corpus(recipe.data, recipe_folder, recipe.name)
+    base_models = {}
     for name, student in recipe.students.items():
         if student.model:
             with errors_at(source, "students", name, "model"):
-                starts[name] = _torch_model(student.model, beside, store)
-    teacher = theirs = None
+                base_models[name] = _torch_model(student.model, recipe_folder, store)
+    teacher = teacher_tokenizer = None
     if recipe.teacher is not None:
         with errors_at(source, "teacher", "model"):
-            teacher = _teacher(recipe.teacher, beside, store)
+            teacher = _teacher(recipe.teacher, recipe_folder, store)
             if not teacher.endpoint:
                 trust = recipe.teacher.trust_remote_code
-                theirs = loading.load_tokenizer(teacher.path, trust)
-                loading.check_fits(teacher.path, theirs, recipe.data.max_length, trust)
-    tokenizer = _tokenizer(recipe, source, text, teacher, theirs, starts)
-    nothing = empty_blocks(recipe.data.max_length)
-    inherited = {each.label: licence.inherited_terms(store, each) for each in (teacher, *starts.values()) if each}
+                teacher_tokenizer = loading.load_tokenizer(teacher.path, trust)
+                loading.check_fits(teacher.path, teacher_tokenizer, recipe.data.max_length, trust)
+    tokenizer = _tokenizer(recipe, source, text, teacher, teacher_tokenizer, base_models)
+    no_blocks = empty_blocks(recipe.data.max_length)
+    models = [model for model in (teacher, *base_models.values()) if model]
+    inherited_terms = {model.label: licence.inherited_terms(store, model) for model in models}
     setting = Setting(
-        recipe, source, text, nothing, nothing, tokenizer, teacher, None, starts, inherited_terms=inherited
+        recipe,
+        source,
+        text,
+        no_blocks,
+        no_blocks,
+        tokenizer,
+        teacher,
+        None,
+        base_models,
+        inherited_terms=inherited_terms,
     )
     return setting if recipe.generate else _with_blocks(setting)
 
 
 def with_generated_text(setting: Setting) -> Setting:
-    """With the text that the teacher is to write, where the recipe asks for it; students are checked before."""
+    """The setting with the text that the teacher writes, if the recipe has [generate]; else unchanged."""
     if setting.recipe.generate is None:
         return setting
     with errors_at(setting.source, "generate"):
@@ -66,16 +77,16 @@ def with_generated_text(setting: Setting) -> Setting:
 
 
 def _with_blocks(setting: Setting) -> Setting:
-    """With the blocks of its text."""
+    """The setting with the blocks of its text."""
     text, data, tokenizer = setting.corpus, setting.recipe.data, setting.tokenizer
     print_status(
-        f"  text: {text.train_documents} documents to train on ({text.train_bytes / 1e6:.1f} MB), "
+        f"  text: {text.train_documents} training documents ({text.train_bytes / 1e6:.1f} MB), "
         f"{text.heldout_documents} held out ({text.heldout_bytes / 1e6:.1f} MB)"
     )
     mixing = _models_mixing_documents(setting)
     if mixing:
         print_status(
-            f"  {', '.join(mixing)}: would see the documents beside one in a block, so each has a block of its own"
+            f"  {', '.join(mixing)}: cannot keep the documents of a block apart, so each document has its own block"
         )
     alone = bool(mixing)
     with errors_at(setting.source, "data"):
@@ -92,7 +103,7 @@ def _with_blocks(setting: Setting) -> Setting:
 
 
 def _models_mixing_documents(setting: Setting) -> list[str]:
-    """The models that do not keep the documents of a block apart; each kind is probed once."""
+    """The names of the models that do not keep the documents of a block apart; each config class is probed once."""
     from transformers import AutoConfig
 
     recipe, configs = setting.recipe, {}
@@ -100,14 +111,14 @@ def _models_mixing_documents(setting: Setting) -> list[str]:
         if name in setting.base_models:
             configs[name] = loading.load_config(setting.base_models[name].path)
         elif student.config:
-            with suppress(ValueError, TypeError, KeyError):  # told when the student is made
+            with suppress(ValueError, TypeError, KeyError):  # the check of the student reports it
                 configs[name] = AutoConfig.for_model(**student.config)
     if setting.teacher and recipe.teacher and not recipe.teacher.is_endpoint:
         configs["teacher"] = setting.teacher_config()
-    kinds = {type(config): config for config in configs.values()}
+    by_class = {type(config): config for config in configs.values()}
     trusted = bool(recipe.teacher and recipe.teacher.trust_remote_code)
-    apart = {kind: separates_documents(config, trusted) for kind, config in kinds.items()}
-    return [name for name, config in configs.items() if not apart[type(config)]]
+    separates = {config_class: separates_documents(config, trusted) for config_class, config in by_class.items()}
+    return [name for name, config in configs.items() if not separates[type(config)]]
 
 
 def _tokenizer(
@@ -116,16 +127,17 @@ def _tokenizer(
     text: corpus.Corpus,
     teacher: ResolvedModel | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
-    starts: dict[str, ResolvedModel],
+    base_models: dict[str, ResolvedModel],
 ) -> PreTrainedTokenizerBase:
-    """The students' tokenizer: the teacher's; where it need not be, a pretrained student's, or one of the text.
+    """The students' tokenizer: the teacher's or, if they may have another, a base model's or one of the text.
 
     Args:
-        teacher_tokenizer: a local teacher's tokenizer.
+        teacher_tokenizer: of a local teacher.
+        base_models: of pretrained students, by name.
     """
-    own = loading.load_tokenizer(next(iter(starts.values())).path) if starts else None
-    learns_words = any(objective.uses_teacher for objective in recipe.objectives.values())
-    if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not learns_words)):
+    own = loading.load_tokenizer(next(iter(base_models.values())).path) if base_models else None
+    uses_distribution = any(objective.uses_teacher for objective in recipe.objectives.values())
+    if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not uses_distribution)):
         return own
     if recipe.crosses_tokenizers and recipe.tokenizer is not None:
         return train_tokenizer(corpus.read_corpus(text.train), recipe.tokenizer.vocab_size, recipe.data.max_length)
@@ -138,7 +150,7 @@ def _tokenizer(
         with errors_at(source, "teacher", "model"):
             raise BadInput(
                 f"{teacher.label} is an endpoint and has no files",
-                fix="give teacher.tokenizer, the model that it serves; or learn from its text alone, by [generate], "
+                fix="set teacher.tokenizer to the model that it serves; or learn from its text alone ([generate]), "
                 "with pretrained students and no divergence",
             )
     if recipe.tokenizer is not None:
@@ -152,24 +164,24 @@ def _tokenizer(
 
 
 def _teacher(teacher: Teacher, recipe_folder: Path, store: Store) -> ResolvedModel:
-    """The teacher that a recipe names. Raises Unreachable for an endpoint that does not answer."""
+    """Resolve the recipe's teacher. Raises Unreachable for an endpoint that does not answer."""
     if teacher.is_endpoint:
-        return endpoint.find(teacher, recipe_folder, store)
+        return endpoint.resolve_endpoint(teacher, recipe_folder, store)
     return _torch_model(teacher.model, recipe_folder, store)
 
 
 def _torch_model(text: str, recipe_folder: Path, store: Store) -> ResolvedModel:
-    """The model that a recipe names: a folder beside it is meant before any other."""
+    """Resolve a torch model that a recipe names; a folder beside the recipe goes first."""
     model = resolve_model(str(recipe_folder / text) if (recipe_folder / text).is_dir() else text, store)
     if model.engine == "endpoint":
         raise BadInput(f"{text} is an endpoint", fix="name it by its URL: http://HOST:PORT/v1#NAME")
     if model.engine != "torch":
-        raise BadInput(f"{text} is an ONNX artifact", fix="name the torch model it came from")
+        raise BadInput(f"{text} is an ONNX artifact", fix="name the torch model that it was exported from")
     return model
 
 
 def with_registered_teacher(setting: Setting, store: Store) -> Setting:
-    """With the teacher as a version of the recipe's own name, so that students and teacher stand in one list."""
+    """The setting with the teacher's version, registered under the recipe's name, as the students are."""
     recipe, teacher = setting.recipe, setting.teacher
     if teacher is None:
         return setting
@@ -184,7 +196,7 @@ def with_registered_teacher(setting: Setting, store: Store) -> Setting:
                 parent=version.ref if version else None,
                 recipe="teacher",
                 engine=teacher.engine,
-                precision="untold" if teacher.endpoint else "fp32",
+                precision="unknown" if teacher.endpoint else "fp32",
                 params=None if teacher.endpoint else count_parameters(teacher.path),
                 code_version=code_version(),
             ),

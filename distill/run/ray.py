@@ -1,7 +1,7 @@
-"""A sweep's students on a Ray cluster: one task a student, after the one pass of the teacher.
+"""Makes the students of a sweep on a Ray cluster: one task per student, after one pass of the teacher.
 
-Every node has to see the same LIMBECK_HOME, where the teacher cache and the checkpoints are, and what the recipe
-names by a path; nodes of several hosts need an MLflow server. That is checked first.
+Every node must see the same LIMBECK_HOME, with the teacher cache and the checkpoints, and all paths in the recipe.
+Nodes on several hosts need an MLflow server. All of this is checked first.
 """
 
 from __future__ import annotations
@@ -26,36 +26,42 @@ from limbeck.registry.core.terminal import print_status, quiet_libraries
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Version
 
-LOCAL = "local"  # the address of a cluster that is begun here, and ends with the sweep
-STOP_SECONDS = 60.0  # that tasks have to write a checkpoint after Ctrl-C
+LOCAL = "local"  # the address for a cluster that is started here and ends with the sweep
+STOP_SECONDS = 60.0  # for tasks to write a checkpoint after Ctrl-C
 
 
 class TaskInput(NamedTuple):
-    """What a task needs to make its student."""
+    """What a task needs to make its student.
+
+    Attributes:
+        plans: of all missing students.
+        keys: of the students, by label.
+        parent_run: the MLflow run of the sweep.
+    """
 
     setting: Setting
-    plans: list[Plan]  # all that are missing
-    keys: dict[str, str]  # by label
+    plans: list[Plan]
+    keys: dict[str, str]
     parent_run: str | None
 
 
 @contextmanager
 def ray_cluster(address: str, setting: Setting, store: Store) -> Iterator[list[dict[str, Any]]]:
-    """Within, connected to a cluster whose nodes, as Ray describes them, see what the students need.
+    """Connect to a cluster and yield its nodes, as Ray describes them, after checking that they can make students.
 
-    Raises BadInput where Ray is not installed, no cluster answers, or a node does not see something.
+    Raises BadInput if Ray is not installed, no cluster answers, or a node does not see a path that it needs.
     """
-    with _cluster(address):
+    with _connection(address):
         yield _checked_nodes(setting, store)
 
 
-def make_all(
+def make_students(
     task_input: TaskInput, nodes: Sequence[dict[str, Any]], on_made: Callable[[Plan, Version], None]
 ) -> dict[str, str]:
-    """Make the students of `task_input` on the nodes; a control waits for those that it is measured by.
+    """Make the students of `task_input` on the nodes; a control waits for the students that it is matched with.
 
     Returns:
-        Why, by label, of those that failed.
+        The reasons of the failed students, by label.
     """
     import ray
 
@@ -75,13 +81,13 @@ def make_all(
                 running[task.options(name=plan.label).remote(shared, plan)] = plan
             [first], _ = ray.wait(list(running), num_returns=1)
             plan = running.pop(first)
-            made = _result(first)
-            if isinstance(made, Version):
-                print_status(f"  {plan.label}: {made.ref}")
-                on_made(plan, made)
+            result = _result(first)
+            if isinstance(result, Version):
+                print_status(f"  {plan.label}: {result.ref}")
+                on_made(plan, result)
             else:
-                print_status(f"  {plan.label}: failed: {made}")
-                failed[plan.label] = made
+                print_status(f"  {plan.label}: failed: {result}")
+                failed[plan.label] = result
     except BaseException:
         _stop(list(running))
         raise
@@ -89,7 +95,7 @@ def make_all(
 
 
 def _ready(setting: Setting, waiting: Sequence[Plan], unmade: set[str]) -> list[Plan]:
-    """Those of `waiting` that wait for none of the `unmade`."""
+    """The plans of `waiting` that are matched with none of the `unmade`."""
     return [
         plan
         for plan in waiting
@@ -98,7 +104,7 @@ def _ready(setting: Setting, waiting: Sequence[Plan], unmade: set[str]) -> list[
 
 
 def _make(task_input: TaskInput, plan: Plan) -> Version | str:
-    """Runs on a worker: the student, or why there is none."""
+    """Runs on a node: make a student; returns its version, or the reason of its failure."""
     import ray
 
     quiet_libraries()
@@ -124,37 +130,37 @@ def _result(reference: Any) -> Version | str:
     import ray
 
     try:
-        made: Version | str = ray.get(reference)
-    except ray.exceptions.RayError as error:  # the worker or its node died
+        result: Version | str = ray.get(reference)
+    except ray.exceptions.RayError as error:  # the process or its node died
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return made
+    return result
 
 
 def _stop(running: list[Any]) -> None:
-    """Ask the tasks to stop: each writes a checkpoint first."""
+    """Stop the tasks, after each has written a checkpoint."""
     import ray
 
-    if running:
-        print_status(f"  stopping {len(running)} students, each with a checkpoint")
+    if not running:
+        return
+    print_status(f"  stopping {len(running)} students, each with a checkpoint")
     for reference in running:
         ray.cancel(reference, force=False)
-    if running:
-        ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
+    ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[None]:
-    """Connected to a cluster. Raises BadInput where Ray is not installed or no cluster answers."""
+def _connection(address: str) -> Iterator[None]:
+    """Connect to a cluster. Raises BadInput if Ray is not installed or no cluster answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise BadInput("--ray needs Ray, which is not installed", fix="pip install 'limbeck[ray]'") from None
-    # What the workers have to see as it is here; keys and passwords have to be in the nodes' own environment.
+    # The nodes get these variables from here; keys and passwords must be in their own environment.
     variables = {"LIMBECK_HOME": str(home())} | {
         name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ
     }
-    begun: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 512 * 2**20} if address == LOCAL else {}
+    local_options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 512 * 2**20}
     try:
         ray.init(
             address=address,
@@ -162,12 +168,12 @@ def _cluster(address: str) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             ignore_reinit_error=True,
-            **begun,
+            **(local_options if address == LOCAL else {}),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BadInput(
             f"--ray {address}: {str(error).splitlines()[0]}",
-            fix="give the address of a cluster, auto for the one that runs here, or nothing to begin one",
+            fix="give the address of a cluster, auto for one that runs here, or --ray alone to start one",
         ) from error
     try:
         yield
@@ -176,55 +182,59 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _checked_nodes(setting: Setting, store: Store) -> list[dict[str, Any]]:
-    """The nodes of the cluster. Raises BadInput where one does not see what the students need."""
+    """The nodes of the cluster. Raises BadInput if one does not see what the students need."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    token = home() / f".seen-{uuid4().hex[:8]}"
-    needed = [token, setting.source.path.resolve(), *(start.path for start in setting.base_models.values())]
+    marker = home() / f".seen-{uuid4().hex[:8]}"
+    needed = [marker, setting.source.path.resolve(), *(base.path for base in setting.base_models.values())]
     if setting.teacher is not None:
         needed.append(setting.teacher.path)
-    token.touch()
+    marker.touch()
     try:
         remote: Any = ray.remote
-        look = remote(num_cpus=1)(_look)
-        asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(needed)
+        task = remote(num_cpus=1)(_inspect_node)
+        references = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(needed)
             for node in nodes
         ]
-        seen = ray.get(asked)
+        inspected = ray.get(references)
     finally:
-        token.unlink()
-    for host, missing, version in seen:
-        if missing:
-            what = "LIMBECK_HOME" if missing[0] == token else str(missing[0])
+        marker.unlink()
+    for host, missing, version in inspected:
+        if missing and missing[0] == marker:
             raise BadInput(
-                f"--ray: {host} does not see {home() if missing[0] == token else what}",
-                fix=f"put {what} on a file system that every node has at the same path",
+                f"--ray: {host} does not see {home()}",
+                fix="put LIMBECK_HOME on a file system that every node has at the same path",
+            )
+        if missing:
+            raise BadInput(
+                f"--ray: {host} does not see {missing[0]}",
+                fix=f"put {missing[0]} on a file system that every node has at the same path",
             )
         if version != code_version():
             raise BadInput(
-                f"--ray: {host} has {version} and this machine {code_version()}",
+                f"--ray: {host} has {version}, and this machine {code_version()}",
                 fix="install the same Limbeck on every node",
             )
-    hosts = {host for host, _, _ in seen} | {socket.gethostname()}
+    hosts = {host for host, _, _ in inspected} | {socket.gethostname()}
     if len(hosts) > 1 and not store.is_server:
         raise BadInput(
-            f"--ray: {len(hosts)} hosts ({', '.join(sorted(hosts))}) cannot write one {store.tracking_uri}",
+            f"--ray: {len(hosts)} hosts ({', '.join(sorted(hosts))}) cannot write to the same {store.tracking_uri}",
             fix="start an MLflow server and set MLFLOW_TRACKING_URI to it, here and on every node",
         )
     print_status(f"  Ray: {len(nodes)} nodes on {', '.join(sorted(hosts))}")
     return nodes
 
 
-def _look(needed: Sequence[Path]) -> tuple[str, list[Path], str]:
-    """Runs on a worker: its host, which of the paths it does not see, its Limbeck."""
+def _inspect_node(needed: Sequence[Path]) -> tuple[str, list[Path], str]:
+    """Runs on a node: its host name, the paths that it does not see, and its version of Limbeck."""
     return socket.gethostname(), [path for path in needed if not path.exists()], code_version()
 
 
 def _resources(nodes: Sequence[dict[str, Any]], tasks: int) -> dict[str, float]:
-    """What a task takes: a GPU where the nodes have some; else its share of a node's processors."""
+    """The resources of a task: a GPU if every node has one, else a share of a node's processors."""
     if all(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
         return {"num_gpus": 1, "num_cpus": 1}
     cpus = min(int(node["Resources"]["CPU"]) for node in nodes)

@@ -1,6 +1,6 @@
-"""What the other processes of a run do, where `torchrun` or `accelerate launch` started several: train as told.
+"""The worker processes of a run that `torchrun` or `accelerate launch` started: train what the main process sends.
 
-The first process reads the recipe, has the teacher speak and registers; it tells which student is trained next.
+The main process runs the teacher and registers students (`limbeck.distill.training.distributed`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from limbeck.registry.mlflow.store import Store
 
 
 def run_worker(path: Path, overrides: list[str]) -> None:
-    """Take part in the training of every student that the first process makes, until it lets this one go."""
-    missing = distributed.receive_from_main()  # when the text is written and all that is stored of the teacher is there
+    """Take part in the training of every student that the main process makes, until it sends None."""
+    missing = distributed.receive_from_main()  # sent when the text is written and the teacher caches are filled
     if missing is None:
         return
-    # What there is to say the first process says.
+    # Only the main process prints.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         recipe = load.load_recipe(path, overrides)
         plans = {plan.label: plan for plan in grid.plan_students(recipe)}
@@ -33,4 +33,4 @@ def run_worker(path: Path, overrides: list[str]) -> None:
         while order := distributed.receive_from_main():
             plan = plans[order["label"]]
             schedule = Training.model_validate(order["training"]), Budget.model_validate(order["budget"])
-            student.train_one(setting, plan, schedule, teachers.get(plan.label), Path(order["folder"]))
+            student.train_student(setting, plan, schedule, teachers.get(plan.label), Path(order["folder"]))

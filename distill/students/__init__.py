@@ -1,1 +1,1 @@
-"""One student: how it begins, its key and folder, its controls, its model card and licences."""
+"""One student: its initial weights, key and folder, controls, training, model card and licences."""

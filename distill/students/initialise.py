@@ -1,4 +1,4 @@
-"""Where a student begins: a config, a pretrained model, or the teacher that it is carved from; and its adapter."""
+"""Makes a student's initial model: from a config, a pretrained model or the pruned teacher; and its LoRA adapter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# What transformers and torch raise at a config whose numbers do not fit together.
+# What transformers and torch raise for a config whose numbers do not fit together.
 CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError)
 
 
 def check(setting: Setting, plan: Plan) -> None:
-    """Raises BadInput, with the recipe's place, for a student that cannot be made; before the teacher runs."""
+    """Raise BadInput, with the place in the recipe, if a student cannot be made; called before the teacher runs."""
     name, max_length = plan.student, setting.recipe.data.max_length
     spec = setting.recipe.students[name]
     if name in setting.base_models:
@@ -41,12 +41,12 @@ def check(setting: Setting, plan: Plan) -> None:
     if spec.lora:
         with errors_at(setting.source, "students", name, "lora"):
             if spec.config:
-                raise BadInput("an adapter changes a model that is trained, and this one begins from a config")
+                raise BadInput("an adapter needs a trained model, and this student begins from a config")
             add_lora(meta_model(setting, name), spec.lora, plan.seed)
 
 
 def initialise_student(setting: Setting, plan: Plan) -> PreTrainedModel:
-    """The student as it is before its training, in float32; with its adapter where the recipe asks for one."""
+    """Make the untrained student in float32, with its adapter if the recipe has one."""
     spec = setting.recipe.students[plan.student]
     if plan.student in setting.base_models:
         model = loading.load_model(setting.base_models[plan.student].path)
@@ -54,12 +54,12 @@ def initialise_student(setting: Setting, plan: Plan) -> PreTrainedModel:
         model = prune(setting.teacher_model(), spec.prune, setting.train)
     else:
         model = fresh_model(spec.config, setting.tokenizer, setting.recipe.data.max_length, plan.seed)
-    _mend_generation(model, setting.tokenizer.eos_token_id)
+    _fix_generation_config(model, setting.tokenizer.eos_token_id)
     return add_lora(model, spec.lora, plan.seed) if spec.lora else model
 
 
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """A trained student as a plain model: its adapter, where it has one, is merged into its weights."""
+    """Merge a trained student's adapter, if it has one, into its weights, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in list(model.named_modules()):
@@ -72,24 +72,27 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def count_student_parameters(setting: Setting, name: str) -> int:
-    """How many parameters the student `name` has, without its weights being loaded; tied ones count once."""
+    """The number of parameters of the student `name`, without loading weights; tied weights count once."""
     return int(meta_model(setting, name).num_parameters())
 
 
 def compare_with_teacher(setting: Setting, name: str) -> vocabularies.Vocabularies | None:
-    """The teacher's vocabulary and that of the student `name`; None where no tokenizer of the teacher is known."""
+    """Compare the vocabularies of the teacher and the student `name`; None if the teacher's tokenizer is unknown."""
     if setting.teacher is None or not setting.teacher.has_tokenizer:
         return None
-    theirs = setting.teacher_tokenizer()
-    rows = loading.vocabulary_size(theirs)
+    teacher_tokenizer = setting.teacher_tokenizer()
+    teacher_rows = loading.vocabulary_size(teacher_tokenizer)
     if not setting.teacher.endpoint:
-        rows = setting.teacher_config().get_text_config().vocab_size
-    own = loading.load_tokenizer(setting.base_models[name].path) if name in setting.base_models else setting.tokenizer
-    return vocabularies.compare(theirs, rows, own, _config(setting, name).get_text_config().vocab_size)
+        teacher_rows = setting.teacher_config().get_text_config().vocab_size
+    tokenizer = setting.tokenizer
+    if name in setting.base_models:
+        tokenizer = loading.load_tokenizer(setting.base_models[name].path)
+    student_rows = _config(setting, name).get_text_config().vocab_size
+    return vocabularies.compare(teacher_tokenizer, teacher_rows, tokenizer, student_rows)
 
 
 def meta_model(setting: Setting, name: str) -> PreTrainedModel:
-    """The student `name` without weights, on torch's meta device. Raises BadInput where it cannot be made."""
+    """The student `name` on torch's meta device, without weights. Raises BadInput if it cannot be made."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,25 +110,26 @@ def _config(setting: Setting, name: str) -> PretrainedConfig:
     return fresh_config(spec.config, setting.tokenizer, setting.recipe.data.max_length)
 
 
-def _mend_generation(model: PreTrainedModel, end: int) -> None:
-    """Settings for generation that can be saved, and that stop at the token which ends a training text."""
+def _fix_generation_config(model: PreTrainedModel, end_id: int) -> None:
+    """Make the generation config valid, so that it can be saved, and let it stop at `end_id`, which ends texts."""
     config = model.generation_config
     assert config is not None
     try:
         config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, as some hub models have it, is not saved again
+    except ValueError:  # some hub models have a temperature without do_sample, which cannot be saved
         config.do_sample = True
-    known = config.eos_token_id
-    ends = known if isinstance(known, list) else [known] if known is not None else []
-    if end not in ends:
-        config.eos_token_id = [*ends, end] if ends else end
+    eos = config.eos_token_id
+    if eos is None:
+        config.eos_token_id = end_id
+    elif end_id not in (end_ids := eos if isinstance(eos, list) else [eos]):
+        config.eos_token_id = [*end_ids, end_id]
 
 
 def add_lora(model: PreTrainedModel, spec: Lora, seed: int) -> PreTrainedModel:
-    """Low-rank adapters beside the weights of `model`, which are frozen (LoRA, arXiv 2106.09685).
+    """Freeze `model` and add low-rank adapters to it, in place (LoRA, arXiv 2106.09685).
 
-    They are put into the model itself, whose class and parts stay what they were.
-    Raises BadInput where the model has no such modules.
+    The class of the model and the paths of its modules do not change.
+    Raises BadInput if the model has no such target modules.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
@@ -142,20 +146,20 @@ def add_lora(model: PreTrainedModel, spec: Lora, seed: int) -> PreTrainedModel:
         linear = {path.rpartition(".")[2] for path, module in model.named_modules() if hasattr(module, "weight")}
         raise BadInput(
             f"target_modules = {spec.target_modules!r}: {str(error).split('. ')[0]}",
-            fix=f'give "all-linear", or some of: {", ".join(sorted(linear))}',
+            fix=f'use "all-linear", or some of: {", ".join(sorted(linear))}',
         ) from error
     return model
 
 
 def check_config_key(model_type: str, key: str) -> None:
-    """Raises BadInput for a config key that the architecture does not have, or an unknown architecture."""
+    """Raise BadInput for a config key that the architecture does not have, or for an unknown architecture."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
         raise BadInput(
-            f"{model_type!r} is no architecture that transformers knows",
-            fix=f"did you mean {near[0]}?" if near else "use llama, qwen2, gpt2, gpt_neox or another causal one",
+            f"{model_type!r} is not an architecture that transformers knows",
+            fix=f"did you mean {near[0]}?" if near else "use llama, qwen2, gpt2, gpt_neox or another causal model",
         )
     default = AutoConfig.for_model(model_type)
     known = default.to_dict().keys() | default.attribute_map.keys()
@@ -167,7 +171,7 @@ def check_config_key(model_type: str, key: str) -> None:
 def fresh_model(
     config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
 ) -> PreTrainedModel:
-    """A student from its config. Raises BadInput where that makes no causal model that takes a whole block."""
+    """A student with random weights. Raises BadInput if the config is not of a causal model that takes a block."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -180,11 +184,11 @@ def fresh_model(
 
 
 def fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> PretrainedConfig:
-    """A student's config; vocabulary, positions and special tokens are filled in where not given."""
+    """A student's config, with the vocabulary size, positions and special tokens that `config` does not have."""
     from transformers import AutoConfig
 
-    given = dict(config)
-    model_type = given.pop("model_type")
+    config = dict(config)
+    model_type = config.pop("model_type")
     end = tokenizer.eos_token_id
     settings = {
         "vocab_size": loading.vocabulary_size(tokenizer),
@@ -193,10 +197,10 @@ def fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max
         "eos_token_id": end,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
     }
-    # GPT-2's name for max_position_embeddings is n_positions; both at once, and ours would win.
-    other_name = AutoConfig.for_model(model_type).attribute_map
-    settings = {key: value for key, value in settings.items() if other_name.get(key) not in given}
-    return AutoConfig.for_model(model_type, **(settings | given))
+    # GPT-2 calls max_position_embeddings n_positions: with both, our default would override the recipe's value.
+    aliases = AutoConfig.for_model(model_type).attribute_map
+    settings = {key: value for key, value in settings.items() if aliases.get(key) not in config}
+    return AutoConfig.for_model(model_type, **(settings | config))
 
 
 @contextmanager
@@ -204,4 +208,4 @@ def _config_errors() -> Iterator[None]:
     try:
         yield
     except CONFIG_ERRORS as error:
-        raise BadInput(f"this does not make a model: {error}") from error
+        raise BadInput(f"no model can be made from this: {error}") from error

@@ -1,4 +1,4 @@
-"""The identity of a student: a digest of all that decides its weights."""
+"""The identity of a student: a digest of everything that decides its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from limbeck.registry.core.home import home
 
 
 def family_key(setting: Setting, plan: Plan) -> str:
-    """The digest of what a student shares with its controls: start, text and its layout, training, seed."""
+    """The digest of what a student shares with its controls: initial model, text and layout, training, seed."""
     recipe = setting.recipe
     student = recipe.students[plan.student]
     start = student.model_dump(exclude={"training", "licence"})
@@ -36,7 +36,7 @@ def family_key(setting: Setting, plan: Plan) -> str:
 
 
 def student_key(setting: Setting, plan: Plan) -> str:
-    """The digest of all that makes a student what it is: the part of the recipe that concerns it, data, teacher."""
+    """The digest of everything that decides a student's weights: its part of the recipe, the data, the teacher."""
     recipe = setting.recipe
     uses_teacher = plan.objective.uses_teacher
     matched = matching.plans_to_match(recipe, plan)
@@ -48,7 +48,7 @@ def student_key(setting: Setting, plan: Plan) -> str:
             "teacher": setting.teacher.digest if setting.teacher and uses_teacher else None,
             "cache": recipe.cache.model_dump() if uses_teacher else None,
             "on_policy": recipe.on_policy.model_dump() if recipe.on_policy and uses_teacher else None,
-            # A control that learns as long as others cost, or not at all.
+            # Labels at equal tokens are the same student as an objective of labels alone in the recipe.
             "control": plan.control if plan.control != "labels" else None,
             "matches": [student_key(setting, other) for other in matched],
         }
@@ -56,11 +56,11 @@ def student_key(setting: Setting, plan: Plan) -> str:
 
 
 def _budget(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What of the budget decides how a student comes out; a price alone does not."""
+    """The part of the budget that decides a student's weights; a price alone does not."""
     priced = recipe.budget.max_usd or recipe.budget.stop_when or plan.control == "labels_equal_cost"
     return recipe.budget.model_dump(exclude=None if priced else {"usd_per_hour"})
 
 
-def folder_of(key: str) -> Path:
-    """Where the student of a key has its checkpoints until it is registered."""
+def checkpoint_folder(key: str) -> Path:
+    """The folder of a student's checkpoints until it is registered."""
     return home() / "runs" / key[:16]

@@ -1,4 +1,4 @@
-"""Which licences a student is under: of its teacher, its text, what it began as, and of what went into these."""
+"""The licences of a student: of its teacher, its text and its base model, and of everything these were made from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def learns_from_teacher(setting: Setting, plan: Plan) -> bool:
-    """Whether a student is made from the teacher: by its distribution, its text or its weights."""
+    """Whether a student is made from the teacher: from its distribution, its text or its weights."""
     recipe = setting.recipe
-    by_text = recipe.generate is not None and plan.control is None
-    return plan.objective.uses_teacher or by_text or recipe.students[plan.student].prune is not None
+    uses_text = recipe.generate is not None and plan.control is None
+    return plan.objective.uses_teacher or uses_text or recipe.students[plan.student].prune is not None
 
 
 def licences_allow_distillation(setting: Setting) -> bool | None:
-    """Whether the licences of the teacher, and of all that it learnt from, let a student learn from it."""
+    """Whether the licences of the teacher and of its own teachers allow distillation; None: unknown, or no teacher."""
     if setting.recipe.teacher is None:
         return None
     return licences.all_allow(
@@ -35,19 +35,19 @@ def licences_allow_distillation(setting: Setting) -> bool | None:
 
 
 def teacher_licences(setting: Setting) -> str | None:
-    """The licences of the teacher and of its own teachers, as one expression; None where none is stated."""
+    """The licences of the teacher and of its own teachers as one SPDX expression; None if none is stated."""
     return licences.join_licences(
         [setting.teacher_licence, *(t.licence for t in _teacher_terms(setting) if t.role != "data")]
     )
 
 
 def text_licence(data: Data, recipe_folder: Path) -> str | None:
-    """The licence of a recipe's text: as the recipe says, else as the card of a data set that is on this machine."""
+    """The licence of a recipe's text: from the recipe, else from the data set's card on this machine; None: unknown."""
     if data.licence or data.kind != "dataset":
         return data.licence
     try:
         path = Path(corpus.locate_data(data, recipe_folder))
-    except BadInput:  # told where the text is read
+    except BadInput:  # reading the text raises it again
         return None
     if path.exists():
         return licence.licence_of_card(path if path.is_dir() else path.parent)
@@ -55,27 +55,30 @@ def text_licence(data: Data, recipe_folder: Path) -> str | None:
 
     try:
         found = try_to_load_from_cache(str(data.path), "README.md", repo_type="dataset")
-    except ValueError:  # no name that the hub has
+    except ValueError:  # not a valid name on the hub
         return None
     return licence.licence_of_card(Path(found).parent) if isinstance(found, str) else None
 
 
 def licence_fields(setting: Setting, plan: Plan) -> dict[str, Any]:
-    """The fields of `Version` that tell a student's licences; of a control that learnt from text alone, of that."""
+    """The licence fields of a student's `Version`; without the teacher's if the student does not learn from it."""
     from_teacher, base = learns_from_teacher(setting, plan), setting.base_models.get(plan.student)
-    begun = setting.inherited_terms.get(base.label, ()) if base else ()
-    above = [*(_teacher_terms(setting) if from_teacher else ()), *begun]
+    base_terms = setting.inherited_terms.get(base.label, ()) if base else ()
+    all_terms = [*(_teacher_terms(setting) if from_teacher else ()), *base_terms]
     text = text_licence(setting.recipe.data, setting.source.path.resolve().parent)
-    teachers = [teacher_licences(setting) if from_teacher else None, *(t.licence for t in begun if t.role != "data")]
+    teachers = [
+        teacher_licences(setting) if from_teacher else None,
+        *(t.licence for t in base_terms if t.role != "data"),
+    ]
     fields: dict[str, Any] = {
         "licence_allows_distillation": licences.all_allow(
             [
                 licences_allow_distillation(setting) if from_teacher else True,
-                *(t.allows_distillation for t in begun if t.role == "teacher"),
+                *(t.allows_distillation for t in base_terms if t.role == "teacher"),
             ]
         ),
         "teacher_licence": licences.join_licences(teachers),
-        "data_licence": licences.join_licences([text, *(t.licence for t in above if t.role == "data")]),
+        "data_licence": licences.join_licences([text, *(t.licence for t in all_terms if t.role == "data")]),
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:

@@ -1,4 +1,4 @@
-"""Match a control with the student it belongs to."""
+"""Finds the students that a control is matched with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from limbeck.distill.recipe.schema import Recipe
 
 
 def plans_to_match(recipe: Recipe, plan: Plan) -> list[Plan]:
-    """The plans that a control's length is taken from, of its own size and seed.
+    """The plans, of the same size and seed, whose training decides how long a control trains.
 
-    Of labels at equal cost: the distilled students and the labels at equal tokens. Of labels at equal tokens: the
-    distilled students where time or money ends their training, which only the run tells. Of others: none.
+    For labels at equal cost, these are the distilled students and the labels at equal tokens. For labels at equal
+    tokens, these are the distilled students if time or money ends their training, since only the run shows when.
+    All other plans are matched with none.
     """
     family = [p for p in grid.plan_students(recipe) if (p.student, p.seed) == (plan.student, plan.seed)]
     budget = recipe.budget

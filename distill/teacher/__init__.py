@@ -1,1 +1,1 @@
-"""The teacher's outputs: captured locally or through an endpoint, generated, retokenized."""
+"""The teacher's outputs: its distributions, run locally or behind an endpoint, retokenized or not, and its texts."""

@@ -1,7 +1,7 @@
-"""What teachers wrote, kept by all that was asked: a request that was answered once is not asked, nor paid, again.
+"""Stores teachers' answers by their requests, so that no request is sent, or paid, twice.
 
-One SQLite file that several processes may use. Each answer is there whole or not at all, so a kill loses what was
-under way. An answer that is damaged is as good as none.
+One SQLite file, which several processes may use. An answer is stored whole or not at all, so a kill loses only
+requests in flight. A damaged answer counts as missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "completions.db"
 
 
 class AnswerCache:
-    """The kept answers, by `registry.core.digest.json_digest` of their request; from several threads where need be."""
+    """Stored answers, by `limbeck.registry.core.digest.json_digest` of their request. Thread-safe."""
 
     def __init__(self) -> None:
         self.path = home() / FILE
@@ -31,31 +31,34 @@ class AnswerCache:
             with self._file:
                 self._file.execute("CREATE TABLE IF NOT EXISTS completions (request TEXT PRIMARY KEY, answer BLOB)")
         except sqlite3.DatabaseError as error:
-            raise BadInput(f"{self.path} cannot be used: {error}", fix="move it away to begin anew") from error
+            raise BadInput(f"{self.path} cannot be used: {error}", fix="move it away to start a new one") from error
 
     def get(self, request: str) -> Any | None:
-        """The answer to a request, or None where there is none that is whole."""
+        """The answer to a request; None if it is missing or damaged."""
         with self._lock:
             row = self._file.execute("SELECT answer FROM completions WHERE request = ?", [request]).fetchone()
         try:
-            return json.loads(zlib.decompress(row[0])) if row else None  # zlib's checksum tells damage
+            return json.loads(zlib.decompress(row[0])) if row else None  # zlib's checksum detects damage
         except (zlib.error, ValueError, TypeError):
             return None
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers by their requests: all of them or, after a kill, none."""
+        """Store answers by their requests: all of them or, after a kill, none."""
         rows = [(request, zlib.compress(json.dumps(answer).encode())) for request, answer in answers.items()]
         with self._lock, self._file:
             self._file.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?)", rows)
 
     @contextmanager
     def request_lock(self, request: str) -> Iterator[None]:
-        """No other process or thread asks this within; look again whether it did before."""
+        """Hold the lock of a request, so that no other process or thread sends it.
+
+        Look for the answer again within: another one may have stored it while this one waited.
+        """
         from filelock import FileLock
 
         path = home() / "locks" / "completions" / f"{request}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path):
             yield
-            # Whoever waits for it looks for the answer first, and it is there by now.
+            # Safe to remove: a process that waits for the lock looks for the answer first, and finds it.
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint (vLLM, llama.cpp, `limbeck serve`, the commercial ones)."""
+"""A teacher behind an OpenAI-compatible endpoint: vLLM, llama.cpp, `limbeck serve`, or a commercial API."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
 
 T = TypeVar("T")
-REFUSALS = 8  # of a server that has answered nothing yet: then it is no single request that is wrong
+MAX_REFUSALS = 8  # refused requests before the first answer: then the fault is not in a single request
 Request = dict[str, Any]
 
 
 class EndpointTeacher:
-    """Asks an endpoint; what it answered once is read from what was kept.
+    """Sends requests to an endpoint, and reads answers that are already stored from the answer cache.
 
     Args:
-        model: the endpoint, as `find` gives it.
-        settings: how it is asked, and its prices.
-        max_usd: no more is asked after so much was paid; None: no limit.
+        model: the endpoint, from `resolve_endpoint`.
+        settings: the recipe's `[teacher]`: rate limits and prices.
+        max_usd: send no request after this much was paid; None: no limit.
 
     Attributes:
-        paid: tokens in and out; those of answers that were kept before are added by whoever counts them.
+        paid_tokens: tokens in and out. It begins at 0; callers add the tokens of answers stored before.
+        refusals: messages of the refused requests that were skipped.
+        answer_count: requests that this object had answered.
     """
 
     def __init__(
@@ -46,10 +48,10 @@ class EndpointTeacher:
         self.settings, self.answer_cache, self.max_usd = settings, answer_cache, max_usd
         self.client = EndpointClient(self.endpoint.url, settings.num_concurrent, settings.requests_per_minute)
         self.paid_tokens = [0, 0]
-        self.refusals: list[str] = []  # what was said of requests that were refused and passed over
-        self.answer_count = 0  # requests, by this object
+        self.refusals: list[str] = []
+        self.answer_count = 0
         self._lock = threading.Lock()
-        self._max_tokens_key = "max_tokens"  # what this server calls the most new tokens
+        self._max_tokens_key = "max_tokens"  # this server's name of the parameter
 
     @property
     def label(self) -> str:
@@ -57,51 +59,62 @@ class EndpointTeacher:
 
     @property
     def usd(self) -> float:
-        """Dollars for what was paid."""
+        """The dollars of the paid tokens."""
         return self.settings.usd(*self.paid_tokens)
 
     def request(self, path: str, payload: dict[str, Any]) -> Request:
-        """All that an answer depends on."""
+        """A request with everything that its answer depends on."""
         return {"url": self.endpoint.url, "path": path, "payload": {"model": self.endpoint.name, **payload}}
 
     def ask_all(
-        self, requests: Sequence[Request], read: Callable[[Any], T], *, skip_refused: bool = False
+        self, requests: Sequence[Request], parse: Callable[[Any], T], *, skip_refused: bool = False
     ) -> Iterator[tuple[int, T]]:
-        """(number, what `read` makes of the answer) of each request, as they come; ends early after `max_usd`.
+        """Yield (number of the request, `parse(answer)`) in the order of the answers; ends early after `max_usd`.
 
         Args:
-            skip_refused: go on after a request that is refused, as for its length or what it says.
+            parse: an answer that it raises for is not stored.
+            skip_refused: skip a request that the server refuses, for its length or its content.
 
         Raises:
-            BadInput: the server refuses a request. Unreachable: it does not answer; or what `read` raises.
+            BadInput: the server refuses a request.
+            Unreachable: it does not answer; or what `parse` raises.
         """
 
         def ask(request: Request) -> tuple[T] | None:
-            digest = json_digest(request)
-            if (answer := self.answer_cache.get(digest)) is None:
-                if self.max_usd is not None and self.usd >= self.max_usd:
-                    return None
-                with self.answer_cache.request_lock(digest):
-                    if (answer := self.answer_cache.get(digest)) is None:  # another process may have been quicker
-                        try:
-                            answer = self._post(request)
-                        except BadInput as error:
-                            if not skip_refused or self._gives_up(error):
-                                raise
-                            return None
-                        read(answer)  # what cannot be read is not kept
-                        self.answer_cache.add({digest: answer})
-                        self._pay(answer)
-            return (read(answer),)
+            answer = self.answer_cache.get(json_digest(request))
+            if answer is None:
+                answer = self._send(request, parse, skip_refused)
+            return None if answer is None else (parse(answer),)
 
         for number, answer in self.client.map_concurrently(ask, requests):
             if answer is not None:
                 yield number, answer[0]
 
-    def _gives_up(self, error: BadInput) -> bool:
+    def _send(self, request: Request, parse: Callable[[Any], Any], skip_refused: bool) -> Any | None:
+        """Send a request that has no stored answer; None if the money is spent or the request is skipped."""
+        if self.max_usd is not None and self.usd >= self.max_usd:
+            return None
+        digest = json_digest(request)
+        with self.answer_cache.request_lock(digest):
+            answer = self.answer_cache.get(digest)
+            if answer is not None:  # another process was faster
+                return answer
+            try:
+                answer = self._post(request)
+            except BadInput as error:
+                if not skip_refused or self._refuses_everything(error):
+                    raise
+                return None
+            parse(answer)
+            self.answer_cache.add({digest: answer})
+            self._count_payment(answer)
+            return answer
+
+    def _refuses_everything(self, error: BadInput) -> bool:
+        """Record a refusal; whether there are so many that no request is going to be answered."""
         with self._lock:
             self.refusals.append(error.message)
-            return self.answer_count == 0 and len(self.refusals) >= REFUSALS
+            return self.answer_count == 0 and len(self.refusals) >= MAX_REFUSALS
 
     def _post(self, request: Request) -> Any:
         payload = dict(request["payload"])
@@ -109,13 +122,13 @@ class EndpointTeacher:
         try:
             return self.client.request_json(request["path"], payload)
         except BadInput as error:
-            # OpenAI's newer models know it by this name only, and say so.
+            # OpenAI's newer models accept only this name, and their error message contains it.
             if self._max_tokens_key == "max_completion_tokens" or "max_completion_tokens" not in error.message:
                 raise
             self._max_tokens_key = "max_completion_tokens"
             return self._post(request)
 
-    def _pay(self, answer: Any) -> None:
+    def _count_payment(self, answer: Any) -> None:
         usage = answer.get("usage") or {}
         with self._lock:
             self.answer_count += 1
@@ -123,11 +136,11 @@ class EndpointTeacher:
                 self.paid_tokens[place] += int(usage.get(name) or 0)
 
 
-def find(teacher: Teacher, recipe_folder: Path, store: Store) -> ResolvedModel:
-    """The model that an endpoint serves, asked for its name; its folder says where it is, and has its tokenizer.
+def resolve_endpoint(teacher: Teacher, recipe_folder: Path, store: Store) -> ResolvedModel:
+    """Resolve the model that an endpoint serves, as a folder with its address and the tokenizer of the recipe.
 
     Raises:
-        BadInput: a URL or tokenizer that cannot be used, a model that is not served.
+        BadInput: a URL or tokenizer that cannot be used, or a model that the endpoint does not serve.
         Unreachable: the server does not answer.
     """
     tokenizer = None

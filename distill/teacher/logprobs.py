@@ -1,7 +1,7 @@
-"""What an endpoint says of a text that it is given: the likeliest tokens at each place, and the text's own likelihood.
+"""Prompt logprobs of an endpoint: the most likely tokens at each position of a text, and the text's log-probabilities.
 
-It is asked to complete the text and to echo it with log-probabilities, as vLLM and `limbeck serve` do; chat APIs and
-most commercial servers do not, which is found out by one short request before any other.
+A completion request with `echo` and `logprobs` returns them, on vLLM and on `limbeck serve`. Chat APIs and most
+commercial servers do not support it; one short request finds that out before any other.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
 
     from limbeck.distill.context import Setting
 
-MAX_PROMPTS_PER_REQUEST = 8  # of one request, at most: what is lost where it fails
+MAX_PROMPTS_PER_REQUEST = 8  # all of them are lost if the request fails
 PROBE = "The quick brown fox jumps over the lazy dog."
-BY_ID = "token_id:"  # how vLLM names a token with return_tokens_as_token_ids
-NO_LOGPROB = -20.0  # log-probability where nothing is to be predicted
+TOKEN_ID_PREFIX = "token_id:"  # vLLM's names of tokens with return_tokens_as_token_ids
+NO_LOGPROB = -20.0  # log-probability stored at positions without a target
 
 
 class PromptLogprobs(NamedTuple):
-    """One prompt as it came back.
+    """One prompt and its completion, as the endpoint returns it.
 
     Attributes:
-        tokens: their texts or, by id, `token_id:17`. logprobs: of each given those before, the first one's is NaN.
-        tops: the likeliest at each place, token -> log-probability; the first is empty.
-        offsets: where each token begins in `text`, the prompt and what was made of it.
+        tokens: texts of the tokens or, by id, `token_id:17`.
+        logprobs: of each token after those before it; the first is NaN.
+        top_logprobs: the most likely tokens at each position, token -> log-probability; the first is empty.
+        offsets: where each token begins in `text`.
+        text: the prompt and its completion.
     """
 
     tokens: list[str]
@@ -47,20 +49,20 @@ class PromptLogprobs(NamedTuple):
 
 
 class PromptLogprobsClient:
-    """Has texts echoed by an endpoint.
+    """Gets prompt logprobs from an endpoint.
 
     Args:
-        tokenizer: of the model that is served; None where the server's own is to read the texts.
+        tokenizer: of the served model; None if the server tokenizes the texts.
     """
 
     def __init__(self, teacher: EndpointTeacher, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.teacher, self.tokenizer = teacher, tokenizer
-        self._by_id = False  # whether tokens are told by id
-        self._checked = 0  # so many likeliest tokens are told
-        self._ids: dict[str, int] | None = None
+        self._by_id = False  # the server names tokens by id
+        self._checked_top = 0  # the server was seen to return this many most likely tokens
+        self._ids: dict[str, int] | None = None  # by text; -1 if several tokens share it
 
     def request(self, prompts: Sequence[Any], top: int) -> Request:
-        """For prompts, all of them texts or all token ids: with the `top` likeliest tokens at each place."""
+        """The request for prompts, all texts or all lists of ids, and the `top` most likely tokens at each position."""
         payload = {
             "prompt": list(prompts),
             "max_tokens": 1,  # not every server takes 0
@@ -73,71 +75,78 @@ class PromptLogprobsClient:
         return self.teacher.request("/completions", payload)
 
     def check(self, top: int) -> None:
-        """Find out by a short request what the server tells.
+        """Find out by a short request what the server supports.
 
-        Raises BadInput where it gives no log-probabilities of a prompt, fewer than `top`, or reads ids otherwise.
+        Raises BadInput if it returns no prompt logprobs or fewer than `top` tokens, or if it has another tokenizer.
         """
-        if top <= self._checked:
+        if top <= self._checked_top:
             return
         ids = self.tokenizer.encode(PROBE, add_special_tokens=False) if self.tokenizer else None
         prompt: Any = PROBE if ids is None else ids
         self._by_id = ids is not None
         try:
-            ((_, (echoed,)),) = self.teacher.ask_all([self.request([prompt], top)], self._read)
-            self._by_id = self._by_id and all(token.startswith(BY_ID) for token in echoed.tokens)
+            ((_, (result,)),) = self.teacher.ask_all([self.request([prompt], top)], self._parse)
+            self._by_id = self._by_id and all(token.startswith(TOKEN_ID_PREFIX) for token in result.tokens)
         except BadInput:
             if not self._by_id:
                 raise
-            self._by_id = False  # a server that does not know how to tell tokens by id may refuse to be asked
+            self._by_id = False  # a server that cannot name tokens by id may refuse the request
             try:
-                ((_, (echoed,)),) = self.teacher.ask_all([self.request([prompt], top)], self._read)
+                ((_, (result,)),) = self.teacher.ask_all([self.request([prompt], top)], self._parse)
             except BadInput as error:
                 if "logprobs" in error.message:
-                    error.fix = f"it may tell fewer than {top} tokens a place: lower cache.top_k, or raise its limit"
+                    error.fix = (
+                        f"it may return fewer than {top} tokens at each position: lower cache.top_k, or raise its limit"
+                    )
                 raise
         if ids is not None:
-            self._compare(ids, echoed, top)
-        self._checked = top
+            self._check_tokenizer(ids, result)
+            self.top_tokens(result, 1, top)
+        self._checked_top = top
 
-    def _compare(self, ids: Sequence[int], echoed: PromptLogprobs, top: int) -> None:
-        assert self.tokenizer is not None
-        read = [self._id(token) for token in echoed.tokens[: len(ids)]]
-        if read != list(ids) and not (
-            not self._by_id and _without_spaces(echoed.text).startswith(_without_spaces(PROBE))
-        ):
+    def _check_tokenizer(self, ids: Sequence[int], result: PromptLogprobs) -> None:
+        """Raise BadInput if the server reads the ids of PROBE as another text."""
+        server_ids = [self._id(token) for token in result.tokens[: len(ids)]]
+        if server_ids == list(ids):
+            return
+        # Without ids, texts may differ in spaces or be shared by several tokens: compare the whole text.
+        if self._by_id or not _without_spaces(result.text).startswith(_without_spaces(PROBE)):
             raise BadInput(
-                f"{self.teacher.label} has another tokenizer: it reads {PROBE!r} as {echoed.text[:80]!r}",
-                fix="give the model that it serves as teacher.tokenizer",
+                f"{self.teacher.label} has another tokenizer: it reads {PROBE!r} as {result.text[:80]!r}",
+                fix="set teacher.tokenizer to the model that it serves",
             )
-        self.top_tokens(echoed, 1, top)
 
-    def _read(self, answer: Any) -> list[PromptLogprobs]:
-        """The echoes in an answer. Raises BadInput where they lack log-probabilities."""
+    def _parse(self, answer: Any) -> list[PromptLogprobs]:
+        """The prompts in an answer. Raises BadInput if log-probabilities are missing."""
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             return [_parse_choice(choice) for choice in choices]
         except (TypeError, KeyError, ValueError):
             raise BadInput(
-                f"{self.teacher.label} gives no log-probabilities of a text that it is given",
-                fix="serve the teacher with vLLM or `limbeck serve`, or have it write the text: [generate]",
+                f"{self.teacher.label} returns no prompt logprobs: log-probabilities of a text that it is given",
+                fix="serve the teacher with vLLM or `limbeck serve`, or let it write the text: [generate]",
             ) from None
 
-    def top_tokens(self, echoed: PromptLogprobs, place: int, top: int) -> tuple[list[int], list[float]]:
-        """The `top` likeliest tokens at a place and their log-probabilities. Raises BadInput where they are untold."""
-        told = sorted(echoed.top_logprobs[place].items(), key=lambda item: -item[1])[:top]
-        ids = [self._id(token) for token, _ in told]
-        if len(told) < top or None in ids or len(set(ids)) < len(ids):
-            why = f"{len(told)} of them" if len(told) < top else "some by a text that several tokens share"
+    def top_tokens(self, result: PromptLogprobs, position: int, top: int) -> tuple[list[int], list[float]]:
+        """The ids of the `top` most likely tokens at a position, and their log-probabilities.
+
+        Raises BadInput if the server returned fewer, or if their ids are not certain.
+        """
+        items = sorted(result.top_logprobs[position].items(), key=lambda item: -item[1])[:top]
+        ids = [self._id(token) for token, _ in items]
+        if len(items) < top or None in ids or len(set(ids)) < len(ids):
+            reason = f"only {len(items)}" if len(items) < top else "some by a text that several tokens share"
             raise BadInput(
-                f"{self.teacher.label} was asked for the {top} likeliest tokens at each place and told {why}",
+                f"{self.teacher.label} was asked for the {top} most likely tokens at each position and returned "
+                f"{reason}",
                 fix="lower cache.top_k, raise the server's limit, or serve the teacher with vLLM or `limbeck serve`",
             )
-        return [token for token in ids if token is not None], [logprob for _, logprob in told]
+        return [token for token in ids if token is not None], [logprob for _, logprob in items]
 
     def _id(self, token: str) -> int | None:
-        """The id of a token as the server names it; None where that is not certain."""
+        """The id of a token by the server's name for it; None if it is not certain."""
         if self._by_id:
-            return int(token.removeprefix(BY_ID)) if token.startswith(BY_ID) else None
+            return int(token.removeprefix(TOKEN_ID_PREFIX)) if token.startswith(TOKEN_ID_PREFIX) else None
         assert self.tokenizer is not None
         if self._ids is None:
             self._ids = {}
@@ -145,22 +154,26 @@ class PromptLogprobsClient:
                 text = self.tokenizer.decode([number])
                 text = name if "\ufffd" in text else text
                 self._ids[text] = -1 if text in self._ids else number
-        found = self._ids.get(token, -1)
-        return None if found < 0 else found
+        token_id = self._ids.get(token, -1)
+        return None if token_id < 0 else token_id
 
     def token_logprobs(self, texts: Sequence[str]) -> Iterator[tuple[int, tuple[list[str], list[float]]]]:
-        """(number, (tokens, log-probabilities)) of each text, as they come, by the server's own tokenizer.
+        """Yield (number of the text, (tokens, log-probabilities)) in the order of the answers.
 
-        The tokens together are the text; one that is no whole character alone is empty, and what follows it has the
-        character. The first log-probability is NaN where nothing comes before it.
+        The server's tokenizer makes the tokens; joined, they are the text. A token that ends inside a character is
+        empty, and the token that completes the character has all of it. The first log-probability is NaN if the
+        server puts no token before the text.
         """
-        plain = PromptLogprobsClient(self.teacher)
-        plain.check(1)
-        for number, (echoed,) in self.teacher.ask_all([plain.request([text], 1) for text in texts], self._read):
-            yield number, _text_tokens(echoed, texts[number])
+        client = PromptLogprobsClient(self.teacher)
+        client.check(1)
+        for number, (result,) in self.teacher.ask_all([client.request([text], 1) for text in texts], self._parse):
+            yield number, _text_tokens(result, texts[number])
 
     def pass_over_blocks(self, blocks: Blocks) -> TeacherPass:
-        """What each cache stores of blocks. Raises BadInput where the context is too short, or as `check`."""
+        """A function of block numbers and caches that returns the arrays to store.
+
+        Raises BadInput if the server's context is too short for a block; the function raises what `check` does.
+        """
         length, context = blocks.ids.shape[1], self.teacher.endpoint.context
         if context is not None and context < length + 1:
             raise BadInput(
@@ -186,37 +199,38 @@ class PromptLogprobsClient:
         return run
 
     def _blocks(self, blocks: Blocks, indices: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each block the `size` likeliest tokens at each position (T, size), and their log-probabilities."""
+        """The `size` most likely tokens at each position of each block, (T, size), and their log-probabilities."""
         length = blocks.ids.shape[1]
         arrays = [(np.tile(np.arange(size), (length, 1)), np.full((length, size), NO_LOGPROB)) for _ in indices]
-        pieces = [
-            (place, places.start, blocks.ids[index][places].tolist())
+        documents = [
+            (place, positions.start, blocks.ids[index][positions].tolist())
             for place, index in enumerate(indices)
-            for places in _slices_to_send(blocks.segments[index], blocks.targets[index])
+            for positions in _slices_to_send(blocks.segments[index], blocks.targets[index])
         ]
         groups = [
-            pieces[start : start + MAX_PROMPTS_PER_REQUEST] for start in range(0, len(pieces), MAX_PROMPTS_PER_REQUEST)
+            documents[start : start + MAX_PROMPTS_PER_REQUEST]
+            for start in range(0, len(documents), MAX_PROMPTS_PER_REQUEST)
         ]
         requests = [self.request([ids for _, _, ids in group], size) for group in groups]
-        for number, echoes in self.teacher.ask_all(requests, self._read):
-            for (place, start, ids), echoed in zip(groups[number], echoes, strict=True):
-                if len(echoed.top_logprobs) < len(ids):
+        for number, results in self.teacher.ask_all(requests, self._parse):
+            for (place, start, ids), result in zip(groups[number], results, strict=True):
+                if len(result.top_logprobs) < len(ids):
                     raise BadInput(
-                        f"{self.teacher.label} echoes {len(echoed.top_logprobs)} tokens where {len(ids)} were sent"
+                        f"{self.teacher.label} returns {len(result.top_logprobs)} tokens of a prompt of {len(ids)}"
                     )
-                for position in range(1, len(ids)):  # what is told of a token stands with the one before it
+                for position in range(1, len(ids)):  # the prediction of a token is stored at the position before it
                     row = start + position - 1
-                    arrays[place][0][row], arrays[place][1][row] = self.top_tokens(echoed, position, size)
+                    arrays[place][0][row], arrays[place][1][row] = self.top_tokens(result, position, size)
         return arrays
 
 
 def endpoint_pass(setting: Setting) -> TeacherPass:
-    """A function of block numbers and caches that has a recipe's endpoint say what is to be stored of the blocks."""
+    """A function of block numbers and caches: the arrays to store of a recipe's endpoint."""
     return prompt_logprobs_client(setting, setting.tokenizer).pass_over_blocks(setting.train)
 
 
 def prompt_logprobs_client(setting: Setting, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptLogprobsClient:
-    """A recipe's endpoint; its own tokenizer reads the texts where none is given."""
+    """The client of a recipe's endpoint; without `tokenizer`, the server tokenizes the texts."""
     recipe = setting.recipe
     assert setting.teacher is not None
     assert recipe.teacher is not None
@@ -224,38 +238,40 @@ def prompt_logprobs_client(setting: Setting, tokenizer: PreTrainedTokenizerBase 
 
 
 def _slices_to_send(segments: np.ndarray, targets: np.ndarray) -> list[slice]:
-    """The documents of a block of which something is to be predicted, from its segments and targets (T,)."""
-    return [places for places in document_slices(segments) if targets[places][1:].any()]
+    """The documents of a block that have a target, from its segments and targets (T,)."""
+    return [positions for positions in document_slices(segments) if targets[positions][1:].any()]
 
 
 def tokens_sent(blocks: Blocks) -> tuple[int, int]:
-    """Tokens that an endpoint is sent and gives when every block is echoed."""
-    rows = [
-        places.stop - places.start
+    """The tokens that an endpoint reads and writes for the prompt logprobs of all blocks: one new token each."""
+    sizes = [
+        positions.stop - positions.start
         for segments, targets in zip(blocks.segments, blocks.targets, strict=True)
-        for places in _slices_to_send(segments, targets)
+        for positions in _slices_to_send(segments, targets)
     ]
-    return sum(rows), len(rows)
+    return sum(sizes), len(sizes)
 
 
 def _parse_choice(choice: Mapping[str, Any]) -> PromptLogprobs:
-    said = choice["logprobs"]
-    values = [math.nan if value is None else float(value) for value in said["token_logprobs"]]
-    # Of the first token nothing is told, since nothing comes before it.
+    logprobs = choice["logprobs"]
+    values = [math.nan if value is None else float(value) for value in logprobs["token_logprobs"]]
+    # The first token has no log-probability, since no token comes before it.
     if not values or not math.isnan(values[0]) or any(map(math.isnan, values[1:])):
-        raise ValueError("no log-probabilities of the prompt")
-    tops = [top or {} for top in said.get("top_logprobs") or [{}] * len(values)]
-    return PromptLogprobs(list(said["tokens"]), np.array(values), tops, list(said["text_offset"]), str(choice["text"]))
+        raise ValueError("no prompt logprobs")
+    tops = [top or {} for top in logprobs.get("top_logprobs") or [{}] * len(values)]
+    return PromptLogprobs(
+        list(logprobs["tokens"]), np.array(values), tops, list(logprobs["text_offset"]), str(choice["text"])
+    )
 
 
-def _text_tokens(echoed: PromptLogprobs, text: str) -> tuple[list[str], list[float]]:
-    """The tokens of a text as parts of it, without what was made after it."""
-    if not echoed.text.startswith(text):
-        raise BadInput(f"the endpoint echoes {echoed.text[:80]!r} where {text[:80]!r} was sent")
-    starts = [offset for offset in echoed.offsets if offset < len(text)]
+def _text_tokens(result: PromptLogprobs, text: str) -> tuple[list[str], list[float]]:
+    """The tokens of a text as parts of it, without the completion, and their log-probabilities."""
+    if not result.text.startswith(text):
+        raise BadInput(f"the endpoint returns the prompt {text[:80]!r} as {result.text[:80]!r}")
+    starts = [offset for offset in result.offsets if offset < len(text)]
     ends = [*starts[1:], len(text)]
     tokens = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-    return tokens, echoed.logprobs[: len(tokens)].tolist()
+    return tokens, result.logprobs[: len(tokens)].tolist()
 
 
 def _without_spaces(text: str) -> str:

@@ -1,9 +1,10 @@
-"""A teacher with another tokenizer: both read the same text, and its chunks that both begin and end are compared.
+"""A teacher with another tokenizer: stores its log-probabilities of the text chunks that both tokenizers share.
 
-Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083): where both have a token end at the same byte of
-the text, a chunk ends. A chunk's log-probability is the sum of those of its tokens, and what is matched is whether it
-comes or not: the divergence of two outcomes, since nobody can sum over all other strings. It needs nothing of the
-teacher but its log-probability of each token of the text. Equal tokenizers make each token a chunk of its own.
+Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083). A chunk ends at each byte of the text at which
+tokens of both end, and its log-probability is the sum of those of its tokens. The loss
+(`limbeck.distill.losses.text_chunks`) compares two outcomes, "this chunk is next" and "it is not", since nobody can
+sum over all other strings. So the teacher has to give only its log-probability of each token of the text. If both
+tokenizers are equal, each token is a chunk.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 
 class SpanLogprobs(NamedTuple):
-    """How a teacher read a piece: where its tokens end, in bytes of the text from 0, and their log-probabilities.
+    """A teacher's tokens of a text span, empty if it could not read the span.
 
-    The first token of all, with nothing before it, has none: NaN. The end of a document is a token that ends one
-    byte after the text.
+    Attributes:
+        ends: (n,) where each token ends, in bytes of the text from 0. A token that ends the document ends one byte
+            after the text.
+        logprobs: (n,) float; NaN for a first token with nothing before it.
     """
 
     ends: np.ndarray
@@ -40,7 +43,7 @@ TokensAndLogprobs = tuple[list[str], list[float]]  # the tokens of a text, and t
 
 
 def local_reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> Reader:
-    """A teacher that runs here reads pieces by its own tokenizer; what exceeds its context is not read.
+    """Read spans with a local teacher and its own tokenizer, up to its context length.
 
     Args:
         bf16: run under autocast.
@@ -48,92 +51,92 @@ def local_reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf1
     torch.nn.Module.to(model, loading.device()).eval()
     texts, vocab_size = token_bytes(tokenizer), loading.vocabulary_size(tokenizer)
 
-    def read(asked: Sequence[TextSpan]) -> list[SpanLogprobs]:
-        reads = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
-        encoded = tokenize_spans(asked, tokenizer, texts)
+    def read(spans: Sequence[TextSpan]) -> list[SpanLogprobs]:
+        results = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in spans]
+        encoded = tokenize_spans(spans, tokenizer, texts)
         for number, logits in span_logits(model, encoded, vocab_size, bf16):
             ids = torch.from_numpy(encoded[number].ids[1 : len(logits), None]).to(logits.device)
-            said = logits[:-1].gather(-1, ids)[:, 0] - logits[:-1].logsumexp(-1)
-            reads[number] = SpanLogprobs(encoded[number].ends[: len(logits)], np.append(np.nan, said.cpu().numpy()))
-        return reads
+            logprobs = logits[:-1].gather(-1, ids)[:, 0] - logits[:-1].logsumexp(-1)
+            ends = encoded[number].ends[: len(logits)]
+            results[number] = SpanLogprobs(ends, np.append(np.nan, logprobs.cpu().numpy()))
+        return results
 
     return read
 
 
 def endpoint_reader(token_logprobs: Callable[[Sequence[str]], Iterable[tuple[int, TokensAndLogprobs]]]) -> Reader:
-    """A teacher behind an endpoint that echoes a text with its tokens and their log-probabilities.
+    """Read spans with a teacher behind an endpoint that returns prompt logprobs.
 
-    Where a document begins and ends it is not told: the first token has no log-probability, and the end none.
+    It does not see where a document begins or ends: the first token has no log-probability, and no token ends the
+    document.
 
     Args:
         token_logprobs: (number, (tokens, log-probabilities)) of each text, in any order.
     """
 
-    def read(asked: Sequence[TextSpan]) -> list[SpanLogprobs]:
-        reads = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in asked]
-        wanted = [number for number, piece in enumerate(asked) if piece.text]
-        for place, (tokens, logprobs) in token_logprobs([asked[number].text for number in wanted]):
+    def read(spans: Sequence[TextSpan]) -> list[SpanLogprobs]:
+        results = [SpanLogprobs(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in spans]
+        numbers = [number for number, span in enumerate(spans) if span.text]
+        for place, (tokens, logprobs) in token_logprobs([spans[number].text for number in numbers]):
             ends = np.cumsum([len(token.encode()) for token in tokens])
-            ends[ends == 0] = -4  # the first part of a character: nothing is told of it, so no chunk begins with it
-            reads[wanted[place]] = SpanLogprobs(ends, np.array(logprobs, dtype=float))
-        return reads
+            ends[ends == 0] = -4  # the first part of a character has no log-probability: no chunk may begin after it
+            results[numbers[place]] = SpanLogprobs(ends, np.array(logprobs, dtype=float))
+        return results
 
     return read
 
 
-def align(own: np.ndarray, read: SpanLogprobs) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of a text that two tokenizations share.
+def align(student_ends: np.ndarray, teacher: SpanLogprobs) -> tuple[np.ndarray, np.ndarray]:
+    """Find the chunks of a text that two tokenizations share.
 
     Args:
-        own: (n,) where the student's tokens end, not falling.
+        student_ends: (n,) where the student's tokens end, in bytes, ascending.
 
     Returns:
-        numbers (n,) int64: the chunk of each of the student's tokens, counted from 1, 0 where it is in none; and the
+        numbers (n,) int64: the chunk of each of the student's tokens, counted from 1, 0 if it is in none; and the
         teacher's log-probability of each chunk.
     """
-    numbers = np.zeros(len(own), dtype=np.int64)
-    common = np.intersect1d(own, read.ends)
-    if len(common) < 2:
+    numbers = np.zeros(len(student_ends), dtype=np.int64)
+    shared_ends = np.intersect1d(student_ends, teacher.ends)
+    if len(shared_ends) < 2:
         return numbers, np.zeros(0)
-    # Of several tokens that end at one byte the first: the others are of no bytes, and belong to what follows.
-    mine, theirs = np.searchsorted(own, common), np.searchsorted(read.ends, common)
-    until = np.concatenate([[0.0], np.cumsum(np.nan_to_num(read.logprobs))])
-    logprobs = until[theirs[1:] + 1] - until[theirs[:-1] + 1]
-    for chunk, (first, last) in enumerate(pairwise(mine), start=1):
+    # If several tokens end at the same byte, take the first: the others have no bytes, and belong to the next chunk.
+    student_places = np.searchsorted(student_ends, shared_ends)
+    teacher_places = np.searchsorted(teacher.ends, shared_ends)
+    cumulative = np.concatenate([[0.0], np.cumsum(np.nan_to_num(teacher.logprobs))])
+    logprobs = cumulative[teacher_places[1:] + 1] - cumulative[teacher_places[:-1] + 1]
+    for chunk, (first, last) in enumerate(pairwise(student_places), start=1):
         numbers[first + 1 : last + 1] = chunk
     return numbers, logprobs
 
 
 def capture(blocks: Blocks, tokenizer: PreTrainedTokenizerBase, reader: Reader) -> Capture:
-    """What a cache stores of blocks: at each place (T,) what it says of the token after it.
+    """A function of block numbers that returns the arrays of a chunk cache, (n, T) each.
 
-    `chunks` uint16 is the number of its chunk in the block, from 1, 0 for none; `logprobs` float16 the teacher's
-    log-probability of the chunk, where it ends, and 0 elsewhere. A chunk counts where all its tokens are targets.
+    The entry at a position is about the token after it: `chunks` uint16 is the number of that token's chunk in the
+    block, counted from 1, 0 for none; `logprobs` float16 is the teacher's log-probability of the chunk at its last
+    token, and 0 elsewhere. A chunk is stored only if all its tokens are targets.
     """
     texts = token_bytes(tokenizer)
 
-    def stored(indices: np.ndarray) -> dict[str, np.ndarray]:
-        found = [document_spans(blocks, int(number), tokenizer, texts) for number in indices]
-        reads = iter(reader([piece for of_block in found for _, _, piece in of_block]))
+    def stored_arrays(indices: np.ndarray) -> dict[str, np.ndarray]:
+        blocks_spans = [document_spans(blocks, int(number), tokenizer, texts) for number in indices]
+        results = iter(reader([span for spans in blocks_spans for _, _, span in spans]))
         shape = (len(indices), blocks.ids.shape[1])
         chunks, logprobs = np.zeros(shape, dtype=np.uint16), np.zeros(shape, dtype=np.float16)
-        for row, (number, of_block) in enumerate(zip(indices, found, strict=True)):
+        for row, (number, spans) in enumerate(zip(indices, blocks_spans, strict=True)):
             count = 0
-            for places, ends, piece in of_block:
-                read = next(reads)
-                numbers, said = align(ends, read._replace(ends=read.ends + piece.skipped))
+            for places, ends, span in spans:
+                read = next(results)
+                numbers, chunk_logprobs = align(ends, read._replace(ends=read.ends + span.skipped))
                 targets = blocks.targets[number, places]
                 for chunk in np.unique(numbers[~targets]):
                     numbers[numbers == chunk] = 0
-                kept = np.unique(numbers[numbers > 0])
-                for chunk in kept:
+                for chunk in np.unique(numbers[numbers > 0]):
                     count += 1
-                    of_chunk = np.flatnonzero(numbers == chunk) + places.start - 1
-                    chunks[row, of_chunk] = count
-                    logprobs[row, of_chunk[-1]] = max(said[chunk - 1], -60000)
+                    positions = np.flatnonzero(numbers == chunk) + places.start - 1
+                    chunks[row, positions] = count
+                    logprobs[row, positions[-1]] = max(chunk_logprobs[chunk - 1], -60000)
         return {"chunks": chunks, "logprobs": logprobs}
 
-    return stored
-
-
-# --- the loss
+    return stored_arrays

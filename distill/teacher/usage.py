@@ -1,4 +1,4 @@
-"""What the teacher's words took, beside its forward passes here: text that it wrote, tokens of an endpoint."""
+"""What a teacher's texts and an endpoint's tokens cost; the forward passes of a local teacher are not part of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from limbeck.distill.teacher.signal import caches_for, form_of
 
 
 class TeacherUsage(NamedTuple):
-    """Of all that a student learns from, whichever run had it said; in full, however many students share it.
+    """The cost of everything that a student learns from, in full: in any run, however many students share it.
 
     Attributes:
-        seconds: that a local teacher wrote.
-        input_tokens, output_tokens: of an endpoint; `model` is its model, None for a local teacher.
-        usd: at the recipe's prices; None where it names none.
+        seconds: in which a local teacher wrote text.
+        input_tokens, output_tokens: of an endpoint.
+        usd: at the recipe's prices; None if it has none.
+        model: the endpoint's model; None for a local teacher.
     """
 
     seconds: float = 0.0
@@ -27,7 +28,7 @@ class TeacherUsage(NamedTuple):
 
 
 def usage_of_plan(setting: Setting, plan: Plan) -> TeacherUsage:
-    """What the teacher's words took that a plan learns from."""
+    """The usage of the teacher that a student learns from."""
     teacher = setting.recipe.teacher
     if teacher is None or setting.teacher is None or plan.control == "untrained":
         return TeacherUsage()
@@ -46,7 +47,7 @@ def usage_of_plan(setting: Setting, plan: Plan) -> TeacherUsage:
 
 
 def expected_usage(setting: Setting, plans: list[Plan]) -> TeacherUsage:
-    """What an endpoint will be asked for at most, before any of it; what was kept from before is not asked again."""
+    """The most that an endpoint will be used for; stored answers and cached outputs are not requested again."""
     teacher, model = setting.recipe.teacher, setting.teacher
     if teacher is None or model is None or model.endpoint is None:
         return TeacherUsage()
@@ -54,7 +55,7 @@ def expected_usage(setting: Setting, plans: list[Plan]) -> TeacherUsage:
     if setting.recipe.generate and setting.generated is None:
         expected = generate.forecast_generation(setting)
         tokens = [expected.input_tokens, expected.output_tokens]
-        if any(plan.objective.uses_teacher for plan in plans):  # every answer is echoed
+        if any(plan.objective.uses_teacher for plan in plans):  # prompt logprobs of every answer
             tokens = [2 * tokens[0] + tokens[1], tokens[1] + expected.answers]
     else:
         forms = [form_of(setting, plan) for plan in plans if plan.objective.uses_teacher]

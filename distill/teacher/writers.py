@@ -1,4 +1,4 @@
-"""Teachers that answer prompts: one that runs here, in batches, and one behind an endpoint."""
+"""Teachers that answer prompts: a local model, in batches, and an endpoint."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Request = dict[str, Any]
-SAMPLING = {"max_new_tokens", "temperature", "top_p", "stop"}
+SAMPLING_KEYS = {"max_new_tokens", "temperature", "top_p", "stop"}
 
 
 class TeacherWriter(Protocol):
     """A teacher that answers prompts.
 
     Attributes:
-        refused: what was said of requests that were passed over.
+        refusals: messages of the refused requests that were skipped.
     """
 
     @property
     def refusals(self) -> list[str]: ...
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
-        """All that an answer depends on; None where the prompt is too long to be answered."""
+        """The request for an answer, with everything that it depends on; None if the prompt is too long."""
 
     def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
-        """Have requests answered, by their digest, and keep the answers; yields how many more are done.
+        """Answer requests, given by digest, and store the answers; yields the number of new ones as they are done.
 
-        It may end before all are, where a limit is set to what is paid.
+        Ends early if a limit on dollars is reached.
 
         Args:
-            cached_tokens: tokens in and out of the answers that are there.
+            cached_tokens: tokens in and out of the answers that are already stored.
         """
 
     def answer(self, stored: Any) -> Answer:
-        """An answer as it was kept."""
+        """Parse a stored answer."""
 
 
 class LocalWriter:
-    """A teacher that runs here; see `Writes`. It is loaded when there is something to be written.
+    """A local teacher; see `TeacherWriter`. The model is loaded when the first answer is needed.
 
     Args:
         by_chat: prompts go through the tokenizer's chat template.
@@ -65,21 +65,20 @@ class LocalWriter:
         answer_cache: AnswerCache,
         trust_remote_code: bool = False,
     ) -> None:
-        self.teacher, self.tokenizer, self.generate, self.by_chat, self.answer_cache = (
-            teacher, tokenizer, generate, by_chat, answer_cache,
-        )  # fmt: skip
+        self.teacher, self.tokenizer, self.generate = teacher, tokenizer, generate
+        self.by_chat, self.answer_cache = by_chat, answer_cache
         self.trust_remote_code = trust_remote_code
         self.refusals: list[str] = []
         config = loading.load_config(teacher.path, trust_remote_code)
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
-        """See `Writes.request`."""
+        """See `TeacherWriter.request`."""
         opening = ""
         if self.by_chat:
             text = render_chat_prompt(self.tokenizer, prompt_messages(prompt, self.generate.system_prompt), prompt.path)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if text.rstrip().endswith(THINK_START):  # the template opens the reasoning, which is part of the answer
+            if text.rstrip().endswith(THINK_START):  # the template opens the reasoning, but it belongs to the answer
                 opening = THINK_START + text.rpartition(THINK_START)[2]
         else:
             ids = [start_token_id(self.tokenizer), *self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
@@ -90,34 +89,36 @@ class LocalWriter:
             "ids": ids,
             "opening": opening,
             "seed": seed if self.generate.temperature else 0,
-            **self.generate.model_dump(include=SAMPLING),
+            **self.generate.model_dump(include=SAMPLING_KEYS),
         }
 
     def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
-        """See `Writes.ask`. Batches are of prompts that are alike in length."""
+        """See `TeacherWriter.ask`. Batches hold prompts of similar length."""
         if not requests:
             return
         writer = TextSampler(
             self._load_teacher(),
             self.tokenizer,
             vocab_size=loading.vocabulary_size(self.tokenizer),
-            **self.generate.model_dump(include=SAMPLING),
+            **self.generate.model_dump(include=SAMPLING_KEYS),
         )
-        # A batch is kept whole: what is missing after a kill falls into the batches that an unbroken run makes.
+        # A batch is stored as a whole, so that after a kill the rest falls into the same batches as without one.
         order = sorted(requests, key=lambda digest: (len(requests[digest]["ids"]), digest))
         for start in range(0, len(order), self.generate.batch_size):
             batch = order[start : start + self.generate.batch_size]
-            asked = [requests[digest] for digest in batch]
-            answers = writer.answers([each["ids"] for each in asked], [each["seed"] for each in asked])
-            made = {
+            batch_requests = [requests[digest] for digest in batch]
+            answers = writer.answers(
+                [each["ids"] for each in batch_requests], [each["seed"] for each in batch_requests]
+            )
+            to_store = {
                 digest: answer._replace(text=request["opening"] + answer.text)._asdict()
-                for digest, request, answer in zip(batch, asked, answers, strict=True)
+                for digest, request, answer in zip(batch, batch_requests, answers, strict=True)
             }
-            self.answer_cache.add(made)
+            self.answer_cache.add(to_store)
             yield len(batch)
 
     def _load_teacher(self) -> PreTrainedModel:
-        """The teacher where it runs, on a GPU in bfloat16 where that has it."""
+        """The teacher on its device; in bfloat16 on a GPU that supports it."""
         import torch
 
         model = loading.load_model(self.teacher.path, self.trust_remote_code)
@@ -127,16 +128,16 @@ class LocalWriter:
         return model
 
     def answer(self, stored: Any) -> Answer:
-        """See `Writes.answer`."""
+        """See `TeacherWriter.answer`."""
         return Answer(**stored)
 
 
 class EndpointWriter:
-    """A teacher behind an endpoint; see `Writes`. Each answer is a request of its own, so that none is paid twice.
+    """A teacher behind an endpoint; see `TeacherWriter`. Each answer is one request, so that none is paid twice.
 
     Args:
-        tokenizer: of the model that is served, where it is known: to leave out what is too long for it.
-        by_chat: by /chat/completions, else by /completions.
+        tokenizer: of the served model, to skip prompts that are too long for it; None if it is unknown.
+        by_chat: use /chat/completions, else /completions.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class EndpointWriter:
         self.needs_logprobs = generate.filter.min_logprob is not None
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
-        """See `Writes.request`."""
+        """See `TeacherWriter.request`."""
         context = self.teacher.endpoint.context
         if context is not None and self.tokenizer is not None:
             messages = [turn["content"] for turn in prompt_messages(prompt, self.generate.system_prompt)]
@@ -161,7 +162,7 @@ class EndpointWriter:
         return self.teacher.request(self.path, self._payload(prompt, seed))
 
     def _payload(self, prompt: Prompt, seed: int) -> dict[str, Any]:
-        # All is said, since a server may have other defaults of the model's own.
+        # Explicit values, since a server may have defaults of its own for a model.
         payload: dict[str, Any] = {
             "max_tokens": self.generate.max_new_tokens,
             "temperature": self.generate.temperature,
@@ -180,7 +181,10 @@ class EndpointWriter:
         return payload
 
     def ask(self, requests: Mapping[str, Request], cached_tokens: tuple[int, int]) -> Iterator[int]:
-        """See `Writes.ask`. Raises BadInput, before all but one token is paid, for missing log-probabilities."""
+        """See `TeacherWriter.ask`.
+
+        Raises BadInput if the endpoint returns no log-probabilities and a filter needs them; this costs one token.
+        """
         if not requests:
             return
         self.teacher.paid_tokens = list(cached_tokens)
@@ -193,7 +197,7 @@ class EndpointWriter:
 
     @property
     def refusals(self) -> list[str]:
-        """See `Writes.refused`."""
+        """See `TeacherWriter.refusals`."""
         return self.teacher.refusals
 
     def _probe(self, request: Request) -> None:
@@ -201,12 +205,12 @@ class EndpointWriter:
         (answer,) = self.teacher.ask_all([short], self.answer)
         if answer[1].logprob is None:
             raise BadInput(
-                f"{self.teacher.label} gives no log-probabilities, which generate.filter.min_logprob needs",
-                fix="leave min_logprob out, or take a server that gives them",
+                f"{self.teacher.label} returns no log-probabilities, which generate.filter.min_logprob needs",
+                fix="leave min_logprob out, or use a server that returns them",
             )
 
     def answer(self, stored: Any) -> Answer:
-        """See `Writes.answer`. Raises Unreachable for what is no answer."""
+        """See `TeacherWriter.answer`. Raises Unreachable if the response has no answer."""
         try:
             choice = stored["choices"][0]
             text = _message_text(choice["message"]) if self.by_chat else str(choice["text"] or "")
@@ -216,7 +220,7 @@ class EndpointWriter:
         output = int(usage.get("completion_tokens") or 0)
         return Answer(
             text,
-            tokens=output or len(text.split()),  # a server that counts nothing
+            tokens=output or len(text.split()),  # words, if the server does not count tokens
             finished=choice.get("finish_reason") == "stop",
             logprob=_mean_logprob(choice.get("logprobs") or {}),
             input_tokens=int(usage.get("prompt_tokens") or 0),
@@ -225,14 +229,14 @@ class EndpointWriter:
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
-    """A chat's answer, with the reasoning that a server tells apart from it, as vLLM and DeepSeek do."""
+    """A chat answer, with the reasoning that some servers (vLLM, DeepSeek) return in a field of its own."""
     thoughts = message.get("reasoning_content") or message.get("reasoning")
     content = str(message.get("content") or "")
     return f"{THINK_START}\n{str(thoughts).strip()}\n</think>\n\n{content}" if thoughts else content
 
 
 def _mean_logprob(logprobs: Mapping[str, Any]) -> float | None:
-    """Of a choice's tokens, in either API's form; None where they are not told."""
+    """The mean log-probability of a choice's tokens, in the form of either API; None if there are none."""
     values = [token.get("logprob") for token in logprobs.get("content") or []]  # chat
     values = values or list(logprobs.get("token_logprobs") or [])
     known = [float(value) for value in values if value is not None]

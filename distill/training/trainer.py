@@ -226,9 +226,7 @@ def train(
         likeliest = heldout.likeliest_tokens(teacher, sample, job.vocab_size)
     unsharded = UnshardedStudent(job.student)
     listeners, heldout_sample = Listeners(on_progress, on_log), HeldoutSample(sample, likeliest)
-    monitor = TrainingMonitor(
-        training, tokens_per_step, job.budget, unsharded, listeners, heldout_sample, job.paid_usd
-    )
+    monitor = TrainingMonitor(training, tokens_per_step, job.budget, unsharded, listeners, heldout_sample, job.paid_usd)
     trainer = DistillTrainer(
         training=training,
         monitor=monitor,
@@ -242,7 +240,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise BadInput(
-            "DeepSpeed's stage 3 shards the student over the processes, and a sharded student cannot be scored and saved",
+            "DeepSpeed's stage 3 shards the student over the processes, so it cannot be scored and saved",
             fix=f"use DeepSpeed's stage 1 or 2, or shard with FSDP: {distributed.FSDP_COMMAND}",
         )
     with monitor.stop_on_interrupt():

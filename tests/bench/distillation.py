@@ -152,13 +152,13 @@ def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
 def filled(size: Size, blocks: Blocks, kind: str) -> float:
     """Fill a cache; the seconds it took."""
     from limbeck.distill.models.precision import uses_bf16
-    from limbeck.distill.teacher.signal import capture
+    from limbeck.distill.teacher.local import local_capture
     from limbeck.distill.training import distributed
 
     distributed.set_up()
     teacher, cache = make_llama(size, size.teacher), cache_of(size, blocks, kind)
     began = time.monotonic()
-    cache.fill(capture(teacher, blocks, cache, uses_bf16(None, teacher.config)))
+    cache.fill(local_capture(teacher, blocks, cache, uses_bf16(None, teacher.config)))
     return time.monotonic() - began
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     from limbeck.distill.recipe.cache_form import Form
     from limbeck.distill.recipe.schema import Objective
     from limbeck.distill.students import initialise
-    from limbeck.distill.teacher.signal import local_pass
+    from limbeck.distill.teacher.local import local_pass
     from limbeck.distill.training.trainer import Job, train
 
     asked = load.load_recipe(ROOT / "quickstart" / "recipe.toml")

@@ -19,7 +19,7 @@ from limbeck.distill.models import loading
 from limbeck.distill.recipe import cache_form
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.schema import Cache, Objective
-from limbeck.distill.teacher.signal import capture
+from limbeck.distill.teacher.local import local_capture
 from tests import ROOT
 
 KL = Objective(divergence="forward_kl")
@@ -185,7 +185,7 @@ def test_the_default_takes_at_most_40_bytes_per_token(limbeck_home: Path) -> Non
     documents = [next(stdlib_documents())]
     blocks = make_blocks(documents, tokenizer, 256, max_tokens=2048)
     cache = TeacherCache({"teacher": "t"}, (len(blocks.ids), 256), form)
-    cache.fill(capture(loading.load_model(teacher), blocks, cache, bf16=False))
+    cache.fill(local_capture(loading.load_model(teacher), blocks, cache, bf16=False))
     folder = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert 30 < cache.disk_bytes() / blocks.ids.size <= 40
     assert folder - cache.disk_bytes() < 1000  # everything besides shards

@@ -55,7 +55,7 @@ def test_list_tells_what_is_stored(limbeck, limbeck_home: Path) -> None:  # type
     done = limbeck("cache", "list", "--format", "json")
     assert done.code == 0
     found = {cache["id"]: cache for cache in json.loads(done.out)}
-    assert [*found] == sorted(found, key=lambda id: found[id]["used"], reverse=True)
+    assert [*found] == sorted(found, key=lambda id: found[id]["last_used"], reverse=True)
     told = found[second.folder.name]
     assert told["form"] == "topk 4 at temperature 2"
     assert (told["tokens"], told["shards"], told["captured"]) == (120, 3, 3)

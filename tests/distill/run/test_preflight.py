@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.run import forecast, preflight
+from limbeck.distill.run import forecast, resources
+from limbeck.distill.run.preflight import preflight
 from limbeck.distill.run.prepare import prepare_setting
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -50,12 +51,12 @@ def test_a_recipe_that_fits(
         "time",
     ]  # fmt: skip
     assert {finding["level"] for several in found.values() for finding in several} == {"ok"}
-    assert "small: equal: 300 tokens" in found["vocabulary"][0]["said"]
-    assert "positions: teacher 128, small 32" in found["context"][0]["said"]
-    assert "100.0% of the teacher's" in found["size"][0]["said"]
-    assert "topk: miss" in found["cache"][0]["said"]
-    assert "measured on a few steps" in found["time"][0]["said"]
-    assert "dollars" in found["time"][0]["said"]
+    assert "small: equal: 300 tokens" in found["vocabulary"][0]["message"]
+    assert "positions: teacher 128, small 32" in found["context"][0]["message"]
+    assert "100.0% of the teacher's" in found["size"][0]["message"]
+    assert "topk: miss" in found["cache"][0]["message"]
+    assert "measured on a few steps" in found["time"][0]["message"]
+    assert "dollars" in found["time"][0]["message"]
     # Nothing was made.
     assert store.versions() == []
     assert not (limbeck_home / "runs").exists()
@@ -64,14 +65,14 @@ def test_a_recipe_that_fits(
     args = [word for each in sets for word in ("--set", each)]
     assert limbeck("distill", path, *args).code == 0
     found = checked(path, *sets)
-    assert "2 of them made already" in found["students"][0]["said"]
+    assert "2 of them already made" in found["students"][0]["message"]
     assert "memory" not in found  # nothing is left to do
     # Another objective reads the same cache.
     found = checked(path, *sets, "objectives.distilled.divergence=jsd", "budget.max_minutes=0.5")
-    assert "topk: hit" in found["cache"][0]["said"]
+    assert "topk: hit" in found["cache"][0]["message"]
     table = limbeck("distill", path, *args, "--check")
     assert table.code == 0
-    assert "made already" in table.out
+    assert "already made" in table.out
 
 
 def test_padded_vocabularies_are_told_from_unequal_ones(
@@ -79,7 +80,7 @@ def test_padded_vocabularies_are_told_from_unequal_ones(
 ) -> None:
     teacher = make_model(tmp_path / "padded", tokenizer_folder, "llama", vocab_size=384)
     found = checked(write_recipe(teacher, objectives=DISTILLED))
-    assert "equal: 300 tokens, embeddings padded to 384 and 300" in found["vocabulary"][0]["said"]
+    assert "equal: 300 tokens, embeddings padded to 384 and 300" in found["vocabulary"][0]["message"]
     from limbeck.distill.data.blocks import train_tokenizer
     from limbeck.distill.data.document import Document
 
@@ -87,7 +88,7 @@ def test_padded_vocabularies_are_told_from_unequal_ones(
     student = make_model(tmp_path / "student", tmp_path / "tokens", "llama")
     found = checked(write_recipe(teacher, student, DISTILLED), code=2)
     [error] = [finding for several in found.values() for finding in several if finding["level"] == "error"]
-    assert "students.small.model" in error["said"]
+    assert "students.small.model" in error["message"]
     assert "chunks" in error["fix"]
 
 
@@ -97,11 +98,11 @@ def test_a_teacher_smaller_than_its_student_has_to_be_confirmed(
 ) -> None:  # fmt: skip
     path = write_recipe(tiny_llama, BIG, DISTILLED)
     [size] = checked(path)["size"]
-    assert (size["level"], size["confirm"]) == ("warning", True)
-    assert "the smaller of the two" in size["said"]
+    assert (size["level"], size["needs_confirmation"]) == ("warning", True)
+    assert "its teacher is smaller" in size["message"]
     done = limbeck("distill", path)
     assert (done.code, store.versions()) == (2, [])
-    assert "add --yes to go on all the same" in done.err
+    assert "add --yes to continue anyway" in done.err
     assert f"{path}:" in done.err
 
     # With somebody to ask.
@@ -124,9 +125,9 @@ def test_yes_confirms(store: Store, limbeck: Limbeck, write_recipe: WriteRecipe,
 
 def test_a_licence_is_told(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    assert [(f["level"], "is not known to allow" in f["said"]) for f in checked(path)["licence"]] == [("warning", True)]
+    assert [(f["level"], "is not known to allow distillation" in f["message"]) for f in checked(path)["licence"]] == [("warning", True)]
     [forbidden] = checked(path, "teacher.licence=llama2")["licence"]
-    assert (forbidden["level"], "forbids" in forbidden["said"]) == ("warning", True)
+    assert (forbidden["level"], "forbids" in forbidden["message"]) == ("warning", True)
     [allowed] = checked(path, "teacher.licence=llama2", "teacher.licence_allows_distillation=true")["licence"]
     assert allowed["level"] == "ok"
 
@@ -136,11 +137,11 @@ def test_too_little_memory_or_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(resources, "available_memory", lambda: 2**30)
     assert {finding["level"] for finding in checked(path)["memory"]} == {"ok", "warning"}
-    monkeypatch.setattr(preflight, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(resources, "available_memory", lambda: 10_000)
     [finding] = checked(path, code=2)["memory"]
-    assert (finding["level"], "of it for weights" in finding["said"]) == ("error", True)
+    assert (finding["level"], "weights, gradients and optimizer alone take" in finding["message"]) == ("error", True)
     assert "disk" not in checked(path, code=2)
     assert limbeck("distill", path).code == 2
     monkeypatch.undo()
@@ -153,8 +154,8 @@ def test_a_full_disk(
     recipe = load.load_recipe(path)
     setting = prepare_setting(recipe, Source(path), store)
     usage = shutil.disk_usage(path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda where: usage._replace(free=1000))
-    [finding] = [f for f in preflight.preflight(setting, grid.plan_students(recipe)) if f.check == "disk"]
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda where: usage._replace(free=1000))
+    [finding] = [f for f in preflight(setting, grid.plan_students(recipe)) if f.check == "disk"]
     assert (finding.level, "no room on the disk" in finding.message) == ("error", True)
 
 
@@ -162,20 +163,20 @@ def test_other_ways_to_learn(checked: Any, write_recipe: WriteRecipe, tiny_llama
     """Across tokenizers, from a teacher that runs online, from text that it is yet to write."""
     chunks = '[objectives.chunks]\ndivergence = "chunks"\n'
     found = checked(write_recipe(tiny_llama, objectives=chunks, extra="[tokenizer]\nvocab_size = 270\n"))
-    assert "unequal: 300 and 270 tokens" in found["vocabulary"][0]["said"]
+    assert "unequal: 300 and 270 tokens" in found["vocabulary"][0]["message"]
     assert found["vocabulary"][0]["level"] == "ok"
-    assert "chunks of text: miss" in found["cache"][0]["said"]
+    assert "text chunks: miss" in found["cache"][0]["message"]
 
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     found = checked(path, "cache.form=online", "budget.usd_per_hour=2.0", "budget.max_usd=1e-9")
-    assert "runs online for 1 students" in found["cache"][0]["said"]
-    assert "with the teacher beside it" in found["memory"][1]["said"]
-    assert "of 1e-09 in budget.max_usd" in found["time"][0]["said"]
+    assert "runs online for 1 students" in found["cache"][0]["message"]
+    assert "with the teacher online" in found["memory"][1]["message"]
+    assert "more than budget.max_usd = 1e-09" in found["time"][0]["message"]
     assert found["time"][0]["level"] == "warning"
 
     found = checked(write_recipe(tiny_llama, extra="[generate]\nmax_new_tokens = 8\n"), "name=unwritten")
-    assert "written by the teacher" in found["text"][0]["said"]
-    assert "the teacher's writing not counted" in found["time"][0]["said"]
+    assert "the teacher writes it" in found["text"][0]["message"]
+    assert "without the time in which the teacher writes" in found["time"][0]["message"]
     assert "cache" not in found
     assert not (limbeck_home / "data" / "unwritten").exists()
 
@@ -184,8 +185,8 @@ def test_what_is_wrong_with_a_recipe_is_a_finding(checked: Any, write_recipe: Wr
     path = write_recipe()
     path.write_text(path.read_text().replace("max_steps = 4", "max_step = 4"))
     [finding] = checked(path, code=2)["recipe"]
-    assert f"{path}:" in finding["said"]
-    assert "did you mean max_steps" in finding["said"]
+    assert f"{path}:" in finding["message"]
+    assert "did you mean max_steps" in finding["message"]
 
 
 def test_memory_counts_weights_gradients_and_states(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
@@ -210,12 +211,12 @@ def test_seconds_are_those_of_a_run(store: Store, write_recipe: WriteRecipe, tin
     recipe = load.load_recipe(path)
     setting, [plan] = prepare_setting(recipe, Source(path), store), grid.plan_students(recipe)
     assert forecast.tokens(setting, plan) == 4 * 4 * 32
-    measured = forecast.training_seconds(setting, plan)
+    measured = forecast.training_speed(setting, plan)
     assert measured.measured
-    assert 0 < measured.per_token < 0.1
+    assert 0 < measured.seconds_per_token < 0.1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecast, "flops", lambda: 1e3)
-        reckoned = forecast.training_seconds(setting, plan)
+        reckoned = forecast.training_speed(setting, plan)
     assert not reckoned.measured
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
-    assert reckoned.per_token == pytest.approx(6 * parameters / (forecast.SHARE_OF_PEAK * 1e3), rel=0.2)
+    assert reckoned.seconds_per_token == pytest.approx(6 * parameters / (forecast.SHARE_OF_PEAK * 1e3), rel=0.2)

@@ -163,7 +163,7 @@ def test_resume_says_what_goes_on_and_restart_drops_it(
     path = write_recipe(extra="save_minutes = 0.0001\n")
     nothing = limbeck("distill", path, "--resume")
     assert (nothing.code, nothing.out) == (2, "")
-    assert "--resume: no student of" in nothing.err
+    assert "has no earlier run of" in nothing.err
     assert store.versions() == []
     both = limbeck("distill", path, "--resume", "--restart")
     assert both.code == 2
@@ -182,7 +182,7 @@ def test_resume_says_what_goes_on_and_restart_drops_it(
     mark.touch()
     resumed = limbeck("distill", path, "--resume", "--format", "json")
     assert resumed.code == 0
-    assert "going on from checkpoints: 1 of 1 students" in resumed.err
+    assert "resuming from checkpoints: 1 of 1 students" in resumed.err
     assert not folder.exists()  # it is registered
 
     # Stopped while the teacher speaks, before any checkpoint.

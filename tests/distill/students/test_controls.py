@@ -16,7 +16,7 @@ from limbeck.distill.recipe import schema as recipes
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.run.prepare import prepare_setting
 from limbeck.distill.students import initialise, matching
-from limbeck.distill.students.controls import Cost, cost, schedule
+from limbeck.distill.students.controls import Cost, total_cost, training_and_budget
 from limbeck.distill.students.keys import student_key
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import TrainingCost, Version
@@ -88,7 +88,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
                         extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
     recipe = load.load_recipe(path)
     paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
-    assert cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
+    assert total_cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
 
     setting = prepare_setting(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plan_students(recipe)}
@@ -103,7 +103,7 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
         plans["small-jsd"],
         plans["small-labels"],
     ]
-    training, budget = schedule(setting, plan, others)
+    training, budget = training_and_budget(setting, plan, others)
     assert training.max_steps == 16 * 120 / 40  # 16 steps took 40 s
     assert budget == recipes.Budget()
 
@@ -117,7 +117,7 @@ def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
     plans = {plan.label: plan for plan in grid.plan_students(recipe)}
     labels = plans["small-labels"]
     assert [plan.label for plan in matching.plans_to_match(recipe, labels)] == ["small-distilled"]
-    training, budget = schedule(setting, labels, [(plans["small-distilled"], making(300, 640))])
+    training, budget = training_and_budget(setting, labels, [(plans["small-distilled"], making(300, 640))])
     assert (training, budget) == (recipe.training, recipes.Budget(max_tokens=640))
 
 
@@ -156,5 +156,4 @@ def test_a_control_of_a_student_that_failed_is_not_made(
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 1
     assert [each["recipe"] for each in json.loads(done.out)] == ["small-labels", "small-untrained"]
-    assert "small-labels-equal-cost: it is as long as" in done.err
-    assert "small-distilled took, which was not made" in done.err
+    assert "small-labels-equal-cost: its length depends on small-distilled, which was not made" in done.err

@@ -30,8 +30,9 @@ from limbeck.distill.teacher import endpoint, generate
 from limbeck.distill.teacher import logprobs as echo
 from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.distill.teacher.endpoint import EndpointTeacher
+from limbeck.distill.teacher.local import local_capture
 from limbeck.distill.teacher.logprobs import PromptLogprobsClient
-from limbeck.distill.teacher.signal import capture, chunks_cache
+from limbeck.distill.teacher.signal import chunks_cache
 from limbeck.registry.catalog import endpoint as endpoint_module
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput, Unreachable
@@ -90,7 +91,7 @@ def prepared(path: Path, store: Store, *overrides: str) -> context.Setting:
 
 def teacher_of(front: Front, store: Store, tokenizer: Path | None, **settings: Any) -> EndpointTeacher:
     asked = Teacher(model=front.url, tokenizer=str(tokenizer) if tokenizer else None, **settings)
-    return EndpointTeacher(endpoint.find(asked, Path(), store), asked, AnswerCache())
+    return EndpointTeacher(endpoint.resolve_endpoint(asked, Path(), store), asked, AnswerCache())
 
 
 # --- text that it writes
@@ -174,7 +175,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     with pytest.raises(BadInput, match="has no chat template"):
         generate.generate_text(before)
     # Its own template is not known: it is trusted to have one.
-    before = before._replace(teacher=endpoint.find(Teacher(model=front.url), Path(), store))
+    before = before._replace(teacher=endpoint.resolve_endpoint(Teacher(model=front.url), Path(), store))
 
     def thinks(body: Body, answer: Body) -> Body:
         answer["choices"][0]["message"]["reasoning_content"] = "hm\n"
@@ -200,7 +201,7 @@ def test_chat_with_system_prompt_reasoning_and_log_probabilities(
     blind = before._replace(
         recipe=load.load_recipe(recipe, [*more, "generate.filter.min_logprob=-20", 'generate.system_prompt="Say."'])
     )
-    with pytest.raises(BadInput, match="gives no log-probabilities, which generate"):
+    with pytest.raises(BadInput, match="returns no log-probabilities, which generate"):
         generate.generate_text(blind)
     assert len(front.posts) == asked + 1  # one token was paid
     assert front.posts[-1]["max_tokens"] == 1
@@ -241,7 +242,7 @@ def test_dollars_are_counted_and_end_the_asking(
     asked = len(front.posts)
     assert 6 <= asked <= 8
     assert f"{asked} written now, $4." in done.err
-    assert f"80% of budget.max_usd is spent, {12 - asked} answers were not asked for" in done.err
+    assert f"80% of budget.max_usd is spent, {12 - asked} answers were not requested" in done.err
     assert "tiny/2" in done.out
     # It is spent for good: the same command asks for no more, and learns from the same text.
     again = limbeck("distill", recipe, *sets(*more, "budget.max_usd=5", "budget.usd_per_hour=1"))
@@ -272,7 +273,7 @@ def test_what_is_captured_is_what_the_model_says_here(
     form = Form("topk", 5, 300)
     cache = TeacherCache({}, blocks.ids.shape, form)
     indices = np.arange(len(blocks.ids))
-    here = capture(loading.load_model(tiny_llama), blocks, cache, bf16=False)(indices)
+    here = local_capture(loading.load_model(tiny_llama), blocks, cache, bf16=False)(indices)
     if not by_id:  # such as one that refuses what it does not know
         front.change = lambda body, answer: answer
         forward = front.ask
@@ -346,9 +347,9 @@ def other_tokens(body: Body, answer: Body) -> Body:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (blind, "gives no log-probabilities of a text"),
-        (no_echo, "gives no log-probabilities of a text"),
-        (few, "was asked for the 5 likeliest tokens at each place and told 2"),
+        (blind, "returns no prompt logprobs"),
+        (no_echo, "returns no prompt logprobs"),
+        (few, "was asked for the 5 most likely tokens at each position and returned only 2"),
         (other_tokens, "has another tokenizer"),
     ],
 )
@@ -448,7 +449,7 @@ def test_a_student_with_other_tokens_learns_from_its_likelihood_of_the_text(
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("http://127.0.0.1:9/v1", [], "cannot be asked"),
+        ("http://127.0.0.1:9/v1", [], "cannot be used"),
         ("{url}#another", [], "does not serve 'another'"),
         ("{url}", [], "is an endpoint and has no files"),
         ("{url}", ["teacher.tokenizer=text.txt"], "text.txt"),
@@ -482,7 +483,7 @@ def test_what_cannot_be_is_told_before_any_work(
 def test_a_block_that_does_not_fit_the_servers_context(store: Store, front: Front, tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     blocks = make_blocks([Document("", lines_of_text(40))], tokenizer, 64)
-    found = endpoint.find(Teacher(model=front.url), Path(), store)
+    found = endpoint.resolve_endpoint(Teacher(model=front.url), Path(), store)
     assert found.endpoint
     narrow = ResolvedModel(
         found.path, "", "", None, "endpoint", endpoint_module.Endpoint(front.url, found.endpoint.name, context=64)
@@ -509,7 +510,7 @@ def test_a_request_that_is_refused_is_passed_over(
     front.script = ["400"] * 100
     with pytest.raises(BadInput, match="refuses the request: 400 not now"):
         generate.generate_text(prepared(recipe, store, *more, "generate.max_new_tokens=5"))
-    assert len(front.script) == 100 - endpoint.REFUSALS
+    assert len(front.script) == 100 - endpoint.MAX_REFUSALS
     front.script = ["400"] * 100
     with pytest.raises(BadInput, match="every request was refused, such as"):
         generate.generate_text(prepared(recipe, store, *more, "generate.max_new_tokens=4", "generate.max_prompts=3"))

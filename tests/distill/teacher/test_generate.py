@@ -180,7 +180,7 @@ def test_answers_become_the_text_that_students_learn(
         assert len(row["text"]) > len(row["prompt"])
     assert len({row["text"] for row in parts[0]}) > 2 * len(train)  # and differ
     run = store.client.get_run(store.get("tiny/2").run_id).data
-    assert (run.metrics["generate.kept"], run.metrics["generate.prompts"]) == (30, 10)
+    assert (run.metrics["generate.kept_answers"], run.metrics["generate.prompts"]) == (30, 10)
     assert run.params["generate.samples"] == "3"
     making = store.runs.training_cost(store.get("tiny/2"))
     assert making

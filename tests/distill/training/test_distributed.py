@@ -93,7 +93,7 @@ def test_two_processes_that_shard_the_student_equal_one(
     _, err = two.communicate(timeout=280)
     assert two.returncode == 0, err
     assert seen  # accelerate wrote sharded checkpoints
-    assert ("going on from checkpoints: 1 of 1" in err) == killed
+    assert ("resuming from checkpoints: 1 of 1" in err) == killed
     one = limbeck(*args, "--set", "training.gradient_accumulation_steps=2")
     assert one.code == 0, one.err
     check_students_are_equal(store, slice(1 if killed else 3))  # after a resume, the first mean covers fewer steps

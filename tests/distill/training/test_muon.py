@@ -1,4 +1,4 @@
-"""Muon and AdamW behind one optimizer: who gets what, the steps, the state."""
+"""MuonAdamW: which parameters each optimizer gets, its state in a checkpoint, its schedule."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def test_hidden_matrices_go_to_muon(request: pytest.FixtureRequest, name: str) -
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(name))
     muon, adamw = MuonAdamW(model, 0.1, 0.0).parts
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert of_muon | of_adamw == set(names.values())
-    assert not of_muon & of_adamw
-    tables = ("embed_tokens", "wte", "wpe", "embed_in", "embed_out", "lm_head")
-    assert not any(table in name for name in of_muon for table in tables)
-    assert all("norm" in n or "ln_" in n or "bias" in n or any(t in n for t in tables) for n in of_adamw)
+    muon_names = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    adamw_names = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert muon_names | adamw_names == set(names.values())
+    assert not muon_names & adamw_names
+    embeddings = ("embed_tokens", "wte", "wpe", "embed_in", "embed_out", "lm_head")
+    assert not any(table in name for name in muon_names for table in embeddings)
+    assert all("norm" in n or "ln_" in n or "bias" in n or any(t in n for t in embeddings) for n in adamw_names)
 
 
 def train(model: torch.nn.Module, optimizer: MuonAdamW, schedule: object, steps: range) -> None:
@@ -35,21 +35,21 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, schedule: object, steps:
         optimizer.zero_grad()
 
 
-def made(model: torch.nn.Module) -> tuple[MuonAdamW, torch.optim.lr_scheduler.LambdaLR]:
+def make_optimizer(model: torch.nn.Module) -> tuple[MuonAdamW, torch.optim.lr_scheduler.LambdaLR]:
     optimizer = MuonAdamW(model, 0.02, 0.1)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
 def test_the_state_survives_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    optimizer, schedule = made(model)
+    optimizer, schedule = make_optimizer(model)
     train(model, optimizer, schedule, range(3))
     torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
     resumed = copy.deepcopy(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     train(model, optimizer, schedule, range(3, 6))
 
-    optimizer, schedule = made(resumed)
+    optimizer, schedule = make_optimizer(resumed)
     states = torch.load(tmp_path / "state.pt", weights_only=True)
     optimizer.load_state_dict(states[0])
     schedule.load_state_dict(states[1])
@@ -59,8 +59,8 @@ def test_the_state_survives_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> No
         assert not torch.equal(one, before[name])
 
 
-def test_the_schedule_reaches_both(tiny_llama: Path) -> None:
+def test_both_optimizers_follow_the_schedule(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    optimizer, schedule = made(model)
+    optimizer, schedule = make_optimizer(model)
     train(model, optimizer, schedule, range(1))
     assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.01, 0.01]
