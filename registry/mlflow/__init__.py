@@ -1,1 +1,1 @@
-"""MLflow: the only place that imports it."""
+"""Everything Limbeck keeps in MLflow; only this folder imports it. Start at `store`."""

@@ -1,7 +1,7 @@
-"""The way to MLflow: opened quietly, within seconds or not at all, and its errors put in words.
+"""The connection to MLflow: it answers or fails within seconds, retries, and raises errors that a user understands.
 
-The only file that decides how MLflow is reached. `import mlflow` takes over a second, so it happens in here, at
-the first call.
+Only this module decides how MLflow is reached. `import mlflow` takes over a second, so it happens here at the first
+call.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # MLflow tries again in silence: `Client` does, and tells
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # MLflow retries silently; `call_with_retries` prints a line
 }
 PROBE_SECONDS = 4.0
-RETRY_SECONDS = 30.0  # seconds for a server that was there a moment ago; `mlflow server` takes some ten to start again
-# What MLflow says where it keeps the error itself to itself, as for a folder that could not be fetched.
+RETRY_SECONDS = 30.0  # `mlflow server` takes about ten to restart
+# The texts by which a network error is recognized if MLflow hides the exception, as for a folder it could not fetch.
 NO_ANSWER_PATTERN = re.compile(
     r"failed with (timeout )?exception|Max retries exceeded|5\d\d Server Error|Read timed out"
 )
@@ -48,8 +48,8 @@ LOCKED_TRIES = 5  # each waits up to 20 s for SQLite's lock, inside MLflow
 def connect(tracking_uri: str) -> RetryingMlflowClient:
     """A client of the tracking store at `tracking_uri`.
 
-    A server is asked for its health first, and a SQLite file that is not there is made.
-    Raises Unreachable within about five seconds where nothing answers.
+    A server is asked for its health first; a missing SQLite file is created.
+    Raises Unreachable within about five seconds if nothing answers.
     """
     if is_server(tracking_uri):
         probe(tracking_uri)
@@ -57,8 +57,8 @@ def connect(tracking_uri: str) -> RetryingMlflowClient:
         os.environ.setdefault(name, value)
     if path := sqlite_file(tracking_uri):
         with _translate_errors(tracking_uri):
-            _make_database(path)
-            # MLflow would try a file that cannot be opened again and again, for minutes.
+            _create_database(path)
+            # MLflow would retry for minutes to open a file that cannot be opened.
             with closing(sqlite3.connect(path, timeout=20)) as database:
                 database.execute("PRAGMA schema_version")
     return RetryingMlflowClient(tracking_uri)
@@ -72,24 +72,24 @@ def sqlite_file(tracking_uri: str) -> Path | None:
 
 
 def is_server(tracking_uri: str) -> bool:
-    """True for an MLflow server spoken to over HTTP; false for a database opened directly."""
+    """True for an MLflow server reached over HTTP; False for a database opened directly."""
     return urlsplit(tracking_uri).scheme in ("http", "https")
 
 
 def probe(tracking_uri: str) -> float:
-    """Ask an MLflow server whether it is there. Returns the seconds it took; raises Unreachable."""
+    """Check that an MLflow server answers. Returns the seconds it took; raises Unreachable."""
     import requests
 
     start = time.monotonic()
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
-    certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
-    ours = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
+    server_certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    client_certificate = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     try:
         answer = requests.get(
             tracking_uri.rstrip("/") + "/health",
             timeout=(PROBE_SECONDS / 2, PROBE_SECONDS),
-            verify=certificate,
-            cert=ours,
+            verify=server_certificate,
+            cert=client_certificate,
         )
     except requests.exceptions.Timeout:
         raise _unreachable(tracking_uri, f"no answer within {PROBE_SECONDS:.0f} s") from None
@@ -101,16 +101,16 @@ def probe(tracking_uri: str) -> float:
 
 
 def get_rest_json(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
-    """Ask an MLflow server what MLflow's client has no method for.
+    """Send a GET request to an MLflow server, for what MLflow's client has no method for.
 
     Args:
         path: below the server's address, such as `/api/2.0/mlflow/users/current`.
 
     Returns:
-        The HTTP status and the JSON of the answer; {} where it is no JSON object.
+        The HTTP status and the JSON object of the answer; {} if it is not a JSON object.
     """
 
-    def ask() -> tuple[int, dict[str, Any]]:
+    def request() -> tuple[int, dict[str, Any]]:
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
@@ -119,14 +119,14 @@ def get_rest_json(tracking_uri: str, path: str, **params: str) -> tuple[int, dic
         found = answer.json() if is_json else None
         return answer.status_code, found if isinstance(found, dict) else {}
 
-    return call_with_retries(tracking_uri, ask)
+    return call_with_retries(tracking_uri, request)
 
 
 def call_with_retries(tracking_uri: str, call: Callable[[], Found]) -> Found:
-    """What a call gives; what goes wrong in it comes as a LimbeckError.
+    """The result of a call of MLflow; its errors are raised as LimbeckError.
 
-    A server that does not answer, or answers that it cannot, is asked again for `PATIENCE` seconds, at growing
-    intervals, and that is told; so is a SQLite file that another process has locked. Each call is one transaction.
+    If a server does not answer, or answers 429 or 5xx, the call is repeated for RETRY_SECONDS at growing intervals,
+    and a line says so. It is also repeated if another process has locked the SQLite file. Each call is one transaction.
     """
     until, pause, locked = 0.0, 0.5, 0
     while True:
@@ -150,7 +150,7 @@ def call_with_retries(tracking_uri: str, call: Callable[[], Found]) -> Found:
 
 
 class RetryingMlflowClient:
-    """MLflow's client: same methods, each called `patiently`."""
+    """MLflow's client: the same methods, each called by `call_with_retries`; and some more."""
 
     def __init__(self, tracking_uri: str) -> None:
         self._tracking_uri = tracking_uri
@@ -169,7 +169,7 @@ class RetryingMlflowClient:
         return call
 
     def log_params(self, run_id: str, params: dict[str, str]) -> None:
-        """Log parameters of a run, as many at once as MLflow takes."""
+        """Log parameters of a run."""
         from mlflow.entities import Param
 
         entities = [Param(key, value) for key, value in params.items()]
@@ -177,12 +177,12 @@ class RetryingMlflowClient:
             self.log_batch(run_id, params=entities[start : start + PARAMS_PER_CALL])
 
     def create_model_version(self, *args: Any, **named: Any) -> Any:
-        """As MLflow's, and not tried again: what seems lost may have arrived, and would then be there twice."""
+        """As MLflow's, but never repeated: a call that seems lost may have succeeded, and would make two versions."""
         with _translate_errors(self._tracking_uri):
             return self._client.create_model_version(*args, **named)
 
     def download(self, uri: str, folder: Path) -> Path:
-        """Fetch the file or folder at an artifact URI into the folder `folder`. Returns where it lies."""
+        """Download the file or folder at an artifact URI into the folder `folder`. Returns its local path."""
 
         def fetch() -> Path:
             from mlflow.artifacts import download_artifacts
@@ -193,23 +193,23 @@ class RetryingMlflowClient:
         return call_with_retries(self._tracking_uri, fetch)
 
     def upload_file(self, file: Path, uri: str, folder: str | None = None) -> None:
-        """Put a file at an artifact URI, below `folder` where given."""
+        """Upload a file to an artifact URI, below `folder` if given."""
         call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).log_artifact(str(file), folder))
 
     def delete_files(self, uri: str) -> None:
-        """Take away all files below an artifact URI."""
+        """Delete all files below an artifact URI."""
         call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).delete_artifacts())
 
     def file_sizes(self, uri: str) -> dict[str, int]:
         """The files below an artifact URI: POSIX path -> bytes."""
 
-        def below(folder: str | None = None) -> dict[str, int]:
+        def sizes_below(folder: str | None = None) -> dict[str, int]:
             sizes: dict[str, int] = {}
             for found in call_with_retries(self._tracking_uri, lambda: self._artifacts(uri).list_artifacts(folder)):
-                sizes |= below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
+                sizes |= sizes_below(found.path) if found.is_dir else {found.path: int(found.file_size or 0)}
             return sizes
 
-        return below()
+        return sizes_below()
 
     def _artifacts(self, uri: str) -> Any:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -222,20 +222,20 @@ class NotFound(BadInput):
 
 
 class AlreadyExists(BadInput):
-    """MLflow has one of this name."""
+    """MLflow has an experiment, run, model or version with this name."""
 
 
 class Forbidden(LimbeckError):
-    """A server that does not let this user do it."""
+    """A server does not allow this user to do it."""
 
 
 class Locked(LimbeckError):
-    """SQLite's database is locked."""
+    """Another process has locked the SQLite database."""
 
 
 @contextmanager
 def _translate_errors(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database and its network raise into LimbeckErrors."""
+    """Turn the errors of MLflow, its database and its network into LimbeckErrors."""
     try:
         yield
     except LimbeckError:
@@ -248,10 +248,22 @@ def _translate_errors(tracking_uri: str) -> Iterator[None]:
 
 
 def _to_limbeck_error(error: Exception, tracking_uri: str) -> Exception:
+    """The LimbeckError of an error; the error itself if it is none of MLflow, its database or its network."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    text = str(error)
+    return (
+        _disk_or_database_error(chain, tracking_uri)
+        or _permission_error(chain, tracking_uri)
+        or _artifact_store_error(chain)
+        or _network_error(chain, tracking_uri)
+        or _mlflow_error(error, tracking_uri)
+        or error
+    )
+
+
+def _disk_or_database_error(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
+    text = str(chain[0])
     if any(getattr(e, "errno", None) == errno.ENOSPC for e in chain) or "disk is full" in text:
         return LimbeckError(
             f"no space left on the disk while writing to {tracking_uri}",
@@ -263,22 +275,31 @@ def _to_limbeck_error(error: Exception, tracking_uri: str) -> Exception:
             fix="wait for the other limbeck or mlflow process to finish, then try again",
         )
     if "unable to open database file" in text or "readonly database" in text or "not a database" in text:
-        detail = next((w for w in ("readonly", "not a database") if w in text), "it cannot be opened")
+        detail = next((words for words in ("readonly", "not a database") if words in text), "it cannot be opened")
         return LimbeckError(
             f"{tracking_uri}: the tracking database cannot be used ({detail})",
             fix="check the file and its permissions, or move it away to begin with a new one",
         )
-    if said := _permission_error(chain, tracking_uri) or _storage(chain):
-        return said
-    if any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain) or NO_ANSWER_PATTERN.search(text):
-        return _unreachable(tracking_uri, network_error_reason(error))
-    code = getattr(error, "error_code", "")
-    if code == "RESOURCE_DOES_NOT_EXIST":
-        return NotFound(text)
-    if code == "RESOURCE_ALREADY_EXISTS":
-        return AlreadyExists(text)
-    if code == "INVALID_PARAMETER_VALUE":
-        return BadInput(text)
+    return None
+
+
+def _network_error(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
+    is_of_network = any(type(e).__module__.startswith(("requests", "urllib3")) for e in chain)
+    if is_of_network or NO_ANSWER_PATTERN.search(str(chain[0])):
+        return _unreachable(tracking_uri, network_error_reason(chain[0]))
+    return None
+
+
+def _mlflow_error(error: Exception, tracking_uri: str) -> LimbeckError | None:
+    """The error of an MlflowException or an OSError; None for any other."""
+    text, code = str(error), getattr(error, "error_code", "")
+    classes: dict[str, type[LimbeckError]] = {
+        "RESOURCE_DOES_NOT_EXIST": NotFound,
+        "RESOURCE_ALREADY_EXISTS": AlreadyExists,
+        "INVALID_PARAMETER_VALUE": BadInput,
+    }
+    if code in classes:
+        return classes[code](text)
     if "out-of-date database schema" in text:
         return LimbeckError(
             f"{tracking_uri} was written by another version of MLflow",
@@ -286,24 +307,26 @@ def _to_limbeck_error(error: Exception, tracking_uri: str) -> Exception:
         )
     if code or isinstance(error, OSError):
         return LimbeckError(f"{tracking_uri}: {text}")
-    return error
+    return None
 
 
 def _permission_error(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
-    """What to say where a server, or the storage behind it, answered that this user may not; else None."""
+    """The error if a server, or the storage behind it, answered 4xx, such as for an unknown user; else None."""
     text = str(chain[0])
     answers = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
     codes = {getattr(e, "error_code", "") for e in chain}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if 401 in answers or "UNAUTHENTICATED" in codes or "401 Client Error" in text:
         return Forbidden(
-            f"{tracking_uri} does not know {user} by this password" if user else f"{tracking_uri} asks who you are",
+            f"{tracking_uri} does not accept the user {user} with this password"
+            if user
+            else f"{tracking_uri} asks for a user and a password",
             fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
         )
     if 403 in answers or "PERMISSION_DENIED" in codes or "403 Client Error" in text:
-        asked = re.search(r"/api/\d\.\d/(?:mlflow/)?([\w-]+(?:/[a-z-]+)?)", text)
+        endpoint = re.search(r"/api/\d\.\d/(?:mlflow/)?([\w-]+(?:/[a-z-]+)?)", text)
         return Forbidden(
-            f"{tracking_uri} does not let {user or 'you'} do this" + (f" ({asked[1]})" if asked else ""),
+            f"{tracking_uri} does not let {user or 'you'} do this" + (f" ({endpoint[1]})" if endpoint else ""),
             fix="ask its administrator for EDIT on the model and on the experiment: docs/team.md",
         )
     if refused := [a for a in answers if a and 400 <= a < 500 and a not in (408, 429)]:
@@ -311,8 +334,8 @@ def _permission_error(chain: list[BaseException], tracking_uri: str) -> LimbeckE
     return None
 
 
-def _storage(chain: list[BaseException]) -> LimbeckError | None:
-    """What to say of S3, where a server leaves it to its clients to keep artifacts there; else None."""
+def _artifact_store_error(chain: list[BaseException]) -> LimbeckError | None:
+    """The error of S3, if the server lets its clients store artifacts there themselves; else None."""
     if not any(type(e).__module__.startswith(("boto", "s3transfer")) for e in chain):
         return None
     text = str(chain[0])
@@ -322,15 +345,15 @@ def _storage(chain: list[BaseException]) -> LimbeckError | None:
         return Unreachable(f"the artifact store does not answer: {text[:200]}", fix="is AWS_ENDPOINT_URL right?")
     return LimbeckError(
         f"the artifact store refused: {text[:500]}",
-        fix="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or let the server pass files on",
+        fix="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or have the server serve artifacts",
     )
 
 
 def _unreachable(tracking_uri: str, why: str) -> Unreachable:
     if why == "certificate":
         return Unreachable(
-            f"the certificate of the tracking server {tracking_uri} is not one that is trusted here",
-            fix="name its authority's: MLFLOW_TRACKING_SERVER_CERT_PATH=ca.pem",
+            f"the certificate of the tracking server {tracking_uri} is not trusted on this machine",
+            fix="name the certificate of its authority: MLFLOW_TRACKING_SERVER_CERT_PATH=ca.pem",
         )
     return Unreachable(
         f"the tracking server {tracking_uri} does not answer: {why}",
@@ -338,19 +361,19 @@ def _unreachable(tracking_uri: str, why: str) -> Unreachable:
     )
 
 
-def network_error_reason(error: Exception) -> str:
-    """The plain words within a requests exception."""
+def network_error_reason(error: BaseException) -> str:
+    """The reason in a few words, from an exception of requests."""
     text = str(error)
-    for words in ("Connection refused", "Name or service not known", "No route to host", "certificate"):
-        if words.lower() in text.lower():
-            return words.lower()
+    for reason in ("connection refused", "name or service not known", "no route to host", "certificate"):
+        if reason in text.lower():
+            return reason
     if answered := re.search(r"too many (\d{3}) error responses|(\d{3}) Server Error", text):
         return f"it answers {answered[1] or answered[2]}"
     return text.split("\n")[0][:200]
 
 
-def _make_database(path: Path) -> None:
-    """Make MLflow's SQLite file where it is missing: whole or not at all, by one process alone."""
+def _create_database(path: Path) -> None:
+    """Create MLflow's SQLite file if it is missing: completely or not at all, by one process."""
     if path.exists():
         return
     from filelock import FileLock
@@ -368,6 +391,6 @@ def _make_database(path: Path) -> None:
 
 
 def _quiet_logs() -> None:
-    """After mlflow is imported, which sets them."""
+    """Silence the loggers of MLflow; call it after the import of mlflow, which sets them."""
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.ERROR)

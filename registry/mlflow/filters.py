@@ -1,9 +1,9 @@
-"""MLflow's filter language, as far as versions are searched in it: conditions that AND joins.
+"""MLflow's filter language for model versions: comparisons joined by AND.
 
     tags.`limbeck.precision` = 'int8' and metrics.`retention.value` >= 0.9 and name LIKE 'coder%'
 
-A condition is read from text, said to MLflow, and tried on a version that was read without MLflow: all three mean
-the same. MLflow asks for tags and attributes with one call and for metrics with another; here they go together.
+A condition is parsed from text, written for MLflow, and checked on a version that was read without MLflow, always with
+the same meaning. MLflow searches tags and attributes by one call and metrics by another; a filter here can mix them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = str | float | tuple[str, ...]
 ATTRIBUTES = {"name": str, "run_id": str, "source_path": str, "version_number": int}
 TOKEN = re.compile(
     r"""
-    \s*(?:(?P<of>[A-Za-z]+)\s*\.\s*)?(?P<key>`[^`]+`|"[^"]+"|[A-Za-z_][\w./-]*)
+    \s*(?:(?P<kind>[A-Za-z]+)\s*\.\s*)?(?P<key>`[^`]+`|"[^"]+"|[A-Za-z_][\w./-]*)
     \s*(?P<op>!=|<=|>=|=|<|>|(?:NOT\s+IN|IN|I?LIKE)(?=[\s'"(]))
     \s*(?P<value>'[^']*'|"[^"]*"|\([^()]*\)|[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)
     """,
@@ -41,7 +41,7 @@ TEXT = ("=", "!=", "LIKE", "ILIKE")
 
 
 class SearchableVersion(Protocol):
-    """What a condition is tried on: a version as `limbeck.registry.mlflow.listing.ListedVersion`."""
+    """A version that a condition can be checked on, such as `limbeck.registry.mlflow.listing.ListedVersion`."""
 
     @property
     def name(self) -> str: ...
@@ -62,8 +62,8 @@ class Condition(NamedTuple):
 
     kind: Literal["attribute", "tag", "metric"]
     key: str
-    op: str  # in capital letters
-    value: Value  # a number of a metric and of version_number; several texts of IN
+    op: str  # in upper case
+    value: Value  # a number for metrics and version_number; several strings for IN
 
     def __str__(self) -> str:
         key = {"attribute": self.key, "tag": f"tags.`{self.key}`", "metric": f"metrics.`{self.key}`"}[self.kind]
@@ -76,15 +76,16 @@ class Condition(NamedTuple):
 
     @property
     def is_expressible(self) -> bool:
-        """Whether MLflow's language has a way to write it."""
-        texts = self.value if isinstance(self.value, tuple) else (self.value,)
-        both = any("\\" in text or ("'" in text and '"' in text) for text in texts if isinstance(text, str))
-        return "`" not in self.key and not both
+        """Whether MLflow's language can express it: it has no escape for quotes."""
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        strings = [value for value in values if isinstance(value, str)]
+        has_unquotable = any("\\" in string or ("'" in string and '"' in string) for string in strings)
+        return "`" not in self.key and not has_unquotable
 
     def matches(self, version: SearchableVersion) -> bool:
-        """Whether it holds of a version; what the version does not have holds nothing.
+        """Whether it holds for a version; False if the version does not have the tag, metric or attribute.
 
-        As MLflow has it in SQLite, ILIKE takes capital letters of ASCII, and of ASCII alone, as small ones.
+        As MLflow's ILIKE in SQLite, ILIKE ignores the case of ASCII letters only.
         """
         own = self._value_in(version)
         if own is None:
@@ -108,69 +109,69 @@ class Condition(NamedTuple):
 
 
 def parse_filter(text: str) -> tuple[Condition, ...]:
-    """The conditions of a filter; none of an empty one.
+    """The conditions of a filter; none for an empty one.
 
-    Raises BadInput, with the place, where it cannot be read.
+    Raises BadInput, with the position, if it cannot be parsed.
     """
     found: list[Condition] = []
-    place = 0
-    while text[place:].strip():
+    position = 0
+    while text[position:].strip():
         if found:
-            joined = AND.match(text, place)
+            joined = AND.match(text, position)
             if joined is None:
-                raise _filter_error(text, place, "AND is missing")
-            place = joined.end()
-        match = TOKEN.match(text, place)
+                raise _filter_error(text, position, "AND is missing")
+            position = joined.end()
+        match = TOKEN.match(text, position)
         if match is None:
-            raise _filter_error(text, place, "this is no comparison")
+            raise _filter_error(text, position, "this is not a comparison")
         found.append(_condition(text, match))
-        place = match.end()
+        position = match.end()
     return tuple(found)
 
 
 def _condition(text: str, match: re.Match[str]) -> Condition:
-    of, key, op, value = (match[part] or "" for part in ("of", "key", "op", "value"))
-    if of.lower() not in KINDS:
-        raise _filter_error(text, match.start("of"), f"{of!r} is none of tags, metrics, attribute")
-    kind, key, op = KINDS[of.lower()], key.strip('`"'), " ".join(op.upper().split())
+    prefix, key, op, value = (match[part] or "" for part in ("kind", "key", "op", "value"))
+    if prefix.lower() not in KINDS:
+        raise _filter_error(text, match.start("kind"), f"{prefix!r} is not one of tags, metrics, attribute")
+    kind, key, op = KINDS[prefix.lower()], key.strip('`"'), " ".join(op.upper().split())
     if kind == "attribute" and key not in ATTRIBUTES:
         raise _filter_error(
-            text, match.start("key"), f"{key!r} is none of {', '.join(ATTRIBUTES)}; a tag is written tags.`KEY`"
+            text, match.start("key"), f"{key!r} is not one of {', '.join(ATTRIBUTES)}; a tag is written tags.`KEY`"
         )
-    numeric = kind == "metric" or ATTRIBUTES.get(key if kind == "attribute" else "") is int
-    lists = ("IN", "NOT IN") if kind == "attribute" and key in ("name", "run_id") else ()
-    operators = NUMERIC if numeric else (*TEXT, *lists)
+    is_numeric = kind == "metric" or (kind == "attribute" and ATTRIBUTES[key] is int)
+    list_operators = ("IN", "NOT IN") if kind == "attribute" and key in ("name", "run_id") else ()
+    operators = NUMERIC if is_numeric else (*TEXT, *list_operators)
     if op not in operators:
-        raise _filter_error(text, match.start("op"), f"{op} is none of {', '.join(operators)}, which compare {key}")
-    return Condition(kind, key, op, _value(text, match, value, numeric, op in lists))
+        raise _filter_error(text, match.start("op"), f"{op} is not one of {', '.join(operators)}, which compare {key}")
+    return Condition(kind, key, op, _value(text, match, value, is_numeric, op in list_operators))
 
 
-def _value(text: str, match: re.Match[str], value: str, numeric: bool, several: bool) -> Value:
-    place = match.start("value")
-    if several:
+def _value(text: str, match: re.Match[str], value: str, is_numeric: bool, is_list: bool) -> Value:
+    position = match.start("value")
+    if is_list:
         try:
             listed = ast.literal_eval(value if value.startswith("(") else "")
         except (SyntaxError, ValueError):
             listed = None
         values = listed if isinstance(listed, tuple) else (listed,)
         if not all(isinstance(each, str) for each in values):
-            raise _filter_error(text, place, "this is no list such as ('a', 'b')")
+            raise _filter_error(text, position, "this is not a list such as ('a', 'b')")
         return values
-    if numeric:
+    if is_numeric:
         try:
             return float(value.strip("'\""))
         except ValueError:
-            raise _filter_error(text, place, f"{value} is no number") from None
+            raise _filter_error(text, position, f"{value} is not a number") from None
     if value[0] not in "'\"":
-        raise _filter_error(text, place, f"{value} is a text here: put it in quotes")
+        raise _filter_error(text, position, f"{value} is a string here: put it in quotes")
     return value[1:-1]
 
 
-def _filter_error(text: str, place: int, why: str) -> BadInput:
-    place += len(text[place:]) - len(text[place:].lstrip())
-    here = text[place : place + 30] or "the end"
+def _filter_error(text: str, position: int, why: str) -> BadInput:
+    position += len(text[position:]) - len(text[position:].lstrip())
+    here = text[position : position + 30] or "the end"
     return BadInput(
-        f"the filter at character {place + 1} ({here!r}): {why}",
+        f"the filter at character {position + 1} ({here!r}): {why}",
         fix="write \"tags.`limbeck.kind` = 'onnx' and metrics.`retention.value` >= 0.9\"",
     )
 
@@ -187,7 +188,7 @@ def _quote_value(value: str | float) -> str:
 
 
 def _pattern(like: str, ignore_case: bool) -> re.Pattern[str]:
-    """The pattern of LIKE: % is any text, _ any character."""
+    """The regular expression of a LIKE pattern: % is any text, _ any character."""
     parts = {"%": ".*", "_": "."}
     flags = re.DOTALL | (re.IGNORECASE | re.ASCII if ignore_case else re.NOFLAG)
     return re.compile("".join(parts.get(c) or re.escape(c) for c in like), flags)

@@ -1,4 +1,4 @@
-"""MLmodel: what lets MLflow load an artifact as a pyfunc model, serve it and run it in Spark."""
+"""The file MLmodel: with it MLflow loads an artifact as a pyfunc model, serves it and runs it in Spark."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MLMODEL_FILE = "MLmodel"
 
 
 def write_mlmodel(folder: Path, loader: str, params: Mapping[str, tuple[str, Any]]) -> None:
-    """Write the file into an artifact that completes prompts: a column `prompt` in, a column `text` out.
+    """Write the file into an artifact that completes prompts: input column `prompt`, output column `text`.
 
-    It says nothing of when and where it was made, so that the same artifact has the same digest each time.
+    It holds neither time nor machine, so the same artifact always has the same digest.
 
     Args:
-        loader: the module whose `_load_pyfunc(path)` gives what predicts.
-        params: name -> (MLflow's type, default) of what a caller may set besides; a list is an array of the type.
+        loader: the module whose `_load_pyfunc(path)` returns the predictor.
+        params: name -> (MLflow's type, default) of the parameters of a call; a default that is a list means an array.
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema

@@ -1,7 +1,7 @@
-"""Notices of what happens to models, sent by MLflow's server: its webhooks, under Limbeck's words.
+"""Webhooks of MLflow's server: it sends a notice to a URL after an event.
 
-They are sent after the fact and at leisure, and nobody waits for an answer: they cannot veto. What may move an alias is
-the gate's to say.
+Notices are sent after the event, and nobody waits for the answer: a webhook cannot veto anything. Whether an alias may
+move is decided by `limbeck.registry.gate`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from limbeck.registry.core.errors import BadInput, LimbeckError, redact_urls
 from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 
-# what happens -> MLflow's event
+# Limbeck's name of an event -> MLflow's
 EVENTS = {
-    "promoted": "model_version_alias.created",  # an alias points at another version: by a rollback too
+    "promoted": "model_version_alias.created",  # an alias points at another version, also after a rollback
     "withdrawn": "model_version_alias.deleted",
     "registered": "model_version.created",
     "new-model": "registered_model.created",
-    "tagged": "model_version_tag.set",  # scorecards, verdicts, requests and answers are tags
+    "tagged": "model_version_tag.set",  # scorecards, verdicts, requests and approvals are tags
 }
 
 
 class Webhook(NamedTuple):
-    """A webhook, without its secret: MLflow's server does not give that away."""
+    """A webhook, without its secret: MLflow's server does not reveal it."""
 
     id: str
     url: str
-    events: tuple[str, ...]  # of EVENTS, or MLflow's own word
+    events: tuple[str, ...]  # of EVENTS, or MLflow's name if it is none of these
     active: bool
 
 
@@ -48,28 +48,27 @@ def list_webhooks(store: Store) -> list[Webhook]:
 
 
 def add_webhook(store: Store, url: str, event_names: list[str], secret: str | None) -> Webhook:
-    """Have notices of the events `event_names` sent to `url`.
+    """Have the server send notices of events to `url`.
 
     Args:
         event_names: of EVENTS.
-        secret: that notices are signed with (HMAC-SHA256); None: they are not signed.
+        secret: signs the notices (HMAC-SHA256); None: they are not signed.
 
     Raises:
-        BadInput: an address that is not https, but for this machine's own; a store that is no server.
-        Forbidden: somebody who is not an administrator of the server.
+        BadInput: the address is neither https nor on this machine, the store is not a server, or the webhook exists.
+        Forbidden: the user is not an administrator of the server.
     """
     _check_server(store)
     _check_url(url)
-    if same := [
-        each for each in list_webhooks(store) if each.url == redact_urls(url) and set(each.events) == set(event_names)
-    ]:
-        raise BadInput(f"webhook {same[0].id} is there already", fix=f"limbeck webhooks remove {same[0].id}")
-    events = [EVENTS[word] for word in event_names]
+    for webhook in list_webhooks(store):
+        if webhook.url == redact_urls(url) and set(webhook.events) == set(event_names):
+            raise BadInput(f"webhook {webhook.id} exists already", fix=f"limbeck webhooks remove {webhook.id}")
+    events = [EVENTS[name] for name in event_names]
     return _to_webhook(store.client.create_webhook("limbeck-" + "-".join(event_names), url, events, secret=secret))
 
 
 def remove_webhook(store: Store, webhook_id: str) -> None:
-    """Send no more notices by the webhook of this id."""
+    """Delete a webhook. Raises BadInput if there is none with this id."""
     _check_server(store)
     try:
         store.client.delete_webhook(webhook_id)
@@ -78,9 +77,9 @@ def remove_webhook(store: Store, webhook_id: str) -> None:
 
 
 def send_test_notice(store: Store, webhook_id: str) -> int:
-    """Have the server send an example by a webhook now. Returns the HTTP status of the answer.
+    """Have the server send an example notice now. Returns the HTTP status of the answer.
 
-    Raises LimbeckError where there was none, or one that is no success.
+    Raises LimbeckError if there was no answer or an error status, BadInput if there is no webhook with this id.
     """
     _check_server(store)
     try:
@@ -91,7 +90,7 @@ def send_test_notice(store: Store, webhook_id: str) -> int:
         answer = f"it answers {result.response_status}" if result.response_status else result.error_message
         raise LimbeckError(
             f"webhook {webhook_id}: {answer}",
-            fix="the server has to reach it; MLflow sends to public addresses alone, see docs/team.md",
+            fix="the server must be able to reach it; MLflow sends only to public addresses, see docs/team.md",
         )
     return int(result.response_status)
 
@@ -101,16 +100,16 @@ def _unknown_webhook_error(webhook_id: str) -> BadInput:
 
 
 def _to_webhook(found: Any) -> Webhook:
-    words = {event: word for word, event in EVENTS.items()}
-    on = tuple(words.get(str(event), str(event)) for event in found.events)
-    return Webhook(found.webhook_id, redact_urls(found.url), on, str(found.status) == "ACTIVE")
+    names = {event: name for name, event in EVENTS.items()}
+    events = tuple(names.get(str(event), str(event)) for event in found.events)
+    return Webhook(found.webhook_id, redact_urls(found.url), events, str(found.status) == "ACTIVE")
 
 
 def _check_server(store: Store) -> None:
     if not store.is_server:
         raise BadInput(
-            f"notices are sent by an MLflow server, and {store.tracking_uri} is none",
-            fix="set MLFLOW_TRACKING_URI to one: docs/team.md",
+            f"an MLflow server sends notices, and {store.tracking_uri} is not one",
+            fix="set MLFLOW_TRACKING_URI to a server: docs/team.md",
         )
 
 
@@ -119,7 +118,7 @@ def _check_url(url: str) -> None:
     if parts.scheme == "https" and parts.hostname:
         return
     if not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
-        raise BadInput(f"{url!r} is no address for notices", fix="use https, or http on this machine alone")
+        raise BadInput(f"{url!r} is not an address for notices", fix="use https, or http on this machine only")
 
 
 def _is_loopback(host: str) -> bool:

@@ -99,11 +99,11 @@ def test_the_whole_loop_by_several_people(be: Callable[..., None], limbeck: Limb
 def test_who_is_not_let_in(be: Callable[..., None], limbeck: Limbeck) -> None:
     be("ann", "a wrong password")
     result = limbeck("models", "list")
-    assert (result.code, "does not know ann by this password" in result.err) == (2, True)
+    assert (result.code, "does not accept the user ann with this password" in result.err) == (2, True)
     assert "a wrong password" not in result.err
     be(None)
     result = limbeck("models", "list")
-    assert (result.code, "asks who you are\n  set MLFLOW_TRACKING_USERNAME" in result.err) == (2, True)
+    assert (result.code, "asks for a user and a password\n  set MLFLOW_TRACKING_USERNAME" in result.err) == (2, True)
 
 
 def test_files_go_to_s3_itself(

@@ -88,4 +88,4 @@ def test_notices_are_sent_and_signed(
 def test_addresses_that_cannot_be_used(be: Callable[..., None], limbeck: Callable[..., Result], url: str) -> None:
     be("admin")
     result = limbeck("webhooks", "add", url, "--event", "promoted")
-    assert (result.code, "is no address for notices" in result.err) == (2, True)
+    assert (result.code, "is not an address for notices" in result.err) == (2, True)
