@@ -1,4 +1,4 @@
-"""Where a version comes from and what was made of it: teacher -> student -> ONNX variant."""
+"""The lineage of a version, walkable both ways: teacher -> student -> ONNX variant."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ class LineageNode:
     """A version in the tree of a lineage."""
 
     ref: str  # NAME/VERSION
-    version: Version | None  # None: named as a parent, and not there any more
+    version: Version | None  # None: named as a parent, but deleted
     children: list[LineageNode] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
-        """The tree from here as `{version, kind, precision, recipe, control, digest, aliases, missing, children}`."""
-        known = self.version
+        """The tree as `{version, kind, precision, recipe, control, digest, aliases, missing, children}`."""
+        version = self.version
         return {
             "version": self.ref,
-            "kind": known.kind if known else None,
-            "precision": known.precision if known else None,
-            "recipe": known.recipe if known else None,
-            "control": known.control if known else None,
-            "digest": known.digest if known else None,
-            "aliases": list(known.aliases) if known else [],
-            "missing": known is None,
+            "kind": version.kind if version else None,
+            "precision": version.precision if version else None,
+            "recipe": version.recipe if version else None,
+            "control": version.control if version else None,
+            "digest": version.digest if version else None,
+            "aliases": list(version.aliases) if version else [],
+            "missing": version is None,
             "children": [child.json() for child in self.children],
         }
 
 
 def lineage_trees(store: Store, model: str) -> list[LineageNode]:
-    """The trees that `model` is in, from the first ancestor down.
+    """The trees that contain `model`, from the first ancestor down.
 
     Args:
         store: where the versions are.
-        model: `NAME/VERSION` or `NAME@ALIAS`: the way up to its teacher, and all that was made of it; a bare
-            NAME: the trees of all its versions.
+        model: `NAME/VERSION` or `NAME@ALIAS`: its ancestors and all its descendants; a bare NAME: the trees of all its
+            versions.
 
     Raises:
         BadInput: no such version.
@@ -50,40 +50,49 @@ def lineage_trees(store: Store, model: str) -> list[LineageNode]:
     chosen = [store.get(model)] if single else store.versions(model)
     if not chosen:
         raise store.not_found_error(model)
-    every = {version.ref: version for version in store.versions()}
+    versions = {version.ref: version for version in store.versions()}
     children: dict[str, list[str]] = defaultdict(list)
-    for version in every.values():
-        if made_from := made_from_ref(version):
+    for version in versions.values():
+        made_from = made_from_ref(version)
+        if made_from:
             children[made_from].append(version.ref)
     if single:
-        node = _descendant_tree(chosen[0].ref, every, children)
-        for ref in _ancestors(chosen[0].ref, every):
-            node = LineageNode(ref, every.get(ref), [node])
+        node = _descendant_tree(chosen[0].ref, versions, children)
+        for ref in _ancestors(chosen[0].ref, versions):
+            node = LineageNode(ref, versions.get(ref), [node])
         return [node]
-    first = dict.fromkeys((_ancestors(version.ref, every) or [version.ref])[-1] for version in chosen)
-    return [_descendant_tree(ref, every, children) for ref in first]
+    roots = dict.fromkeys((_ancestors(version.ref, versions) or [version.ref])[-1] for version in chosen)
+    return [_descendant_tree(ref, versions, children) for ref in roots]
 
 
 def made_from_ref(version: Version) -> str | None:
-    """NAME/VERSION that a version was made from: its parent, else its teacher."""
+    """NAME/VERSION that a version was made from: its parent, else its teacher; None without one."""
     return version.parent or version.teacher
 
 
 def lineage_path(store: Store, version: Version) -> list[LineageNode]:
-    """The way from a version's first ancestor down to it, without what else was made of these."""
-    found = [LineageNode(version.ref, version)]
-    while (above := found[-1].version) and (ref := made_from_ref(above)) and ref not in {node.ref for node in found}:
-        try:
-            found.append(LineageNode(ref, store.get(ref)))
-        except BadInput:  # deleted
-            found.append(LineageNode(ref, None))
-    return found[::-1]
+    """The nodes from a version's first ancestor down to it, without other descendants."""
+    path: list[LineageNode] = []
+    current: Version | None = version
+    ref: str | None = version.ref
+    while ref and ref not in {node.ref for node in path}:
+        path.append(LineageNode(ref, current))
+        ref = made_from_ref(current) if current else None
+        current = _version_or_none(store, ref) if ref else None
+    return path[::-1]
+
+
+def _version_or_none(store: Store, ref: str) -> Version | None:
+    try:
+        return store.get(ref)
+    except BadInput:  # deleted
+        return None
 
 
 def run_parameters(store: Store, version: Version) -> dict[str, str]:
-    """The parameters of the run that made a version, as text; of an ONNX variant, of its student. {} without a run.
+    """The parameters, as text, of the run that made a version, or the student of an ONNX variant. {} without a run.
 
-    Raises NotThere where the run is gone.
+    Raises NotFound if the run was deleted.
     """
     if version.run_id is None:
         return {}
@@ -91,19 +100,20 @@ def run_parameters(store: Store, version: Version) -> dict[str, str]:
 
 
 def _ancestors(ref: str, versions: dict[str, Version]) -> list[str]:
-    """The ancestors, nearest first."""
+    """The refs of the ancestors, nearest first. The last one may be deleted."""
     found: list[str] = []
-    while ref in versions and (above := made_from_ref(versions[ref])) and above not in (ref, *found):
-        found.append(above)
-        ref = above
+    parent = made_from_ref(versions[ref]) if ref in versions else None
+    while parent and parent not in (ref, *found):
+        found.append(parent)
+        parent = made_from_ref(versions[parent]) if parent in versions else None
     return found
 
 
 def _descendant_tree(
     ref: str, versions: dict[str, Version], children: dict[str, list[str]], ancestors: tuple[str, ...] = ()
 ) -> LineageNode:
-    """The tree from `ref` down; `ancestors` are the versions it hangs from, which it cannot hold again."""
-    below = [child for child in children.get(ref, []) if child not in (ref, *ancestors)]
+    """The tree below `ref`; `ancestors` are those of `ref`, left out so that a circle ends."""
+    refs = [child for child in children.get(ref, []) if child not in (ref, *ancestors)]
     return LineageNode(
-        ref, versions.get(ref), [_descendant_tree(child, versions, children, (ref, *ancestors)) for child in below]
+        ref, versions.get(ref), [_descendant_tree(child, versions, children, (ref, *ancestors)) for child in refs]
     )

@@ -1,4 +1,4 @@
-"""The model card of a version, written from its records: Hugging Face's format, Markdown below a YAML head."""
+"""Writes the model card of a version from its records: Hugging Face's format, Markdown below a YAML header."""
 
 from __future__ import annotations
 
@@ -24,65 +24,63 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class _CardContent:
-    """All that a card tells."""
+    """The records that a model card shows."""
 
     version: Version
     scorecard: Scorecard | None  # the newest
-    missing_scorecard_text: str  # what to say where it has none
-    older_scorecards: int  # scorecards before it
+    missing_scorecard_text: str  # the text without a scorecard
+    older_scorecards: int  # number of scorecards before it
     parity: Parity | None
     verdict: Verdict | None  # the newest
     recipe: Mapping[str, str]  # parameters of the run that made it
-    making: TrainingCost | None
+    training_cost: TrainingCost | None
     lineage: list[LineageNode]  # from the first ancestor down to it
-    terms: list[LineageLicence]  # the licences of what it came from
+    lineage_licences: list[LineageLicence]
 
 
 def model_card(store: Store, version: Version) -> str:
     """The model card of a version.
 
-    What comes from outside (names, licences, parameters, messages) is written as text, on one line; of what is too
-    long the beginning is.
+    Text from users (names, licences, parameters, messages) is escaped, on one line, and cut if it is long.
     """
-    known = _gather_content(store, version)
+    content = _gather_content(store, version)
     sections = {
-        "What it is": _about(known),
-        "How to use": _use(known),
-        "Data": _data(known),
-        "Method": _method(known),
-        "Scores": _scores(known),
-        "Cost": _cost(known),
-        "Against PyTorch": _parity(known),
-        "Licences": _licences(known),
-        "Limits": _limits(known),
-        "Lineage": _lineage(known),
+        "What it is": _about(content),
+        "How to use": _use(content),
+        "Data": _data(content),
+        "Method": _method(content),
+        "Scores": _scores(content),
+        "Cost": _cost(content),
+        "Against PyTorch": _parity(content),
+        "Licences": _licences(content),
+        "Limits": _limits(content),
+        "Lineage": _lineage(content),
     }
     body = "".join(f"\n## {title}\n\n{text}" for title, text in sections.items() if text)
-    return (
-        f"---\n{model_card_yaml(version, known.scorecard, known.recipe)}---\n\n# {escape_inline(version.ref)}\n{body}"
-    )
+    header = model_card_yaml(version, content.scorecard, content.recipe)
+    return f"---\n{header}---\n\n# {escape_inline(version.ref)}\n{body}"
 
 
 def _gather_content(store: Store, version: Version) -> _CardContent:
     verdicts = store.findings.verdicts(version)
-    no_card = None
+    missing_scorecard_text = "It has not been scored."
     try:
-        cards = store.findings.scorecards(version)
-    except LimbeckError as error:  # a model is deployed without its scores, too
-        cards, no_card = [], f"Its scorecards cannot be read: {escape_inline(error.message)}."
+        scorecards = store.findings.scorecards(version)
+    except LimbeckError as error:  # a model can be deployed without its scores
+        scorecards, missing_scorecard_text = [], f"Its scorecards cannot be read: {escape_inline(error.message)}."
     try:
-        parameters, making = run_parameters(store, version), store.runs.training_cost(version)
+        parameters, training_cost = run_parameters(store, version), store.runs.training_cost(version)
     except NotFound:  # its run was deleted
-        parameters, making = {}, None
+        parameters, training_cost = {}, None
     return _CardContent(
         version,
-        cards[-1] if cards else None,
-        no_card or "It has not been scored.",
-        max(0, len(cards) - 1),
+        scorecards[-1] if scorecards else None,
+        missing_scorecard_text,
+        max(0, len(scorecards) - 1),
         store.findings.parity(version),
         verdicts[-1] if verdicts else None,
         parameters,
-        making,
+        training_cost,
         lineage_path(store, version),
         lineage_licences(store, version),
     )
@@ -91,13 +89,13 @@ def _gather_content(store: Store, version: Version) -> _CardContent:
 def _about(content: _CardContent) -> str:
     version = content.version
     kinds = {"teacher": "A language model that others learn from", "student": "A language model"}
-    what = kinds.get(version.kind, f"An ONNX model in {escape_inline(version.precision)}, for onnxruntime")
+    summary = kinds.get(version.kind, f"An ONNX model in {escape_inline(version.precision)}, for onnxruntime")
     if version.engine == "endpoint":
-        what = "A language model behind an endpoint"
+        summary = "A language model behind an endpoint"
     if version.control:
-        what += f", made without a teacher to hold distillation against ({escape_inline(version.control)})"
+        summary += f", a control for distillation, trained without the teacher ({escape_inline(version.control)})"
     elif version.parent:
-        what += f", {'exported' if version.kind == 'onnx' else 'distilled'} from {escape_inline(version.parent)}"
+        summary += f", {'exported' if version.kind == 'onnx' else 'distilled'} from {escape_inline(version.parent)}"
     rows = {
         "version": version.ref,
         "digest": version.digest,
@@ -107,9 +105,11 @@ def _about(content: _CardContent) -> str:
         "recipe": version.recipe,
         "registered": f"{version.created:%Y-%m-%d %H:%M} UTC" + (f" by {version.author}" if version.author else ""),
         "aliases": " ".join(version.aliases) or None,
-        "newest verdict": f"{content.verdict.outcome}, {content.verdict.created:%Y-%m-%d}" if content.verdict else None,
+        "newest gate decision": f"{content.verdict.outcome}, {content.verdict.created:%Y-%m-%d}"
+        if content.verdict
+        else None,
     }
-    return f"{what}.\n\n{_key_value_table(rows)}"
+    return f"{summary}.\n\n{_key_value_table(rows)}"
 
 
 def _use(content: _CardContent) -> str:
@@ -121,27 +121,25 @@ def _use(content: _CardContent) -> str:
 
 
 def _data(content: _CardContent) -> str:
-    told = {n.removeprefix("data."): v for n, v in content.recipe.items() if n.startswith("data.") and _has_value(v)}
-    told |= {n: v for n, v in content.recipe.items() if n.startswith("generate.") and _has_value(v)}
-    told |= {"digest": content.version.data_digest} if content.version.data_digest else {}
-    return _key_value_table(told) or "The text that it was trained on is not recorded.\n"
+    rows = {n.removeprefix("data."): v for n, v in content.recipe.items() if n.startswith("data.") and _has_value(v)}
+    rows |= {n: v for n, v in content.recipe.items() if n.startswith("generate.") and _has_value(v)}
+    rows |= {"digest": content.version.data_digest} if content.version.data_digest else {}
+    return _key_value_table(rows) or "The text that it was trained on is not recorded.\n"
 
 
 def _method(content: _CardContent) -> str:
-    version, making = content.version, content.making
-    told: dict[str, Any] = {"recipe digest": version.recipe_digest, "code": version.code_version}
-    if making:
-        told |= {
-            "tokens seen": f"{making.tokens:,}",
-            "training": f"{making.training_seconds:,.0f} s on {making.machine}, {making.device}",
-            "teacher's passes": f"{making.teacher_seconds:,.0f} s, for {making.students_sharing_teacher} students"
-            if making.teacher_seconds
-            else None,
-            "model behind an API": making.api_model,
-        }
-    other = ("data.", "generate.", "code_version", "teacher")
-    told |= {n: v for n, v in content.recipe.items() if not n.startswith(other) and _has_value(v)}
-    return _key_value_table(told) or "How it was made is not recorded.\n"
+    version, cost = content.version, content.training_cost
+    rows: dict[str, Any] = {"recipe digest": version.recipe_digest, "code": version.code_version}
+    if cost:
+        rows["tokens seen"] = f"{cost.tokens:,}"
+        rows["training"] = f"{cost.training_seconds:,.0f} s on {cost.machine}, {cost.device}"
+        if cost.teacher_seconds:
+            students = f"for {cost.students_sharing_teacher} students"
+            rows["teacher's passes"] = f"{cost.teacher_seconds:,.0f} s, {students}"
+        rows["model behind an API"] = cost.api_model
+    shown_elsewhere = ("data.", "generate.", "code_version", "teacher")
+    rows |= {n: v for n, v in content.recipe.items() if not n.startswith(shown_elsewhere) and _has_value(v)}
+    return _key_value_table(rows) or "How it was made is not recorded.\n"
 
 
 def _scores(content: _CardContent) -> str:
@@ -151,7 +149,7 @@ def _scores(content: _CardContent) -> str:
     relative = scored.relative
     rows = []
     for task, result in scored.tasks.items():
-        kept = relative.task_retention.get(task) if relative else None
+        retention = relative.task_retention.get(task) if relative else None
         overlap = scored.contamination.tasks.get(task) if scored.contamination else None
         rows.append(
             (
@@ -160,38 +158,39 @@ def _scores(content: _CardContent) -> str:
                 f"{result.value:.4f}{_interval(result)}",
                 f"{result.documents:,}",
                 f"{overlap.contaminated:,}" if overlap else None,
-                f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else None,
+                f"{retention.value:.3f} [{retention.low:.3f}, {retention.high:.3f}]" if retention else None,
             )
         )
     columns = ["task", "metric", "value, 95% interval", "documents", "in training text", "retention, 95% interval"]
-    lines = [f"By {escape_inline(scored.harness)}, {scored.created:%Y-%m-%d}"]
+    text = f"Scored with {escape_inline(scored.harness)}, {scored.created:%Y-%m-%d}"
     if relative:
-        lines.append(
-            f"; retention is the share of what {escape_inline(relative.teacher)} has above chance, paired by document"
-        )
-    text = "".join(lines) + f".\n\n{_table(columns, rows)}\n"
-    if relative and (whole := relative.retention):
-        text += f"Over all tasks it keeps {whole.value:.3f} [{whole.low:.3f}, {whole.high:.3f}]. "
+        teacher = escape_inline(relative.teacher)
+        text += f"; retention is the share of the quality above chance of {teacher}, paired by document"
+    text += f".\n\n{_table(columns, rows)}\n"
+    overall = relative.retention if relative else None
+    if overall:
+        text += f"Retention over all tasks: {overall.value:.3f} [{overall.low:.3f}, {overall.high:.3f}]. "
     tasks, prompts = escape_inline(scored.tasks_digest[:12]), escape_inline(scored.prompts_digest[:12])
     text += f"Digest of the tasks {tasks}, of the prompts {prompts}"
-    return text + (f"; {content.older_scorecards} older scorecards are kept.\n" if content.older_scorecards else ".\n")
+    return text + (f"; there are {content.older_scorecards} older scorecards.\n" if content.older_scorecards else ".\n")
 
 
 def _cost(content: _CardContent) -> str:
     cost = content.scorecard.cost if content.scorecard else None
     relative = content.scorecard.relative if content.scorecard else None
     if cost is None:
-        return "What it costs has not been measured.\n"
-    ratio, speedup = (relative.cost_ratio, relative.speedup) if relative else (None, None)
+        return "Its cost has not been measured.\n"
+    ratio = relative.cost_ratio if relative else None
+    speedup = relative.speedup if relative else None
     rows = {
         **{figure.title: _format_figure(cost, name) for name, figure in FIGURES.items()},
-        "cost beside its teacher's": f"{ratio:.3g} of it" if ratio is not None else None,
-        "speed beside its teacher's": f"{speedup:.3g} times" if speedup is not None else None,
+        "cost relative to its teacher": f"{ratio:.3g}" if ratio is not None else None,
+        "speed relative to its teacher": f"{speedup:.3g} times" if speedup is not None else None,
     }
-    how = f"{escape_inline(cost.machine)}, {cost.threads} threads, {escape_inline(cost.device)}"
+    machine = f"{escape_inline(cost.machine)}, {cost.threads} threads, {escape_inline(cost.device)}"
     price = f" at {cost.usd_per_hour:g} USD an hour" + (f" ({escape_inline(cost.price)})" if cost.price else "")
     request = f"a request is {cost.prompt_tokens} tokens in and {cost.new_tokens} out"
-    return f"On {how}; {request};{price}.\n\n{_key_value_table(rows)}"
+    return f"On {machine}; {request};{price}.\n\n{_key_value_table(rows)}"
 
 
 def _format_figure(cost: Cost, name: str) -> str | None:
@@ -206,17 +205,14 @@ def _format_figure(cost: Cost, name: str) -> str | None:
 def _parity(content: _CardContent) -> str:
     parity = content.parity
     if parity is None:
-        return (
-            "It has not been held against the model that it was exported from.\n"
-            if content.version.kind == "onnx"
-            else ""
-        )
+        is_variant = content.version.kind == "onnx"
+        return "It has not been compared with the model that it was exported from.\n" if is_variant else ""
     rows = {
         "passed": "yes" if parity.passed else "no",
         "tokens": f"{parity.tokens:,}",
         "largest difference in log-probability": f"{parity.max_logprob_diff:.2g}",
         "mean KL, nats per token": f"{parity.mean_kl:.2g}",
-        "same likeliest token": f"{parity.top1_agreement:.1%}",
+        "same most likely token": f"{parity.top1_agreement:.1%}",
         "bits per byte": f"{parity.bits_per_byte:.4f}, of PyTorch {parity.bits_per_byte_reference:.4f}",
         "greedy text": "identical" if parity.greedy_identical else "differs",
     }
@@ -228,15 +224,16 @@ def _licences(content: _CardContent) -> str:
     rows: list[tuple[str | None, ...]] = [("this model", version.ref, version.licence or "not stated", None)]
     if version.code_licence:
         rows.append(("code that made it", version.code_version, version.code_licence, None))
-    may = {True: "yes", False: "no", None: "not known"}
+    answers = {True: "yes", False: "no", None: "unknown"}
     rows += [
-        (term.role, term.origin, term.licence or "not stated", may[term.allows_distillation]) for term in content.terms
+        (each.role, each.origin, each.licence or "not stated", answers[each.allows_distillation])
+        for each in content.lineage_licences
     ]
     text = _table(["", "of", "licence", "a model may learn from it"], rows)
-    said = {terms_of_licence(licence): licence for row in rows for licence in licence_names(row[2])}
-    for known_terms, licence in said.items():
-        if known_terms:
-            text += f"\n{escape_inline(licence)}, as Limbeck reads it: {escape_inline(known_terms.summary)}.\n"
+    licence_of_terms = {terms_of_licence(licence): licence for row in rows for licence in licence_names(row[2])}
+    for terms, licence in licence_of_terms.items():
+        if terms:
+            text += f"\n{escape_inline(licence)}, in Limbeck's summary: {escape_inline(terms.summary)}.\n"
     return text
 
 
@@ -246,23 +243,25 @@ def _limits(content: _CardContent) -> str:
 
 def _limit_lines(content: _CardContent) -> Iterator[str]:
     scored = content.scorecard
-    yield "A model of its size completes text like its training text; what it writes has to be checked."
+    yield "A model of its size completes text like its training text. Check what it writes."
     if scored is None:
-        yield f"Nothing is known of its quality. {content.missing_scorecard_text}"
+        yield f"Its quality is unknown. {content.missing_scorecard_text}"
     else:
         fewest = min((result.documents for result in scored.tasks.values()), default=0)
-        yield f"Its scores tell of {len(scored.tasks)} tasks of {fewest:,} documents or more, and of nothing else."
+        yield f"Its scores cover {len(scored.tasks)} tasks with at least {fewest:,} documents each, and nothing else."
         if scored.relative is None:
-            yield "It has not been held against a teacher."
+            yield "It has not been compared with a teacher."
         if scored.contamination is None:
-            yield "Whether its training text holds documents of these tasks is not known."
-        elif held := sum(overlap.contaminated for overlap in scored.contamination.tasks.values()):
-            yield f"{held:,} documents that it was scored on occur in its training text."
+            yield "Whether its training text contains documents of these tasks is unknown."
+        else:
+            contaminated = sum(overlap.contaminated for overlap in scored.contamination.tasks.values())
+            if contaminated:
+                yield f"{contaminated:,} documents that it was scored on occur in its training text."
     if scored is not None and scored.cost is not None:
-        yield "Its cost is that of one machine; on another it is another."
+        yield "Its cost was measured on one machine, and differs on others."
     if content.verdict is not None and content.verdict.outcome != "pass":
-        broken = ", ".join(escape_inline(rule.rule) for rule in content.verdict.rules if rule.outcome != "pass")
-        yield f"Its newest verdict is {content.verdict.outcome}: {broken}."
+        failing = ", ".join(escape_inline(rule.rule) for rule in content.verdict.rules if rule.outcome != "pass")
+        yield f"Its newest gate decision is {content.verdict.outcome}: {failing}."
     if content.version.licence is None:
         yield "Its licence is not stated."
 
@@ -271,7 +270,7 @@ def _lineage(content: _CardContent) -> str:
     rows = [
         (node.ref, node.version.kind, node.version.precision, node.version.digest)
         if node.version
-        else (node.ref, "not there any more", None, None)
+        else (node.ref, "deleted", None, None)
         for node in content.lineage
     ]
     return "From the first ancestor down.\n\n" + _table(["version", "kind", "precision", "digest"], rows)

@@ -1,4 +1,4 @@
-"""The head of a model card: what the Hugging Face hub, and programs that know its format, read of a version."""
+"""The YAML header of a model card, which the Hugging Face hub and programs read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from limbeck.registry.records import Scorecard, Version
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-MOST_RESULTS = 100  # tasks
+MAX_TASKS = 100  # with results
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # a hub id, or NAME/VERSION
-# Licences that the hub knows by these names; others are `other`, with a name.
+# The hub's identifiers of licences; another licence is `other`, with its name.
 LICENCES = """
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
 bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-nd-4.0
@@ -28,34 +28,35 @@ def model_card_yaml(version: Version, scorecard: Scorecard | None, recipe: Mappi
     """The fields as YAML, without the lines `---` around them.
 
     Args:
-        scorecard: the scorecard whose results are told.
+        version: of which model.
+        scorecard: for the evaluation results; None for none.
         recipe: the parameters of the run that made the version.
     """
     from huggingface_hub import ModelCardData
 
     onnx = version.kind == "onnx"
     library = {"torch": "transformers", "onnxruntime": "onnx"}.get(version.engine)
-    learnt = version.kind != "teacher" and version.control is None
-    fields = _licence(version.licence) | {
+    is_distilled = version.kind != "teacher" and version.control is None
+    fields: dict[str, Any] = _licence_fields(version.licence) | {
         "base_model": _hub_name(version.base_model) or _hub_name(version.parent),
         "base_model_relation": "quantized" if onnx and version.precision != "fp32" else None,
         "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": [
             "limbeck",
-            *(["distillation"] if learnt else []),
+            *(["distillation"] if is_distilled else []),
             *(["onnx", one_line(version.precision)] if onnx else []),
         ],
         "model_name": one_line(version.ref),
         "eval_results": list(_results(scorecard)) if scorecard else None,
     }
-    if recipe.get("data.source") == "dataset" and (dataset := _hub_name(recipe.get("data.path"))):
-        fields["datasets"] = [dataset]
-    told = {name: value for name, value in fields.items() if value is not None}
-    return ModelCardData(**told).to_yaml(original_order=list(told)) + "\n"
+    dataset = _hub_name(recipe.get("data.path")) if recipe.get("data.source") == "dataset" else None
+    fields["datasets"] = [dataset] if dataset else None
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return ModelCardData(**fields).to_yaml(original_order=list(fields)) + "\n"
 
 
-def _licence(licence: str | None) -> dict[str, Any]:
+def _licence_fields(licence: str | None) -> dict[str, Any]:
     if licence is None:
         return {"license": "unknown"}
     known = one_line(licence).lower()
@@ -63,19 +64,21 @@ def _licence(licence: str | None) -> dict[str, Any]:
 
 
 def _hub_name(text: str | None) -> str | None:
-    """A name that others can follow; none of a folder."""
+    """The text if it is a hub id or NAME/VERSION, else None, for example for a folder."""
     return text if text and HUB_NAME.fullmatch(text) else None
 
 
 def _results(scorecard: Scorecard) -> Iterator[EvalResult]:
     relative = scorecard.relative
-    for task, result in list(scorecard.tasks.items())[:MOST_RESULTS]:
-        of = task, result.task_hash
+    for task, result in list(scorecard.tasks.items())[:MAX_TASKS]:
         args = {"documents": result.documents} | ({} if result.stderr is None else {"stderr": _short(result.stderr)})
-        yield _result(*of, result.metric, result.metric, result.value, args)
-        if relative and (kept := relative.task_retention.get(task)):
-            interval = {"low": _short(kept.low), "high": _short(kept.high), "confidence": kept.confidence}
-            yield _result(*of, "retention", f"retention against {relative.teacher}", kept.value, interval)
+        yield _result(task, result.task_hash, result.metric, result.metric, result.value, args)
+        retention = relative.task_retention.get(task) if relative else None
+        if relative and retention:
+            interval = {"low": _short(retention.low), "high": _short(retention.high)}
+            args = interval | {"confidence": retention.confidence}
+            name = f"retention against {relative.teacher}"
+            yield _result(task, result.task_hash, "retention", name, retention.value, args)
 
 
 def _result(task: str, revision: str, metric: str, name: str, value: float, args: dict[str, Any]) -> EvalResult:
@@ -94,5 +97,5 @@ def _result(task: str, revision: str, metric: str, name: str, value: float, args
 
 
 def _short(value: float) -> float:
-    """To six figures."""
+    """Rounded to six digits."""
     return float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""What a MODEL on the command line means: a local folder, a registered version, a hub id or an endpoint."""
+"""Resolves a MODEL of the command line: a local folder, a registered version, a hub id or an endpoint."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ URL = re.compile(r"https?://", re.IGNORECASE)
 REGISTERED = re.compile(r"models:/.*|[^/@]+/\d+|[^/@]+@[^/@]+")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ENDPOINT = "endpoint.json"  # in the folder of a registered endpoint: its url and name
-TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # a tokenizer is among them
+TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # include the tokenizer's files
 HUB_FILES = [*TEXT_FILES, "*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """An artifact at hand: its folder, and what it is called.
+    """An artifact on this machine: its folder, digest, label and engine.
 
-    Of an endpoint the folder is that of its tokenizer, and the digest is over URL, name and tokenizer: what the
-    server runs behind them cannot be known.
+    For an endpoint, the folder is that of its tokenizer, and the digest covers URL, name and tokenizer: the model that
+    the server runs is unknown.
     """
 
     path: Path
@@ -45,6 +45,7 @@ class ResolvedModel:
 
     @property
     def has_tokenizer(self) -> bool:
+        """Whether the folder has a tokenizer."""
         return _has_tokenizer(self.path)
 
 
@@ -56,21 +57,21 @@ def resolve_model(
     tokenizer: str | None = None,
     num_concurrent: int = 4,
 ) -> ResolvedModel:
-    """The model that `text` means.
+    """The model that `text` names.
 
-    In this order: an endpoint's URL; a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only
-    version of a registered NAME; a Hugging Face hub id. The tracking store is opened only where one of the middle
-    two may be meant. The files are checked: against their manifest, and against the digest of a registered version.
+    Tries in this order: the URL of an endpoint; a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the
+    only version of a registered NAME; a Hugging Face hub id. Opens the tracking store only for a registered name.
+    Verifies the files: with their manifest, and with the digest of a registered version.
 
     Args:
         text: as the user wrote it.
-        store: where registered models are looked for; the default one where None.
-        revision: of a hub id: a branch, tag or commit.
-        tokenizer: an endpoint's, as a MODEL or a folder; None where no endpoint can be used.
-        num_concurrent: the most requests that an endpoint is asked at a time.
+        store: for registered models; None for the default store.
+        revision: branch, tag or commit of a hub id.
+        tokenizer: of an endpoint, as a MODEL or a folder; None if an endpoint is not allowed.
+        num_concurrent: number of concurrent requests to an endpoint, at most.
 
     Raises:
-        BadInput: nothing of this name, a folder that is no model, or weights in pickle files only.
+        BadInput: nothing has this name, the folder is not a model, or the weights are only in pickle files.
         DamagedArtifact: files that are truncated or are not those recorded.
         Unreachable: the tracking server, the hub or the endpoint does not answer.
     """
@@ -87,16 +88,17 @@ def resolve_model(
         return load_registered_version(store.get(text), store)
     if "/" not in text:
         store = store or _default_store()
-        if versions := store.versions(text):
-            if len(versions) == 1:
-                return load_registered_version(versions[0], store)
-            numbers = ", ".join(version.ref for version in versions[-8:])
-            raise BadInput(f"{text} has {len(versions)} versions", fix=f"name one of them: {numbers}")
+        versions = store.versions(text)
+        if len(versions) == 1:
+            return load_registered_version(versions[0], store)
+        if versions:
+            refs = ", ".join(version.ref for version in versions[-8:])
+            raise BadInput(f"{text} has {len(versions)} versions", fix=f"name one of them: {refs}")
         if folder.is_dir():
             return _local(folder, text)
     if not HUB_ID.fullmatch(text):
         raise BadInput(
-            f"{text!r} is no model",
+            f"{text!r} is not a model",
             fix="give a local folder, NAME/VERSION, NAME@ALIAS or a Hugging Face hub id",
         )
     return _local(_snapshot(text, revision), text)
@@ -105,14 +107,14 @@ def resolve_model(
 def resolve_models(
     texts: Iterable[str], store: Store | None = None, *, tokenizer: str | None = None, num_concurrent: int = 4
 ) -> list[ResolvedModel]:
-    """As `resolve`, for several; a registered NAME alone stands for all its versions, oldest first."""
+    """As `resolve_model`, for several; a registered NAME stands for all its versions, oldest first."""
     models: dict[str, ResolvedModel] = {}
     for text in texts:
         found = []
         if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
             store = store or _default_store()
             found = [load_registered_version(version, store) for version in store.versions(text)]
-            if len(found) > 1:  # an endpoint whose tokenizer is not known can only be asked for text
+            if len(found) > 1:  # without its tokenizer, an endpoint can only generate text, not score
                 found = [model for model in found if not model.endpoint or model.has_tokenizer]
         for model in found or [resolve_model(text, store, tokenizer=tokenizer, num_concurrent=num_concurrent)]:
             models.setdefault(model.label, model)
@@ -120,31 +122,31 @@ def resolve_models(
 
 
 def load_registered_version(version: Version, store: Store) -> ResolvedModel:
-    """A registered version as a Model; its files are fetched where they lie elsewhere, and verified.
+    """A registered version; fetches its files if they are not on this machine, and verifies them.
 
-    An endpoint is not asked whether it is there.
+    Sends no request to an endpoint.
     """
     folder = store.artifacts.verified_folder(version)
-    found = None
+    registered_endpoint = None
     if version.engine == "endpoint":
-        said = _json(folder, ENDPOINT)
-        if not (isinstance(said.get("name"), str) and URL.match(str(said.get("url")))):
-            raise DamagedArtifact(folder, [f"{ENDPOINT} names no endpoint"])
-        found = endpoint.Endpoint(said["url"], said["name"])
-    return ResolvedModel(folder, version.digest, version.ref, version, version.engine, found)
+        fields = _read_json(folder, ENDPOINT)
+        if not (isinstance(fields.get("name"), str) and URL.match(str(fields.get("url")))):
+            raise DamagedArtifact(folder, [f"{ENDPOINT} does not name an endpoint"])
+        registered_endpoint = endpoint.Endpoint(fields["url"], fields["name"])
+    return ResolvedModel(folder, version.digest, version.ref, version, version.engine, registered_endpoint)
 
 
 def engine_of_folder(folder: Path) -> Engine:
-    """Which engine runs the model in `folder`: onnxruntime where *.onnx files are, else torch.
+    """The engine that runs the model in `folder`: onnxruntime if there are *.onnx files, else torch.
 
-    Raises BadInput where it is no model that Limbeck runs, DamagedArtifact where its weights are truncated.
+    Raises BadInput if Limbeck cannot run it, DamagedArtifact if its weights are truncated.
     """
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "adapter_config.json").exists():
-            raise BadInput(f"{folder} holds an adapter, no whole model", fix="merge it into its base model first")
-        raise BadInput(f"{folder} is no model: it has no config.json", fix="give a transformers checkpoint")
-    _json(folder, config.name)
+            raise BadInput(f"{folder} has an adapter, not a whole model", fix="merge it into its base model first")
+        raise BadInput(f"{folder} is not a model: it has no config.json", fix="give a transformers checkpoint")
+    _read_json(folder, config.name)
     if any(folder.glob("*.onnx")):
         return "onnxruntime"
     weights = sorted(folder.glob("*.safetensors"))
@@ -154,33 +156,34 @@ def engine_of_folder(folder: Path) -> Engine:
             raise BadInput(
                 f"{folder} has its weights in pickle files only ({', '.join(pickles[:3])}), "
                 "and loading those can run any code",
-                fix="save it with save_pretrained(..., safe_serialization=True) where you trust it",
+                fix="if you trust it, save it with save_pretrained(..., safe_serialization=True)",
             )
-        raise BadInput(f"{folder} is no model: it has no *.safetensors and no *.onnx")
+        raise BadInput(f"{folder} is not a model: it has no *.safetensors and no *.onnx")
     _check_weights(folder, weights)
     return "torch"
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder. Raises DamagedArtifact."""
     try:
         found = json.loads((folder / name).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedArtifact(folder, [f"{name} is not JSON: {error}"]) from None
     if not isinstance(found, dict):
-        raise DamagedArtifact(folder, [f"{name} is no JSON object"])
+        raise DamagedArtifact(folder, [f"{name} is not a JSON object"])
     return found
 
 
 def _check_weights(folder: Path, weights: list[Path]) -> None:
+    """Raises DamagedArtifact if a shard is missing or truncated."""
     from safetensors import SafetensorError, safe_open
 
     problems = []
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _json(folder, index.name).get("weight_map", {})
+        weight_map = _read_json(folder, index.name).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise DamagedArtifact(folder, [f"the weight_map of {index.name} names no files"])
+            raise DamagedArtifact(folder, [f"the weight_map of {index.name} does not name files"])
         shards = set(weight_map.values())
         problems += [f"{name} is missing" for name in sorted(shards - {path.name for path in weights})]
     for path in weights:
@@ -194,7 +197,7 @@ def _check_weights(folder: Path, weights: list[Path]) -> None:
 
 
 def _folder(text: str) -> Path:
-    """The folder that `text` names; the artifact's where that is a bundle (limbeck.export.bundle.layout)."""
+    """The folder that `text` names; inside a bundle (`limbeck.export.bundle.layout`), that of the artifact."""
     folder = Path(text).expanduser()
     inner = folder / "model"
     return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder
@@ -228,29 +231,30 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _snapshot(hub_id: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
-    """The local folder of a hub repository's files, downloaded where they are not in its cache."""
+    """The local folder of a hub repository's files; downloads those that are not in the hub's cache."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
-        why = {
-            hub.GatedRepoError: "asks for access",
-            hub.RevisionNotFoundError: f"has no revision {revision}",
-        }
-        words = next((w for kind, w in why.items() if isinstance(error, kind)), "does not exist or is private")
+        if isinstance(error, hub.GatedRepoError):
+            why = "is gated"
+        elif isinstance(error, hub.RevisionNotFoundError):
+            why = f"has no revision {revision}"
+        else:
+            why = "does not exist or is private"
         raise BadInput(
-            f"{hub_id!r} is no local folder and no registered model, and on the hub it {words}",
-            fix="check the name; log in with `hf auth login` where it needs an account",
+            f"{hub_id!r} is neither a local folder nor a registered model, and on the hub it {why}",
+            fix="check the name; log in with `hf auth login` if it needs an account",
         ) from None
     except hub.HFValidationError as error:
-        raise BadInput(f"{hub_id!r} is no local folder, registered model or hub id: {error}") from None
+        raise BadInput(f"{hub_id!r} is not a local folder, registered model or hub id: {error}") from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        why_not = "HF_HUB_OFFLINE is set" if offline else str(error).split("\n")[0][:200]
+        reason = "HF_HUB_OFFLINE is set" if offline else str(error).split("\n")[0][:200]
         raise Unreachable(
-            f"{hub_id!r} is no local folder and no registered model, and the hub cannot be asked: {why_not}",
+            f"{hub_id!r} is neither a local folder nor a registered model, and the hub cannot be reached: {reason}",
             fix="check the name; `limbeck models list` shows what is registered",
         ) from None
 

@@ -1,4 +1,4 @@
-"""What `limbeck models list` finds: versions by their fields, tags, metrics, date and alias, in an order."""
+"""Searches versions by fields, tags, metrics, date (`limbeck models list --since`, `--until`) and alias, and sorts."""
 
 from __future__ import annotations
 
@@ -20,70 +20,70 @@ SORTABLE = ("version", "created", "kind", "recipe", "precision", "params", "lice
 
 
 class SearchHit(NamedTuple):
-    """A version that was found."""
+    """A version that matches a query."""
 
     ref: str  # NAME/VERSION
     version: Version | None
-    unreadable: str | None  # why there is no version
-    metrics: Mapping[str, float]  # those that were asked for or sorted by
+    unreadable: str | None  # why there is no `version`
+    metrics: Mapping[str, float]  # those in the conditions or the sort key
 
 
 @dataclass(frozen=True)
 class Query:
-    """What to look for; all of it has to hold."""
+    """Conditions on versions, which all have to hold, and the order of the results."""
 
     conditions: tuple[Condition, ...] = ()
-    since: datetime | None = None
-    until: datetime | None = None
+    since: datetime | None = None  # registered then or later
+    until: datetime | None = None  # registered before
     alias: str | None = None
-    sort: str | None = None  # a field of SORTABLE or a metric; a minus before it turns the order
+    sort: str | None = None  # a field of SORTABLE or a metric; a minus before it for descending order
     limit: int | None = None
 
 
 def build_conditions(
     fields: Mapping[str, str | None], tags: Sequence[str] = (), metrics: Sequence[str] = (), text: str = ""
 ) -> tuple[Condition, ...]:
-    """The conditions that options stand for.
+    """The conditions of the options of `limbeck models list`.
 
     Args:
-        fields: of a version, such as kind; a licence in any case of letters.
+        fields: field of a version, such as kind, -> value; a licence in upper or lower case.
         tags: KEY=VALUE.
         metrics: such as "retention >= 0.9".
-        text: a filter in MLflow's language.
+        text: a filter in MLflow's filter language.
 
-    Raises BadInput, naming what cannot be read.
+    Raises BadInput, naming the option that is invalid.
     """
-    found = list(parse_filter(text))
+    conditions = list(parse_filter(text))
     for field, value in fields.items():
         if value is not None:
-            found.append(Condition("tag", f"limbeck.{field}", "ILIKE" if field == "licence" else "=", value))
+            conditions.append(Condition("tag", f"limbeck.{field}", "ILIKE" if field == "licence" else "=", value))
     for tag in tags:
         key, equals, value = tag.partition("=")
         if not equals or not key:
-            raise BadInput(f"--tag {tag!r} is no KEY=VALUE")
-        found.append(Condition("tag", key, "=", value))
-    for asked in metrics:
-        match = METRIC.fullmatch(asked)
+            raise BadInput(f"--tag {tag!r} is not KEY=VALUE")
+        conditions.append(Condition("tag", key, "=", value))
+    for comparison in metrics:
+        match = METRIC.fullmatch(comparison)
         if match is None:
-            raise BadInput(f"--metric {asked!r} is no comparison", fix="write --metric 'retention >= 0.9'")
+            raise BadInput(f"--metric {comparison!r} is not a comparison", fix="write --metric 'retention >= 0.9'")
         try:
-            found.append(Condition("metric", metric_name(match[1]), match[2], float(match[3])))
+            conditions.append(Condition("metric", metric_name(match[1]), match[2], float(match[3])))
         except ValueError:
-            raise BadInput(f"--metric {asked!r}: {match[3]} is no number") from None
-    return tuple(found)
+            raise BadInput(f"--metric {comparison!r}: {match[3]} is not a number") from None
+    return tuple(conditions)
 
 
 def metric_name(text: str) -> str:
-    """The name that a metric is logged by: `retention` is retention.value, a figure of a cost is cost.FIGURE."""
+    """The name of a metric in MLflow: `retention` is retention.value, a cost figure is cost.FIGURE."""
     if text in ("retention", "cost"):
         return {"retention": "retention.value", "cost": "cost.usd_per_million_tokens"}[text]
     return f"cost.{text}" if text in Cost.model_fields else text
 
 
 def search_versions(store: Store, name: str | None, query: Query) -> list[SearchHit]:
-    """The versions of `name`, or of all models, that `query` asks for; by name and oldest first where it has no order.
+    """The versions of `name`, or of all models, that match `query`; by name and oldest first without a sort key.
 
-    One whose tags cannot be read is there too, where the query does not ask for what it lacks.
+    Includes versions whose tags cannot be read, unless the query needs their date.
 
     Raises BadInput: a metric that no version has.
     """
@@ -112,19 +112,20 @@ def _metrics_of(query: Query) -> list[str]:
 
 
 def _check_metrics(store: Store, name: str | None, metrics: set[str]) -> None:
-    """Raises BadInput for a metric that no version has: it is a slip, not a search without a result."""
+    """Raises BadInput for a metric that no version has: that is a mistake, not a search without a result."""
     if not metrics:
         return
-    there = {metric for listed, _ in store.versions_or_errors(name, (), metrics) for metric in listed.metrics}
-    if missing := sorted(metrics - there):
+    existing = {metric for listed, _ in store.versions_or_errors(name, (), metrics) for metric in listed.metrics}
+    missing = sorted(metrics - existing)
+    if missing:
         raise BadInput(
             f"no version has a metric {missing[0]!r}",
-            fix="metrics are retention, cost_ratio, speedup, TASK.METRIC and the figures of a cost, such as p50_ms",
+            fix="metrics are retention, cost_ratio, speedup, TASK.METRIC and cost figures such as p50_ms",
         )
 
 
 def _sort_hits(found: list[SearchHit], key: str, metric: str | None, descending: bool) -> list[SearchHit]:
-    """By a field or metric; what has none comes last."""
+    """Sorted by a field or metric; hits without a value come last."""
 
     def value(hit: SearchHit) -> Any:
         if metric:
@@ -136,9 +137,9 @@ def _sort_hits(found: list[SearchHit], key: str, metric: str | None, descending:
 
 
 def parse_date(text: str) -> datetime:
-    """A date, or a date and time, in UTC where it names no zone. Raises BadInput."""
+    """A date, or a date and time; in UTC without a time zone. Raises BadInput."""
     try:
         given = datetime.fromisoformat(text)
     except ValueError:
-        raise BadInput(f"{text!r} is no date", fix="write 2026-11-01, or 2026-11-01T12:00") from None
+        raise BadInput(f"{text!r} is not a date", fix="write 2026-11-01, or 2026-11-01T12:00") from None
     return given if given.tzinfo else given.replace(tzinfo=UTC)

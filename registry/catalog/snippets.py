@@ -1,4 +1,4 @@
-"""What to do with a version: commands of Limbeck, and lines of Python that need none of it."""
+"""How to use a version: Limbeck commands, and lines of Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from limbeck.registry.records import Version
 
 
 def command_snippets(version: Version) -> list[str]:
-    """The commands that make something of a version."""
+    """The commands that export, score, serve or promote a version."""
     ref = shlex.quote(version.ref)
     if version.kind == "onnx":
         return [
@@ -22,9 +22,9 @@ def command_snippets(version: Version) -> list[str]:
 
 
 def python_snippets(version: Version) -> dict[str, list[str]]:
-    """Library -> lines of Python that complete a prompt; none of an endpoint.
+    """Library -> lines of Python that complete a prompt; empty for an endpoint.
 
-    The files are found through MLflow: `MLFLOW_TRACKING_URI` says where.
+    They fetch the files from the MLflow server of `MLFLOW_TRACKING_URI`.
     """
     if version.engine == "endpoint":
         return {}
@@ -37,7 +37,7 @@ def python_snippets(version: Version) -> dict[str, list[str]]:
     return {
         "onnxruntime": [
             "from pathlib import Path",
-            "from limbeck.runtime import Runtime  # of Limbeck; needs onnxruntime and tokenizers alone",
+            "from limbeck.runtime import Runtime  # from Limbeck; needs only onnxruntime and tokenizers",
             *fetch,
             "runtime = Runtime.load(Path(folder))",
             "print(runtime.generate(['def main('], max_new_tokens=32)[0].text)",

@@ -1,4 +1,4 @@
-"""`limbeck doctor`."""
+"""`limbeck doctor`: checks the installation, the machine and the registry."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from limbeck.registry.core.terminal import format_option, indent_lines, print_js
 
 
 @click.command()
-@click.option("--deep", is_flag=True, help="Verify the digest of every version's files (fetches them from a server).")
-@click.option("--clean", is_flag=True, help="Take away uploads that nobody went on with for a day.")
+@click.option("--deep", is_flag=True, help="Verify the digest of every version's files; fetches them from a server.")
+@click.option("--clean", is_flag=True, help="Delete uploads that were left unfinished for a day.")
 @format_option
 def doctor(deep: bool, clean: bool, output_format: str) -> None:
-    """What is installed, reachable, and what is wrong. Exit code 1 where something is wrong."""
+    """Check what is installed and reachable, and report what is wrong. Exit code 1 if anything is wrong."""
     from limbeck.registry.doctor import run_checks
 
     checks = list(run_checks(deep=deep, clean=clean))

@@ -203,10 +203,12 @@ def _metrics(card: Scorecard) -> Iterator[Json]:
         half = NORMAL_95 * result.stderr if result.stderr is not None else None
         limits = None if half is None else (result.value - half, result.value + half)
         yield _metric(result.metric, result.value, limits, task)
-    if card.relative and (kept := card.relative.retention):
-        yield _metric(f"retention against {card.relative.teacher}", kept.value, (kept.low, kept.high))
-    if card.relative and card.relative.cost_ratio is not None:
-        yield _metric(f"cost over that of {card.relative.teacher}", card.relative.cost_ratio)
+    relative = card.relative
+    if relative and relative.retention:
+        interval = (relative.retention.low, relative.retention.high)
+        yield _metric(f"retention against {relative.teacher}", relative.retention.value, interval)
+    if relative and relative.cost_ratio is not None:
+        yield _metric(f"cost over that of {relative.teacher}", relative.cost_ratio)
     if card.cost:
         for name, value in card.cost.figures().items():
             if value is not None:

@@ -1,4 +1,4 @@
-"""Endpoints: a real `limbeck serve` in another process, and one behind a server that fails."""
+"""Endpoints: a real `limbeck serve` in another process, directly and behind a proxy that fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def folders(tiny_llama: Path, tiny_llama_bos: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def servers(folders: dict[str, Path], onnx: Callable[[Path], Path]) -> Iterator[dict[str, Served]]:
-    """`limbeck serve` of each folder's ONNX artifact; it wants the key."""
+    """`limbeck serve` of each folder's ONNX artifact, with an API key."""
     with serving(onnx(folders["plain"]), KEY) as plain, serving(onnx(folders["bos"]), KEY) as bos:
         yield {"plain": plain, "bos": bos}
 
@@ -60,19 +60,19 @@ def home(limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Flaky(ThreadingHTTPServer):
-    """Forwards to another server, but answers the next POSTs as `script` says; then it goes on, or is dead.
+    """A proxy that fails: it handles the next POSTs as `script` lists, then forwards all, or fails after `dead_after`.
 
-    The script's words: "ok", a status, a status with Retry-After as "429:1", "drop" (the connection, before an
-    answer), "cut" (within the answer).
+    Items of the script: "ok", a status, a status with Retry-After as "429:1", "drop" (close the connection before the
+    answer), "cut" (in the middle of the answer).
     """
 
     def __init__(self, url: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.target = url
         self.script: list[str] = []
-        self.dead_after: int | None = None  # so many POSTs that were answered well
-        self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda choice: choice
-        self.posts: list[tuple[float, str, dict[str, Any]]] = []  # when, what was answered, the body
+        self.dead_after: int | None = None  # fail after this number of successful POSTs
+        self.change_choice: Callable[[dict[str, Any]], dict[str, Any]] = lambda choice: choice
+        self.posts: list[tuple[float, str, dict[str, Any]]] = []  # time, action, request body
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -81,11 +81,11 @@ class Flaky(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def prompts(self) -> int:
-        """How many prompts were answered well, but for the one that looks at the tokenizer."""
+        """The number of prompts that were answered, without the one that checks the tokenizer."""
         return sum(len(body["prompt"]) for _, action, body in self.posts if action == "ok") - 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """A client that closed the connection is not an error."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,16 +100,18 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
-            well = sum(action == "ok" for _, action, _ in self.server.posts)
-            dead = self.server.dead_after is not None and well >= self.server.dead_after
-            action = self.server.script.pop(0) if self.server.script else "500" if dead else "ok"
+            answered = sum(action == "ok" for _, action, _ in self.server.posts)
+            dead = self.server.dead_after is not None and answered >= self.server.dead_after
+            action = "500" if dead else "ok"
+            if self.server.script:
+                action = self.server.script.pop(0)
             self.server.posts.append((time.monotonic(), action, json.loads(body)))
         if action == "drop":
             self.connection.close()
         elif action in ("ok", "cut"):
             status, answer = self.forward("POST", body)
             whole = json.loads(answer)
-            whole["choices"] = [self.server.change(choice) for choice in whole["choices"]]
+            whole["choices"] = [self.server.change_choice(choice) for choice in whole["choices"]]
             answer = json.dumps(whole).encode()
             self.answer(status, answer, cut=action == "cut")
         else:
@@ -134,13 +136,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2] if cut else body)
 
 
-def blinded(choice: dict[str, Any]) -> dict[str, Any]:
-    """As of a server that ignores what it is asked about log-probabilities."""
+def without_logprobs(choice: dict[str, Any]) -> dict[str, Any]:
+    """The choice of a server that ignores requests for log-probabilities."""
     return choice | {"logprobs": None}
 
 
-def ended(choice: dict[str, Any]) -> dict[str, Any]:
-    """As of a server that makes no new token after the echo."""
+def without_new_token(choice: dict[str, Any]) -> dict[str, Any]:
+    """The choice of a server that generates no token after the prompt."""
     return choice | {"logprobs": {name: values[:-1] for name, values in choice["logprobs"].items()}}
 
 
@@ -157,7 +159,7 @@ def instances(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
 
 
 def pairs(prefix: str) -> list[tuple[str, str]]:
-    """Empty, short and overlong contexts; one token, several tokens, halves of characters, the same twice."""
+    """Empty, short and too long contexts; single tokens, several tokens, parts of characters, a repeated pair."""
     return [
         ("", "def add(a, b):"),
         ("def add(a, b):\n", "    return a + b"),
@@ -173,7 +175,7 @@ def pairs(prefix: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["plain", "bos"])
-def test_scores_and_texts_are_those_of_hflm(name: str, folders: dict[str, Path], servers: dict[str, Served]) -> None:
+def test_scores_and_texts_equal_those_of_hflm(name: str, folders: dict[str, Path], servers: dict[str, Served]) -> None:
     from lm_eval.models.huggingface import HFLM
 
     model = resolve_model(servers[name].url, tokenizer=str(folders[name]))
@@ -182,26 +184,26 @@ def test_scores_and_texts_are_those_of_hflm(name: str, folders: dict[str, Path],
     ours = LimbeckLM(engine, batch_tokens=300)
     theirs = HFLM(pretrained=str(folders[name]), device="cpu", dtype="float32", batch_size=1, max_length=126)
 
-    asked = pairs("<s>" if name == "bos" else "<|endoftext|>")
-    mine = ours.loglikelihood(instances("loglikelihood", asked))
-    other = theirs.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
-    assert np.allclose([a for a, _ in mine], [b for b, _ in other], atol=1e-4)
-    assert [a for _, a in mine] == [b for _, b in other]
+    requests = pairs("<s>" if name == "bos" else "<|endoftext|>")
+    scores = ours.loglikelihood(instances("loglikelihood", requests))
+    expected = theirs.loglikelihood(instances("loglikelihood", requests), disable_tqdm=True)
+    assert np.allclose([score for score, _ in scores], [score for score, _ in expected], atol=1e-4)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
 
-    once = [(context, {"max_gen_toks": 1}) for context in ("def add(", "class A", "import", "The", "for i in")]
-    greedy = ours.generate_until(instances("generate_until", once))
-    flags = [(context, text) for (context, _), text in zip(once, greedy, strict=True) if text.strip()]
-    mine = ours.loglikelihood(instances("loglikelihood", flags))
-    other = theirs.loglikelihood(instances("loglikelihood", flags), disable_tqdm=True)
-    assert [a for _, a in mine] == [b for _, b in other]
-    assert any(flag for _, flag in mine)  # above, they are all False
+    one_token = [(context, {"max_gen_toks": 1}) for context in ("def add(", "class A", "import", "The", "for i in")]
+    likeliest = ours.generate_until(instances("generate_until", one_token))
+    greedy_pairs = [(context, text) for (context, _), text in zip(one_token, likeliest, strict=True) if text.strip()]
+    scores = ours.loglikelihood(instances("loglikelihood", greedy_pairs))
+    expected = theirs.loglikelihood(instances("loglikelihood", greedy_pairs), disable_tqdm=True)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert any(greedy for _, greedy in scores)  # above, all are False
 
     texts = [("def add(a, b):\n    return a + b\n" * repeats,) for repeats in (1, 4, 30)]
-    mine_rolling = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
-    other_rolling = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
-    assert np.allclose(mine_rolling, other_rolling, atol=1e-3)  # a sum over 500 tokens
+    rolling = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    expected_rolling = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    assert np.allclose(rolling, expected_rolling, atol=1e-3)  # a sum over 500 tokens
 
-    prompts = [(context, dict(GENERATE)) for context, _ in asked[1:12]]
+    prompts = [(context, dict(GENERATE)) for context, _ in requests[1:12]]
     assert ours.generate_until(instances("generate_until", prompts)) == theirs.generate_until(
         instances("generate_until", prompts), disable_tqdm=True
     )
@@ -209,8 +211,8 @@ def test_scores_and_texts_are_those_of_hflm(name: str, folders: dict[str, Path],
 
 def test_samples_of_one_prompt_differ(tiny_llama: Path, served: Served) -> None:
     lm = LimbeckLM(open_engine(resolve_model(served.url, tokenizer=str(tiny_llama))))
-    asked = [("def add(", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8})] * 4
-    assert len(set(lm.generate_until(instances("generate_until", asked)))) > 1
+    requests = [("def add(", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8})] * 4
+    assert len(set(lm.generate_until(instances("generate_until", requests)))) > 1
 
 
 def write_tasks(folder: Path) -> Path:
@@ -227,7 +229,7 @@ def run(limbeck: Callable[..., Result], *args: object, tasks: str = "sums,say") 
     return limbeck("eval", *args, "--tasks", tasks, "--include-path", "tasks", "--format", "json")
 
 
-def test_an_endpoint_is_held_against_the_model_it_serves(
+def test_an_endpoint_is_compared_with_the_model_that_it_serves(
     tmp_path: Path,
     tiny_llama: Path,
     served: Served,
@@ -254,7 +256,7 @@ def test_an_endpoint_is_held_against_the_model_it_serves(
     assert card["relative"]["cost_ratio"] is None
 
 
-def test_failures_that_pass_are_tried_again(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
+def test_temporary_failures_are_retried(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
     local = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums", "say"], [folder]))
     flaky.script = ["503", "ok", "500", "drop", "cut", "ok", "429:0", "429", "ok", "502", "cut", "408"]
@@ -266,20 +268,20 @@ def test_failures_that_pass_are_tried_again(tmp_path: Path, tiny_llama: Path, fl
         assert ours == theirs
 
 
-def test_retry_after_is_waited_for(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
+def test_retry_after_is_respected(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
     flaky.script = ["429:1"]
     model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
     score_model(model, TaskSet.load(["say"], [folder], limit=1))
-    (began, refused, body), (again, answered, same) = flaky.posts
-    assert (refused, answered, body) == ("429:1", "ok", same)
-    assert again - began >= 1
+    (first_time, first_action, body), (second_time, second_action, second_body) = flaky.posts
+    assert (first_action, second_action, body) == ("429:1", "ok", second_body)
+    assert second_time - first_time >= 1
     flaky.script = ["429:3600"]
-    with pytest.raises(Unreachable, match="it asks to wait 3600 s"):
+    with pytest.raises(Unreachable, match="its Retry-After is 3600 s"):
         score_model(model, TaskSet.load(["say"], [folder], limit=2))
 
 
-def test_an_endpoint_that_dies_half_way_is_resumed(
+def test_a_run_resumes_after_its_endpoint_died(
     tmp_path: Path, tiny_llama: Path, flaky: Flaky, home: Path, limbeck: Callable[..., Result]
 ) -> None:
     write_tasks(tmp_path / "tasks")
@@ -289,7 +291,7 @@ def test_an_endpoint_that_dies_half_way_is_resumed(
     kept = flaky.prompts()
     assert 0 < kept < 80
     assert (dead.code, dead.out) == (2, "")
-    assert f"cannot be asked: 500 not now, ***; of 80 requests {kept} are answered, and kept" in dead.err
+    assert f"cannot be used: 500 not now, ***; of 80 requests {kept} are answered, and kept" in dead.err
     assert KEY not in dead.err
     assert not list(home.glob("scorecards-local/*/*"))
     flaky.dead_after = None
@@ -304,7 +306,7 @@ def test_an_endpoint_that_dies_half_way_is_resumed(
     assert flaky.posts == []
 
 
-def test_texts_are_kept_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
+def test_generated_texts_are_cached_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, flaky: Flaky) -> None:
     folder = write_tasks(tmp_path / "tasks")
     model = resolve_model(flaky.url, tokenizer=str(tiny_llama), num_concurrent=1)
     flaky.dead_after = 1
@@ -315,12 +317,14 @@ def test_texts_are_kept_when_an_endpoint_dies(tmp_path: Path, tiny_llama: Path, 
     assert flaky.prompts() + 1 == 20
 
 
-def test_a_server_that_makes_no_new_token_is_read_alike(tiny_llama: Path, served: Served, flaky: Flaky) -> None:
-    flaky.change = ended
-    asked = [("def add(a, b):\n", "    return a + b"), ("The quick brown", " fox")]
+def test_a_server_that_generates_no_new_token_gives_the_same_scores(
+    tiny_llama: Path, served: Served, flaky: Flaky
+) -> None:
+    flaky.change_choice = without_new_token
+    requests = [("def add(a, b):\n", "    return a + b"), ("The quick brown", " fox")]
     ours, theirs = (
         LimbeckLM(open_engine(resolve_model(url, tokenizer=str(tiny_llama)))).loglikelihood(
-            instances("loglikelihood", asked)
+            instances("loglikelihood", requests)
         )
         for url in (flaky.url, served.url)
     )
@@ -331,7 +335,7 @@ def test_an_endpoint_without_logprobs_can_generate(
     tmp_path: Path, tiny_llama: Path, flaky: Flaky, limbeck: Callable[..., Result]
 ) -> None:
     write_tasks(tmp_path / "tasks")
-    flaky.change = blinded
+    flaky.change_choice = without_logprobs
     command = (flaky.url, "--tokenizer", tiny_llama, "--no-cost")
     assert run(limbeck, *command, tasks="say").code == 0
     result = run(limbeck, *command, tasks="sums")
@@ -339,7 +343,7 @@ def test_an_endpoint_without_logprobs_can_generate(
     assert "gives no log-probabilities of the prompt" in result.err
 
 
-def test_what_cannot_be_used_is_told(
+def test_unusable_endpoints_are_reported(
     tmp_path: Path,
     tiny_llama: Path,
     tiny_llama_bos: Path,
@@ -349,19 +353,19 @@ def test_what_cannot_be_used_is_told(
 ) -> None:
     write_tasks(tmp_path / "tasks")
     secret = served.url.replace("http://", "http://me:pa55@")
-    known: list[tuple[list[object], str]] = [
+    cases: list[tuple[list[object], str]] = [
         ([served.url], "is an endpoint, which has no files"),
-        ([secret, "--tokenizer", tiny_llama], "no password or query in it"),
+        ([secret, "--tokenizer", tiny_llama], "no password or query"),
         ([secret], "is an endpoint, which has no files"),
         ([f"{served.url}#other", "--tokenizer", tiny_llama], "does not serve 'other'"),
         ([served.url.removesuffix("/v1"), "--tokenizer", tiny_llama], "404"),
-        (["http://127.0.0.1:9/v1", "--tokenizer", tiny_llama], "cannot be asked: connection refused"),
+        (["http://127.0.0.1:9/v1", "--tokenizer", tiny_llama], "cannot be used: connection refused"),
         ([served.url, "--tokenizer", tmp_path], "has no tokenizer"),
     ]
-    for command, said in known:
+    for command, message in cases:
         result = run(limbeck, *command, "--no-cost")
         assert (result.code, result.out) == (2, "")
-        assert said in result.err
+        assert message in result.err
         assert "pa55" not in result.err
     assert limbeck("export", served.url).code == 2
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
@@ -371,7 +375,7 @@ def test_what_cannot_be_used_is_told(
     assert "wrong" not in result.err.replace("a wrong one", "")
 
 
-def test_another_tokenizer_is_noticed(tmp_path: Path, tiny_llama: Path, served: Served) -> None:
+def test_another_tokenizer_is_detected(tmp_path: Path, tiny_llama: Path, served: Served) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_llama, other)
     changed = json.loads((other / "tokenizer.json").read_text())
@@ -383,7 +387,7 @@ def test_another_tokenizer_is_noticed(tmp_path: Path, tiny_llama: Path, served: 
         lm.loglikelihood(instances("loglikelihood", [("a", "b")]))
 
 
-def test_the_digest_is_of_url_name_and_tokenizer(served: Served, flaky: Flaky, folders: dict[str, Path]) -> None:
+def test_the_digest_covers_url_name_and_tokenizer(served: Served, flaky: Flaky, folders: dict[str, Path]) -> None:
     first = resolve_model(served.url, tokenizer=str(folders["plain"]))
     assert first.endpoint is not None
     again = resolve_model(f"{served.url}/completions#{first.endpoint.name}", tokenizer=str(folders["plain"]))

@@ -326,8 +326,8 @@ def test_eval_of_a_name_is_of_all_its_versions(models: list[ResolvedModel], eval
     ("args", "message"),
     [
         (["LLAMA", "--usd-per-hour", "-1"], "a price of -1 dollars an hour"),
-        (["EMPTY"], "is no model"),
-        (["LLAMA", "--against", "EMPTY"], "is no model"),
+        (["EMPTY"], "is not a model"),
+        (["LLAMA", "--against", "EMPTY"], "is not a model"),
         (["LLAMA", "--limit", "0"], "limit"),
     ],
 )

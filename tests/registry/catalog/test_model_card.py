@@ -1,4 +1,4 @@
-"""Model cards: what a program and a person read in them, and that nobody's text breaks out."""
+"""Model cards: what programs and people read in them, and that text from users is escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.registry.conftest import Still
 HOSTILE = "x | <script>alert(1)</script>\n---\n# gotcha\n[a](javascript:b) `c`"
 
 
-def test_a_program_reads_it(scored: Still, limbeck: Callable[..., Result]) -> None:
+def test_programs_read_the_header(scored: Still, limbeck: Callable[..., Result]) -> None:
     text = limbeck("models", "card", "still/4").out
     assert text == model_card(scored.store, scored.variants["int8"])
     data = ModelCard(text).data
@@ -26,18 +26,18 @@ def test_a_program_reads_it(scored: Still, limbeck: Callable[..., Result]) -> No
     assert results["bits", "acc"].metric_args == {"documents": 500, "stderr": 0.01}
     for version in (scored.teacher, scored.student, scored.variants["int8"]):
         assert version.digest in text
-    for words in ("0.970 \\[0.950, 0.990\\]", "0.5000 \\[0.4804, 0.5196\\]", "## Limits", "limbeck serve still/4"):
-        assert words in text
+    for text_part in ("0.970 \\[0.950, 0.990\\]", "0.5000 \\[0.4804, 0.5196\\]", "## Limits", "limbeck serve still/4"):
+        assert text_part in text
 
 
-def test_one_that_is_not_scored(still: Still) -> None:
+def test_a_version_without_a_scorecard(still: Still) -> None:
     text = model_card(still.store, still.student)
     assert ModelCard(text).data.eval_results is None
     assert "It has not been scored." in text
     assert "Its licence is not stated." in text
 
 
-def test_nobodys_text_breaks_out(scored: Still) -> None:
+def test_text_from_users_is_escaped(scored: Still) -> None:
     store = scored.store
     for field in ("licence", "recipe", "author", "code_version", "teacher_licence"):
         store.client.set_model_version_tag("still", "4", f"limbeck.{field}", HOSTILE + "y" * 5000)

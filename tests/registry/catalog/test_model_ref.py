@@ -1,4 +1,4 @@
-"""What a MODEL means, and what is said of one that cannot be used."""
+"""How a MODEL is resolved, and the errors of one that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from limbeck.registry.records import NewVersion
 
 @pytest.fixture
 def llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny Llama, to be harmed."""
+    """A copy of the tiny Llama, for tests that damage it."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
 
 
@@ -44,7 +44,7 @@ def test_registered_versions(llama: Path, store: Store, make_folder: Callable[..
     assert [model.label for model in everything] == ["still/1", "still/2", str(llama)]
 
 
-def test_unknown_names_get_the_near_one(llama: Path, store: Store) -> None:
+def test_unknown_names_get_a_suggestion(llama: Path, store: Store) -> None:
     store.register(NewVersion(name="still", kind="student"), llama)
     with pytest.raises(BadInput, match="did you mean still"):
         resolve_model("stil/1", store)
@@ -55,19 +55,19 @@ def test_unknown_names_get_the_near_one(llama: Path, store: Store) -> None:
 
 
 def test_a_hub_id_without_a_hub(store: Store) -> None:
-    with pytest.raises(Unreachable, match="no local folder and no registered model"):
+    with pytest.raises(Unreachable, match="neither a local folder nor a registered model"):
         resolve_model("someone/some-model", store)
-    with pytest.raises(LimbeckError, match="is no model"):
+    with pytest.raises(LimbeckError, match="is not a model"):
         resolve_model("what is this?", store)
 
 
 @pytest.mark.parametrize("text", ["./gone", "/gone/too", "gone/"])
-def test_a_path_that_is_not_there(text: str, limbeck_home: Path) -> None:
+def test_a_folder_that_does_not_exist(text: str, limbeck_home: Path) -> None:
     with pytest.raises(BadInput, match="no such folder"):
         resolve_model(text)
 
 
-def test_folders_that_are_no_model(llama: Path, tmp_path: Path) -> None:
+def test_folders_that_are_not_a_model(llama: Path, tmp_path: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     with pytest.raises(BadInput, match=r"pickle files only \(pytorch_model.bin\)"):
         resolve_model(str(llama))
@@ -105,7 +105,7 @@ def test_files_that_are_not_those_of_the_manifest(llama: Path) -> None:
         resolve_model(str(llama))
 
 
-def test_a_config_that_is_no_json(llama: Path) -> None:
+def test_a_config_that_is_not_json(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(DamagedArtifact, match=r"config.json is not JSON"):
         resolve_model(str(llama))

@@ -49,7 +49,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
     for words in (
         scored.variants["int8"].digest,
         "0.970 [0.950, 0.990]",
-        "newest verdict: pass",
+        "newest gate decision: pass",
         "model.onnx",
         "mean_kl",
         "limbeck deploy still/4 --output DIR",
@@ -76,13 +76,13 @@ def test_lineage(still: Still, limbeck: Limbeck) -> None:
     (root,) = json.loads(limbeck("models", "lineage", "still/4", "--format", "json").out)
     student = root["children"][0]
     assert (root["version"], root["kind"], student["version"]) == ("still/1", "teacher", "still/2")
-    assert [child["version"] for child in student["children"]] == ["still/4"]  # the way up alone
+    assert [child["version"] for child in student["children"]] == ["still/4"]  # its ancestors only
     (root,) = json.loads(limbeck("models", "lineage", "still/2", "--format", "json").out)
-    assert len(root["children"][0]["children"]) == 3  # and all the way down
+    assert len(root["children"][0]["children"]) == 3  # and all its descendants
     still.store.client.delete_model_version("still", "1")
     (root,) = json.loads(limbeck("models", "lineage", "still", "--format", "json").out)
     assert (root["version"], root["missing"], root["children"][0]["version"]) == ("still/1", True, "still/2")
-    assert "not there any more" in limbeck("models", "lineage", "still/5").out
+    assert "deleted" in limbeck("models", "lineage", "still/5").out
 
 
 def test_help_imports_nothing_heavy() -> None:

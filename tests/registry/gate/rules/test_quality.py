@@ -68,8 +68,9 @@ def test_tasks_documents_and_retention_of_a_task(make_card: Callable[..., Scorec
 def test_margins(make_card: Callable[..., Scorecard], higher_is_better: bool) -> None:
     card = make_card(STUDENT.digest)
     assert card.relative is not None
-    value, low, high = (-0.02, -0.03, -0.01) if higher_is_better else (0.02, 0.01, 0.03)
-    difference = Estimate(value=value, low=low, high=high, degrees_of_freedom=30)
+    difference = Estimate(value=0.02, low=0.01, high=0.03, degrees_of_freedom=30)
+    if higher_is_better:
+        difference = Estimate(value=-0.02, low=-0.03, high=-0.01, degrees_of_freedom=30)
     tasks = {name: task.model_copy(update={"higher_is_better": higher_is_better}) for name, task in card.tasks.items()}
     relative = card.relative.model_copy(update={"difference": dict.fromkeys(tasks, difference)})
     card = card.model_copy(update={"tasks": tasks, "relative": relative})
