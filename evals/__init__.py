@@ -1,1 +1,1 @@
-"""How good and how dear: lm-eval over any model, cost, statistics, scorecards, leaderboards."""
+"""Evaluation of quality and cost: lm-eval over any model, cost, statistics, scorecards, leaderboards, verdicts."""

@@ -1,8 +1,8 @@
-"""Scoring speed beside lm-eval's own models: the same model, the same requests, in turns within one process.
+"""Measures scoring speed beside lm-eval's own models: same model, same requests, in turns within one process.
 
-Three shapes of requests: four choices after a context of 256 tokens, BLiMP's pairs (Warstadt et al. 2020, from
-`LIMBECK_BLIMP`, a folder of its JSON lines, where it is set; else pairs like them), and the windows of long texts.
-HFLM runs at the batch size that is best for it here. Its scores are compared too.
+There are three kinds of requests: four choices after a context of 256 tokens; BLiMP's minimal pairs (Warstadt et al.
+2020; from the folder of JSON lines `LIMBECK_BLIMP` if it is set, else similar pairs); and windows of long texts. HFLM
+runs at its fastest batch size. The scores are compared too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from limbeck.registry.core.terminal import print_status, print_table, quiet_libr
 
 VOCABULARY, CONTEXT, ROUNDS = 32_000, 1024, 3
 BATCH_SIZES = (1, 4, 16, 64)
-# 35 million parameters, 16 of them embeddings.
+# 35 million parameters, 16 million of them in embeddings.
 CONFIG = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
               num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True)  # fmt: skip
 
@@ -34,7 +34,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def main(threads: int | None = None) -> None:
-    """Measure and print a table."""
+    """Measure all kinds of requests and print a table."""
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import torch
@@ -58,60 +58,62 @@ def main(threads: int | None = None) -> None:
         hflm = HFLM(pretrained=str(folder / "torch"), device="cpu", dtype="float32", batch_size=1)
         peer = ONNXRuntimeLM(str(folder / "onnx"), max_length=CONTEXT)
 
-        def by_hflm(pairs: list[Pair], size: int) -> Any:
+        def score_with_hflm(pairs: list[Pair], size: int) -> Any:
             hflm.batch_size_per_gpu = size
             return hflm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
 
-        def by_onnxruntime(pairs: list[Pair]) -> Any:
+        def score_with_onnxruntime(pairs: list[Pair]) -> Any:
             return peer._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
 
         choices = four_choices(tokenizer, 8)
-        for shape, pairs in {
+        for kind, pairs in {
             "four choices after 256 tokens": choices,
             "minimal pairs": minimal_pairs(tokenizer, 250),
             "windows of long texts": windows(tokenizer, 2),
         }.items():
-            tried = {size: min(timed(by_hflm, pairs[::2], size)[0] for _ in range(2)) for size in BATCH_SIZES}
-            size = min(tried, key=tried.__getitem__)
-            rows.append([shape, "torch", f"HFLM, batch {size}", *compare(ours["torch"], by_hflm, pairs, size)])
-        rows.append([rows[0][0], "onnx", "lm-eval's onnxruntime", *compare(ours["onnx"], by_onnxruntime, choices)])
-    columns = ["requests", "Limbeck", "beside", "seconds", "theirs", "times as fast", "of 3 rounds"]
-    columns += ["tokens run", "least", "differ by"]
+            seconds = {size: min(timed(score_with_hflm, pairs[::2], size)[0] for _ in range(2)) for size in BATCH_SIZES}
+            size = min(seconds, key=seconds.__getitem__)
+            rows.append([kind, "torch", f"HFLM, batch {size}", *compare(ours["torch"], score_with_hflm, pairs, size)])
+        rows.append(
+            [rows[0][0], "onnx", "lm-eval's onnxruntime", *compare(ours["onnx"], score_with_onnxruntime, choices)]
+        )
+    columns = ["requests", "Limbeck", "other", "seconds", "other's seconds", "speed-up", "range of 3 rounds"]
+    columns += ["tokens run", "minimum", "largest difference"]
     print_table(f"scoring, {threads} threads, load {os.getloadavg()[0]:.1f}", columns, rows)
 
 
 def compare(engine: Any, other: Callable[..., Any], pairs: list[Pair], *settings: Any) -> list[str]:
-    """One row of the table: both in turns, after one round to warm up."""
+    """The cells of one comparison: both are timed in turns, after one round to warm up."""
     from limbeck.evals.engines.batches import BATCH_TOKENS
 
     seconds: list[tuple[float, float]] = []
     for _ in range(ROUNDS + 1):
         engine.work.tokens_run = engine.work.min_tokens = 0
-        own, scores = timed(lambda: dict(engine.scores(pairs, BATCH_TOKENS)))
-        their, expected = timed(other, pairs, *settings)
-        seconds.append((own, their))
-    ratios = [their / own for own, their in seconds[1:]]
-    differ = max(abs(scores[index][0] - score) for index, (score, _) in enumerate(expected))
+        own_seconds, scores = timed(lambda: dict(engine.scores(pairs, BATCH_TOKENS)))
+        other_seconds, expected = timed(other, pairs, *settings)
+        seconds.append((own_seconds, other_seconds))
+    speed_ups = [other_seconds / own_seconds for own_seconds, other_seconds in seconds[1:]]
+    difference = max(abs(scores[index][0] - score) for index, (score, _) in enumerate(expected))
     work = engine.work
     return [
         *(f"{statistics.median(column):.2f}" for column in zip(*seconds[1:], strict=True)),
-        f"{statistics.median(ratios):.2f}",
-        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        f"{statistics.median(speed_ups):.2f}",
+        f"{min(speed_ups):.2f} to {max(speed_ups):.2f}",
         f"{work.tokens_run:,}",
         f"{work.min_tokens:,} (+{work.tokens_run / work.min_tokens - 1:.1%})",
-        f"{differ:.0e}",
+        f"{difference:.0e}",
     ]
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
+    """(seconds, result) of a call."""
     start = time.perf_counter()
     result = run(*arguments)
     return time.perf_counter() - start, result
 
 
 def make_llama(folder: Path) -> tuple[int, Any]:
-    """A random Llama in `folder`, its tokenizer trained on the standard library and the pairs; its parameters."""
+    """Make a random Llama in `folder`, with a tokenizer trained on this text; returns (parameters, tokenizer)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -134,12 +136,12 @@ def make_llama(folder: Path) -> tuple[int, Any]:
 
 
 def sources() -> list[str]:
-    """Files of the standard library."""
+    """The text of 60 files of the standard library."""
     return [path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]]
 
 
 def sentences() -> Iterator[tuple[str, str]]:
-    """(good, bad) sentences: BLiMP's where its folder is given."""
+    """(good, bad) sentences: BLiMP's if its folder is given."""
     if blimp := os.environ.get("LIMBECK_BLIMP"):
         for path in sorted(Path(blimp).glob("*.jsonl")):
             for line in path.read_text().splitlines():
@@ -155,7 +157,7 @@ def sentences() -> Iterator[tuple[str, str]]:
 
 
 def four_choices(tokenizer: Any, documents: int) -> list[Pair]:
-    """Contexts of 256 tokens, each with the lines that follow in four files."""
+    """Contexts of 256 tokens, each with four continuations: its own and those of three other files."""
     texts = [tokenizer.encode(text) for text in sources()]
     texts = [ids for ids in texts if len(ids) > 2000]
     random = np.random.default_rng(0)
@@ -171,14 +173,14 @@ def four_choices(tokenizer: Any, documents: int) -> list[Pair]:
 
 
 def minimal_pairs(tokenizer: Any, count: int) -> list[Pair]:
-    """The first sentences of both kinds, without context; an even share of each of BLiMP's files."""
-    every = list(sentences())
-    chosen = every[:: max(1, len(every) // count)][:count]
+    """`count` evenly spread pairs of sentences, without context."""
+    pairs = list(sentences())
+    chosen = pairs[:: max(1, len(pairs) // count)][:count]
     return [([0], tokenizer.encode(sentence)) for pair in chosen for sentence in pair]
 
 
 def windows(tokenizer: Any, texts: int) -> list[Pair]:
-    """The windows that texts of up to four contexts are scored in."""
+    """The rolling windows of long texts."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     pairs = []

@@ -1,4 +1,4 @@
-"""Models, text and tasks that the tests of this room share."""
+"""Fixtures of evaluation's tests: models, held-out text, tasks, and registered versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = ["bisect", "contextlib", "fnmatch", "heapq", "keyword", "queue", "shle
 
 @pytest.fixture(scope="session")
 def tiny_llama_bos(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """As tiny_llama, with a tokenizer that puts a BOS token before each text."""
+    """Like tiny_llama, with a tokenizer that adds a BOS token before each text."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -37,10 +37,10 @@ def tiny_llama_bos(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
 
 @pytest.fixture(scope="session")
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """A function from a checkpoint to its fp32 ONNX artifact, exported once."""
+    """A function that returns the fp32 ONNX artifact of a checkpoint, exported once per session."""
     made: dict[Path, Path] = {}
 
-    def of(folder: Path) -> Path:
+    def export(folder: Path) -> Path:
         from limbeck.export.artifact.export import export_onnx
 
         if folder not in made:
@@ -48,7 +48,7 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
             export_onnx(folder, made[folder], "fp32")
         return made[folder]
 
-    return of
+    return export
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def text_tasks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 @pytest.fixture
 def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
-    """Register another version of m, with scorecards of (retention, usd, changes)."""
+    """A function that registers another version of m, with a scorecard for each (retention, usd, changes)."""
     documents = tmp_path / "documents.parquet"
     parquet.write_table(pa.table({"task": ["single"]}), documents)
 

@@ -1,4 +1,4 @@
-"""A new cost figure is a field of `Cost`: columns, policy limits, sort keys and model cards follow from it."""
+"""A new cost figure is one field of `Cost`: its column, policy limit and sort key follow from that."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ class Finder:
             return importlib.util.spec_from_file_location(name, sys.argv[1])
 
 sys.meta_path.insert(0, Finder())
-from limbeck.evals.leaderboard import diff, ranking
-from limbeck.registry.catalog import model_card
-from limbeck.registry.policy import describe, schema
+from limbeck.evals.leaderboard import ranking
+from limbeck.registry.policy import schema
+from limbeck.registry.records import FIGURES
 
-figures = model_card.FIGURES
-assert "joules_per_token" in figures, figures
+assert FIGURES["joules_per_token"].title == "J a token"
 assert "joules_per_token" in ranking.sort_keys([])
 assert "max_joules_per_token" in schema.CostLimits.model_fields
-assert describe.COST["joules_per_token"] == "joules per token"
-assert diff.FIGURES is figures and figures["joules_per_token"].title == "J a token"
 """
 
 

@@ -1,4 +1,4 @@
-"""The same requests give the same numbers as lm-eval's HFLM on the same checkpoint, from PyTorch and from ONNX."""
+"""Requests give the same numbers as with lm-eval's HFLM on the same checkpoint, with PyTorch and with ONNX."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def instances(kind: str, arguments: list[Any]) -> list[Instance]:
 
 
 class Reference:
-    """HFLM, and what it gives for every request of these tests."""
+    """HFLM, and its results for all requests of these tests."""
 
     def __init__(self, folder: Path) -> None:
         self.lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
         greedy = [(prompt, self.likeliest(prompt)) for prompt in PROMPTS[1:]]
-        # Repeated requests, a choice as long as the context, one that starts with the BOS token's text.
+        # Repeated requests, a choice as long as the context, and one that starts with the text of the BOS token.
         self.pairs = [(prompt, choice) for prompt in PROMPTS for choice in CHOICES] + greedy
         begin = self.lm.tokenizer.decode(self.lm.prefix_token_id)
         self.pairs += [PROMPTS[1:2] + CHOICES[:1], ("", begin + CHOICES[2]), (begin + PROMPTS[1], CHOICES[0])]
         self.pairs += [("def", self.text(128)), ("", self.text(127))]
-        # Questions after the same shots, of two kinds: the shots are long enough for a trunk.
+        # Questions after two sets of few-shot examples, each long enough for a trunk.
         shots = [self.text(60), self.text(70)]
         self.pairs += [(f"{first}\nQ{n}:", choice) for first in shots for n in range(12) for choice in CHOICES[:4]]
         self.texts = [(TEXT[0],), (LONG,), (self.text(127),), (self.text(128),), (self.text(257),), ("\u00e9",)]
@@ -49,19 +49,13 @@ class Reference:
         return self.lm.tok_decode([int(logits[0, -1].argmax())], skip_special_tokens=False)
 
     def text(self, tokens: int) -> str:
-        """A text of so many tokens, special ones left out."""
+        """A text of this number of tokens, without special ones."""
         ids = self.lm.tokenizer.encode(LONG, add_special_tokens=False)
-        text = next(
-            text
-            for start in range(100)
-            if len(
-                self.lm.tokenizer.encode(
-                    text := self.lm.tok_decode(ids[start : start + tokens]), add_special_tokens=False
-                )
-            )
-            == tokens
-        )
-        return text
+        for start in range(100):
+            text = self.lm.tok_decode(ids[start : start + tokens])
+            if len(self.lm.tokenizer.encode(text, add_special_tokens=False)) == tokens:
+                return text
+        raise AssertionError(f"no text of {tokens} tokens")
 
 
 @pytest.fixture(scope="session")
@@ -89,36 +83,36 @@ def engine(request: pytest.FixtureRequest, folder: Path, onnx: Any) -> Engine:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
-def test_every_loglikelihood_is_that_of_hflm(reference: Reference, engine: Engine, batch_tokens: int) -> None:
+def test_loglikelihoods_equal_those_of_hflm(reference: Reference, engine: Engine, batch_tokens: int) -> None:
     lm = LimbeckLM(engine, batch_tokens=batch_tokens)
     scores = lm.loglikelihood(instances("loglikelihood", reference.pairs))
     expected = reference.logprobs
     assert np.allclose([score for score, _ in scores], [score for score, _ in expected], rtol=0, atol=1e-4)
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
-    assert len({greedy for _, greedy in expected}) == 2, "both kinds have to occur"
-    # One row for each request would be five times the least.
+    assert len({greedy for _, greedy in expected}) == 2, "both values must occur"
+    # One row for each request would be five times the minimum.
     assert engine.work.tokens_run <= (1.1 if batch_tokens >= 300 else 2) * engine.work.min_tokens
 
 
-def test_rolling_windows_are_those_of_hflm(reference: Reference, engine: Engine) -> None:
+def test_rolling_windows_score_like_those_of_hflm(reference: Reference, engine: Engine) -> None:
     scores = LimbeckLM(engine, batch_tokens=200).loglikelihood_rolling(
         instances("loglikelihood_rolling", reference.texts)
     )
     assert np.allclose(scores, reference.rolling, rtol=0, atol=1e-4 * 6)  # up to six windows
 
 
-def test_generated_text_is_that_of_hflm(reference: Reference, engine: Engine) -> None:
+def test_generated_texts_equal_those_of_hflm(reference: Reference, engine: Engine) -> None:
     settings = {"until": ["\n\n", "return"], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
     other = {"until": [" "], "max_gen_toks": 8}
     requests = [(prompt, settings) for prompt in PROMPTS[1:]] + [(PROMPTS[1], other), (PROMPTS[1], {"max_gen_toks": 4})]
-    alone = [
+    expected = [
         reference.lm.generate_until(instances("generate_until", [args]), disable_tqdm=True)[0] for args in requests
     ]
-    assert LimbeckLM(engine).generate_until(instances("generate_until", requests)) == alone
-    assert len({len(text) for text in alone}) > 2, "some have to end early"
+    assert LimbeckLM(engine).generate_until(instances("generate_until", requests)) == expected
+    assert len({len(text) for text in expected}) > 2, "some must end early"
 
 
-def test_context_prefix_and_special_tokens_are_those_of_hflm(reference: Reference, engine: Engine) -> None:
+def test_context_prefix_and_special_tokens_equal_those_of_hflm(reference: Reference, engine: Engine) -> None:
     lm, theirs = LimbeckLM(engine), reference.lm
     assert (lm.max_length, lm.prefix_token_id, lm.eot_token_id) == (
         theirs.max_length,
@@ -140,7 +134,7 @@ def test_the_bos_model_adds_bos(tiny_llama_bos: Path, tiny_llama: Path) -> None:
     assert begins[1] != bos
 
 
-def test_a_chat_template_is_applied_as_by_hflm(tiny_llama: Path, references: dict[Path, Reference]) -> None:
+def test_a_chat_template_is_applied_as_in_hflm(tiny_llama: Path, references: dict[Path, Reference]) -> None:
     lm = LimbeckLM(load_engine(resolve_model(str(tiny_llama))))
     theirs = references.setdefault(tiny_llama, Reference(tiny_llama)).lm
     template = (
@@ -175,7 +169,7 @@ def test_no_room_to_generate_is_refused(tiny_llama: Path) -> None:
         lm.generate_until(instances("generate_until", [("def", {"until": ["\n"]})]))
 
 
-def test_a_setting_that_onnx_cannot_do_is_refused(tiny_llama: Path, onnx: Any) -> None:
+def test_a_setting_that_onnx_does_not_support_is_refused(tiny_llama: Path, onnx: Any) -> None:
     lm = LimbeckLM(load_engine(resolve_model(str(onnx(tiny_llama)))))
     with pytest.raises(BadInput, match="num_beams"):
         lm.generate_until(instances("generate_until", [("def", {"max_gen_toks": 4, "num_beams": 3})]))

@@ -1,4 +1,4 @@
-"""lm-eval's own `local-completions` against a running `limbeck serve`: the scores of `limbeck eval` of its artifact."""
+"""lm-eval's own `local-completions` with a running `limbeck serve` gives the scores of `limbeck eval`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Choices whose texts share their beginnings, log-probabilities of whole texts, and text that is generated."""
+    """Tasks: choices with common prefixes, log-probabilities of whole texts, and generated text."""
     folder = tmp_path_factory.mktemp("tasks")
     write_task(folder, "live_choice", questions(8))
     bits = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
@@ -62,19 +62,19 @@ def url(model: Path, onnx: Callable[[Path], Path]) -> Iterator[str]:
         yield served.url
 
 
-def test_the_scores_of_the_live_endpoint_are_those_offline(
+def test_the_scores_of_the_running_server_equal_those_of_the_artifact(
     model: Path, folder: Path, offline: Scores, url: str
 ) -> None:
     with_bos = model.name.startswith("llama-bos")
-    check(
-        by_lm_eval(model, folder, url, tokenizer_backend="huggingface", tokenizer=str(model), add_bos_token=with_bos),
+    check_scores(
+        run_lm_eval(model, folder, url, tokenizer_backend="huggingface", tokenizer=str(model), add_bos_token=with_bos),
         offline,
     )
     if not with_bos:  # lm-eval adds no BOS to what it lets the server tokenize
-        check(by_lm_eval(model, folder, url, tokenizer_backend="remote"), offline)
+        check_scores(run_lm_eval(model, folder, url, tokenizer_backend="remote"), offline)
 
 
-def by_lm_eval(model: Path, folder: Path, url: str, **arguments: Any) -> dict[str, Any]:
+def run_lm_eval(model: Path, folder: Path, url: str, **arguments: Any) -> dict[str, Any]:
     """lm-eval's results."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -92,7 +92,7 @@ def by_lm_eval(model: Path, folder: Path, url: str, **arguments: Any) -> dict[st
     return results
 
 
-def check(results: dict[str, Any], offline: Scores) -> None:
+def check_scores(results: dict[str, Any], offline: Scores) -> None:
     for name, result in offline.tasks.items():
         assert results["results"][name][f"{result.metric},none"] == pytest.approx(result.value, abs=1e-5)
     ours = {(row["task"], row["doc_id"]): row for row in offline.documents.to_pylist()}

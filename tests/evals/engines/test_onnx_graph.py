@@ -1,4 +1,4 @@
-"""Scores of fused and quantised graphs: those of a plain run of the graph for each text, prefixes shared or not."""
+"""Scores of fused and quantised graphs equal those of a plain run for each text, with prefixes shared or not."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KINDS = ["fp32", "optimum", "int8", "int4", "fp16", "int8-static"]
 def artifact(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, onnx: Callable[[Path], Path]
 ) -> Callable[[str, str], Path]:
-    """(model, kind) -> its artifact; "optimum" is the graph that is not fused."""
+    """(model fixture, kind) -> the artifact of this kind; "optimum" is the graph that is not fused."""
     made: dict[tuple[str, str], Path] = {}
 
-    def of(name: str, kind: str) -> Path:
+    def export(name: str, kind: str) -> Path:
         from limbeck.export.artifact.export import export_onnx
 
         if (name, kind) not in made:
@@ -35,16 +35,16 @@ def artifact(
             if kind == "fp32":
                 out = onnx(model)
             elif kind == "int4":
-                four_bits(onnx(model), out)
+                quantize_to_int4(onnx(model), out)
             else:
                 export_onnx(model, out, "fp32" if kind == "optimum" else kind, fused=kind != "optimum")
             made[name, kind] = out
         return made[name, kind]
 
-    return of
+    return export
 
 
-def four_bits(source: Path, out: Path) -> None:
+def quantize_to_int4(source: Path, out: Path) -> None:
     """Weights in blocks of 4 bits, activations rounded to int8, by onnxruntime's own quantizer."""
     import onnx
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
@@ -59,8 +59,8 @@ def four_bits(source: Path, out: Path) -> None:
     (out / "limbeck.json").unlink()
 
 
-def shared(seed: int = 0) -> list[TokenPair]:
-    """Texts below one long beginning, more than one row of them, and some that are alone."""
+def pairs_with_a_common_prefix(seed: int = 0) -> list[TokenPair]:
+    """Texts with one long common prefix, which need more than one row, and some without it."""
     random = np.random.default_rng(seed)
 
     def tokens(count: int) -> list[int]:
@@ -71,8 +71,8 @@ def shared(seed: int = 0) -> list[TokenPair]:
     return [(context, tokens(int(random.integers(1, 6)))) for context in contexts for _ in range(3)]
 
 
-def alone(folder: Path, pairs: list[TokenPair]) -> np.ndarray:
-    """Each pair's log-probability by one run of the unchanged graph."""
+def scores_alone(folder: Path, pairs: list[TokenPair]) -> np.ndarray:
+    """The log-probability of each pair, from one run of the unchanged graph."""
     runtime = Runtime.load(folder, threads=1, verify=False)
     found = []
     for context, continuation in pairs:
@@ -83,7 +83,7 @@ def alone(folder: Path, pairs: list[TokenPair]) -> np.ndarray:
     return np.array(found)
 
 
-def engine_of(folder: Path) -> OnnxEngine:
+def load_onnx_engine(folder: Path) -> OnnxEngine:
     engine = load_engine(resolve_model(str(folder)))
     assert isinstance(engine, OnnxEngine)
     return engine
@@ -92,17 +92,17 @@ def engine_of(folder: Path) -> OnnxEngine:
 @pytest.mark.parametrize("batch_tokens", [60, 1024])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
-def test_scores_are_those_of_each_text_alone(
+def test_scores_equal_those_of_each_text_alone(
     artifact: Callable[[str, str], Path], name: str, kind: str, batch_tokens: int
 ) -> None:
-    folder, pairs = artifact(name, kind), shared()
-    engine = engine_of(folder)
+    folder, pairs = artifact(name, kind), pairs_with_a_common_prefix()
+    engine = load_onnx_engine(folder)
     found = dict(engine.scores(pairs, batch_tokens))
     scores = np.array([found[index][0] for index in range(len(pairs))])
-    differences = np.abs(scores - alone(folder, pairs))
-    if kind.startswith("int8"):  # activations, of a static graph those of the tied head, are quantised batch by batch
+    differences = np.abs(scores - scores_alone(folder, pairs))
+    if kind.startswith("int8"):  # activations (static: of the tied head) are quantised batch by batch
         assert np.median(differences) < 0.05 * np.std(scores)
-    elif kind == "int4":  # rounded token by token: a last bit may tip one over
+    elif kind == "int4":  # rounded token by token: the last bit may change one
         assert np.median(differences) < 1e-5
         assert differences.max() < 0.01
     else:
@@ -112,7 +112,7 @@ def test_scores_are_those_of_each_text_alone(
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
-def test_fused_and_quantised_graphs_have_the_form_that_sharing_needs(
+def test_fused_and_quantised_graphs_get_the_inputs_that_sharing_needs(
     artifact: Callable[[str, str], Path], name: str
 ) -> None:
     for kind in KINDS:
@@ -122,18 +122,18 @@ def test_fused_and_quantised_graphs_have_the_form_that_sharing_needs(
         assert quantizes == kind.startswith("int")
 
 
-def test_the_model_is_asked_with_activations_as_they_are(artifact: Callable[[str, str], Path]) -> None:
-    """Then a graph that rounds them is exact too: shared and plain rows agree to the last bits."""
+def test_the_sharing_probe_runs_with_float_activations(artifact: Callable[[str, str], Path]) -> None:
+    """Without rounding, shared and plain rows agree to the last bits."""
     for kind in ("int8", "int4"):
-        asked: Any = engine_of(artifact("tiny_llama", kind))
-        list(asked.scores([([1], [2])], 100))
-        exact = asked._forward._probe.model()
-        float_scores = alone_by(exact, shared())
-        plain = alone(artifact("tiny_llama", kind), shared())
-        assert np.abs(float_scores - plain).max() > 1e-3, "activations were rounded all the same"
+        engine: Any = load_onnx_engine(artifact("tiny_llama", kind))
+        list(engine.scores([([1], [2])], 100))
+        exact = engine._forward._probe.model()
+        float_scores = scores_of_chains(exact, pairs_with_a_common_prefix())
+        plain = scores_alone(artifact("tiny_llama", kind), pairs_with_a_common_prefix())
+        assert np.abs(float_scores - plain).max() > 1e-3, "activations were rounded"
 
 
-def alone_by(forward: Any, pairs: list[TokenPair]) -> np.ndarray:
+def scores_of_chains(forward: Any, pairs: list[TokenPair]) -> np.ndarray:
     from limbeck.evals.engines import batches
 
     requests = batches.Requests(pairs, forward.max_length)
@@ -142,8 +142,8 @@ def alone_by(forward: Any, pairs: list[TokenPair]) -> np.ndarray:
 
 
 def test_a_row_may_be_longer_than_the_context(artifact: Callable[[str, str], Path]) -> None:
-    """RotaryEmbedding's table has a row for each position, and refuses more tokens than that at once."""
-    engine: Any = engine_of(artifact("tiny_llama", "fp32"))
+    """RotaryEmbedding refuses rows of more tokens than its table has positions."""
+    engine: Any = load_onnx_engine(artifact("tiny_llama", "fp32"))
     list(engine.scores([([1], [2])], 100))
     assert engine.max_length == 128
     assert engine._forward.max_shared_tokens(300) == 512

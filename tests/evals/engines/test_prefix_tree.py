@@ -1,7 +1,8 @@
-"""Shared prefixes: what is run, and that the numbers are those of one plain forward pass for each pair."""
+"""Shared prefixes: how many tokens run, and that scores equal those of one plain forward pass for each pair."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,23 @@ from limbeck.evals.engines.prefix_tree import Group, Inputs
 from limbeck.registry.catalog.model_ref import resolve_model
 from tests.conftest import make_model
 
-LIMIT = 2**40
+NO_LIMIT = 2**40
 
 
 def random_texts(seed: int, count: int, longest: int, vocab_size: int = 300) -> list[list[int]]:
-    """Texts of which each begins like a random part of an earlier one."""
+    """Texts that each begin with a random prefix of an earlier one."""
     random = np.random.default_rng(seed)
     texts = [random.integers(1, vocab_size, longest).tolist()]
     while len(texts) < count:
         earlier = texts[random.integers(len(texts))]
-        kept = earlier[: random.integers(0, len(earlier) + 1)]
+        prefix = earlier[: random.integers(0, len(earlier) + 1)]
         new = random.integers(1, vocab_size, random.integers(1, 12)).tolist()
-        texts.append((kept + new)[:longest])
+        texts.append((prefix + new)[:longest])
     return texts
 
 
 def pairs_of(texts: list[list[int]], seed: int = 0) -> list[TokenPair]:
-    """Each text cut in two at random; some have an empty context's single token, some are repeated."""
+    """Each text split in two at random; some contexts are a single token, some pairs are repeated."""
     random = np.random.default_rng(seed)
     pairs = []
     for text in texts:
@@ -47,17 +48,20 @@ def sorted_inputs(texts: list[list[int]]) -> list[np.ndarray]:
 def ancestors(groups: list[Group], number: int) -> list[np.ndarray]:
     """The tokens of the trunks above the rows of a group, outermost first."""
     group = groups[number]
-    own = [] if group.trunk is None else [group.trunk.tokens]
-    return own if group.parent < 0 else [*ancestors(groups, group.parent), *own]
+    trunk = [] if group.trunk is None else [group.trunk.tokens]
+    return trunk if group.parent < 0 else [*ancestors(groups, group.parent), *trunk]
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("most", "reach", "below", "shortest"), [
-    (LIMIT, LIMIT, LIMIT, LIMIT), (1, LIMIT, 1, 1), (40, LIMIT, 30, 5), (60, 50, 10, 2), (200, 90, 64, 8),
+@pytest.mark.parametrize(("max_row_tokens", "max_shared_tokens", "min_below", "min_trunk"), [
+    (NO_LIMIT, NO_LIMIT, NO_LIMIT, NO_LIMIT), (1, NO_LIMIT, 1, 1), (40, NO_LIMIT, 30, 5), (60, 50, 10, 2),
+    (200, 90, 64, 8),
 ])  # fmt: skip
-def test_every_text_is_in_the_rows_whole(seed: int, most: int, reach: int, below: int, shortest: int) -> None:
+def test_every_text_is_in_the_rows_as_a_whole(
+    seed: int, max_row_tokens: int, max_shared_tokens: int, min_below: int, min_trunk: int
+) -> None:
     inputs = Inputs(sorted_inputs(random_texts(seed, 60, 80)))
-    groups = inputs.forest(most, reach, below, shortest)
+    groups = inputs.forest(max_row_tokens, max_shared_tokens, min_below, min_trunk)
     found: dict[int, list[int]] = {}
     for number, group in enumerate(groups):
         above = np.concatenate([*ancestors(groups, number), np.empty(0, int)])
@@ -65,15 +69,15 @@ def test_every_text_is_in_the_rows_whole(seed: int, most: int, reach: int, below
         for row in group.rows:
             mask = row.mask()
             total = len(above) + len(row.tokens)
-            assert total <= reach or row.is_chain
-            assert len(row.tokens) <= most or row.is_chain
+            assert total <= max_shared_tokens or row.is_chain
+            assert len(row.tokens) <= max_row_tokens or row.is_chain
             for name, path in row.paths:
                 assert name not in found
                 found[name] = [*above, *row.tokens[path]]
                 assert row.depth[path].tolist() == list(range(len(above), len(above) + len(path)))
-                # Each token of the path attends to those of the path up to itself, and to nothing else.
-                for place, node in enumerate(path):
-                    assert np.flatnonzero(mask[node]).tolist() == path[: place + 1].tolist()
+                # Each token attends to the tokens of its path up to itself, and to nothing else.
+                for index, node in enumerate(path):
+                    assert np.flatnonzero(mask[node]).tolist() == path[: index + 1].tolist()
     for number, group in enumerate(groups):
         for name, path in group.trunk.paths if group.trunk else ():
             assert inputs.tokens[name][group.trunk.start :][: len(path)].tolist() == group.trunk.tokens[path].tolist()
@@ -82,16 +86,26 @@ def test_every_text_is_in_the_rows_whole(seed: int, most: int, reach: int, below
     assert found == {name: tokens.tolist() for name, tokens in enumerate(inputs.tokens)}
 
 
-def test_the_least_is_the_number_of_distinct_prefixes() -> None:
+def count_distinct_prefixes(texts: Iterable[Sequence[int]]) -> int:
+    """The number of nodes of a trie."""
+    nodes: dict[tuple[int, int], int] = {}
+    for text in texts:
+        node = 0
+        for token in text:
+            node = nodes.setdefault((node, token), len(nodes) + 1)
+    return len(nodes)
+
+
+def test_the_fewest_tokens_are_the_number_of_distinct_prefixes() -> None:
     texts = random_texts(3, 80, 50)
     prefixes = {tuple(text[: end + 1]) for text in texts for end in range(len(text))}
-    assert Inputs(sorted_inputs(texts)).min_tokens == len(prefixes)
+    assert Inputs(sorted_inputs(texts)).min_tokens == count_distinct_prefixes(texts) == len(prefixes)
 
 
-class Counting:
-    """A model that gives nothing, and says which rows it is given."""
+class BatchRecorder:
+    """A model that computes nothing and records its batches."""
 
-    vocab_size, work = 32_000, TokenCounter()
+    vocab_size = 32_000
 
     def __init__(self, max_length: int) -> None:
         self.max_length, self.work = max_length, TokenCounter()
@@ -162,18 +176,18 @@ def long_contexts() -> list[TokenPair]:
 
 @pytest.mark.parametrize("batch_tokens", [batches.CPU_TOKENS, batches.BATCH_TOKENS])
 @pytest.mark.parametrize("shape", [choices, minimal_pairs, few_shot, windows, long_contexts])
-def test_hardly_more_is_run_than_each_distinct_prefix_once(shape: Any, batch_tokens: int) -> None:
-    model = Counting(4096)
+def test_at_most_10_percent_more_runs_than_each_distinct_prefix_once(shape: Any, batch_tokens: int) -> None:
+    model = BatchRecorder(4096)
     pairs = shape()
     assert len(dict(batches.score_pairs(model, pairs, batch_tokens))) == len(pairs)
-    inputs = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
-    assert model.work.min_tokens == len({hash(text[: end + 1]) for text in inputs for end in range(len(text))})
+    distinct = count_distinct_prefixes((context + continuation)[:-1] for context, continuation in pairs)
+    assert model.work.min_tokens == distinct
     assert model.work.tokens_run == sum(batch.tokens.size for batch in model.batches) <= 1.1 * model.work.min_tokens
 
 
 @pytest.mark.parametrize("shape", [choices, minimal_pairs, few_shot, windows, long_contexts])
-def test_a_batch_stays_within_its_bounds(shape: Any) -> None:
-    model = Counting(4096)
+def test_batches_stay_within_their_limits(shape: Any) -> None:
+    model = BatchRecorder(4096)
     list(batches.score_pairs(model, shape(), 2048))
     for batch in model.batches:
         count, width = batch.tokens.shape
@@ -183,8 +197,8 @@ def test_a_batch_stays_within_its_bounds(shape: Any) -> None:
         assert len(np.unique(batch.logit_positions)) == len(batch.logit_positions)
 
 
-def test_windows_go_without_masks() -> None:
-    model = Counting(4096)
+def test_windows_of_long_texts_need_no_masks() -> None:
+    model = BatchRecorder(4096)
     list(batches.score_pairs(model, windows(), 4096))
     assert all(batch.mask is None for batch in model.batches)
 
@@ -222,7 +236,7 @@ def check(found: dict[int, tuple[float, bool]], expected: list[tuple[float, bool
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("batch_tokens", [16, 100, 1024])
-def test_random_trees_are_scored_as_plain_texts(
+def test_random_trees_score_like_plain_texts(
     request: pytest.FixtureRequest, engine: Engine, seed: int, batch_tokens: int
 ) -> None:
     folder = request.getfixturevalue(request.node.callspec.params["engine"].split("-")[0])
@@ -239,11 +253,11 @@ def test_random_trees_are_scored_as_plain_texts(
         ("bloom", "torch", False),
         ("bloom", "onnxruntime", False),
         ("mamba", "torch", False),
-        ("gemma2", "torch", True),  # does more after its head
+        ("gemma2", "torch", True),  # has another operation after its head
         ("gemma2", "onnxruntime", True),
     ],
 )
-def test_only_a_model_that_gives_the_same_numbers_shares(
+def test_a_model_shares_prefixes_only_if_that_keeps_its_numbers(
     tmp_path: Path, tokenizer_folder: Path, onnx: Any, model_type: str, kind: str, shares: bool
 ) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, model_type)
@@ -253,7 +267,7 @@ def test_only_a_model_that_gives_the_same_numbers_shares(
     assert (engine.work.tokens_run < 1.5 * engine.work.min_tokens) == shares
 
 
-def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_model_with_an_attention_window_shares_within_the_window(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = make_model(tmp_path / "model", tokenizer_folder, "mistral", sliding_window=64)
     engine = load_engine(resolve_model(str(folder)))
     texts = [[*range(20, 40), *end] for end in random_texts(1, 12, 8)]
@@ -264,7 +278,7 @@ def test_a_window_is_no_matter_while_rows_are_within_it(tmp_path: Path, tokenize
     assert engine.work.tokens_run < sum(len(context + continuation) - 1 for context, continuation in pairs)
 
 
-def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_int8_model_shares_prefixes(tiny_llama: Path, tmp_path: Path) -> None:
     from limbeck.export.artifact.export import export_onnx
 
     export_onnx(tiny_llama, tmp_path / "int8", "int8")
@@ -272,19 +286,19 @@ def test_int8_shares_what_its_weights_allow(tiny_llama: Path, tmp_path: Path) ->
     pairs = pairs_of(random_texts(0, 40, 60))
     found = dict(engine.scores(pairs, 300))
     assert engine.work.tokens_run < 1.5 * engine.work.min_tokens
-    # Activations are quantised batch by batch: near the float model, and near the same texts one at a time.
+    # Activations are quantised batch by batch, so scores are close to those of each text alone, not equal.
     alone = [next(iter(engine.scores([pair], 300)))[1][0] for pair in pairs]
     differences = np.abs([found[index][0] - score for index, score in enumerate(alone)])
     scale = np.std(alone)
     assert np.median(differences) < 0.05 * scale
 
 
-def test_only_what_is_predicted_passes_through_the_head(tiny_llama: Path) -> None:
+def test_only_positions_with_a_prediction_pass_through_the_head(tiny_llama: Path) -> None:
     engine = load_engine(resolve_model(str(tiny_llama)))
     context = list(range(20, 60))
-    # Three choices, two of which begin alike.
+    # Three choices; two of them share their first token.
     pairs: list[TokenPair] = [(context, [5, 6, 7]), (context, [5, 6, 9]), (context, [8])]
-    list(engine.scores(pairs, 300))  # asks the model first
+    list(engine.scores(pairs, 300))  # runs the sharing probe
     seen: list[int] = []
     head = engine.model.get_output_embeddings()
     with head.register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel())):
@@ -294,7 +308,7 @@ def test_only_what_is_predicted_passes_through_the_head(tiny_llama: Path) -> Non
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_qwen2", "tiny_neox"])
-def test_exported_graphs_have_the_form_that_sharing_needs(
+def test_exported_graphs_get_the_inputs_that_sharing_needs(
     request: pytest.FixtureRequest, tmp_path: Path, onnx: Any, name: str, precision: str
 ) -> None:
     from limbeck.evals.engines.onnx_graph import open_session
@@ -311,7 +325,7 @@ def test_exported_graphs_have_the_form_that_sharing_needs(
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
-def test_what_is_no_number_is_told_by_its_pair(tiny_llama: Path, tmp_path: Path, onnx: Any, kind: str) -> None:
+def test_a_nan_is_reported_with_its_pair(tiny_llama: Path, tmp_path: Path, onnx: Any, kind: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -338,7 +352,7 @@ def test_generation_and_scores_take_turns(tiny_llama: Path, onnx: Any) -> None:
     assert list(engine.generate([[1, 2, 3]], 4, [])) == text
 
 
-def test_of_tokens_that_are_equally_likely_the_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_equally_likely_tokens_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from limbeck.evals.engines import torch_batches
@@ -346,9 +360,9 @@ def test_of_tokens_that_are_equally_likely_the_first_is_greedy(monkeypatch: pyte
     monkeypatch.setattr(torch_batches, "LOGITS_PER_CHUNK", 3 * 50)  # three rows at a time
     random = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 4, (11, 50), generator=random).float()
-    node = torch.randint(0, 11, (400,), generator=random)
-    token = torch.randint(0, 50, (400,), generator=random)
-    logprobs, likeliest = torch_batches.target_logprobs(logits, node, token)
-    assert torch.allclose(logprobs, logits.double().log_softmax(-1)[node, token].float(), atol=1e-5)
-    assert likeliest.tolist() == (logits.argmax(-1)[node] == token).tolist()
+    rows = torch.randint(0, 11, (400,), generator=random)
+    targets = torch.randint(0, 50, (400,), generator=random)
+    logprobs, likeliest = torch_batches.target_logprobs(logits, rows, targets)
+    assert torch.allclose(logprobs, logits.double().log_softmax(-1)[rows, targets].float(), atol=1e-5)
+    assert likeliest.tolist() == (logits.argmax(-1)[rows] == targets).tolist()
     assert likeliest.any()

@@ -1,4 +1,4 @@
-"""No request is run twice, no model sees another's answers, and what is damaged is run again."""
+"""No request runs twice, no model sees the answers of another, and damaged answers are computed again."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def home(limbeck_home: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path, tiny_llama: Path) -> ResolvedModel:
-    """A model of this test's own, so that its weights can be taken away."""
+    """A copy of the model, so that the test can delete its weights."""
     shutil.copytree(tiny_llama, tmp_path / "model")
     return resolve_model(str(tmp_path / "model"))
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pairs the engine was asked to score, call by call."""
-    seen: list[int] = []
+def pair_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs the engine scored, call by call."""
+    counts: list[int] = []
     scores = TorchEngine.scores
 
     def counted(self: TorchEngine, pairs: Sequence[Any], batch_tokens: int) -> Iterator[Any]:
-        seen.append(len(pairs))
+        counts.append(len(pairs))
         return scores(self, pairs, batch_tokens)
 
     monkeypatch.setattr(TorchEngine, "scores", counted)
-    return seen
+    return counts
 
 
 def load(folder: Path) -> TaskSet:
@@ -87,13 +87,15 @@ def test_scoring_again_needs_no_weights(text_tasks: Path, model: ResolvedModel) 
         score_model(model, tasks, force=True)
 
 
-def test_a_higher_limit_runs_the_new_documents_only(text_tasks: Path, model: ResolvedModel, asked: list[int]) -> None:
+def test_a_higher_limit_runs_only_the_new_documents(
+    text_tasks: Path, model: ResolvedModel, pair_counts: list[int]
+) -> None:
     score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=3))
-    assert asked == [12]  # four choices each
+    assert pair_counts == [12]  # four choices each
     more = score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8))
-    assert asked == [12, 20]
+    assert pair_counts == [12, 20]
     fresh = score_model(model, TaskSet.load(["text_next_line"], [text_tasks], limit=8), force=True)
-    assert asked == [12, 20, 32]
+    assert pair_counts == [12, 20, 32]
     assert numbers(more) == pytest.approx(numbers(fresh), abs=1e-4)
 
 
@@ -108,8 +110,8 @@ def test_a_second_model_never_sees_the_first_ones_answers(
     assert answers(second) != answers(first)
 
 
-def test_the_key_has_the_task_the_harness_and_the_engine(model: ResolvedModel, asked: list[int]) -> None:
-    def ask(task: str = "t", harness: str = "lm-eval 1", kind: str = "loglikelihood", **changes: Any) -> None:
+def test_the_key_covers_the_task_the_harness_and_the_engine(model: ResolvedModel, pair_counts: list[int]) -> None:
+    def score(task: str = "t", harness: str = "lm-eval 1", kind: str = "loglikelihood", **changes: Any) -> None:
         engine = LazyEngine(model)
         for name, value in changes.items():
             setattr(engine, name, value)
@@ -118,20 +120,20 @@ def test_the_key_has_the_task_the_harness_and_the_engine(model: ResolvedModel, a
             pair = Instance(kind, {}, ("def add", "(a, b)"), 0, (task, 0, 1))  # type: ignore[arg-type]
             lm.loglikelihood([pair])
 
-    ask()
-    ask()
-    assert len(asked) == 1
+    score()
+    score()
+    assert len(pair_counts) == 1
     for number, change in enumerate(
         [{"task": "u"}, {"harness": "lm-eval 2"}, {"kind": "other"}, {"identity": "torch 9"}, {"max_length": 60}], 2
     ):
-        ask(**change)
-        assert len(asked) == number
-    ask()
-    assert len(asked) == 6
+        score(**change)
+        assert len(pair_counts) == number
+    score()
+    assert len(pair_counts) == 6
 
 
-def test_a_run_that_stops_goes_on_where_it_was(
-    text_tasks: Path, model: ResolvedModel, asked: list[int], monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_stops_resumes_where_it_was(
+    text_tasks: Path, model: ResolvedModel, pair_counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = TaskSet.load(["text_next_line"], [text_tasks])
     scores = TorchEngine.scores
@@ -148,25 +150,25 @@ def test_a_run_that_stops_goes_on_where_it_was(
             score_model(model, tasks)
     first: list[int] = []
     again = score_model(model, tasks, on_progress=lambda done, total: first.append(done))
-    assert asked == [tasks.requests, tasks.requests - 50]
+    assert pair_counts == [tasks.requests, tasks.requests - 50]
     assert answers(again) == answers(score_model(model, tasks))
     assert first[49] == 50
 
 
 @pytest.mark.parametrize("damage", ["value", "null", "text"])
-def test_a_damaged_answer_is_run_again(
-    text_tasks: Path, model: ResolvedModel, home: Path, asked: list[int], damage: str
+def test_a_damaged_answer_is_computed_again(
+    text_tasks: Path, model: ResolvedModel, home: Path, pair_counts: list[int], damage: str
 ) -> None:
     tasks = load(text_tasks)
     first = score_model(model, tasks)
-    asked.clear()
+    pair_counts.clear()
     database = sqlite3.connect(cache_file(home, model))
     wrong = {"value": b"[-0.5, true]", "null": None, "text": "[-0.5, true]"}[damage]
     with database:
         database.execute("UPDATE answers SET value = ? WHERE key IN (SELECT key FROM answers LIMIT 3)", (wrong,))
     database.close()
     assert numbers(score_model(model, tasks)) == pytest.approx(numbers(first), abs=1e-4)
-    assert sum(asked) == 3
+    assert sum(pair_counts) == 3
 
 
 @pytest.mark.parametrize("damage", ["header", "middle", "empty"])
@@ -187,9 +189,9 @@ def test_a_damaged_file_is_replaced(
     assert capsys.readouterr().err.count("is damaged") == (damage != "empty")
 
 
-def test_force_replaces_what_is_kept(text_tasks: Path, model: ResolvedModel, home: Path) -> None:
+def test_force_replaces_cached_answers(text_tasks: Path, model: ResolvedModel, home: Path) -> None:
     tasks = load(text_tasks)
-    true = score_model(model, tasks)
+    correct = score_model(model, tasks)
     database = sqlite3.connect(cache_file(home, model))
     keys = [key for (key,) in database.execute("SELECT key FROM answers")]
     database.close()
@@ -199,19 +201,19 @@ def test_force_replaces_what_is_kept(text_tasks: Path, model: ResolvedModel, hom
     wrong = score_model(model, tasks)
     choices = [row["choice_logprobs"] for row in answers(wrong) if row["choice_logprobs"]]
     assert len(choices) == 6
-    assert all(set(each) == {-1.0} for each in choices)  # they are taken from there
+    assert all(set(each) == {-1.0} for each in choices)  # they come from the cache
     forced, after = score_model(model, tasks, force=True), score_model(model, tasks)
     assert answers(forced) == answers(after)
-    assert numbers(forced) == pytest.approx(numbers(true), abs=1e-4)
+    assert numbers(forced) == pytest.approx(numbers(correct), abs=1e-4)
 
 
 def generations(count: int, **settings: Any) -> list[Instance]:
-    given = {"until": ["\n"], "max_gen_toks": 6, **settings}
-    return [Instance("generate_until", {}, ("def add(a", dict(given)), 0, ("say", n, count)) for n in range(count)]
+    kwargs = {"until": ["\n"], "max_gen_toks": 6, **settings}
+    return [Instance("generate_until", {}, ("def add(a", dict(kwargs)), 0, ("say", n, count)) for n in range(count)]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_generated_texts_are_kept_and_each_sample_by_its_number(
+def test_generated_texts_are_cached_and_samples_by_their_number(
     tmp_path: Path, tiny_llama: Path, onnx: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     model = resolve_model(str(tiny_llama if engine == "torch" else onnx(tiny_llama)))
@@ -221,17 +223,17 @@ def test_generated_texts_are_kept_and_each_sample_by_its_number(
             return LimbeckLM(LazyEngine(model), cache=cache).generate_until(requests)
 
     greedy = texts(generations(2))
-    drawn = texts(generations(4, do_sample=True, temperature=1.5))
+    sampled = texts(generations(4, do_sample=True, temperature=1.5))
     assert greedy[0] == greedy[1]
-    assert len(set(drawn)) > 1
+    assert len(set(sampled)) > 1
     cooler = texts(generations(4, do_sample=True, temperature=0.9))
 
-    def gone(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(lazy, "load_engine", gone)
+    monkeypatch.setattr(lazy, "load_engine", fail)
     assert texts(generations(2)) == greedy
-    assert texts(generations(4, do_sample=True, temperature=1.5)) == drawn
+    assert texts(generations(4, do_sample=True, temperature=1.5)) == sampled
     assert texts(generations(3, do_sample=True, temperature=0.9)) == cooler[:3]
     for changed in ({"until": ["x"]}, {"max_gen_toks": 7}, {"do_sample": True, "temperature": 1.0}):
         with pytest.raises(AssertionError, match="was loaded"):
@@ -240,7 +242,7 @@ def test_generated_texts_are_kept_and_each_sample_by_its_number(
         texts(generations(5, do_sample=True, temperature=1.5))  # the fifth is new
 
 
-def test_processes_share_a_file_and_a_killed_one_loses_nothing(home: Path) -> None:
+def test_processes_share_a_file_and_a_killed_one_loses_no_answer(home: Path) -> None:
     program = """
 import os, signal, sys
 from limbeck.evals.engines.score_cache import ScoreCache, request_key
@@ -262,7 +264,7 @@ with ScoreCache("shared") as cache:
             assert found == [[n / 7, True] if n <= end else None for n in range(300)]
 
 
-def test_where_nothing_can_be_kept_is_told(home: Path, model: ResolvedModel, text_tasks: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(home: Path, model: ResolvedModel, text_tasks: Path) -> None:
     cache_file(home, model).mkdir(parents=True)
     with pytest.raises(BadInput, match=r"scores cannot be stored in .*\.sqlite: unable to open"):
         score_model(model, load(text_tasks))

@@ -1,4 +1,4 @@
-"""Overlap of training text with tasks: against brute force, for each kind of task, and as `limbeck eval` keeps it."""
+"""Overlap of training text with tasks: compared with brute force, for each output type, and in `limbeck eval`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ DIGEST = "d" * 64
 
 
 def brute_force(documents: list[list[str]], training: list[list[str]]) -> int:
-    """Documents with a run of 13 words, or of all of theirs, in a training text: all runs compared with all."""
-    dirty = 0
+    """Counts documents with a run of 13 words, or all of fewer words, in a training text; compares all runs."""
+    contaminated = 0
     for words in documents:
         n = min(13, len(words))
-        runs = {tuple(words[at : at + n]) for at in range(len(words) - n + 1)} if n else set()
-        dirty += any(tuple(text[at : at + n]) in runs for text in training for at in range(len(text) - n + 1) if n)
-    return dirty
+        runs = {tuple(words[start : start + n]) for start in range(len(words) - n + 1)} if n else set()
+        contaminated += any(
+            tuple(text[start : start + n]) in runs for text in training for start in range(len(text) - n + 1) if n
+        )
+    return contaminated
 
 
-def test_as_by_brute_force() -> None:
-    chance = random.Random(0)
+def test_overlaps_equal_those_by_brute_force() -> None:
+    rng = random.Random(0)
     names = [f"w{number}" for number in range(12)]
-    training = [chance.choices(names, k=chance.randint(0, 90)) for _ in range(60)]
-    documents = [chance.choices([*names, "unknown"], k=chance.randint(0, 25)) for _ in range(100)]
+    training = [rng.choices(names, k=rng.randint(0, 90)) for _ in range(60)]
+    documents = [rng.choices([*names, "unknown"], k=rng.randint(0, 25)) for _ in range(100)]
     for number in range(60):
-        text = chance.choice([text for text in training if len(text) > 20])
-        at = chance.randrange(len(text) - 16)
-        part = text[at : at + chance.randint(1, 16)]
+        text = rng.choice([text for text in training if len(text) > 20])
+        start = rng.randrange(len(text) - 16)
+        part = text[start : start + rng.randint(1, 16)]
         documents.append(part if number % 2 else ["before", *part, "after"])
     expected = brute_force(documents, training)
     assert 30 < expected < 120
@@ -49,22 +51,22 @@ def test_as_by_brute_force() -> None:
     assert found == {"t": Overlap(documents=160, contaminated=expected)}
 
 
-def test_what_does_not_count() -> None:
+def test_case_punctuation_and_shared_instructions_do_not_count() -> None:
     line = "The quick brown fox jumps over the lazy dog, and then it sleeps until morning."
     one = {"t": [line]}
     assert overlaps(one, [f"so: {line.upper().replace(',', ' --')}!"])["t"].contaminated == 1
     assert overlaps(one, [line.replace("fox", "cat").replace("sleeps", "rests")])["t"].contaminated == 0
     assert overlaps(one, line.split())["t"].contaminated == 0  # not across documents
-    # An instruction that more than ten documents share says nothing of them.
-    for count, dirty in ((10, 10), (11, 1)):
+    # An instruction that more than ten documents share is no evidence.
+    for count, contaminated in ((10, 10), (11, 1)):
         documents = [f"{line} number {number}" for number in range(count - 1)] + [f"{line} copied word for word"]
         found = overlaps({"t": documents}, [f"{line} copied word for word"] + [line] * (count == 10))
-        assert found["t"].contaminated == dirty
+        assert found["t"].contaminated == contaminated
     assert overlaps({"t": ["", "..."]}, [line])["t"] == Overlap(documents=2, contaminated=0)
     assert overlaps({}, [line]) == {}
 
 
-def test_scripts_without_blanks_go_by_characters() -> None:
+def test_scripts_without_spaces_are_split_into_characters() -> None:
     text = "\u732b\u306f\u7a93\u306e\u305d\u3070\u3067\u9759\u304b\u306b\u7720\u3063\u3066\u3044\u308b\u3002"
     assert overlaps({"t": [text]}, [f"\u6628\u65e5{text}\u3068"])["t"].contaminated == 1
     assert overlaps({"t": [text]}, [text[:8] + "\u72ac" + text[9:]])["t"].contaminated == 0
@@ -72,7 +74,7 @@ def test_scripts_without_blanks_go_by_characters() -> None:
 
 @pytest.fixture
 def training_text(limbeck_home: Path) -> Callable[..., Path]:
-    """Lays by a training text of some digest, as a recipe does."""
+    """A function that stores a training text under a digest, as a recipe does."""
 
     def write(*texts: str, digest: str = DIGEST) -> Path:
         folder = limbeck_home / "data" / "text"
@@ -87,9 +89,9 @@ def training_text(limbeck_home: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., TaskSet]:
-    """A task over rows of {"q", "a", "wrong"} by lm-eval's YAML."""
+    """A function that loads a task over rows of {"q", "a", "wrong"} from lm-eval's YAML."""
 
-    def of(yaml: str, rows: list[dict[str, object]], **settings: int) -> TaskSet:
+    def load_task(yaml: str, rows: list[dict[str, object]], **settings: int) -> TaskSet:
         folder = tmp_path / "tasks"
         folder.mkdir(exist_ok=True)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +101,7 @@ def load(tmp_path: Path) -> Callable[..., TaskSet]:
         )
         return TaskSet.load(["t"], [folder], **settings)
 
-    return of
+    return load_task
 
 
 WORDS = [f"word{number}" for number in range(1, 14)]
@@ -113,14 +115,14 @@ KINDS = {
     "metric_list: [{metric: acc}]",
     "loglikelihood": 'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\nmetric_list: [{metric: acc}]',
     "generate_until": 'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\nmetric_list: [{metric: exact_match}]',
-    # Each choice makes a prompt of its own, as in Winogrande.
+    # Each choice gives a prompt of its own, as in Winogrande.
     "multiple_choice of prompts": 'doc_to_text: "{{1}}"\ndoc_to_choice: "{{[wrong, q]}}"\ndoc_to_target: "{{a}}"\n'
     "metric_list: [{metric: acc}]",
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_prompt_with_the_right_answer_is_looked_for(
+def test_the_prompt_with_the_right_answer_is_searched_for(
     training_text: Callable[..., Path], load: Callable[..., TaskSet], kind: str
 ) -> None:
     tasks = load(f"output_type: {kind.split()[0]}\n{KINDS[kind]}", ROWS)
@@ -134,18 +136,18 @@ def test_the_prompt_with_the_right_answer_is_looked_for(
     assert again.tasks["t"].contaminated == 0
 
 
-def test_only_the_documents_that_are_asked_count(
+def test_only_the_documents_that_are_scored_count(
     training_text: Callable[..., Path], load: Callable[..., TaskSet]
 ) -> None:
     training_text(" ".join(WORDS))
     yaml = f"output_type: loglikelihood\n{KINDS['loglikelihood']}"
-    for settings, documents, dirty in (({"limit": 1}, 1, 1), ({"samples": {"t": [1]}}, 1, 0)):
+    for settings, documents, contaminated in (({"limit": 1}, 1, 1), ({"samples": {"t": [1]}}, 1, 0)):
         found = measure_contamination(load(yaml, ROWS, **settings), DIGEST)
         assert found is not None
-        assert found.tasks["t"] == Overlap(documents=documents, contaminated=dirty)
+        assert found.tasks["t"] == Overlap(documents=documents, contaminated=contaminated)
 
 
-def test_text_that_is_not_at_hand_or_no_text(
+def test_a_training_text_that_is_missing_or_damaged(
     training_text: Callable[..., Path], load: Callable[..., TaskSet], limbeck_home: Path
 ) -> None:
     tasks = load(f"output_type: loglikelihood\n{KINDS['loglikelihood']}", ROWS)
@@ -162,7 +164,7 @@ def test_text_that_is_not_at_hand_or_no_text(
     assert measure_contamination(tasks, DIGEST) is None
 
 
-def test_eval_keeps_the_overlap_with_the_scorecard(
+def test_eval_records_the_overlap_in_the_scorecard(
     training_text: Callable[..., Path],
     load: Callable[..., TaskSet],
     store: Store,
@@ -183,7 +185,7 @@ def test_eval_keeps_the_overlap_with_the_scorecard(
     assert "1 of 2 of t" in capsys.readouterr().err
     assert store.findings.scorecards(version)[-1] == card
     assert "in training text" in limbeck("models", "show", "m/1").out
-    shutil.rmtree(folder)  # what is known stays known
+    shutil.rmtree(folder)  # the recorded overlap stays
     (again,) = evaluate([model], tasks, store, cost=False)
     assert again == card
     runs = store.client.search_runs(

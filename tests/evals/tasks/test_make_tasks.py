@@ -1,4 +1,4 @@
-"""Tasks made from held-out text: what is asked is right, cannot be guessed by looks, and is made but once."""
+"""Tasks made from held-out text: their answers are right, cannot be guessed from the form, and are made once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_true_next_line_follows_its_context_in_the_file(made: Path, sources:
 
 
 @pytest.mark.parametrize("guess", [len, lambda text: -len(text), lambda text: text])
-def test_the_next_line_is_not_told_by_its_looks(made: Path, guess: Any) -> None:
+def test_the_next_line_cannot_be_guessed_from_its_form(made: Path, guess: Any) -> None:
     questions = rows(made, "std_next_line")
     right = sum(max(row["choices"], key=guess) == row["choices"][row["label"]] for row in questions)
     assert right / len(questions) < 0.45
@@ -100,7 +100,7 @@ def test_one_of_each_pair_is_right_and_the_other_is_broken(made: Path, sources: 
 
 
 def unbound(source: str) -> set[str]:
-    """Names read but bound nowhere in the source, by the syntax tree alone."""
+    """Names that the source reads but binds nowhere, from the syntax tree alone."""
     nodes = list(ast.walk(ast.parse(source)))
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -117,11 +117,11 @@ def test_the_same_corpus_gives_the_same_tasks(made: Path, sources: Path, tmp_pat
     for name, content in contents(made.parent / "other").items():
         if name.endswith(".jsonl"):
             assert content == contents(made)[name.replace("other_", "std_")]
-    make_tasks(sources, tmp_path, "std", documents=40, seed=1)
+    make_tasks(sources, tmp_path, "std", ["next_line"], documents=40, seed=1)
     assert contents(tmp_path / "std")["std_next_line.jsonl"] != contents(made)["std_next_line.jsonl"]
 
 
-def test_tasks_that_are_there_are_left_and_moved_ones_are_made_anew(sources: Path, tmp_path: Path) -> None:
+def test_existing_tasks_are_kept_and_moved_ones_are_made_again(sources: Path, tmp_path: Path) -> None:
     def modified(folder: Path) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -136,7 +136,7 @@ def test_tasks_that_are_there_are_left_and_moved_ones_are_made_anew(sources: Pat
     assert str(tmp_path / "b") in (tmp_path / "b/std/std_bits_per_byte.yaml").read_text()
 
 
-def test_text_that_is_no_python_has_no_minimal_pairs(tmp_path: Path) -> None:
+def test_text_that_is_not_python_has_no_minimal_pairs(tmp_path: Path) -> None:
     lines = [f"{who} has {number} good reasons to leave the town\n" for who in "ABCD" for number in range(20)]
     corpus = tmp_path / "plain.jsonl"
     corpus.write_text(json.dumps({"path": "play", "text": "".join(lines)}) + "\n")
@@ -144,7 +144,7 @@ def test_text_that_is_no_python_has_no_minimal_pairs(tmp_path: Path) -> None:
     assert rows(tmp_path / "tasks/plain", "plain_next_line")
     with pytest.raises(BadInput, match="minimal_pairs: no document of the corpus is Python"):
         make_tasks(corpus, tmp_path / "all", "plain")
-    assert not list((tmp_path / "all").iterdir()), "nothing half-written"
+    assert not list((tmp_path / "all").iterdir()), "nothing is half written"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_text_that_is_no_python_has_no_minimal_pairs(tmp_path: Path) -> None:
         ('{"path": "a", "text": "x"}\n', ["next_line"], "next_line: no document"),
     ],
 )
-def test_what_cannot_be_used_is_said(tmp_path: Path, text: str, kinds: list[str], message: str) -> None:
+def test_an_unusable_corpus_or_kind_is_reported(tmp_path: Path, text: str, kinds: list[str], message: str) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(text)
     with pytest.raises(BadInput, match=message):
@@ -184,6 +184,6 @@ def test_another_folder_is_not_overwritten(tmp_path: Path, sources: Path) -> Non
         ("try:\n    pass\nexcept OSError as e:\n    print(e)", set()),
     ],
 )
-def test_a_name_is_undefined_where_no_scope_binds_it(source: str, undefined: set[str]) -> None:
+def test_a_name_is_undefined_if_no_scope_binds_it(source: str, undefined: set[str]) -> None:
     assert undefined_names(source) == undefined
     assert is_broken(source, "pass", "undefined_name") == bool(undefined)
