@@ -1,1 +1,1 @@
-"""What every room needs: errors, paths, digests, terminal, TOML, signatures."""
+"""Modules that every room uses: errors, paths, digests, files of text, terminal, TOML, signatures."""

@@ -1,4 +1,4 @@
-"""Identity by content: SHA-256 over a folder's files. Standard library only, so a serving host can use it."""
+"""The digest of an artifact: SHA-256 over its files. Standard library only, so a serving host can use it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 from limbeck.registry.core.errors import DamagedArtifact
 
 MANIFEST = "limbeck.json"
-# Written after the artifact is made, the first two from the records, the last by MLflow where it loads a registered
-# version: they are no part of what it is.
+# Written after the artifact is made, the last one by MLflow when it loads a registered version. They do not count.
 NON_CONTENT_FILES = {MANIFEST, "README.md", "registered_model_meta"}
 
 
@@ -23,7 +22,7 @@ def text_digest(text: str | bytes) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    """Hex SHA-256 of a value as JSON, independent of the order of its keys."""
     return text_digest(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str))
 
 
@@ -34,9 +33,9 @@ def file_digest(path: Path) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Relative POSIX path -> hex SHA-256, for every content file below `folder`, sorted by path.
+    """Relative POSIX path -> hex SHA-256 of every content file below `folder`, sorted by path.
 
-    Raises DamagedArtifact where it holds anything else than files and folders.
+    Raises DamagedArtifact if the folder holds anything other than files and folders.
     """
     if problems := list(_invalid_paths(folder)):
         raise DamagedArtifact(folder, problems)
@@ -46,9 +45,9 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def _invalid_paths(folder: Path) -> Iterator[str]:
-    """What a folder may not hold: links that lead out of it, links to folders, and what is no file, such as a pipe.
+    """What a folder may not hold: links that lead out of it, links to folders, and special files such as pipes.
 
-    The files of the Hugging Face cache are links to `../../blobs`: these are followed.
+    Links to `../../blobs` are allowed: the files of the Hugging Face cache are such links.
     """
     root = Path(folder).resolve()
     for path in sorted(root.rglob("*")):
@@ -60,13 +59,13 @@ def _invalid_paths(folder: Path) -> Iterator[str]:
             if not (target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")):
                 yield f"{name} is a link out of the folder"
             elif not path.is_file():
-                yield f"{name} is a link to no file"
+                yield f"{name} is a link to something that is not a file"
         elif not (path.is_file() or path.is_dir()):
             yield f"{name} is neither a file nor a folder"
 
 
 def artifact_digest(files: dict[str, str]) -> str:
-    """The digest of an artifact from its files' digests."""
+    """The digest of an artifact, given the digest of each file."""
     return text_digest("".join(f"{name}\0{files[name]}\n" for name in sorted(files)))
 
 
@@ -76,9 +75,9 @@ def folder_digest(folder: Path) -> str:
 
 
 def verify_files(folder: Path, expected: str | None = None) -> str:
-    """Check the files below `folder` against its manifest, and against `expected` where given.
+    """Compare the files below `folder` with its manifest, if it has one, and with the digest `expected`, if given.
 
-    Returns the digest. Raises DamagedArtifact, naming the files that are missing, changed or extra.
+    Returns the digest. Raises DamagedArtifact with the files that are missing, changed or extra.
     """
     folder = Path(folder)
     actual = file_digests(folder)
@@ -94,7 +93,7 @@ def verify_files(folder: Path, expected: str | None = None) -> str:
 
 
 def describe_file_differences(actual: dict[str, str], recorded: dict[str, str]) -> list[str]:
-    """What is wrong with files, given their digests and those that they should have."""
+    """What is wrong with files, given their actual digests and the recorded ones."""
     problems = [f"{name} is missing" for name in sorted(recorded.keys() - actual.keys())]
     problems += [f"{name} was added" for name in sorted(actual.keys() - recorded.keys())]
     return problems + [
@@ -105,7 +104,7 @@ def describe_file_differences(actual: dict[str, str], recorded: dict[str, str]) 
 
 
 def write_manifest(folder: Path, **fields: Any) -> str:
-    """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`; gives the digest."""
+    """Write `limbeck.json` into an artifact folder: its files, its digest and `fields`. Returns the digest."""
     files = file_digests(folder)
     digest = artifact_digest(files)
     write_json(Path(folder) / MANIFEST, {"format": 1, "digest": digest, "files": files, **fields})
@@ -113,17 +112,17 @@ def write_manifest(folder: Path, **fields: Any) -> str:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """A manifest as a file."""
+    """Write a manifest as JSON."""
     file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def extra_manifest_fields(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says besides what `write_manifest` finds in the files."""
+    """The fields of a manifest that `write_manifest` was given, without those it computes."""
     return {key: value for key, value in manifest.items() if key not in ("format", "digest", "files")}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact folder, or {} where it has none. Raises DamagedArtifact if unreadable."""
+    """The manifest of an artifact folder; {} if it has none. Raises DamagedArtifact if it is unreadable."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return {}
@@ -132,8 +131,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedArtifact(folder, [f"{MANIFEST} is not JSON: {error}"]) from None
     if not isinstance(manifest, dict):
-        raise DamagedArtifact(folder, [f"{MANIFEST} is no JSON object"])
+        raise DamagedArtifact(folder, [f"{MANIFEST} is not a JSON object"])
     files = manifest.get("files", {})
     if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
-        raise DamagedArtifact(folder, [f"the files of {MANIFEST} are no names with digests"])
+        raise DamagedArtifact(folder, [f"the files of {MANIFEST} are not names with digests"])
     return manifest

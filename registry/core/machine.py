@@ -1,4 +1,4 @@
-"""What this machine is and can do, as Linux tells it; no torch is needed to ask."""
+"""The processor, cores and memory of this machine, read from Linux without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def read_proc_file(path: str) -> str:
-    """The text of a file of /proc, or nothing where there is no such file."""
+    """The text of a file of /proc; empty if there is no such file."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -18,19 +18,19 @@ def read_proc_file(path: str) -> str:
 
 
 def cpu_bf16_flags() -> list[str]:
-    """The processor's flags for bfloat16 matrix products: AVX512-BF16, AMX; empty where it has none."""
+    """The processor's flags for bfloat16 matrix products: AVX512-BF16, AMX; empty if it has none."""
     flags = set(re.findall(r"\w+", read_proc_file("/proc/cpuinfo").partition("flags")[2].partition("\n")[0]))
     return sorted(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def describe_hardware(gpu: str | None = None) -> str:
-    """This machine in words: processor, physical cores, the GPU's name where one is given, system."""
+    """This machine in one line: processor, physical cores, the name of the GPU if given, system."""
     parts = [_processor(), f"{physical_cores()} cores", gpu, f"{platform.system()} {platform.machine()}"]
     return ", ".join(part for part in parts if part)
 
 
 def physical_cores() -> int:
-    """The physical cores that this process may run on; logical ones where Linux does not tell."""
+    """The number of physical cores that this process may run on; of logical ones if Linux does not report them."""
     return len(one_cpu_per_core())
 
 
@@ -49,7 +49,7 @@ def one_cpu_per_core() -> list[int]:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping: the machine's, or less where a cgroup allows less."""
+    """Bytes of main memory that are available without swapping: the machine's, or less if a cgroup allows less."""
     found = re.search(r"MemAvailable:\s+(\d+)", read_proc_file("/proc/meminfo"))
     free = int(found[1]) * 1024 if found else 2**63
     limit, used = (read_proc_file(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
@@ -57,9 +57,9 @@ def available_memory() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory be used again at once: glibc would give large pieces back and have each page zeroed anew.
+    """Keep freed memory in the process: glibc returns large blocks to Linux, which zeroes each page before reuse.
 
-    Of a loss over 32,000 tokens and 2,040 positions on one core that is a third to a half of the time.
+    In a loss over 32,000 tokens and 2,040 positions on one core, that takes a third to half of the time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -67,7 +67,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 def _processor() -> str:

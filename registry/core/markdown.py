@@ -1,4 +1,4 @@
-"""Somebody else's text in Markdown: shown as it is written, on one line, and never as markup."""
+"""Text from outside in Markdown: escaped, so that it shows as written, on one line, and never becomes markup."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ SPECIAL = re.compile(r"[\\`*{}\[\]<>|#&~$!^]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def one_line(value: Any, max_length: int = LONGEST) -> str:
-    """A text without line breaks and without characters that are not printed; what is too long is cut, and said."""
+    """A text on one line, with unprintable characters as escapes; a longer one is cut, with a note."""
     text = _escape_unprintable(re.sub(r"\s+", " ", str(value)).strip())
     return text if len(text) <= max_length else f"{text[:max_length]} ... (cut, {len(text):,} characters)"
 
 
 def escape_inline(value: Any, max_length: int = LONGEST) -> str:
-    """A text within a line of Markdown or a cell of a table."""
+    """A text escaped for a line of Markdown or a table cell."""
     return SPECIAL.sub(r"\\\g<0>", one_line(value, max_length)).replace("://", ":\\//")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as GitHub writes it; None is shown as a dash. Empty without rows."""
+    """A table in GitHub's Markdown; None is shown as a dash. Empty if there are no rows."""
     lines = [[("-" if cell is None else escape_inline(cell)) or " " for cell in row] for row in rows]
     if not lines:
         return ""
@@ -31,7 +31,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 
 def code_block(lines: Iterable[str], language: str = "") -> str:
-    """Lines of code."""
+    """A block of code."""
     return f"```{language}\n" + "".join(f"{_escape_unprintable(line)}\n" for line in lines) + "```\n"
 
 

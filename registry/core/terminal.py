@@ -1,4 +1,4 @@
-"""What a person sees: tables, progress bars, JSON. One console for all rooms (stderr for progress)."""
+"""Output of all commands: tables, JSON, status lines and progress bars. Results go to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from limbeck.registry.core.errors import BadInput, escape_unprintable
 from limbeck.registry.core.home import atomic_write
 
-MANY = 100  # rows of a table
+MANY = 100  # rows; a longer table is printed without rich
 LONGEST = 5000  # characters of a cell
 
 format_option = click.option(
@@ -28,17 +28,17 @@ format_option = click.option(
 
 
 def print_status(text: str) -> None:
-    """Tell what is being done (stderr, so that stdout stays machine-readable)."""
+    """Print what the command is doing, on stderr, so that stdout stays machine-readable."""
     print(escape_unprintable(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout; pydantic records are dumped by their fields."""
+    """Print JSON on stdout; pydantic records by their fields."""
     print(json.dumps(value, indent=2, default=_plain))
 
 
 def write_report(text: str, file: Path | None) -> None:
-    """A report whole in `file`, whose path is printed; on stdout where there is none. Raises BadInput."""
+    """Write a report to `file` and print its path; without `file`, print the report. Raises BadInput."""
     if file is None:
         print(text, end="")
         return
@@ -51,7 +51,7 @@ def write_report(text: str, file: Path | None) -> None:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in words: `38.9 MB`."""
+    """A number of bytes for people: `38.9 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A rich table on stdout; None is shown as a dash, and what a cell says is shown as it is written."""
+    """Print a table on stdout. None is shown as a dash; cells are not interpreted as markup."""
     from rich.console import Console
     from rich.table import Table
 
@@ -85,7 +85,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def _print_many(title: str, columns: list[str], cells: list[list[str]]) -> None:
-    """The same table line by line, none of them broken: rich takes some 60 microseconds for each cell."""
+    """Print the same table without rich, which takes about 60 microseconds for each cell; lines are not wrapped."""
     from rich.cells import cell_len
 
     rows = [[cell.replace("\n", " ") for cell in row] for row in [columns, *cells]]
@@ -107,13 +107,13 @@ def _print_many(title: str, columns: list[str], cells: list[list[str]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    """A value as a table shows it; what is too long is cut, and said."""
+    """A value as a table shows it; a longer one is cut, with a note."""
     text = str(value)
     return escape_unprintable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (cut, {len(text):,} characters)")
 
 
 def progress_bar() -> Any:
-    """A rich progress bar with rate and time left, on stderr, gone when done."""
+    """A rich progress bar with rate and time left, on stderr; it disappears when done."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -134,12 +134,12 @@ def progress_bar() -> Any:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,  # a log file wants no empty lines where bars were
+        disable=not console.is_terminal,  # else a log file gets an empty line for each bar
     )
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the terminal; call before importing them."""
+    """Silence the warnings and logs of libraries; call it before importing them."""
     import logging
     import os
     import warnings
@@ -154,5 +154,5 @@ def quiet_libraries() -> None:
 
 
 def indent_lines(lines: Iterable[str]) -> list[str]:
-    """Lines that belong to the one above."""
+    """Lines indented below the line they belong to."""
     return [f"  {line}" for line in lines]

@@ -1,6 +1,6 @@
-"""TOML files into frozen pydantic models, with errors that name the file, the line and the key meant.
+"""TOML files as frozen pydantic models, with errors that name the file, the line and the key that was probably meant.
 
-Used for recipes and policies. Overrides come as `KEY=VALUE` from the command line.
+Used for recipes and policies. The command line overrides single keys by `KEY=VALUE`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from limbeck.registry.core.errors import BadInput
 Model = TypeVar("Model", bound=BaseModel)
 Value = TypeVar("Value")
 LARGEST = 100_000  # bytes of a file
-LONGEST = 200  # lines of a value whose end is looked for
+LONGEST = 200  # lines of one value; `key_lines` stops after a longer one
 Key = tuple[str | int, ...]  # ("students", 0, "hidden_size")
 
 
 class Problem(NamedTuple):
-    """What is wrong with a document whose values are each in order."""
+    """What is wrong with a document whose values are each valid alone."""
 
     message: str
-    keys: tuple[Key, ...] = ()  # that it is about
+    keys: tuple[Key, ...] = ()  # the keys it is about
     fix: str | None = None
 
 
 def load_toml(path: Path | str, model: type[Model], overrides: list[str] | tuple[str, ...] = ()) -> Model:
-    """The TOML file at `path` as a `model`, after `overrides` (`KEY=VALUE`) have been put in.
+    """The TOML file at `path` as a `model`, after `overrides` (`KEY=VALUE`) are applied.
 
-    A KEY is dotted, with numbers for places in a list (`students.0.label`); a VALUE is a TOML value, and
-    what is no TOML value is taken as a string. Raises BadInput with every problem found, each with its line.
+    A KEY is dotted, with numbers for the items of a list (`students.0.label`). A VALUE is a TOML value, or else a
+    string. Raises BadInput with every problem, each with its line.
     """
     return parse_toml(read_toml_text(path), model, overrides, source_name=str(path))
 
 
 def read_toml_text(path: Path | str) -> str:
-    """The text of a file. Raises BadInput where there is none."""
+    """The text of a file. Raises BadInput if it is missing, too large or not UTF-8."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -60,7 +60,7 @@ def read_toml_text(path: Path | str) -> str:
 def parse_toml(
     text: str, model: type[Model], overrides: list[str] | tuple[str, ...] = (), *, source_name: str = "<text>"
 ) -> Model:
-    """As `load`, from a string; `source_name` is the name that errors give it."""
+    """As `load_toml`, from a string; errors call it `source_name`."""
     try:
         data = tomllib.loads(text)
     except RecursionError:
@@ -68,7 +68,7 @@ def parse_toml(
     except tomllib.TOMLDecodeError as error:
         found = re.match(r"(.*) \(at line (\d+), column (\d+)\)$", str(error))
         message = f"{source_name}:{found[2]}: {found[1]} (column {found[3]})" if found else f"{source_name}: {error}"
-        raise BadInput(message, fix="the file has to be TOML: https://toml.io") from None
+        raise BadInput(message, fix="the file must be TOML: https://toml.io") from None
     given: dict[Key, str] = {}
     for override in overrides:
         given[_override(data, override)] = override
@@ -85,14 +85,14 @@ def parse_toml(
 
 
 def problems_error(problems: Sequence[Problem], text: str, source_name: str = "<text>") -> BadInput:
-    """The error that tells of problems, each with the lines of its keys."""
+    """The error that lists problems, each with the lines of its keys."""
     lines = key_lines(text)
-    told = []
+    messages = []
     for problem in problems:
         places = sorted({line for key in problem.keys if (line := _nearest(lines, key)) is not None})
-        told.append(f"{source_name}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
+        messages.append(f"{source_name}{':' if places else ''}{' and '.join(map(str, places))}: {problem.message}")
     fixes = list(dict.fromkeys(problem.fix for problem in problems if problem.fix))
-    return BadInput("\n".join(told), fix="\n  ".join(fixes) or None)
+    return BadInput("\n".join(messages), fix="\n  ".join(fixes) or None)
 
 
 def key_lines(text: str) -> dict[Key, int]:
@@ -107,7 +107,7 @@ def key_lines(text: str) -> dict[Key, int]:
         elif number - start > LONGEST:
             break
         statement += line + "\n"
-        # A statement alone is a TOML document; while it is not, it goes on in the next line.
+        # A complete statement is a TOML document; an incomplete one continues in the next line.
         try:
             parsed: Any = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
@@ -162,13 +162,13 @@ def _problem(
 
 
 def describe_error(details: Any, show_value: bool = True) -> str:
-    """What one pydantic error says of a value; with the value where it is `show_value`."""
+    """The message of one pydantic error; with the value if `show_value`."""
     message = re.sub(r"^Value error, ", "", details["msg"])
     if not show_value or details["type"] == "value_error":
         return message
     value = details.get("input")
-    said = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
-    message = f"{message[:1].lower()}{message[1:]}, not {said}"
+    shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+    message = f"{message[:1].lower()}{message[1:]}, not {shown}"
     if isinstance(value, str):
         allowed = re.findall(r"'([^']+)'", details.get("ctx", {}).get("expected", ""))
         near = difflib.get_close_matches(value, allowed, n=1)
@@ -177,12 +177,12 @@ def describe_error(details: Any, show_value: bool = True) -> str:
 
 
 def _nearest(values: Mapping[Key, Value], key: Key) -> Value | None:
-    """What is said of a key, else of the innermost table around it of which something is said."""
+    """The value of a key, else that of the innermost table around it that has one."""
     return next((values[key[:n]] for n in range(len(key), 0, -1) if key[:n] in values), None)
 
 
 def _key_path(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
-    """Pydantic's location without what is no key of the file (the tags of unions, of validators)."""
+    """Pydantic's location without its parts that are not keys of the file, such as the tags of unions."""
     key: list[str | int] = []
     for place, part in enumerate(location):
         inside = part in data if isinstance(data, dict) else False
@@ -197,9 +197,9 @@ def _key_path(location: tuple[str | int, ...], data: Any, missing: bool) -> Key:
 
 
 def _fields(model: type[BaseModel], key: Key) -> list[str]:
-    """The names that the table at `key` of a `model` may hold; of every member of a union."""
+    """The names that the table at `key` of a `model` may have; of every member of a union."""
     models = [model]
-    named = False  # the part is a name of the file's own, as in [students.NAME]
+    named = False  # the next part is a name that the file chooses, as in [students.NAME]
     for part in key:
         if isinstance(part, int) or named:
             named = False
@@ -220,10 +220,10 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _override(data: dict[str, Any], override: str) -> Key:
-    """Put one `KEY=VALUE` into `data`; returns the key."""
+    """Apply one `KEY=VALUE` to `data`; returns the key."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise BadInput(f"--set {override}: has to be KEY=VALUE", fix="for instance --set steps=100")
+        raise BadInput(f"--set {override}: it must be KEY=VALUE", fix="for example --set steps=100")
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
@@ -237,10 +237,10 @@ def _override(data: dict[str, Any], override: str) -> Key:
         place: Any = part
         if isinstance(at, list):
             if not part.isdecimal() or int(part) >= len(at):
-                raise BadInput(f"--set {override}: {part} is no place in a list of {len(at)} (from 0)")
+                raise BadInput(f"--set {override}: {part} is not an index of a list of {len(at)} items (from 0)")
             place = int(part)
         elif not isinstance(at, dict):
-            raise BadInput(f"--set {override}: {part} is below a value that is no table")
+            raise BadInput(f"--set {override}: {part} is below a value that is not a table")
         if last:
             at[place] = value
         else:

@@ -186,9 +186,9 @@ def a_socket(folder: Path) -> None:
         (link("../../secret"), "odd is a link out of the folder"),
         (link("config.json/../../../secret"), "odd is a link out of the folder"),
         (link("/etc"), "odd is a link out of the folder"),
-        (link("."), "odd is a link to no file"),
-        (link("gone"), "odd is a link to no file"),
-        (link("odd"), "odd is a link to no file"),
+        (link("."), "odd is a link to something that is not a file"),
+        (link("gone"), "odd is a link to something that is not a file"),
+        (link("odd"), "odd is a link to something that is not a file"),
         (lambda folder: os.mkfifo(folder / "odd"), "odd is neither a file nor a folder"),
         (lambda folder: os.mkfifo(folder / "limbeck.json"), "limbeck.json is neither a file nor a folder"),
         (a_socket, "odd is neither a file nor a folder"),
@@ -239,9 +239,9 @@ def test_a_link_in_the_store_is_not_followed(still: Still) -> None:
     [
         ({"../x": "0" * 64}, r"\.\./x is missing"),
         ({"/etc/passwd": "0" * 64}, "/etc/passwd is missing"),
-        (["config.json"], "are no names with digests"),
-        ({"config.json": 7}, "are no names with digests"),
-        ("config.json", "are no names with digests"),
+        (["config.json"], "are not names with digests"),
+        ({"config.json": 7}, "are not names with digests"),
+        ("config.json", "are not names with digests"),
     ],
 )
 def test_manifests_that_lie(folder: Path, files: object, words: str) -> None:

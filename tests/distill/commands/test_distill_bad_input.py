@@ -63,7 +63,7 @@ def test_a_recipe_with_a_mistake(
         ("students.small.training.max_step=9", "did you mean max_steps"),
         ("data.path=nowhere.txt", "error: --set data.path=nowhere.txt: data.path 'nowhere.txt' does not exist"),
         ("students.small.config.hidden=3", "llama has no setting 'hidden'"),
-        ("cache.top_k", "has to be KEY=VALUE"),
+        ("cache.top_k", "it must be KEY=VALUE"),
     ],
 )
 def test_an_override_with_a_mistake(

@@ -150,7 +150,7 @@ def test_text_that_is_not_python_has_no_minimal_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "kinds", "message"),
     [
-        ('{"path": "a", "text": "x"}\n{"path": "a"}\n', ["bits_per_byte"], "line 2: no JSON object"),
+        ('{"path": "a", "text": "x"}\n{"path": "a"}\n', ["bits_per_byte"], "line 2: not a JSON object"),
         ("", ["bits_per_byte"], "has no text"),
         ('{"path": "a", "text": "x"}\n', ["next_lines"], "did you mean next_line"),
         ('{"path": "a", "text": "x"}\n', ["next_line"], "next_line: no document"),

@@ -61,7 +61,7 @@ def test_what_is_damaged_is_named(make_folder: Callable[..., Path]) -> None:
 def test_a_damaged_manifest(make_folder: Callable[..., Path], content: str) -> None:
     folder = make_folder("a")
     (folder / MANIFEST).write_text(content)
-    with pytest.raises(DamagedArtifact, match=r"no JSON object|not JSON"):
+    with pytest.raises(DamagedArtifact, match=r"not a JSON object|not JSON"):
         verify_files(folder)
 
 

@@ -82,7 +82,7 @@ def test_a_key_is_its_owners_alone_and_is_never_overwritten(tmp_path: Path) -> N
         os.umask(old)
     before = (tmp_path / "key.pem").read_bytes()
     assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="exists already"):
         signing.create_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").read_bytes() == before
     with pytest.raises(BadInput, match="cannot be written: No such file"):
@@ -104,7 +104,7 @@ def elliptic() -> bytes:
         (None, 0o600, "cannot be read: No such file"),
         (b"", 0o600, "holds no private key in PEM"),
         (b"not a key", 0o600, "holds no private key in PEM"),
-        (elliptic(), 0o600, "is none of ed25519"),
+        (elliptic(), 0o600, "is not an ed25519 key"),
         (pem(Ed25519PrivateKey.generate(), b"secret"), 0o600, "is encrypted"),
         (pem(Ed25519PrivateKey.generate()), 0o640, "others may read"),
         (pem(Ed25519PrivateKey.generate()), 0o604, "others may read"),
@@ -139,11 +139,11 @@ def test_whom_to_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "words"),
     [
         (None, "cannot be read: No such file"),
-        (b"\xff\xfe", "it is no UTF-8 text"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
         (b"", "has no key"),
         (b"# nobody\n", "has no key"),
-        (b"\nada c3RpbGw=\n", r"trusted:2: no public key of ed25519"),
-        (b"c3RpbGw= ada\n", r"trusted:1: no public key of ed25519"),
+        (b"\nada c3RpbGw=\n", r"trusted:2: not a public ed25519 key"),
+        (b"c3RpbGw= ada\n", r"trusted:1: not a public ed25519 key"),
         (b"A" * 43 + b"= \n", r"trusted:1: the key has no name"),
     ],
 )
@@ -179,16 +179,16 @@ def test_a_host_without_cryptography_is_told_what_to_install(tmp_path: Path) -> 
     code = """
 import sys
 sys.modules["cryptography"] = sys.modules["cryptography.exceptions"] = None
-from registry import signing
+from limbeck.registry.core import signing
 from limbeck.registry.core.errors import BadInput
-assert signing.trusted() is None
+assert signing.read_trusted_keys() is None
 try:
-    signing.verify(b"", signing.Signature("", ""), "")
+    signing.verify_signature(b"", signing.Signature("", ""), "")
 except BadInput as error:
     print(error)
 """
     kept = {"PATH": os.environ["PATH"]}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, timeout=60)
-    assert "cryptography, which checks signatures, is not installed\n  pip install cryptography" in ran.stdout, (
+    assert "cryptography, which verifies signatures, is not installed\n  pip install cryptography" in ran.stdout, (
         ran.stderr
     )

@@ -148,6 +148,6 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
 def test_a_bad_override_names_itself_and_not_a_line() -> None:
     assert "--set heet=1: unknown key heet; did you mean heat?" in problem(TEXT, "heet=1")
     assert "--set heat=warm: heat: input should be a valid number" in problem(TEXT, "heat=warm")
-    assert "has to be KEY=VALUE" in problem(TEXT, "heat")
+    assert "it must be KEY=VALUE" in problem(TEXT, "heat")
     assert "no place in a list of 2" in problem(TEXT, "vessels.5.volume=1")
     assert "no table" in problem(TEXT, "name.first=1")
