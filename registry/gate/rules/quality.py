@@ -14,7 +14,7 @@ from limbeck.registry.gate.rules.limits import (
     rule_result,
 )
 from limbeck.registry.policy.schema import Policy, QualityRules
-from limbeck.registry.records import Estimate, Relative, RuleResult, Scorecard, Version, top_level_tasks
+from limbeck.registry.records import Estimate, Outcome, Relative, RuleResult, Scorecard, Version, top_level_tasks
 
 CLOCK_TOLERANCE = timedelta(days=1)  # the clocks of two machines differ by at most this
 
@@ -80,7 +80,7 @@ def _scorecard_results(
     if rules.min_documents is not None and scorecard.tasks:
         task, fewest = min(((task, r.documents) for task, r in scorecard.tasks.items()), key=lambda pair: pair[1])
         message = f"{task} has {fewest} documents, at least {rules.min_documents} are required"
-        outcome = "pass" if fewest >= rules.min_documents else "inconclusive"
+        outcome: Outcome = "pass" if fewest >= rules.min_documents else "inconclusive"
         yield rule_result("quality.min_documents", outcome, message)
     if rules.max_age_days is not None:
         age = evidence.judged_at - scorecard.created
