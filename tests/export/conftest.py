@@ -1,4 +1,4 @@
-"""ONNX artifacts of the tiny models, made once."""
+"""ONNX artifacts of the tiny models, each made once per session."""
 
 from __future__ import annotations
 
@@ -16,36 +16,41 @@ from tests.export.export_helpers import Exported
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Exported]:
-    """Export a torch folder as fp32 and int8; each folder once."""
-    made: dict[Path, Exported] = {}
+    """Return a function that exports a torch folder to fp32 and int8, each folder once."""
+    exports: dict[Path, Exported] = {}
 
     def variants(model: Path) -> Exported:
-        if model not in made:
-            to = tmp_path_factory.mktemp("onnx")
-            made[model] = Exported(model, to / "fp32", to / "int8", export_folder(model, to, ["int8", "fp32"]))
-        return made[model]
+        if model not in exports:
+            folder = tmp_path_factory.mktemp("onnx")
+            exports[model] = Exported(
+                model, folder / "fp32", folder / "int8", export_folder(model, folder, ["int8", "fp32"])
+            )
+        return exports[model]
 
     return variants
 
 
 @pytest.fixture(scope="session")
 def llama(exported: Callable[[Path], Exported], tiny_llama: Path) -> Exported:
+    """The tiny Llama and its variants. Tests must not change them."""
     return exported(tiny_llama)
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2", "gpt2", "neox"])
 def family(request: pytest.FixtureRequest, exported: Callable[[Path], Exported]) -> Exported:
+    """The variants of a tiny model of each family."""
     return exported(request.getfixturevalue(f"tiny_{request.param}"))
 
 
 @pytest.fixture(scope="session")
 def runtime(llama: Exported) -> Runtime:
+    """The fp32 artifact of the tiny Llama, loaded."""
     return Runtime.load(llama.fp32, threads=1)
 
 
 @pytest.fixture(scope="session")
 def boundless(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """An artifact whose texts may grow for as long as a test runs."""
+    """An artifact with a context so long that a text can grow until the test ends."""
     folder = tmp_path_factory.mktemp("boundless")
     model = make_model(folder / "torch", tokenizer_folder, "llama", max_position_embeddings=200_000)
     export_onnx(model, folder / "fp32")

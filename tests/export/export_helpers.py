@@ -1,17 +1,25 @@
-"""Damage to artifacts, and servers on a host without torch."""
+"""Helpers of the export tests: artifacts with another graph or a damaged one, and servers on a host without torch."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from limbeck.export.artifact.variants import Variant
+from limbeck.export.graph.save import save_graph
+from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import extra_manifest_fields, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    import onnx
 
 
 class Exported(NamedTuple):
@@ -24,12 +32,12 @@ class Exported(NamedTuple):
 
 
 def rewrite_manifest(folder: Path) -> None:
-    """Make the manifest say what the files are now."""
+    """Update the file digests in the manifest."""
     write_manifest(folder, **extra_manifest_fields(read_manifest(folder)))
 
 
 def corrupt_one_weight(folder: Path) -> None:
-    """Change one weight of the graph in `folder`, and let the manifest agree."""
+    """Change one weight of the graph in `folder`, and update the manifest."""
     import onnx
     from onnx import numpy_helper
 
@@ -43,7 +51,21 @@ def corrupt_one_weight(folder: Path) -> None:
     rewrite_manifest(folder)
 
 
-# A serving host has none of these: importing one fails there, and here.
+def copy_with_graph(artifact: Path, model: onnx.ModelProto, output_folder: Path) -> Path:
+    """Copy an artifact, with another graph."""
+    shutil.copytree(artifact, output_folder)
+    save_graph(model, output_folder / "model.onnx")
+    rewrite_manifest(output_folder)
+    return output_folder
+
+
+def logits_of(artifact: Path) -> np.ndarray:
+    """(1, 40, V) logits of one text."""
+    ids = np.arange(5, 45)[None]
+    return Runtime.load(artifact, verify=False, threads=1).logits(ids, np.ones_like(ids))
+
+
+# A serving host has none of these packages: importing one fails.
 BLOCKED = """
 import sys
 class Blocker:
@@ -57,7 +79,7 @@ main(sys.argv[1:])
 
 
 def limbeck_without_torch(*args: object) -> list[str]:
-    """A command line that runs `limbeck` where torch and its friends cannot be imported."""
+    """A command line that runs `limbeck` without torch and the other packages in BLOCKED."""
     return [sys.executable, "-c", BLOCKED, *map(str, args)]
 
 
@@ -70,7 +92,7 @@ class Served(NamedTuple):
 
 @contextmanager
 def serving(model: Path | str, api_key: str = "", *options: object) -> Iterator[Served]:
-    """`limbeck serve MODEL` in a process of its own, on a host without torch, on a free port."""
+    """Run `limbeck serve MODEL` in a separate process, without torch, on a free port."""
     environment = os.environ | {"LIMBECK_API_KEY": api_key}
     command = limbeck_without_torch("serve", model, "--port", 0, "--threads", 1, *options)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""A registered ONNX version as MLflow's pyfunc model: in process, behind `mlflow models serve`, in Spark."""
+"""A registered ONNX version as MLflow's pyfunc model: in process, in MLflow's scoring server, in Spark."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ URI = "models:/coder@production"
 
 @pytest.fixture
 def version(store: Store, llama: Exported, monkeypatch: pytest.MonkeyPatch) -> Version:
-    """coder@production, where MLflow by itself looks for it too."""
+    """coder@production, in the registry that MLflow uses by default."""
     version = store.register(NewVersion(name="coder", kind="onnx", engine="onnxruntime"), llama.fp32)
     store.client.set_registered_model_alias("coder", "production", str(version.version))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri)
@@ -49,27 +49,27 @@ def model(version: Version, store: Store) -> Any:
     mlflow.set_tracking_uri(before)
 
 
-def completed(runtime: Runtime, **settings: Any) -> list[str]:
-    """What the runtime gives for each prompt alone."""
+def complete_each(runtime: Runtime, **settings: Any) -> list[str]:
+    """Complete each prompt alone in the runtime."""
     return [runtime.generate([prompt], **settings)[0].text for prompt in PROMPTS]
 
 
 def test_it_completes_a_column_of_prompts(model: Any, runtime: Runtime) -> None:
-    wanted = completed(runtime, max_new_tokens=8)
+    expected = complete_each(runtime, max_new_tokens=8)
     table = pd.DataFrame({"prompt": PROMPTS}, index=[5, 3, 9])
-    told = model.predict(table, params={"max_new_tokens": 8})
-    assert list(told["text"]) == wanted
-    assert list(told.index) == [5, 3, 9]
+    result = model.predict(table, params={"max_new_tokens": 8})
+    assert list(result["text"]) == expected
+    assert list(result.index) == [5, 3, 9]
     many = PROMPTS * BATCH_ROWS
-    assert list(model.predict({"prompt": many}, params={"max_new_tokens": 8})["text"]) == wanted * BATCH_ROWS
+    assert list(model.predict({"prompt": many}, params={"max_new_tokens": 8})["text"]) == expected * BATCH_ROWS
     with pytest.raises(BadInput, match="row 1 of the column prompt is not a text: nan"):
         model.predict(pd.DataFrame({"prompt": ["x", float("nan")]}))
-    ends = wanted[0][3]
-    cut = model.predict({"prompt": PROMPTS[:1]}, params={"max_new_tokens": 8, "stop": ["never", ends]})
-    assert cut["text"][0] == wanted[0][: wanted[0].index(ends)]
+    stop = expected[0][3]
+    cut = model.predict({"prompt": PROMPTS[:1]}, params={"max_new_tokens": 8, "stop": ["never", stop]})
+    assert cut["text"][0] == expected[0][: expected[0].index(stop)]
 
 
-def test_a_seed_gives_the_same_draws_and_each_row_its_own(model: Any) -> None:
+def test_a_seed_repeats_samples_and_differs_between_rows(model: Any) -> None:
     rows = {"prompt": ["x"] * (BATCH_ROWS + 2)}
     settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 7}
     first, again = (list(model.predict(rows, params=settings)["text"]) for _ in range(2))
@@ -78,14 +78,14 @@ def test_a_seed_gives_the_same_draws_and_each_row_its_own(model: Any) -> None:
     assert first[:2] != first[BATCH_ROWS:]
 
 
-def test_its_signature_tells_what_can_be_set(model: Any) -> None:
+def test_the_signature_lists_the_parameters(model: Any) -> None:
     from mlflow.exceptions import MlflowException
 
     signature = model.metadata.signature
     assert signature.inputs.to_dict() == [{"type": "string", "name": "prompt", "required": True}]
     assert signature.outputs.to_dict() == [{"type": "string", "name": "text", "required": True}]
     assert [param.name for param in signature.params] == list(PARAMS)
-    # All that `Sampling` has, but for what changes more than the text and for a mapping, which MLflow has no type for.
+    # All fields of `Sampling`, except those that change more than the text, and a mapping: MLflow has no type for it.
     assert {item.name for item in fields(Sampling)} - set(PARAMS) == {"logprobs", "ignore_eos", "logit_bias"}
     defaults = {item.name: item.default for item in fields(Sampling)}
     for name, (_, default) in PARAMS.items():
@@ -94,7 +94,7 @@ def test_its_signature_tells_what_can_be_set(model: Any) -> None:
         model.predict({"text": ["x"]})
 
 
-def test_mlflow_leaves_the_version_as_it_was(model: Any, version: Version, store: Store) -> None:
+def test_mlflow_does_not_change_the_version(model: Any, version: Version, store: Store) -> None:
     assert folder_digest(store.artifacts.verified_folder(version)) == version.digest
 
 
@@ -117,13 +117,22 @@ def test_loading_it_imports_no_torch(llama: Exported, tmp_path: Path) -> None:
     assert ran.stdout.strip() == "[]", ran.stderr
 
 
-def post(address: str, body: dict[str, Any]) -> Any:
-    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=30) as answer:
-        return json.load(answer)
+INVOCATION = {
+    "dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]},
+    "params": {"max_new_tokens": 8},
+}
 
 
-def test_mlflow_serves_it(version: Version, runtime: Runtime, tmp_path: Path) -> None:
+def test_mlflows_scoring_server_serves_it(model: Any, runtime: Runtime) -> None:
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc import scoring_server
+
+    response = TestClient(scoring_server.init(model)).post("/invocations", json=INVOCATION)
+    assert response.json() == {"predictions": [{"text": text} for text in complete_each(runtime, max_new_tokens=8)]}
+
+
+@pytest.mark.slow
+def test_mlflow_models_serve_serves_it(version: Version, runtime: Runtime, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", URI, "--env-manager", "local"]
@@ -133,8 +142,8 @@ def test_mlflow_serves_it(version: Version, runtime: Runtime, tmp_path: Path) ->
     process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PATH": path}, process_group=0)
     try:
         address = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < end:
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5).close()
                 break
@@ -142,9 +151,12 @@ def test_mlflow_serves_it(version: Version, runtime: Runtime, tmp_path: Path) ->
                 time.sleep(0.1)
         log.seek(0)
         assert process.poll() is None, log.read()
-        body = {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}}
-        told = post(f"{address}/invocations", body | {"params": {"max_new_tokens": 8}})
-        assert told == {"predictions": [{"text": text} for text in completed(runtime, max_new_tokens=8)]}
+        body, headers = json.dumps(INVOCATION).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/invocations", body, headers), timeout=30
+        ) as response:
+            texts = [{"text": text} for text in complete_each(runtime, max_new_tokens=8)]
+            assert json.load(response) == {"predictions": texts}
     finally:
         os.killpg(process.pid, 15)
         process.wait(timeout=20)
@@ -165,6 +177,6 @@ def test_spark_runs_it(version: Version, runtime: Runtime, monkeypatch: pytest.M
     finally:
         session.stop()
     assert {row.prompt: row.text for row in rows} == dict(
-        zip(PROMPTS, completed(runtime, max_new_tokens=8), strict=True)
+        zip(PROMPTS, complete_each(runtime, max_new_tokens=8), strict=True)
     )
     assert len(rows) == len(PROMPTS) * 5

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("limbeck_home")
 
 @pytest.mark.parametrize("options", [("--repetition-penalty", 1.4), ("--temperature", 1.0, "--top-k", 1),
                                      ("--temperature", 0.9, "--min-p", 1.0)])  # fmt: skip
-def test_settings_mean_what_they_mean_to_transformers(
+def test_sampling_settings_have_the_meaning_of_transformers(
     limbeck: Limbeck, llama: Exported, options: tuple[object, ...]
 ) -> None:
     command = ("generate", llama.fp32, "for i in", "--against", llama.torch, "--max-new-tokens", 40, "--format", "json")
@@ -29,7 +29,7 @@ def test_settings_mean_what_they_mean_to_transformers(
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is a CUDA provider here")
-def test_cuda_where_there_is_none_is_refused(limbeck: Limbeck, llama: Exported) -> None:
+def test_cuda_without_a_device_is_refused(limbeck: Limbeck, llama: Exported) -> None:
     code, _, err = limbeck("generate", llama.fp32, "for", "--device", "cuda")
     assert code == 2
     assert "has no CUDAExecutionProvider" in err

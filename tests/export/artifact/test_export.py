@@ -1,24 +1,47 @@
-"""Export: the families, parity, and what cannot be exported."""
+"""Export of a checkpoint: the kind of graph, the files of the artifact, and what cannot be exported."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import onnxruntime as ort
 import pytest
 
-from limbeck.export.artifact import variants
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.parity import measure_parity
-from limbeck.export.artifact.variants import ExportOptions, export_folder, export_version
-from limbeck.export.quantize.settings import QuantizationSettings
-from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest, verify_files
-from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
-from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import NewVersion
-from tests.export.export_helpers import Exported, corrupt_one_weight
+from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from tests.conftest import make_model
+from tests.export.export_helpers import Exported
+from tests.families import Family, checkpoint
+
+
+def session(folder: Path) -> ort.InferenceSession:
+    return ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def signature(folder: Path) -> list[tuple[str, str, list[Any]]]:
+    graph = session(folder)
+    return [(item.name, item.type, item.shape) for item in (*graph.get_inputs(), *graph.get_outputs())]
+
+
+@pytest.fixture(scope="module")
+def fused_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused") / "fp32"
+    export_onnx(tiny_llama, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dynamic_rotary(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Llama whose rotary embedding the fused graph does not support; and its artifact."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = make_model(tmp_path_factory.mktemp("dynamic") / "torch", tokenizer_folder, "llama", rope_scaling=scaling)
+    export_onnx(model, model.with_name("onnx"))
+    return model, model.with_name("onnx")
 
 
 def test_every_family_passes_parity_in_fp32(family: Exported) -> None:
@@ -32,7 +55,7 @@ def test_every_family_passes_parity_in_fp32(family: Exported) -> None:
     assert variant.parity.bits_per_byte == pytest.approx(variant.parity.bits_per_byte_reference, abs=1e-5)
 
 
-def test_every_family_in_int8_is_smaller_and_its_difference_is_reported(family: Exported) -> None:
+def test_int8_of_every_family_is_smaller_and_passes_parity(family: Exported) -> None:
     fp32, int8 = family.variants
     assert int8.precision == "int8"
     assert int8.parity is not None
@@ -45,127 +68,79 @@ def test_every_family_in_int8_is_smaller_and_its_difference_is_reported(family: 
     assert int8.digest != fp32.digest
 
 
-def test_an_artifact_is_what_its_manifest_says(llama: Exported) -> None:
+def test_the_manifest_describes_the_artifact(llama: Exported) -> None:
     manifest = read_manifest(llama.int8)
     assert verify_files(llama.int8, manifest["digest"]) == llama.variants[1].digest
     assert (manifest["kind"], manifest["engine"], manifest["precision"]) == ("onnx", "onnxruntime", "int8")
     assert manifest["parity"]["reference"] == manifest["parent"]
 
 
-def test_an_export_made_again_has_the_same_digest(llama: Exported, tmp_path: Path) -> None:
+def test_a_second_export_has_the_same_digest(llama: Exported, tmp_path: Path) -> None:
     again = [export_onnx(llama.torch, tmp_path / "fp32"), export_onnx(llama.torch, tmp_path / "int8", "int8")]
     assert again == [variant.digest for variant in llama.variants]
 
 
-def test_a_changed_weight_fails_parity(llama: Exported, tmp_path: Path) -> None:
-    shutil.copytree(llama.fp32, tmp_path / "fp32")
-    corrupt_one_weight(tmp_path / "fp32")
-    parity = measure_parity(llama.torch, tmp_path / "fp32")
-    assert not parity.passed
-    assert parity.max_logprob_diff > 1e-3
+def test_graph_and_manifest_say_fused(fused_artifact: Path) -> None:
+    assert session(fused_artifact).get_modelmeta().custom_metadata_map == {"limbeck.graph": "fused"}
+    assert read_manifest(fused_artifact)["graph"] == "fused"
 
 
-def test_a_graph_that_answers_otherwise_is_refused_and_not_kept(
-    llama: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_without_a_fused_graph_gets_optimums(dynamic_rotary: tuple[Path, Path]) -> None:
+    model, folder = dynamic_rotary
+    assert read_manifest(folder)["graph"] == "optimum"
+    assert session(folder).get_modelmeta().custom_metadata_map == {}
+    assert measure_parity(model, folder, max_documents=2, max_tokens=32, new_tokens=4).passed
+
+
+def test_both_graphs_have_the_same_inputs_and_outputs(fused_artifact: Path, dynamic_rotary: tuple[Path, Path]) -> None:
+    assert signature(fused_artifact) == signature(dynamic_rotary[1])
+    only_fused = {"genai_config.json"}
+    assert {path.name for path in fused_artifact.iterdir()} - only_fused == {
+        path.name for path in dynamic_rotary[1].iterdir()
+    }
+
+
+def test_a_quantized_variant_has_the_kind_of_graph_of_its_fp32_artifact(
+    fused_artifact: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    def broken(model: Path, out: Path, *args: object, **kwargs: object) -> None:
-        shutil.copytree(llama.fp32, out)
-        corrupt_one_weight(out)
-
-    monkeypatch.setattr(variants, "export_onnx", broken)
-    with pytest.raises(Refused, match="largest difference in log-probability") as refused:
-        export_folder(llama.torch, tmp_path / "to", ["fp32", "int8"])
-    assert refused.value.exit_code == 1
-    assert list((tmp_path / "to").iterdir()) == []
-
-
-def test_another_tokenizer_is_refused(llama: Exported, tmp_path: Path) -> None:
-    shutil.copytree(llama.fp32, tmp_path / "fp32")
-    tokenizer = json.loads((tmp_path / "fp32/tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
-    (tmp_path / "fp32/tokenizer.json").write_text(json.dumps(tokenizer))
-    (tmp_path / "fp32/limbeck.json").unlink()
-    with pytest.raises(Refused, match="splits a text differently"):
-        measure_parity(llama.torch, tmp_path / "fp32")
-
-
-def test_what_is_there_is_not_made_again(llama: Exported) -> None:
-    told: list[str] = []
-    again = export_folder(
-        llama.torch,
-        llama.fp32.parent,
-        ["fp32", "int8"],
-        ExportOptions(quantization=QuantizationSettings(report=told.append)),
-    )
-    assert [variant.new for variant in again] == [False, False]
-    assert [variant.digest for variant in again] == [variant.digest for variant in llama.variants]
-    assert all("already exported" in line for line in told)
-
-
-def test_another_model_takes_the_place_of_an_older_export(llama: Exported, tiny_gpt2: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama.fp32, tmp_path / "fp32")
-    (made,) = export_folder(tiny_gpt2, tmp_path, ["fp32"])
-    assert made.new
-    assert Runtime.load(tmp_path / "fp32", expected_digest=made.digest).config["model_type"] == "gpt2"
-
-
-def test_a_folder_of_something_else_is_left_alone(llama: Exported, tmp_path: Path) -> None:
-    (tmp_path / "fp32").mkdir()
-    (tmp_path / "fp32/thesis.txt").write_text("three years of work")
-    with pytest.raises(BadInput, match="holds something else"):
-        export_folder(llama.torch, tmp_path, ["fp32"])
-    assert (tmp_path / "fp32/thesis.txt").read_text() == "three years of work"
-
-
-def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
-    store: Store, tiny_llama: Path, limbeck_home: Path
-) -> None:
-    teacher = store.register(NewVersion(name="coder", kind="teacher", licence="MIT", params=12), tiny_llama)
-    made = export_version(store, teacher, ["int8", "fp32"])
-    assert [variant.model for variant in made] == ["coder/2", "coder/3"]
-    version = store.get("coder/3")
-    assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8")
-    assert (version.parent, version.licence, version.params) == ("coder/1", "MIT", 12)
-    assert store.findings.parity(version) == made[1].parity
-    assert read_manifest(store.artifacts.verified_folder(version))["lineage"]["model"] == "coder/1"
-    again = export_version(store, teacher, ["fp32", "int8"])
-    assert [(variant.model, variant.new) for variant in again] == [("coder/2", False), ("coder/3", False)]
-    assert len(store.versions("coder")) == 3
-    assert not list(limbeck_home.glob("export-*"))
+    export_onnx(tiny_llama, tmp_path / "int8", "int8", fp32_artifact=fused_artifact)
+    assert read_manifest(tmp_path / "int8")["graph"] == "fused"
 
 
 @pytest.fixture
-def copy(tiny_llama: Path, tmp_path: Path) -> Path:
+def llama_copy(tiny_llama: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_llama, tmp_path / "model")
 
 
-def refused(model: Path, error: type[Exception], match: str) -> None:
+def assert_refused(model: Path, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         export_onnx(model, model.parent / "out")
     assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
-def test_an_architecture_without_an_exporter_is_named_with_those_that_have_one(copy: Path) -> None:
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}))
-    refused(copy, BadInput, r"the architecture 'rwkv' cannot be exported\n  supported: .*llama")
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(llama_copy: Path) -> None:
+    config = json.loads((llama_copy / "config.json").read_text())
+    (llama_copy / "config.json").write_text(
+        json.dumps(config | {"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]})
+    )
+    assert_refused(llama_copy, BadInput, r"the architecture 'rwkv' cannot be exported\n  supported: .*llama")
 
 
-def test_pickled_weights_are_refused(copy: Path) -> None:
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    refused(copy, BadInput, "pickle")
+def test_pickled_weights_are_refused(llama_copy: Path) -> None:
+    (llama_copy / "model.safetensors").rename(llama_copy / "pytorch_model.bin")
+    assert_refused(llama_copy, BadInput, "pickle")
 
 
-def test_truncated_weights_are_damage(copy: Path) -> None:
-    weights = copy / "model.safetensors"
+def test_truncated_weights_are_reported_as_damage(llama_copy: Path) -> None:
+    weights = llama_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(copy, DamagedArtifact, r"model\.safetensors")
+    assert_refused(llama_copy, DamagedArtifact, r"model\.safetensors")
 
 
-def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
-    for path in copy.glob("*token*"):
+def test_a_folder_without_a_tokenizer_is_refused(llama_copy: Path) -> None:
+    for path in llama_copy.glob("*token*"):
         path.unlink()
-    refused(copy, BadInput, "tokenizer cannot be read")
+    assert_refused(llama_copy, BadInput, "tokenizer cannot be read")
 
 
 def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> None:
@@ -173,13 +148,16 @@ def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> N
         export_onnx(llama.fp32, tmp_path / "out")
 
 
-def test_an_unknown_precision_is_refused(llama: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="use one of: fp32, fp16, int8"):
-        export_onnx(llama.torch, tmp_path / "out", "int3")
-
-
-def test_a_quantised_graph_is_not_made_from_another_models_fp32(
-    llama: Exported, tiny_gpt2: Path, tmp_path: Path
-) -> None:
+def test_the_fp32_artifact_of_another_model_is_refused(llama: Exported, tiny_gpt2: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not an export of"):
         export_onnx(tiny_gpt2, tmp_path / "out", "int8", fp32_artifact=llama.fp32)
+
+
+def test_a_model_that_optimum_fails_on_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    config = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_kv_heads=1, new_decoder_architecture=True
+    )
+    model = checkpoint(Family("Falcon 40B", "falcon", config), tokenizer_folder, tmp_path / "torch")
+    with pytest.raises(BadInput, match="optimum cannot export this falcon model"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()

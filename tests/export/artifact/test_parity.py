@@ -1,14 +1,19 @@
-"""Parity: its numbers, and that a graph which is wrong in a batch, padded or with its cache is found."""
+"""Parity: its numbers, and the errors in a graph that it finds: in a batch, with padding, with the cache."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import numpy_helper
+from transformers import AutoModelForCausalLM
 
 from limbeck.export.artifact.parity import measure_parity, parity_failures
 from limbeck.export.artifact.variants import require_parity
@@ -16,15 +21,13 @@ from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.records import Parity
-from tests.export.export_helpers import Exported, rewrite_manifest
+from tests.export.export_helpers import Exported, corrupt_one_weight, rewrite_manifest
 
 FEW: dict[str, int] = dict(max_documents=4, max_tokens=48, new_tokens=2)
 
 
-def test_the_numbers_are_those_of_torch(llama: Exported) -> None:
-    import torch
+def test_the_numbers_equal_those_computed_in_torch(llama: Exported) -> None:
     from torch.nn import functional
-    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama.torch, dtype=torch.float32).eval()
     runtime = Runtime.load(llama.int8, threads=1)
@@ -38,23 +41,23 @@ def test_the_numbers_are_those_of_torch(llama: Exported) -> None:
         differences.append((ours - theirs).abs().max())
         nats.append(functional.nll_loss(ours[:-1], torch.tensor(row[0][1:])).item() * 47)
         reference.append(functional.nll_loss(theirs[:-1], torch.tensor(row[0][1:])).item() * 47)
-    found = measure_parity(llama.torch, llama.int8, **FEW)
+    parity = measure_parity(llama.torch, llama.int8, **FEW)
     all_kl = torch.cat(kl).double()
-    assert found.tokens == 4 * 48
-    assert found.mean_kl == pytest.approx(all_kl.mean().item(), rel=1e-3)
-    assert found.p99_kl == pytest.approx(all_kl.quantile(0.99).item(), rel=1e-3)
-    assert found.max_kl == pytest.approx(all_kl.max().item(), rel=1e-3)
-    assert found.max_logprob_diff == pytest.approx(max(differences).item(), rel=1e-3)
-    assert found.top1_agreement == pytest.approx(torch.cat(agreed).double().mean().item())
+    assert parity.tokens == 4 * 48
+    assert parity.mean_kl == pytest.approx(all_kl.mean().item(), rel=1e-3)
+    assert parity.p99_kl == pytest.approx(all_kl.quantile(0.99).item(), rel=1e-3)
+    assert parity.max_kl == pytest.approx(all_kl.max().item(), rel=1e-3)
+    assert parity.max_logprob_diff == pytest.approx(max(differences).item(), rel=1e-3)
+    assert parity.top1_agreement == pytest.approx(torch.cat(agreed).double().mean().item())
     ratio = sum(nats) / sum(reference)
     assert abs(ratio - 1) > 1e-5
-    assert found.bits_per_byte / found.bits_per_byte_reference == pytest.approx(ratio, abs=1e-6)
+    assert parity.bits_per_byte / parity.bits_per_byte_reference == pytest.approx(ratio, abs=1e-6)
     text = [runtime.tokenizer.decode(runtime.encode(text)[1:48]) for text in SAMPLE_TEXTS[:4]]
     size = sum(len(part.encode()) for part in text)
-    assert found.bits_per_byte == pytest.approx(sum(nats) / np.log(2) / size, rel=0.01)
+    assert parity.bits_per_byte == pytest.approx(sum(nats) / np.log(2) / size, rel=0.01)
 
 
-def test_fp32_is_the_same_however_it_is_run(family: Exported) -> None:
+def test_fp32_is_equal_in_a_batch_padded_and_cached(family: Exported) -> None:
     parity = family.variants[0].parity
     assert parity is not None
     for difference in (parity.batch_diff, parity.left_padding_diff, parity.cache_diff):
@@ -62,7 +65,7 @@ def test_fp32_is_the_same_however_it_is_run(family: Exported) -> None:
         assert difference < 1e-4
 
 
-def test_int8_moves_by_no_more_than_its_own_noise(family: Exported) -> None:
+def test_int8_in_a_batch_differs_at_most_as_much_as_quantization(family: Exported) -> None:
     parity = family.variants[1].parity
     assert parity is not None
     assert parity.passed
@@ -71,17 +74,16 @@ def test_int8_moves_by_no_more_than_its_own_noise(family: Exported) -> None:
         assert 0 < kl < 4 * parity.mean_kl
 
 
-def no_mask(graph: Any) -> None:
-    """What is padded on the left is attended to."""
-    from onnx import numpy_helper
+def remove_mask(graph: Any) -> None:
+    """Left padding is attended to."""
 
     masked = next(item for item in graph.initializer if item.name == "mask.masked")
     masked.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), masked.name))
 
 
-def no_cache(graph: Any) -> None:
-    """The first layer forgets its keys."""
-    from onnx import helper, numpy_helper
+def forget_keys(graph: Any) -> None:
+    """The first layer ignores its cached keys."""
+    from onnx import helper
 
     attention = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
     graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "nothing"))
@@ -89,8 +91,8 @@ def no_cache(graph: Any) -> None:
     attention.input[3] = "forgotten"
 
 
-def batch_counts(graph: Any) -> None:
-    """Logits are divided by the number of texts."""
+def divide_by_batch_size(graph: Any) -> None:
+    """Logits are divided by the batch size."""
     from onnx import TensorProto, helper
 
     last = next(node for node in graph.node if "logits" in node.output)
@@ -102,9 +104,9 @@ def batch_counts(graph: Any) -> None:
     ])  # fmt: skip
 
 
-def not_a_number(graph: Any) -> None:
-    """One token's logit."""
-    from onnx import helper, numpy_helper
+def make_one_logit_nan(graph: Any) -> None:
+    """The logit of one token is NaN."""
+    from onnx import helper
 
     last = next(node for node in graph.node if "logits" in node.output)
     last.output[0] = "whole"
@@ -116,18 +118,20 @@ def not_a_number(graph: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "messages"),
     [
-        (no_mask, ["a text padded on the left differs"]),
-        (no_cache, ["a text padded on the left differs", "a text token by token with the cache differs"]),
-        (batch_counts, ["a text in a batch differs", "a text padded on the left differs", "with the cache differs"]),
-        (not_a_number, ["NaN or infinite"]),
+        (remove_mask, ["a text padded on the left differs"]),
+        (forget_keys, ["a text padded on the left differs", "a text token by token with the cache differs"]),
+        (
+            divide_by_batch_size,
+            ["a text in a batch differs", "a text padded on the left differs", "with the cache differs"],
+        ),
+        (make_one_logit_nan, ["NaN or infinite"]),
     ],
 )
-def test_a_graph_that_is_wrong_outright_is_refused_in_every_precision(
-    llama: Exported, tmp_path: Path, precision: str, damage: Callable[[Any], None], words: list[str]
+def test_a_broken_graph_is_refused_in_every_precision(
+    llama: Exported, tmp_path: Path, precision: str, damage: Callable[[Any], None], messages: list[str]
 ) -> None:
-    import onnx
 
     folder = tmp_path / precision
     shutil.copytree(getattr(llama, precision), folder)
@@ -139,25 +143,43 @@ def test_a_graph_that_is_wrong_outright_is_refused_in_every_precision(
     assert not parity.passed
     with pytest.raises(Refused, match="differs from PyTorch") as refused:
         require_parity(parity, "coder")
-    assert all(word in str(refused.value) for word in words)
+    assert all(message in str(refused.value) for message in messages)
 
 
-def test_what_a_precision_may_do(llama: Exported) -> None:
+def test_the_limits_of_fp32_and_of_other_precisions(llama: Exported) -> None:
     fp32, int8 = (variant.parity for variant in llama.variants)
     assert fp32 is not None
     assert int8 is not None
 
-    def found(parity: Parity, **changes: Any) -> list[str]:
+    def failures(parity: Parity, **changes: Any) -> list[str]:
         return parity_failures(parity.model_copy(update=changes))
 
-    assert found(fp32) == found(int8) == []
-    assert "greedy" in found(fp32, greedy_identical=False)[0]
-    assert found(int8, greedy_identical=False, max_logprob_diff=9.0) == []
-    assert found(fp32, max_logprob_diff=1.1e-3)
-    assert found(fp32, cache_diff=1.1e-3)
-    assert found(int8, mean_kl=1e-3, batch_kl=3.9e-3) == []
-    assert found(int8, mean_kl=1e-3, batch_kl=4.1e-3)
-    # Weights in blocks take each token by itself.
-    assert found(int8, precision="int4", mean_kl=1e-3, cache_kl=1.1e-3)
-    assert found(int8, precision="int4", mean_kl=1e-3, batch_kl=0.0, left_padding_kl=0.0, cache_kl=0.9e-3) == []
-    assert found(int8, cache_diff=float("inf"))
+    assert failures(fp32) == failures(int8) == []
+    assert "greedy" in failures(fp32, greedy_identical=False)[0]
+    assert failures(int8, greedy_identical=False, max_logprob_diff=9.0) == []
+    assert failures(fp32, max_logprob_diff=1.1e-3)
+    assert failures(fp32, cache_diff=1.1e-3)
+    assert failures(int8, mean_kl=1e-3, batch_kl=3.9e-3) == []
+    assert failures(int8, mean_kl=1e-3, batch_kl=4.1e-3)
+    # int4 quantizes each token separately, so its limit is lower.
+    assert failures(int8, precision="int4", mean_kl=1e-3, cache_kl=1.1e-3)
+    assert failures(int8, precision="int4", mean_kl=1e-3, batch_kl=0.0, left_padding_kl=0.0, cache_kl=0.9e-3) == []
+    assert failures(int8, cache_diff=float("inf"))
+
+
+def test_a_changed_weight_fails_parity(llama: Exported, tmp_path: Path) -> None:
+    shutil.copytree(llama.fp32, tmp_path / "fp32")
+    corrupt_one_weight(tmp_path / "fp32")
+    parity = measure_parity(llama.torch, tmp_path / "fp32")
+    assert not parity.passed
+    assert parity.max_logprob_diff > 1e-3
+
+
+def test_a_tokenizer_that_differs_is_refused(llama: Exported, tmp_path: Path) -> None:
+    shutil.copytree(llama.fp32, tmp_path / "fp32")
+    tokenizer = json.loads((tmp_path / "fp32/tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "fp32/tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "fp32/limbeck.json").unlink()
+    with pytest.raises(Refused, match="splits a text differently"):
+        measure_parity(llama.torch, tmp_path / "fp32")

@@ -1,4 +1,4 @@
-"""The fused graph: exact against transformers, however a batch is padded and however its cache is kept."""
+"""The fused graph gives the logits of transformers, with left and right padding, with a dynamic and a static cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-LENGTH, ROOM = 24, 40
+LENGTH = 24  # tokens of a text
+CACHE_LENGTH = 40  # positions of the static cache
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=128, vocab_size=300)  # fmt: skip
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=300)
-WINDOW = dict(sliding_window=5)  # far shorter than the text
+WINDOW = dict(sliding_window=5)  # much shorter than the text
 
-# What a graph may be made of: each is told from the others by one of these.
+# Each model has one part that the others lack.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
     "biases": ("llama", SIZES | dict(attention_bias=True, mlp_bias=True)),
@@ -42,7 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Pair(NamedTuple):
+class Model(NamedTuple):
     """A transformers model and its fused graph."""
 
     torch: Any
@@ -57,37 +58,37 @@ class Pair(NamedTuple):
             return self.torch(**{name: torch.from_numpy(value) for name, value in tensors.items()}).logits.numpy()
 
     def run(
-        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, past: list[np.ndarray] | None = None
+        self, ids: np.ndarray, mask: np.ndarray, position_ids: np.ndarray, past: list[np.ndarray] | None = None
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(B, S, V) logits and the cache after them."""
+        """Run with a dynamic cache. Returns (B, S, V) logits and the cache after them."""
         inputs = self.session.get_inputs()
         _, heads, _, size = inputs[-1].shape
         past = past or [np.zeros((len(ids), heads, 0, size), np.float32) for _ in inputs[3:]]
-        feed = [ids, mask, places, *past]
+        feed = [ids, mask, position_ids, *past]
         logits, *present = self.session.run(None, {item.name: x for item, x in zip(inputs, feed, strict=True)})
         return logits, present
 
-    def run_in_place(
-        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, buffers: list[np.ndarray]
+    def run_with_static_cache(
+        self, ids: np.ndarray, mask: np.ndarray, position_ids: np.ndarray, buffers: list[np.ndarray]
     ) -> np.ndarray:
-        """(B, S, V) logits; the new keys and values are written to the buffers, (B, heads, ROOM, size)."""
+        """Return (B, S, V) logits. Writes new keys and values to the buffers, (B, heads, CACHE_LENGTH, size)."""
         names = [item.name for item in self.session.get_inputs()]
         binding = self.session.io_binding()
-        for name, x in zip(names, [ids, mask, places], strict=False):
+        for name, x in zip(names, [ids, mask, position_ids], strict=False):
             binding.bind_cpu_input(name, np.ascontiguousarray(x))
         binding.bind_output("logits", "cpu")
         for name, x in zip(names[3:], buffers, strict=True):
-            where = ("cpu", 0, np.float32, x.shape, x.ctypes.data)
-            binding.bind_input(name, *where)
-            binding.bind_output(name.replace("past_key_values", "present"), *where)
+            buffer = ("cpu", 0, np.float32, x.shape, x.ctypes.data)
+            binding.bind_input(name, *buffer)
+            binding.bind_output(name.replace("past_key_values", "present"), *buffer)
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()[0].numpy()
 
     def buffers(self, rows: int) -> list[np.ndarray]:
-        """Room for the cache of so many rows. What nobody has written must not be read: it is not a number."""
+        """Make a static cache for `rows` rows, filled with NaN: positions that were not written must not be read."""
         inputs = self.session.get_inputs()
         _, heads, _, size = inputs[-1].shape
-        return [np.full((rows, heads, ROOM, size), np.nan, np.float32) for _ in inputs[3:]]
+        return [np.full((rows, heads, CACHE_LENGTH, size), np.nan, np.float32) for _ in inputs[3:]]
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def positions(mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,17 +106,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model_type, sizes = MODELS[request.param]
     config = AutoConfig.for_model(model_type, **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"), 0))
     config.pad_token_id = None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    torch_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():  # nothing of it alike, or zero, or small
+        for parameter in torch_model.parameters():  # no two values are equal, zero or small
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.2 if parameter.ndim == 2 else parameter + 0.2 * noise)
     path = tmp_path_factory.mktemp("decoder") / "model.onnx"
-    write_graph(decoder_from_model(model), path)
+    write_graph(decoder_from_model(torch_model), path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return Pair(model, ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+    return Model(torch_model, ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 
 
 @pytest.fixture(scope="module")
@@ -129,54 +130,54 @@ LEFT = LEFT.astype(np.int64)
 RIGHT = LEFT[:, ::-1].copy()
 
 
-def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+def is_close(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return bool(np.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
 
 
-def test_a_text_has_the_logits_of_transformers(pair: Pair, ids: np.ndarray) -> None:
-    expected = pair.reference(ids, WHOLE)
-    assert expected.std() > 0.2, "a model without opinions"
-    assert close(pair.run(ids, WHOLE, positions(WHOLE))[0], expected)
+def test_logits_are_those_of_transformers(model: Model, ids: np.ndarray) -> None:
+    expected = model.reference(ids, WHOLE)
+    assert expected.std() > 0.2, "the logits are nearly uniform"
+    assert is_close(model.run(ids, WHOLE, positions(WHOLE))[0], expected)
 
 
-def test_padding_on_the_left_changes_nothing(pair: Pair, ids: np.ndarray) -> None:
-    seen = LEFT > 0
-    logits, _ = pair.run(ids, LEFT, positions(LEFT))
+def test_left_padding_does_not_change_logits(model: Model, ids: np.ndarray) -> None:
+    real = LEFT > 0
+    logits, _ = model.run(ids, LEFT, positions(LEFT))
     assert np.isfinite(logits).all()
-    assert close(logits[seen], pair.reference(ids, LEFT)[seen])
-    alone, _ = pair.run(ids[2:, 16:], WHOLE[2:, 16:], positions(WHOLE[2:, 16:]))
-    assert close(logits[2, 16:], alone[0])
+    assert is_close(logits[real], model.reference(ids, LEFT)[real])
+    alone, _ = model.run(ids[2:, 16:], WHOLE[2:, 16:], positions(WHOLE[2:, 16:]))
+    assert is_close(logits[2, 16:], alone[0])
 
 
-def test_a_cache_with_padding_on_the_left_goes_on(pair: Pair, ids: np.ndarray) -> None:
-    begun = LENGTH - 4
-    _, past = pair.run(ids[:, :begun], LEFT[:, :begun], positions(LEFT)[:, :begun])
-    expected = pair.reference(ids, LEFT)
-    for t in range(begun, LENGTH):
-        logits, past = pair.run(ids[:, t : t + 1], LEFT[:, : t + 1], positions(LEFT)[:, t : t + 1], past)
+def test_a_left_padded_batch_decodes_with_a_dynamic_cache(model: Model, ids: np.ndarray) -> None:
+    prompt_length = LENGTH - 4
+    _, past = model.run(ids[:, :prompt_length], LEFT[:, :prompt_length], positions(LEFT)[:, :prompt_length])
+    expected = model.reference(ids, LEFT)
+    for t in range(prompt_length, LENGTH):
+        logits, past = model.run(ids[:, t : t + 1], LEFT[:, : t + 1], positions(LEFT)[:, t : t + 1], past)
         assert past[0].shape[2] == t + 1
-        assert close(logits[:, 0], expected[:, t])
+        assert is_close(logits[:, 0], expected[:, t])
 
 
-def test_rows_of_their_own_lengths_decode_in_place(pair: Pair, ids: np.ndarray) -> None:
-    buffers, lengths = pair.buffers(3), RIGHT.sum(axis=1)
-    logits = pair.run_in_place(ids, RIGHT, positions(RIGHT), buffers)
+def test_rows_of_different_lengths_decode_with_a_static_cache(model: Model, ids: np.ndarray) -> None:
+    buffers, lengths = model.buffers(3), RIGHT.sum(axis=1)
+    logits = model.run_with_static_cache(ids, RIGHT, positions(RIGHT), buffers)
     texts = np.concatenate([ids, ids[:, ::-1]], axis=1)
-    whole = pair.reference(texts[:, :LENGTH], WHOLE)
-    assert close(logits[RIGHT > 0], whole[RIGHT > 0])
-    # Each row goes on after its own end, over what was written for its padding.
+    whole = model.reference(texts[:, :LENGTH], WHOLE)
+    assert is_close(logits[RIGHT > 0], whole[RIGHT > 0])
+    # Each row continues after its own end, and overwrites what was written for its padding.
     for step in range(6):
         new = texts[:, LENGTH + step : LENGTH + step + 1]
         ends = lengths + step
         mask = (np.arange(ends.max() + 1) <= ends[:, None]).astype(np.int64)
-        logits = pair.run_in_place(new, mask, ends[:, None], buffers)
+        logits = model.run_with_static_cache(new, mask, ends[:, None], buffers)
         for row, n in enumerate(lengths):
             text = np.append(ids[row, :n], texts[row, LENGTH : LENGTH + step + 1])[None]
-            assert close(logits[row, 0], pair.reference(text, np.ones_like(text))[0, -1])
+            assert is_close(logits[row, 0], model.reference(text, np.ones_like(text))[0, -1])
 
 
-def test_a_prompt_read_in_pieces_is_the_prompt(pair: Pair, ids: np.ndarray) -> None:
-    one, expected, buffers = ids[:1], pair.reference(ids[:1], WHOLE[:1])[0], pair.buffers(1)
+def test_a_prompt_may_be_read_in_chunks(model: Model, ids: np.ndarray) -> None:
+    one, expected, buffers = ids[:1], model.reference(ids[:1], WHOLE[:1])[0], model.buffers(1)
     for start, end in ((0, 9), (9, 10), (10, LENGTH)):
         mask, places = np.ones((1, end), np.int64), np.arange(start, end)[None]
-        assert close(pair.run_in_place(one[:, start:end], mask, places, buffers)[0], expected[start:end])
+        assert is_close(model.run_with_static_cache(one[:, start:end], mask, places, buffers)[0], expected[start:end])

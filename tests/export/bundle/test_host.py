@@ -1,4 +1,4 @@
-"""A bundle as its host runs it: with no torch, no MLflow and no checkout of Limbeck."""
+"""A bundle as its host runs it: without torch, MLflow or a checkout of Limbeck."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from limbeck.export.bundle.write import write_bundle
 from limbeck.export.bundle.vendor import pinned_requirements
+from limbeck.export.bundle.write import write_bundle
 from limbeck.export.runtime.runtime import Runtime
-from tests.conftest import Result
 from tests.export.export_helpers import Exported
 
-# Of what is installed here, a serving host has only what requirements.txt pins; and Limbeck only in the bundle.
+# Makes a process see only the installed packages that requirements.txt pins, and Limbeck only in the bundle.
 HOST = """
 import importlib.abc, importlib.metadata, os, sys
 allowed = set(os.environ["ALLOWED"].split())
@@ -29,8 +28,8 @@ installed = importlib.metadata.packages_distributions()
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        of = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(top, ())}
-        if top not in ours and top not in sys.stdlib_module_names and of and not of & allowed:
+        owners = {d.lower().replace("_", "-").replace(".", "-") for d in installed.get(top, ())}
+        if top not in ours and top not in sys.stdlib_module_names and owners and not owners & allowed:
             raise ModuleNotFoundError(f"{name} is not on this host", name=name)
         return None
 sys.meta_path.insert(0, Absent())
@@ -40,12 +39,12 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process on such a host."""
+    """The environment variables of a process on a serving host."""
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(HOST)
     allowed = " ".join(pin.split("==")[0] for pin in pinned_requirements())
-    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    return kept | {"PYTHON": sys.executable, "PYTHONPATH": str(site), "ALLOWED": allowed, "OMP_NUM_THREADS": "1"}
+    inherited = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    return inherited | {"PYTHON": sys.executable, "PYTHONPATH": str(site), "ALLOWED": allowed, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def bundle(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(bundle: Path, host: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """`./start` from another folder, through a link; the process and its address."""
+    """Run `./start` from another folder, through a link. Yields the process and its address."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "limbeck.py").write_text("raise SystemExit('the wrong Limbeck')")
     (elsewhere / "link").symlink_to(bundle / "start")
@@ -73,7 +72,7 @@ def server(bundle: Path, host: dict[str, str], tmp_path_factory: pytest.TempPath
         process.communicate()
 
 
-def test_it_starts_completes_tells_its_health_and_stops(
+def test_it_starts_completes_reports_its_health_and_stops(
     server: tuple[subprocess.Popen[str], str], bundle: Path, host: dict[str, str], runtime: Runtime
 ) -> None:
     process, address = server
@@ -83,21 +82,21 @@ def test_it_starts_completes_tells_its_health_and_stops(
         done = json.load(answer)
     assert done["model"] == "coder/3"
     assert done["choices"][0]["text"] == runtime.generate(["def add(a, b):"], max_new_tokens=8)[0].text
-    ask = [str(bundle / "health"), f"{address}/health"]
-    healthy = subprocess.run(ask, env=host, capture_output=True, text=True, timeout=30)
+    health_command = [str(bundle / "health"), f"{address}/health"]
+    healthy = subprocess.run(health_command, env=host, capture_output=True, text=True, timeout=30)
     assert (healthy.returncode, json.loads(healthy.stdout)) == (0, {"status": "ok"})
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) in (0, -signal.SIGTERM)
-    gone = subprocess.run(ask, env=host, capture_output=True, text=True, timeout=30)
+    gone = subprocess.run(health_command, env=host, capture_output=True, text=True, timeout=30)
     assert gone.returncode == 1
     assert address in gone.stderr
-    assert not list(bundle.rglob("__pycache__"))  # nothing was written
+    assert not list(bundle.rglob("__pycache__"))  # Python wrote no caches
 
 
-def test_a_host_has_nothing_else(host: dict[str, str]) -> None:
-    tried = "import numpy, tokenizers, fastapi\nfor name in ('torch', 'mlflow', 'onnx', 'scipy', 'limbeck'):\n"
-    tried += "    try: __import__(name)\n    except ModuleNotFoundError: print(name)"
-    ran = subprocess.run([sys.executable, "-P", "-c", tried], env=host, capture_output=True, text=True, timeout=60)
+def test_the_host_has_no_other_packages(host: dict[str, str]) -> None:
+    code = "import numpy, tokenizers, fastapi\nfor name in ('torch', 'mlflow', 'onnx', 'scipy', 'limbeck'):\n"
+    code += "    try: __import__(name)\n    except ModuleNotFoundError: print(name)"
+    ran = subprocess.run([sys.executable, "-P", "-c", code], env=host, capture_output=True, text=True, timeout=60)
     assert ran.stdout.split() == ["torch", "mlflow", "onnx", "scipy", "limbeck"], ran.stderr
 
 
@@ -112,14 +111,5 @@ def test_a_damaged_bundle_does_not_start(bundle: Path, host: dict[str, str], dam
     ran = subprocess.run([copy / "start", "--port", "0"], env=host, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
-    said = f"{damaged} has sha256" if damaged.endswith(".py") else "is not a bundle, and this host has no registry"
-    assert said in ran.stderr
-
-
-def test_deploy_is_a_command(limbeck: Callable[..., Result], llama: Exported, tmp_path: Path) -> None:
-    result: Result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle")
-    assert result.code == 0
-    assert "verified" in result.out
-    assert f"{tmp_path}/bundle/start" in result.err
-    result = limbeck("generate", tmp_path / "bundle", "def ", "--max-new-tokens", 4, "--format", "json")
-    assert json.loads(result.out)[0]["digest"] == llama.variants[0].digest
+    message = f"{damaged} has sha256" if damaged.endswith(".py") else "is not a bundle, and this host has no registry"
+    assert message in ran.stderr
