@@ -162,8 +162,8 @@ def training_cost_parts(
                 )
             )
     if training_cost.api_model and training_cost.api_usd is not None:
-        price = f"{training_cost.api_model}, at the recipe's prices"
-        parts.append(TrainingCostPart(name=API_TOKENS_PART, seconds=None, usd=training_cost.api_usd, price=price))
+        description = f"{training_cost.api_model}, at the recipe's prices"
+        parts.append(TrainingCostPart(name=API_TOKENS_PART, seconds=None, usd=training_cost.api_usd, price=description))
     elif training_cost.api_model:
         api = prices.api_price(training_cost.api_model)
         dollars = training_cost.api_input_tokens * api.usd_per_million_input_tokens

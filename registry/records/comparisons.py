@@ -124,8 +124,7 @@ class LeaderboardRow(Record):
     # task or group -> {metric, value, stderr, higher_is_better}
     quality: dict[str, dict[str, bool | float | str | None]]
     retention: dict[str, float] | None  # {value, low, high}: share of the teacher's quality, 95% interval
-    # {params, disk_bytes, peak_rss_bytes, prefill_tokens_per_s, decode_tokens_per_s, p50_ms, p95_ms,
-    # usd_per_million_tokens, flops_per_token}, each as in Cost
+    # every figure of `FIGURES`, as in Cost
     cost: dict[str, int | float | None] | None
     cost_ratio: float | None  # usd_per_million_tokens over the teacher's
     speedup: float | None  # the teacher's p50_ms over this one's

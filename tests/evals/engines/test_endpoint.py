@@ -232,6 +232,7 @@ def run(limbeck: Callable[..., Result], *args: object, tasks: str = "sums,say") 
 def test_an_endpoint_is_compared_with_the_model_that_it_serves(
     tmp_path: Path,
     tiny_llama: Path,
+    onnx: Callable[[Path], Path],
     served: Served,
     limbeck: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
@@ -248,7 +249,7 @@ def test_an_endpoint_is_compared_with_the_model_that_it_serves(
     assert KEY not in result.out + result.err
     plan = TimingPlan(prompt_tokens=8, new_tokens=4, rounds=3, batches=(1,), threads=1)
     monkeypatch.setattr(scorecard, "measure_costs", lambda models, **more: measure_costs(models, plan, **more))
-    timed = run(limbeck, tiny_llama, "--tokenizer", tiny_llama, "--against", served.url, tasks="sums")
+    timed = run(limbeck, onnx(tiny_llama), "--tokenizer", tiny_llama, "--against", served.url, tasks="sums")
     assert "what an endpoint costs cannot be measured" in timed.err
     teacher, card = json.loads(timed.out)
     assert teacher["cost"] is None

@@ -71,6 +71,7 @@ def test_rows_of_a_registry(store: Store, add: Callable[..., Version]) -> None:
         "params",
         "disk_bytes",
         "peak_rss_bytes",
+        "peak_device_bytes",
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
         "p50_ms",
