@@ -1,6 +1,7 @@
-"""The families that `limbeck export` takes, each tried on a tiny model. `python -m tests.families` prints the table.
+"""The model families that `limbeck export` supports, each tried on a tiny model.
 
-The README has it between the two comments of `MARKS`; graph/test_families.py holds it to what it finds.
+`python -m tests.families` prints the README's table, which stands between the two comments of README_MARKS.
+tests/export/graph/test_families.py checks each row, and that each family with a fused graph has one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tests import ROOT
 
-MARKS = ("<!-- families: made by `python -m tests.families` -->", "<!-- end of families -->")
+README_MARKS = ("<!-- families: made by `python -m tests.families` -->", "<!-- end of families -->")
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=128)  # fmt: skip
@@ -23,7 +24,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 
 
 class Family(NamedTuple):
-    """What the table says of a family, and the tiny model that it is tried on."""
+    """A row of the table, and the configuration of the tiny model to try."""
 
     name: str
     model_type: str
@@ -60,8 +61,8 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-def checkpoint(family: Family, tokenizer_folder: Path, to: Path) -> Path:
-    """A randomly initialised model of the family, saved in `to`."""
+def make_checkpoint(family: Family, tokenizer_folder: Path, folder: Path) -> Path:
+    """Save a randomly initialised model of the family in `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -72,52 +73,51 @@ def checkpoint(family: Family, tokenizer_folder: Path, to: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Norms and biases that are all alike would hide what is done with them.
+            # Norms and biases of equal values would hide errors in how they are used.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.08 if parameter.ndim == 2 else parameter + 0.1 * noise)
-    model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    return to
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def try_family(family: Family, tokenizer_folder: Path, folder: Path) -> tuple[str, Any]:
-    """Export the family's model within `folder`: which graph it got, and how that compares with PyTorch."""
+def export_family(family: Family, tokenizer_folder: Path, folder: Path) -> tuple[str, Any]:
+    """Export the family's tiny model within `folder`. Returns the kind of its graph, and its Parity."""
     from limbeck.export.artifact.export import export_onnx
     from limbeck.export.artifact.parity import measure_parity
     from limbeck.registry.core.digest import read_manifest
 
-    model = checkpoint(family, tokenizer_folder, folder / "torch")
+    model = make_checkpoint(family, tokenizer_folder, folder / "torch")
     export_onnx(model, folder / "onnx")
     parity = measure_parity(model, folder / "onnx", max_documents=4, max_tokens=48, new_tokens=8)
     return str(read_manifest(folder / "onnx")["graph"]), parity
 
 
-def row(family: Family, graph: str) -> str:
-    """The family's line of the table."""
-    return f"| {family.name} | `{family.model_type}` | {graph} | {family.note} |"
+def format_row(family: Family, graph_kind: str) -> str:
+    """Return the family's row of the table, in Markdown."""
+    return f"| {family.name} | `{family.model_type}` | {graph_kind} | {family.note} |"
 
 
-def table(rows: Iterable[str]) -> str:
-    """The table as Markdown, between its marks."""
+def format_table(rows: Iterable[str]) -> str:
+    """Return the table in Markdown, between its marks."""
     head = ["| Family | `model_type` | Graph | |", "|---|---|---|---|"]
-    return "\n".join([MARKS[0], *head, *rows, MARKS[1]])
+    return "\n".join([README_MARKS[0], *head, *rows, README_MARKS[1]])
 
 
 def main() -> None:
-    """Try every family and print the table."""
+    """Try each family and print the table. Exits if one fails parity."""
     from limbeck.registry.core.terminal import quiet_libraries
 
     quiet_libraries()
     rows = []
-    # The quickstart's tokenizer: any will do.
-    tokenizer = ROOT / "quickstart" / "teacher"
+    tokenizer = ROOT / "quickstart" / "teacher"  # any tokenizer works
     for family in FAMILIES:
         with TemporaryDirectory() as temporary:
-            graph, parity = try_family(family, tokenizer, Path(temporary))
+            graph_kind, parity = export_family(family, tokenizer, Path(temporary))
         if not parity.passed:
-            raise SystemExit(f"{family.name}: the graph does not give what PyTorch gives: {parity}")
-        rows.append(row(family, graph))
-    print(table(rows))
+            raise SystemExit(f"{family.name}: the graph differs from PyTorch: {parity}")
+        rows.append(format_row(family, graph_kind))
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

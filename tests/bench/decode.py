@@ -1,9 +1,9 @@
-"""Decode speed of one Llama: the torch-free runtime beside torch, optimum and onnxruntime-genai on the same weights.
+"""Decode speed of one Llama: the torch-free runtime against torch, optimum and onnxruntime-genai with the same weights.
 
-All run in turns within one process, on the same threads, so that the ratios hold where the figures do not. The limit
-is reading the weights once per token: the memory bandwidth, as numpy reads here, over the bytes of the weights that
-one token needs. Weights that a processor's cache holds may pass it. Loading and memory are taken in a process of their
-own for each artifact.
+All run in turns within one process, on the same number of threads, so the ratios are more stable than the figures. The
+limit is reading the weights once per token: the memory bandwidth, measured with numpy, over the bytes of weights that
+one token needs. Weights in the processor's cache can exceed it. Load time and memory are measured in a separate process
+for each artifact.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from limbeck.registry.core.terminal import print_status, print_table, quiet_libr
 
 VOCABULARY = 32_000
 PROMPT, NEW, ROUNDS = 64, 64, 4
-# 81 million parameters: far more than a cache holds.
+# 81 million parameters: much more than a processor's cache holds.
 CONFIG = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=9, num_attention_heads=12,
               num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)  # fmt: skip
-LOOKUPS = {"Gather", "GatherBlockQuantized"}  # read one row of their table
+LOOKUPS = {"Gather", "GatherBlockQuantized"}  # operators that read one row of a table
 
 Run = Callable[[int], Any]
 
 
 def main(threads: int | None = None) -> None:
-    """Measure with one thread and with one for each core, and print tables."""
+    """Measure with one thread and with one per core, or with `threads`, and print tables."""
     quiet_libraries()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -44,52 +44,58 @@ def main(threads: int | None = None) -> None:
         print_status(f"a random Llama of {params / 1e6:.0f}M parameters")
         artifacts = make_artifacts(folder)
         for count in [threads] if threads else sorted({1, physical_cores()}):
-            decode(folder / "torch", artifacts, count)
-        loading(artifacts)
+            measure_decoding(folder / "torch", artifacts, count)
+        measure_loading(artifacts)
 
 
 def make_artifacts(folder: Path) -> dict[str, Path]:
-    """The model in each precision, by its name."""
+    """Export the model in each precision. Returns precision -> folder."""
     from limbeck.export.artifact.export import export_onnx
     from limbeck.export.graph.save import save_graph
     from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 
-    made = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
-    export_onnx(folder / "torch", made["fp32"])
-    export_onnx(folder / "torch", made["int8"], "int8", fp32_artifact=made["fp32"])
-    weights = GraphWeights.from_graph(made["fp32"] / "model.onnx")
-    for name, bits in (("int8-weight", 8), ("int4", 4)):  # no search: it looks for quality, and here is none
-        shutil.copytree(made["fp32"], made[name], ignore=shutil.ignore_patterns("model.onnx*", "limbeck.json"))
-        save_graph(
-            weights.quantize(dict.fromkeys(weights.groups, BlockFormat(bits, 32, False, 4))), made[name] / "model.onnx"
+    artifacts = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
+    export_onnx(folder / "torch", artifacts["fp32"])
+    export_onnx(folder / "torch", artifacts["int8"], "int8", fp32_artifact=artifacts["fp32"])
+    weights = GraphWeights.from_graph(artifacts["fp32"] / "model.onnx")
+    for name, bits in (
+        ("int8-weight", 8),
+        ("int4", 4),
+    ):  # without a search, since random weights have no quality to keep
+        shutil.copytree(
+            artifacts["fp32"], artifacts[name], ignore=shutil.ignore_patterns("model.onnx*", "limbeck.json")
         )
-    return made
+        save_graph(
+            weights.quantize(dict.fromkeys(weights.groups, BlockFormat(bits, 32, False, 4))),
+            artifacts[name] / "model.onnx",
+        )
+    return artifacts
 
 
-def decode(model: Path, artifacts: dict[str, Path], threads: int) -> None:
-    """Tokens a second of each, in turns."""
-    runs, size_of = contestants(model, artifacts, threads)
+def measure_decoding(model: Path, artifacts: dict[str, Path], threads: int) -> None:
+    """Print the tokens per second of each contestant, run in turns."""
+    runs, bytes_of_precision = load_contestants(model, artifacts, threads)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(ROUNDS + 1):
         for name, run in runs.items():
             if round_:
                 rates[name].append(decode_rate(run))
             else:
-                run(4)  # warm
+                run(4)  # warm up
     bandwidth = read_bandwidth(threads)
     rows = []
     for name, values in rates.items():
         rate, precision = statistics.median(values), name.rpartition(", ")[2]
         peers = {"x torch": "torch eager, fp32", "x optimum": f"optimum, {precision}",
                  "x genai": f"onnxruntime-genai, {precision}"}  # fmt: skip
-        # Of what was measured in the same round: the machine changes more between rounds than within one.
+        # Ratios within a round: the machine changes more between rounds than within one.
         ratios = [
             f"{statistics.median(a / b for a, b in zip(values, rates[peer], strict=True)):.2f}"
             if peer in rates and peer != name
             else None
             for peer in peers.values()
         ]
-        share = f"{rate * size_of[precision] / bandwidth:.0%}"
+        share = f"{rate * bytes_of_precision[precision] / bandwidth:.0%}"
         rows.append([name, f"{rate:.0f}", f"{min(values):.0f} to {max(values):.0f}", *ratios, share])
     title = (
         f"decode, batch 1, prompt {PROMPT}, {NEW} new tokens, {threads} threads, load {os.getloadavg()[0]:.1f}; "
@@ -99,8 +105,8 @@ def decode(model: Path, artifacts: dict[str, Path], threads: int) -> None:
     print_table(title, columns, rows)
 
 
-def contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[dict[str, Run], dict[str, int]]:
-    """What runs, by its name that ends with a precision; and the bytes a token reads, by precision."""
+def load_contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[dict[str, Run], dict[str, int]]:
+    """Return "engine, precision" -> function that decodes N tokens, and precision -> bytes that a token reads."""
     import onnxruntime as ort
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
@@ -127,11 +133,11 @@ def contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[
 
 
 def genai_generate(artifact: Path, prompt: list[int], threads: int) -> Run | None:
-    """Greedy tokens by onnxruntime-genai from an artifact; None where it is not installed."""
+    """Return a function that decodes greedily with onnxruntime-genai; None if that is not installed."""
     try:
         import onnxruntime_genai as genai
     except ImportError:
-        print_status("onnxruntime-genai is not installed: it is left out")
+        print_status("onnxruntime-genai is not installed: skipped")
         return None
     config = genai.Config(str(artifact))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
@@ -150,7 +156,7 @@ def genai_generate(artifact: Path, prompt: list[int], threads: int) -> Run | Non
 
 
 def bytes_per_token(graph: Path) -> int:
-    """Of the weights that one token reads: all but the tables that it looks one row up in."""
+    """Return the bytes of the weights that one token reads: all except tables of which it reads one row."""
     import onnx
 
     model = onnx.load(graph).graph
@@ -163,8 +169,8 @@ def bytes_per_token(graph: Path) -> int:
     )
 
 
-def loading(artifacts: dict[str, Path]) -> None:
-    """Seconds from a folder to the first token, and memory at its peak, each in a new process."""
+def measure_loading(artifacts: dict[str, Path]) -> None:
+    """Print the seconds from folder to first token, and the peak memory, each in a new process."""
     from limbeck.registry.core.digest import write_manifest
 
     rows = []
@@ -176,12 +182,12 @@ def loading(artifacts: dict[str, Path]) -> None:
             done = subprocess.run([sys.executable, "-c", LOAD, artifact], capture_output=True, text=True, check=True)
             tries.append(json.loads(done.stdout))
         best = min(tries, key=lambda one: one["first_s"])
-        whole = weights + best["cache"]
+        needed = weights + best["cache"]
         rows.append(
             [
                 name, f"{weights / 1e6:.0f}", f"{best['load_s']:.2f}", f"{best['first_s']:.2f}",
-                f"{best['peak'] / 1e6:.0f}", f"{(best['peak'] - best['before']) / whole:.2f}",
-                f"{best['peak'] / whole:.2f}",
+                f"{best['peak'] / 1e6:.0f}", f"{(best['peak'] - best['before']) / needed:.2f}",
+                f"{best['peak'] / needed:.2f}",
             ]
         )  # fmt: skip
     columns = [
@@ -190,10 +196,10 @@ def loading(artifacts: dict[str, Path]) -> None:
         "load, s",
         "first token, s",
         "peak, MB",
-        "less Python's / (weights + cache)",
-        "peak /",
+        "(peak - Python) / (weights + cache)",
+        "peak / (weights + cache)",
     ]
-    print_table("a new process: files verified, loaded, first token; the best of 3", columns, rows)
+    print_table("a new process: verify files, load, first token; best of 3", columns, rows)
 
 
 LOAD = f"""
@@ -207,13 +213,13 @@ loaded = time.perf_counter() - start
 runtime.generate([[5] * {PROMPT}], max_new_tokens=1)
 first = time.perf_counter() - start
 runtime.generate([[5] * {PROMPT}], max_new_tokens={NEW}, ignore_eos=True)
-cache = sum(item.shape[1] * item.shape[3] * 4 * {PROMPT + NEW} for item in runtime.past.values())
+cache = sum(item.shape[1] * item.shape[3] * 4 * {PROMPT + NEW} for item in runtime.past_inputs.values())
 print(json.dumps(dict(load_s=loaded, first_s=first, cache=cache, peak=memory("VmHWM"), before=before)))
 """
 
 
 def make_llama(folder: Path) -> int:
-    """A random Llama with a byte-level tokenizer in `folder`; gives the number of its parameters."""
+    """Save a random Llama with a byte-level tokenizer in `folder`. Returns its number of parameters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -231,7 +237,7 @@ def make_llama(folder: Path) -> int:
 
 
 def transformers_generate(model: Any, prompt: list[int], new: int) -> None:
-    """`new` greedy tokens by a model with transformers' `generate`."""
+    """Decode `new` tokens greedily with transformers' `generate`."""
     import torch
 
     ids = torch.tensor([prompt])
@@ -242,7 +248,7 @@ def transformers_generate(model: Any, prompt: list[int], new: int) -> None:
 
 
 def decode_rate(run: Run) -> float:
-    """Tokens a second after the first: a long run less a run of one token."""
+    """Measure tokens per second after the first: a long run minus a run of one token."""
     start = time.perf_counter()
     run(1)
     middle = time.perf_counter()
@@ -252,7 +258,7 @@ def decode_rate(run: Run) -> float:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory: the best of 4 searches of 1 GB, which no cache holds."""
+    """Measure the bytes per second that `threads` threads read from memory: the best of 4 scans of 1 GB."""
     from concurrent.futures import ThreadPoolExecutor
 
     arrays = [np.ones(2**28 // threads, np.float32) for _ in range(threads)]
@@ -260,7 +266,7 @@ def read_bandwidth(threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(4):
             start = time.perf_counter()
-            list(pool.map(np.max, arrays))  # numpy lets go of the lock while it searches
+            list(pool.map(np.max, arrays))  # numpy releases the lock while it scans
             best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
     return best
 

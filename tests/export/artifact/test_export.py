@@ -16,7 +16,7 @@ from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from tests.conftest import make_model
 from tests.export.export_helpers import Exported
-from tests.families import Family, checkpoint
+from tests.families import Family, make_checkpoint
 
 
 def session(folder: Path) -> ort.InferenceSession:
@@ -157,7 +157,7 @@ def test_a_model_that_optimum_fails_on_is_refused(tokenizer_folder: Path, tmp_pa
     config = dict(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_kv_heads=1, new_decoder_architecture=True
     )
-    model = checkpoint(Family("Falcon 40B", "falcon", config), tokenizer_folder, tmp_path / "torch")
+    model = make_checkpoint(Family("Falcon 40B", "falcon", config), tokenizer_folder, tmp_path / "torch")
     with pytest.raises(BadInput, match="optimum cannot export this falcon model"):
         export_onnx(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

@@ -13,7 +13,7 @@ from limbeck.export.graph.families import FAMILIES as GRAPH_FAMILIES
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from tests.export.export_helpers import Exported
-from tests.families import FAMILIES, Family, checkpoint
+from tests.families import FAMILIES, Family, make_checkpoint
 
 PROMPTS = ["def add(a, b):\n    return", "x"]
 NEW_TOKENS = 12
@@ -25,7 +25,7 @@ READ_BY_GENAI = [family for family in FAMILIES if family.model_type in GENAI_TYP
 def test_onnxruntime_genai_runs_it(family: Family, tokenizer_folder: Path, tmp_path: Path) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     artifact = tmp_path / "onnx"
-    digest = export_onnx(checkpoint(family, tokenizer_folder, tmp_path / "torch"), artifact)
+    digest = export_onnx(make_checkpoint(family, tokenizer_folder, tmp_path / "torch"), artifact)
     _compare_with_genai(og, artifact)
     assert folder_digest(artifact) == digest
 

@@ -49,6 +49,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def bundle(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose path has a space."""
     folder = tmp_path_factory.mktemp("host") / "a bundle"
     write_bundle(llama.fp32, folder, manifest_fields={"model": "coder/3"})
     return folder

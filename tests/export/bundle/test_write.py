@@ -24,9 +24,7 @@ def test_the_artifact_in_a_bundle_is_the_deployed_one(llama: Exported, shared_bu
     assert not is_bundle(llama.fp32)
     found = find_artifact(str(shared_bundle))
     assert (found.name, found.engine, found.path) == ("coder/3", "onnxruntime", shared_bundle / "model")
-    assert (
-        resolve_model(str(shared_bundle)).digest == llama.variants[0].digest
-    )  # what is scored, or whose tokenizer is asked for
+    assert resolve_model(str(shared_bundle)).digest == llama.variants[0].digest  # commands of other rooms use this
     bundled = Runtime.load(found.path, expected_digest=llama.variants[0].digest)
     ours, theirs = (r.generate(["def "], max_new_tokens=8)[0].token_ids for r in (bundled, runtime))
     assert ours == theirs

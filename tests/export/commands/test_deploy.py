@@ -13,12 +13,12 @@ from limbeck.registry.records import NewVersion
 from tests.conftest import Result
 from tests.export.export_helpers import Exported
 
-Limbeck = Callable[..., tuple[int, str, str]]
+Limbeck = Callable[..., Result]
 pytestmark = pytest.mark.usefixtures("limbeck_home")
 
 
-def test_deploy_is_a_command(limbeck: Callable[..., Result], llama: Exported, tmp_path: Path) -> None:
-    result: Result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle")
+def test_the_bundle_of_a_folder_completes_prompts(limbeck: Limbeck, llama: Exported, tmp_path: Path) -> None:
+    result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle")
     assert result.code == 0
     assert "verified" in result.out
     assert f"{tmp_path}/bundle/start" in result.err
@@ -26,7 +26,7 @@ def test_deploy_is_a_command(limbeck: Callable[..., Result], llama: Exported, tm
     assert json.loads(result.out)[0]["digest"] == llama.variants[0].digest
 
 
-def test_export_deploy_and_generate_of_a_registered_version(
+def test_a_registered_version_is_exported_deployed_and_completed(
     limbeck: Limbeck, store: Store, tiny_llama: Path, tmp_path: Path
 ) -> None:
     store.register(NewVersion(name="coder", kind="teacher"), tiny_llama)

@@ -141,7 +141,7 @@ def test_an_sbom_signed_with_an_untrusted_key_is_refused(
     assert find_onnx_artifact(str(bundle)).signed_by is None
 
 
-def test_a_folder_without_an_sbom_needs_no_trusted_keys_to_be_configured(
+def test_a_folder_without_an_sbom_is_refused_if_keys_are_trusted(
     llama: Exported, trusted_keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BadInput, match="has no SBOM"):

@@ -13,7 +13,7 @@ from limbeck.export.graph.families import FAMILIES as GRAPH_FAMILIES
 from limbeck.export.graph.families import decoder_from_model
 from limbeck.export.graph.reader import UnsupportedModel
 from tests import ROOT
-from tests.families import FAMILIES, MARKS, Family, row, table, try_family
+from tests.families import FAMILIES, README_MARKS, Family, export_family, format_row, format_table
 
 README = ROOT / "README.md"
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -22,12 +22,12 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_atte
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_a_family_matches_pytorch_and_the_readme(family: Family, tokenizer_folder: Path, tmp_path: Path) -> None:
-    graph, parity = try_family(family, tokenizer_folder, tmp_path)
+    graph_kind, parity = export_family(family, tokenizer_folder, tmp_path)
     assert parity.passed
     assert parity.max_logprob_diff < 1e-4
     assert parity.greedy_identical
-    if MARKS[0] in README.read_text():
-        assert row(family, graph) in README.read_text()
+    if README_MARKS[0] in README.read_text():
+        assert format_row(family, graph_kind) in README.read_text()
 
 
 def test_every_family_with_a_fused_graph_is_tried() -> None:
@@ -36,10 +36,10 @@ def test_every_family_with_a_fused_graph_is_tried() -> None:
 
 def test_the_readme_lists_no_other_family() -> None:
     text = README.read_text()
-    if MARKS[0] not in text:
+    if README_MARKS[0] not in text:
         pytest.skip("the README has no table of families")
-    written = text[text.index(MARKS[0]) : text.index(MARKS[1])].strip().splitlines()
-    assert len(written) == len(table(row(family, "") for family in FAMILIES).splitlines()) - 1
+    written = text[text.index(README_MARKS[0]) : text.index(README_MARKS[1])].strip().splitlines()
+    assert len(written) == len(format_table(format_row(family, "") for family in FAMILIES).splitlines()) - 1
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def test_the_manifest_lists_all_formats_that_were_tried(llama: Exported, tmp_pat
         fp32_artifact=llama.fp32,
         settings=QuantizationSettings(text_source="a test", max_change=1e9),
     )
-    made = read_manifest(tmp_path / "int4")["quantization"]
-    tried = [(one["block_size"], one["symmetric"], one["accuracy_level"]) for one in made["tried"]]
+    record = read_manifest(tmp_path / "int4")["quantization"]
+    tried = [(one["block_size"], one["symmetric"], one["accuracy_level"]) for one in record["tried"]]
     assert {(block, symmetric, 4) for block in (32, 64, 128) for symmetric in (False, True)} < set(tried)
     assert [accuracy for *_, accuracy in tried].count(0) == 1
-    assert all(one["decode_ms"] > 0 and one["kl"] > 0 and one["bytes"] > 0 for one in made["tried"])
-    assert made["chosen_on"] == "a test"
-    assert {key: made["chosen"][key] for key in ("block_size", "symmetric", "accuracy_level")} in [
-        {key: one[key] for key in ("block_size", "symmetric", "accuracy_level")} for one in made["tried"]
+    assert all(one["decode_ms"] > 0 and one["kl"] > 0 and one["bytes"] > 0 for one in record["tried"])
+    assert record["chosen_on"] == "a test"
+    assert {key: record["chosen"][key] for key in ("block_size", "symmetric", "accuracy_level")} in [
+        {key: one[key] for key in ("block_size", "symmetric", "accuracy_level")} for one in record["tried"]
     ]
