@@ -157,7 +157,9 @@ def test_a_chain_of_recipes(
 ) -> None:
     """A recipe without a teacher makes one; the next names it by version; the next begins from its student."""
     recipe = write_recipe(None)
-    [first] = students(limbeck("distill", recipe, "--set", "name=old", "--output", tmp_path / "copy", "--format", "json"))
+    [first] = students(
+        limbeck("distill", recipe, "--set", "name=old", "--output", tmp_path / "copy", "--format", "json")
+    )
     assert (first["kind"], first["teacher"], first["recipe"]) == ("teacher", None, "small")
     assert (tmp_path / "copy" / "model.safetensors").is_file()
 

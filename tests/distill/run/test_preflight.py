@@ -125,7 +125,9 @@ def test_yes_confirms(store: Store, limbeck: Limbeck, write_recipe: WriteRecipe,
 
 def test_a_licence_is_told(checked: Any, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
-    assert [(f["level"], "is not known to allow distillation" in f["message"]) for f in checked(path)["licence"]] == [("warning", True)]
+    assert [(f["level"], "is not known to allow distillation" in f["message"]) for f in checked(path)["licence"]] == [
+        ("warning", True)
+    ]
     [forbidden] = checked(path, "teacher.licence=llama2")["licence"]
     assert (forbidden["level"], "forbids" in forbidden["message"]) == ("warning", True)
     [allowed] = checked(path, "teacher.licence=llama2", "teacher.licence_allows_distillation=true")["licence"]

@@ -1,4 +1,4 @@
-"""Two processes, started as by torchrun and accelerate launch, train the student that one process trains."""
+"""Two processes train the student that one process trains. The slow test starts them with torchrun itself."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.distill.conftest import DISTILLED
+from tests.distill.limbeck_processes import start_ranks
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 ON_POLICY = '[cache]\nform = "online"\n\n[on_policy]\nlmbda = 0.5\nmax_new_tokens = 8\n'
@@ -53,11 +54,12 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     store: Store, limbeck_home: Path, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra='optim = "muon"')
-    two = torchrun(limbeck_home, "distill", recipe, "--set", "training.max_steps=6")
-    out, err = two.communicate(timeout=280)
-    assert two.returncode == 0, err
-    assert out.count("students") == 1  # one process prints
-    assert err.count("teacher cache") == 1
+    ranks = start_ranks(limbeck_home, "distill", recipe, "--set", "training.max_steps=6")
+    (code, out, err), (worker_code, worker_out, worker_err) = [rank.wait() for rank in ranks]
+    assert (code, worker_code) == (0, 0), err + worker_err
+    assert out.count("students") == 1
+    assert worker_out == ""  # only the main process prints
+    assert (err + worker_err).count("teacher cache") == 1
     again = limbeck("distill", recipe, "--set", "training.max_steps=6")
     assert "already made" in again.err
     accumulated = ["training.max_steps=6", "training.gradient_accumulation_steps=2"]
@@ -67,36 +69,56 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     check_students_are_equal(store, slice(3))
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def check_sharded_run_equals_one_process(
+    limbeck: Callable[..., Any], store: Store, args: list[Any], logged: slice
+) -> None:
+    one = limbeck(*args, "--set", "training.gradient_accumulation_steps=2")
+    assert one.code == 0, one.err
+    check_students_are_equal(store, logged)
+
+
+def sharded_checkpoints(home: Path) -> list[Path]:
+    """Checkpoints that accelerate wrote with FSDP, from step 3 to 5."""
+    return list(home.glob("runs/*/checkpoint-[345]/pytorch_model_fsdp.bin"))
+
+
 def test_two_processes_that_shard_the_student_equal_one(
-    store: Store,
-    limbeck_home: Path,
-    limbeck: Callable[..., Any],
-    write_recipe: Callable[..., Path],
-    tiny_llama: Path,
-    killed: bool,
+    store: Store, limbeck_home: Path, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"save_minutes = 1e-6\n\n{ON_POLICY}")
     args = ["distill", recipe, "--set", "training.max_steps=6"]
-    two = torchrun(limbeck_home, *args, **SHARDED)
-    sharded = lambda: list(limbeck_home.glob("runs/*/checkpoint-[345]/pytorch_model_fsdp.bin"))  # noqa: E731
-    while not (seen := sharded()) and two.poll() is None:
+    ranks = start_ranks(limbeck_home, *args, **SHARDED)
+    seen: list[Path] = []
+    while not seen and ranks[0].is_running():
         time.sleep(0.002)
-    if killed:
-        for worker in Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split():
-            os.kill(int(worker), signal.SIGKILL)
-        two.communicate(timeout=60)
-        alone = limbeck(*args)
-        assert alone.code == 2
-        assert "written by processes that did shard the student" in alone.err
-        two = torchrun(limbeck_home, *args, **SHARDED)
-    _, err = two.communicate(timeout=280)
-    assert two.returncode == 0, err
-    assert seen  # accelerate wrote sharded checkpoints
-    assert ("resuming from checkpoints: 1 of 1" in err) == killed
-    one = limbeck(*args, "--set", "training.gradient_accumulation_steps=2")
-    assert one.code == 0, one.err
-    check_students_are_equal(store, slice(1 if killed else 3))  # after a resume, the first mean covers fewer steps
+        seen = sharded_checkpoints(limbeck_home)
+    for rank in ranks:
+        code, _, err = rank.wait()
+        assert code == 0, err
+    assert seen
+    check_sharded_run_equals_one_process(limbeck, store, args, slice(3))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_torchrun_resumes_after_a_kill(
+    store: Store, limbeck_home: Path, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
+) -> None:
+    recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"save_minutes = 1e-6\n\n{ON_POLICY}")
+    args = ["distill", recipe, "--set", "training.max_steps=6"]
+    launcher = torchrun(limbeck_home, *args, **SHARDED)
+    while not sharded_checkpoints(limbeck_home) and launcher.poll() is None:
+        time.sleep(0.002)
+    for worker in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        os.kill(int(worker), signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    alone = limbeck(*args)
+    assert alone.code == 2
+    assert "written by processes that did shard the student" in alone.err
+    launcher = torchrun(limbeck_home, *args, **SHARDED)
+    _, err = launcher.communicate(timeout=280)
+    assert launcher.returncode == 0, err
+    assert "resuming from checkpoints: 1 of 1" in err
+    check_sharded_run_equals_one_process(limbeck, store, args, slice(1))  # the first mean covers fewer steps
 
 
 def test_fsdp_1_is_refused_before_the_teacher_runs(
