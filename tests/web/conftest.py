@@ -144,3 +144,4 @@ def log_in(tab: Page) -> None:
     tab.get_by_label("Token").fill(TOKEN)
     tab.get_by_role("button", name="Log in").click()
     tab.get_by_role("button", name="Log out").wait_for()
+    tab.wait_for_load_state()

@@ -7,7 +7,7 @@ const button = form.querySelector("button");
 const label = form.querySelector("span");
 const hint = label.textContent;
 
-function update() {
+function showSelection() {
   const chosen = boxes.filter(box => box.checked);
   for (const box of boxes) box.disabled = chosen.length === 2 && !box.checked;
   button.disabled = chosen.length !== 2;
@@ -15,5 +15,5 @@ function update() {
   form.classList.toggle("chosen", chosen.length > 0);
 }
 
-boxes.forEach(box => box.addEventListener("change", update));
-update();
+boxes.forEach(box => box.addEventListener("change", showSelection));
+showSelection();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,10 @@ from limbeck.registry.ledger import log
 from limbeck.registry.records import LedgerEntry
 from tests.registry.conftest import POLICY
 from tests.web.conftest import TOKEN, Site, log_in
-from tests.web.legible import faint, wider
+from tests.web.readability import low_contrast_texts, overflow_pixels
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import expect
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -32,7 +36,8 @@ REMEMBER_BUSY = """() => {
   const busy = document.querySelector(".busy");
   new MutationObserver(() => { sessionStorage.busy = busy.textContent; }).observe(busy, { childList: true });
 }"""
-FOCUSED = "() => document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText ?? ''"
+FOCUSED_TEXT = "() => document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText ?? ''"
+FOCUSED_OUTLINE = "() => getComputedStyle(document.activeElement).outlineStyle"
 
 
 def entries(site: Site, alias: str) -> list[LedgerEntry]:
@@ -40,119 +45,119 @@ def entries(site: Site, alias: str) -> list[LedgerEntry]:
 
 
 def test_promote_and_roll_back(tab: Page, site: Site) -> None:
+    main = tab.locator("main")
     log_in(tab)
     tab.goto("/models/still/promote")
     tab.get_by_role("link", name="still/5").click()  # the cheapest, which fails
     button = tab.get_by_role("button", name="Promote still/5")
-    assert button.is_disabled()
-    assert "the verdict is fail" in (tab.locator(".why").first.text_content() or "")
-    assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required" in tab.inner_text("main")
+    expect(button).to_be_disabled()
+    expect(tab.locator(".why").first).to_contain_text("the verdict is fail")
+    expect(main).to_contain_text("retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required")
     button.click(force=True)
     assert entries(site, "production") == []
 
     tab.goto("/models/still/3/promote")
     tab.get_by_label("Reason").first.fill("the first")
     tab.get_by_role("button", name="Promote still/3").click()
-    tab.get_by_text("still@production is now still/3 (it was nothing)").wait_for()
+    expect(tab.get_by_text("still@production is now still/3 (before: not set)")).to_be_visible()
     assert TOKEN not in tab.url
 
-    tab.get_by_role("link", name="Promote another").click()
+    tab.get_by_role("link", name="Promote another version").click()
     tab.get_by_role("link", name="still/4").click()
     changes = tab.locator("section", has=tab.get_by_role("heading", name="What it replaces"))
-    assert "$ per 1M tokens\t2\t1" in changes.inner_text()
+    expect(changes).to_contain_text("$ per 1M tokens 2 1", use_inner_text=True)
     hostile = "<img src=x onerror=alert(1)>"
-    tab.on("dialog", lambda dialog: pytest.fail(f"a reason was run: {dialog.message}"))
+    tab.on("dialog", lambda dialog: pytest.fail(f"a reason ran as a script: {dialog.message}"))
     tab.get_by_label("Reason").first.fill(hostile)
     tab.evaluate(REMEMBER_BUSY)
     tab.get_by_role("button", name="Promote still/4").dblclick()
-    tab.get_by_text("still@production is now still/4 (it was still/3)").wait_for()
-    assert "Promoting: verifying files" in tab.evaluate("sessionStorage.busy")  # it said that it was at work
-    assert hostile in tab.inner_text("table")
+    expect(tab.get_by_text("still@production is now still/4 (before: still/3)")).to_be_visible()
+    assert "Promoting: verifying files" in tab.evaluate("sessionStorage.busy")
+    expect(tab.locator("table")).to_contain_text(hostile)
     assert [entry.to_version for entry in entries(site, "production")] == [3, 4]
 
     tab.get_by_role("link", name="Roll back").click()
-    assert "production is still/4 now; it would be still/3 again" in tab.inner_text("main")
-    assert "The verdict then: pass" in tab.inner_text("main")
+    expect(main).to_contain_text("production is still/4 now; after the rollback, still/3", use_inner_text=True)
+    expect(main).to_contain_text("Verdict at that time: pass", use_inner_text=True)
     tab.get_by_role("button", name="Roll back").click()  # the browser asks for the reason first
-    assert tab.url.startswith(f"{site.address}/models/still/rollback")
+    expect(tab).to_have_url(re.compile(r"/models/still/rollback\b"))
     tab.get_by_label("Reason").fill("slower here")
     tab.get_by_role("button", name="Roll back to still/3").click()
-    tab.get_by_text("still@production is now still/3 (it was still/4)").wait_for()
+    expect(tab.get_by_text("still@production is now still/3 (before: still/4)")).to_be_visible()
     assert [entry.action for entry in entries(site, "production")] == ["promote", "promote", "rollback"]
-    assert "each in its place" in tab.inner_text("main")
+    expect(main).to_contain_text("the chain of hashes and the aliases agree")
 
-    tab.go_back()  # to the form that was sent: it tells what is so now
-    tab.get_by_role("button", name="Take production away").wait_for()
+    tab.go_back()  # to the form that was sent: it shows the current state
+    expect(tab.get_by_role("button", name="Remove production")).to_be_visible()
     tab.get_by_role("button", name="Log out").click()
-    tab.get_by_role("link", name="Log in").wait_for()
+    expect(tab.get_by_role("link", name="Log in")).to_be_visible()
 
 
-def test_keys_alone(tab: Page, site: Site) -> None:
-    def to(words: str) -> None:
-        """Tab to what says `words`, at most 40 times; it has to show that it has the focus."""
-        for _ in range(40):
-            tab.keyboard.press("Tab")
-            said = tab.evaluate(
-                "() => document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText"
-            )
-            if words in (said or ""):
-                ring = "() => getComputedStyle(document.activeElement).outlineStyle"
-                assert tab.evaluate(ring) not in ("none", ""), words
-                return
-        pytest.fail(f"the Tab key does not lead to {words!r}")
+def tab_to(tab: Page, text: str) -> None:
+    """Press Tab, at most 40 times, until the element with this text has the focus and a visible outline."""
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        if text in (tab.evaluate(FOCUSED_TEXT) or ""):
+            assert tab.evaluate(FOCUSED_OUTLINE) not in ("none", ""), text
+            return
+    pytest.fail(f"the Tab key does not reach {text!r}")
 
+
+def test_promote_by_keyboard_only(tab: Page, site: Site) -> None:
     tab.goto("/models/still/4/promote?alias=typed")
-    to("Skip to the content")
+    tab_to(tab, "Skip to content")
     tab.keyboard.press("Enter")
-    to("log in")
+    expect(tab).to_have_url(re.compile("#main$"))
+    tab_to(tab, "log in")
     tab.keyboard.press("Enter")
-    tab.locator("#token:focus").wait_for()
+    expect(tab.locator("#token")).to_be_focused()
     tab.keyboard.type(TOKEN)
     tab.keyboard.press("Enter")
-    tab.get_by_role("button", name="Log out").wait_for()  # and back where it led from
-    to("Reason")
+    expect(tab.get_by_role("button", name="Log out")).to_be_visible()  # and back on the promotion page
+    tab.wait_for_load_state()
+    tab_to(tab, "Reason")
     tab.keyboard.type("without a mouse")
-    to("Promote still/4")
+    tab_to(tab, "Promote still/4")
     tab.keyboard.press("Enter")
-    tab.get_by_text("still@typed is now still/4").wait_for()
+    expect(tab.get_by_text("still@typed is now still/4")).to_be_visible()
     assert [entry.reason for entry in entries(site, "typed")] == ["without a mouse"]
 
 
-def test_ask_and_answer(tab: Page, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_and_reject(tab: Page, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_USER", "dan")
     log_in(tab)
     tab.goto("/models/still/3/promote?alias=asked")
-    tab.get_by_label("Why it should be").fill("it is the most exact")
-    tab.get_by_role("button", name="Ask for it").click()
-    tab.get_by_text("An answer of yours would not count").wait_for()
+    tab.get_by_label("Reason for the request").fill("it is the most exact")
+    tab.get_by_role("button", name="Request approval").click()
+    expect(tab.get_by_text("Your answer would not count")).to_be_visible()
     monkeypatch.setenv("LIMBECK_USER", "bob")
     tab.get_by_role("link", name="Requests").click()
     tab.get_by_role("row", name="it is the most exact").get_by_role("link").click()
-    tab.get_by_label("a rejection needs one").fill("not before Monday")
+    tab.get_by_label("required to reject").fill("not before Monday")
     tab.get_by_role("button", name="Reject").click()
-    tab.get_by_text("rejected by bob").wait_for()
+    expect(tab.get_by_text("rejected by bob")).to_be_visible()
     (answer,) = approvals.request_and_answers(site.store, site.still.variants["fp32"], "asked")[1]
     assert (answer.who, answer.answer, answer.reason) == ("bob", "reject", "not before Monday")
 
 
 @pytest.fixture(scope="module")
-def seen(site: Site) -> None:
-    """An alias with a past, and a request."""
+def alias_with_history(site: Site) -> None:
+    """An alias `seen` with two promotions, and a request."""
     for number in (3, 4):
         promote(site.store, f"still/{number}", "seen", POLICY, reason="a reason of some length, to be shown")
     approvals.request_approval(site.store, "still/3", "seen", who="dan", reason="a request of some length, to be shown")
 
 
-@pytest.mark.usefixtures("seen")
-@pytest.mark.parametrize(("scheme", "member"), [("light", False), ("dark", True)])
-def test_at_phone_width_in_light_and_dark(browser: Browser, site: Site, scheme: str, member: bool) -> None:
+@pytest.mark.usefixtures("alias_with_history")
+@pytest.mark.parametrize(("scheme", "logged_in"), [("light", False), ("dark", True)])
+def test_pages_are_readable_at_phone_width(browser: Browser, site: Site, scheme: str, logged_in: bool) -> None:
     context = browser.new_context(
         base_url=site.address, viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True
     )
     tab = context.new_page()
-    if member:
+    if logged_in:
         log_in(tab)
     for path in PAGES:
         tab.goto(path)
-        assert (wider(tab), faint(tab)) == (0, []), path
+        assert (overflow_pixels(tab), low_contrast_texts(tab)) == (0, []), path
     context.close()

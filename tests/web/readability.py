@@ -1,10 +1,10 @@
-"""Whether a page can be read: contrast of its text, and its width."""
+"""Readability of a page in the browser: contrast of its text, and overflow to the right."""
 
 from __future__ import annotations
 
 from playwright.sync_api import Page
 
-# The WCAG 2 contrast of each text with what is painted behind it; colours go through a canvas, which knows them all.
+# The WCAG 2 contrast of each text with its background; a canvas converts every colour format to RGBA.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   canvas.canvas.width = canvas.canvas.height = 1;
@@ -44,17 +44,17 @@ CONTRAST = """() => {
   }
   return found;
 }"""
-# What sticks out to the right; a table that scrolls within itself does not.
-WIDER = "() => document.documentElement.scrollWidth - window.innerWidth"
+# A table that scrolls inside its own box does not count.
+OVERFLOW = "() => document.documentElement.scrollWidth - window.innerWidth"
 
 
-def faint(tab: Page) -> list[str]:
+def low_contrast_texts(tab: Page) -> list[str]:
     """The texts whose contrast is less than 4.5."""
-    found: list[str] = tab.evaluate(CONTRAST)
-    return found
+    texts: list[str] = tab.evaluate(CONTRAST)
+    return texts
 
 
-def wider(tab: Page) -> int:
+def overflow_pixels(tab: Page) -> int:
     """By how many pixels the page is wider than the window."""
-    found: int = tab.evaluate(WIDER)
-    return max(0, found)
+    pixels: int = tab.evaluate(OVERFLOW)
+    return max(0, pixels)
