@@ -1,4 +1,4 @@
-"""Which scorecards of a model's versions can be held against the teacher's: those that were asked the same."""
+"""Select the scorecards of a model's versions that can be compared with the teacher's: same tasks and prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Teacher(NamedTuple):
-    """The model that the others are held against, and its scores, oldest first."""
+    """The model that the others are compared with, and its scores, oldest first."""
 
     label: str  # NAME/VERSION, folder or endpoint
     digest: str
@@ -30,11 +30,11 @@ class Teacher(NamedTuple):
 
 
 class ComparableScores(NamedTuple):
-    """Scores of the same questions."""
+    """Scores on the same tasks and prompts."""
 
     teacher: LazyScorecard
     candidates: dict[str, LazyScorecard]  # by NAME/VERSION
-    left_out: dict[str, str]  # NAME/VERSION -> why it is none
+    left_out: dict[str, str]  # NAME/VERSION -> why it cannot be compared
 
 
 def scorecards_of_version(store: Store, version: Version, cards: Sequence[Scorecard]) -> list[LazyScorecard]:
@@ -42,14 +42,14 @@ def scorecards_of_version(store: Store, version: Version, cards: Sequence[Scorec
 
 
 def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[Scorecard]) -> Teacher:
-    """The teacher `against`, or else the one that most scorecards are relative to, of two the one used last.
+    """The teacher `against`; if None, the one that most scorecards are relative to, and the latest of equals.
 
     Args:
-        against: NAME/VERSION or NAME@ALIAS; or a folder or an endpoint, as it was written when it was scored.
-        cards: of the versions of `name`.
+        against: NAME/VERSION or NAME@ALIAS; or a folder or an endpoint, spelt as when it was scored.
+        cards: the scorecards of the versions of `name`.
 
     Raises:
-        BadInput: no version of this name; no version of `name` was scored against any teacher.
+        BadInput: there is no such version, or no version of `name` was scored against a teacher.
     """
     relatives = [card.relative for card in sorted(cards, key=lambda card: card.created, reverse=True) if card.relative]
     if against is None:
@@ -69,7 +69,7 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
             version.engine,
             scorecards_of_version(store, version, store.findings.scorecards(version)),
         )
-    # Its files, or its server, are not asked: its scores are kept under its digest.
+    # Its scores are stored under its digest, so its files or server are not needed.
     engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"
     kept = list(stored_scorecards(ResolvedModel(Path(against), digest, against, None, engine), None))
     if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in kept):
@@ -80,30 +80,30 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
 def select_comparable_scores(
     teacher: Teacher, scores: Mapping[str, Sequence[LazyScorecard]], tasks: Sequence[str] = ()
 ) -> ComparableScores:
-    """One scorecard of the teacher, and one of each version that was asked the same.
+    """One scorecard of the teacher, and one of each version with the same tasks, prompts and harness.
 
-    The same in tasks, prompts and harness, in the largest setting that the teacher is in; not in how the cost was
-    measured, since a cost ratio is of one run on whatever machine. Of several scorecards of a version it is the
-    newest that is relative to this teacher and has a cost.
+    Takes the largest setting that the teacher is in. How the cost was measured may differ, since a cost ratio comes
+    from one run on any machine. Of several scorecards of a version, takes the newest that is relative to this
+    teacher and has a cost.
 
     Args:
-        scores: of the others, by NAME/VERSION.
-        tasks: that they have to have.
+        scores: scores of the other versions, by NAME/VERSION.
+        tasks: tasks that every scorecard must have.
 
     Raises:
-        BadInput: a task that nobody was scored on; a teacher without scores; nothing to hold against it.
+        BadInput: no version was scored on a task, the teacher has no scores, or no version can be compared with it.
     """
     several = {0: teacher.scores, **dict(enumerate(scores.values(), 1))}
     _check_tasks_scored(tasks, {task for scored in several.values() for each in scored for task in each.card.tasks})
     able = {place: [each for each in of if each.card.tasks.keys() >= set(tasks)] for place, of in several.items()}
     evaluate = f"limbeck eval MODEL --tasks {','.join(tasks) or '...'} --against {teacher.label}"
     if not able[0]:
-        raise BadInput(f"{teacher.label} is not scored, so nothing can be held against it", fix=evaluate)
+        raise BadInput(f"{teacher.label} is not scored, so nothing can be compared with it", fix=evaluate)
     one = tasks[0] if len(tasks) == 1 else None
     bare = {place: [_scores_only(each.card) for each in of] for place, of in able.items()}
     mates = next(each for each in group_comparable(bare, one) if 0 in each)
     if len(mates) == 1:
-        raise BadInput(f"no other version was asked what {teacher.label} was asked", fix=evaluate)
+        raise BadInput(f"no other version was scored on the same tasks and prompts as {teacher.label}", fix=evaluate)
     wanted = measurement_setting(mates[0], one)
 
     def best(place: int) -> LazyScorecard:
@@ -133,7 +133,7 @@ def _is_against(card: Scorecard, teacher: Teacher) -> bool:
 
 
 def _scores_only(card: Scorecard) -> Scorecard:
-    """A scorecard with its scores alone."""
+    """A scorecard without cost and comparison."""
     return card.model_copy(update={"cost": None, "relative": None})
 
 
@@ -141,5 +141,5 @@ def _check_tasks_scored(tasks: Sequence[str], scored_tasks: Collection[str]) -> 
     for task in tasks:
         if task not in scored_tasks:
             near = get_close_matches(task, scored_tasks, n=1)
-            there = f"there are: {', '.join(sorted(scored_tasks)) or 'none yet'}"
-            raise BadInput(f"no version is scored on {task!r}", fix=f"did you mean {near[0]}?" if near else there)
+            known = f"versions are scored on: {', '.join(sorted(scored_tasks)) or 'nothing yet'}"
+            raise BadInput(f"no version is scored on {task!r}", fix=f"did you mean {near[0]}?" if near else known)

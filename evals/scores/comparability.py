@@ -1,4 +1,4 @@
-"""Which scorecards may stand in one ranking: those that were measured alike."""
+"""Group the scorecards that may be ranked together: those that were measured the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from limbeck.registry.records import Cost, Relative, Scorecard, top_level_tasks
 
 
 class MeasurementSetting(NamedTuple):
-    """What is alike in the scorecards of one ranking; None where a scorecard has no such part."""
+    """What the scorecards of one ranking have in common; None for a part that a scorecard does not have."""
 
     tasks: str  # digest of the tasks and their documents
     prompts: str
@@ -20,7 +20,7 @@ class MeasurementSetting(NamedTuple):
     cost: tuple[object, ...] | None  # Cost.setting
 
     def is_compatible_with(self, other: MeasurementSetting) -> bool:
-        """Whether what a scorecard has is as in `other`."""
+        """Whether every part that this setting has equals that of `other`."""
         return self[:3] == other[:3] and self.teacher in (None, other.teacher) and self.cost in (None, other.cost)
 
 
@@ -37,13 +37,13 @@ def measurement_setting(card: Scorecard, task: str | None = None) -> Measurement
 
 
 def group_comparable(cards: Mapping[int, Sequence[Scorecard]], task: str | None = None) -> list[dict[int, Scorecard]]:
-    """Scorecards of versions in groups that were measured alike, the largest first, the newer of two as large.
+    """Group the scorecards that were measured the same way: the largest group first, the newer of equals.
 
-    Each version is in the largest group that it has a scorecard for, with its newest one of these; one that is
-    relative to the teacher, and has a cost, goes before one without.
+    Each version appears in the largest group that it has a scorecard for, with its newest scorecard there; one that
+    is relative to the teacher and has a cost is preferred.
 
     Args:
-        cards: of each version, oldest first; those without the task are left out.
+        cards: scorecards by version number, oldest first; those without the task are left out.
     """
     able = {
         number: sorted(
@@ -66,13 +66,13 @@ def group_comparable(cards: Mapping[int, Sequence[Scorecard]], task: str | None 
 
 
 def _completeness(each: tuple[MeasurementSetting, Scorecard]) -> tuple[int, datetime]:
-    """How much a scorecard has, then how new it is."""
+    """A sort key: how many parts a scorecard has, then how new it is."""
     key, card = each
     return -key.count(None), card.created
 
 
 def _merge_settings(keys: Sequence[MeasurementSetting]) -> dict[MeasurementSetting, MeasurementSetting]:
-    """Of each setting the one that it belongs to: itself, or the most frequent one that has what it lacks."""
+    """Map each setting to itself, or to the most frequent compatible setting that has the parts it lacks."""
     counts = Counter(keys)
     whole: dict[tuple[str, ...], list[MeasurementSetting]] = defaultdict(list)
     belongs: dict[MeasurementSetting, MeasurementSetting] = {}
@@ -87,7 +87,7 @@ def _merge_settings(keys: Sequence[MeasurementSetting]) -> dict[MeasurementSetti
 def describe_differences(
     cards: Collection[Scorecard], others: Collection[Scorecard], task: str | None = None
 ) -> list[str]:
-    """In words, how the setting of some scorecards differs from that of others."""
+    """Describe how the setting of some scorecards differs from that of others."""
     (ours, card), (theirs, other) = (
         max(((measurement_setting(card, task), card) for card in of), key=_completeness) for of in (cards, others)
     )
@@ -118,13 +118,14 @@ def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]
 
 def _teacher(ours: Relative | None, theirs: Relative | None) -> str:
     if ours is None:
-        return "against no teacher"
+        return "without a teacher"
     same_name = theirs is not None and ours.teacher == theirs.teacher
     return f"against {'other files of ' if same_name else ''}{ours.teacher} as the teacher"
 
 
 def describe_cost_difference(ours: Cost | None, theirs: Cost | None) -> str:
-    """In words, how a cost was measured otherwise than another; both are not of one setting."""
+    """Describe how the measurement of one cost differs from that of another, which has a different setting."""
+
     if ours is None or theirs is None:
         return "without a cost" if ours is None else "with a cost"
     pairs = [

@@ -1,4 +1,4 @@
-"""One scored model held against another: finds the scores of both, or makes them."""
+"""Compare one scored model with another: find the scores of both, or make them."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def compare_models(
     store: Store | None = None,
     trust_remote_code: bool = False,
 ) -> ComparedModels:
-    """Hold `candidate` against `reference`, both MODELs, on the newest tasks that both were scored on.
+    """Compare `candidate` with `reference`, both MODELs, on the newest tasks that both were scored on.
 
     Args:
-        tasks: tasks or groups; all that both were scored on where none is named.
-        load_tasks: makes the task set on which both are scored where they were not scored on all of `tasks`.
+        tasks: tasks or groups; if empty, all that both were scored on.
+        load_tasks: makes the task set to score both on, if they were not both scored on all of `tasks`.
         margins: how much worse the candidate may be.
-        max_flips: give so many documents of each task on which the two differ.
+        max_flips: return at most this many documents of each task on which the two differ.
 
     Raises:
-        BadInput: a name that is no model, no documents in common, documents that do not pair (they are named), or
-            a margin of a task that is not compared.
+        BadInput: a name is not a model, the two have no documents in common, documents do not pair (the error names
+            them), or a margin is for a task that is not compared.
     """
     margins, store = margins or Margins(), store or Store()
     sides = [_Side.load(text, store) for text in (candidate, reference)]
@@ -84,21 +84,21 @@ def compare_models(
 
 
 class LazyScorecard(NamedTuple):
-    """A scorecard, and what gives the parquet of its documents."""
+    """A scorecard, and a function that returns the parquet file of its documents."""
 
     card: Scorecard
     documents: Callable[[], Path]
 
 
 class _Side(NamedTuple):
-    """One of the two models, with its scores, oldest first."""
+    """One of the two compared models, with its scores, oldest first."""
 
     label: str
     scores: list[LazyScorecard]
 
     @classmethod
     def load(cls, text: str, store: Store) -> _Side:
-        """What is known of a MODEL. A registered version is not fetched: its scores are enough."""
+        """The stored scores of a MODEL. Does not download a registered version: its scores are enough."""
         if REGISTERED.fullmatch(text) and not (Path(text) / "config.json").exists():
             version = store.get(text)
             cards = store.findings.scorecards(version)
@@ -117,7 +117,11 @@ class _Side(NamedTuple):
 def _newest_common_scores(
     ours: _Side, theirs: _Side, wanted: Sequence[str]
 ) -> tuple[LazyScorecard, LazyScorecard, dict[str, TaskResult]] | None:
-    """The newest scores of the same tasks by the same harness, all those `wanted`; the reference's results on them."""
+    """The newest scores of both on the same tasks by the same harness, with the reference's results; None if none.
+
+    Args:
+        wanted: tasks that both must have; if empty, every common task.
+    """
     for own in reversed(ours.scores):
         for other in reversed(theirs.scores):
             if own.card.harness != other.card.harness:
@@ -134,7 +138,7 @@ def _newest_common_scores(
 
 
 def read_documents(scored: LazyScorecard, tasks: Mapping[str, TaskResult]) -> pa.Table:
-    """The documents of `tasks`."""
+    """The rows of a documents table that belong to `tasks`."""
     table = parquet.read_table(scored.documents())
-    asked = [leaf for name in tasks for leaf in leaf_tasks(name, tasks)]
-    return table.filter(pyarrow.compute.is_in(table["task"], pa.array(asked, pa.string())))
+    leaves = [leaf for name in tasks for leaf in leaf_tasks(name, tasks)]
+    return table.filter(pyarrow.compute.is_in(table["task"], pa.array(leaves, pa.string())))

@@ -1,4 +1,4 @@
-"""Distilled students held against their controls: what the teacher brought, at equal tokens and at equal cost."""
+"""Compare distilled students with their controls: what the teacher brought, at equal tokens and at equal cost."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OUTCOME_PHRASES = {
     "better": "beats",
     "worse": "loses to",
     "mixed": "is better on some tasks and worse on others than",
-    "not settled": "is not told apart from",
+    "not settled": "cannot be distinguished from",
 }
 
 
 def compare_with_controls(
     store: Store, versions: Iterable[Version], task: str | None = None
 ) -> list[ControlComparison]:
-    """Each distilled PyTorch student of `versions` held against the newest control of each kind of its family.
+    """Compare each distilled PyTorch student of `versions` with the newest control of each kind of its family.
 
-    Paired by document, clustered; of those that were scored on the same tasks.
+    Comparisons are paired by document and clustered. Skips pairs that were not scored on the same tasks.
     """
     students = [version for version in versions if version.kind == "student" and version.family]
     controls = {(version.family, version.control): version for version in students if version.control}
@@ -77,7 +77,8 @@ def _training_and_teacher_seconds(training_cost: TrainingCost | None) -> float |
 
 
 def describe_control_result(comparison: ControlComparison) -> Iterator[str]:
-    """Who beat whom, at which tokens and time; then a line for each task, with the interval of the difference."""
+    """A line on which of the two won, at what tokens and time; then a line per task with the interval."""
+
     kind, budget = CONTROL_KINDS[comparison.kind], _describe_budget(comparison)
     yield f"{comparison.student} {OUTCOME_PHRASES[comparison.outcome]} {comparison.control}, {kind}{budget}"
     for task, each in comparison.tasks.items():

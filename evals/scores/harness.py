@@ -1,4 +1,4 @@
-"""A model's scores on lm-eval's tasks: one metric a task, a value and a weight for every document."""
+"""Run lm-eval over a model: one metric per task, with a value and a weight for every document."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 
 class Scores(NamedTuple):
-    """What a model made of a task set.
+    """A model's results on a task set.
 
-    `tasks`: of groups too; a sub-task names the outermost group that it counts in. `prompts_digest`: over every
-    prompt_hash. `documents`: one row for each document, columns as in DOCUMENTS; a metric is the mean of its
-    documents' values by their weights, a group's that of its sub-tasks' documents together.
+    Attributes:
+        tasks: results by task and by group. A sub-task names the outermost group that it counts in.
+        prompts_digest: over every prompt_hash.
+        documents: one row per document, with the columns of DOCUMENT_SCHEMA. A metric is the mean of its documents'
+            values by their weights; a group's metric is that of all documents of its sub-tasks.
     """
 
     tasks: dict[str, TaskResult]
@@ -47,16 +49,16 @@ def score_model(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Scores:
-    """Score one model. Answers that it gave before are taken from the cache; the rest are added to it.
+    """Score one model. Take its earlier answers from the cache, and add the rest to it.
 
     Args:
         batch_tokens: the most tokens of one forward pass; see `limbeck.evals.engines.lm_eval_model.LimbeckLM`.
-        on_progress: called with the requests done and those there are in all.
-        force: run every request, whatever the cache has, and replace that.
+        on_progress: called with the number of finished requests and of all requests.
+        force: run every request again and replace the cached answers.
 
     Raises:
-        BadInput: a model that cannot be loaded, a task that it cannot do, or one that answers with no numbers.
-        Unreachable: an endpoint that does not answer; what it answered before is kept.
+        BadInput: the model cannot be loaded, cannot do a task, or returns NaN.
+        Unreachable: an endpoint does not answer; its earlier answers stay in the cache.
     """
     quiet_libraries()
     from lm_eval.evaluator import evaluate
@@ -101,14 +103,14 @@ def score_model(
             )
         except Unreachable as error:
             raise Unreachable(
-                f"{error.message}; of {tasks.requests} requests {done} are answered, and kept",
-                fix="run the same again: it goes on from there",
+                f"{error.message}; {done} of {tasks.requests} requests are answered and stored",
+                fix="run the same command again to continue",
             ) from error
     return _scores(tasks, results)
 
 
 def _chat_template(engine: Engine, requested: bool | str) -> str | None:
-    """The name of the template to use; None is the only or default one. Raises BadInput where it is not there."""
+    """The name of the chat template to use; None if the tokenizer has only one. Raises BadInput if it is unknown."""
     if not requested:
         return None
     known, label = engine.tokenizer.chat_template, engine.tokenizer.name_or_path
@@ -122,7 +124,7 @@ def _chat_template(engine: Engine, requested: bool | str) -> str | None:
 
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:
-    """lm-eval's results as `Scores`."""
+    """Convert lm-eval's results to `Scores`."""
     chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
     tables = {name: document_table(task, chosen[name], results["samples"][name]) for name, task in tasks.tasks.items()}
     members = {
@@ -132,7 +134,7 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
     }
     for group, names in members.items():
         if not tasks.groups[group].aggregate_metric_list[0].weight_by_size:  # type: ignore[index]
-            # The group's value is the mean of its tasks' means. Within a task the weights stay alike.
+            # The group's value is the mean of its tasks' means. Within a task all documents weigh the same.
             documents = sum(tables[name].num_rows for name in names)
             for name in names:
                 weight = documents / len(names) / tables[name].num_rows
@@ -141,7 +143,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
                 tables[name] = tables[name].set_column(column, DOCUMENT_SCHEMA.field(column), weights)
 
     def result(name: str, leaves: Sequence[str], group: str | None) -> TaskResult:
-        """Of a task, or of a group with its tasks as `leaves`."""
+        """The result of a task, or of a group with its tasks as `leaves`."""
+
         metric, task = chosen[leaves[0]], tasks.tasks[leaves[0]]
         table = pa.concat_tables([tables[leaf] for leaf in leaves])
         columns = (table[column].to_numpy() for column in ("value", "weight", "cluster"))

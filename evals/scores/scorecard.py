@@ -1,4 +1,4 @@
-"""Scorecards: models scored, their cost measured, each held against a teacher; what is known is not done again."""
+"""Make scorecards: score models, measure their cost, compare each with a teacher, and reuse what is stored."""
 
 from __future__ import annotations
 
@@ -47,36 +47,35 @@ def evaluate(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Scorecard]:
-    """Score models, the teacher first, then measure what they cost; keep each scorecard as soon as it is whole.
+    """Score models, the teacher first, then measure their cost. Store each scorecard as soon as it is complete.
 
-    A model whose scores on these very tasks are kept is not run again. Nor is its cost measured again on this
-    machine, unless the teacher's was not measured in the same run: a cost ratio is of costs measured in turn.
-    A teacher named later, or other prices, only add to what is there. Scorecards of registered versions go to
+    A model with stored scores on exactly these tasks is not run again. Its cost is measured again only if it was not
+    measured on this machine, in one run with the teacher's: a cost ratio needs costs that were measured in turn.
+    Naming a teacher later, or other prices, only adds to stored scorecards. Scorecards of registered versions go to
     MLflow; those of folders stay below `home()`.
 
     Args:
-        models: what to score.
-        store: where the registered ones are.
-        against: the teacher; its own scorecard comes first in the result.
-        cost: measure it where it is not known.
-        prices: of machines; those that come with Limbeck where None.
-        force: score and measure everything anew.
+        models: the models to score.
+        store: holds the registered models.
+        against: the teacher; its scorecard comes first in the result.
+        cost: whether to measure costs that are unknown.
+        prices: of machines; None for those that Limbeck ships.
+        force: score and measure everything again.
 
     Raises:
-        BadInput: a model that cannot be loaded, scores that are no numbers, documents that do not pair with
-            the teacher's.
+        BadInput: a model cannot be loaded, a score is NaN, or documents do not pair with the teacher's.
     """
     prices = prices or Prices.load()
     every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
     kept = {model.label: [] if force else list(stored_scorecards(model, store)) for model in every}
     scored: dict[str, StoredScorecard] = {}
     cards: dict[str, StoredScorecard] = {}
-    told: set[str] = set()
+    printed: set[str] = set()
     timed = against if against and not against.endpoint else None
     if cost:
         for model in every:
             if model.endpoint:
-                print_status(f"  {model.label}: what an endpoint costs cannot be measured from here")
+                print_status(f"  {model.label}: the cost of an endpoint cannot be measured from here")
 
     def finish(model: ResolvedModel, own: Cost | None, teachers: Cost | None) -> None:
         a, b = (reprice(each, *prices.machine_price(each.machine)) if each else None for each in (own, teachers))
@@ -88,9 +87,10 @@ def evaluate(
         if against:
             relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
             card = card.model_copy(update={"relative": relative})
-            for line in lines - told:
+            for line in lines - printed:
                 print_status(f"  {line}")
-            told.update(lines)
+            printed.update(lines)
+
         cards[model.label] = _store_scorecard(found._replace(card=card), model, store, [*kept[model.label], found])
         print_status(f"  {_summary_line(cards[model.label].card)}")
 
@@ -116,7 +116,10 @@ def evaluate(
 
 
 def _overlaps(models: Sequence[ResolvedModel], tasks: TaskSet) -> dict[str, Contamination | None]:
-    """How much of the tasks each model's training text holds, where that is at hand; told once for each text."""
+    """By model label, how many task documents occur in its training text; None if the text is not on this machine.
+
+    Prints one line for each training text.
+    """
     texts: dict[str, list[str]] = {}
     for model in models:
         if model.version and model.version.data_digest:
@@ -132,7 +135,7 @@ def _overlaps(models: Sequence[ResolvedModel], tasks: TaskSet) -> dict[str, Cont
 
 def _describe_contamination(overlap: Contamination | None) -> str:
     if overlap is None:
-        return "not at hand, so its overlap with the tasks is not known"
+        return "not on this machine, so its overlap with the tasks is unknown"
     words = [f"{each.contaminated} of {each.documents} of {task}" for task, each in overlap.tasks.items()]
     return f"documents that occur in it: {', '.join(words)}"
 
@@ -146,14 +149,14 @@ class StoredScorecard(NamedTuple):
 
 
 def stored_scorecards(model: ResolvedModel, store: Store | None) -> Iterator[StoredScorecard]:
-    """What is kept of these very files: below `home()`, then with the version in MLflow; each oldest first."""
+    """The stored scorecards of exactly these files: below `home()`, then in MLflow; each oldest first."""
     folders = (path for path in _local_folder(model).glob("*") if (path / "scorecard.json").exists())
     found = []
     for folder in folders:
         try:
             verify_files(folder)
             card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
-        except (DamagedArtifact, ValueError):  # scored again
+        except (DamagedArtifact, ValueError):  # damaged: the model is scored again
             continue
         found.append(StoredScorecard(card, folder / "documents.parquet"))
     yield from sorted(found, key=lambda each: each.card.created)
@@ -164,7 +167,7 @@ def stored_scorecards(model: ResolvedModel, store: Store | None) -> Iterator[Sto
 
 
 def _newest_matching(kept: Sequence[StoredScorecard], tasks: TaskSet) -> StoredScorecard | None:
-    """The newest that is of these tasks and this harness."""
+    """The newest scorecard on these tasks by this version of lm-eval."""
     fitting = [each for each in kept if (each.card.tasks_digest, each.card.harness) == (tasks.digest, tasks.harness)]
     return max(fitting, key=lambda each: each.card.created, default=None)
 
@@ -172,7 +175,7 @@ def _newest_matching(kept: Sequence[StoredScorecard], tasks: TaskSet) -> StoredS
 def _store_scorecard(
     own: StoredScorecard, model: ResolvedModel, store: Store | None, kept: Sequence[StoredScorecard]
 ) -> StoredScorecard:
-    """Keep a scorecard, unless one that says the same is kept already: that one is given back."""
+    """Store a scorecard and return it; if an equal one is stored already, return that one."""
     wanted = bool(store and model.version)
     for each in reversed(kept):
         if each.registered == wanted and each.card == own.card.model_copy(update={"created": each.card.created}):
@@ -198,7 +201,7 @@ def _local_folder(model: ResolvedModel) -> Path:
 
 
 def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code: bool) -> StoredScorecard:
-    """Run the model over the tasks; what comes out is kept below `home()` before anything else is done."""
+    """Run the model over the tasks, and store the scores below `home()` first of all."""
     began = time.monotonic()
     with _progress_bar(f"{model.label}: scoring") as on_progress:
         scores = score_model(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
@@ -217,7 +220,7 @@ def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code:
 
 
 class _Costs(NamedTuple):
-    """What is known of the cost of a model, and of its teacher's in the same run."""
+    """The stored cost of a model, and its teacher's cost in the same run."""
 
     own: Cost | None
     teacher: Cost | None
@@ -230,7 +233,7 @@ def _known_costs(
     teacher: ResolvedModel | None,
     teacher_cards: Sequence[StoredScorecard],
 ) -> _Costs:
-    """The newest cost in the scorecards of a model; rather one measured here, and in one run with the teacher's."""
+    """The best stored cost of a model: measured in one run with the teacher's, then on this machine, then newest."""
     here = describe_machine(model)
     beside = {each.card.cost.run: each.card.cost for each in teacher_cards if each.card.cost}
     for each in stored:
@@ -266,32 +269,35 @@ def _progress_bar(label: str, unit: str = "requests") -> Iterator[Callable[[int,
 def _relative(
     own: StoredScorecard, teacher_scores: StoredScorecard, teacher: ResolvedModel, teacher_cost: Cost | None
 ) -> tuple[Relative, set[str]]:
-    """A scorecard relative to the teacher's scores and its cost of the same run, and what has to be said about it."""
+    """Compare a scorecard with the teacher's scores and its cost of the same run. Returns warnings to print, too."""
     found = compare_with_teacher(
         parquet.read_table(own.documents), parquet.read_table(teacher_scores.documents), teacher_scores.card.tasks
     )
-    said = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
-    cost, dearer, faster = own.card.cost, None, None
+    warnings = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
+    cost, cost_ratio, speedup = own.card.cost, None, None
     if cost and teacher_cost:
-        dearer = paired_cost_ratio(cost, teacher_cost)
-        faster = Estimate(
-            value=1 / dearer.value, low=1 / dearer.high, high=1 / dearer.low, confidence=dearer.confidence
+        cost_ratio = paired_cost_ratio(cost, teacher_cost)
+        speedup = Estimate(
+            value=1 / cost_ratio.value,
+            low=1 / cost_ratio.high,
+            high=1 / cost_ratio.low,
+            confidence=cost_ratio.confidence,
         )
     elif cost:
-        said.add(f"{own.card.model} has no cost ratio: its cost was not measured in one run with the teacher's")
+        warnings.add(f"{own.card.model} has no cost ratio: its cost was not measured in one run with the teacher's")
     relative = Relative(
         teacher=teacher.label,
         teacher_digest=teacher.digest,
         retention=found.retention,
         task_retention=found.task_retention,
         difference=found.difference,
-        cost_ratio=dearer.value if dearer else None,
-        speedup=faster.value if faster else None,
-        cost_ratio_interval=dearer,
-        speedup_interval=faster,
+        cost_ratio=cost_ratio.value if cost_ratio else None,
+        speedup=speedup.value if speedup else None,
+        cost_ratio_interval=cost_ratio,
+        speedup_interval=speedup,
         teacher_cost=teacher_cost,
     )
-    return relative, said
+    return relative, warnings
 
 
 def _summary_line(card: Scorecard) -> str:

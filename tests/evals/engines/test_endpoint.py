@@ -292,7 +292,7 @@ def test_a_run_resumes_after_its_endpoint_died(
     kept = flaky.prompts()
     assert 0 < kept < 80
     assert (dead.code, dead.out) == (2, "")
-    assert f"cannot be used: 500 not now, ***; of 80 requests {kept} are answered, and kept" in dead.err
+    assert f"cannot be used: 500 not now, ***; {kept} of 80 requests are answered and stored" in dead.err
     assert KEY not in dead.err
     assert not list(home.glob("scorecards-local/*/*"))
     flaky.dead_after = None

@@ -82,7 +82,7 @@ def test_distillation_is_held_against_the_controls_of_its_family(
     assert "m/1 beats m/2, labels alone at equal tokens: 614,400 tokens and 82 s, the teacher's pass counted" in table
     assert "m/1 loses to m/3, labels alone at equal cost" in table
     assert "single bits_per_byte -0.2000 [-0.2" in table
-    assert "m/5 is not told apart from m/4" in table
+    assert "m/5 cannot be distinguished from m/4" in table
     assert "+0.0000 [+0.0000, +0.0000], not settled" in table
     page = limbeck("leaderboard", "m", "--format", "html", "--output", "page.html")
     assert page.code == 0

@@ -177,7 +177,7 @@ def test_eval_records_the_overlap_in_the_scorecard(
     model = load_registered_version(version, store)
     (card,) = evaluate([model], tasks, store, cost=False)
     assert card.contamination is None
-    assert "not at hand" in capsys.readouterr().err
+    assert "not on this machine" in capsys.readouterr().err
     folder = training_text(" ".join(WORDS))
     (card,) = evaluate([model], tasks, store, cost=False)
     assert card.contamination is not None

@@ -444,7 +444,7 @@ def test_what_is_not_there(store: Store, add: Add) -> None:
     with pytest.raises(BadInput, match="no version of m was scored against a teacher") as error:
         decide_verdict(store, "m")
     assert error.value.fix == "limbeck eval m --tasks ... --against TEACHER"
-    with pytest.raises(BadInput, match="no other version was asked what m/1 was asked"):
+    with pytest.raises(BadInput, match="no other version was scored on the same tasks and prompts as m/1"):
         decide_verdict(store, "m", against="m/1")
     bare = add()
     with pytest.raises(BadInput, match="m/2 is not scored") as error:
