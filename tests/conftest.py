@@ -90,6 +90,7 @@ def make_cost(usd: float) -> Cost:
         requests=20,
         threads=1,
         machine="a test",
+        protocol=2,
     )
 
 

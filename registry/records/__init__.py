@@ -1,4 +1,4 @@
-"""The records: what Limbeck knows of a version, and what MLflow keeps. Frozen pydantic models."""
+"""The records: frozen pydantic models of versions and of all that is known about them. MLflow stores them as JSON."""
 
 from limbeck.registry.records.base import (
     Engine,

@@ -1,4 +1,4 @@
-"""What every record is: frozen, with a digest."""
+"""The base of all records: frozen, with a digest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic_core import to_jsonable_python
 from limbeck.registry.core.digest import json_digest
 
 Kind = Literal["teacher", "student", "onnx"]
-Engine = Literal["torch", "onnxruntime", "endpoint"]  # endpoint: its files say where it is
+Engine = Literal["torch", "onnxruntime", "endpoint"]  # endpoint: its files hold the URL
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 class Frozen(BaseModel):
-    """Cannot be changed; unknown fields are an error."""
+    """A pydantic model that cannot be changed; unknown fields are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -29,10 +29,10 @@ class Record(Frozen):
 
 
 class Estimate(Record):
-    """A number with its interval."""
+    """A number with its confidence interval."""
 
     value: float
     low: float
     high: float
     confidence: float = 0.95
-    degrees_of_freedom: float | None = None  # degrees of freedom of Student's t, where the interval is by it
+    degrees_of_freedom: float | None = None  # of Student's t; None if the interval is not from it

@@ -10,39 +10,39 @@ from limbeck.registry.records.base import Estimate, Kind, Outcome, Record
 class Noninferiority(Record):
     """Whether a candidate is as good as a reference: a one-sided test at a margin set beforehand.
 
-    The candidate's advantage is its mean difference, turned so that more is better. Alone, a test passes where
-    the lower bound of the advantage is above -margin, fails where the upper bound is below, and else is
-    inconclusive. The verdict passes where Holm's correction over tasks and candidates leaves that standing.
+    The candidate's advantage is its mean difference, with the sign by which more is better. A test passes if the
+    lower bound of the advantage is above -margin, fails if the upper bound is below -margin, and is inconclusive
+    otherwise. The verdict passes only if the test still passes after Holm's correction over tasks and candidates.
     """
 
     margin: float  # above 0, in the metric's own units
     lower: float  # of the advantage; one-sided, 95%
-    upper: float  # likewise
+    upper: float  # of the advantage; one-sided, 95%
     p_value: float  # of the hypothesis that the candidate is worse by the margin or more
-    p_holm: float  # corrected for all that was tested
-    uncorrected: Outcome  # of this test alone
+    p_holm: float  # the p-value after Holm's correction over all tests
+    uncorrected: Outcome  # of this test before the correction
     verdict: Outcome
-    detectable: float  # the smallest margin that these documents show with 80% power, were there no difference
-    # Inconclusive: about how many documents would settle it with 80% power, and clusters of them, if the
-    # difference stays what it is; None where none would, since it is at the margin itself.
+    detectable: float  # the smallest margin that these documents show with 80% power if there is no difference
+    # If inconclusive: about how many documents, and clusters of them, would decide it with 80% power if the
+    # difference stays the same; None if no number would, since the difference is at the margin.
     documents_needed: int | None = None
     clusters_needed: int | None = None
 
 
 class AnswerDifferences(Record):
-    """How two models' answers differ: a diagnosis, no test of being as good. None where it cannot be told."""
+    """How the answers of two models differ: a diagnosis, not a test. A field is None if it cannot be computed."""
 
     right_to_wrong: int | None  # documents that the reference has right and the candidate wrong; 0/1 scores only
     wrong_to_right: int | None
-    mcnemar_p: float | None  # exact, two-sided; takes documents as independent
+    mcnemar_p: float | None  # exact, two-sided; treats documents as independent
     kl: float | None  # KL(reference || candidate) of the choices' probabilities, mean over documents, nats
 
 
 class ComparedTask(Record):
-    """One task, or several of one metric together, of a candidate held against a reference."""
+    """A candidate compared with a reference on one task, or on several tasks of one metric together."""
 
     task: str  # a task's or group's name; else "macro" or "pooled"
-    tasks: tuple[str, ...]  # that it is made of
+    tasks: tuple[str, ...]  # the tasks in it
     metric: str
     higher_is_better: bool
     documents: int
@@ -51,8 +51,8 @@ class ComparedTask(Record):
     reference: float
     difference: Estimate  # candidate - reference in the metric's own units; paired by document, clustered
     stderr: float  # of the difference
-    better: str | None  # the model that is better beyond the interval of the difference
-    retention: Estimate | None  # of what the reference has above chance
+    better: str | None  # the better model, if the interval of the difference excludes 0
+    retention: Estimate | None  # of the reference's score above chance
     no_retention: str | None  # why it has none
     noninferiority: Noninferiority
     answers: AnswerDifferences
@@ -72,7 +72,7 @@ class Flip(Record):
 
 
 class ComparedModels(Record):
-    """`limbeck compare CANDIDATE REFERENCE --format json`. Stable: fields are only ever added."""
+    """`limbeck compare CANDIDATE REFERENCE --format json`. Stable: fields are only added."""
 
     candidate: str  # NAME/VERSION or folder
     reference: str
@@ -82,38 +82,38 @@ class ComparedModels(Record):
     retention: Estimate | None  # mean over the tasks that have one
     tasks: tuple[ComparedTask, ...]  # top-level tasks and groups
     over_all: tuple[ComparedTask, ...]  # of each metric that several tasks have: macro, then pooled
-    unknown_tasks: dict[str, str]  # tasks of which nothing can be told, and why
-    flips: tuple[Flip, ...]  # where they were asked for
+    unknown_tasks: dict[str, str]  # tasks that cannot be compared, and why
+    flips: tuple[Flip, ...]  # empty unless asked for
 
 
 class ControlTaskResult(Record):
-    """A student less its control on one task, paired by document."""
+    """The difference of a student and its control on one task, paired by document."""
 
     metric: str
     difference: Estimate
-    better: Literal["student", "control"] | None  # beyond the interval; None: not settled
+    better: Literal["student", "control"] | None  # None: the interval of the difference includes 0
 
 
 class ControlComparison(Record):
-    """A distilled student held against a control: the same student without the teacher."""
+    """A distilled student compared with a control: the same student trained without the teacher."""
 
     student: str  # NAME/VERSION
     control: str
     kind: str  # labels (at equal tokens), labels_equal_cost, untrained
     tasks: dict[str, ControlTaskResult]  # top-level tasks and groups
     outcome: Literal["better", "worse", "mixed", "not settled"]  # over the tasks
-    student_tokens: int | None  # that each has seen in training
+    student_tokens: int | None  # seen in training
     control_tokens: int | None
-    student_seconds: float | None  # of training and of the teacher's pass, in full
+    student_seconds: float | None  # of training and of the teacher's whole pass
     control_seconds: float | None
 
 
 class LeaderboardRow(Record):
     """One row of `limbeck leaderboard NAME --format json`.
 
-    Rows of one `setting` are alike in tasks, prompts, harness, teacher and how costs were measured; only these are
-    ranked against each other. The largest setting comes first, in it the best retention; unscored versions last.
-    Stable: fields are only ever added. What was not measured is null, and its keys are there all the same.
+    Rows of one `setting` have equal tasks, prompts, harness, teacher and measurement of cost; only these are ranked
+    against each other. The largest setting comes first, in it the best retention; unscored versions come last.
+    Stable: fields are only added. Values that were not measured are null; their keys are always present.
     """
 
     version: str  # NAME/VERSION
@@ -132,13 +132,13 @@ class LeaderboardRow(Record):
     verdict: Outcome | None  # of the newest verdict
     aliases: tuple[str, ...]
     task_retention: dict[str, dict[str, float]] = {}  # task or group -> as retention
-    # usd_per_million_tokens, p50_ms, cost_ratio, speedup -> {low, high}, where the rounds of a run gave one
+    # usd_per_million_tokens, p50_ms, cost_ratio, speedup -> {low, high}, if measured in several rounds
     intervals: dict[str, dict[str, float]] = {}
-    machine: str | None = None  # that the cost was measured on
+    machine: str | None = None  # on which the cost was measured
     setting: int | None = None  # 0 is the largest; null: not scored
-    differs: str | None = None  # how the setting differs from setting 0, in words
+    differs: str | None = None  # the difference of its setting from setting 0, in words
     control: str | None = None  # of distillation, as Version.control
     against_controls: tuple[ControlComparison, ...] = ()  # of a distilled PyTorch student
-    # {model, teacher, data, code, base_model}, each an SPDX expression as far as it is stated
+    # {model, teacher, data, code, base_model}: SPDX expressions; null if unknown
     licences: dict[str, str | None] = {}
     licence_allows_distillation: bool | None = None  # as Version's

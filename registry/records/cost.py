@@ -39,17 +39,17 @@ class Figure:
 
 
 class BatchCost(Record):
-    """Requests of one batch size, all of them the same."""
+    """The cost of equal requests in one batch size."""
 
     batch: int
-    request_ms: tuple[float, ...]  # one batch from start to end, round by round; rounds of one run are paired
+    request_ms: tuple[float, ...]  # of one batch from start to end, one value a round; rounds of one run are paired
     prefill_tokens_per_s: float  # of the whole batch
     decode_tokens_per_s: float
     p50_ms: float
     p95_ms: float
     usd_per_million_tokens: float
-    peak_rss_bytes: int  # so far: smaller batches came before
-    peak_device_bytes: int | None = None  # the most that torch held on the GPU
+    peak_rss_bytes: int  # includes the smaller batches, which came before
+    peak_device_bytes: int | None = None  # at most allocated by torch on the GPU
 
 
 class Cost(Record):
@@ -112,15 +112,15 @@ class Cost(Record):
     requests: int
     threads: int
     machine: str
-    protocol: int = 1
-    run: str | None = None  # costs of one run were measured in turn, round by round
+    protocol: int  # limbeck.evals.cost.measure.PROTOCOL
+    run: str | None = None  # id of the run; the costs of one run were measured in turn, round by round
     device: str = "cpu"  # cpu or cuda
     price: str | None = None  # where usd_per_hour comes from: name, date and source
     loads: tuple[BatchCost, ...] = ()  # by batch size, batch 1 first
 
     @property
     def setting(self) -> tuple[str, int, int, int, float, int]:
-        """What two costs share that may stand in one table: machine, threads, request, price, protocol."""
+        """What two costs must share to be compared in one table: machine, threads, request, price, protocol."""
         hardware = self.machine.partition(";")[0]
         return hardware, self.threads, self.prompt_tokens, self.new_tokens, self.usd_per_hour, self.protocol
 

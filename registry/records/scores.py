@@ -1,4 +1,4 @@
-"""What an artifact scored: task by task, relative to its teacher, with its parity and contamination."""
+"""Scorecards: the results of an artifact by task and relative to its teacher; contamination and parity."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ class TaskResult(Record):
 
     metric: str
     value: float
-    stderr: float | None  # clustered by document group where the task names one
+    stderr: float | None  # clustered by document group if the task names one
     higher_is_better: bool
     documents: int
-    chance: float | None = None  # the metric's value for guessing; None where it has no meaning
+    chance: float | None = None  # the metric's value for guessing; None if guessing has no meaning
     task_hash: str  # of the task's configuration and documents
     prompt_hash: str  # of all the rendered prompts, in order
     group: str | None = None  # the group it is a sub-task of
 
 
 def top_level_tasks(tasks: Mapping[str, TaskResult]) -> list[str]:
-    """The tasks that belong to no group that is scored too."""
+    """The tasks that are not part of a group among these tasks."""
     return [name for name, result in tasks.items() if result.group not in tasks]
 
 
 class Relative(Record):
-    """A scorecard relative to a teacher's, paired by document."""
+    """A scorecard compared with the teacher's, paired by document."""
 
     teacher: str  # NAME/VERSION or folder
     teacher_digest: str
@@ -37,33 +37,34 @@ class Relative(Record):
     task_retention: dict[str, Estimate]
     difference: dict[str, Estimate]  # student - teacher, in the metric's own units
     cost_ratio: float | None  # usd_per_million_tokens over the teacher's: the median over paired rounds
-    speedup: float | None  # teacher's p50_ms over this p50_ms, likewise
+    speedup: float | None  # the teacher's p50_ms over this p50_ms, the median over paired rounds
     cost_ratio_interval: Estimate | None = None
     speedup_interval: Estimate | None = None
-    teacher_cost: Cost | None = None  # of the same run as this scorecard's cost
+    teacher_cost: Cost | None = None  # measured in the same run as this scorecard's cost
 
 
 class Overlap(Record):
-    """How many of a task's documents occur in a training text."""
+    """The number of a task's documents that occur in a training text."""
 
     documents: int
-    contaminated: int  # those of which some n-gram occurs
+    contaminated: int  # documents with at least one n-gram that occurs
 
     @property
     def share(self) -> float:
+        """The share of contaminated documents, 0 to 1."""
         return self.contaminated / self.documents if self.documents else 0.0
 
 
 class Contamination(Record):
-    """The overlap of a version's training text with the tasks it was scored on, see evals.tasks.contamination."""
+    """The overlap of a version's training text with its tasks, see limbeck.evals.tasks.contamination."""
 
     data_digest: str  # of the training text
-    ngram: int  # words; a document that is shorter counts with all of its words
-    tasks: dict[str, Overlap]  # no groups
+    ngram: int  # words; a shorter document counts with all of its words
+    tasks: dict[str, Overlap]  # without groups
 
 
 class Scorecard(Record):
-    """One artifact, one set of tasks, one machine."""
+    """The scores of one artifact on one set of tasks, measured on one machine."""
 
     artifact: str  # digest of the artifact's files
     model: str  # NAME/VERSION or folder
@@ -74,8 +75,8 @@ class Scorecard(Record):
     created: datetime
     cost: Cost | None = None
     relative: Relative | None = None
-    seconds: float | None = None  # that scoring took; what was known already took none
-    contamination: Contamination | None = None  # None: the training text was not at hand
+    seconds: float | None = None  # of scoring; results that were cached took none
+    contamination: Contamination | None = None  # None: the training text was not on this machine
 
 
 class Parity(Record):

@@ -1,4 +1,4 @@
-"""A version: one exact artifact under a registered name, and what its training cost."""
+"""A version: one exact artifact under a registered name; and the cost of its training."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class Version(NewVersion):
 
 
 class TrainingCost(Record):
-    """What making a student took."""
+    """The cost of training a student."""
 
-    training_seconds: float  # of all parts of a run that was stopped and resumed; online teacher included
-    teacher_seconds: float = 0.0  # of the teacher's forward passes whose logits were stored and learnt from
+    training_seconds: float  # summed over the parts of a resumed run; with the teacher, if it ran online
+    teacher_seconds: float = 0.0  # of the teacher's forward passes whose stored logits were trained on
     students_sharing_teacher: int = 1  # students of the recipe that share those logits; the seconds are not divided
     tokens: int  # seen in training
     machine: str  # limbeck.registry.core.machine.describe_hardware
     device: str = "cpu"
-    api_input_tokens: int = 0  # sent to and got from a teacher behind an API
+    api_input_tokens: int = 0  # of a teacher behind an API
     api_output_tokens: int = 0
     api_model: str | None = None
-    api_usd: float | None = None  # what those cost at the recipe's prices; None where it named none
+    api_usd: float | None = None  # the price of these tokens; None if the recipe has no prices

@@ -175,6 +175,7 @@ def scorecard(model: str, digest: str, dice: random.Random, teacher: bool = Fals
             requests=10,
             threads=2,
             machine="a processor, 2 cores, Linux; an engine",
+            protocol=2,
         ),
         relative=Relative(
             teacher=f"{NAME}/1",

@@ -148,7 +148,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "threads": ({"cost_fields": {"threads": 2}}, "cost measured with 2 threads, not with 1 thread"),
     "request": ({"cost_fields": {"new_tokens": 8}}, "for 64 tokens in and 8 out"),
     "price": ({"cost_fields": {"usd_per_hour": 3.0}}, "at $3 an hour, not at $1 an hour"),
-    "protocol": ({"cost_fields": {"protocol": 9}}, "by protocol 9, not by protocol 1"),
+    "protocol": ({"cost_fields": {"protocol": 9}}, "by protocol 9, not by protocol 2"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Keys of ed25519 and what is signed with them."""
+"""Ed25519 keys, signatures and files of trusted keys."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ DATA = SBOM_DOMAIN + b"what went in"
 
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The public key of a private one that is configured."""
+    """The public key of the configured private key."""
     public = signing.create_key(tmp_path / "key.pem")
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "key.pem"))
     return public
 
 
-def test_what_is_signed_is_verified_and_nothing_else(key: str, tmp_path: Path) -> None:
+def test_only_the_signed_data_verifies(key: str, tmp_path: Path) -> None:
     made = signing.sign(DATA)
     assert made is not None
     assert made.key == key
@@ -53,7 +53,7 @@ def test_what_is_signed_is_verified_and_nothing_else(key: str, tmp_path: Path) -
     assert not signing.verify_signature(DATA, Signature("AAAA", made.signature), "AAAA")
 
 
-def test_a_signature_is_what_others_make_with_the_key(key: str, tmp_path: Path) -> None:
+def test_a_signature_equals_that_of_cryptography(key: str, tmp_path: Path) -> None:
     private = load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
     assert isinstance(private, Ed25519PrivateKey)
     made = signing.sign(DATA)
@@ -61,12 +61,12 @@ def test_a_signature_is_what_others_make_with_the_key(key: str, tmp_path: Path) 
     assert signing._bytes(made.signature, 64) == private.sign(DATA)
 
 
-def test_what_has_no_kind_is_not_signed(key: str) -> None:
-    with pytest.raises(ValueError, match="begins with its kind"):
+def test_data_without_a_kind_is_not_signed(key: str) -> None:
+    with pytest.raises(ValueError, match="must begin with its kind"):
         signing.sign(b"anything")
 
 
-def test_nothing_is_signed_where_no_key_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_signed_without_a_configured_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, ""):
         monkeypatch.delenv(signing.KEY_FILE_VARIABLE, raising=False)
         if value is not None:
@@ -74,7 +74,7 @@ def test_nothing_is_signed_where_no_key_is_configured(monkeypatch: pytest.Monkey
         assert signing.sign(DATA) is None
 
 
-def test_a_key_is_its_owners_alone_and_is_never_overwritten(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_key_and_it_is_never_overwritten(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         signing.create_key(tmp_path / "key.pem")
@@ -125,7 +125,7 @@ def test_a_key_that_cannot_be_used(
     assert caught.value.fix
 
 
-def test_whom_to_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_keys_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(signing.TRUSTED_KEYS_VARIABLE, raising=False)
     assert signing.read_trusted_keys() is None
     ada, ben = (signing.create_key(tmp_path / f"{name}.pem") for name in "ab")
@@ -157,7 +157,7 @@ def test_a_file_of_trusted_keys_that_cannot_be_used(
         signing.read_trusted_keys()
 
 
-def test_keys_are_made_and_shown_by_commands(
+def test_commands_create_and_show_keys(
     limbeck_home: Path, limbeck: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = limbeck("keys", "new", "my key.pem", "--name", "ada")
@@ -172,10 +172,10 @@ def test_keys_are_made_and_shown_by_commands(
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, "my key.pem")
     assert limbeck("keys", "show", "--name", "ada").out == made.out
     assert limbeck("keys", "new", "my key.pem").code == 2
-    assert not limbeck_home.exists()  # a place that only keeps a key
+    assert not limbeck_home.exists()  # the command needs no state folder
 
 
-def test_a_host_without_cryptography_is_told_what_to_install(tmp_path: Path) -> None:
+def test_a_host_without_cryptography_learns_what_to_install(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["cryptography"] = sys.modules["cryptography.exceptions"] = None

@@ -1,4 +1,4 @@
-"""Recipes and policies: what is wrong in them is told with file, line and the key meant."""
+"""TOML files as models: errors name the file, the line and the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ volume = 3
 '''
 
 
-def problem(text: str, *overrides: str) -> str:
+def error_text(text: str, *overrides: str) -> str:
     with pytest.raises(BadInput) as caught:
         parse_toml(text, Still, overrides, source_name="still.toml")
     assert caught.value.exit_code == 2
@@ -90,15 +90,15 @@ def test_lines_of_nested_arrays_of_tables_and_values_over_several_lines() -> Non
     assert lines[("t", 1, "v", 1, "k")] == 13
 
 
-def test_a_mistyped_key_names_its_line_and_the_near_one() -> None:
-    message = problem(TEXT.replace("volume = 3", "volum = 3"))
+def test_an_unknown_key_is_named_with_its_line_and_a_similar_key() -> None:
+    message = error_text(TEXT.replace("volume = 3", "volum = 3"))
     assert "still.toml:15: unknown key vessels.1.volum; did you mean volume?" in message
     assert "label, volume, metal" in message
-    assert "still.toml:5" in problem(TEXT.replace("[furnace]", "[furnance]"))
+    assert "still.toml:5" in error_text(TEXT.replace("[furnace]", "[furnance]"))
 
 
-def test_all_problems_are_told_at_once() -> None:
-    message = problem(TEXT.replace("0.25", '"hot"').replace('label = "cucurbit"', 'metal = "cooper"'))
+def test_all_problems_are_reported_at_once() -> None:
+    message = error_text(TEXT.replace("0.25", '"hot"').replace('label = "cucurbit"', 'metal = "cooper"'))
     assert "still.toml:3: heat: input should be a valid number" in message
     assert "'hot'" in message
     assert "still.toml:10: vessels.0.label is missing" in message
@@ -106,23 +106,23 @@ def test_all_problems_are_told_at_once() -> None:
     assert "did you mean 'copper'?" in message
 
 
-def test_what_is_missing_at_the_top_names_the_file() -> None:
-    assert "still.toml: name is missing" in problem("heat = 0.1\n")
+def test_a_missing_key_at_the_top_names_the_file() -> None:
+    assert "still.toml: name is missing" in error_text("heat = 0.1\n")
 
 
-def test_a_validator_of_the_model_speaks_in_its_own_words() -> None:
-    assert "still.toml: ice does not burn" in problem(TEXT.replace('"""\nchar\ncoal"""', '"ice"'))
+def test_the_message_of_a_validator_is_unchanged() -> None:
+    assert "still.toml: ice does not burn" in error_text(TEXT.replace('"""\nchar\ncoal"""', '"ice"'))
 
 
 def test_a_number_out_of_bounds() -> None:
-    assert "still.toml:3: heat: input should be less than or equal to 1, not 25.0" in problem(
+    assert "still.toml:3: heat: input should be less than or equal to 1, not 25.0" in error_text(
         TEXT.replace("0.25", "25.0")
     )
 
 
-def test_text_that_is_no_toml() -> None:
-    assert "still.toml:2:" in problem('name = "a"\nheat 3\n')
-    assert "still.toml" in problem('name = "a')
+def test_text_that_is_not_toml() -> None:
+    assert "still.toml:2:" in error_text('name = "a"\nheat 3\n')
+    assert "still.toml" in error_text('name = "a')
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
     assert parse_toml('name = "a"', Still, ["furnace.fuel=gas"]).furnace == Furnace(fuel="gas")
 
 
-def test_a_bad_override_names_itself_and_not_a_line() -> None:
-    assert "--set heet=1: unknown key heet; did you mean heat?" in problem(TEXT, "heet=1")
-    assert "--set heat=warm: heat: input should be a valid number" in problem(TEXT, "heat=warm")
-    assert "it must be KEY=VALUE" in problem(TEXT, "heat")
-    assert "no place in a list of 2" in problem(TEXT, "vessels.5.volume=1")
-    assert "no table" in problem(TEXT, "name.first=1")
+def test_the_error_of_an_override_names_the_override_and_no_line() -> None:
+    assert "--set heet=1: unknown key heet; did you mean heat?" in error_text(TEXT, "heet=1")
+    assert "--set heat=warm: heat: input should be a valid number" in error_text(TEXT, "heat=warm")
+    assert "it must be KEY=VALUE" in error_text(TEXT, "heat")
+    assert "not an index of a list of 2 items" in error_text(TEXT, "vessels.5.volume=1")
+    assert "not a table" in error_text(TEXT, "name.first=1")
