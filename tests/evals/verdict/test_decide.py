@@ -20,6 +20,7 @@ from limbeck.evals.cost.measure import median_estimate
 from limbeck.evals.cost.prices import ApiEntry, Prices
 from limbeck.evals.stats.noninferiority import Margins, holm_adjusted_p_values
 from limbeck.evals.stats.retention import compare_with_teacher, mean_and_stderr
+from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 from limbeck.evals.verdict.decide import decide_verdict
 from limbeck.evals.verdict.page import render_html, render_markdown
 from limbeck.evals.verdict.records import Candidate, VerdictReport
@@ -65,7 +66,7 @@ def table(scores: Scores, one_group: Sequence[str] = ()) -> pa.Table:
         for task, values in scores.items()
         for number, value in enumerate(values)
     ]
-    return pa.Table.from_pylist(rows)
+    return pa.Table.from_pylist(rows, DOCUMENT_SCHEMA)
 
 
 def results(scores: Scores) -> dict[str, TaskResult]:
