@@ -46,7 +46,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
     limbeck("promote", "still")
     result = limbeck("models", "show", "still@production")
     assert result.code == 0
-    for words in (
+    for text in (
         scored.variants["int8"].digest,
         "0.970 [0.950, 0.990]",
         "newest gate decision: pass",
@@ -54,7 +54,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
         "mean_kl",
         "limbeck deploy still/4 --output DIR",
     ):
-        assert words in result.out
+        assert text in result.out
     about = json.loads(limbeck("models", "show", "still/4", "--format", "json").out)
     assert (about["parent"], about["aliases"]) == ("still/2", ["production"])
     assert about["files"] == {"config.json": 23, "model.onnx": 400}

@@ -120,10 +120,10 @@ def test_an_override_is_reported_everywhere(scored: Still, limbeck: Limbeck) -> 
     shown = limbeck(*VERIFY)
     assert shown.code == 0
     assert "promote OVERRIDE" in shown.out
-    words = (
+    message = (
         "OVERRIDE: in entry 1 ada moved production to still/5, which did not pass:\n  quality.min_retention (fail): "
     )
-    assert words in shown.err
+    assert message in shown.err
     assert "production is version 5 by an override of ada: a demo" in limbeck("doctor").out
     promote(scored.store, "still/4", "production", POLICY)
     back = limbeck("rollback", "still")

@@ -245,8 +245,8 @@ def test_sboms_that_are_not_trusted(scored: Still, signed: tuple[Sbom, Version],
     sbom, version = signed
     other = scored.variants["fp32"]
 
-    def refused(kind: type[Exception], words: str, given: Sbom | None, digest: str = version.digest) -> None:
-        with pytest.raises(kind, match=words):
+    def refused(kind: type[Exception], message: str, given: Sbom | None, digest: str = version.digest) -> None:
+        with pytest.raises(kind, match=message):
             verify_sbom(given, digest, version.ref)
 
     refused(BadInput, "still/4 has no SBOM, and LIMBECK_TRUSTED_KEYS requires", None)

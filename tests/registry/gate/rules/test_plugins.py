@@ -101,7 +101,7 @@ def test_a_rule_gets_its_options() -> None:
 
 @pytest.mark.usefixtures("acme")
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "reason"),
     [
         ("raises", "it raised KeyError: 'gone'"),
         ("leaves", "it raised SystemExit: 0"),
@@ -113,16 +113,16 @@ def test_a_rule_gets_its_options() -> None:
         ("elsewhere", "no rule elsewhere is installed"),
     ],
 )
-def test_a_broken_rule_never_passes(name: str, words: str) -> None:
+def test_a_broken_rule_never_passes(name: str, reason: str) -> None:
     ((rule, outcome, message),) = rule_results(**{name: {}})
     assert (rule, outcome) == (f"rules.{name}", "inconclusive")
-    assert words in message
+    assert reason in message
 
 
 @pytest.mark.usefixtures("acme")
 def test_options_are_checked_and_errors_name_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
-    for text, words in (
+    for text, message in (
         ("[rules.digest]\nstart = 'a'\n", r":2: unknown key rules.digest.start; did you mean starts\?"),
         ("[rules.digest]\nleast = 2\n", r":1: rules.digest.starts is missing"),
         ("[rules.digest]\nstarts = 'a'\nleast = 'x'\n", r":3: rules.digest.least: input should be a valid integer"),
@@ -131,7 +131,7 @@ def test_options_are_checked_and_errors_name_their_lines(tmp_path: Path) -> None
         ("[rules.absent]\n", r":1: the rule absent of acme 1.2 cannot be imported"),
     ):
         file.write_text(text)
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(BadInput, match=message):
             load_policy(file)
     file.write_text("[rules.digest]\nstarts = 'a'\n")
     assert load_policy(file).digest() != Policy(rules={"digest": {"starts": "b"}}).digest()
