@@ -1,10 +1,10 @@
-"""Training speed: from stored teacher outputs, beside plain cross-entropy, a teacher that runs online, and TRL.
+"""Training speed from a teacher cache, beside plain cross-entropy, an online teacher and TRL's GKDTrainer.
 
-All ways run in turns, each in a process of its own so that what Limbeck sets up is its own, on the same blocks of real
-text with the same student, batch, precision and threads: the ratios hold where the figures do not. A way's time is
-that of its training steps alone; the capture is told apart: it is paid once for a whole sweep of students. Asked for:
-from the cache at least 0.95 of plain cross-entropy with transformers' Trainer and 3.5 times TRL's GKDTrainer; online at
-least 1.3 times TRL's. A small vocabulary, the quickstart's, and one of a usual size: the loss is what tells them apart.
+All methods run in turns, each in a process of its own, on the same blocks of real text with the same student, batch,
+precision and threads: the ratios hold better than the figures. A method's time is that of its training steps; filling
+the cache is reported apart, since a whole sweep of students pays it once. Targets: from the cache, at least 0.95 times
+plain cross-entropy with transformers' Trainer and 3.5 times TRL's GKDTrainer; online, at least 1.3 times TRL's. The
+vocabularies are a small one, the quickstart's, and one of a usual size: they differ in the cost of the loss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LENGTH, BATCH, STEPS, ROUNDS = 256, 8, 10, 3
 
 
 class Size(NamedTuple):
-    """A vocabulary, and a teacher of some 34M and a student of some 5M parameters with it."""
+    """A vocabulary size, with the configs of a teacher of about 34M and a student of about 5M parameters."""
 
     vocabulary: int
     teacher: dict[str, int]
@@ -56,13 +56,13 @@ SIZES = [
 ]
 TOKENIZER = ROOT / "quickstart" / "teacher"
 PLAIN, TRL = "cross-entropy, transformers' Trainer", "forward KL, TRL's GKDTrainer, off-policy"
-Way = Callable[[], float]  # trains a student; seconds of its steps, or of what else it does
+Method = Callable[[], float]  # returns the seconds of its training steps, or of filling a cache
 
 
 def main() -> None:
     """Measure and print a table for each size."""
     quiet_libraries()
-    import trl.experimental.gkd  # noqa: F401 (before the processes part)
+    import trl.experimental.gkd  # noqa: F401 (imported once, before the processes fork)
 
     from limbeck.distill.training import trainer as trainer_module  # noqa: F401
 
@@ -73,19 +73,21 @@ def main() -> None:
 
 
 def measure(size: Size, blocks: Blocks, temporary: str) -> None:
-    """All ways of one size, in turns."""
+    """Measure all methods with one vocabulary, in turns, and print a table."""
     from limbeck.distill.recipe.schema import Objective, OnPolicy
 
     kl, forms = Objective(divergence="forward_kl"), ("sampled", "topk")
 
-    def limbeck(objective: Objective, said_by: str | None, on_policy: OnPolicy | None = None) -> Way:
-        return lambda: by_limbeck(size, blocks, objective, said_by, on_policy, Path(temporary) / "run")
+    def limbeck(objective: Objective, teacher: str | None, on_policy: OnPolicy | None = None) -> Method:
+        return lambda: by_limbeck(size, blocks, objective, teacher, on_policy, Path(temporary) / "run")
 
     for form in forms:
-        rate = blocks.ids.size / apart(lambda form=form: filled(size, blocks, form))  # type: ignore[misc]
-        bytes_a_token = cache_of(size, blocks, form).disk_bytes() / blocks.ids.size
-        print_status(f"teacher cache, {form}: {rate:,.0f} tokens/s to capture, once; {bytes_a_token:.1f} bytes a token")
-    ways: dict[str, Way] = {
+        rate = blocks.ids.size / in_a_process(lambda form=form: fill_cache(size, blocks, form))  # type: ignore[misc]
+        bytes_per_token = cache_of(size, blocks, form).disk_bytes() / blocks.ids.size
+        print_status(
+            f"teacher cache, {form}: {rate:,.0f} tokens/s to capture, once; {bytes_per_token:.1f} bytes per token"
+        )
+    methods: dict[str, Method] = {
         PLAIN: lambda: by_transformers(size, blocks, temporary),
         "cross-entropy, Limbeck": limbeck(Objective(labels=1.0), None),
         **{f"forward KL from the cache, {form}": limbeck(kl, form) for form in forms},
@@ -94,39 +96,39 @@ def measure(size: Size, blocks: Blocks, temporary: str) -> None:
         "on-policy, 64 new tokens, Limbeck": limbeck(kl, "online", OnPolicy(lmbda=1.0, max_new_tokens=64)),
         "on-policy, 64 new tokens, TRL": lambda: by_trl(size, blocks, temporary, lmbda=1.0),
     }
-    rates: dict[str, list[float]] = {way: [] for way in ways}
+    rates: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(ROUNDS):
-        for way, run in ways.items():
-            rates[way].append(STEPS * BATCH * LENGTH / apart(run))
-    medians = {way: statistics.median(rate) for way, rate in rates.items()}
+        for method, run in methods.items():
+            rates[method].append(STEPS * BATCH * LENGTH / in_a_process(run))
+    medians = {method: statistics.median(rate) for method, rate in rates.items()}
     print_table(
         f"training a student of {parameters(size, size.student):.1f}M, teacher of "
         f"{parameters(size, size.teacher):.1f}M, vocabulary {size.vocabulary:,}, batches of {BATCH} x {LENGTH}",
-        ["way", "tokens/s", "of plain cross-entropy", "of TRL's off-policy"],
+        ["method", "tokens/s", "times plain cross-entropy", "times TRL off-policy"],
         [
-            (way, f"{rate:,.0f}", f"{rate / medians[PLAIN]:.2f}", f"{rate / medians[TRL]:.2f}")
-            for way, rate in medians.items()
+            (method, f"{rate:,.0f}", f"{rate / medians[PLAIN]:.2f}", f"{rate / medians[TRL]:.2f}")
+            for method, rate in medians.items()
         ],
     )
 
 
-def apart(way: Way) -> float:
-    """What `way` gives, carried out in a process of its own. Nothing in this one has started torch's threads."""
+def in_a_process(method: Method) -> float:
+    """Call `method` in a forked process; this process has started no torch threads."""
     context = multiprocessing.get_context("fork")
     result = context.Value("d", -1.0)
 
     def run() -> None:
-        result.value = way()
+        result.value = method()
 
     process = context.Process(target=run)
     process.start()
     process.join()
-    assert result.value >= 0, "a way of training failed: see above"
+    assert result.value >= 0, "a method failed: see above"
     return result.value
 
 
 def text() -> Blocks:
-    """Blocks of the standard library's source, one document to each, as peers know no other."""
+    """Blocks of the standard library's source of one document each, since the peers do not separate documents."""
     from limbeck.distill.data.blocks import layout_digest, make_blocks
     from limbeck.distill.data.corpus import stdlib_documents
     from limbeck.distill.models.loading import load_tokenizer
@@ -139,18 +141,18 @@ def text() -> Blocks:
 
 
 def cache_of(size: Size, blocks: Blocks, kind: str) -> TeacherCache:
-    """The cache of one form, as far as it is filled."""
+    """The cache of one form, filled or not."""
     from limbeck.distill.cache.teacher_cache import TeacherCache
     from limbeck.distill.recipe.cache_form import Form
     from limbeck.distill.recipe.schema import Cache
 
-    wanted = Cache()
-    form = Form(kind, wanted.samples if kind == "sampled" else wanted.top_k, size.vocabulary)  # type: ignore[arg-type]
+    defaults = Cache()
+    form = Form(kind, defaults.samples if kind == "sampled" else defaults.top_k, size.vocabulary)  # type: ignore[arg-type]
     return TeacherCache({"teacher": "bench"}, blocks.ids.shape, form)  # type: ignore[arg-type]
 
 
-def filled(size: Size, blocks: Blocks, kind: str) -> float:
-    """Fill a cache; the seconds it took."""
+def fill_cache(size: Size, blocks: Blocks, kind: str) -> float:
+    """Fill a cache, and return the seconds that it took."""
     from limbeck.distill.models.precision import uses_bf16
     from limbeck.distill.teacher.local import local_capture
     from limbeck.distill.training import distributed
@@ -162,7 +164,10 @@ def filled(size: Size, blocks: Blocks, kind: str) -> float:
     return time.monotonic() - began
 
 
-def by_limbeck(size: Size, blocks: Blocks, objective: Any, said_by: str | None, on_policy: Any, folder: Path) -> float:
+def by_limbeck(
+    size: Size, blocks: Blocks, objective: Any, teacher_kind: str | None, on_policy: Any, folder: Path
+) -> float:
+    """Train with Limbeck, from a cache of the form `teacher_kind`, from an "online" teacher, or on labels (None)."""
     from limbeck.distill.recipe.schema import Training
     from limbeck.distill.training import distributed
     from limbeck.distill.training.trainer import Job, train
@@ -172,8 +177,10 @@ def by_limbeck(size: Size, blocks: Blocks, objective: Any, said_by: str | None, 
         max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS, eval_steps=STEPS + 1, warmup_ratio=0.0
     )
     teacher: Any = None
-    if said_by is not None:
-        teacher = make_llama(size, size.teacher) if said_by == "online" else cache_of(size, blocks, said_by)
+    if teacher_kind == "online":
+        teacher = make_llama(size, size.teacher)
+    elif teacher_kind is not None:
+        teacher = cache_of(size, blocks, teacher_kind)
     student = make_llama(size, size.student)
     job = Job(student, blocks, blocks, objective, training, teacher, folder, 0, size.vocabulary, on_policy=on_policy)
     seconds = train(job).seconds
@@ -233,7 +240,7 @@ def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
 
 
 def arguments(student: PreTrainedModel, folder: str) -> dict[str, Any]:
-    """What peers are asked for: as Limbeck's, and nothing that would slow them down."""
+    """The arguments of the peers: equal to Limbeck's, without anything that slows them down."""
     from limbeck.distill.models.loading import device
     from limbeck.distill.models.precision import uses_bf16
 
@@ -254,7 +261,7 @@ def arguments(student: PreTrainedModel, folder: str) -> dict[str, Any]:
 
 
 def clock() -> Any:
-    """A callback that takes the time of a trainer's steps."""
+    """A callback that measures the seconds of a trainer's steps."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -268,7 +275,7 @@ def clock() -> Any:
 
 
 def timed(trainer: Any) -> float:
-    """Train; the seconds that the trainer's clock took."""
+    """Train, and return the seconds of the trainer's clock."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -277,7 +284,7 @@ def timed(trainer: Any) -> float:
 
 
 def make_llama(size: Size, config: dict[str, int]) -> PreTrainedModel:
-    """A random Llama; a teacher's matrices are scaled so that its distributions are not all alike."""
+    """A random Llama; a teacher's matrices are scaled, so that its distributions are not nearly uniform."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

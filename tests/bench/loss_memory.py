@@ -1,7 +1,7 @@
-"""Peak memory and time of the loss and its backward pass, in chunks of tokens beside whole logits.
+"""Peak memory and time of the loss and its backward pass: in chunks of tokens, and with whole logits.
 
-Every case runs in a process of its own: its peak resident memory less what was resident before, when hidden states,
-weights and what the teacher said were there. The gradient of the head's weight is part of both ways.
+Every case runs in a process of its own. The figure is its peak resident memory, less the memory with hidden states,
+weights and the teacher's outputs in place. Both methods compute the gradient of the head's weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     rows = []
     for precision in ("fp32", "bf16"):
         for case in CASES:
-            whole, chunked = (_in_a_process(case, way, precision) for way in ("whole", "chunked"))
+            whole, chunked = (_in_a_process(case, method, precision) for method in ("whole", "chunked"))
             assert abs(whole["loss"] - chunked["loss"]) < 1e-2 * whole["loss"], (whole, chunked)
             less = whole["megabytes"] / chunked["megabytes"]
             faster = whole["seconds"] / chunked["seconds"]
@@ -36,19 +36,19 @@ def main() -> None:
             rows.append((case, precision, *figures))
     print_table(
         f"loss and backward pass, vocabulary {VOCABULARY:,}, {TOKENS:,} tokens, width {WIDTH}",
-        ["loss", "precision", "whole logits, MB", "in chunks, MB", "times less", "times as fast"],
+        ["loss", "precision", "whole logits, MB", "in chunks, MB", "times less memory", "times as fast"],
         rows,
     )
 
 
-def _in_a_process(case: str, way: str, precision: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.bench.loss_memory", case, way, precision]
+def _in_a_process(case: str, method: str, precision: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.loss_memory", case, method, precision]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
 
 
-def measure(case: str, way: str, precision: str) -> dict[str, float]:
-    """The loss a token, the peak of memory in megabytes, and the seconds of a second pass."""
+def measure(case: str, method: str, precision: str) -> dict[str, float]:
+    """The loss per token, the peak memory in megabytes, and the seconds of the second pass."""
     import torch
     import torch.nn.functional as F
 
@@ -64,7 +64,7 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
         part.requires_grad_()
     stored = TopK(torch.randint(VOCABULARY, (TOKENS, STORED)), torch.randn(TOKENS, STORED + 1).log_softmax(-1)[:, 1:])
     objective = Objective(labels=1.0) if case == "cross-entropy" else Objective(divergence="forward_kl")
-    said = {"cross-entropy": None, "forward KL, stored": stored, "forward KL, online": LazyLogits(*teacher)}[case]
+    outputs = {"cross-entropy": None, "forward KL, stored": stored, "forward KL, online": LazyLogits(*teacher)}[case]
 
     def whole() -> torch.Tensor:
         logits = F.linear(*student).float()
@@ -75,20 +75,20 @@ def measure(case: str, way: str, precision: str) -> dict[str, float]:
             log_p = F.log_softmax(F.linear(*teacher).float(), dim=-1)
             return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         log_q, p = log_q.gather(-1, stored.ids), stored.logprobs.exp()
-        rest, rest_of_p = 1 - log_q.exp().sum(-1), 1 - p.sum(-1)
-        return (p * (stored.logprobs - log_q)).sum() + (rest_of_p * (rest_of_p.log() - rest.log())).sum()
+        tail_q, tail_p = 1 - log_q.exp().sum(-1), 1 - p.sum(-1)
+        return (p * (stored.logprobs - log_q)).sum() + (tail_p * (tail_p.log() - tail_q.log())).sum()
 
     def chunked() -> torch.Tensor:
-        return chunked_head.loss(LazyLogits(*student), labels, objective, said)[0]
+        return chunked_head.loss(LazyLogits(*student), labels, objective, outputs)[0]
 
     before = _resident()
     seconds = 0.0
-    for _ in range(2):  # the first pass also loads what it needs
+    for _ in range(2):  # the first pass also loads libraries
         for part in student:
             part.grad = None
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = {"whole": whole, "chunked": chunked}[way]() / TOKENS
+            loss = {"whole": whole, "chunked": chunked}[method]() / TOKENS
         loss.backward()
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -103,7 +103,7 @@ def _random(width: int):  # type: ignore[no-untyped-def]
 
 
 def _resident() -> int:
-    """Bytes in memory now."""
+    """Bytes of resident memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

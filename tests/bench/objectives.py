@@ -1,7 +1,7 @@
-"""What each objective brings over labels alone, at equal tokens, on the quickstart's text with its teacher.
+"""What each objective gains over labels alone, at equal tokens, on the quickstart's text with its teacher.
 
-Every student starts from one seed and sees the same tokens in the same order; held-out bits per byte tell them apart.
-Those with a tokenizer of their own are a group apart: their tokens are others, and so are their labels.
+Every student has the same seed and reads the same tokens in the same order; they are compared by held-out bits per
+byte. Students with their own tokenizer are compared with each other only, since their labels are other tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests import ROOT
 
 QUICKSTART = ROOT / "quickstart"
 STUDENT = "small"
-# Where the teacher's word comes from -> objectives by name, as a recipe has them.
+# How the teacher's outputs are used -> objectives by name, as in a recipe.
 OBJECTIVES = {
     "topk": {
         "labels": "labels = 1.0",
@@ -34,9 +34,9 @@ OBJECTIVES = {
         "forward KL, temperature 2": 'divergence = "forward_kl"\ntemperature = 2.0',
         "forward KL and hidden states": 'divergence = "forward_kl"\nlayers = {loss = "cosine"}',
     },
-    "other tokens": {
+    "own tokenizer": {
         "labels": "labels = 1.0",
-        "forward KL, retold": 'divergence = "forward_kl"',
+        "forward KL, retokenized": 'divergence = "forward_kl"',
         "chunks and labels": 'divergence = "chunks"\nlabels = 0.5',
     },
 }
@@ -59,10 +59,10 @@ def main() -> None:
                 name = student.plan.objective_name
                 metrics = store.client.get_run(student.version.run_id).data.metrics
                 rows.append((form, name, metrics["heldout_bits_per_byte"], metrics["seconds"]))
-    labels = {form == "other tokens": bits for form, name, bits, _ in rows if name == "labels"}
+    labels = {form == "own tokenizer": bits for form, name, bits, _ in rows if name == "labels"}
     print_table(
         f"held-out bits per byte of the quickstart's student {STUDENT!r}, equal tokens",
-        ["teacher", "objective", "bits per byte", "less labels alone", "seconds"],
+        ["teacher", "objective", "bits per byte", "against labels alone", "seconds"],
         [
             (form, name, f"{bits:.4f}", f"{bits - labels[form == 'other tokens']:+.4f}", f"{s:.0f}")
             for form, name, bits, s in rows
@@ -71,13 +71,13 @@ def main() -> None:
 
 
 def recipe(form: str, objectives: dict[str, str]) -> str:
-    """The quickstart's recipe with one student, these objectives and this form of the teacher's word."""
+    """The quickstart's recipe with one student, these objectives and this form of the teacher's outputs."""
     text = (QUICKSTART / "recipe.toml").read_text(encoding="utf-8")
     sections = {part.partition("]")[0]: "[" + part for part in text.split("\n[")[1:]}
-    kept = [sections["data"], sections[f"students.{STUDENT}.config"], sections["training"]]
-    made = [f'[objectives."{name}"]\n{body}' for name, body in objectives.items()]
-    crosses = form == "other tokens"
+    shared = [sections["data"], sections[f"students.{STUDENT}.config"], sections["training"]]
+    tables = [f'[objectives."{name}"]\n{body}' for name, body in objectives.items()]
+    crosses = form == "own tokenizer"
     teacher = f'teacher = {{model = "{QUICKSTART / "teacher"}", retokenize = {str(crosses).lower()}}}'
     kind = "tokenizer = {vocab_size = 1024}" if crosses else f'cache = {{form = "{form}"}}'
     head = ['name = "objectives"', teacher, kind]
-    return "\n".join([*head, *kept, *made])
+    return "\n".join([*head, *shared, *tables])

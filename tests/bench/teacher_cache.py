@@ -1,10 +1,10 @@
-"""What is lost by storing the teacher: students taught from each stored form, beside one taught by every logit.
+"""What storing the teacher's outputs costs in quality: students of each stored form, and one of all logits.
 
-The quickstart's teacher and text, one student, the same blocks in the same order: what differs is the form alone.
-Top-k is there with as many tokens as take the bytes of the samples, and with 32; beside the samples stand draws with
-replacement, as they were published. Told of each: bytes a token on disk; the student's held-out bits per byte and its
-divergence from the teacher; and how well its confidence is placed: the expected calibration error (Guo et al., arXiv
-1706.04599) of its likeliest next token in 15 bins, and by how much it is too sure on average.
+The quickstart's teacher and text, one student, the same blocks in the same order: only the form differs. Top-k is
+measured with 32 tokens and with the number of tokens that takes as many bytes as the samples; the samples are also
+compared with draws with replacement, the published method. Reported for each: bytes per token on disk; the student's
+held-out bits per byte and its divergence from the teacher; its expected calibration error (Guo et al., arXiv
+1706.04599) for the most likely next token, in 15 bins; and its mean overconfidence.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ FORMS: list[tuple[Kind, int]] = [("topk", 32), ("topk", 9), ("sampled", 12), ("s
 
 
 class Quality(NamedTuple):
-    """A model on held-out text: bits per byte; divergence from the teacher, calibration error and what its confidence
-    is above its accuracy, each a token."""
+    """A model on held-out text.
+
+    Attributes:
+        kl: divergence from the teacher, in nats per token.
+        overconfidence: mean confidence minus accuracy.
+    """
 
     bits_per_byte: float
     kl: float
@@ -55,74 +59,74 @@ def main() -> None:
     from limbeck.distill.teacher.local import local_pass
     from limbeck.distill.training.trainer import Job, train
 
-    asked = load.load_recipe(ROOT / "quickstart" / "recipe.toml")
+    recipe = load.load_recipe(ROOT / "quickstart" / "recipe.toml")
     tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
     teacher = loading.load_model(ROOT / "quickstart" / "teacher")
     vocabulary = loading.vocabulary_size(tokenizer)
-    training = asked.training.model_copy(update={"max_steps": STEPS, "per_device_train_batch_size": BATCH})
+    training = recipe.training.model_copy(update={"max_steps": STEPS, "per_device_train_batch_size": BATCH})
     kl, labels = Objective(divergence="forward_kl"), Objective(labels=1.0)
     with TemporaryDirectory() as temporary:
         os.environ["LIMBECK_HOME"] = temporary
-        text = corpus.prepare_corpus(asked.data, ROOT / "quickstart", "bench")
-        length = asked.data.max_length
+        text = corpus.prepare_corpus(recipe.data, ROOT / "quickstart", "bench")
+        length = recipe.data.max_length
         blocks = make_blocks(corpus.read_corpus(text.train), tokenizer, length, STEPS * BATCH * length)
         heldout = make_blocks(corpus.read_corpus(text.heldout), tokenizer, length)
-        ways: dict[str, tuple[Objective, Any, float | None]] = {
-            "every logit, teacher online": (kl, teacher, None),
+        methods: dict[str, tuple[Objective, Any, float | None]] = {
+            "all logits, teacher online": (kl, teacher, None),
             "labels alone": (labels, None, None),
         }
         forms = [Form(kind, size, vocabulary) for kind, size in FORMS]
         caches = [TeacherCache({"teacher": "bench"}, blocks.ids.shape, form) for form in forms]
         fill(caches, local_pass(teacher, blocks, vocabulary, bf16=False))
         for cache, (kind, size) in zip(caches, FORMS, strict=True):
-            ways[f"{kind}, {size} a token"] = (kl, cache, cache.disk_bytes() / blocks.ids.size)
+            methods[f"{kind}, {size} per token"] = (kl, cache, cache.disk_bytes() / blocks.ids.size)
         drawn = TeacherCache({"teacher": "drawn"}, blocks.ids.shape)
         drawn.fill(with_replacement(teacher, blocks, vocabulary))
-        kept = float(
+        mean_stored = float(
             np.mean([(drawn.load_batch(np.array([n]))["weights"] > 0).sum(-1).float().mean() for n in range(BATCH)])
         )
-        ways[f"{DRAWS} draws with replacement"] = (kl, drawn, 3 * kept + 3)  # packed as ours
-        found: dict[str, list[Quality]] = {way: [] for way in ways}
+        methods[f"{DRAWS} draws with replacement"] = (kl, drawn, 3 * mean_stored + 3)  # packed as Limbeck does
+        qualities: dict[str, list[Quality]] = {method: [] for method in methods}
         for seed in SEEDS:
-            for way, (objective, said_by, _) in ways.items():
-                student = initialise.fresh_model(asked.students["small"].config, tokenizer, length, seed)
-                folder = Path(temporary) / "run" / way / str(seed)
+            for method, (objective, signal, _) in methods.items():
+                student = initialise.fresh_model(recipe.students["small"].config, tokenizer, length, seed)
+                folder = Path(temporary) / "run" / method / str(seed)
                 began = time.perf_counter()
-                train(Job(student, blocks, heldout, objective, training, said_by, folder, seed, vocabulary))
-                found[way].append(measure(student, teacher, heldout, vocabulary))
-                print_status(f"{way}, seed {seed}: {found[way][-1]}, {time.perf_counter() - began:.0f} s")
+                train(Job(student, blocks, heldout, objective, training, signal, folder, seed, vocabulary))
+                qualities[method].append(measure(student, teacher, heldout, vocabulary))
+                print_status(f"{method}, seed {seed}: {qualities[method][-1]}, {time.perf_counter() - began:.0f} s")
         itself = measure(teacher, teacher, heldout, vocabulary)
-    mean = {way: Quality._make(np.mean(each, axis=0)) for way, each in found.items()}
-    dense = mean["every logit, teacher online"]
+    mean = {method: Quality._make(np.mean(each, axis=0)) for method, each in qualities.items()}
+    dense = mean["all logits, teacher online"]
     rows = [
         (
-            way,
-            f"{ways[way][2]:.1f}" if ways[way][2] else None,
+            method,
+            f"{methods[method][2]:.1f}" if methods[method][2] else None,
             f"{q.bits_per_byte:.4f}",
             f"{q.bits_per_byte / dense.bits_per_byte - 1:+.2%}",
             *(f"{number:.4f}" for number in (q.kl, q.calibration_error)),
             f"{q.overconfidence:+.4f}",
         )
-        for way, q in mean.items()
+        for method, q in mean.items()
     ]
     rows.append(("the teacher itself", None, f"{itself.bits_per_byte:.4f}", None, None, *_confidence(itself)))
     print_table(
         f"students after {STEPS} steps of {BATCH} x {length}, mean of {len(SEEDS)} seeds",
         [
-            "taught by",
-            "bytes a token",
+            "teacher outputs",
+            "bytes per token",
             "bits per byte",
-            "of every logit's",
+            "against all logits",
             "KL, nats",
             "calibration error",
-            "too sure by",
+            "overconfidence",
         ],
         rows,
     )
 
 
 def with_replacement(teacher: PreTrainedModel, blocks: Blocks, vocabulary: int) -> Capture:
-    """Tokens drawn from the teacher's distribution, each with its share of the draws (arXiv 2503.16870)."""
+    """Tokens drawn from the teacher's distribution, each weighted by its share of the draws (arXiv 2503.16870)."""
     import torch
 
     from limbeck.distill.models.loading import batches, logits_of
@@ -130,7 +134,7 @@ def with_replacement(teacher: PreTrainedModel, blocks: Blocks, vocabulary: int) 
     @torch.inference_mode()
     def capture(indices: np.ndarray) -> dict[str, np.ndarray]:
         chance = torch.Generator().manual_seed(int(indices[0]))
-        made: dict[str, list[torch.Tensor]] = {"ids": [], "weights": [], "entropy": []}
+        arrays: dict[str, list[torch.Tensor]] = {"ids": [], "weights": [], "entropy": []}
         for batch in batches(blocks, vocabulary, indices):
             logprobs = logits_of(teacher, batch)[..., :vocabulary].log_softmax(-1)
             draws = torch.multinomial(logprobs.exp().flatten(0, 1), DRAWS, replacement=True, generator=chance)
@@ -138,8 +142,8 @@ def with_replacement(teacher: PreTrainedModel, blocks: Blocks, vocabulary: int) 
             weights, ids = counts.view(logprobs.shape).topk(DRAWS)
             parts = {"ids": ids.int(), "weights": weights, "entropy": -(logprobs.exp() * logprobs).sum(-1)}
             for name, part in parts.items():
-                made[name].append(part)
-        return {name: torch.cat(parts).numpy() for name, parts in made.items()}
+                arrays[name].append(part)
+        return {name: torch.cat(parts).numpy() for name, parts in arrays.items()}
 
     return capture
 
@@ -149,14 +153,14 @@ def _confidence(quality: Quality) -> tuple[str, str]:
 
 
 def measure(model: PreTrainedModel, teacher: PreTrainedModel, heldout: Blocks, vocabulary: int) -> Quality:
-    """How a model does on held-out blocks, evenly spread."""
+    """Measure a model on evenly spread held-out blocks."""
     import torch
 
     from limbeck.distill.models.loading import batches, logits_of
 
     chosen = np.unique(np.linspace(0, len(heldout.ids) - 1, HELDOUT_BLOCKS).astype(int))
     sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, divergence from the teacher, targets
-    bins = torch.zeros(2, BINS, dtype=torch.float64)  # of confidence: its sum, and the sum of hits
+    bins = torch.zeros(2, BINS, dtype=torch.float64)  # by confidence: its sum, and the number of right guesses
     with torch.inference_mode():
         for each in (model, teacher):
             torch.nn.Module.to(each, "cpu").eval()
@@ -178,5 +182,5 @@ def measure(model: PreTrainedModel, teacher: PreTrainedModel, heldout: Blocks, v
             bins[1].scatter_add_(0, place, (guess == labels).double())
     nats, divergence, targets = sums.tolist()
     bits = nats / targets / float(np.log(2)) * heldout.text_tokens / heldout.text_bytes
-    apart = (bins[0] - bins[1]) / targets
-    return Quality(bits, divergence / targets, float(apart.abs().sum()), float(apart.sum()))
+    gaps = (bins[0] - bins[1]) / targets
+    return Quality(bits, divergence / targets, float(gaps.abs().sum()), float(gaps.sum()))

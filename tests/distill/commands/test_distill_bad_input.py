@@ -1,4 +1,4 @@
-"""What is wrong is told with the file, the line and the key; nothing is trained and nothing is registered."""
+"""Bad input is reported with file, line and key, before any training; nothing is registered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def line_of(recipe: Path, text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "messages"),
     [
         ("max_steps = 4", "max_step = 4", ["unknown key training.max_step", "did you mean max_steps"]),
         ("max_steps = 4", 'max_steps = "four"', ["training.max_steps", "integer", "'four'"]),
@@ -34,30 +34,30 @@ def line_of(recipe: Path, text: str) -> int:
         ("heldout = 0.2", "heldout = 1.5", ["data.heldout", "less than 1"]),
         ("hidden_size = 32", "hiden_size = 32", ["llama has no setting 'hiden_size'", "did you mean hidden_size"]),
         ('model_type = "llama"', 'model_type = "lama"', ["'lama' is not an architecture", "did you mean llama"]),
-        ("num_attention_heads = 4", "num_attention_heads = 5", ["students.small.config", "no model can be made from this"]),
+        ("num_attention_heads = 4", "num_attention_heads = 5", ["students.small.config", "no model can be made"]),
         ("labels = 1.0", 'divergence = "reverse_k"', ["objectives.labels.divergence", "did you mean 'reverse_kl'"]),
         ('path = "text.txt"', 'path = "txt.text"', ["data.path 'txt.text' does not exist"]),
         ("labels = 1.0", "lables = 1.0", ["unknown key objectives.labels.lables", "did you mean labels"]),
         ("max_length = 32", "max_length = 90000", ["do not fill one block of 90000"]),
     ],
 )
-def test_a_recipe_with_a_mistake(
-    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, old: str, new: str, said: list[str]
+def test_mistakes_in_a_recipe_are_reported(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, old: str, new: str, messages: list[str]
 ) -> None:
     recipe = write_recipe()
     recipe.write_text(recipe.read_text().replace(old, new, 1))
     done = limbeck("distill", recipe)
     assert (done.code, done.out) == (2, "")
-    for words in said:
-        assert words in done.err
+    for message in messages:
+        assert message in done.err
     assert "recipe.toml" in done.err
-    if "max_length" not in new and "heads" not in new:  # those are told by their table
+    if "max_length" not in new and "heads" not in new:  # their errors are about a table, not a line
         assert f"recipe.toml:{line_of(recipe, new)}: " in done.err
     assert store.versions() == []
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("students.small.training.learning_rate=-1", "students.small.training.learning_rate: "),
         ("students.small.training.max_step=9", "did you mean max_steps"),
@@ -66,16 +66,16 @@ def test_a_recipe_with_a_mistake(
         ("cache.top_k", "it must be KEY=VALUE"),
     ],
 )
-def test_an_override_with_a_mistake(
-    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, override: str, said: str
+def test_mistakes_in_an_override_are_reported(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, override: str, message: str
 ) -> None:
     done = limbeck("distill", write_recipe(), "--set", override)
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert f"--set {override}" in done.err
 
 
-def test_recipes_that_do_not_fit_together(
+def test_parts_that_do_not_fit_together_are_reported(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     done = limbeck("distill", tmp_path / "recipes.toml")
@@ -100,29 +100,29 @@ def test_recipes_that_do_not_fit_together(
 
 
 @pytest.fixture
-def broken(tmp_path: Path, tiny_llama: Path) -> Callable[[str], Path | str]:
-    """A teacher that cannot be one, by what is wrong with it."""
+def broken_teacher(tmp_path: Path, tiny_llama: Path) -> Callable[[str], Path | str]:
+    """Make a teacher with a defect."""
 
-    def make(wrong: str) -> Path | str:
+    def make(defect: str) -> Path | str:
         folder = tmp_path / "broken"
-        if wrong == "gone":
+        if defect == "gone":
             return "./nowhere"
-        if wrong == "unregistered":
+        if defect == "unregistered":
             return "no-such-teacher/1"
-        if wrong == "no model":
+        if defect == "no model":
             folder.mkdir()
             return folder
         shutil.copytree(tiny_llama, folder)
         weights = folder / "model.safetensors"
-        if wrong == "pickle":
+        if defect == "pickle":
             torch.save(load_file(weights), folder / "pytorch_model.bin")
             weights.unlink()
-        elif wrong == "truncated":
+        elif defect == "truncated":
             weights.write_bytes(weights.read_bytes()[:-100])
-        elif wrong == "no tokenizer":
+        elif defect == "no tokenizer":
             for path in folder.glob("tokenizer*"):
                 path.unlink()
-        elif wrong == "no such architecture":
+        elif defect == "no such architecture":
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
         return folder
@@ -131,7 +131,7 @@ def broken(tmp_path: Path, tiny_llama: Path) -> Callable[[str], Path | str]:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("defect", "message"),
     [
         ("gone", "no such folder"),
         ("unregistered", "no model is registered as 'no-such-teacher'"),
@@ -142,23 +142,23 @@ def broken(tmp_path: Path, tiny_llama: Path) -> Callable[[str], Path | str]:
         ("no such architecture", "cannot be loaded"),
     ],
 )
-def test_teachers_that_cannot_teach(
+def test_broken_teachers_are_reported(
     store: Store,
     limbeck: Limbeck,
     write_recipe: WriteRecipe,
-    broken: Callable[[str], Path | str],
-    wrong: str,
-    said: str,
+    broken_teacher: Callable[[str], Path | str],
+    defect: str,
+    message: str,
 ) -> None:
-    recipe = write_recipe(broken(wrong), objectives=DISTILLED)
+    recipe = write_recipe(broken_teacher(defect), objectives=DISTILLED)
     done = limbeck("distill", recipe)
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert f"recipe.toml:{line_of(recipe, 'model = ')}: teacher.model" in done.err
     assert store.versions() == []
 
 
-def test_more_text_than_the_teacher_has_positions(
+def test_blocks_longer_than_the_teachers_context_are_reported(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_gpt2: Path
 ) -> None:
     done = limbeck("distill", write_recipe(tiny_gpt2, objectives=DISTILLED), "--set", "data.max_length=256")
@@ -167,7 +167,7 @@ def test_more_text_than_the_teacher_has_positions(
     assert "set data.max_length = 128 or less" in done.err
 
 
-def test_more_text_than_a_student_has_positions(
+def test_blocks_longer_than_a_students_context_are_reported(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     short = STUDENTS["llama"] + "\nmax_position_embeddings = 16"
@@ -187,22 +187,28 @@ def test_more_text_than_a_student_has_positions(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("", "it has 0 in all"), (" \n\n \n", "it has 0 in all"), ("two words\n", "leaves no train document")],
 )
-def test_empty_and_tiny_text(
-    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, text_file: Path, tiny_llama: Path, text: str, said: str
+def test_an_empty_or_tiny_text_is_reported(
+    store: Store,
+    limbeck: Limbeck,
+    write_recipe: WriteRecipe,
+    text_file: Path,
+    tiny_llama: Path,
+    text: str,
+    message: str,
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED)
     text_file.write_text(text)
     done = limbeck("distill", recipe)
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert f"recipe.toml:{line_of(recipe, 'path = ')}: data.path" in done.err
     assert store.versions() == []
 
 
-def test_a_student_with_another_tokenizer(
+def test_a_student_with_another_tokenizer_is_reported(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from limbeck.distill.data.blocks import train_tokenizer

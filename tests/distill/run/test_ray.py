@@ -1,4 +1,4 @@
-"""A sweep on a Ray cluster: two nodes of one processor each, on this machine."""
+"""A sweep on a Ray cluster of two nodes with one processor each, on this machine."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
-    begun = Cluster()
+    cluster = Cluster()
     try:
         for _ in range(2):
-            begun.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
-        yield begun.address
+            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+        yield cluster.address
     finally:
-        begun.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_students_of_a_sweep_are_made_on_two_nodes(
+def test_two_nodes_make_the_students_of_a_sweep(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, cluster: str
 ) -> None:
     wild = (
@@ -52,13 +52,13 @@ def test_students_of_a_sweep_are_made_on_two_nodes(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in runs.values()}) == 1
     assert len({run.data.tags["limbeck.node"] for run in runs.values()}) == 2
-    # Here, in this process, the very same are made.
+    # This process makes the same students.
     again = json.loads(limbeck("distill", path, "--restart", "--format", "json").out)
     for each in again[:2]:
         assert (each["trained"], each["digest"]) == (True, made[each["recipe"]]["digest"])
 
 
-def test_without_ray_the_line_that_installs_it_is_told(
+def test_without_ray_the_error_shows_how_to_install_it(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

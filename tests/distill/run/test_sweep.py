@@ -1,4 +1,4 @@
-"""A sweep: its grid and labels, one MLflow run above those of its students, failures, going on and beginning anew."""
+"""A sweep: its grid and labels, its MLflow run, failed students, --resume and --restart."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_grid_is_sizes_by_objectives_by_temperatures_by_seeds(write_recipe: 
     assert {plan.objective.uses_teacher for plan in plans if plan.control} == {False}
 
 
-def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+def test_labels_show_only_what_varies(write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     assert labels(path) == ["small"]
     assert labels(path, "sweep.seeds=[7]", "sweep.temperatures=[1.0]") == ["small"]
@@ -55,11 +55,11 @@ def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_lla
         "small-labels-equal-cost",
     ]
     alone = write_recipe(tiny_llama, objectives=DISTILLED + "[objectives.plain]\nlabels = 1.0\n")
-    assert labels(alone, "sweep.controls=['labels']") == ["small-distilled", "small-plain"]  # it is there already
+    assert labels(alone, "sweep.controls=['labels']") == ["small-distilled", "small-plain"]  # the recipe has it already
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("sets", "message"),
     [
         (["sweep.seeds=[1, 1]"], "sweep: seeds has a value twice: 1, 1"),
         (["sweep.temperatures=[0]"], "sweep.temperatures.0"),
@@ -72,13 +72,13 @@ def test_labels_leave_out_what_does_not_vary(write_recipe: WriteRecipe, tiny_lla
         (["sweep.controls=['labels']", "objectives.labels.divergence=jsd"], "objectives.labels has the name of a con"),
     ],
 )
-def test_a_grid_with_a_mistake(
-    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, sets: list[str], said: str
+def test_mistakes_in_a_grid_are_reported(
+    store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, sets: list[str], message: str
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED)
     done = limbeck("distill", path, *(word for each in sets for word in ("--set", each)))
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert message in done.err
     assert store.versions() == []
 
 
@@ -90,7 +90,7 @@ def test_controls_without_a_teacher_are_refused(store: Store, limbeck: Limbeck, 
     assert "no objective has a divergence, and only those have a temperature" in done.err
 
 
-def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(
+def test_a_sweep_runs_the_teacher_once_and_has_one_parent_run(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Path] = []
@@ -108,10 +108,10 @@ def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(
         "small-jsd-s2",
     ]
     assert loaded == [tiny_llama]
-    assert len({each["family"] for each in made}) == 2  # of a seed each
+    assert len({each["family"] for each in made}) == 2  # one per seed
     assert made[0]["family"] == made[1]["family"]
 
-    [parent] = sweeps(store)
+    [parent] = sweep_runs(store)
     assert parent.info.status == "FINISHED"
     children = store.client.search_runs(
         [store.runs.experiment_id()], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
@@ -119,12 +119,12 @@ def test_a_sweep_is_one_teacher_pass_and_one_run_above_its_students(
     assert {child.info.run_id for child in children} == {each["run_id"] for each in made}
 
 
-def sweeps(store: Store) -> list[Any]:
+def sweep_runs(store: Store) -> list[Any]:
     runs = store.client.search_runs([store.runs.experiment_id()])
     return [run for run in runs if "limbeck.sweep" in run.data.tags]
 
 
-def test_a_student_that_fails_stops_no_other(
+def test_a_failed_student_does_not_stop_the_others(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wild = f"[students.wild.config]\n{STUDENTS['llama']}\ninitializer_range = 1e30\n"
@@ -135,68 +135,68 @@ def test_a_student_that_fails_stops_no_other(
     assert [each["recipe"] for each in json.loads(done.out)] == ["small", "last"]
     assert "1 of 3 students were not made:\n  wild: " in done.err
     assert "diverged" in done.err
-    [parent] = sweeps(store)
+    [parent] = sweep_runs(store)
     assert parent.info.status == "FAILED"
 
-    # What no one foresaw is told too, and leaves its traceback; the same run goes on.
+    # An unexpected error leaves its traceback in a file; the same parent run is used again.
     from limbeck.distill.students import initialise
 
-    make = initialise.initialise_student
+    initialise_student = initialise.initialise_student
 
-    def breaks(setting: Any, plan: Any) -> Any:
+    def fail_if_wild(setting: Any, plan: Any) -> Any:
         if plan.student == "wild":
             raise RuntimeError("out of something\nand more")
-        return make(setting, plan)
+        return initialise_student(setting, plan)
 
-    monkeypatch.setattr(initialise, "initialise_student", breaks)
+    monkeypatch.setattr(initialise, "initialise_student", fail_if_wild)
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 1
     assert "wild: RuntimeError: out of something (traceback in" in done.err
     assert "and more" in Path(done.err.partition("(traceback in ")[2].partition(")")[0]).read_text()
-    assert [run.info.run_id for run in sweeps(store)] == [parent.info.run_id]
+    assert [run.info.run_id for run in sweep_runs(store)] == [parent.info.run_id]
     assert [version.version for version in store.versions("tiny")] == [1, 2]
 
 
-def test_resume_says_what_goes_on_and_restart_drops_it(
+def test_resume_continues_a_run_and_restart_removes_it(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(extra="save_minutes = 0.0001\n")
-    nothing = limbeck("distill", path, "--resume")
-    assert (nothing.code, nothing.out) == (2, "")
-    assert "has no earlier run of" in nothing.err
+    without_run = limbeck("distill", path, "--resume")
+    assert (without_run.code, without_run.out) == (2, "")
+    assert "has no earlier run of" in without_run.err
     assert store.versions() == []
     both = limbeck("distill", path, "--resume", "--restart")
     assert both.code == 2
 
     from limbeck.distill.students import student
 
-    def stopped(*args: Any) -> None:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(student, "_save", stopped)
+        patch.setattr(student, "_save", interrupt)
         assert limbeck("distill", path).code == 130
     [folder] = (limbeck_home / "runs").iterdir()
     assert list(folder.glob("checkpoint-*"))
-    mark = folder / "mark"
-    mark.touch()
+    marker = folder / "marker"
+    marker.touch()
     resumed = limbeck("distill", path, "--resume", "--format", "json")
     assert resumed.code == 0
     assert "resuming from checkpoints: 1 of 1 students" in resumed.err
-    assert not folder.exists()  # it is registered
+    assert not folder.exists()  # removed when the student is registered
 
-    # Stopped while the teacher speaks, before any checkpoint.
+    # Stopped during the pass of the teacher, before any checkpoint.
     from limbeck.distill.run import distill
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "teachers_for", stopped)
+        patch.setattr(distill, "teachers_for", interrupt)
         assert limbeck("distill", path, "--set", "seed=5").code == 130
     later = limbeck("distill", path, "--set", "seed=5", "--resume")
     assert later.code == 0
     assert "checkpoints" not in later.err
 
     folder.mkdir()
-    mark.touch()
+    marker.touch()
     again = limbeck("distill", path, "--restart", "--format", "json")
     assert again.code == 0
     assert [each["trained"] for each in json.loads(again.out)] == [True]

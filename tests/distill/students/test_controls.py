@@ -1,4 +1,4 @@
-"""Controls: labels alone at equal tokens and at equal cost, and the untrained student."""
+"""Controls: students of labels alone at equal tokens and at equal cost, and the untrained student."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.distill.conftest import DISTILLED
 
 WriteRecipe = Callable[..., Path]
 Limbeck = Callable[..., Any]
-ALL = 'controls = ["labels", "labels_equal_cost", "untrained"]\n'
+ALL_CONTROLS = 'controls = ["labels", "labels_equal_cost", "untrained"]\n'
 
 
-def making(seconds: float, tokens: int, **more: Any) -> TrainingCost:
+def training_cost(seconds: float, tokens: int, **more: Any) -> TrainingCost:
     return TrainingCost(training_seconds=seconds, tokens=tokens, machine="a test", **more)
 
 
-def test_a_sweep_carries_its_controls(
+def test_a_sweep_makes_its_controls(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
-    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL_CONTROLS}")
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 0, done.err
     made = {each["recipe"]: Version.model_validate({k: v for k, v in each.items() if k != "trained"})
@@ -47,14 +47,14 @@ def test_a_sweep_carries_its_controls(
     }
     assert len({version.family for version in made.values()}) == 1
     assert len({version.recipe_digest for version in made.values()}) == 4
-    # Only the distilled one was made from the teacher; all are compared with it.
+    # Only the distilled student was made from the teacher; all are compared with it.
     assert [(v.parent, v.teacher) for v in made.values()] == [("tiny/1", "tiny/1")] + [(None, "tiny/1")] * 3
     for version in made.values():
         assert store.client.get_run(version.run_id).data.tags.get("limbeck.control") == version.control
 
-    taken = {label: store.runs.training_cost(version) for label, version in made.items()}
+    costs = {label: store.runs.training_cost(version) for label, version in made.items()}
     distilled, labels, longer = (
-        taken[label] for label in ("small-distilled", "small-labels", "small-labels-equal-cost")
+        costs[label] for label in ("small-distilled", "small-labels", "small-labels-equal-cost")
     )
     assert distilled
     assert labels
@@ -62,17 +62,19 @@ def test_a_sweep_carries_its_controls(
     assert distilled.teacher_seconds > 0
     assert labels.tokens == distilled.tokens  # equal tokens
     spent = distilled.training_seconds + distilled.teacher_seconds
-    step = 4 * 32
-    assert longer.tokens == step * max(1, round(labels.tokens / step * spent / labels.training_seconds))
+    tokens_per_step = 4 * 32
+    assert longer.tokens == tokens_per_step * max(
+        1, round(labels.tokens / tokens_per_step * spent / labels.training_seconds)
+    )
     assert f"in the {spent:,.0f} s that small-distilled cost" in done.err
-    assert taken["small-untrained"]
-    assert (taken["small-untrained"].tokens, taken["small-untrained"].training_seconds) == (0, 0)
+    assert costs["small-untrained"]
+    assert (costs["small-untrained"].tokens, costs["small-untrained"].training_seconds) == (0, 0)
     assert "no training" in (store.artifacts.verified_folder(made["small-untrained"]) / "README.md").read_text()
     assert (
         "at equal cost" in (store.artifacts.verified_folder(made["small-labels-equal-cost"]) / "README.md").read_text()
     )
 
-    # The untrained one is where the others begin.
+    # The untrained student has the initial weights of the others.
     setting = prepare_setting(load.load_recipe(path), Source(path), store)
     start = initialise.initialise_student(setting, grid.plan_students(setting.recipe)[0]).state_dict()
     saved = load_file(store.artifacts.verified_folder(made["small-untrained"]) / "model.safetensors")
@@ -85,18 +87,20 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     path = write_recipe(tiny_llama, objectives=DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n',
-                        extra=f"[sweep]\n{ALL}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
+                        extra=f"[sweep]\n{ALL_CONTROLS}[budget]\nusd_per_hour = 0.5\n")  # fmt: skip
     recipe = load.load_recipe(path)
-    paid = making(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
-    assert total_cost(paid, recipe) == Cost(60, pytest.approx(20 + (2 + 3) / 0.5 * 3600))  # dollars as seconds of here
+    paid = training_cost(60, 1000, teacher_seconds=20, api_usd=2.0 + 3.0)
+    assert total_cost(paid, recipe) == Cost(
+        60, pytest.approx(20 + (2 + 3) / 0.5 * 3600)
+    )  # dollars count as seconds of this machine
 
     setting = prepare_setting(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plan_students(recipe)}
     plan = plans["small-labels-equal-cost"]
     others = [
-        (plans["small-distilled"], making(50, 2048, teacher_seconds=30)),
-        (plans["small-jsd"], making(90, 2048, teacher_seconds=30)),  # the costlier one
-        (plans["small-labels"], making(40, 2048)),
+        (plans["small-distilled"], training_cost(50, 2048, teacher_seconds=30)),
+        (plans["small-jsd"], training_cost(90, 2048, teacher_seconds=30)),  # the more expensive one
+        (plans["small-labels"], training_cost(40, 2048)),
     ]
     assert matching.plans_to_match(recipe, plan) == [
         plans["small-distilled"],
@@ -108,22 +112,22 @@ def test_equal_cost_counts_the_teacher_and_the_endpoint(
     assert budget == recipes.Budget()
 
 
-def test_labels_see_as_many_tokens_as_a_budget_left_to_the_distilled(
+def test_labels_read_as_many_tokens_as_the_distilled_student_within_its_budget(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
-    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}[budget]\nmax_minutes = 5\n")
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL_CONTROLS}[budget]\nmax_minutes = 5\n")
     recipe = load.load_recipe(path)
     setting = prepare_setting(recipe, Source(path), store)
     plans = {plan.label: plan for plan in grid.plan_students(recipe)}
     labels = plans["small-labels"]
     assert [plan.label for plan in matching.plans_to_match(recipe, labels)] == ["small-distilled"]
-    training, budget = training_and_budget(setting, labels, [(plans["small-distilled"], making(300, 640))])
+    training, budget = training_and_budget(setting, labels, [(plans["small-distilled"], training_cost(300, 640))])
     assert (training, budget) == (recipe.training, recipes.Budget(max_tokens=640))
 
 
-def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
+def test_a_controls_key_has_everything_it_depends_on(store: Store, write_recipe: WriteRecipe, tiny_llama: Path) -> None:
     def keys(*sets: str) -> dict[str, str]:
-        path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+        path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL_CONTROLS}")
         recipe = load.load_recipe(path, list(sets))
         setting = prepare_setting(recipe, Source(path, sets), store)
         return {plan.label: student_key(setting, plan) for plan in grid.plan_students(recipe)}
@@ -132,10 +136,10 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
         return {label for label, key in keys(*sets).items() if base[label] != key}
 
     base = keys()
-    # What the distilled student is decides what it costs, and so how long its control learns.
+    # The distilled student decides the cost, and so how long its control trains.
     assert changed("objectives.distilled.divergence=jsd") == {"small-distilled", "small-labels-equal-cost"}
     assert changed("seed=1") == set(base)
-    # A price alone makes no other student, but a control that spends the same.
+    # A price alone changes no student, except the control at equal cost.
     assert changed("budget.usd_per_hour=3.0") == {"small-labels-equal-cost"}
     assert changed("budget.usd_per_hour=3.0", "budget.max_usd=1.0") == set(base)
     assert changed("training.learning_rate=0.1") == set(base)
@@ -144,15 +148,15 @@ def test_what_a_control_depends_on_is_in_its_key(store: Store, write_recipe: Wri
 def test_a_control_of_a_student_that_failed_is_not_made(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = initialise.initialise_student
+    initialise_student = initialise.initialise_student
 
-    def breaks(setting: Any, plan: Any) -> Any:
+    def fail_if_distilled(setting: Any, plan: Any) -> Any:
         if plan.control is None:
             raise RuntimeError("no")
-        return make(setting, plan)
+        return initialise_student(setting, plan)
 
-    monkeypatch.setattr(initialise, "initialise_student", breaks)
-    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL}")
+    monkeypatch.setattr(initialise, "initialise_student", fail_if_distilled)
+    path = write_recipe(tiny_llama, objectives=DISTILLED, extra=f"[sweep]\n{ALL_CONTROLS}")
     done = limbeck("distill", path, "--format", "json")
     assert done.code == 1
     assert [each["recipe"] for each in json.loads(done.out)] == ["small-labels", "small-untrained"]

@@ -1,4 +1,4 @@
-"""Adapters: only they are trained, a stopped run goes on with them, and they end up in the student's own weights."""
+"""Adapters: only they are trained, a stopped run resumes with them, and they are merged into the student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text(tokenizer_folder: Path) -> Blocks:
     return make_blocks([Document("a", lines_of_text(200))], tokenizer, 32)
 
 
-def job(model: PreTrainedModel, text: Blocks, folder: Path, **changes: Any) -> Job:
+def make_job(model: PreTrainedModel, text: Blocks, folder: Path, **changes: Any) -> Job:
     training = Training(max_steps=6, per_device_train_batch_size=4, bf16=False, learning_rate=1e-2, eval_steps=100)
     training = training.model_copy(update=changes)
     return Job(model, text, text, Objective(labels=1.0), training, None, folder, seed=0, vocab_size=300)
@@ -44,19 +44,19 @@ def logits(model: PreTrainedModel, text: Blocks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_neox"])
-def test_only_the_adapter_learns_and_it_is_merged(
+def test_only_the_adapter_is_trained_and_it_is_merged(
     request: pytest.FixtureRequest, family: str, text: Blocks, tmp_path: Path
 ) -> None:
     plain = loading.load_model(request.getfixturevalue(family))
     model = add_lora(copy.deepcopy(plain), Lora(r=2, lora_alpha=8), seed=0)
     assert type(model) is type(plain)
-    assert torch.equal(logits(model, text), logits(plain, text))  # it begins as what it is put beside
+    assert torch.equal(logits(model, text), logits(plain, text))  # a new adapter changes nothing
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    train(job(model, text, tmp_path / "run"))
-    apart = logits(model, text)
-    assert (apart - logits(plain, text)).abs().max() > 1e-3
+    train(make_job(model, text, tmp_path / "run"))
+    unmerged = logits(model, text)
+    assert (unmerged - logits(plain, text)).abs().max() > 1e-3
     merged = merge_adapter(model)
-    torch.testing.assert_close(logits(merged, text), apart, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged, text), unmerged, atol=1e-4, rtol=1e-4)
     assert merged.state_dict().keys() == plain.state_dict().keys()
     adapted = 0
     for name, weight in plain.named_parameters():
@@ -65,15 +65,15 @@ def test_only_the_adapter_learns_and_it_is_merged(
             assert torch.linalg.matrix_rank(change.detach(), rtol=1e-3) <= 2
             adapted += 1
     per_layer = {"tiny_llama": 7, "tiny_gpt2": 4, "tiny_neox": 4}[family]
-    assert adapted == 2 * per_layer  # all that is linear, and neither embeddings nor head
+    assert adapted == 2 * per_layer  # all linear layers, but neither embeddings nor head
     merged.save_pretrained(tmp_path / "saved")
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(logits(loaded, text), logits(merged, text))
 
 
-def test_it_is_lora_as_written_down(tiny_llama: Path, text: Blocks) -> None:
-    """W x + (alpha / r) B A x, for the modules that are named."""
+def test_the_adapter_equals_the_formula_of_lora(tiny_llama: Path, text: Blocks) -> None:
+    """W x + (alpha / r) B A x, for the named modules."""
     plain = loading.load_model(tiny_llama)
     model = add_lora(copy.deepcopy(plain), Lora(r=4, lora_alpha=6, target_modules=("q_proj",)), seed=0)
     matrices = dict(model.named_parameters())
@@ -87,39 +87,39 @@ def test_it_is_lora_as_written_down(tiny_llama: Path, text: Blocks) -> None:
     torch.testing.assert_close(logits(model, text), logits(plain, text), atol=1e-4, rtol=1e-4)
 
 
-def test_a_stopped_run_goes_on_with_its_adapter(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
-    def begin() -> PreTrainedModel:
+def test_a_stopped_run_resumes_with_its_adapter(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
+    def initial_model() -> PreTrainedModel:
         return add_lora(loading.load_model(tiny_llama), Lora(r=2, lora_dropout=0.1), seed=3)
 
     def stop(now: Any) -> None:
         if now.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    whole, parts = begin(), begin()
-    train(job(whole, text, tmp_path / "whole"))
+    whole, resumed = initial_model(), initial_model()
+    train(make_job(whole, text, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        train(job(parts, text, tmp_path / "parts"), stop)
-    parts = begin()
+        train(make_job(resumed, text, tmp_path / "parts"), stop)
+    resumed = initial_model()
     steps: list[int] = []
-    train(job(parts, text, tmp_path / "parts"), lambda now: steps.append(now.step))
-    assert steps[0] in (4, 5)  # and not from the start
+    train(make_job(resumed, text, tmp_path / "parts"), lambda now: steps.append(now.step))
+    assert steps[0] in (4, 5)  # not from the first step
     for (name, one), (_, other) in zip(
-        merge_adapter(whole).named_parameters(), merge_adapter(parts).named_parameters(), strict=True
+        merge_adapter(whole).named_parameters(), merge_adapter(resumed).named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
 
 
-def test_checkpointed_activations_change_nothing(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
-    kept, again = (add_lora(loading.load_model(tiny_llama), Lora(r=2), seed=0) for _ in range(2))
-    before = [p.detach().clone() for p in kept.parameters()]
-    train(job(kept, text, tmp_path / "kept"))
-    train(job(again, text, tmp_path / "again", gradient_checkpointing=True))
-    for old, one, other in zip(before, kept.parameters(), again.parameters(), strict=True):
+def test_gradient_checkpointing_changes_nothing(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
+    plain, checkpointed = (add_lora(loading.load_model(tiny_llama), Lora(r=2), seed=0) for _ in range(2))
+    before = [p.detach().clone() for p in plain.parameters()]
+    train(make_job(plain, text, tmp_path / "plain"))
+    train(make_job(checkpointed, text, tmp_path / "checkpointed", gradient_checkpointing=True))
+    for old, one, other in zip(before, plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
         assert torch.equal(old, one) != one.requires_grad
 
 
-def adapting(recipe: Path, start: str, lora: str) -> Path:
+def recipe_with_lora(recipe: Path, start: str, lora: str) -> Path:
     text = recipe.read_text()
     begin, end = text.index("[students.small.config]"), text.index("[objectives")
     recipe.write_text(f"{text[:begin]}{start}\n[students.small.lora]\n{lora}\n{text[end:]}")
@@ -127,23 +127,23 @@ def adapting(recipe: Path, start: str, lora: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("start", "lora", "said"),
+    ("start", "lora", "message"),
     [
         ("[students.small.prune]\nnum_hidden_layers = 1", 'target_modules = ["c_attn"]', "or some of: "),
         ('[students.small.config]\nmodel_type = "gpt2"', "r = 2", "begins from a config"),
     ],
 )
-def test_an_adapter_that_cannot_be(
+def test_an_adapter_that_does_not_fit_is_bad_input(
     store: Store,
     limbeck: Limbeck,
     write_recipe: Callable[..., Path],
     tiny_llama: Path,
     start: str,
     lora: str,
-    said: str,
+    message: str,
 ) -> None:
-    done = limbeck("distill", adapting(write_recipe(tiny_llama, objectives=DISTILLED), start, lora))
+    done = limbeck("distill", recipe_with_lora(write_recipe(tiny_llama, objectives=DISTILLED), start, lora))
     assert done.code == 2
     assert "recipe.toml:" in done.err
     assert "students.small.lora: " in done.err
-    assert said in done.err
+    assert message in done.err

@@ -1,4 +1,4 @@
-"""Text that a local teacher writes: drawn as the recipe says, kept, filtered, laid out, and the same after a kill."""
+"""Text that a local teacher writes: stored, filtered, laid out, and the same after a kill."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.distill import context
 from limbeck.distill.data import corpus, prompts
-from limbeck.distill.models.sampling import SeededSampling, TextSampler
+from limbeck.distill.models.sampling import TextSampler
 from limbeck.distill.recipe import load as load_module
 from limbeck.distill.recipe.load import Source
-from limbeck.distill.recipe.schema import Data, Generate
+from limbeck.distill.recipe.schema import Generate
 from limbeck.distill.run import prepare
 from limbeck.distill.teacher import generate
 from limbeck.distill.teacher.answer_cache import AnswerCache
-from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
 
@@ -37,7 +35,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# As DeepSeek's: it opens the reasoning, and leaves that of a finished answer out.
+# As DeepSeek's: it opens the reasoning, and drops the reasoning of earlier answers.
 THINKING = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
@@ -55,13 +53,13 @@ def with_template(folder: Path, to: Path, template: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return with_template(tiny_llama, tmp_path_factory.mktemp("chatty"), TEMPLATE)
+def chat_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return with_template(tiny_llama, tmp_path_factory.mktemp("chat-teacher"), TEMPLATE)
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Twelve rows of the shape of GSM8K."""
+    """Twelve rows in the form of GSM8K."""
     rows = [{"question": f"What is {n} + {n}?", "answer": f"It is {n} and {n}.\n#### {2 * n}"} for n in range(12)]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,8 +75,8 @@ def sets(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
-def rows_of(home: Path) -> list[Any]:
-    """What is in the file of kept answers."""
+def stored_answers(home: Path) -> list[Any]:
+    """The rows of the answer cache."""
     with sqlite3.connect(home / "completions.db") as file:
         return file.execute("SELECT answer FROM completions").fetchall()
 
@@ -91,72 +89,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-# --- sampling
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_answers_are_those_of_transformers_one_by_one(family: str, request: pytest.FixtureRequest) -> None:
-    model, tokenizer = load(request.getfixturevalue(f"tiny_{family}"))
-    asked = [
-        tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:\n    def", "import", "for i in range")
-    ]
-    writer = TextSampler(model, tokenizer, vocab_size=300, max_new_tokens=12, temperature=0.0)
-    for ids, answer in zip(asked, writer.answers(asked, [0] * len(asked)), strict=True):
-        wanted = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-        assert answer.text == tokenizer.decode(wanted, skip_special_tokens=True)
-        assert answer.finished == (wanted[-1] == tokenizer.eos_token_id)
-        assert answer.tokens == len(wanted) - answer.finished
-        with torch.no_grad():  # the mean log-probability, from one pass over the whole
-            whole = torch.cat([torch.tensor(ids), wanted])
-            logprobs = model(whole[None]).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-        assert answer.logprob == pytest.approx(float(logprobs.gather(-1, wanted[:, None]).mean()), abs=1e-4)
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.5)])
-def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float) -> None:
-    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0, 9.0])  # the last is padding of the vocabulary
-    rows = 20_000
-    draws = SeededSampling(range(rows), 3, 1, 5, temperature, top_p)
-    chosen = draws(torch.zeros((rows, 3), dtype=torch.long), logits.expand(rows, -1)).argmax(-1).numpy()
-    probs = np.exp(np.array([2.0, 1.0, 0.5, -1.0, 0.0]) / temperature)
-    probs /= probs.sum()
-    order = np.argsort(-probs)
-    inside = order[: np.searchsorted(probs[order].cumsum(), top_p - 1e-9) + 1]  # the fewest that reach top_p
-    wanted = np.zeros(6)
-    wanted[inside] = probs[inside] / probs[inside].sum()
-    found = np.bincount(chosen, minlength=6) / rows
-    assert (found[wanted == 0] == 0).all()
-    assert found == pytest.approx(wanted, abs=4 * np.sqrt(0.25 / rows))
-    # Kept at temperature 1, whatever it was drawn at.
-    assert float(draws.logprobs[0][0]) == pytest.approx(float(logits[:5].log_softmax(-1)[chosen[0]]))
-
-
-def test_an_answer_depends_on_its_seed_and_not_on_its_batch(tiny_llama: Path) -> None:
-    model, tokenizer = load(tiny_llama)
-    writer = TextSampler(model, tokenizer, vocab_size=300, max_new_tokens=10)
-    asked = [tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:\n    def", "import")]
-    together = [answer.text for answer in writer.answers(asked, [1, 2, 3])]
-    assert [writer.answers([ids], [seed])[0].text for ids, seed in zip(asked, [1, 2, 3], strict=True)] == together
-    assert writer.answers(asked[:1], [4])[0].text != together[0]
-
-
-def test_a_stop_string_ends_an_answer(tiny_llama: Path) -> None:
-    model, tokenizer = load(tiny_llama)
-    asked = [tokenizer(text)["input_ids"] for text in ("def add(", "class Vessel:")]
-    settings: dict[str, Any] = dict(vocab_size=300, max_new_tokens=20, temperature=0.0)
-    whole = [answer.text for answer in TextSampler(model, tokenizer, **settings).answers(asked, [0, 0])]
-    stop = whole[0][4:7]
-    first, second = TextSampler(model, tokenizer, stop=(stop,), **settings).answers(asked, [0, 0])
-    assert first.text == whole[0][: whole[0].index(stop)]
-    assert first.finished
-    assert first.tokens < 20
-    assert second.text == whole[1].partition(stop)[0]
-
-
-# --- a whole recipe
-
-
-def test_answers_become_the_text_that_students_learn(
+def test_answers_become_the_text_of_the_students(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path, questions: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, extra=GENERATE + "[sweep]\nseeds = [1, 2]\n")
@@ -165,20 +98,20 @@ def test_answers_become_the_text_that_students_learn(
     assert done.code == 0, done.err
     assert "10 prompts; 30 of 30 answers kept; 30 written now" in done.err
     made = json.loads(done.out)
-    assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]  # made from the teacher's words
+    assert [student["parent"] for student in made] == ["tiny/1", "tiny/1"]  # made from the teacher's text
     parts = [
         [json.loads(line) for line in (limbeck_home / "data" / "tiny" / f"{part}.jsonl").read_text().splitlines()]
         for part in ("train", "heldout")
     ]
     train, heldout = (Counter(row["path"] for row in part) for part in parts)
-    assert set(train.values()) | set(heldout.values()) == {3}  # the samples of a prompt are on one side
+    assert set(train.values()) | set(heldout.values()) == {3}  # all samples of a prompt are in one part
     assert len(train) + len(heldout) == 10
     assert not train.keys() & heldout.keys()
     for row in parts[0] + parts[1]:
         assert row["prompt"].startswith("What is ")
         assert row["text"].startswith(row["prompt"])
         assert len(row["text"]) > len(row["prompt"])
-    assert len({row["text"] for row in parts[0]}) > 2 * len(train)  # and differ
+    assert len({row["text"] for row in parts[0]}) > 2 * len(train)  # and the samples differ
     run = store.client.get_run(store.get("tiny/2").run_id).data
     assert (run.metrics["generate.kept_answers"], run.metrics["generate.prompts"]) == (30, 10)
     assert run.params["generate.samples"] == "3"
@@ -188,17 +121,17 @@ def test_answers_become_the_text_that_students_learn(
     assert making.teacher_seconds > 0
     assert making.students_sharing_teacher == 2
 
-    # Two more prompts are asked for; other filters ask for nothing.
+    # Two more prompts cost their answers; another filter costs none.
     more = [*ASK, "generate.samples=3", "generate.max_prompts=12"]
     _, facts = generate.generate_text(prepared(recipe, store, *more))
     assert (facts.kept_answers, facts.new_answers) == (36, 6)
-    worth = [json.loads(zlib.decompress(row[0]))["logprob"] for row in rows_of(limbeck_home)]
-    strict = [*more, f"generate.filter.min_logprob={np.median(worth)}"]
+    logprobs = [json.loads(zlib.decompress(row[0]))["logprob"] for row in stored_answers(limbeck_home)]
+    strict = [*more, f"generate.filter.min_logprob={np.median(logprobs)}"]
     _, facts = generate.generate_text(prepared(recipe, store, *strict))
     assert (facts.kept_answers, facts.dropped, facts.new_answers) == (18, {"min_logprob": 18}, 0)
 
 
-def test_a_kill_loses_nothing_that_was_kept_and_changes_nothing(
+def test_a_killed_run_keeps_its_answers_and_writes_the_same_text(
     store: Store,
     write_recipe: WriteRecipe,
     tiny_llama: Path,
@@ -230,7 +163,7 @@ def test_a_kill_loses_nothing_that_was_kept_and_changes_nothing(
     assert digest("killed") == (digest("unbroken")[0], 4)
 
 
-def test_nothing_left_to_learn_from_is_told_with_the_counts(
+def test_an_empty_text_is_reported_with_the_counts(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, questions: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, extra=GENERATE)
@@ -257,12 +190,11 @@ def test_nothing_left_to_learn_from_is_told_with_the_counts(
         (['data.prompt_column="query"'], "no column 'query'"),
     ],
 )
-def test_what_cannot_be_is_told_before_the_teacher_is_loaded(
-    store: Store,
+@pytest.mark.usefixtures("store", "questions")
+def test_bad_settings_are_reported_before_the_teacher_is_loaded(
     limbeck: Limbeck,
     write_recipe: WriteRecipe,
     tiny_llama: Path,
-    questions: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: list[str],
     message: str,
@@ -273,42 +205,16 @@ def test_what_cannot_be_is_told_before_the_teacher_is_loaded(
     assert message in done.err
 
 
-# --- prompts
-
-
-def test_plain_text_gives_its_beginning(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten " * 4)
-    (tmp_path / "b.txt").write_text("short")
-    found = prompts.load_prompts(Data(path="."), Generate(), tmp_path)
-    assert {prompt.path: prompt.text for prompt in found if prompt.path == "a.txt"} == {
-        "a.txt": "one two three four five six seven eight nine ten one two three four five six seven eight nine ten"
-    }
-    [short] = prompts.load_prompts(Data(path=".", max_length=8), Generate(max_prompts=1), tmp_path)
-    assert len(short.text) <= 16
-
-
-def test_conversations_are_answered_after_the_last_users_turn(tmp_path: Path) -> None:
-    user, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"m": m}) + "\n" for m in ([user, answer, user, answer], [user])))
-    found = prompts.load_prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
-    assert sorted(len(prompt.messages) for prompt in found) == [1, 3]
-    assert {prompt.messages[-1]["role"] for prompt in found} == {"user"}
-    path.write_text(json.dumps({"m": [answer]}) + "\n")
-    with pytest.raises(BadInput, match=r"chats.jsonl:0000000: the last message is not the user's"):
-        prompts.load_prompts(Data(path="chats.jsonl", messages_column="m"), Generate(), tmp_path)
-
-
-def test_prompts_go_through_the_chat_template_and_answers_are_learnt_through_it(
-    store: Store, write_recipe: WriteRecipe, chatty: Path, questions: Path
+def test_prompts_and_answers_go_through_the_chat_template(
+    store: Store, write_recipe: WriteRecipe, chat_teacher: Path, questions: Path
 ) -> None:
-    before = prepared(write_recipe(chatty, extra=GENERATE), store, *ASK, 'generate.system_prompt="Be brief."')
+    before = prepared(write_recipe(chat_teacher, extra=GENERATE), store, *ASK, 'generate.system_prompt="Be brief."')
     text, _ = generate.generate_text(before)
-    _, tokenizer = load(chatty)
+    _, tokenizer = load(chat_teacher)
     document = next(iter(corpus.read_corpus(text.train)))
     assert [turn["role"] for turn in document.messages] == ["system", "user", "assistant"]
     assert document.messages[0]["content"] == "Be brief."
-    # The same answer from the same prompt, by hand.
+    # The same request, by hand.
     question = document.messages[1]["content"]
     ids = tokenizer(f"<system>Be brief.\n<user>{question}\n<assistant>", add_special_tokens=False)["input_ids"]
     [prompt] = [p for p in prompts.load_prompts(before.recipe.data, Generate(), questions.parent) if p.text == question]
@@ -316,15 +222,15 @@ def test_prompts_go_through_the_chat_template_and_answers_are_learnt_through_it(
     request = writer.request(prompt, 7)
     assert request
     assert request["ids"] == ids
-    # Without chat the prompt is plain, after the token that starts a text.
-    plain = prepared(write_recipe(chatty, extra=GENERATE), store, *ASK, "generate.chat=false")
+    # Without chat the prompt is plain text after the start token.
+    plain = prepared(write_recipe(chat_teacher, extra=GENERATE), store, *ASK, "generate.chat=false")
     writer, _ = generate._writer(plain, [prompt], AnswerCache())
     request = writer.request(prompt, 7)
     assert request
     assert request["ids"] == [tokenizer.eos_token_id, *tokenizer(question)["input_ids"]]
 
 
-def test_reasoning_is_learnt_whole_whatever_the_template_does_with_it(
+def test_the_text_has_the_whole_reasoning_for_any_template(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path, questions: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "thinking").mkdir()
@@ -337,17 +243,17 @@ def test_reasoning_is_learnt_whole_whatever_the_template_does_with_it(
     assert request["opening"] == "<think>\n"
     text, _ = generate.generate_text(before)
     assert all(d.messages[-1]["content"].startswith("<think>\n") for d in corpus.read_corpus(text.train))
-    # This template drops what was thought: then the prompt is what it gives, in plain, and the answer follows it.
+    # This template drops the reasoning: the document is the rendered prompt and the answer, as plain text.
     document = prompts.document_layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
     assert document.prompt == f"<user>{prompt.text}\n<assistant>"
     assert document.completion == "<think>\nhm\n</think>\n4"
-    # One that keeps it is used as it is.
+    # A template that keeps the reasoning renders the whole document.
     before.tokenizer.chat_template = TEMPLATE
     document = prompts.document_layout(before.tokenizer, by_chat, None)(prompt, "<think>\nhm\n</think>\n4")
     assert document.messages[-1] == {"role": "assistant", "content": "<think>\nhm\n</think>\n4"}
 
 
-def test_a_student_with_another_tokenizer_learns_the_text(
+def test_a_student_with_another_tokenizer_learns_from_the_text(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path, questions: Path
 ) -> None:
     from limbeck.distill.data.blocks import train_tokenizer
@@ -365,7 +271,7 @@ def test_a_student_with_another_tokenizer_learns_the_text(
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(student).get_vocab()
 
 
-def test_the_text_can_be_written_alone(
+def test_limbeck_data_writes_the_text(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, limbeck_home: Path, questions: Path
 ) -> None:
     done = limbeck("data", write_recipe(tiny_llama, extra=GENERATE), *sets(*ASK), "--format", "json")

@@ -1,4 +1,4 @@
-"""What a teacher with other tokens says of the next one, told in the student's."""
+"""Retokenized distributions equal those worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNICODE = "na\u00efve \u65e5\u672c\u8a9e caf\u00e9 \U0001f9ea\n"
 
 @pytest.fixture(scope="module")
 def tokenizers(tokenizer_folder: Path) -> dict[str, PreTrainedTokenizerBase]:
-    """Byte-level ones: of few merges, of many of other text, and of none."""
+    """Byte-level tokenizers: with few merges, with many merges from other text, and without merges."""
     return {
         "few": AutoTokenizer.from_pretrained(tokenizer_folder),
         "many": train_tokenizer([Document("", "".join(TEXT * 2) + lines_of_text(80, 9))], 420, 10_000),
@@ -35,61 +35,83 @@ def tokenizers(tokenizer_folder: Path) -> dict[str, PreTrainedTokenizerBase]:
     }
 
 
+def spell_all(teacher: Any, student: Any) -> list[list[int]]:
+    """The student tokens that spell each teacher token."""
+    student_bytes = token_bytes(student)
+    spellings = [spell(raw, student, student_bytes) for raw in token_bytes(teacher)]
+    spellings[teacher.eos_token_id] = [student.eos_token_id]
+    return spellings
+
+
+def spell(raw: bytes, student: Any, student_bytes: list[bytes]) -> list[int]:
+    """The student tokens of the same bytes; empty if there are no bytes."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:  # half of a character
+        if raw in student_bytes:
+            return [student_bytes.index(raw)]
+        return [student_bytes.index(bytes([byte])) for byte in raw]
+    return student(text)["input_ids"] if text else []
+
+
+def prefixes(tokenizer: Any, ids: list[int]) -> list[bytes]:
+    """The bytes up to the end of each token."""
+    texts = token_bytes(tokenizer)
+    return [b"".join(texts[token] for token in ids[: count + 1]) for count in range(len(ids))]
+
+
+def continue_spellings(probs: np.ndarray, spellings: list[list[int]], since: list[int]) -> dict[int, float] | None:
+    """The probability of each student token after the tokens `since` a shared end; None if too little is mapped."""
+    row: dict[int, float] = {}
+    for token, spelling in enumerate(spellings):
+        if len(spelling) > len(since) and spelling[: len(since)] == since:
+            row[spelling[len(since)]] = row.get(spelling[len(since)], 0.0) + probs[token]
+    ending = sum(probs[token] for token, spelling in enumerate(spellings) if since and spelling == since)
+    mapped = sum(row.values())
+    return row if row and mapped >= MIN_MAPPED_SHARE * (mapped + ending if since else 1.0) else None
+
+
 def by_hand(
-    probs: np.ndarray, theirs: Any, own: Any, read: list[int], spoken: list[int]
+    probs: np.ndarray, teacher: Any, student: Any, teacher_ids: list[int], student_ids: list[int]
 ) -> list[dict[int, float] | None]:
-    """Of each of the student's tokens but the last, the chances of the next one; None where too little is told."""
-    bytes_of = [token_bytes(theirs), token_bytes(own)]
-
-    def spell(token: int) -> list[int]:
-        try:
-            text = bytes_of[0][token].decode()
-        except UnicodeDecodeError:  # half of a character
-            raw = bytes_of[0][token]
-            return [bytes_of[1].index(raw)] if raw in bytes_of[1] else [bytes_of[1].index(bytes([b])) for b in raw]
-        return own(text)["input_ids"] if text else [own.eos_token_id] if token == theirs.eos_token_id else []
-
-    spelt = [spell(token) for token in range(len(theirs))]
-    begins = lambda kind, ids: [b"".join(bytes_of[kind][t] for t in ids[: n + 1]) for n in range(len(ids))]  # noqa: E731
-    their_ends, own_ends = begins(0, read), begins(1, spoken)
-    found: list[dict[int, float] | None] = []
-    for now in range(len(spoken) - 1):
-        back = next(n for n in range(now, -1, -1) if own_ends[n] in their_ends)
-        chance = probs[their_ends.index(own_ends[back])]
-        begun = spoken[back + 1 : now + 1]
-        row: dict[int, float] = {}
-        for token, spelling in enumerate(spelt):
-            if len(spelling) > len(begun) and spelling[: len(begun)] == begun:
-                row[spelling[len(begun)]] = row.get(spelling[len(begun)], 0.0) + chance[token]
-        stop = sum(chance[token] for token, spelling in enumerate(spelt) if begun and spelling == begun)
-        told = sum(row.values())
-        if told < MIN_MAPPED_SHARE * (told + stop if begun else 1.0) or not row:
-            found.append(None)
+    """The next-token probabilities after each student token but the last; None if too little can be mapped."""
+    spellings = spell_all(teacher, student)
+    teacher_ends, student_ends = prefixes(teacher, teacher_ids), prefixes(student, student_ids)
+    rows: list[dict[int, float] | None] = []
+    for now in range(len(student_ids) - 1):
+        shared = next(n for n in range(now, -1, -1) if student_ends[n] in teacher_ends)
+        predicted = probs[teacher_ends.index(student_ends[shared])]
+        row = continue_spellings(predicted, spellings, student_ids[shared + 1 : now + 1])
+        rows.append(row)
+        if row is None:
             continue
-        if not begun:  # the text's own next token, spelt by the teacher in several
-            first = their_ends.index(own_ends[now]) + 1
-            last = next((n for n in range(first, len(read)) if their_ends[n].startswith(own_ends[now + 1])), None)
-            if last is not None and last > first and spelt[read[first]] and spelt[read[first]][0] != spoken[now + 1]:
-                moved = np.prod([probs[n - 1][read[n]] for n in range(first, last + 1)])
-                moved = min(moved, row[spelt[read[first]][0]])
-                row[spelt[read[first]][0]] -= moved
-                row[spoken[now + 1]] = row.get(spoken[now + 1], 0.0) + moved
-        found.append({token: value / told for token, value in row.items()})
-    return found
+        mapped = sum(row.values())
+        if shared == now:  # the teacher may need several tokens for the text's own next token
+            first = teacher_ends.index(student_ends[now]) + 1
+            following = (n for n in range(first, len(teacher_ids)) if teacher_ends[n].startswith(student_ends[now + 1]))
+            last = next(following, 0)
+            spelling = spellings[teacher_ids[first]] if last > first else []
+            if spelling and spelling[0] != student_ids[now + 1]:
+                product = np.prod([probs[n - 1][teacher_ids[n]] for n in range(first, last + 1)])
+                moved = min(product, row[spelling[0]])
+                row[spelling[0]] -= moved
+                row[student_ids[now + 1]] = row.get(student_ids[now + 1], 0.0) + moved
+        rows[-1] = {token: value / mapped for token, value in row.items()}
+    return rows
 
 
 @pytest.mark.parametrize(("theirs", "own"), [("many", "few"), ("few", "many"), ("many", "bytes"), ("few", "bytes")])
 @pytest.mark.parametrize("text", [TEXT[1], UNICODE, lines_of_text(5, 2)])
-def test_what_is_told_is_what_is_found_by_hand(tokenizers: dict[str, Any], theirs: str, own: str, text: str) -> None:
+def test_retokenized_spans_equal_those_by_hand(tokenizers: dict[str, Any], theirs: str, own: str, text: str) -> None:
     teacher, student = tokenizers[theirs], tokenizers[own]
-    told = Retokenizer(teacher, student)
-    [read] = tokenize_spans([TextSpan(text, 0, True, False)], teacher, told.teacher_bytes)
-    spoken = [student.eos_token_id, *student(text)["input_ids"]]
-    logits = torch.randn(len(read.ids), len(teacher), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    logits[torch.arange(len(logits) - 1), torch.from_numpy(read.ids[1:])] += 5.0  # the text itself is likely
-    ends = np.cumsum([len(told.student_bytes[token]) for token in spoken])
-    got = told.span_probs(logits, read, np.array(spoken), ends)
-    wanted = by_hand(logits.softmax(-1).numpy(), teacher, student, read.ids.tolist(), spoken)
+    retokenizer = Retokenizer(teacher, student)
+    [span] = tokenize_spans([TextSpan(text, 0, True, False)], teacher, retokenizer.teacher_bytes)
+    student_ids = [student.eos_token_id, *student(text)["input_ids"]]
+    logits = torch.randn(len(span.ids), len(teacher), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[torch.arange(len(logits) - 1), torch.from_numpy(span.ids[1:])] += 5.0  # the text itself is likely
+    ends = np.cumsum([len(retokenizer.student_bytes[token]) for token in student_ids])
+    got = retokenizer.span_probs(logits, span, np.array(student_ids), ends)
+    wanted = by_hand(logits.softmax(-1).numpy(), teacher, student, span.ids.tolist(), student_ids)
     assert sum(row is not None for row in wanted) > 0.6 * len(wanted)
     for row, chances in zip(got, wanted, strict=True):
         dense = torch.zeros(len(student), dtype=torch.float64)
@@ -98,41 +120,41 @@ def test_what_is_told_is_what_is_found_by_hand(tokenizers: dict[str, Any], their
         torch.testing.assert_close(row, dense, rtol=1e-6, atol=1e-9)
 
 
-def test_equal_tokenizers_are_told_as_they_are(tokenizers: dict[str, Any]) -> None:
+def test_equal_tokenizers_change_nothing(tokenizers: dict[str, Any]) -> None:
     same = tokenizers["few"]
-    told = Retokenizer(same, same)
-    [read] = tokenize_spans([TextSpan(TEXT[0], 0, True, True)], same, told.teacher_bytes)
-    logits = torch.randn(len(read.ids), len(same), generator=torch.Generator().manual_seed(1))
-    got = told.span_probs(logits, read, read.ids, read.ends)
+    retokenizer = Retokenizer(same, same)
+    [span] = tokenize_spans([TextSpan(TEXT[0], 0, True, True)], same, retokenizer.teacher_bytes)
+    logits = torch.randn(len(span.ids), len(same), generator=torch.Generator().manual_seed(1))
+    got = retokenizer.span_probs(logits, span, span.ids, span.ends)
     torch.testing.assert_close(got, logits[:-1].softmax(-1))
 
 
-@pytest.mark.parametrize(("stops", "is_told"), [(0.9, False), (0.1, True)])
-def test_amid_a_token_that_may_have_ended_little_is_told(
-    tokenizers: dict[str, Any], stops: float, is_told: bool
+@pytest.mark.parametrize(("ending", "is_mapped"), [(0.9, False), (0.1, True)])
+def test_nothing_is_mapped_inside_a_token_that_has_likely_ended(
+    tokenizers: dict[str, Any], ending: float, is_mapped: bool
 ) -> None:
-    told = Retokenizer(tokenizers["many"], tokenizers["bytes"])
-    begun = next(spelling for spelling in told.continuations if len(told.ends[spelling]) == 1)
-    [[longer, *_], _] = told.continuations[begun].tolist()
-    probs = torch.zeros(len(told.spellings))
-    probs[told.ends[begun]], probs[longer] = stops, 1 - stops
-    row = told.probs_inside_token(probs, begun)
-    assert (row is not None) == is_told
+    retokenizer = Retokenizer(tokenizers["many"], tokenizers["bytes"])
+    prefix = next(spelling for spelling in retokenizer.continuations if len(retokenizer.ends[spelling]) == 1)
+    [[longer, *_], _] = retokenizer.continuations[prefix].tolist()
+    probs = torch.zeros(len(retokenizer.spellings))
+    probs[retokenizer.ends[prefix]], probs[longer] = ending, 1 - ending
+    row = retokenizer.probs_inside_token(probs, prefix)
+    assert (row is not None) == is_mapped
     if row is not None:
-        assert row.argmax() == told.spellings[longer][len(begun)]
+        assert row.argmax() == retokenizer.spellings[longer][len(prefix)]
         assert row.sum() == 1
-    assert told.probs_inside_token(probs, (-1,)) is None
+    assert retokenizer.probs_inside_token(probs, (-1,)) is None
 
 
-def layout(tokenizer: PreTrainedTokenizerBase) -> Blocks:
+def make_test_blocks(tokenizer: PreTrainedTokenizerBase) -> Blocks:
     documents = [Document(str(seed), lines_of_text(6, seed) + UNICODE) for seed in range(3)]
     return make_blocks(documents, tokenizer, 40)
 
 
-def dense(
+def stored_probs(
     model: Any, theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, blocks: Blocks, folder: Path
 ) -> np.ndarray:
-    """All that is stored of the blocks: probabilities (N, T, V)."""
+    """The stored probabilities of the blocks, (N, T, V)."""
     cache = TeacherCache({"test": str(folder)}, blocks.ids.shape, Form("topk", len(own), len(own)))
     run = retokenize.retokenized_pass(model, theirs, blocks, own, bf16=False)
     [arrays] = run(np.arange(len(blocks.ids)), [cache])
@@ -141,36 +163,36 @@ def dense(
     return probs
 
 
-def test_a_teacher_is_told_block_by_block(
+def test_stored_probabilities_equal_those_by_hand(
     tokenizers: dict[str, Any], tmp_path: Path, limbeck_home: Path, tokenizer_folder: Path
 ) -> None:
     theirs, own = tokenizers["many"], tokenizers["few"]
     theirs.save_pretrained(tmp_path / "tokenizer")
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "teacher", tmp_path / "tokenizer", "llama"))
-    blocks = layout(own)
-    got = dense(model, theirs, own, blocks, tmp_path)
+    blocks = make_test_blocks(own)
+    got = stored_probs(model, theirs, own, blocks, tmp_path)
     texts, checked = token_bytes(own), 0
     for number in (0, 1):
-        for places, _, piece in document_spans(blocks, number, own, texts):
-            if piece.skipped or not piece.begins:
+        for places, _, span in document_spans(blocks, number, own, texts):
+            if span.skipped or not span.begins:
                 continue
-            read = [theirs.eos_token_id, *theirs(piece.text)["input_ids"]]
+            teacher_ids = [theirs.eos_token_id, *theirs(span.text)["input_ids"]]
             with torch.no_grad():
-                probs = model(input_ids=torch.tensor([read])).logits[0].softmax(-1).double().numpy()
-            spoken = blocks.ids[number, places].tolist()
-            if piece.ends:
-                spoken = spoken[:-1]
-            for at, chances in enumerate(by_hand(probs, theirs, own, read, spoken)):
+                probs = model(input_ids=torch.tensor([teacher_ids])).logits[0].softmax(-1).double().numpy()
+            student_ids = blocks.ids[number, places].tolist()
+            if span.ends:
+                student_ids = student_ids[:-1]
+            for at, chances in enumerate(by_hand(probs, theirs, own, teacher_ids, student_ids)):
                 row = got[number, places.start + at]
                 wanted = np.full(len(own), SMOOTHING / len(own))
-                for token, value in (chances or {spoken[at + 1]: 1.0}).items():  # untold: the label
+                for token, value in (chances or {student_ids[at + 1]: 1.0}).items():  # unmapped: the label
                     wanted[token] += (1 - SMOOTHING) * value
                 np.testing.assert_allclose(row, wanted, rtol=0.02, atol=1e-4)
                 checked += 1
     assert checked > 20
 
 
-def test_where_nothing_is_told_the_label_is(
+def test_the_label_is_stored_if_nothing_can_be_mapped(
     tokenizers: dict[str, Any], tiny_llama: Path, tmp_path: Path, limbeck_home: Path
 ) -> None:
     from tokenizers import normalizers
@@ -178,21 +200,18 @@ def test_where_nothing_is_told_the_label_is(
     own = tokenizers["bytes"]
     theirs = AutoTokenizer.from_pretrained(tiny_llama)
     theirs.backend_tokenizer.normalizer = normalizers.Replace("\n", "#")
-    blocks = layout(own)
-    probs = dense(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs, own, blocks, tmp_path)
+    blocks = make_test_blocks(own)
+    probs = stored_probs(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs, own, blocks, tmp_path)
     for number in range(len(blocks.ids)):
-        for places, _, piece in document_spans(blocks, number, own, token_bytes(own)):
-            if "\n" not in piece.text:
+        for places, _, span in document_spans(blocks, number, own, token_bytes(own)):
+            if "\n" not in span.text:
                 continue
             following = blocks.ids[number, places][1:]
             likely = probs[number, places.start : places.stop - 1][np.arange(len(following)), following]
             np.testing.assert_allclose(likely, 1.0, atol=1e-3)
 
 
-# --- recipes
-
-
-def test_a_student_with_a_tokenizer_of_its_own(
+def test_a_student_with_its_own_tokenizer(
     store: Store, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra="[tokenizer]\nvocab_size = 270\n")
@@ -216,7 +235,7 @@ def test_a_student_with_a_tokenizer_of_its_own(
         (['teacher.model="http://127.0.0.1:9/v1"'], 'set divergence = "chunks"'),
     ],
 )
-def test_what_cannot_be_retold_is_refused(
+def test_recipes_that_retokenizing_cannot_serve_are_refused(
     store: Store,
     limbeck: Callable[..., Any],
     write_recipe: Callable[..., Path],

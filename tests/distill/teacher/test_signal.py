@@ -1,4 +1,4 @@
-"""The teacher runs once: whatever learns from it afterwards reads what it said."""
+"""The teacher runs once, and students read its stored outputs."""
 
 from __future__ import annotations
 
@@ -31,65 +31,65 @@ WriteRecipe = Callable[..., Path]
 
 
 @contextmanager
-def forwards_of(teacher: Path) -> Iterator[list[int]]:
-    """Counts the forward passes in this process of any model with the teacher's weights."""
-    seen: list[int] = []
+def forward_passes(teacher: Path) -> Iterator[list[int]]:
+    """Record the forward passes in this process of any model with the teacher's weights."""
+    passes: list[int] = []
     weight = LlamaForCausalLM.from_pretrained(teacher).lm_head.weight
 
     def on_forward(module: torch.nn.Module, inputs: object, output: object) -> None:
         if isinstance(module, LlamaForCausalLM) and torch.equal(module.lm_head.weight, weight):
-            seen.append(1)
+            passes.append(1)
 
     hook = torch.nn.modules.module.register_module_forward_hook(on_forward)
     try:
-        yield seen
+        yield passes
     finally:
         hook.remove()
 
 
-def shorten(recipe: Path) -> None:
-    """Little text, so that a pass over it takes a moment."""
+def shorten_text(recipe: Path) -> None:
+    """Limit the text, so that a pass over it takes a moment."""
     recipe.write_text(recipe.read_text().replace("[data]", "[data]\nmax_tokens = 2048", 1))
 
 
-def setting_of(path: Path, store: Store, *sets: str) -> Setting:
+def make_setting(path: Path, store: Store, *sets: str) -> Setting:
     return prepare_setting(load.load_recipe(path, [*sets]), Source(path, sets), store)
 
 
-def test_after_one_capture_students_cost_no_forward_pass_of_the_teacher(
+def test_students_of_a_filled_cache_do_not_run_the_teacher(
     store: Store, limbeck: Callable[..., Result], write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES)
-    shorten(recipe)
-    with forwards_of(tiny_llama) as seen:
+    shorten_text(recipe)
+    with forward_passes(tiny_llama) as recorded:
         first = limbeck("distill", recipe, "--set", "training.max_steps=1")
         assert first.code == 0, first.err
-        assert seen
-        seen.clear()
+        assert recorded
+        recorded.clear()
         sets = ("training.max_steps=2", "seed=1", "objectives.soft.labels=0.5", "objectives.mixed.beta=0.3")
         again = limbeck("distill", recipe, *(word for s in sets for word in ("--set", s)))
         assert again.code == 0, again.err
-        assert not seen
+        assert not recorded
     assert len(store.versions()) == 1 + 2 + 2
     for form in ("sampled", "topk"):
         assert f"teacher cache: {form}" in first.err
     assert (first.err.count(" 0 of them captured now"), again.err.count(" 0 of them captured now")) == (0, 2)
 
 
-def test_the_grids_temperatures_are_captured_in_one_pass(
+def test_missing_temperatures_are_captured_in_one_pass(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES)
-    shorten(recipe)
+    shorten_text(recipe)
 
     def passes(temperatures: str) -> tuple[int, set[object]]:
-        setting = setting_of(recipe, store, f"sweep.temperatures={temperatures}")
-        with forwards_of(tiny_llama) as seen:
-            made = teachers_for(setting, grid.plan_students(setting.recipe))
-        assert all(isinstance(each, TeacherCache) for each in made.values())
-        return len(seen), {each.form.temperature for each in made.values()}  # type: ignore[union-attr]
+        setting = make_setting(recipe, store, f"sweep.temperatures={temperatures}")
+        with forward_passes(tiny_llama) as recorded:
+            teachers = teachers_for(setting, grid.plan_students(setting.recipe))
+        assert all(isinstance(each, TeacherCache) for each in teachers.values())
+        return len(recorded), {each.form.temperature for each in teachers.values()}  # type: ignore[union-attr]
 
-    once, _ = passes("[1.0]")  # and the held-out sample, once and for all
+    once, _ = passes("[1.0]")  # and the held-out sample
     assert passes("[1.0]") == (0, {1.0})
     more, temperatures = passes("[1.0, 2.0, 4.0]")
     assert 0 < more < once
@@ -97,18 +97,25 @@ def test_the_grids_temperatures_are_captured_in_one_pass(
     assert passes("[2.0, 1.0]") == (0, {1.0, 2.0})
 
 
-def test_what_identifies_a_cache(store: Store, write_recipe: WriteRecipe, tiny_llama: Path, tiny_qwen2: Path) -> None:
-    """Another teacher, text, layout or setting is another cache; what concerns students alone is not."""
+def test_settings_that_identify_a_cache(
+    store: Store, write_recipe: WriteRecipe, tiny_llama: Path, tiny_qwen2: Path
+) -> None:
+    """Another teacher, text, layout or cache setting needs another cache; settings of the students do not."""
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES.partition("[objectives.mixed]")[0])
 
     def folder(*sets: str) -> Path:
-        setting = setting_of(recipe, store, *sets)
+        setting = make_setting(recipe, store, *sets)
         [cache] = caches_for(setting, [form_of(setting, plan) for plan in grid.plan_students(setting.recipe)]).values()
         return cache.folder
 
     first = folder()
-    for same in ("training.learning_rate=0.1", "students.small.config.n_layer=2", "seed=3", "objectives.soft.labels=0"):
-        assert folder(same) == first
+    for unrelated in (
+        "training.learning_rate=0.1",
+        "students.small.config.n_layer=2",
+        "seed=3",
+        "objectives.soft.labels=0",
+    ):
+        assert folder(unrelated) == first
     changes = [
         f"teacher.model={tiny_qwen2}",
         "data.max_length=16",
@@ -122,14 +129,14 @@ def test_what_identifies_a_cache(store: Store, write_recipe: WriteRecipe, tiny_l
     assert len({first, *map(folder, changes)}) == 1 + len(changes)
 
 
-def test_the_objectives_that_no_stored_form_serves_run_the_teacher(
+def test_objectives_that_no_stored_form_serves_run_the_teacher_online(
     store: Store, write_recipe: WriteRecipe, tiny_llama: Path
 ) -> None:
     layers = '[objectives.layers]\ndivergence = "forward_kl"\nlayers = {}\n'
     recipe = write_recipe(tiny_llama, STUDENT, OBJECTIVES + layers)
-    setting = setting_of(recipe, store)
-    made = teachers_for(setting, grid.plan_students(setting.recipe))
-    assert {label: type(each).__name__ for label, each in made.items()} == {
+    setting = make_setting(recipe, store)
+    teachers = teachers_for(setting, grid.plan_students(setting.recipe))
+    assert {label: type(each).__name__ for label, each in teachers.items()} == {
         "small-soft": "TeacherCache",
         "small-mixed": "TeacherCache",
         "small-layers": "LlamaForCausalLM",

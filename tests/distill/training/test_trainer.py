@@ -95,10 +95,10 @@ def die_at(step: int) -> Callable[[Any], None]:
         ),
     ],
 )
+@pytest.mark.usefixtures("limbeck_home")
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    limbeck_home: Path,
     tiny_neox: Path,
     student: str,
     objective: Objective,
