@@ -1,7 +1,8 @@
-"""A student cut from its teacher: some of the layers, and of those the channels, neurons and heads that do most.
+"""Pruning: makes a student from some layers of the teacher (depth), and their most important units (width).
 
-Layers are named or evenly spread, as in DistilBERT (arXiv 1910.01108). Width goes by activations on training text,
-as in Minitron (arXiv 2407.14679). What is cut where follows from the table of axes below and the tensors' shapes.
+Layers are chosen by number or evenly spread, as in DistilBERT (arXiv 1910.01108). Channels, neurons and heads are
+chosen by their activations on training text, as in Minitron (arXiv 2407.14679). `pruning_shapes` says what the axes of
+each architecture's tensors are.
 """
 
 from __future__ import annotations
@@ -13,206 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models import loading
+from limbeck.distill.models.pruning_shapes import FAMILIES, Shape, pruned_shape, shape_of, student_config
 from limbeck.distill.recipe.schema import Prune
-from limbeck.registry.core.errors import BadInput
 
-
-class Family(NamedTuple):
-    """How an architecture is cut.
-
-    Attributes:
-        layers: the module that lists the layers.
-        axes: the end of a module's path -> what its outputs and its inputs are (of an embedding: rows and columns):
-            hidden, neurons, heads, kv_heads, or nothing that is ever cut. Outputs side by side: "heads heads heads".
-        neurons: the config's key for them.
-        free_heads: whether a head may have another size than hidden_size / num_attention_heads.
-    """
-
-    layers: str
-    axes: dict[str, tuple[str, ...]]
-    neurons: str = "intermediate_size"
-    free_heads: bool = True
-
-
-LLAMA = Family(
-    "model.layers",
-    {
-        "embed_tokens": ("", "hidden"),
-        "input_layernorm": ("hidden",),
-        "q_proj": ("heads", "hidden"),
-        "k_proj": ("kv_heads", "hidden"),
-        "v_proj": ("kv_heads", "hidden"),
-        "q_norm": ("",),
-        "k_norm": ("",),
-        "o_proj": ("hidden", "heads"),
-        "post_attention_layernorm": ("hidden",),
-        "gate_proj": ("neurons", "hidden"),
-        "up_proj": ("neurons", "hidden"),
-        "down_proj": ("hidden", "neurons"),
-        "model.norm": ("hidden",),
-        "lm_head": ("", "hidden"),
-    },
-)
-GPT2 = Family(
-    "transformer.h",
-    {
-        "wte": ("", "hidden"),
-        "wpe": ("", "hidden"),
-        "ln_1": ("hidden",),
-        "c_attn": ("heads heads heads", "hidden"),
-        "attn.c_proj": ("hidden", "heads"),
-        "ln_2": ("hidden",),
-        "c_fc": ("neurons", "hidden"),
-        "mlp.c_proj": ("hidden", "neurons"),
-        "ln_f": ("hidden",),
-        "lm_head": ("", "hidden"),
-    },
-    neurons="n_inner",
-    free_heads=False,
-)
-GPT_NEOX = Family(
-    "gpt_neox.layers",
-    {
-        "embed_in": ("", "hidden"),
-        "input_layernorm": ("hidden",),
-        "query_key_value": ("heads", "hidden"),
-        "attention.dense": ("hidden", "heads"),
-        "post_attention_layernorm": ("hidden",),
-        "dense_h_to_4h": ("neurons", "hidden"),
-        "dense_4h_to_h": ("hidden", "neurons"),
-        "final_layer_norm": ("hidden",),
-        "embed_out": ("", "hidden"),
-    },
-    free_heads=False,
-)
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gpt2": GPT2,
-    "gpt_neox": GPT_NEOX,
-}
-
-
-class Shape(NamedTuple):
-    """What of a model may be cut: its layers by their numbers in the teacher, and the widths."""
-
-    layers: tuple[int, ...]
-    hidden: int
-    neurons: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-def shape_of(config: PretrainedConfig) -> Shape:
-    """The teacher's shape. Raises BadInput for an architecture that cannot be cut."""
-    if config.model_type not in FAMILIES:
-        raise BadInput(
-            f"the teacher is a {config.model_type}, which cannot be cut",
-            fix=f"teachers that can: {', '.join(FAMILIES)}; or give the student a config of its own",
-        )
-    if getattr(config, "quantization_config", None):
-        raise BadInput(
-            "the teacher's weights are quantized, and those cannot be cut", fix="take the model it came from"
-        )
-    heads = config.num_attention_heads
-    return Shape(
-        layers=tuple(range(config.num_hidden_layers)),
-        hidden=config.hidden_size,
-        neurons=getattr(config, FAMILIES[config.model_type].neurons) or 4 * config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
-
-
-def pruned_shape(config: PretrainedConfig, spec: Prune) -> Shape:
-    """The student's shape. Raises BadInput where the teacher cannot be cut so."""
-    teacher = shape_of(config)
-    layers = _pruned_layers(len(teacher.layers), spec)
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and layers != teacher.layers[: len(layers)]:
-        raise BadInput(
-            "the teacher's attention depends on the number of its layer (scale_attn_by_inverse_layer_idx)",
-            fix=f"keep the first ones: layers = {list(teacher.layers[: len(layers)])}",
-        )
-    asked = {
-        "hidden_size": (spec.hidden_size, teacher.hidden),
-        "intermediate_size": (spec.intermediate_size, teacher.neurons),
-        "num_attention_heads": (spec.num_attention_heads, teacher.heads),
-        "num_key_value_heads": (spec.num_key_value_heads, teacher.kv_heads),
-    }
-    for key, (size, most) in asked.items():
-        if size is not None and size > most:
-            raise BadInput(f"{key} = {size} is more than the teacher's {most}", fix=f"give {most} or less")
-    heads = spec.num_attention_heads or teacher.heads
-    kv_heads = spec.num_key_value_heads or _pruned_kv_heads(teacher, heads)
-    group = teacher.heads // teacher.kv_heads
-    if heads % kv_heads or heads // kv_heads > group:
-        raise BadInput(
-            f"{heads} attention heads cannot share {kv_heads} key-value heads: the teacher has {group} to each",
-            fix=f"give num_attention_heads = {kv_heads * group} with num_key_value_heads = {kv_heads}",
-        )
-    hidden = spec.hidden_size or teacher.hidden
-    if not FAMILIES[config.model_type].free_heads and hidden != heads * teacher.head_dim:
-        raise BadInput(
-            f"a {config.model_type} of hidden_size {hidden} has heads of {hidden} / {heads} and the teacher's are of "
-            f"{teacher.head_dim}",
-            fix=f"give hidden_size = {heads * teacher.head_dim} with num_attention_heads = {heads}",
-        )
-    return Shape(layers, hidden, spec.intermediate_size or teacher.neurons, heads, kv_heads, teacher.head_dim)
-
-
-def _pruned_layers(count: int, spec: Prune) -> tuple[int, ...]:
-    """The layers that stay, of `count`; evenly spread, the first and the last are among them."""
-    if spec.layers is not None:
-        if not spec.layers or sorted(set(spec.layers)) != list(spec.layers) or not spec.layers[0] >= 0:
-            raise BadInput(f"layers = {list(spec.layers)} has to go up, from 0 on", fix="each layer stays once")
-        if spec.layers[-1] >= count:
-            raise BadInput(f"layer {spec.layers[-1]} is not there: the teacher's are 0 to {count - 1}")
-        return spec.layers
-    kept = spec.num_hidden_layers or count
-    if kept > count:
-        raise BadInput(f"num_hidden_layers = {kept} is more than the teacher's {count}", fix=f"give {count} or less")
-    return tuple(int(layer) for layer in np.linspace(0, count - 1, kept).round())
-
-
-def _pruned_kv_heads(teacher: Shape, heads: int) -> int:
-    """Key-value heads where only `heads` is given: one to each head where the teacher has it so, else as many."""
-    return heads if teacher.kv_heads == teacher.heads else teacher.kv_heads
-
-
-def student_config(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
-    """The teacher's config, cut to `shape`."""
-    made = copy.deepcopy(config)
-    made.num_hidden_layers = len(shape.layers)
-    if getattr(config, "layer_types", None):
-        made.layer_types = [config.layer_types[layer] for layer in shape.layers]
-    made.hidden_size = shape.hidden
-    neurons = FAMILIES[config.model_type].neurons
-    if getattr(config, neurons) or shape.neurons != 4 * shape.hidden:
-        setattr(made, neurons, shape.neurons)
-    made.num_attention_heads = shape.heads
-    if hasattr(config, "num_key_value_heads"):
-        made.num_key_value_heads = shape.kv_heads
-    if getattr(config, "head_dim", None) or shape.hidden != shape.heads * shape.head_dim:
-        made.head_dim = shape.head_dim
-    return made
-
-
-# Shown a module's path, what comes by there (`hidden`: what a norm puts out; `norm input`; `neurons` and `heads`: what
-# their last projection takes), its values (n, T, C), and which tokens are no padding (n, T).
+# (module path, kind, activations (n, T, C), mask of tokens that are not padding (n, T)). The kinds: `hidden`, a norm's
+# outputs; `norm input`; `neurons` and `heads`, the inputs of the projection after them.
 ActivationCallback = Callable[[str, str, torch.Tensor, torch.Tensor], None]
 
 
 class KeptUnits(NamedTuple):
-    """What stays of the teacher: numbers of channels, and by layer of neurons and heads; each (n,), going up."""
+    """Indices of the units to keep, each (n,) ascending: channels, and for each layer neurons and heads."""
 
     hidden: torch.Tensor
     neurons: dict[int, torch.Tensor]
@@ -220,6 +36,7 @@ class KeptUnits(NamedTuple):
     kv_heads: dict[int, torch.Tensor]
 
     def units(self, axis: str, layer: int | None) -> torch.Tensor:
+        """The units (n,) to keep on an axis; `layer` is None outside the layers."""
         if axis == "hidden":
             return self.hidden
         assert layer is not None
@@ -228,28 +45,28 @@ class KeptUnits(NamedTuple):
 
 
 def prune(teacher: PreTrainedModel, spec: Prune, blocks: Blocks) -> PreTrainedModel:
-    """The student, with the weights of the teacher that it keeps, in the teacher's dtype.
+    """Make the student from the teacher's weights, in the teacher's dtype.
 
-    A norm divides by the size of a token's channels, which is another one without those that are cut: its weights
-    make up for the mean change, so that cutting channels that are zero changes nothing.
+    A norm divides by the root mean square of a token's channels, which changes if channels are cut. The norm's weights
+    are scaled by the mean change, so that cutting channels that are always zero changes no output.
 
     Args:
         blocks: training text; importance is measured on its first `spec.calibration_blocks`.
 
     Raises:
-        BadInput: the teacher cannot be cut so.
+        BadInput: the teacher cannot be pruned to `spec`.
     """
     before, after = shape_of(teacher.config), pruned_shape(teacher.config, spec)
-    measured = np.arange(min(spec.calibration_blocks, len(blocks.ids)))
+    calibration = np.arange(min(spec.calibration_blocks, len(blocks.ids)))
     narrower = after[1:] != before[1:]
-    scores = importance(teacher, blocks, measured) if narrower else {}
+    scores = importance(teacher, blocks, calibration) if narrower else {}
     kept = _select_units(scores, before, after)
-    scales = _norm_scales(teacher, blocks, measured, kept.hidden) if after.hidden < before.hidden else {}
+    scales = _norm_scales(teacher, blocks, calibration, kept.hidden) if after.hidden < before.hidden else {}
     student = AutoModelForCausalLM.from_config(student_config(teacher.config, after), dtype=teacher.dtype)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     layers = FAMILIES[teacher.config.model_type].layers
     for path, axes in _axes(student).items():
-        layer, source = _layer(path, layers), path
+        layer, source = _layer_number(path, layers), path
         if layer is not None:
             layer = after.layers[layer]
             source = f"{layers}.{layer}.{path.removeprefix(f'{layers}.').partition('.')[2]}"
@@ -263,53 +80,58 @@ def prune(teacher: PreTrainedModel, spec: Prune, blocks: Blocks) -> PreTrainedMo
 
 
 def importance(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray) -> dict[tuple[str, int | None], Any]:
-    """How much each channel, neuron and head does: (what, layer) -> (n,) float64; channels have no layer.
+    """The importance of each channel, neuron and head: (axis, layer) -> (n,) float64. Channels have layer None.
 
-    The size of its activation, as a mean over the tokens of a block and an L2 norm over blocks (Minitron's best):
-    of channels what the norms put out, summed over norms; of neurons and heads what their last projection takes.
+    It is the size of the unit's activations: the mean over the tokens of a block, then the L2 norm over blocks, the
+    best aggregation in Minitron. For channels, the outputs of the norms, summed over norms; for neurons and heads, the
+    inputs of the projection after them.
     """
     layers, heads = FAMILIES[teacher.config.model_type].layers, shape_of(teacher.config).heads
     squares: dict[tuple[str, str], Any] = defaultdict(float)
 
-    def see(path: str, what: str, value: torch.Tensor, valid: torch.Tensor) -> None:
-        if what == "norm input":
+    def add_squares(path: str, kind: str, value: torch.Tensor, valid: torch.Tensor) -> None:
+        if kind == "norm input":
             return
         value = value.double()
-        size = value.unflatten(-1, (heads, -1)).norm(dim=-1) if what == "heads" else value.abs()
+        size = value.unflatten(-1, (heads, -1)).norm(dim=-1) if kind == "heads" else value.abs()
         means = (size * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        squares[what, path] += means.square().sum(0)
+        squares[kind, path] += means.square().sum(0)
 
-    _run(teacher, blocks, indices, see)
+    _run_with_hooks(teacher, blocks, indices, add_squares)
     scores: dict[tuple[str, int | None], Any] = defaultdict(float)
-    for (what, path), square in squares.items():
-        scores[what, None if what == "hidden" else _layer(path, layers)] += square.sqrt().cpu()
+    for (kind, path), square in squares.items():
+        scores[kind, None if kind == "hidden" else _layer_number(path, layers)] += square.sqrt().cpu()
     return scores
 
 
 def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, kept: torch.Tensor) -> dict[str, float]:
-    """What the weights of each norm are multiplied by: the mean ratio of what it divides by, cut and whole."""
+    """The factor for the weights of each norm: the mean ratio of the root mean squares after and before the cut."""
     ratios: dict[str, list[torch.Tensor]] = defaultdict(list)
     norms = dict(teacher.named_modules())
 
-    def see(path: str, what: str, value: torch.Tensor, valid: torch.Tensor) -> None:
-        if what == "norm input":
+    def add_ratio(path: str, kind: str, value: torch.Tensor, valid: torch.Tensor) -> None:
+        if kind == "norm input":
             centred = isinstance(norms[path], torch.nn.LayerNorm)
             ratio = _root_mean_square(value[..., kept], centred) / _root_mean_square(value, centred)
             ratios[f"{path}.weight"].append(ratio[valid])
 
-    _run(teacher, blocks, indices, see)
-    # A token whose channels are all zero, as padding's are, has no ratio.
+    _run_with_hooks(teacher, blocks, indices, add_ratio)
+    # A token whose channels are all zero has no ratio (NaN).
     return {name: float(torch.cat(each).nanmean().nan_to_num(nan=1.0)) for name, each in ratios.items()}
 
 
 def _root_mean_square(value: torch.Tensor, centred: bool) -> torch.Tensor:
     value = value.double()
-    return (value - value.mean(-1, keepdim=True) if centred else value).square().mean(-1).sqrt()
+    if centred:
+        value = value - value.mean(-1, keepdim=True)
+    return value.square().mean(-1).sqrt()
 
 
 @torch.inference_mode()
-def _run(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, on_activation: ActivationCallback) -> None:
-    """Run the teacher over the blocks at `indices` and show `on_activation` what comes by."""
+def _run_with_hooks(
+    teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, on_activation: ActivationCallback
+) -> None:
+    """Run the teacher over the blocks at `indices`, and call `on_activation` for each activation."""
     valid = torch.empty(0)
     hooks = []
     for path, axes in _axes(teacher).items():
@@ -335,16 +157,16 @@ def _run(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, on_activ
 
 
 def _select_units(scores: dict[tuple[str, int | None], torch.Tensor], before: Shape, after: Shape) -> KeptUnits:
-    """The units with the highest scores, in the teacher's order."""
+    """The most important units, in the teacher's order."""
 
-    def best(what: str, layer: int | None, count: int, whole: int) -> torch.Tensor:
-        return torch.arange(whole) if count == whole else _top(scores[what, layer], count)
+    def best(axis: str, layer: int | None, count: int, whole: int) -> torch.Tensor:
+        return torch.arange(whole) if count == whole else _top(scores[axis, layer], count)
 
     heads, kv_heads = {}, {}
     for layer in after.layers:
         heads[layer], kv_heads[layer] = torch.arange(before.heads), torch.arange(before.kv_heads)
         if (after.heads, after.kv_heads) != (before.heads, before.kv_heads):
-            # A key-value head is worth what the heads are that would stay with it.
+            # A key-value head is as important as the heads that would be kept with it.
             groups = scores["heads", layer].unflatten(0, (before.kv_heads, -1))
             best_of_group = groups.topk(after.heads // after.kv_heads)
             kv_heads[layer] = _top(best_of_group.values.sum(-1), after.kv_heads)
@@ -363,7 +185,7 @@ def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _axes(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Of each module with weights of its own, by its path, what its axes are."""
+    """The axes of each module that has weights of its own, by its path."""
     table = FAMILIES[model.config.model_type].axes
     found = {}
     for path, module in model.named_modules():
@@ -372,21 +194,24 @@ def _axes(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _layer(path: str, layers: str) -> int | None:
-    """The number of the layer that the module at `path` belongs to."""
-    return int(path.removeprefix(f"{layers}.").split(".")[0]) if path.startswith(f"{layers}.") else None
+def _layer_number(path: str, layers: str) -> int | None:
+    """The number of the layer with the module at `path`; None outside the layers."""
+    if not path.startswith(f"{layers}."):
+        return None
+    return int(path.removeprefix(f"{layers}.").split(".")[0])
 
 
 def _prune_tensor(
     whole: torch.Tensor, axes: tuple[str, ...], kept: KeptUnits, layer: int | None, before: Shape
 ) -> torch.Tensor:
-    """A tensor of the teacher without what does not stay."""
+    """A copy of a teacher's tensor with only the units to keep."""
     for axis, parts in enumerate(axes):
-        each = whole.shape[axis] // max(1, len(parts.split()))
-        places = []
-        for number, what in enumerate(parts.split()):
-            units = kept.units(what, layer)
-            width = each // getattr(before, what)  # rows of one unit: of a head, its size
-            places.append(number * each + (units[:, None] * width + torch.arange(width)).flatten())
-        whole = whole.index_select(axis, torch.cat(places)) if places else whole
+        length = whole.shape[axis] // max(1, len(parts.split()))  # of each part
+        indices = []
+        for number, part in enumerate(parts.split()):
+            units = kept.units(part, layer)
+            width = length // getattr(before, part)  # rows of one unit, such as the size of a head
+            indices.append(number * length + (units[:, None] * width + torch.arange(width)).flatten())
+        if indices:
+            whole = whole.index_select(axis, torch.cat(indices))
     return whole.clone()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.distill.context import Setting, errors_at
 from limbeck.distill.models import loading, vocabularies
-from limbeck.distill.models.pruning import prune, pruned_shape, student_config
+from limbeck.distill.models.pruning import prune
+from limbeck.distill.models.pruning_shapes import pruned_shape, student_config
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Lora
 from limbeck.registry.core.errors import BadInput

@@ -1,4 +1,4 @@
-"""Text and recipes at a scale where a run takes a second."""
+"""Text and recipes so small that a run takes a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import SIZES
 
-# Of every architecture: the smallest students that train.
+# Model type -> the TOML config of a tiny student.
 STUDENTS = {
     model_type: "\n".join(
         f"{key} = {str(value).lower() if isinstance(value, bool) else value}"
@@ -22,12 +22,12 @@ STUDENTS = {
 
 
 def lines_of_text(lines: int, seed: int = 0) -> str:
-    """Lines that a small model can learn something of, a blank one after every ten."""
-    chance = random.Random(seed)
+    """Lines with a pattern that a small model can learn; every tenth is followed by a blank line."""
+    generator = random.Random(seed)
     names = ["still", "vessel", "spirit", "drops", "copper", "caf\u00e9"]
     made = []
     for number in range(lines):
-        made.append(f"{chance.choice(names)}.{chance.choice(names)} = {chance.choice(names)}({number % 7})\n")
+        made.append(f"{generator.choice(names)}.{generator.choice(names)} = {generator.choice(names)}({number % 7})\n")
         if number % 10 == 9:
             made.append("\n")
     return "".join(made)
@@ -35,7 +35,7 @@ def lines_of_text(lines: int, seed: int = 0) -> str:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """About 36 kB of text, some twenty documents."""
+    """A text file of about 36 kB and twenty documents."""
     path = tmp_path / "text.txt"
     path.write_text(lines_of_text(1500), encoding="utf-8")
     return path
@@ -43,16 +43,18 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Path]:
-    """Write a recipe for a tiny run: `teacher` a folder or None; `student` a model type, a TOML
-    table, or the folder of a pretrained model."""
+    """Writes a recipe for a tiny run.
+
+    `teacher` is a model, or None; `student` a model type, a TOML config, or the folder of a pretrained model.
+    """
 
     def write(teacher: object = None, student: str | Path = "llama", objectives: str = "", extra: str = "") -> Path:
         path = tmp_path / "recipe.toml"
-        asked = f'[teacher]\nmodel = "{teacher}"\n' if teacher else "[tokenizer]\nvocab_size = 300\n"
+        teacher_table = f'[teacher]\nmodel = "{teacher}"\n' if teacher else "[tokenizer]\nvocab_size = 300\n"
         if isinstance(student, Path):
-            begins = f'[students.small]\nmodel = "{student}"'
+            student_table = f'[students.small]\nmodel = "{student}"'
         else:
-            begins = f"[students.small.config]\n{STUDENTS.get(student, student)}"
+            student_table = f"[students.small.config]\n{STUDENTS.get(student, student)}"
         path.write_text(
             f"""
 name = "tiny"
@@ -63,8 +65,8 @@ path = "{text_file.name}"
 heldout = 0.2
 max_length = 32
 
-{asked}
-{begins}
+{teacher_table}
+{student_table}
 
 {objectives or "[objectives.labels]" + chr(10) + "labels = 1.0"}
 

@@ -19,7 +19,8 @@ from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.document import Document
 from limbeck.distill.models import loading
 from limbeck.distill.models.heldout import bits_per_byte
-from limbeck.distill.models.pruning import importance, prune, pruned_shape
+from limbeck.distill.models.pruning import importance, prune
+from limbeck.distill.models.pruning_shapes import pruned_shape
 from limbeck.distill.recipe.schema import Objective, Prune, Training
 from limbeck.distill.students.initialise import fresh_model
 from limbeck.distill.training.trainer import Job, train
@@ -289,9 +290,9 @@ def test_a_pruned_student_learns_faster_than_a_fresh_one(
 @pytest.mark.parametrize(
     ("model_type", "cut", "message"),
     [
-        ("llama", {"layers": (0, 3)}, "layer 3 is not there: the teacher's are 0 to 1"),
-        ("llama", {"layers": (1, 0)}, "has to go up"),
-        ("llama", {"layers": (-1, 0)}, "has to go up"),
+        ("llama", {"layers": (0, 3)}, "layer 3 does not exist: the teacher's layers are 0 to 1"),
+        ("llama", {"layers": (1, 0)}, "must be ascending numbers"),
+        ("llama", {"layers": (-1, 0)}, "must be ascending numbers"),
         ("llama", {"num_hidden_layers": 3}, "num_hidden_layers = 3 is more than the teacher's 2"),
         ("llama", {"hidden_size": 33}, "hidden_size = 33 is more than the teacher's 32"),
         ("gpt2", {"intermediate_size": 129}, "intermediate_size = 129 is more than the teacher's 128"),
@@ -299,7 +300,7 @@ def test_a_pruned_student_learns_faster_than_a_fresh_one(
         ("llama", {"num_key_value_heads": 1}, "give num_attention_heads = 2 with num_key_value_heads = 1"),
         ("gpt2", {"hidden_size": 24}, "give hidden_size = 32 with num_attention_heads = 4"),
         ("gpt_neox", {"num_attention_heads": 3}, "give hidden_size = 24 with num_attention_heads = 3"),
-        ("bloom", {"num_hidden_layers": 1}, "teachers that can: llama, mistral, qwen2"),
+        ("bloom", {"num_hidden_layers": 1}, "prunable teachers: llama, mistral, qwen2"),
         ("gpt2", {"layers": (1,)}, "keep the first ones: layers = [0]"),
         ("llama", {}, "quantized"),
     ],

@@ -1,9 +1,11 @@
-"""Every recipe that is shipped loads, says how it is run, and runs at tiny scale."""
+"""Every shipped recipe begins with the command that runs it, is complete, and runs at tiny scale."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from limbeck.distill.commands.distill import distill
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
 from limbeck.distill.data.document import Document
@@ -28,13 +31,29 @@ SHIPPED = sorted(
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
+def test_a_recipe_begins_with_the_command_that_runs_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first line is a comment with a whole `limbeck distill` command, which the command line accepts."""
+    monkeypatch.chdir(ROOT)
     first = path.read_text().splitlines()[0]
-    assert f"limbeck distill {path.relative_to(ROOT)}" in first
+    assert first.startswith("# limbeck distill ")
+    arguments = shlex.split(first.removeprefix("# limbeck distill "))
+    parameters = distill.make_context("distill", arguments).params
+    assert parameters["recipe"] == path.relative_to(ROOT)
+    assert load.load_recipe(path, list(parameters["overrides"]))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_is_complete(path: Path) -> None:
+    """It loads without overrides, sets what a run depends on, and each distilled student has a control."""
     recipe = load.load_recipe(path)
+    table = tomllib.loads(path.read_text())
+    assert table.keys() >= {"name", "data", "students", "objectives", "training"}
+    assert table["data"].keys() >= {"heldout", "max_length"}
+    assert table["training"].keys() >= {"optim", "learning_rate", "per_device_train_batch_size"}
+    assert len(table["training"].keys() & {"max_steps", "num_train_epochs"}) == 1
     plans = grid.plan_students(recipe)
     assert plans
-    if recipe.teacher is not None:  # each student has its control
+    if recipe.teacher is not None:
         assert {plan.control is None for plan in plans} == {True, False}
 
 
@@ -45,7 +64,7 @@ def sets(*overrides: str) -> list[str]:
 def test_distilgpt2(
     store: Store, limbeck: Callable[..., Any], text_file: Path, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    """Every second layer of the teacher, its last hidden state followed."""
+    """Two students with 6 of 12 layers of the teacher; one matches its last hidden state."""
     make_model(tmp_path / "gpt2", tokenizer_folder, "gpt2", n_layer=12)
     rows = [{"text": piece} for piece in text_file.read_text().split("\n\n") if piece]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +84,7 @@ def test_distilgpt2(
 
 
 def test_shakespeare(store: Store, limbeck: Callable[..., Any], text_file: Path) -> None:
-    """As in the README: a teacher is made, then its students, from one text file."""
+    """As in the README: first the teacher, then its students, from the same text file."""
     tiny = ["data.path=" + str(text_file), "data.max_length=32", "training.max_steps=2"]
     tiny += ["training.per_device_train_batch_size=2"]
     folder = ROOT / "distill" / "recipes"
@@ -78,7 +97,7 @@ def test_shakespeare(store: Store, limbeck: Callable[..., Any], text_file: Path)
     assert store.get("shakespeare/1").parent == "shakespeare-teacher/1"
 
 
-# As DeepSeek's: the template opens the reasoning, and leaves it out of answers that were given before.
+# Like DeepSeek's: the template opens the reasoning, and drops it from given answers.
 REASONING = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n"
     "{% else %}A: {{ m['content'].split('</think>')[-1] }}\n{% endif %}{% endfor %}"
@@ -100,7 +119,7 @@ def with_template(folder: Path, template: str) -> PreTrainedTokenizerBase:
 
 
 def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], wrong: list[str]) -> Path:
-    """A teacher that was taught by heart to reason about the questions of `rows`, to a false end about some."""
+    """A teacher that learnt to answer the questions of `rows` with reasoning, and those in `wrong` falsely."""
     make_model(folder, tokenizer_folder, "qwen2", num_hidden_layers=1)
     tokenizer = with_template(folder, REASONING)
     documents = []
@@ -122,7 +141,7 @@ def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], w
 def test_deepseek_r1(
     store: Store, limbeck: Callable[..., Any], tmp_path: Path, limbeck_home: Path, tokenizer_folder: Path
 ) -> None:
-    """Traces with the right result teach a student of the teacher's tokens, then one with tokens of its own."""
+    """Right answers with reasoning teach a student with the teacher's tokenizer, then one with its own tokenizer."""
     rows = [{"question": f"{a}+{b}=", "answer": f"{a} and {b}.\n#### {a + b}"} for a in range(3) for b in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong = ["1+1=", "2+0="]
@@ -136,7 +155,7 @@ def test_deepseek_r1(
     tiny += ["data.path=rows.jsonl", f"teacher.model={teacher}", "generate.max_new_tokens=40", "generate.samples=2"]
     tiny += ["generate.temperature=0.3"]
     path = ROOT / "distill/recipes/deepseek-r1-distill.toml"
-    asked = []
+    new_answers = []
     for number, family in enumerate(("qwen", "llama")):
         done = limbeck(
             "distill", path, *sets(*tiny, f"students.student.model={tmp_path / family}"), "--yes", "--format", "json"
@@ -152,15 +171,15 @@ def test_deepseek_r1(
         assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == {"qwen": "qwen2"}.get(family, family)
         assert trained.digest != before.digest
         facts = store.client.get_run(trained.run_id).data.metrics
-        asked.append(facts["generate.new_answers"])
+        new_answers.append(facts["generate.new_answers"])
         parts = (limbeck_home / f"data/r1-distill/{part}.jsonl" for part in ("train", "heldout"))
         learnt = [document for part in parts for document in corpus.read_corpus(part)]
         assert len(learnt) == facts["generate.kept_answers"] == 18 - facts["generate.dropped.verifier"]
-        assert facts["generate.dropped.verifier"] >= 2  # what the teacher was taught wrong
+        assert facts["generate.dropped.verifier"] >= 2  # the answers that the teacher gets wrong
         for document in learnt:
             question = document.messages[0]["content"] if document.messages else document.prompt.strip()
             answer = document.messages[-1]["content"] if document.messages else document.completion
             assert re.fullmatch(r"<think>\n.+\n?</think>\n.*\S.*", answer, re.DOTALL), answer
             assert answer.endswith(f"\\boxed{{{int(question[0]) + int(question[2])}}}")
-        assert bool(learnt[0].messages) == (family == "qwen")  # through its own template, where it has one
-    assert asked == [18, 0]  # the second student's answers were there
+        assert bool(learnt[0].messages) == (family == "qwen")  # uses its own chat template if it has one
+    assert new_answers == [18, 0]  # the second student learns from the stored answers
