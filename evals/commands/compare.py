@@ -15,21 +15,23 @@ if TYPE_CHECKING:
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.records import ComparedModels, ComparedTask, Flip, Noninferiority
 
-MAX_TEXT_CHARACTERS = 90  # characters of a text
-DEFAULT_FLIPS = 10  # documents of each task, where --show-flips has no number
+MAX_TEXT_CHARACTERS = 90
+DEFAULT_FLIPS = 10  # documents of each task, if --show-flips has no number
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--tasks", metavar="TASK,...", default="", help="Only these tasks or groups; what is not scored yet is.")
+@click.option(
+    "--tasks", metavar="TASK,...", default="", help="Only these tasks or groups; score what is not scored yet."
+)
 @click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
 @click.option(
     "--margin",
     "margins",
     metavar="[NAME=]NUMBER",
     multiple=True,
-    help="How much worse A may be, in the metric's own units; of the task or metric NAME. [default: 0.01]",
+    help="How much worse A may be, in the metric's own units, on all tasks or on task or metric NAME. [default: 0.01]",
 )
 @click.option(
     "--show-flips",
@@ -37,12 +39,12 @@ DEFAULT_FLIPS = 10  # documents of each task, where --show-flips has no number
     metavar="[N]",
     is_flag=False,
     flag_value=DEFAULT_FLIPS,
-    help=f"Show the documents where they differ, at most N of each task. [N: {DEFAULT_FLIPS}]",
+    help=f"Show documents on which they differ, at most N of each task. [N: {DEFAULT_FLIPS}]",
 )
 @click.option("--check", is_flag=True, help="Exit with 1 unless every task passes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
 @format_option
-def compare(
+def compare(  # noqa: PLR0913 (one parameter per option)
     a: str,
     b: str,
     tasks: str,
@@ -53,16 +55,16 @@ def compare(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Hold A against B, document by document: what is the difference, and is A as good as B?
+    """Compare A with B, document by document: what is the difference, and is A as good as B?
 
-    The difference is A - B with its 95% interval, paired by document and clustered by file. A passes where the
-    one-sided 95% lower bound of how much better it is lies above minus the margin, also after Holm's correction
-    over the tasks; it fails where the upper bound lies below. Set the margin before you look.
+    The difference is A - B with its 95% interval, paired by document and clustered by file. A passes if the one-sided
+    95% lower bound of its advantage lies above minus the margin, also after Holm's correction over the tasks. It fails
+    if the upper bound lies below minus the margin. Set the margin before you look.
 
-    Where it is inconclusive, so many documents would settle it, if the difference stayed what it is. Detectable is
-    the margin that these documents would show, four times in five, of a model that is just as good.
+    For an inconclusive task the table says about how many documents would settle it if the difference stays the same.
+    "Detectable" is the margin that these documents would show in four of five cases for an equally good model.
 
-    The newest scores that both have are taken; no model runs, but for --tasks that are not scored yet.
+    Uses the newest scores that both have. No model runs, except for --tasks that are not scored yet.
     """
     quiet_libraries()
     from limbeck.evals.scores.compare import compare_models as run
@@ -109,10 +111,10 @@ def _name(row: ComparedTask) -> str:
 
 
 def _difference_cells(row: ComparedTask) -> list[str]:
-    sure = row.difference
-    between = f"{sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}]"
+    difference = row.difference
+    interval = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     values = f"{row.candidate:.4f}", f"{row.reference:.4f}"
-    return [_name(row), row.metric, *values, between, row.better or "not settled"]
+    return [_name(row), row.metric, *values, interval, row.better or "not settled"]
 
 
 def _verdict_cells(row: ComparedTask) -> list[str | None]:
@@ -122,29 +124,29 @@ def _verdict_cells(row: ComparedTask) -> list[str | None]:
 
 
 def _missing_evidence(test: Noninferiority) -> str | None:
-    """What an inconclusive verdict lacks."""
+    """What would settle an inconclusive test; None if it is not inconclusive."""
     if test.verdict != "inconclusive":
         return None
     if test.uncorrected == "pass":
-        return "it passes alone, not beside the others"
+        return "it passes alone, but not after the correction"
     if test.documents_needed is None:
-        return "nothing: it is at the margin"
+        return "nothing: it equals the margin"
     return f"about {_round_up(test.documents_needed)} documents"
 
 
 def _round_up(count: int) -> str:
-    """To two figures, upwards."""
+    """Round up to two digits."""
     unit = 10 ** max(0, len(str(count)) - 2)
     return f"{-(-count // unit) * unit:,}"
 
 
 def _answer_cells(row: ComparedTask) -> list[str | int | None]:
-    kept, answers = row.retention, row.answers
+    retention, answers = row.retention, row.answers
     return [
         _name(row),
         f"{row.documents:,}",
         f"{row.clusters:,}",
-        f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else "undefined",
+        f"{retention.value:.3f} [{retention.low:.3f}, {retention.high:.3f}]" if retention else "undefined",
         answers.right_to_wrong,
         answers.wrong_to_right,
         f"{answers.mcnemar_p:.2g}" if answers.mcnemar_p is not None else None,
@@ -165,5 +167,5 @@ def _flip_lines(flip: Flip, a: str, b: str) -> Iterator[str]:
 
 
 def _escape_text(text: str | None) -> str:
-    """On one line, without control characters that could rewrite the terminal."""
+    """A text on one line, without control characters that could rewrite the terminal."""
     return "-" if text is None else repr(text)[1:-1]

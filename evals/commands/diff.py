@@ -21,10 +21,10 @@ DIGEST = re.compile("[0-9a-f]{64}")
 @click.argument("b")
 @format_option
 def diff(a: str, b: str, output_format: str) -> None:
-    """Two versions side by side: recipe, scores, cost.
+    """Compare two versions: recipe, scores, cost.
 
-    A and B are NAME/VERSION or NAME@ALIAS. Differences are A - B, paired by document, with their 95% intervals;
-    ratios are A over B, and only of figures that were measured alike. `limbeck compare A B` has more on quality.
+    A and B are NAME/VERSION or NAME@ALIAS. Differences are A - B, paired by document, with 95% intervals. Ratios are A
+    over B, only for figures that were measured the same way. `limbeck compare A B` has more on quality.
     """
     quiet_libraries()
     from limbeck.evals.leaderboard.diff import diff_versions as run
@@ -42,7 +42,7 @@ def _print(comparison: Diff) -> None:
     if comparison.fields:
         _print_changed("versions", comparison.fields, a, b)
     else:
-        print(f"versions: {a} and {b} do not differ in a field")
+        print(f"versions: {a} and {b} have the same fields")
     if comparison.no_recipe:
         print(f"recipe: {comparison.no_recipe}")
     elif comparison.recipe:
@@ -52,8 +52,8 @@ def _print(comparison: Diff) -> None:
     if quality := comparison.quality:
         columns = ["task", "metric", a, b, "difference, paired", "better", "documents"]
         print_table(f"scores, {quality.harness}", columns, [_score(row) for row in quality.tasks])
-        if kept := quality.retention:
-            print(f"retention: {a} keeps {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}] of {b}")
+        if share := quality.retention:
+            print(f"retention: {a} retains {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] of {b}")
         for task, why in quality.unknown_tasks.items():
             print(f"{task}: {why}")
     else:
@@ -69,22 +69,22 @@ def _print_changed(title: str, rows: tuple[ChangedField, ...], a: str, b: str) -
 
 
 def _short(value: str | None) -> str | None:
-    """A value, of a digest its beginning."""
+    """A value; of a digest only the beginning."""
     return value[:12] if value and DIGEST.fullmatch(value) else value
 
 
 def _score(row: ComparedTask) -> list[str]:
-    sure = row.difference
-    between = f"{sure.value:+.4f} [{sure.low:+.4f}, {sure.high:+.4f}]"
+    difference = row.difference
+    interval = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     values = f"{row.candidate:.4f}", f"{row.reference:.4f}"
-    return [row.task, row.metric, *values, between, row.better or "not settled", f"{row.documents:,}"]
+    return [row.task, row.metric, *values, interval, row.better or "not settled", f"{row.documents:,}"]
 
 
 def _cost(row: ComparedCost) -> list[str | None]:
     from limbeck.registry.records import FIGURES
 
-    column, sure = FIGURES[row.figure], row.ratio_interval
-    said = (
-        f"{row.ratio:.3f}" + (f" [{sure.low:.3f}, {sure.high:.3f}]" if sure else "") if row.ratio is not None else None
-    )
-    return [column.title, column.format_value(row.a), column.format_value(row.b), said]
+    figure, interval = FIGURES[row.figure], row.ratio_interval
+    ratio = None
+    if row.ratio is not None:
+        ratio = f"{row.ratio:.3f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else "")
+    return [figure.title, figure.format_value(row.a), figure.format_value(row.b), ratio]

@@ -20,70 +20,78 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="The tasks' names begin with it.")
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The folder, for --include-path later.")
+@click.option("--name", required=True, help="The prefix of the task names.")
+@click.option(
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder to write; give it to `limbeck eval --include-path`.",
+)
 @click.option("--kind", "kinds", multiple=True, help="bits_per_byte, next_line or minimal_pairs. [default: all]")
-@click.option("--documents", type=click.IntRange(min=1), help="At most so many of each task.")
+@click.option("--documents", type=click.IntRange(min=1), help="At most this many documents of each task.")
 @format_option
-def tasks(corpus: Path, name: str, to: Path, kinds: tuple[str, ...], documents: int | None, output_format: str) -> None:
-    """Make lm-eval tasks from the held-out text in CORPUS, a JSON object with "path" and "text" a line.
+def tasks(
+    corpus: Path, name: str, folder: Path, kinds: tuple[str, ...], documents: int | None, output_format: str
+) -> None:
+    """Make lm-eval tasks from the held-out text in CORPUS: JSON lines with "path" and "text".
 
-    Three kinds: bits per byte of the text; the true next line among lines of the same file; and, for Python,
-    pairs of a snippet and one that is broken by a rule. lm-eval itself can run them too.
+    Three kinds: bits per byte of the text; choosing the true next line among lines of the same file; and, for Python,
+    pairs of a snippet and a copy with one error. lm-eval itself can run these tasks too.
     """
     quiet_libraries()
     from limbeck.evals.tasks.make_tasks import TASK_KINDS, make_tasks
 
-    made = make_tasks(corpus, to, name, kinds or TASK_KINDS, documents=documents)
+    made = make_tasks(corpus, folder, name, kinds or TASK_KINDS, documents=documents)
     if output_format == "json":
         print_json(made)
         return
     for task in made:
         print(task)
-    print_status(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {to}")
+    print_status(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {folder}")
 
 
 @click.command("eval")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--tasks", "names", required=True, metavar="TASK,...", help="lm-eval tasks or groups.")
 @click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
-@click.option("--against", metavar="TEACHER", help="The model that the others are held against.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in each prompt.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of each task.")
-@click.option("--samples", metavar="JSON|FILE", help='Only these documents of a task: {"TASK": [0, 5], ...}.')
+@click.option("--against", metavar="TEACHER", help="The model to compare with.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples in each prompt.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score only the first N documents of each task.")
+@click.option("--samples", metavar="JSON|FILE", help='Score only these documents of a task: {"TASK": [0, 5], ...}.')
 @click.option(
     "--apply-chat-template",
     metavar="[NAME]",
     is_flag=False,
     flag_value="",
-    help="Put prompts into the tokenizer's chat template, or into the one of this name.",
+    help="Use the tokenizer's chat template, or the one named NAME.",
 )
 @click.option(
     "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
     default=None,
-    help="Each example as a turn of the chat. [default: where there is a chat template]",
+    help="Put each few-shot example into a chat turn of its own. [default: yes with a chat template]",
 )
-@click.option("--system-instruction", metavar="TEXT", help="Put before each prompt.")
+@click.option("--system-instruction", metavar="TEXT", help="Text to put before each prompt.")
 @click.option(
-    "--gen-kwargs", metavar="KEY=VALUE,...", help="For tasks that generate: do_sample=true,temperature=0.7, or JSON."
+    "--gen-kwargs",
+    metavar="KEY=VALUE,...",
+    help="Settings of generation, such as do_sample=true,temperature=0.7, or JSON.",
 )
-@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that a model writes.")
-@click.option("--cost/--no-cost", default=True, help="Measure speed, memory and dollars too. [default: --cost]")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by a model.")
+@click.option("--cost/--no-cost", default=True, help="Also measure speed, memory and dollars. [default: --cost]")
 @price_options
-@click.option(
-    "--tokenizer", metavar="MODEL", help="The tokenizer of models that are given as http://HOST:PORT/v1#NAME."
-)
+@click.option("--tokenizer", metavar="MODEL", help="The tokenizer of endpoints (http://HOST:PORT/v1#NAME).")
 @click.option(
     "--num-concurrent",
     type=click.IntRange(1, 256),
     default=4,
     show_default=True,
-    help="Requests to an endpoint at a time.",
+    help="Concurrent requests to an endpoint.",
 )
-@click.option("--force", is_flag=True, help="Score and measure anew what is known already.")
+@click.option("--force", is_flag=True, help="Score and measure again, ignoring stored results.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model.")
 @format_option
-def evaluate(
+def evaluate(  # noqa: PLR0913 (one parameter per option)
     models: tuple[str, ...],
     names: str,
     include_path: tuple[Path, ...],
@@ -105,11 +113,11 @@ def evaluate(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Score each MODEL with lm-eval, and tell what it costs to run, relative to a teacher.
+    """Score each MODEL with lm-eval and measure its cost, relative to a teacher.
 
-    A NAME alone is all its versions. What is scored already, by digest of files and tasks, is not run again, nor
-    is a request that a model answered before.
-    Retention is the share of what the teacher has above guessing that a model keeps, with its 95% interval.
+    A NAME alone means all its versions. Stored scores, by digest of files and tasks, are not computed again, and
+    neither are requests that a model answered before.
+    Retention is the share of the teacher's quality above chance that a model keeps, with its 95% interval.
     """
     quiet_libraries()
     from limbeck.evals.scores.scorecard import evaluate as run
@@ -148,24 +156,24 @@ def evaluate(
         print_json(cards)
         return
     _print_cards(cards)
-    for words in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
-        print_status(f"dollars: {words}")
+    for price in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
+        print_status(f"dollars: {price}")
 
 
 def _samples(text: str) -> dict[str, list[int]]:
-    """Task -> document numbers, from JSON or from a file of it, as lm-eval takes them."""
+    """Task -> document numbers, from JSON text or a JSON file, as in lm-eval."""
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except (ValueError, OSError) as error:
-        raise BadInput(f"--samples is neither JSON nor a file of it: {error}") from None
+        raise BadInput(f"--samples is neither JSON nor a JSON file: {error}") from None
     numbers = found.values() if isinstance(found, dict) else [None]
     if not all(isinstance(each, list) and all(type(index) is int for index in each) for each in numbers):
-        raise BadInput("--samples is not of the right form", fix='give {"TASK": [0, 5], ...}')
+        raise BadInput("--samples has the wrong form", fix='give {"TASK": [0, 5], ...}')
     return found
 
 
 def _gen_kwargs(text: str) -> dict[str, Any]:
-    """Settings of generation, as lm-eval takes them, or as a JSON object."""
+    """Settings of generation, as in lm-eval or as a JSON object."""
     from lm_eval.utils import simple_parse_args_string
 
     try:
@@ -190,12 +198,12 @@ def _print_cards(cards: Sequence[Scorecard]) -> None:
     table = []
     for card in cards:
         results = [card.tasks[task] for task in shown]
-        kept = card.relative.retention if card.relative else None
+        share = card.relative.retention if card.relative else None
         table.append(
             [
                 card.model,
                 *(f"{r.value:.3f}" + (f" ±{r.stderr:.3f}" if r.stderr is not None else "") for r in results),
-                f"{kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]" if kept else None,
+                f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]" if share else None,
                 *cost_cells(
                     card.cost.model_dump() if card.cost else None,
                     card.relative.cost_ratio if card.relative else None,
@@ -203,4 +211,4 @@ def _print_cards(cards: Sequence[Scorecard]) -> None:
                 ),
             ]
         )
-    print_table("scores, each with its standard error", columns, table)
+    print_table("scores with standard errors", columns, table)

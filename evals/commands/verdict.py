@@ -13,20 +13,22 @@ from limbeck.registry.core.terminal import print_json, write_report
 
 @click.command()
 @click.argument("name")
-@click.option("--against", metavar="TEACHER", help="NAME/VERSION. [default: the one that most were scored against]")
-@click.option("--task", "tasks", multiple=True, help="Judge by this task or group alone; may be given again.")
+@click.option(
+    "--against", metavar="TEACHER", help="NAME/VERSION. [default: the one that most versions were scored against]"
+)
+@click.option("--task", "tasks", multiple=True, help="Decide by this task or group only; repeatable.")
 @click.option(
     "--margin",
     "margins",
     multiple=True,
     metavar="[NAME=]NUMBER",
-    help="How much worse is still as good, in the metric's own units: of all tasks, or of one task or metric. "
-    "May be given again. [default: 0.01]",
+    help="How much worse is still as good, in the metric's own units, on all tasks or on one task or metric; "
+    "repeatable. [default: 0.01]",
 )
 @click.option(
     "--tokens-per-day",
     type=click.FloatRange(min=0, min_open=True),
-    help="The load, prompt and new tokens together: tells the days until a student has paid for itself.",
+    help="The load, prompt and new tokens together, to compute the days until a student pays for itself.",
 )
 @price_options
 @click.option(
@@ -35,10 +37,10 @@ from limbeck.registry.core.terminal import print_json, write_report
     type=click.Choice(["table", "markdown", "html", "json"]),
     default="table",
     show_default=True,
-    help="table is for the terminal, html one file.",
+    help="table: for the terminal; html: one file.",
 )
 @click.option("--output", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
-def verdict(
+def verdict(  # noqa: PLR0913 (one parameter per option)
     name: str,
     against: str | None,
     tasks: tuple[str, ...],
@@ -51,8 +53,8 @@ def verdict(
 ) -> None:
     """Is the giant a waste here? One page: is some version of NAME as good as its teacher, and cheaper?
 
-    Yes, no or not settled; what was kept of the teacher's quality, what it costs, when it is paid back, and what
-    was not measured. No model runs. The exit code is 0 whatever the answer: `limbeck promote` is the gate.
+    Yes, no or not settled, with retention, cost, when it pays back, and what was not measured. No model runs. The
+    exit code is 0 whatever the answer: `limbeck promote` is the gate.
     """
     from limbeck.evals.stats.noninferiority import Margins
     from limbeck.evals.verdict.decide import decide_verdict
@@ -60,8 +62,8 @@ def verdict(
     from limbeck.registry.mlflow.store import Store
 
     if output_format == "table" and file:
-        raise BadInput("--output takes no table", fix="add --format html, markdown or json")
-    judgement = decide_verdict(
+        raise BadInput("--output does not take a table", fix="add --format html, markdown or json")
+    report = decide_verdict(
         Store(),
         name,
         against=against,
@@ -71,16 +73,16 @@ def verdict(
         prices=Prices.load(prices_file, usd_per_hour),
     )
     if output_format == "json" and file is None:
-        print_json(judgement)
+        print_json(report)
         return
     from limbeck.evals.verdict.page import print_report, render_html, render_markdown
 
     if output_format == "table":
-        print_report(judgement)
+        print_report(report)
         return
     if output_format == "html":
         file = file or home() / "reports" / f"{name}-verdict.html"
-        text = render_html(judgement)
+        text = render_html(report)
     else:
-        text = judgement.model_dump_json(indent=2) + "\n" if output_format == "json" else render_markdown(judgement)
+        text = report.model_dump_json(indent=2) + "\n" if output_format == "json" else render_markdown(report)
     write_report(text, file)

@@ -1,4 +1,4 @@
-"""Cells that the tables of this room share."""
+"""Columns and cells that the tables of this room share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from limbeck.registry.records import LeaderboardRow
 
 
 class Described(Protocol):
-    """What `title` names: a row of a leaderboard, or a candidate of a verdict."""
+    """What `describe_version` takes: a row of a leaderboard, or a candidate of a verdict."""
 
     @property
     def version(self) -> str: ...
@@ -25,7 +25,7 @@ COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
 
 
 def describe_version(row: Described) -> str:
-    """What a version is, in a word or two."""
+    """A version in a word or two, such as "small-distilled int8"."""
     if row.kind == "teacher":
         return "teacher"
     control = ", control" if isinstance(row, LeaderboardRow) and row.control else ""
@@ -33,7 +33,7 @@ def describe_version(row: Described) -> str:
 
 
 def task_headers(metrics: Mapping[str, str]) -> Iterator[str]:
-    """Column titles of tasks: without the word that all names begin with, on short lines."""
+    """Column titles of tasks, on short lines, without the word that all task names begin with."""
     first = {task.partition("_")[0] for task in metrics}
     for task, metric in metrics.items():
         title = task.partition("_")[2] if len(first) == 1 < len(metrics) else task
@@ -51,6 +51,7 @@ def _lines(title: str, width: int = 9) -> Iterable[str]:
 
 
 def cost_cells(cost: Mapping[str, Any] | None, ratio: float | None, speedup: float | None) -> list[str | None]:
+    """The cells under COST_COLUMNS; None for what was not measured."""
     return [
         f"{cost['usd_per_million_tokens']:.3g}" if cost else None,
         f"{ratio:.3f}" if ratio is not None else None,

@@ -1,4 +1,4 @@
-"""Two versions side by side: what they are, how they were made, how good they are and what they cost."""
+"""Compare two versions: their fields, recipes, quality and cost."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import FIGURES, USD, ComparedModels, Cost, Estimate, Record, Version
 
-# What makes a figure vary -> whether two costs were measured so that its ratio has a meaning.
+# What a figure varies with -> whether the ratio of two measurements has a meaning.
 COMPARES: dict[str, Callable[[Cost, Cost], bool]] = {
     "nothing": lambda a, b: True,
     "machine": is_comparable,
     "time": is_same_run,
 }
-IGNORED_FIELDS = {"name", "version", "source", "created", "run_id", "author"}  # as good as always another
+IGNORED_FIELDS = {"name", "version", "source", "created", "run_id", "author"}  # they nearly always differ
 
 
 class ChangedField(Record):
-    """A field or parameter that is not the same in both; None where a side has none."""
+    """A field or parameter that differs; None if a side does not have it."""
 
     name: str
     a: str | None
@@ -31,13 +31,13 @@ class ChangedField(Record):
 
 
 class ComparedCost(Record):
-    """One figure of `limbeck.registry.records.Cost` of both."""
+    """One cost figure of both versions."""
 
     figure: str
     a: float | None
     b: float | None
-    ratio: float | None  # A over B; None where they were not measured alike
-    ratio_interval: Estimate | None = None  # where rounds that were measured in turn give one
+    ratio: float | None  # A over B; None if they were not measured the same way
+    ratio_interval: Estimate | None = None  # if both were measured in turn, in one run
 
 
 class Diff(Record):
@@ -51,11 +51,11 @@ class Diff(Record):
     quality: ComparedModels | None  # A is the candidate, B the reference: differences are A - B
     no_quality: str | None  # why no documents were compared
     cost: tuple[ComparedCost, ...]
-    no_cost: str | None  # why some figures have no ratio, or there are none
+    no_cost: str | None  # why some figures have no ratio, or no figure is known
 
 
 def diff_versions(store: Store, a: str, b: str) -> Diff:
-    """Put two registered versions side by side.
+    """Compare two registered versions.
 
     Args:
         a, b: `NAME/VERSION` or `NAME@ALIAS`. Differences are A - B, ratios A over B.
@@ -84,7 +84,7 @@ def diff_versions(store: Store, a: str, b: str) -> Diff:
 
 
 def _fields_as_text(fields: Mapping[str, object]) -> dict[str, str]:
-    """Fields that say something, as text."""
+    """The fields that are set, as text."""
     return {
         name: " ".join(value) if isinstance(value, list) else str(value)
         for name, value in fields.items()
@@ -118,12 +118,12 @@ def _quality(store: Store, a: Version, b: Version) -> tuple[ComparedModels | Non
     try:
         return compare_models(f"models:/{a.ref}", f"models:/{b.ref}", store=store), None
     except BadInput as error:  # nothing in common; documents that do not pair
-        said = error.message.replace("models:/", "")
-        return None, f"{said}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,..."
+        why = error.message.replace("models:/", "")
+        return None, f"{why}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,..."
 
 
 def _costs(store: Store, a: Version, b: Version) -> tuple[tuple[ComparedCost, ...], str | None]:
-    """Figures of the newest costs that were measured in one run; else of those measured alike; else the newest."""
+    """Compare the newest costs of one run; if there are none, costs of the same setting; else the newest of each."""
     known = [[card.cost for card in reversed(store.findings.scorecards(version)) if card.cost] for version in (a, b)]
     if missing := [version.ref for version, costs in zip((a, b), known, strict=True) if not costs]:
         ours, theirs = (costs[0] if costs else None for costs in known)
@@ -131,19 +131,18 @@ def _costs(store: Store, a: Version, b: Version) -> tuple[tuple[ComparedCost, ..
     ours, theirs = _choose_costs(*known)
     if is_same_run(ours, theirs):
         return _rows(ours, theirs), None
-    why = (
-        "times were not measured in turn, in one run"
-        if is_comparable(ours, theirs)
-        else describe_cost_difference(ours, theirs)
-    )
+    if is_comparable(ours, theirs):
+        why = "times were not measured in turn, in one run"
+    else:
+        why = describe_cost_difference(ours, theirs)
     return _rows(ours, theirs), f"{why}; run: limbeck eval {a.ref} {b.ref} --tasks TASK,... --force"
 
 
 def _choose_costs(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[Cost, Cost]:
-    for alike in (is_same_run, is_comparable):
+    for matches in (is_same_run, is_comparable):
         for own in ours:
             for other in theirs:
-                if alike(own, other):
+                if matches(own, other):
                     return own, other
     return ours[0], theirs[0]
 
@@ -155,17 +154,19 @@ def _rows(a: Cost | None, b: Cost | None) -> tuple[ComparedCost, ...]:
 
 
 def _row(figure: str, a: Cost | None, b: Cost | None) -> ComparedCost:
-    """A figure of both; its ratio only where both were measured in a way that gives one."""
+    """One figure of both, with its ratio if both were measured so that a ratio has a meaning."""
     ours, theirs = getattr(a, figure, None), getattr(b, figure, None)
     if a is None or b is None or not COMPARES[FIGURES[figure].varies_with](a, b):
         return ComparedCost(figure=figure, a=ours, b=theirs, ratio=None)
-    sure = _paired_ratio(figure, a, b) if a.loads and b.loads else None
-    quotient = ours / theirs if ours is not None and theirs else None
-    return ComparedCost(figure=figure, a=ours, b=theirs, ratio=sure.value if sure else quotient, ratio_interval=sure)
+    paired = _paired_ratio(figure, a, b) if a.loads and b.loads else None
+    ratio = ours / theirs if ours is not None and theirs else None
+    if paired:
+        ratio = paired.value
+    return ComparedCost(figure=figure, a=ours, b=theirs, ratio=ratio, ratio_interval=paired)
 
 
 def _paired_ratio(figure: str, a: Cost, b: Cost) -> Estimate | None:
-    """The ratio over rounds of one run."""
+    """The ratio over the rounds of one run; None for a figure without one."""
     if figure == USD:
         return paired_cost_ratio(a, b)
     if figure == "p50_ms":

@@ -1,9 +1,9 @@
 "use strict";
 // The leaderboard's page: draws each board's plot, sorts and filters its table. No library; nothing is fetched.
-// What is chosen goes into the address, so that a link shows the same.
+// The address keeps the choices, so that a link shows the same view.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const MARKS = {  // of each kind, around (0, 0); shapes too, for those who tell no colours
+const MARKS = {  // by kind, around (0, 0); the shapes differ, for people who cannot distinguish the colours
   teacher: '<path class="mark" d="M0-8 8 0 0 8-8 0z"/>',
   student: '<rect class="mark" x="-5.5" y="-5.5" width="11" height="11" rx="1.5"/>',
   onnx: '<circle class="mark" r="6"/>',
@@ -12,45 +12,45 @@ const FILTERS = ["recipe", "precision", "kind"];
 const controls = document.querySelector(".controls");
 const chosen = name => controls.elements[name].value;
 
-// --- numbers in words
+// --- numbers as text
 
 const escaped = text => String(text).replace(/[&<>"]/g, c => `&#${c.charCodeAt(0)};`);
 const percent = share => `${(100 * share).toFixed(1)}%`;
 const short = number => number >= 1000 ? Math.round(number).toLocaleString("en") : Number(number.toPrecision(3)).toString();
-const said = (cost, value) => short(value * DATA.costs[cost].factor);
+const formatCost = (cost, value) => short(value * DATA.costs[cost].factor);
 
-// --- what is shown
+// --- the rows shown
 
 const shown = board =>
   DATA.paged ? board.rows : board.rows.filter(row => FILTERS.every(f => !chosen(f) || row[f] === chosen(f)));
-const kept = row => chosen("task") ? row.tasks[chosen("task")] : row.kept;  // [value, low, high]
+const retention = row => chosen("task") ? row.tasks[chosen("task")] : row.retention;  // [value, low, high]
 const price = row => row.cost[chosen("cost")];
 
-// The rows that no other one beats: none is cheaper and as good, or better and as cheap. As evals.ranking.pareto.
+// The rows on the Pareto frontier: no other is cheaper and as good, or better and as cheap. As pareto_flags of ranking.py.
 function frontier(rows) {
   const sign = DATA.costs[chosen("cost")].higher ? -1 : 1;
-  const sorted = rows.slice().sort((a, b) => sign * (price(a) - price(b)) || kept(b)[0] - kept(a)[0]);
+  const sorted = rows.slice().sort((a, b) => sign * (price(a) - price(b)) || retention(b)[0] - retention(a)[0]);
   const best = [];
   for (const row of sorted) {
     const last = best[best.length - 1];
-    const same = last && price(last) === price(row) && kept(last)[0] === kept(row)[0];
-    if (!last || same || kept(row)[0] > kept(last)[0]) best.push(row);
+    const same = last && price(last) === price(row) && retention(last)[0] === retention(row)[0];
+    if (!last || same || retention(row)[0] > retention(last)[0]) best.push(row);
   }
   return best;
 }
 
-// --- the plot: cost (log) against quality kept
+// --- the plot: cost (log) against retention
 
 function frameOf(rows, width, zoom) {
   const height = width > 600 ? 430 : 400;
   const prices = rows.flatMap(row => [price(row), ...(row.spread[chosen("cost")] || [])]);
-  const values = rows.map(row => kept(row)[0]);
+  const values = rows.map(row => retention(row)[0]);
   const [least, most] = [Math.min(...prices), Math.max(...prices)];
   const margin = Math.pow(most / least > 3 ? most / least : 3, 0.12);
   // Room for the intervals, but no interval may squeeze the rest together.
   const around = Math.max(Math.max(...values) - Math.min(...values), 0.05);
-  const low = Math.max(Math.min(...rows.map(row => kept(row)[1])), Math.min(...values) - around);
-  const high = Math.min(Math.max(...rows.map(row => kept(row)[2]), 1), Math.max(...values, 1) + around);
+  const low = Math.max(Math.min(...rows.map(row => retention(row)[1])), Math.min(...values) - around);
+  const high = Math.min(Math.max(...rows.map(row => retention(row)[2]), 1), Math.max(...values, 1) + around);
   const frame = {width, height, left: 52, right: 18, top: 26, bottom: 50, x0: least / margin, x1: most * margin,
     y0: low - 0.06 * (high - low), y1: high + 0.08 * (high - low), ...zoom};
   const inner = [width - frame.left - frame.right, height - frame.top - frame.bottom];
@@ -58,9 +58,9 @@ function frameOf(rows, width, zoom) {
   frame.x = value => frame.left + across(value) * inner[0];
   frame.y = value => height - frame.bottom - (value - frame.y0) / (frame.y1 - frame.y0) * inner[1];
   frame.price = x => frame.x0 * Math.pow(frame.x1 / frame.x0, (x - frame.left) / inner[0]);
-  frame.kept = y => frame.y0 + (height - frame.bottom - y) / inner[1] * (frame.y1 - frame.y0);
+  frame.retention = y => frame.y0 + (height - frame.bottom - y) / inner[1] * (frame.y1 - frame.y0);
   const lies = (value, from, to) => value >= from && value <= to;
-  frame.has = row => lies(price(row), frame.x0, frame.x1) && lies(kept(row)[0], frame.y0, frame.y1);
+  frame.has = row => lies(price(row), frame.x0, frame.x1) && lies(retention(row)[0], frame.y0, frame.y1);
   return frame;
 }
 
@@ -97,10 +97,10 @@ function axes(frame) {
     parts.push(line("grid", x, x, frame.top, bottom), words("tick", x, bottom + 18, "middle", short(tick)));
   }
   return parts.join("") + words("axis", (left + right) / 2, frame.height - 10, "middle", escaped(title)) +
-    words("axis", left, 13, "start", `quality kept${chosen("task") ? ` on ${escaped(chosen("task"))}` : ""}`);
+    words("axis", left, 13, "start", `retention${chosen("task") ? ` on ${escaped(chosen("task"))}` : ""}`);
 }
 
-// What is drawn of the parts that lie within the frame.
+// Clip what is drawn to the frame.
 function clipped(frame, parts, id) {
   const [width, height] = [frame.width - frame.left - frame.right, frame.height - frame.top - frame.bottom];
   const whole = frame.y(1).toFixed(1);
@@ -109,10 +109,10 @@ function clipped(frame, parts, id) {
     `y2="${whole}"/>${parts}</g>`;
 }
 
-// The most quality that each price buys: a staircase, on to the dearer side.
+// The best retention at each price: a staircase that continues to the expensive side.
 function staircase(frame, best) {
   if (!best.length) return "";
-  const at = row => [frame.x(price(row)).toFixed(1), frame.y(kept(row)[0]).toFixed(1)];
+  const at = row => [frame.x(price(row)).toFixed(1), frame.y(retention(row)[0]).toFixed(1)];
   const [x, y] = at(best[0]);
   const steps = best.slice(1).map(row => `H${at(row)[0]}V${at(row)[1]}`).join("");
   const end = DATA.costs[chosen("cost")].higher ? frame.left : frame.width - frame.right;  // of the whole plot
@@ -120,8 +120,8 @@ function staircase(frame, best) {
 }
 
 function point(frame, row, isBest) {
-  const [x, y] = [frame.x(price(row)), frame.y(kept(row)[0])];
-  const [low, high] = [1, 2].map(place => (frame.y(kept(row)[place]) - y).toFixed(1));
+  const [x, y] = [frame.x(price(row)), frame.y(retention(row)[0])];
+  const [low, high] = [1, 2].map(place => (frame.y(retention(row)[place]) - y).toFixed(1));
   let bars = `M0 ${low}V${high}M-4 ${low}H4M-4 ${high}H4`;
   const spread = row.spread[chosen("cost")];
   if (spread) {
@@ -134,13 +134,13 @@ function point(frame, row, isBest) {
     `<circle class="near" r="11"/><path class="bar" d="${bars}"/>${MARKS[row.kind]}</g>`;
 }
 
-// Names of the frontier and the teacher, each beside its point where it covers nothing.
+// Names of the frontier and the teacher, each beside its point if it covers nothing there.
 function names(frame, rows, best) {
-  const taken = rows.map(row => [frame.x(price(row)), frame.y(kept(row)[0])]).map(([x, y]) => [x - 8, y - 8, x + 8, y + 8]);
+  const taken = rows.map(row => [frame.x(price(row)), frame.y(retention(row)[0])]).map(([x, y]) => [x - 8, y - 8, x + 8, y + 8]);
   const covers = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
   const [right, bottom] = [frame.width - 4, frame.height - frame.bottom];
   return [...new Set([...rows.filter(row => row.kind === "teacher"), ...best])].map(row => {
-    const [x, y, width] = [frame.x(price(row)), frame.y(kept(row)[0]), 6.9 * row.title.length];
+    const [x, y, width] = [frame.x(price(row)), frame.y(retention(row)[0]), 6.9 * row.title.length];
     const places = [0, 12].flatMap(off => [[x + 10 + off / 2, y - 17 - off], [x - 10 - width - off / 2, y - 17 - off],
       [x + 10 + off / 2, y + 3 + off], [x - 10 - width - off / 2, y + 3 + off]]);
     places.push([x - width / 2, y - 24], [x - width / 2, y + 9]);
@@ -153,13 +153,13 @@ function names(frame, rows, best) {
   }).join("");
 }
 
-// What is said of a point.
+// The lines of a point's tooltip and label.
 function facts(row) {
-  const between = (ends, form) => ends ? ` [${form(ends[0])}, ${form(ends[1])}]` : "";
-  const lines = kept(row) ? [["quality kept", percent(kept(row)[0]) + between(kept(row).slice(1), percent)]] : [];
-  for (const cost of new Set([chosen("cost"), ...DATA.told])) {
+  const interval = (ends, format) => ends ? ` [${format(ends[0])}, ${format(ends[1])}]` : "";
+  const lines = retention(row) ? [["retention", percent(retention(row)[0]) + interval(retention(row).slice(1), percent)]] : [];
+  for (const cost of new Set([chosen("cost"), ...DATA.tooltip_costs])) {
     if (row.cost[cost] == null) continue;
-    lines.push([DATA.costs[cost].title, said(cost, row.cost[cost]) + between(row.spread[cost], end => said(cost, end))]);
+    lines.push([DATA.costs[cost].title, formatCost(cost, row.cost[cost]) + interval(row.spread[cost], end => formatCost(cost, end))]);
   }
   if (row.ratio != null) lines.push(["of the teacher's cost", percent(row.ratio)]);
   if (row.verdict) lines.push(["verdict", row.verdict]);
@@ -169,7 +169,7 @@ function facts(row) {
 
 function draw(board) {
   const holder = board.section.querySelector(".plot");
-  const rows = shown(board).filter(row => kept(row) && price(row) > 0);
+  const rows = shown(board).filter(row => retention(row) && price(row) > 0);
   const best = frontier(rows);
   board.frame = null;
   const [svg, tip] = [holder.querySelector("svg"), holder.querySelector(".tip")];
@@ -179,7 +179,7 @@ function draw(board) {
   if (rows.length) {
     const frame = board.frame = frameOf(rows, Math.max(svg.clientWidth, 280), board.zoom);
     svg.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
-    // The frontier last: what matters lies on top.
+    // The frontier last, so that it lies on top.
     const order = row => best.includes(row) + 2 * (row.kind === "teacher");
     const inside = rows.filter(frame.has);
     const points = inside.slice().sort((a, b) => order(a) - order(b));
@@ -215,15 +215,15 @@ function hush(board) {
 
 // --- the table
 
-// Show the rows that pass the filters, what each keeps on the chosen task, and who is on the frontier.
+// Show the rows that pass the filters, their retention on the chosen task, and which are on the frontier.
 function mark(board, best) {
   const visible = new Set(shown(board));
   for (const line of board.lines) {
     const row = board.rows[line.dataset.row];
     line.hidden = !visible.has(row);
     line.classList.toggle("best", best.has(row));
-    const cell = line.querySelector("[data-kept]");
-    const value = kept(row);
+    const cell = line.querySelector("[data-retention]");
+    const value = retention(row);
     cell.dataset.value = value ? value[0] : "";
     cell.innerHTML = value ? `${percent(value[0])}<small>${percent(value[1])} to ${percent(value[2])}</small>` : "&ndash;";
   }
@@ -243,27 +243,27 @@ function sort(board, header, descending) {
 
 // --- zoom
 
-// Show a part of the plot: {x0, x1, y0, y1} in the units of its axes; null for all of it.
+// Show a part of the plot: {x0, x1, y0, y1} in the units of its axes; null shows all.
 function zoomTo(board, zoom) {
   const focus = document.activeElement?.dataset?.row;
-  const whole = board.frame && frameOf(shown(board).filter(row => kept(row) && price(row) > 0), board.frame.width);
-  // Further out than the whole is nothing to see.
+  const whole = board.frame && frameOf(shown(board).filter(row => retention(row) && price(row) > 0), board.frame.width);
+  // Do not zoom out beyond the whole plot.
   const out = zoom && whole && zoom.x0 <= whole.x0 && zoom.x1 >= whole.x1 && zoom.y0 <= whole.y0 && zoom.y1 >= whole.y1;
   if (zoom && (zoom.x1 / zoom.x0 < 1.001 || zoom.y1 - zoom.y0 < 1e-4)) return;
   board.zoom = out ? null : zoom;
   draw(board);
-  // What had the focus may be out of sight: the keys go on all the same.
+  // The focused point may be out of view; keep the keys working.
   if (focus != null || document.activeElement === document.body)
     (board.svg.querySelector(`g[data-row="${focus}"]`) || board.svg).focus({preventScroll: true});
   remember();
 }
 
-// What lies between two corners, in pixels.
+// The part of the plot between two corners, in pixels.
 function part(frame, left, top, right, bottom) {
-  return {x0: frame.price(left), x1: frame.price(right), y0: frame.kept(bottom), y1: frame.kept(top)};
+  return {x0: frame.price(left), x1: frame.price(right), y0: frame.retention(bottom), y1: frame.retention(top)};
 }
 
-// Larger by `factor` around a place, in pixels; the middle where none is given.
+// Zoom by `factor` around a place in pixels; without one, around the middle.
 function zoomBy(board, factor, x, y) {
   const {left, right, top, bottom, width, height} = board.frame;
   x ??= (left + width - right) / 2;
@@ -277,7 +277,7 @@ function moveBy(board, x, y) {
   zoomTo(board, part(board.frame, left - x, top - y, width - right - x, height - bottom - y));
 }
 
-// The wheel, and a drag: over a part to see it large; with Shift, or by touch once it is large, to move it.
+// The wheel zooms. A drag zooms to a part; with Shift, or by touch in a zoomed plot, it moves the plot.
 function listenToPointer(board) {
   const svg = board.svg;
   const at = event => {
@@ -286,7 +286,7 @@ function listenToPointer(board) {
   };
   let from = null;
   let box = null;
-  let active = false;  // a page that is scrolled past a plot does not stop there
+  let active = false;  // so that scrolling the page past a plot does not stop there
   svg.addEventListener("wheel", event => {
     if (!board.frame || !(event.ctrlKey || event.metaKey || active)) return;
     event.preventDefault();
@@ -323,7 +323,7 @@ function listenToPointer(board) {
         zoomTo(board, part(board.frame, left, top, left + width, top + height));
     }
     from = box = null;
-    setTimeout(() => { board.dragged = false; });  // after the click that ends a drag
+    setTimeout(() => { board.dragged = false; });  // after the click event that ends a drag
   };
   svg.addEventListener("pointerup", end);
   svg.addEventListener("pointercancel", end);
@@ -331,12 +331,12 @@ function listenToPointer(board) {
   svg.addEventListener("dblclick", () => zoomTo(board, null));
 }
 
-// Keys for the whole plot. Returns whether it was one of them.
+// Handle a key for the whole plot. Returns whether it was one.
 function zoomByKey(board, event) {
   const arrows = {ArrowRight: [-60, 0], ArrowLeft: [60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]};
   if (event.ctrlKey || event.metaKey || event.altKey || !board.frame) return false;
   const row = board.rows[event.target.dataset?.row];
-  const around = row ? [board.frame.x(price(row)), board.frame.y(kept(row)[0])] : [];
+  const around = row ? [board.frame.x(price(row)), board.frame.y(retention(row)[0])] : [];
   if (event.key === "+" || event.key === "=") zoomBy(board, 1.5, ...around);
   else if (event.key === "-") zoomBy(board, 1 / 1.5, ...around);
   else if (event.key === "0") zoomTo(board, null);
@@ -351,19 +351,19 @@ const CHOICES = ["task", "cost", ...FILTERS];
 const started = new URLSearchParams(location.search);
 
 function remember() {
-  const said = new URLSearchParams(location.search);
-  const put = (name, value) => value ? said.set(name, value) : said.delete(name);
-  for (const name of CHOICES) put(name, chosen(name) === DATA.told[0] ? "" : chosen(name));
+  const query = new URLSearchParams(location.search);
+  const put = (name, value) => value ? query.set(name, value) : query.delete(name);
+  for (const name of CHOICES) put(name, chosen(name) === DATA.tooltip_costs[0] ? "" : chosen(name));
   const sorted = document.querySelector(".board th[aria-sort]");
   put("sort", sorted?.dataset.key);
   put("reverse", sorted && sorted.getAttribute("aria-sort") !== sorted.dataset.first ? "1" : "");
   const place = boards.findIndex(board => board.zoom);
   const zoom = boards[place]?.zoom;
   put("zoom", zoom && [place, ...["x0", "x1", "y0", "y1"].map(end => Number(zoom[end].toPrecision(4)))].join(","));
-  const query = said.toString().replaceAll("%2C", ",");
+  const text = query.toString().replaceAll("%2C", ",");
   try {
-    history.replaceState(null, "", query ? `?${query}` : location.pathname);
-  } catch {}  // a page in a frame or a file has none to change
+    history.replaceState(null, "", text ? `?${text}` : location.pathname);
+  } catch {}  // a page in a frame or from a file has no address to change
 }
 
 function recall() {

@@ -1,7 +1,7 @@
 """The leaderboard's page: plots to zoom, tables to sort and filter. `limbeck ui` shows its parts too.
 
-As one HTML file it works offline; page.css and page.js go into it. Without JavaScript the tables are there all the
-same, as they were ranked.
+One HTML file that works offline and includes page.css and page.js. Without JavaScript it still has the tables, in
+their ranked order.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ BOARD = """<section class="board">
 <button type="button" data-zoom="whole" title="Show all: 0">all</button>
 </div>
 <svg role="group" tabindex="-1" aria-label="{label}"></svg>
-<p class="empty" hidden>Nothing that is shown has both a cost and a retention: limbeck eval ... --against</p>
+<p class="empty" hidden>No shown version has both a cost and a retention: run limbeck eval ... --against TEACHER</p>
 <div class="tip" role="status" hidden></div>
 <noscript><p class="empty">The plot needs JavaScript; the table does not.</p></noscript>
 <p class="legend">{legend}</p>
@@ -77,41 +77,39 @@ BOARD = """<section class="board">
 
 EMPTY_CELL = "&ndash;"
 LABEL = (
-    "Quality kept against cost. The arrow keys go from point to point, with Shift they move the plot; plus and minus "
-    "zoom, 0 shows all. Drag over a part to see it large; the wheel zooms with Ctrl held, or once the plot was clicked."
+    "Retention against cost. The arrow keys go from point to point, with Shift they move the plot; plus and minus "
+    "zoom, 0 shows all. Drag over a part to zoom in; the wheel zooms with Ctrl held, or after a click on the plot."
 )
 LEGEND = (
     ("teacher", '<path class="mark" d="M0-8 8 0 0 8-8 0z"/>', "teacher"),
     ("student best", '<rect class="mark" x="-5.5" y="-5.5" width="11" height="11" rx="1.5"/>', "student, PyTorch"),
     ("onnx best", '<circle class="mark" r="6"/>', "student, ONNX"),
-    ("onnx beaten", '<circle class="mark" r="6"/>', "grey: another is cheaper and as good"),
+    ("onnx beaten", '<circle class="mark" r="6"/>', "grey: another version is cheaper and as good"),
 )
 NOTES = (
-    "Quality kept is (student &minus; chance) / (teacher &minus; chance), averaged over tasks, with its 95% interval: "
+    "Retention is (student &minus; chance) / (teacher &minus; chance), averaged over tasks, with its 95% interval: "
     "paired by document, standard errors clustered by source file (Miller, arXiv 2411.00640).",
-    "The line, and &#9670; in the table, is the Pareto frontier of what is shown: the most quality that each price "
-    "buys. Dollars are for prompt and new tokens together, one request at a time, at the price per hour that was "
-    "given. A bar across is the interval of the cost over the rounds of its measurement, where there is one.",
+    "The line, and &#9670; in the table, is the Pareto frontier of the shown versions: the best retention at each "
+    "price. Dollars are for prompt and new tokens together, one request at a time, at the given price per hour. A "
+    "horizontal bar is the interval of the cost over the rounds of its measurement.",
 )
 
 
 @dataclass(frozen=True)
 class View:
-    """What of a leaderboard is shown first, and how its rows are linked."""
+    """What the page shows first, and where its rows link to."""
 
-    task: str = ""  # whose quality the plot shows; "": the mean over all
-    cost: str = USD  # the column of FIGURES that the plot shows
-    kind: str = ""  # the rows shown; "": all
+    task: str = ""  # the plot shows retention on this task; "": the mean over all
+    cost: str = USD  # the cost figure that the plot shows
+    kind: str = ""  # show only these rows; "": all
     recipe: str = ""
     precision: str = ""
-    sort: str = (
-        ""  # the key of `limbeck.evals.leaderboard.ranking.sort_keys` that the rows are sorted by; "": as they come
-    )
+    sort: str = ""  # a key of `ranking.sort_keys`; "": the order of the rows
     reverse: bool = False  # whether the worst, or last, comes first
-    link: Callable[[str], str] | None = None  # from NAME/VERSION to its page; None: there is none
-    sort_link: Callable[[str, bool], str] | None = None  # from a key, and whether reversed, to this page sorted so
-    selection_form: str = ""  # the id of a form that takes two versions; "": there is none
-    paged: bool = False  # more rows than are given: any choice asks the server anew
+    link: Callable[[str], str] | None = None  # NAME/VERSION -> its page; None: no links
+    sort_link: Callable[[str, bool], str] | None = None  # (key, reversed) -> this page sorted by it
+    selection_form: str = ""  # the id of a form that takes two versions; "": none
+    paged: bool = False  # there are more rows: each choice asks the server again
 
     def shows(self, row: LeaderboardRow) -> bool:
         """Whether a row passes the filters."""
@@ -119,7 +117,7 @@ class View:
 
     @property
     def filters(self) -> dict[str, str]:
-        """Field of a row -> the value that it has to have, or ""."""
+        """Field of a row -> the value it must have; "" allows any."""
         return {"recipe": self.recipe, "precision": self.precision, "kind": self.kind}
 
 
@@ -134,15 +132,15 @@ class PageParts(NamedTuple):
 
 
 def render_page(name: str, rows: Sequence[LeaderboardRow], task: str | None = None, cost: str = USD) -> str:
-    """The page of a model's leaderboard, as one file.
+    """The page of a model's leaderboard, as one HTML file.
 
     Args:
-        rows: of `limbeck.evals.leaderboard.rows.leaderboard_rows`.
-        task: the one that the rows are ranked by, if they are.
-        cost: the column of FIGURES that the plot shows first.
+        rows: from `limbeck.evals.leaderboard.rows.leaderboard_rows`.
+        task: the task that the rows are ranked by; None for the mean over tasks.
+        cost: the cost figure that the plot shows first.
     """
     script = SCRIPT.read_text(encoding="utf-8")
-    subtitle = f"Cost against quality kept of the teacher's{f', on {task}' if task else ''}"
+    subtitle = f"Cost against retention{f' on {task}' if task else ''}"
     return PAGE.format(
         name=escape(name),
         hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
@@ -162,15 +160,15 @@ def render_parts(
     all_rows: Sequence[LeaderboardRow] | None = None,
     extra_points: Sequence[LeaderboardRow] = (),
 ) -> PageParts:
-    """The page in pieces.
+    """The parts of the page.
 
     Args:
-        rows: that the tables have.
-        view: what is shown of them first.
-        all_tasks: what the mean over tasks is called.
-        tasks: that can be chosen for the plot; None: all of the rows.
-        all_rows: the rows that the choices and the tiles are made of, where those of the tables are some of them.
-        extra_points: further rows that the plot shows and the table does not.
+        rows: the rows of the tables.
+        view: what to show first.
+        all_tasks: the name of the mean over tasks.
+        tasks: the tasks to choose from for the plot; None for all tasks of the rows.
+        all_rows: the rows behind choices and tiles, if the tables show only some of them.
+        extra_points: more rows for the plot only.
     """
     all_rows = rows if all_rows is None else all_rows
     boards = group_by_setting(rows) or [[]]
@@ -182,7 +180,7 @@ def render_parts(
             key: {"title": column.title, "factor": column.factor, "higher": column.higher_is_better}
             for key, column in FIGURES.items()
         },
-        "told": HEADLINES,
+        "tooltip_costs": HEADLINES,
         "paged": view.paged,
     }
     names = dict.fromkeys(name for row in all_rows for name in row.task_retention) if tasks is None else tasks
@@ -198,13 +196,13 @@ def render_parts(
 def _extra_points_of_board(
     board: Sequence[LeaderboardRow], extra_points: Sequence[LeaderboardRow]
 ) -> list[LeaderboardRow]:
-    """Those of `extra_points` that are of a board's setting and not in it."""
+    """The extra points that have a board's setting and are not in it."""
     there = {row.version for row in board}
     return [row for row in extra_points if board and row.setting == board[0].setting and row.version not in there]
 
 
 def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
-    """A row as page.js takes it; six digits are enough for a plot."""
+    """A row as page.js reads it; six digits are enough for a plot."""
     spread = {
         key: [_round_six_digits(ends["low"]), _round_six_digits(ends["high"])] for key, ends in row.intervals.items()
     }
@@ -214,8 +212,8 @@ def _point(row: LeaderboardRow, view: View) -> dict[str, Any]:
         "kind": row.kind,
         "recipe": row.recipe,
         "precision": row.precision,
-        "kept": _value_and_bounds(row.retention) if row.retention else None,
-        "tasks": {task: _value_and_bounds(kept) for task, kept in row.task_retention.items()},
+        "retention": _value_and_bounds(row.retention) if row.retention else None,
+        "tasks": {task: _value_and_bounds(each) for task, each in row.task_retention.items()},
         "cost": {key: _round_six_digits(value) for key, value in (row.cost or {}).items() if value is not None},
         "spread": spread,
         "ratio": row.cost_ratio,
@@ -235,7 +233,7 @@ def _round_six_digits(value: float) -> float:
 
 def _controls(rows: Sequence[LeaderboardRow], view: View, tasks: dict[str, str]) -> Iterator[str]:
     measured = [key for key in FIGURES if key == view.cost or key in _measured_figures(rows)]
-    yield _select("task", "quality kept on", tasks, view.task)
+    yield _select("task", "retention on", tasks, view.task)
     yield _select("cost", "cost", {key: FIGURES[key].title for key in measured}, view.cost)
     for field, wanted in view.filters.items():
         values = sorted({getattr(row, field) for row in rows} - {None})
@@ -252,7 +250,7 @@ def _select(name: str, label: str, options: dict[str, str], chosen: str = "", hi
 
 
 def _tiles(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
-    """The three things to know first."""
+    """The most important facts: the teacher's cost, the best and the cheapest version, the aliases."""
     teacher = next((row for row in rows if row.kind == "teacher" and row.cost), None)
     best = [row for row in rows if row.pareto and row.kind != "teacher"]
     if teacher and teacher.cost:
@@ -269,9 +267,9 @@ def _tiles(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
 
 
 def _retention_tile(row: LeaderboardRow, role: str) -> str:
-    kept = row.retention["value"] if row.retention else 0.0
+    retention = row.retention["value"] if row.retention else 0.0
     at = f" at {_percent(row.cost_ratio)} of the cost" if row.cost_ratio is not None else ""
-    return _tile(f"{kept:.1%}", f"kept{at}: {row.version}, {describe_version(row)}, {role}")
+    return _tile(f"{retention:.1%}", f"retention{at}: {row.version}, {describe_version(row)}, {role}")
 
 
 def _tile(value: str, words: str) -> str:
@@ -297,10 +295,10 @@ def _board(rows: Sequence[LeaderboardRow], view: View) -> str:
 
 
 def _against_controls(rows: Sequence[LeaderboardRow]) -> str:
-    """What distillation brought, where there are controls."""
+    """The comparisons of students with their controls; empty without controls."""
     items = []
-    for held in (held for row in rows for held in row.against_controls):
-        first, *tasks = describe_control_result(held)
+    for comparison in (each for row in rows for each in row.against_controls):
+        first, *tasks = describe_control_result(comparison)
         items.append(
             f"<li>{escape(first)}<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in tasks)}</ul></li>"
         )
@@ -317,15 +315,15 @@ def _legend(rows: Sequence[LeaderboardRow]) -> Iterator[str]:
 
 
 def _measured_figures(rows: Sequence[LeaderboardRow]) -> list[str]:
-    """The cost figures that some row has, and dollars, which decide what is cheap."""
+    """The cost figures that some row has; dollars always."""
     return [key for key in FIGURES if key == USD or any(row.cost and row.cost[key] is not None for row in rows)]
 
 
 def _headers(metrics: dict[str, dict[str, Any]], figures: Sequence[str], view: View) -> Iterator[str]:
-    """Column titles; `data-first` is how a click sorts at first."""
+    """Column titles; `data-first` is the order that the first click sorts by."""
     first, *costs = figures
     yield _header("version", "version", False, view)
-    yield _header("retention", "quality kept", True, view)
+    yield _header("retention", "retention", True, view)
     yield _header(first, FIGURES[first].title, FIGURES[first].higher_is_better, view)
     for key, words, descending in (("cost_ratio", "cost ratio", False), ("speedup", "speed-up", True)):
         yield _header(key, words, descending, view)
@@ -350,7 +348,7 @@ def _header(key: str, words: str, descending: bool, view: View) -> str:
 
 def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequence[str], view: View) -> str:
     cost: dict[str, Any] = row.cost or {}
-    kept = row.retention
+    retention = row.retention
     tags = [f'<span class="{row.verdict}">{row.verdict}</span>'] if row.verdict else []
     tags += [f'<span class="tag">{escape(alias)}</span>' for alias in row.aliases]
     name = escape(row.version)
@@ -360,11 +358,14 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequen
         words = f'form="{view.selection_form}" name="v" value="{escape(row.version)}"'
         name = f'<input type="checkbox" {words} aria-label="compare {escape(row.version)}"> {name}'
     name += f' <span class="best {row.kind}">&#9670;</span><small>{escape(describe_version(row))}</small>'
-    whole = f"{kept['value']:.1%}<small>{kept['low']:.1%} to {kept['high']:.1%}</small>" if kept else None
+    shown_retention = None
+    if retention:
+        interval = f"{retention['low']:.1%} to {retention['high']:.1%}"
+        shown_retention = f"{retention['value']:.1%}<small>{interval}</small>"
     prices = {key: _cell(cost.get(key), FIGURES[key].format_value(cost.get(key))) for key in figures}
     cells = [
         _cell(row.version, name),
-        _cell(kept["value"] if kept else None, whole, " data-kept"),
+        _cell(retention["value"] if retention else None, shown_retention, " data-retention"),
         prices.pop(USD),
         _cell(row.cost_ratio, row.cost_ratio is not None and f"{row.cost_ratio:.3f}"),
         _cell(row.speedup, row.speedup is not None and f"{row.speedup:.1f}&times;"),
@@ -381,5 +382,5 @@ def _line(place: int, row: LeaderboardRow, tasks: Sequence[str], figures: Sequen
 
 
 def _cell(value: object, shown: str | bool | None, attributes: str = "") -> str:
-    """A cell, sorted by `value`, that shows HTML."""
+    """A table cell that shows HTML and sorts by `value`."""
     return f'<td data-value="{"" if value is None else escape(str(value))}"{attributes}>{shown or EMPTY_CELL}</td>'

@@ -13,14 +13,14 @@ RATIOS = {"cost_ratio": False, "speedup": True}  # -> whether more is better
 
 
 def sort_keys(rows: Iterable[LeaderboardRow]) -> dict[str, bool]:
-    """What rows can be sorted by -> whether the largest comes first."""
+    """The keys to sort rows by -> whether the largest value comes first."""
     tasks = {task: bool(result["higher_is_better"]) for row in rows for task, result in row.quality.items()}
     costs = {name: column.higher_is_better for name, column in FIGURES.items()}
     return tasks | dict.fromkeys(VERSION_KEYS, False) | {"retention": True} | costs | RATIOS
 
 
 def sort_value(row: LeaderboardRow, key: str) -> Any:
-    """A row's value under one of `sort_keys`; None where it has none."""
+    """A row's value of one of `sort_keys`; None if it has none."""
     if key == "version":
         return int(row.version.rpartition("/")[2])
     if key == "retention":
@@ -33,9 +33,9 @@ def sort_value(row: LeaderboardRow, key: str) -> Any:
 
 
 def rank_rows(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mapping[str, bool]) -> list[LeaderboardRow]:
-    """Setting by setting, best first, the cheaper of two that are as good; those without a figure last.
+    """Sort rows by setting, then best first, then cheapest first; rows without the figure come last.
 
-    Each row's `pareto` is set, against the others of its setting.
+    Sets each row's `pareto` among the rows of its setting.
     """
 
     def rank(row: LeaderboardRow) -> tuple[Any, ...]:
@@ -48,20 +48,19 @@ def rank_rows(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mappin
     result = []
     sign = -1 if FIGURES[cost].higher_is_better else 1
     for _, group in groupby(sorted(rows, key=rank), key=lambda row: row.setting):
-        alike = list(group)
-        prices = [sort_value(row, cost) for row in alike]
-        kept = [sort_value(row, "retention") for row in alike]
-        best = pareto_flags([(None if p is None else sign * p, k) for p, k in zip(prices, kept, strict=True)])
-        changed = zip(alike, best, strict=True)
-        result += [row if row.pareto == on else row.model_copy(update={"pareto": on}) for row, on in changed]
+        setting_rows = list(group)
+        prices = [sort_value(row, cost) for row in setting_rows]
+        retentions = [sort_value(row, "retention") for row in setting_rows]
+        flags = pareto_flags([(None if p is None else sign * p, q) for p, q in zip(prices, retentions, strict=True)])
+        result += [row.model_copy(update={"pareto": flag}) for row, flag in zip(setting_rows, flags, strict=True)]
     return result
 
 
 def pareto_flags(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
-    """Which of the points (cost, quality) no other one beats: none is cheaper and as good, or better and as cheap.
-
-    Points with None are on no frontier.
+    """Whether each point (cost, quality) is on the Pareto frontier: no other is cheaper and as good, or better and as
+    cheap. A point with None is not.
     """
+
     whole = {(cost, quality) for cost, quality in points if cost is not None and quality is not None}
     best: set[tuple[float | None, float | None]] = set()
     top = float("-inf")

@@ -1,4 +1,4 @@
-"""Cost against quality: the versions of a model side by side."""
+"""The rows of a leaderboard: the versions of a model with quality and cost, ranked."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ def leaderboard_rows(
     filters: Mapping[str, Collection[str]] | None = None,
     quiet: bool = False,
 ) -> list[LeaderboardRow]:
-    """The versions of `name`: those that were measured alike together, best first; unscored ones last.
+    """The versions of `name`, grouped by how they were measured, best first; versions without scores last.
 
-    Each version is in the largest setting that it has a scorecard for. What is ranked apart is said on stderr, unless
-    `quiet`.
+    Each version appears in the largest setting that it has a scorecard for. Unless `quiet`, prints to stderr which
+    versions are ranked apart.
 
     Args:
-        task: rank by the retention of this task alone.
-        sort: rank by this: retention, a task, a cost, cost_ratio, speedup, version, kind, recipe or precision.
-        cost: the column of `limbeck.evals.leaderboard.columns.FIGURES` that the frontier is about.
-        filters: the values of `kind`, `recipe` and `precision` to show; all of those that it does not name.
+        task: rank by the retention on this task alone.
+        sort: the key to rank by: retention, a task, a cost figure, cost_ratio, speedup, version, kind, recipe or
+            precision.
+        cost: the cost figure of the Pareto frontier, one of `limbeck.registry.records.FIGURES`.
+        filters: field (`kind`, `recipe`, `precision`) -> the values to show; every value of a field not named.
 
     Raises:
-        BadInput: no such model, task, key, column or value; with the near ones.
+        BadInput: the model, task, key, figure or value does not exist; names the nearest ones.
     """
     found = store.versions_with_findings(name)
     if not found:
@@ -72,7 +73,7 @@ def leaderboard_rows(
 def _with_controls(
     store: Store, found: Iterable[VersionFindings], shown: Sequence[LeaderboardRow], task: str | None
 ) -> list[LeaderboardRow]:
-    """The rows, those of distilled students held against their controls."""
+    """The rows, with the comparison of each distilled student and its controls."""
     versions = [each.version for each in found]
     held = compare_with_controls(store, versions, task) if any(version.control for version in versions) else []
     return [
@@ -82,7 +83,7 @@ def _with_controls(
 
 
 def group_by_setting(rows: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
-    """Rows as `rows` gives them, a list for each setting; the unscored ones join the first."""
+    """Split ranked rows into one list for each setting; rows without scores join the first list."""
     groups = [list(alike) for _, alike in groupby(rows, key=lambda row: row.setting)]
     if len(groups) > 1 and groups[-1][0].setting is None:
         groups[0] += groups.pop()
@@ -92,7 +93,7 @@ def group_by_setting(rows: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow
 def to_csv(rows: Sequence[LeaderboardRow]) -> str:
     """The rows as CSV, one line each; nested fields become columns such as `cost.p50_ms`.
 
-    Text that a spreadsheet would take for a formula has a ' before it.
+    Puts a ' before text that a spreadsheet would read as a formula.
     """
     flat = [_flat(row.model_dump(mode="json", exclude={"against_controls"})) for row in rows]
     flat = [{key: _no_formula(value) for key, value in line.items()} for line in flat]
@@ -192,17 +193,17 @@ def _quality(result: TaskResult) -> dict[str, bool | float | str | None]:
 
 
 def _report_ranked_apart(shown: Sequence[LeaderboardRow]) -> None:
-    """What is ranked apart, and why."""
-    for alike in group_by_setting(shown):
-        if alike[0].differs:
-            more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-            print_status(f"ranked apart: {alike[0].version}{more}: {alike[0].differs}")
+    """Print which versions are ranked apart, and why."""
+    for group in group_by_setting(shown):
+        if group[0].differs:
+            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            print_status(f"ranked apart: {group[0].version}{more}: {group[0].differs}")
 
 
 def _report_hidden_tasks(
     cards: Mapping[int, Sequence[Scorecard]], groups: Sequence[Mapping[int, Scorecard]], task: str | None
 ) -> None:
-    """The tasks that versions are scored on, beside those that are shown."""
+    """Print the tasks that versions are scored on but the leaderboard does not show."""
     shown = {number: card.tasks.keys() for alike in groups for number, card in alike.items()}
     every = {
         number: {name for card in several for name in top_level_tasks(card.tasks)} for number, several in cards.items()
@@ -210,14 +211,14 @@ def _report_hidden_tasks(
     hidden = Counter(name for number, names in every.items() for name in names - shown.get(number, names))
     if hidden and not task:
         words = (f"{name} ({count} version{'s' if count > 1 else ''})" for name, count in sorted(hidden.items()))
-        print_status(f"also scored, to be seen with --task: {', '.join(words)}")
+        print_status(f"also scored (show with --task): {', '.join(words)}")
 
 
 def _check_choice(name: str, choices: Collection[str], option: str) -> None:
     if name not in choices:
-        raise BadInput(f"--{option} {name!r} is not there", fix=_suggest(name, choices))
+        raise BadInput(f"--{option} {name!r} is unknown", fix=_suggest(name, choices))
 
 
 def _suggest(name: str, choices: Collection[str]) -> str:
     near = get_close_matches(name, choices, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(choices)) or 'none yet'}"
+    return f"did you mean {near[0]}?" if near else f"choose one of: {', '.join(sorted(choices)) or 'none yet'}"

@@ -1,8 +1,8 @@
-"""Is the giant a waste here? What is kept of a model's versions, judged: no model runs.
+"""Is the giant a waste here? Decide from the stored scores of a model's versions; no model runs.
 
-Every candidate is held against the teacher, document by document, on the tasks that both were scored on. It is as
-good where every top-level task passes a one-sided test of non-inferiority, corrected over all tasks and all
-candidates (Holm): picking the best of many would else find one that is as good by luck.
+Compares every candidate with the teacher, document by document, on the tasks that both were scored on. A candidate
+is as good if every top-level task passes a one-sided test of non-inferiority, corrected over all tasks and all
+candidates (Holm): without the correction, the best of many candidates could be as good by luck.
 """
 
 from __future__ import annotations
@@ -53,23 +53,24 @@ def decide_verdict(
     tokens_per_day: float | None = None,
     prices: Prices | None = None,
 ) -> VerdictReport:
-    """Judge the versions of `name` against their teacher.
+    """Decide whether some version of `name` is as good as the teacher, and cheaper.
 
     Args:
-        against: NAME/VERSION or NAME@ALIAS of the teacher; where None, the one that most were scored against.
-        tasks: to judge by; where empty, the top-level ones of the largest setting (`limbeck.evals.scores.candidates`).
-        margins: how much worse is still as good; the default where None.
+        against: NAME/VERSION or NAME@ALIAS of the teacher; None for the one that most versions were scored against.
+        tasks: tasks to decide by; if empty, the top-level tasks of the largest setting
+            (`limbeck.evals.scores.candidates`).
+        margins: how much worse is still as good; None for the default.
         tokens_per_day: the load, prompt and new tokens together.
-        prices: of machines; those that come with Limbeck where None.
+        prices: of machines; None for those that Limbeck ships.
 
     Raises:
-        BadInput: no such model or task; a teacher, or candidates, without scores.
+        BadInput: there is no such model or task, or the teacher or all candidates have no scores.
     """
     found = {each.version.ref: each for each in store.versions_with_findings(name)}
     if not found:
         raise store.not_found_error(name)
-    every = [card for each in found.values() for card in each.scorecards]
-    teacher = find_teacher(store, name, against, every)
+    all_cards = [card for each in found.values() for card in each.scorecards]
+    teacher = find_teacher(store, name, against, all_cards)
     others = {
         ref: scorecards_of_version(store, each.version, each.scorecards)
         for ref, each in found.items()
@@ -80,42 +81,44 @@ def decide_verdict(
     results = {task: result for task, result in card.tasks.items() if not tasks or {task, result.group} & {*tasks}}
     margins_of = margins or Margins()
     margins_of.check([*top_level_tasks(results), *(results[task].metric for task in top_level_tasks(results))])
-    setting = _VerdictContext(
+    context = _VerdictContext(
         store, teacher, chosen.teacher, results, margins_of, prices or Prices.load(), tokens_per_day
     )
-    held = [_test_candidate(found[ref].version, scored, setting) for ref, scored in chosen.candidates.items()]
-    judged = sorted(_correct_candidates(held), key=_rank)
-    answer = _answer(judged)
-    best = _best(judged, answer)
-    judgement = VerdictReport(
+    tested = [_test_candidate(found[ref].version, scored, context) for ref, scored in chosen.candidates.items()]
+    candidates = sorted(_correct_candidates(tested), key=_rank)
+    answer = _answer(candidates)
+    best = _best(candidates, answer)
+    report = VerdictReport(
         name=name,
         answer=answer,
         sentence="",
         candidate=best.version,
-        settle=(),
+        next_steps=(),
         not_measured=(),
         teacher=teacher.label,
         teacher_digest=teacher.digest,
         teacher_engine=teacher.engine,
-        asked=tuple(tasks),
+        requested_tasks=tuple(tasks),
         margins={task: margins_of.margin_for(task, results[task].metric) for task in top_level_tasks(results)},
         default_margins=margins is None,
-        tests=sum(len(each.tasks) for each in judged),
-        candidates=tuple(judged),
+        tests=sum(len(each.tasks) for each in candidates),
+        candidates=tuple(candidates),
         left_out=chosen.left_out,
-        other_tasks=tuple(sorted({task for each in every for task in top_level_tasks(each.tasks)} - results.keys())),
+        other_tasks=tuple(
+            sorted({task for each in all_cards for task in top_level_tasks(each.tasks)} - results.keys())
+        ),
         tokens_per_day=tokens_per_day,
         tasks_digest=card.tasks_digest,
         prompts_digest=card.prompts_digest,
         harness=card.harness,
         created=datetime.now(UTC),
     )
-    words = {
-        "sentence": answer_sentence(judgement),
-        "settle": describe_next_steps(judgement),
-        "not_measured": describe_caveats(judgement),
+    texts = {
+        "sentence": answer_sentence(report),
+        "next_steps": describe_next_steps(report),
+        "not_measured": describe_caveats(report),
     }
-    return judgement.model_copy(update=words)
+    return report.model_copy(update=texts)
 
 
 class _VerdictContext(NamedTuple):
@@ -124,14 +127,14 @@ class _VerdictContext(NamedTuple):
     store: Store
     teacher: Teacher
     teacher_scores: LazyScorecard
-    teacher_results: dict[str, TaskResult]  # the teacher's, of the tasks that are judged by
+    teacher_results: dict[str, TaskResult]  # the teacher's results on the tasks to decide by
     margins: Margins
     prices: Prices
     tokens_per_day: float | None
 
     @property
     def api_name(self) -> str | None:
-        """The teacher's name at its API, where that has a price."""
+        """The teacher's name at its API; None if no price is known for it."""
         name = self.teacher.label.rpartition("#")[2]
         return name if self.teacher.engine == "endpoint" and name in self.prices.apis else None
 
@@ -139,7 +142,7 @@ class _VerdictContext(NamedTuple):
 def _test_candidate(
     version: Version, scored: LazyScorecard, context: _VerdictContext
 ) -> tuple[Candidate, PairedComparison]:
-    """A candidate with every task tested alone, and not yet judged."""
+    """A candidate with every task tested alone, before the correction."""
     card, teacher = scored.card, context.teacher
     names = version.ref, teacher.label
     pairs = pair_documents(
@@ -148,15 +151,15 @@ def _test_candidate(
         DIAGNOSTIC_COLUMNS,
         names,
     )
-    held = compare_to_reference(pairs, context.teacher_results, context.margins, names)
+    comparison = compare_to_reference(pairs, context.teacher_results, context.margins, names)
     relative = card.relative if card.relative and card.relative.teacher_digest == teacher.digest else None
     costs = card.cost, relative.teacher_cost if relative else None
     cost, teacher_cost = (reprice(c, *context.prices.machine_price(c.machine)) if c else None for c in costs)
     ratio, interval = _ratio(cost, relative, context)
-    making = context.store.runs.training_cost(version)
+    training_cost = context.store.runs.training_cost(version)
     candidate = Candidate(
         version=version.ref,
-        files=version.digest,
+        artifact_digest=version.digest,
         kind=version.kind,
         engine=version.engine,
         precision=version.precision,
@@ -165,26 +168,26 @@ def _test_candidate(
         scorecard=card.digest(),
         quality="inconclusive",
         cheaper=_is_cheaper(ratio, interval),
-        retention=held.retention,
-        tasks=tuple(held.tasks),
-        open=(),
-        unknown_tasks=held.unknown_tasks,
+        retention=comparison.retention,
+        tasks=tuple(comparison.tasks),
+        open_tasks=(),
+        unknown_tasks=comparison.unknown_tasks,
         cost=cost,
         teacher_cost=teacher_cost,
         cost_ratio=ratio,
         cost_ratio_interval=interval,
         speedup=relative.speedup if relative else None,
         speedup_interval=relative.speedup_interval if relative else None,
-        making=making,
-        payback=_payback(card.model_copy(update={"relative": relative}), making, context),
+        training_cost=training_cost,
+        payback=_payback(card.model_copy(update={"relative": relative}), training_cost, context),
     )
-    return candidate, held
+    return candidate, comparison
 
 
 def _ratio(
     cost: Cost | None, relative: Relative | None, context: _VerdictContext
 ) -> tuple[float | None, Estimate | None]:
-    """Its cost over the teacher's, and the interval of that: of one run, or over the price of the teacher's API."""
+    """The cost ratio to the teacher and its interval: from one run, or from the price of the teacher's API."""
     if relative and relative.cost_ratio is not None:
         return relative.cost_ratio, relative.cost_ratio_interval
     if cost and context.api_name:
@@ -195,15 +198,17 @@ def _ratio(
 
 
 def _is_cheaper(ratio: float | None, interval: Estimate | None) -> bool | None:
-    """Whether it surely is, by the interval of the cost ratio where there is one."""
+    """Whether the candidate is surely cheaper, or surely not; None if the interval of the ratio contains 1."""
     if ratio is None:
         return None
     low, high = (interval.low, interval.high) if interval else (ratio, ratio)
-    return True if high < 1 else False if low >= 1 else None
+    if high < 1:
+        return True
+    return False if low >= 1 else None
 
 
 def _payback(card: Scorecard, training_cost: TrainingCost | None, context: _VerdictContext) -> Payback | None:
-    """When its making is paid back; None where what it took, or what it saves, is not known."""
+    """When the training cost is paid back; None if the cost or the saving is unknown."""
     known = context.api_name or (card.relative and card.relative.teacher_cost)
     if training_cost is None or card.cost is None or not card.cost.loads or not known:
         return None
@@ -213,23 +218,24 @@ def _payback(card: Scorecard, training_cost: TrainingCost | None, context: _Verd
 
 
 def _correct_candidates(tested: Sequence[tuple[Candidate, PairedComparison]]) -> Iterator[Candidate]:
-    """The candidates with every test corrected for all the others, and what follows from it."""
+    """Correct every test for all the others, and decide the quality of each candidate."""
     families = correct_candidates_by_holm([each.tasks for each, _ in tested])
     tests = sum(map(len, families))
-    for (candidate, kept), tasks in zip(tested, families, strict=True):
+    for (candidate, comparison), tasks in zip(tested, families, strict=True):
         outcomes = {task.noninferiority.verdict for task in tasks}
         quality: Outcome = "inconclusive"
         if "fail" in outcomes:
             quality = "fail"
         elif outcomes == {"pass"} and not candidate.unknown_tasks:
             quality = "pass"
-        still = [task for task in tasks if task.noninferiority.verdict == "inconclusive"]
-        settling = tuple(_open_task(task, kept.differences[task.task], tests) for task in still)
-        yield candidate.model_copy(update={"tasks": tuple(tasks), "quality": quality, "open": settling})
+        inconclusive = [task for task in tasks if task.noninferiority.verdict == "inconclusive"]
+        open_tasks = tuple(_open_task(task, comparison.differences[task.task], tests) for task in inconclusive)
+        yield candidate.model_copy(update={"tasks": tuple(tasks), "quality": quality, "open_tasks": open_tasks})
 
 
 def _open_task(task: ComparedTask, difference: Difference, tests: int) -> OpenTask:
-    """To pass, a test has to be the first of Holm's steps at worst; to fail it needs no correction."""
+    """What would settle an inconclusive task. To pass, it must at worst be the first of Holm's steps; failing needs no
+    correction."""
     advantage, margin = difference if task.higher_is_better else difference.negate(), task.noninferiority.margin
     as_good = advantage.estimate.value > -margin
     times = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL / tests if as_good else SIGNIFICANCE_LEVEL)
@@ -260,7 +266,7 @@ def _is_ruled_out(candidate: Candidate) -> bool:
 
 
 def _best(candidates: Sequence[Candidate], answer: VerdictAnswer) -> Candidate:
-    """The one that the answer is about: the cheapest that is as good, or the one that comes closest to it."""
+    """The candidate that the answer is about: the cheapest that is as good, or the one that comes closest."""
     if answer == "yes":
         return min(
             (each for each in candidates if each.quality == "pass" and each.cheaper), key=_cost_ratio_or_infinity
@@ -270,13 +276,15 @@ def _best(candidates: Sequence[Candidate], answer: VerdictAnswer) -> Candidate:
         return min(passed, key=_cost_ratio_or_infinity) if passed else max(candidates, key=_retention_value)
 
     def missing(candidate: Candidate) -> tuple[int, int, float, float]:
-        """Tasks on which it looks worse, tasks that it does not pass, how many times the documents; cost."""
-        bad = sum(not task.as_good for task in candidate.open)
+        """A sort key: tasks on which it looks worse, tasks that are not settled, factor of documents needed, cost."""
+        bad = sum(not task.as_good for task in candidate.open_tasks)
         documents = {task.task: task.documents for task in candidate.tasks}
         more = (
-            max((task.documents or math.inf) / documents[task.task] for task in candidate.open) if candidate.open else 0
+            max((task.documents or math.inf) / documents[task.task] for task in candidate.open_tasks)
+            if candidate.open_tasks
+            else 0
         )
-        return bad, len(candidate.open) + len(candidate.unknown_tasks), more, _cost_ratio_or_infinity(candidate)
+        return bad, len(candidate.open_tasks) + len(candidate.unknown_tasks), more, _cost_ratio_or_infinity(candidate)
 
     return min((each for each in candidates if not _is_ruled_out(each)), key=missing)
 

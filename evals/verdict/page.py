@@ -1,4 +1,4 @@
-"""A judgement as one page: written once, in Markdown; the terminal and HTML render that."""
+"""A verdict as one page, written in Markdown; the terminal and HTML render it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ HTML = """<!doctype html>
 
 
 def render_markdown(report: VerdictReport) -> str:
-    """The page. Names and other people's words are escaped: nothing in them is taken for markup."""
+    """The page as Markdown. Escapes names and other foreign text, so that none of it becomes markup."""
     return "\n".join(text for _, text in _sections(report))
 
 
 def render_html(report: VerdictReport) -> str:
-    """The page as one HTML file that fetches nothing and runs nothing."""
+    """The page as one HTML file that fetches nothing and runs no script."""
     from markdown_it import MarkdownIt
 
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
@@ -79,11 +79,11 @@ def print_report(report: VerdictReport) -> None:
 
 
 def _sections(report: VerdictReport) -> Iterator[tuple[str, str]]:
-    """What each section is, and its Markdown."""
+    """The key of each section and its Markdown."""
     best = chosen_candidate(report)
     yield "answer", _lines(_answer(report))
-    if report.settle:
-        yield "settle", _lines(["## What would settle it", "", *_list(report.settle)])
+    if report.next_steps:
+        yield "settle", _lines(["## What would settle it", "", *_list(report.next_steps)])
     yield "quality", _lines(_quality(report, best))
     yield "cost", _lines(_cost(report, best))
     yield "candidates", _lines(_candidates(report))
@@ -105,7 +105,7 @@ def _answer(report: VerdictReport) -> Iterator[str]:
         f"*As good* means worse {escape_markdown(margins)}, in each metric's units, with 95% confidence on every task, "
         f"corrected for {report.tests} tests ({len(report.candidates)} candidates; Holm). "
         + (
-            "That margin is the default, nobody chose it: set your own with `--margin`, before you look."
+            "This margin is the default; set your own with `--margin` before you look at the scores."
             if report.default_margins
             else "A margin means something only if it was set before looking at the scores."
         )
@@ -113,24 +113,24 @@ def _answer(report: VerdictReport) -> Iterator[str]:
 
 
 def _quality(report: VerdictReport, best: Candidate) -> Iterator[str]:
-    yield f"## Quality kept: {escape_markdown(describe_candidate(best))}"
+    yield f"## Retention: {escape_markdown(describe_candidate(best))}"
     yield ""
     if best.retention:
         yield (
-            f"It keeps **{format_share(best.retention)}** of what {escape_markdown(report.teacher)} has above chance, "
-            "as a mean over tasks, with its 95% interval."
+            f"It retains **{format_share(best.retention)}** of what {escape_markdown(report.teacher)} has above "
+            "chance, as a mean over tasks, with its 95% interval."
         )
     else:
-        yield "What share of the teacher's quality it keeps is not known."
+        yield "The share of the teacher's quality that it retains is unknown."
     yield ""
-    head = ["task", "metric", "teacher", "candidate", "difference", "margin", "quality kept", "verdict"]
+    head = ["task", "metric", "teacher", "candidate", "difference", "margin", "retention", "verdict"]
     yield from _table(head, [_task(task) for task in best.tasks])
 
 
 def _task(task: ComparedTask) -> list[str]:
     return [
         task.task,
-        task.metric if task.higher_is_better else f"{task.metric}, less is better",
+        task.metric if task.higher_is_better else f"{task.metric}, lower is better",
         f"{task.reference:.4f}",
         f"{task.candidate:.4f}",
         format_difference(task.difference),
@@ -173,7 +173,7 @@ def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
             [part.name, f"{part.seconds:,.0f} s" if part.seconds else None, f"${part.usd:.2g}"]
             for part in best.payback.parts
         ]
-        yield from _table(["making it took", "time", "dollars"], parts)
+        yield from _table(["cost of making it", "time", "dollars"], parts)
 
 
 def _timing_sentence(report: VerdictReport, best: Candidate, cost: Cost) -> str:
@@ -181,16 +181,16 @@ def _timing_sentence(report: VerdictReport, best: Candidate, cost: Cost) -> str:
     beside = f", {report.teacher} in {best.teacher_cost.machine.partition('; ')[2]}" if best.teacher_cost else ""
     words = (
         f"Timed on {hardware}, with {cost.threads} threads: {best.version} in {engine}{beside}; {cost.prompt_tokens} "
-        f"tokens in and {cost.new_tokens} out, one request at a time where no batch is named. Dollars: "
+        f"tokens in and {cost.new_tokens} out, one request at a time unless a batch is named. Dollars: "
         f"{'; '.join(_prices(best)) or f'{cost.usd_per_hour:g} USD/h'}."
     )
     if best.cost_ratio_interval and best.teacher_cost:
-        words += " The ratio above is the median over paired rounds; the table sets medians beside each other."
+        words += " The ratio above is the median over paired rounds; the table shows the median of each."
     return words
 
 
 def _comparison_cells(label: str, column: Figure, teacher: float | None, own: float) -> list[str | None]:
-    """A figure of both, and their ratio."""
+    """The cells of one figure: teacher, candidate, and their ratio."""
     ratio = own / teacher if teacher else None
     beside = ratio and (f"{format_factor(ratio)} times" if ratio >= 2 else format_percent(ratio))
     return [label, column.format_value(teacher), column.format_value(own), beside or None]
@@ -231,20 +231,20 @@ def _candidates(report: VerdictReport) -> Iterator[str]:
                 "; ".join(_reasons(each)),
             ]
         )
-    yield from _table(["version", "what", "quality kept", "cost ratio", "speed-up", "it is", "because of"], rows)
+    yield from _table(["version", "what", "retention", "cost ratio", "speed-up", "quality", "because of"], rows)
     if len(report.candidates) > MAX_CANDIDATES:
         yield ""
         yield f"{len(report.candidates) - MAX_CANDIDATES} more are in `--format json`."
 
 
 def _reasons(candidate: Candidate) -> Iterator[str]:
-    """The tasks that it does not pass."""
+    """The tasks that a candidate does not pass."""
     for outcome in ("fail", "inconclusive"):
         if tasks := [task.task for task in candidate.tasks if task.noninferiority.verdict == outcome]:
             every = len(tasks) == len(candidate.tasks) > 1
             yield f"{outcome}: {'all tasks' if every else ', '.join(tasks)}"
     if candidate.unknown_tasks:
-        yield f"cannot be told: {', '.join(candidate.unknown_tasks)}"
+        yield f"cannot be tested: {', '.join(candidate.unknown_tasks)}"
 
 
 def _trace(report: VerdictReport, best: Candidate) -> Iterator[str]:
@@ -252,32 +252,32 @@ def _trace(report: VerdictReport, best: Candidate) -> Iterator[str]:
     yield ""
     rows = [
         ["teacher", report.teacher, f"files {report.teacher_digest[:12]}"],
-        ["candidate", best.version, f"files {best.files[:12]}, scorecard {best.scorecard[:12]}"],
+        ["candidate", best.version, f"files {best.artifact_digest[:12]}, scorecard {best.scorecard[:12]}"],
         ["tasks", ", ".join(report.margins), f"tasks {report.tasks_digest[:12]}"],
         ["prompts", report.harness, f"prompts {report.prompts_digest[:12]}"],
-        ["judged", f"{report.created:%Y-%m-%d %H:%M} UTC", ""],
+        ["decided", f"{report.created:%Y-%m-%d %H:%M} UTC", ""],
     ]
     yield from _table(["", "what", "digest"], rows)
     yield ""
-    yield "To make it again (`eval` with the `--include-path` and `--limit` of the first time):"
+    yield "To reproduce it (give `eval` the same `--include-path` and `--limit` as the first time):"
     yield ""
     tasks, widths = _word(",".join(report.margins)), set(report.margins.values())
     words = (
         [f"{task}={margin:g}" for task, margin in report.margins.items()] if len(widths) > 1 else [f"{widths.pop():g}"]
     )
     margins = "".join(f" --margin {_word(word)}" for word in words)
-    asked = "".join(f" --task {_word(task)}" for task in report.asked)
+    requested = "".join(f" --task {_word(task)}" for task in report.requested_tasks)
     yield f"    limbeck models lineage {best.version}"
     yield f"    limbeck eval {report.name} --tasks {tasks} --against {report.teacher}"
     yield f"    limbeck compare {best.version} {report.teacher} --tasks {tasks}{margins}"
-    yield f"    limbeck verdict {report.name} --against {report.teacher}{asked}{margins}"
+    yield f"    limbeck verdict {report.name} --against {report.teacher}{requested}{margins}"
 
 
 # --- HTML
 
 
 def _plot(best: Candidate) -> str:
-    """Each task's difference between its one-sided bounds, beside 0 and the margin; right is better."""
+    """Plot each task's difference and one-sided bounds, with 0 and the margin; right is better."""
     lines = []
     for task in best.tasks:
         test, sign = task.noninferiority, 1 if task.higher_is_better else -1
@@ -293,8 +293,8 @@ def _plot(best: Candidate) -> str:
             f'<path class="at {test.verdict}" d="M{at} 4V16"/></svg><span class="{test.verdict}">{test.verdict}</span>'
         )
     caption = (
-        "Candidate less teacher, between one-sided 95% bounds before the correction; to the right is better. The line "
-        "is no difference, the dashes are the margin. Each task has its own scale."
+        "Candidate minus teacher, with one-sided 95% bounds before the correction; right is better. The line marks "
+        "no difference, the dashes the margin. Each task has its own scale."
     )
     return f'<div class="differences">{"".join(lines)}</div><p class="caption">{caption}</p>' if lines else ""
 
@@ -303,14 +303,14 @@ def _plot(best: Candidate) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as Markdown that shows it as it is, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     text = "".join(c if c.isprintable() else " " for c in text)
-    # An underscore within a word is no emphasis, and brackets alone are no link.
+    # An underscore inside a word is not emphasis, and brackets alone are not a link.
     return re.sub(r"[\\`*<>|#&~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])", r"\\\g<0>", text)
 
 
 def _word(text: str) -> str:
-    """A word of a command line."""
+    """Quote a word of a command line."""
     return shlex.quote("".join(c for c in text if c.isprintable()))
 
 
@@ -320,7 +320,7 @@ def _lines(lines: Iterator[str] | Sequence[str]) -> str:
 
 def _list(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
-        # What begins like a list would be one.
+        # Text that begins like a list item would become one.
         yield "- " + re.sub(r"^([-+]|\d+(?=[.)]))", r"\\\1", escape_markdown(text))
 
 
@@ -332,5 +332,5 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> Iter
 
 
 def _cell(text: str) -> str:
-    """A cell that keeps each interval on one line."""
+    """Escape a cell, and keep each interval on one line."""
     return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), escape_markdown(text))

@@ -1,4 +1,4 @@
-"""A judgement in words: the answer, and what would settle it."""
+"""A verdict in words: the answer, and what would settle it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def chosen_candidate(report: VerdictReport) -> Candidate:
 
 
 def answer_sentence(report: VerdictReport) -> str:
-    """The answer in words, without its first word."""
+    """The answer in one or two sentences, without its first word."""
     best = chosen_candidate(report)
     return {"yes": _yes, "no": _no, "not settled": _not_settled}[report.answer](report, best)
 
@@ -31,7 +31,7 @@ def _yes(report: VerdictReport, best: Candidate) -> str:
     words = f"{describe_candidate(best)} is as good as {report.teacher} within the margins on {_all_tasks(report)}, "
     words += f"at {_cost(best)}{_speed(best)}."
     if best.is_teacher:
-        words += " It is the teacher itself in another form: what is wasted is its engine or precision, not its size."
+        words += " It is the teacher itself in another form: the engine or precision is wasteful, not the size."
     return f"{words} {payback_sentence(best)}"
 
 
@@ -42,55 +42,61 @@ def _no(report: VerdictReport, best: Candidate) -> str:
     worse = f"surely worse than {report.teacher} by more than the margin on some task"
     if any(each.quality != "fail" for each in report.candidates):
         worse += ", or surely not cheaper"
-    kept = f"keeps {format_share(best.retention)} of the teacher's quality" if best.retention else "is the best of them"
+    rank = (
+        f"retains {format_share(best.retention)} of the teacher's quality" if best.retention else "is the best of them"
+    )
     if len(report.candidates) == 1:
-        return f"{describe_candidate(best)}, the only candidate, is {worse}. It {kept}."
+        return f"{describe_candidate(best)}, the only candidate, is {worse}. It {rank}."
     words = f"each of the {len(report.candidates)} candidates is {worse}."
-    return f"{words} The closest, {describe_candidate(best)}, {kept}."
+    return f"{words} The closest, {describe_candidate(best)}, {rank}."
 
 
 def _not_settled(report: VerdictReport, best: Candidate) -> str:
     passed = sum(task.noninferiority.verdict == "pass" for task in best.tasks)
-    shown = f"is {'' if passed else 'not '}shown to be as good as {report.teacher} on "
-    many = len(report.margins)
-    on = _all_tasks(report) if passed == many else f"{passed} of {many} tasks" if passed else "any task"
-    words = f"the most promising candidate, {describe_candidate(best)}, {shown}{on}"
+    total = len(report.margins)
+    tasks = f"{passed} of {total} tasks" if passed else "any task"
+    if passed == total:
+        tasks = _all_tasks(report)
+    shown = f"is {'' if passed else 'not '}shown to be as good as {report.teacher} on {tasks}"
+    words = f"the most promising candidate, {describe_candidate(best)}, {shown}"
     words += ", and surely worse on none." if best.quality != "pass" else "."
     if best.cost_ratio is None:
-        return f"{words} What it costs beside the teacher is not measured."
-    doubt = "" if best.cheaper else ", which may be no less than the teacher's"
+        return f"{words} Its cost ratio to the teacher was not measured."
+    doubt = "" if best.cheaper else ", which may not be less than the teacher's"
     return f"{words} It runs at {_cost(best)}{doubt}{_speed(best)}."
 
 
 def payback_sentence(candidate: Candidate) -> str:
-    """When the making of a candidate is paid back."""
+    """When the cost of making a candidate pays back."""
     found = candidate.payback
     if found is None:
-        return "When it has paid for its making is not known."
+        return "It is unknown when it pays back its making."
     if found.break_even_tokens.value is None:
-        return "Its making is never paid back."
-    words = f"Its making, ${found.training_cost_usd:.2g}, is paid back after {_tokens(found.break_even_tokens)} tokens"
+        return "It never pays back its making."
+    words = (
+        f"Making it cost ${found.training_cost_usd:.2g}; it pays back after {_tokens(found.break_even_tokens)} tokens"
+    )
     if found.break_even_days and found.tokens_per_day:
         words += f": {_days(found.break_even_days)} at {format_large_number(found.tokens_per_day)} tokens a day"
     return f"{words}."
 
 
 def describe_next_steps(report: VerdictReport) -> tuple[str, ...]:
-    """What would settle a judgement that is not settled: for its most promising candidate."""
+    """What would settle a verdict that is not settled, for its most promising candidate."""
     return tuple(_settle(report, chosen_candidate(report))) if report.answer == "not settled" else ()
 
 
 def _settle(report: VerdictReport, best: Candidate) -> Iterator[str]:
     tasks = {task.task: task for task in best.tasks}
-    for still in best.open:
-        yield _settle_task(tasks[still.task], still, report.tests)
+    for open_task in best.open_tasks:
+        yield _settle_task(tasks[open_task.task], open_task, report.tests)
     for name, why in best.unknown_tasks.items():
         yield f"{name}: {why}."
     again = f"limbeck eval {best.version} --tasks {','.join(report.margins)} --against {report.teacher}"
     if best.cost_ratio is None:
-        yield f"Its cost, timed in one run with the teacher's: {again}"
+        yield f"Measure its cost in one run with the teacher's: {again}"
     elif best.cheaper is None:
-        yield f"Its cost, timed again on a machine with nothing else to do: {again} --force"
+        yield f"Measure its cost again on an idle machine: {again} --force"
 
 
 def _settle_task(task: ComparedTask, open_task: OpenTask, tests: int) -> str:
@@ -101,17 +107,17 @@ def _settle_task(task: ComparedTask, open_task: OpenTask, tests: int) -> str:
     if open_task.documents:
         needed, now = format_large_number(open_task.documents), format_large_number(task.documents)
         words += f" About {needed} documents (now {now}) would settle it and show it "
-        words += f"{'as good' if open_task.as_good else 'worse'}, if the difference stays what it is."
+        words += f"{'as good' if open_task.as_good else 'worse'}, if the difference stays the same."
     else:
-        words += " The difference is at the margin itself: no number of documents settles it while it stays there."
-    return f"{words} Or a margin of {round_up_margin(open_task.margin)}, if that is acceptable, and said to be wider."
+        words += " The difference equals the margin, so more documents would not settle it."
+    return f"{words} Or accept a wider margin of {round_up_margin(open_task.margin)}, and say so."
 
 
-# --- numbers in words
+# --- numbers as text
 
 
 def describe_candidate(candidate: Candidate) -> str:
-    """What a candidate is, and its NAME/VERSION."""
+    """A candidate in a word or two, with its NAME/VERSION."""
     what = describe_version(candidate)
     return what if candidate.version in what else f"{what} ({candidate.version})"
 
@@ -137,7 +143,7 @@ def round_up_margin(margin: float) -> str:
 
 
 def format_large_number(number: float) -> str:
-    """Two or three digits of a number that may be large."""
+    """A number with two or three digits and its magnitude as a word, such as 1.2 million."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= size:
             return f"{number / size:.3g} {word}"
@@ -160,14 +166,13 @@ def _days(span: BreakEvenRange) -> str:
 
 
 def _all_tasks(report: VerdictReport) -> str:
-    many = len(report.margins)
-    return f"all {many} tasks" if many > 1 else next(iter(report.margins))
+    total = len(report.margins)
+    return f"all {total} tasks" if total > 1 else next(iter(report.margins))
 
 
 def _cost(candidate: Candidate) -> str:
-    sure = candidate.cost_ratio_interval
-    if sure:
-        return f"{format_share(sure)} of its cost"
+    if candidate.cost_ratio_interval:
+        return f"{format_share(candidate.cost_ratio_interval)} of its cost"
     return f"{format_percent(candidate.cost_ratio or 0)} of its cost"
 
 

@@ -150,7 +150,7 @@ def test_a_browser_sorts_and_filters(store: Store, add: Callable[..., Version], 
     by_p50 = choose.format("cost", "p50_ms")
     assert "beaten" in points(browse(page, by_p50))["m/2"][2]  # it is slower than the teacher
     by_task = browse(page, choose.format("task", "single"))
-    assert re.search(r'data-kept="">90.0%<small>', by_task)
+    assert re.search(r'data-retention="">90.0%<small>', by_task)
     click = "document.querySelectorAll('.board th button')[2].click();"
     assert visible(browse(page, click))[:5] == ["m/2", "m/3", "m/1", "m/4", "m/5"]  # cheapest first, unmeasured last
     assert visible(browse(page, click + click))[:5] == ["m/4", "m/1", "m/3", "m/2", "m/5"]

@@ -268,12 +268,12 @@ def test_sorting_and_filtering(store: Store, add: Callable[..., Version], limbec
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--sort", "p50_m"], "--sort 'p50_m' is not there\n  did you mean p50_ms?"),
+        (["--sort", "p50_m"], "--sort 'p50_m' is unknown\n  did you mean p50_ms?"),
         (["--sort", "singel"], "did you mean single?"),
         (["--cost", "usd_per_million_token"], "did you mean usd_per_million_tokens?"),
-        (["--cost", "verdict"], "there are: decode_tokens_per_s, "),
-        (["--recipe", "smal"], "--recipe 'smal' is not there\n  did you mean small?"),
-        (["--precision", "x"], "there are: fp32, int8"),
+        (["--cost", "verdict"], "choose one of: decode_tokens_per_s, "),
+        (["--recipe", "smal"], "--recipe 'smal' is unknown\n  did you mean small?"),
+        (["--precision", "x"], "choose one of: fp32, int8"),
         (["--kind", "students"], "did you mean student?"),
         (["--task", "singel"], "did you mean single?"),
     ],

@@ -351,9 +351,9 @@ def test_bad_input(
 def test_tasks_are_made_and_named(
     limbeck: Callable[..., Any], limbeck_home: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    done = limbeck("tasks", corpus, "--name", "mine", "--to", tmp_path / "t", "--kind", "next_line")
+    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_line")
     assert (done.code, done.out) == (0, "mine_next_line\n")
     assert list((tmp_path / "t").rglob("*.yaml"))
-    done = limbeck("tasks", corpus, "--name", "mine", "--to", tmp_path / "t", "--kind", "next_lime")
+    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_lime")
     assert done.code == 2
     assert "did you mean next_line" in done.err

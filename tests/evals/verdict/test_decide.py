@@ -207,7 +207,7 @@ def test_yes(store: Store, add: Add) -> None:
     assert task.noninferiority.margin == 0.02
     assert best.retention
     assert best.retention.value == pytest.approx((0.8 - 0.001 - 0.25) / 0.55)
-    assert found.settle == ()
+    assert found.next_steps == ()
     assert (found.tests, found.default_margins, found.margins) == (3, False, {"qa": 0.02})
     assert found.sentence.startswith(
         f"small torch ({cheap.ref}) is as good as m/1 within the margins on qa, at 20.0% [19.8%, 20.2%] of its cost "
@@ -229,7 +229,7 @@ def test_the_best_that_is_as_good_has_to_be_cheaper(store: Store, add: Add) -> N
     found = decide_verdict(store, "m", margins=WIDE)
     assert (found.answer, found.candidate) == ("not settled", "m/4")
     assert "which may be no less than the teacher's" in found.sentence
-    [words] = found.settle
+    [words] = found.next_steps
     assert words.startswith("Its cost, timed again")
 
 
@@ -239,10 +239,10 @@ def test_no(store: Store, add: Add) -> None:
     best = add({"qa": wrong(DOCUMENTS, 200), "more": wrong(DOCUMENTS, 0)}, 0.2, recipe="base")
     found = decide_verdict(store, "m")
     # One task that it surely fails is enough, and what it costs is not asked.
-    assert (found.answer, found.candidate, found.settle) == ("no", best.ref, ())
+    assert (found.answer, found.candidate, found.next_steps) == ("no", best.ref, ())
     assert [task.noninferiority.verdict for task in candidate(found, best).tasks] == ["fail", "pass"]
     assert "each of the 2 candidates is surely worse than m/1 by more than the margin on some task" in found.sentence
-    assert "The closest, base torch (m/3), keeps 90.9% [" in found.sentence
+    assert "The closest, base torch (m/3), retains 90.9% [" in found.sentence
     # The tasks that it is judged by make the difference.
     assert decide_verdict(store, "m", tasks=["more"]).answer == "yes"
 
@@ -252,7 +252,7 @@ def test_what_would_settle_it_does(store: Store, add: Add) -> None:
     add({"qa": wrong(300, 6, 4)}, 0.2)
     found = decide_verdict(store, "m")
     assert (found.answer, found.default_margins) == ("not settled", True)
-    [words] = found.settle
+    [words] = found.next_steps
     documents, margin = re.search(r"About ([\d,]+) documents .* Or a margin of ([\d.]+),", words).groups()
     assert int(documents.replace(",", "")) > 2000
     assert "would settle it and show it as good" in words
@@ -282,10 +282,10 @@ def test_the_correction_is_over_candidates_too(store: Store, add: Add) -> None:
     assert [each.tasks[0].noninferiority.p_holm for each in found.candidates] == pytest.approx(
         holm_adjusted_p_values(p_values)
     )
-    [words] = found.settle
+    [words] = found.next_steps
     assert "Alone it would pass; corrected for all 4 tests it does not" in words
     # As many as a single test at a quarter of the level needs.
-    [still] = candidate(found, close).open
+    [still] = candidate(found, close).open_tasks
     assert still.as_good
     spread = 0.025 * (1 - 0.025)  # of 0/1 scores that are worse by the margin
     quantiles = student.isf(0.05 / 4, 399) + student.isf(0.2, 399)
@@ -300,7 +300,7 @@ def test_nothing_measured_of_cost(store: Store, add: Add) -> None:
     as_good = add({"qa": wrong(DOCUMENTS, 0)})
     found = decide_verdict(store, "m")
     assert (found.answer, candidate(found, as_good).quality) == ("not settled", "pass")
-    assert found.settle == ("Its cost, timed in one run with the teacher's: limbeck eval m/2 --tasks qa --against m/1",)
+    assert found.next_steps == ("Measure its cost in one run with the teacher's: limbeck eval m/2 --tasks qa --against m/1",)
     assert "What m/2 costs to run: speed, memory, dollars." in found.not_measured
     for text in (render_markdown(found), render_html(found)):
         assert "Not measured." in text
@@ -327,7 +327,7 @@ def test_payback(store: Store, add: Add) -> None:
     assert best.payback.break_even_tokens.value == pytest.approx(2.0 / (2 / 3600 * 0.05 / 128))
     found = decide_verdict(store, "m", tokens_per_day=1e6, prices=Prices.load(usd_per_hour=2.0))
     assert found.sentence.endswith(
-        "Its making, $2, is paid back after 9.22 million [9.04 million, 9.4 million] tokens: 9.2 days at 1 million "
+        "Making it cost $2; it pays back after 9.22 million [9.04 million, 9.4 million] tokens: 9.2 days at 1 million "
         "tokens a day."
     )
     assert not any("What making" in words for words in found.not_measured)
@@ -358,7 +358,7 @@ def test_what_was_not_measured_is_said(store: Store, add: Add) -> None:
     assert {task.noninferiority.verdict for task in candidate(allowed, best).tasks} == {"pass"}
     assert (allowed.answer, candidate(allowed, best).quality) == ("not settled", "inconclusive")
     for words in (
-        "Quality kept on guess: retention is undefined",
+        "Retention on guess: retention is undefined",
         "Quality on one: a confidence interval needs documents of two groups",
         "(qa, guess, one): other languages",
         "Tasks that versions of m are scored on too: other.",
@@ -368,7 +368,7 @@ def test_what_was_not_measured_is_said(store: Store, add: Add) -> None:
         "Dollars: no price of this machine is known",
         "m/1 ran in torch, m/2 in onnxruntime. limbeck export m/1",
         "What making m/2 took",
-        "m/3, which is no candidate: scored on other",
+        "m/3 is not a candidate: scored on other",
     ):
         assert any(words in said for said in found.not_measured), words
     # The teacher exported tells the engine's share.
