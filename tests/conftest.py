@@ -1,4 +1,4 @@
-"""Small real models and a state folder of their own, for every room's tests."""
+"""Fixtures for the tests of every room: small real models, an empty store in its own state folder, the command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIZES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      max_position_embeddings=128),
-    # What else attention may depend on: a window, the place in the row, a state.
+    # Attention with a window, soft caps, position biases, and a model with a state instead.
     "mistral": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=128, sliding_window=24),
     "gemma2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -74,7 +74,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_cost(usd: float) -> Cost:
-    """What a small model costs, at `usd` dollars per million tokens."""
+    """The cost of a small model, at `usd` dollars per million tokens."""
     return Cost(
         params=1000,
         disk_bytes=4000,
@@ -105,7 +105,7 @@ def make_model(folder: Path, tokenizer_folder: Path, model_type: str, seed: int 
     config = AutoConfig.for_model(model_type, **ids, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    # The usual initialisation gives nearly uniform logits; a test wants models with opinions.
+    # The usual initialisation gives nearly uniform logits; tests need distinct ones.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -137,10 +137,10 @@ def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database as `Store` makes it; copied, since its migrations take seconds."""
+    """MLflow's database as `Store` creates it; tests copy it, since its migrations take seconds."""
     from sqlalchemy import Engine, event
 
-    # No test pulls the plug, and waiting for the disk at each commit is most of a small test's time.
+    # No test needs the data after a power cut, and waiting for the disk is most of the time of a small test.
     event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
     folder = tmp_path_factory.mktemp("database")
     with pytest.MonkeyPatch.context() as patch:
@@ -151,8 +151,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_lands_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """State of a test that asks for no home of its own does not land in the current folder."""
+def _default_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state folder for tests that use no fixture for it, so that they do not write into the current folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -160,7 +160,7 @@ def _nothing_lands_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture
 def limbeck_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's state would be (nothing is there yet), and a current folder with nothing in it."""
+    """The state folder of this test, which does not exist yet; the current folder is empty."""
     monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -169,14 +169,14 @@ def limbeck_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def store(limbeck_home: Path, empty_database: Path) -> Store:
-    """An empty tracking store of this test's own."""
+    """An empty tracking store for this test."""
     limbeck_home.mkdir()
     shutil.copy(empty_database, limbeck_home / "mlflow.db")
     return Store()
 
 
 class Result(NamedTuple):
-    """What a command left: its exit code and what it printed."""
+    """The result of a command: its exit code and what it printed."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""A way to a server that can be cut: an HTTP proxy that counts, and that stops answering when it is told to."""
+"""An HTTP proxy for tests: it counts uploads, loses answers and stops answering on command."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from typing import Any
 
 import requests
 
-NOT_PASSED_ON = {"transfer-encoding", "content-length", "content-encoding", "connection", "server", "date"}
+DROPPED_HEADERS = {"transfer-encoding", "content-length", "content-encoding", "connection", "server", "date"}
 
 
-class Flaky(ThreadingHTTPServer):
-    """Passes requests on to the server at `target`.
-
-    Args:
-        target: its address.
-    """
+class FlakyProxy(ThreadingHTTPServer):
+    """Passes requests on to the server at the address `target`, and fails as its attributes say."""
 
     daemon_threads = True
 
@@ -26,20 +22,20 @@ class Flaky(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target = target
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
-        self.puts: list[str] = []  # the files that were sent
-        self.answers: list[int] = []  # status codes to give instead of passing on, first to last
-        self.cut_after: int | None = None  # so many PUTs, nothing is answered any more
-        self.reached = threading.Event()  # it is cut
-        self.lost: set[str] = set()  # ends of paths that are passed on once, and whose answers get lost
+        self.puts: list[str] = []  # the names of the uploaded files
+        self.answers: list[int] = []  # status codes of the next answers; these requests are not passed on
+        self.cut_after: int | None = None  # after this number of PUTs, no request is answered
+        self.reached = threading.Event()  # set when that happens
+        self.lost: set[str] = set()  # the next request whose path ends so is passed on, but its answer is lost
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away is what is tried here."""
+        """Print nothing: tests kill clients on purpose."""
 
 
 @contextmanager
-def flaky(target: str) -> Iterator[Flaky]:
-    """A proxy before `target`, while the block runs."""
-    with Flaky(target) as proxy:
+def flaky_proxy(target: str) -> Iterator[FlakyProxy]:
+    """Run a proxy for `target` while the block runs."""
+    with FlakyProxy(target) as proxy:
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         try:
             yield proxy
@@ -48,7 +44,7 @@ def flaky(target: str) -> Iterator[Flaky]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Flaky
+    server: FlakyProxy
     protocol_version = "HTTP/1.1"
 
     def _pass_on(self) -> None:
@@ -65,15 +61,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
-        answer = requests.request(self.command, proxy.target + self.path, headers=kept, data=body, timeout=60)
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+        answer = requests.request(self.command, proxy.target + self.path, headers=headers, data=body, timeout=60)
         if ends := {end for end in proxy.lost if self.path.endswith(end)}:
             proxy.lost -= ends
             self.close_connection = True
             return
         self.send_response(answer.status_code)
         for name, value in answer.headers.items():
-            if name.lower() not in NOT_PASSED_ON:
+            if name.lower() not in DROPPED_HEADERS:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer.content)))
         self.end_headers()

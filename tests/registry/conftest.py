@@ -1,4 +1,4 @@
-"""Records and artifact folders to put in a store."""
+"""Fixtures for the registry: artifact folders, records, and the model `still`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ POLICY = Policy(quality=QualityRules(min_retention=0.8), cost=CostLimits(max_cos
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """An artifact folder that looks like a model; other `content`, other digest."""
+    """Creates an artifact folder that looks like a model; its digest depends on `content`."""
     return partial(make_artifact, tmp_path / "made")
 
 
 def make_artifact(root: Path, content: str, onnx: bool = False) -> Path:
-    """As the fixture `make_folder` makes, below `root`."""
+    """What the fixture `make_folder` creates, below `root`."""
     folder = root / content
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -49,7 +49,7 @@ def make_card() -> Callable[..., Scorecard]:
 
 @pytest.fixture
 def make_parity() -> Callable[..., Parity]:
-    """A parity that passes."""
+    """Makes a parity report that passes."""
     return _parity
 
 
@@ -70,10 +70,10 @@ class Still:
     student: Version
     variants: dict[str, Version]
     documents: Path
-    copied: bool = False  # from one that was made beforehand
+    copied: bool = False  # from a prepared state folder
 
     def score(self, version: Version, **changes: Any) -> Scorecard:
-        """Give a version a scorecard against its teacher."""
+        """Add a scorecard of a version, relative to its teacher."""
         card = _card(version.digest, model=version.ref, teacher_digest=self.teacher.digest, **changes)
         self.store.findings.add_scorecard(version, card, self.documents)
         return card
@@ -86,12 +86,12 @@ def still(
     """Nothing is scored yet; every variant has its parity."""
     if store.is_server:
         return make_still(store, make_folder, documents)
-    return copied(*prepared(False), store, documents)
+    return copy_prepared(*prepared(False), store, documents)
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Callable[[bool], tuple[Path, Still]]:
-    """`still`, or `scored`, in a state folder that is copied: making one takes a hundred times as long."""
+    """Creates `still` or `scored` once, in a state folder for tests to copy: copying is 100 times faster."""
 
     @cache
     def make(scored: bool, _author: str | None) -> tuple[Path, Still]:
@@ -105,15 +105,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
             still = make_still(Store(), partial(make_artifact, root / "made"), file)
             return root, score(still) if scored else still
 
-    return lambda scored: make(scored, os.environ.get("LIMBECK_USER"))  # the versions carry who made them
+    return lambda scored: make(scored, os.environ.get("LIMBECK_USER"))  # the versions record their author
 
 
 PATHS = {"runs": "artifact_uri", "logged_models": "artifact_location", "experiments": "artifact_location"}
 PATHS_OF_VERSIONS = ("source", "storage_location")
 
 
-def copied(root: Path, still: Still, store: Store, documents: Path) -> Still:
-    """A state folder and what is in it, in place of that of a store nobody has used yet."""
+def copy_prepared(root: Path, still: Still, store: Store, documents: Path) -> Still:
+    """Copy a prepared state folder over that of an unused store. Returns `still` as it is there."""
     shutil.copytree(root, home(), dirs_exist_ok=True)
     moved = (str(root), str(home()))
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
@@ -128,7 +128,7 @@ def copied(root: Path, still: Still, store: Store, documents: Path) -> Still:
 
 
 def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) -> Still:
-    """As the fixture `still`, in any store."""
+    """Register the model of the fixture `still` in any store."""
     teacher = store.register(NewVersion(name="still", kind="teacher"), make_folder("teacher"))
     made = dict(parent=teacher.ref, teacher=teacher.ref, recipe="small")
     student = store.register(NewVersion(name="still", kind="student", **made), make_folder("student"))
@@ -147,11 +147,11 @@ def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) 
 @pytest.fixture
 def scored(still: Still, documents: Path, prepared: Callable[[bool], tuple[Path, Still]]) -> Still:
     """fp32 (2 dollars) and int8 (1 dollar) pass POLICY; int4 is cheapest and fails."""
-    return copied(*prepared(True), still.store, documents) if still.copied else score(still)
+    return copy_prepared(*prepared(True), still.store, documents) if still.copied else score(still)
 
 
 def score(still: Still) -> Still:
-    """As the fixture `scored`."""
+    """Add the scorecards of the fixture `scored`."""
     still.score(still.variants["fp32"], usd=2.0)
     still.score(still.variants["int8"], usd=1.0)
     still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))

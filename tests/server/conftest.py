@@ -1,4 +1,4 @@
-"""A team's servers on loopback: PostgreSQL, S3 and `mlflow server` with accounts."""
+"""Servers of a team on loopback: PostgreSQL, S3 and `mlflow server` with accounts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.registry.conftest import make_artifact
 BUCKET = "limbeck"
 KEYS = {"AWS_ACCESS_KEY_ID": "team", "AWS_SECRET_ACCESS_KEY": "of-a-test", "AWS_DEFAULT_REGION": "us-east-1"}
 ADMIN = "password-of-admin"
-ROLE = "engineers"  # may change models and experiments; who has no role may read them
+ROLE = "engineers"  # may change models and experiments; users without a role may read them
 
 
 def free_port() -> int:
@@ -38,8 +38,8 @@ def answers(uri: str) -> bool:
         return False
 
 
-def postgresql() -> Path | None:
-    """The folder of PostgreSQL's programs: Debian does not put it in the path."""
+def find_postgresql() -> Path | None:
+    """The folder of PostgreSQL's programs, which Debian does not put into PATH; None if it is not installed."""
     found = [Path(p).resolve().parent for p in (shutil.which("initdb"), shutil.which("pg_ctl")) if p]
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((folder for folder in found if (folder / "initdb").exists()), None)
@@ -47,7 +47,7 @@ def postgresql() -> Path | None:
 
 @contextmanager
 def running(command: list[str], log: Path, until: Callable[[], bool], **options: object) -> Iterator[subprocess.Popen]:
-    """A program, from when `until` holds; ended with the block."""
+    """Run a program while the block runs; the block starts when `until` returns True."""
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **options)
     try:
@@ -67,14 +67,14 @@ class Team:
 
     Args:
         folder: for its logs and settings.
-        database: PostgreSQL's address, with no database named.
+        database: the address of PostgreSQL, without a database.
         s3: the address of the S3 server.
         name: of its databases.
-        passed_on: whether files go through the server, or from each client to S3.
+        serves_artifacts: True: files go through the server; False: from each client to S3.
     """
 
-    def __init__(self, folder: Path, database: str, s3: str, name: str, *, passed_on: bool = True) -> None:
-        self.folder, self.s3, self.passed_on = folder, s3, passed_on
+    def __init__(self, folder: Path, database: str, s3: str, name: str, *, serves_artifacts: bool = True) -> None:
+        self.folder, self.s3, self.serves_artifacts = folder, s3, serves_artifacts
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._database = f"{database}/{name}"
@@ -88,12 +88,13 @@ class Team:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        files = "--artifacts-destination" if self.passed_on else "--default-artifact-root"
+        """Start the server; returns when it answers."""
+        files = "--artifacts-destination" if self.serves_artifacts else "--default-artifact-root"
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--backend-store-uri", self._database),
             *(files, f"s3://{BUCKET}/{self._settings.stem}"),
-            *(() if self.passed_on else ("--no-serve-artifacts",)),
+            *(() if self.serves_artifacts else ("--no-serve-artifacts",)),
         ]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_"))}
         env |= KEYS | {
@@ -104,7 +105,7 @@ class Team:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "bGltYmVjay1saW1iZWNrLWxpbWJlY2stbGltYmVjay0=",
-            # MLflow sends nothing to loopback else, and only by https.
+            # Without these MLflow sends notices only by https and never to loopback.
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         }
@@ -114,19 +115,19 @@ class Team:
         )
 
     def stop(self) -> None:
-        """Ended as by a power cut."""
+        """Kill the server, as a power cut would."""
         if self.process:
             with ExitStack() as ended:
                 ended.push(self._stack.pop_all())
                 os.killpg(self.process.pid, 9)
             self.process = None
 
-    def people(self) -> None:
-        """ann and carl may change things, bob may look."""
+    def create_accounts(self) -> None:
+        """Create accounts: ann and carl may edit, bob may only read."""
         from mlflow.server import get_app_client
 
         with pytest.MonkeyPatch.context() as patch:
-            self.be(patch, "admin")
+            self.log_in(patch, "admin")
             accounts = get_app_client("basic-auth", tracking_uri=self.uri)
             role = accounts.create_role("default", ROLE)
             for kind in ("experiment", "registered_model"):
@@ -136,10 +137,10 @@ class Team:
             for name in ("ann", "carl"):
                 accounts.assign_role(name, role.id)
 
-    def be(self, patch: pytest.MonkeyPatch, name: str | None, password: str | None = None) -> None:
-        """From now on commands are those of `name`."""
+    def log_in(self, patch: pytest.MonkeyPatch, name: str | None, password: str | None = None) -> None:
+        """Run the next commands as the user `name`; None: without a user."""
         patch.setenv("MLFLOW_TRACKING_URI", self.uri)
-        if not self.passed_on:
+        if not self.serves_artifacts:
             for key, value in (KEYS | {"MLFLOW_S3_ENDPOINT_URL": self.s3}).items():
                 patch.setenv(key, value)
         if name is None:
@@ -152,11 +153,11 @@ class Team:
 
 @pytest.fixture(scope="session")
 def database() -> Iterator[str]:
-    """PostgreSQL's address. It refuses to run as root: then it runs as another user."""
-    programs = postgresql()
+    """The address of PostgreSQL. It refuses to run as root, so root starts it as another user."""
+    programs = find_postgresql()
     if programs is None:
-        pytest.skip("PostgreSQL's programs are not here")
-    with TemporaryDirectory(prefix="limbeck-postgresql-") as folder:  # pytest's own keep other users out
+        pytest.skip("PostgreSQL is not installed")
+    with TemporaryDirectory(prefix="limbeck-postgresql-") as folder:  # other users cannot enter pytest's folders
         yield from _postgresql(programs, Path(folder))
 
 
@@ -196,31 +197,31 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def team(tmp_path_factory: pytest.TempPathFactory, database: str, s3: str) -> Iterator[Team]:
-    """The team's server, through which all files go."""
+    """The server of the team; all files go through it."""
     yield from _served(Team(tmp_path_factory.mktemp("team"), database, s3, "team"))
 
 
 @pytest.fixture(scope="session")
 def direct(tmp_path_factory: pytest.TempPathFactory, database: str, s3: str) -> Iterator[Team]:
-    """A server whose clients bring their files to S3 themselves."""
-    yield from _served(Team(tmp_path_factory.mktemp("direct"), database, s3, "direct", passed_on=False))
+    """A server whose clients upload their files to S3 themselves."""
+    yield from _served(Team(tmp_path_factory.mktemp("direct"), database, s3, "direct", serves_artifacts=False))
 
 
 def _served(team: Team) -> Iterator[Team]:
     team.start()
     try:
-        team.people()
+        team.create_accounts()
         yield team
     finally:
         team.stop()
 
 
 @pytest.fixture
-def be(team: Team, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`be("ann")`: from now on commands are ann's, on ann's own machine."""
+def log_in(team: Team, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`log_in("ann")`: run the next commands as ann, on a machine of her own."""
 
     def change(name: str | None, password: str | None = None) -> None:
-        team.be(monkeypatch, name, password)
+        team.log_in(monkeypatch, name, password)
         monkeypatch.setenv("LIMBECK_HOME", str(limbeck_home.parent / f"home-of-{name}"))
 
     return change
@@ -228,5 +229,5 @@ def be(team: Team, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """An artifact folder that looks like a model; other `content`, other digest."""
+    """Creates an artifact folder that looks like a model; its digest depends on `content`."""
     return partial(make_artifact, tmp_path / "made")

@@ -1,15 +1,15 @@
-"""Processes that die, on command: reads `{...}` lines on stdin, forks a child for each, answers with a line.
+"""Processes that are killed on command: reads one JSON object a line, forks a child for it, prints one line of JSON.
 
-MLflow is imported once, here, and no database is opened before the fork: a child takes a tenth of a second.
+MLflow is imported once, before the forks, and no database is opened there: a child takes a tenth of a second.
 
     {"do": "promote" | "rollback" | "nothing", "to": 4, "home": DIR, "uri": URI,
      "die": 3, "kill": PID, "full": 3, "look": true, "at once": 20, "turns": 2}
 
-`die`: kill -9 before the third call that changes something in MLflow. `kill`: that process instead, and go on.
-`look`: say what there is, before.
-`at once`: so many children, each with a home of its own below `home` where that ends with a slash.
-`full`: from that call on the database gets no further page, as on a full disk.
-The answer: for each child its exit status, what it printed, and how many such calls it made.
+`die`: kill -9 itself before the third call that changes something in MLflow. `kill`: kill that process instead.
+`look`: report the ledger before it begins.
+`at once`: the number of children; each has a state folder of its own below `home` if that ends with a slash.
+`full`: the number of the call from which on the database gets no further page, as on a full disk.
+The answer: for each child its exit status, its error message, and the number of calls that change something.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from limbeck.registry.mlflow import client
 from limbeck.registry.mlflow.store import Store
 from tests.registry.conftest import POLICY
 
-# Before the fork: what MLflow imports when it is first used.
+# MLflow imports these at its first use; import them before the fork.
 for late in ("tracking", "model_registry"):
     import_module(f"mlflow.store.{late}.sqlalchemy_store")
     import_module(f"mlflow.store.{late}.rest_store")
@@ -42,12 +42,12 @@ FULL: list[bool] = []
 CHANGES = ("set_", "delete_", "create_", "log_", "rename_", "update_")
 
 
-class Dying:
-    """MLflow's client, until the `die`-th call that changes something."""
+class FaultyClient:
+    """MLflow's client until the `die`-th call that changes something, or with a full disk from the `full`-th."""
 
-    def __init__(self, uri: str, asked: dict[str, Any]) -> None:
+    def __init__(self, uri: str, command: dict[str, Any]) -> None:
         self.client, self.calls = MlflowClient(uri, uri), 0
-        self.die, self.kill, self.full = (asked.get(key) for key in ("die", "kill", "full"))
+        self.die, self.kill, self.full = (command.get(key) for key in ("die", "kill", "full"))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(CHANGES):
@@ -59,40 +59,40 @@ class Dying:
         return getattr(self.client, name)
 
 
-def child(asked: dict[str, Any], number: int) -> dict[str, Any]:
-    """Do what is asked, and say what came of it."""
-    home = asked["home"] + (str(number) if asked["home"].endswith("/") else "")
-    os.environ.update(LIMBECK_HOME=home, MLFLOW_TRACKING_URI=asked["uri"])
+def run_command(command: dict[str, Any], number: int) -> dict[str, Any]:
+    """Run a command in a child. Returns its answer."""
+    home = command["home"] + (str(number) if command["home"].endswith("/") else "")
+    os.environ.update(LIMBECK_HOME=home, MLFLOW_TRACKING_URI=command["uri"])
     client.RETRY_SECONDS = 0.5
-    said: dict[str, Any] = {"code": 0, "said": "", "hashes": []}
+    answer: dict[str, Any] = {"code": 0, "message": "", "hashes": []}
     store = Store()
-    if asked.get("look"):
-        said["before"] = look(store)
-    dying = Dying(store.tracking_uri, asked)
-    store.client.__dict__["_client"] = dying
+    if command.get("look"):
+        answer["before"] = describe_ledger(store)
+    faulty = FaultyClient(store.tracking_uri, command)
+    store.client.__dict__["_client"] = faulty
     try:
-        for turn in range(asked.get("turns", 1)):
-            if asked["do"] == "rollback":
-                said["hashes"].append(promotion.rollback(store, "still", "production", who=str(number)).hash)
-            if asked["do"] == "promote":
-                to = 3 + (turn + number) % 2 if "turns" in asked else asked["to"]
+        for turn in range(command.get("turns", 1)):
+            if command["do"] == "rollback":
+                answer["hashes"].append(promotion.rollback(store, "still", "production", who=str(number)).hash)
+            if command["do"] == "promote":
+                to = 3 + (turn + number) % 2 if "turns" in command else command["to"]
                 done = promotion.promote(store, f"still/{to}", "production", POLICY, who=str(number))
-                said["hashes"] += [done.entry.hash] if done.entry else []
+                answer["hashes"] += [done.entry.hash] if done.entry else []
     except LimbeckError as error:
-        said |= {"code": error.exit_code, "said": error.message}
-    calls = dying.calls
+        answer |= {"code": error.exit_code, "message": error.message}
+    calls = faulty.calls
     FULL.clear()
     if number == 0:
         with suppress(LimbeckError):  # a server that is dead
-            said |= look(Store())
-    return said | {"calls": calls}
+            answer |= describe_ledger(Store())
+    return answer | {"calls": calls}
 
 
-def look(store: Store) -> dict[str, Any]:
-    """Where the alias is, and what the ledger says."""
-    book = log.read_ledger(store, "still")
-    entries = [[entry.hash, entry.to_version] for entry in book.entries]
-    return {"at": book.aliases.get("production"), "problems": book.problems(), "entries": entries}
+def describe_ledger(store: Store) -> dict[str, Any]:
+    """The position of the alias, and the entries and problems of the ledger."""
+    ledger = log.read_ledger(store, "still")
+    entries = [[entry.hash, entry.to_version] for entry in ledger.entries]
+    return {"at": ledger.aliases.get("production"), "problems": ledger.problems(), "entries": entries}
 
 
 @event.listens_for(Engine, "connect")
@@ -109,17 +109,17 @@ def _no_room(connection: Any, *_: Any) -> None:
 def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        count = asked.get("at once", 1)
+        command = json.loads(line)
+        count = command.get("at once", 1)
         start, go = os.pipe()
         children = []
         for number in range(count):
-            out = Path(f"{asked['home'].rstrip('/')}.said.{number}")
+            out = Path(f"{command['home'].rstrip('/')}.answer.{number}")
             out.unlink(missing_ok=True)
             if (pid := os.fork()) == 0:
                 os.close(go)
-                os.read(start, 1)  # returns at once for all, when the parent closes its end
-                out.write_text(json.dumps(child(asked, number)))
+                os.read(start, 1)  # all children continue when the parent closes its end
+                out.write_text(json.dumps(run_command(command, number)))
                 os._exit(0)
             children.append((pid, out))
         os.close(start)

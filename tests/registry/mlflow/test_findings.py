@@ -1,4 +1,4 @@
-"""Scorecards, parity and verdicts go to the store and come back the same, or not at all."""
+"""Scorecards, parity reports and verdicts are read from the store unchanged, or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from limbeck.registry.records import Parity, Scorecard
 from tests.registry.conftest import POLICY, Still
 
 
-def test_scorecards_come_back(still: Still, make_card: Callable[..., Scorecard]) -> None:
+def test_scorecards_are_read_back_newest_last(still: Still, make_card: Callable[..., Scorecard]) -> None:
     store, version = still.store, still.variants["int8"]
     later = make_card(version.digest, created=datetime(2026, 2, 1, tzinfo=UTC), retention=(0.9, 0.8, 1.0))
     store.findings.add_scorecard(version, later, still.documents)
@@ -31,7 +31,7 @@ def test_scorecards_come_back(still: Still, make_card: Callable[..., Scorecard])
     assert store.findings.scorecards(still.student) == []
 
 
-def test_a_scorecard_is_kept_once_and_seen_in_mlflow(still: Still) -> None:
+def test_a_scorecard_is_stored_once_and_logged_in_mlflow(still: Still) -> None:
     store, version = still.store, still.variants["int8"]
     card = still.score(version)
     still.score(version)
@@ -49,7 +49,7 @@ def test_a_scorecard_is_kept_once_and_seen_in_mlflow(still: Still) -> None:
 
 @pytest.mark.parametrize("file", ["scorecard.json", "documents.parquet"])
 @pytest.mark.parametrize("content", ["cut short", "{}"])
-def test_damaged_files(still: Still, file: str, content: str) -> None:
+def test_a_damaged_cache_is_fetched_again_and_a_damaged_store_reported(still: Still, file: str, content: str) -> None:
     store, version = still.store, still.variants["int8"]
     card = still.score(version)
 
@@ -58,10 +58,10 @@ def test_damaged_files(still: Still, file: str, content: str) -> None:
             store.findings.scorecards(version) if file == "scorecard.json" else store.findings.documents(version, card)
         )
 
-    sound = read()
+    original = read()
     cached = next(home().glob(f"scorecards/*/{file}"))
     cached.write_text(content)
-    assert read() == sound  # fetched again
+    assert read() == original  # fetched again
     assert cached.read_text(errors="replace") != content
     next((home() / "artifacts").rglob(file)).write_text(content)
     cached.unlink()
@@ -70,23 +70,23 @@ def test_damaged_files(still: Still, file: str, content: str) -> None:
     assert not cached.exists()
 
 
-def test_a_changed_number_is_noticed(still: Still) -> None:
+def test_a_changed_number_is_found(still: Still) -> None:
     still.score(still.variants["int8"])
-    kept = next((home() / "artifacts").rglob("scorecard.json"))
-    kept.write_text(kept.read_text().replace("0.97", "0.99"))
+    stored = next((home() / "artifacts").rglob("scorecard.json"))
+    stored.write_text(stored.read_text().replace("0.97", "0.99"))
     shutil.rmtree(home() / "scorecards")
     with pytest.raises(DamagedArtifact, match="the scorecard of still/4"):
         still.store.findings.scorecards(still.variants["int8"])
 
 
-def test_documents_that_are_not_there(still: Still, make_card: Callable[..., Scorecard], tmp_path: Path) -> None:
+def test_missing_documents(still: Still, make_card: Callable[..., Scorecard], tmp_path: Path) -> None:
     version = still.variants["int8"]
     with pytest.raises(FileNotFoundError):
         still.store.findings.add_scorecard(version, make_card(version.digest), tmp_path / "missing.parquet")
     assert still.store.findings.scorecards(version) == []
 
 
-def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., Parity]) -> None:
+def test_parity_and_verdicts_are_read_back(still: Still, make_parity: Callable[..., Parity]) -> None:
     store, version = still.store, still.variants["int8"]
     newer = make_parity(reference=still.student.digest, precision="int8", mean_kl=0.5)
     store.findings.add_parity(version, newer)
@@ -95,7 +95,7 @@ def test_parity_and_verdicts_come_back(still: Still, make_parity: Callable[..., 
     first = apply_policy(POLICY, Evidence(version, None, newer))
     assert store.findings.add_verdict(version, first) == first
     again = apply_policy(POLICY, Evidence(version, None, newer))
-    assert store.findings.add_verdict(version, again) == first  # says the same
+    assert store.findings.add_verdict(version, again) == first  # differs only in time
     other = apply_policy(POLICY, Evidence(version, still.score(version), newer))
     store.findings.add_verdict(version, other)
     assert store.findings.verdicts(version) == [first, other]

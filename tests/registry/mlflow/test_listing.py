@@ -1,4 +1,4 @@
-"""The quick way to list versions says what MLflow says."""
+"""Listing versions directly from SQLite returns the same as MLflow."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from limbeck.registry.mlflow.listing import list_versions
 from tests.registry.conftest import POLICY, Still
 
 
-def mark(limbeck_home: Path, schema: str) -> None:
-    """Write another schema's mark into the database."""
+def set_schema(limbeck_home: Path, schema: str) -> None:
+    """Write the number of another schema into the database."""
     with closing(sqlite3.connect(limbeck_home / "mlflow.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = ?", [schema])
 
 
-def test_read_directly_and_through_mlflow(scored: Still, limbeck_home: Path) -> None:
+def test_sqlite_and_mlflow_return_the_same(scored: Still, limbeck_home: Path) -> None:
     store = scored.store
     for alias, number in (("production", "4"), ("best", "4"), ("other", "3")):
         store.client.set_registered_model_alias("still", alias, number)
@@ -43,18 +43,18 @@ def test_read_directly_and_through_mlflow(scored: Still, limbeck_home: Path) -> 
     assert [v.aliases for v in everything if v.aliases] == [("other",), ("best", "production")]
 
 
-def test_another_schema_is_left_to_mlflow(scored: Still, limbeck_home: Path) -> None:
+def test_a_database_of_another_schema_is_read_through_mlflow(scored: Still, limbeck_home: Path) -> None:
     store = scored.store
     before = store.versions()
     assert store.get("still/1") in before  # this opens the MLflow client
-    mark(limbeck_home, "000000000000")
+    set_schema(limbeck_home, "000000000000")
     assert listing.list_from_sqlite(limbeck_home / "mlflow.db", None) is None
     assert store.versions() == before
     assert listing.list_from_sqlite(limbeck_home / "nothing.db", None) is None
     assert not (limbeck_home / "nothing.db").exists()
 
 
-def test_all_that_was_found(scored: Still) -> None:
+def test_versions_come_with_their_findings(scored: Still) -> None:
     store, int8 = scored.store, scored.variants["int8"]
     verdict = store.findings.add_verdict(int8, apply_policy(POLICY, Evidence(int8, None, store.findings.parity(int8))))
     found = {each.version.ref: each for each in store.versions_with_findings("still")}
@@ -66,7 +66,7 @@ def test_all_that_was_found(scored: Still) -> None:
     assert store.versions_with_findings("nothing") == []
 
 
-def test_what_was_scored_here_is_listed_without_mlflow(scored: Still) -> None:
+def test_versions_scored_on_this_machine_are_listed_without_importing_mlflow(scored: Still) -> None:
     script = (
         "import sys; from limbeck.registry.mlflow.store import Store; "
         "print(len(Store().versions_with_findings('still')), 'mlflow' in sys.modules)"

@@ -1,4 +1,4 @@
-"""What the store keeps of a version: whole and verified, or not at all."""
+"""The store has a version completely and verified, or not at all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from limbeck.registry.records import NewVersion
 MakeFolder = Callable[..., Path]
 
 
-def leftovers(store: Store) -> list[str]:
-    """LoggedModels and their folders that stand in the store."""
+def stored_models(store: Store) -> list[str]:
+    """The LoggedModels in the store, and their folders."""
     ids = [e.experiment_id for e in store.client.search_experiments()]
     found = [m.model_id for m in store.client.search_logged_models(experiment_ids=ids)]
     return found + [str(p) for p in (home() / "artifacts").glob("models/*")]
@@ -42,7 +42,7 @@ def test_a_version_has_its_fields_and_files(store: Store, make_folder: MakeFolde
     assert store.client.get_model_version("still", "1").tags["colour"] == "red"
 
 
-def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolder) -> None:
+def test_registering_the_same_again_stores_nothing(store: Store, make_folder: MakeFolder) -> None:
     first = store.register(NewVersion(name="still", kind="student", parent="still/9"), make_folder("a"))
     assert (
         store.register(NewVersion(name="still", kind="student", parent="still/9"), make_folder("b") / ".." / "a")
@@ -51,11 +51,11 @@ def test_the_same_again_is_not_stored_again(store: Store, make_folder: MakeFolde
     other = store.register(
         NewVersion(name="still", kind="student", parent="still/8"), store.artifacts.verified_folder(first)
     )
-    assert (other.version, other.digest) == (2, first.digest)  # of another parent: another version
-    assert len(leftovers(store)) == 2 * 2
+    assert (other.version, other.digest) == (2, first.digest)  # another parent makes another version
+    assert len(stored_models(store)) == 2 * 2
 
 
-def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
+def test_versions_are_found_by_name_reference_alias_and_field(store: Store, make_folder: MakeFolder) -> None:
     store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("a"))
     second = store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("b"))
     third = store.register(NewVersion(name="kettle", kind="onnx", precision="int8"), make_folder("c", onnx=True))
@@ -72,7 +72,7 @@ def test_finding_versions(store: Store, make_folder: MakeFolder) -> None:
     assert store.versions("it's' or name='still") == []
 
 
-def test_what_was_registered_without_limbeck(store: Store) -> None:
+def test_a_version_registered_without_limbeck_is_not_listed(store: Store) -> None:
     store.client.create_registered_model("foreign")
     store.client.create_model_version("foreign", "/tmp/nowhere")
     assert store.versions() == []
@@ -81,18 +81,18 @@ def test_what_was_registered_without_limbeck(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a@b", "../a", "a b", "it's", "-a", "x" * 201, "a\n"])
-def test_names_that_cannot_be_used(store: Store, make_folder: MakeFolder, name: str) -> None:
+def test_invalid_names(store: Store, make_folder: MakeFolder, name: str) -> None:
     with pytest.raises(BadInput, match="is not a name for a model"):
         store.register(NewVersion(name=name, kind="student"), make_folder("a"))
 
 
 @pytest.mark.parametrize("ref", ["still", "still/", "still/x", "a/b/1", "still/" + "9" * 30, "still/-1", "@production"])
-def test_references_that_cannot_be_used(store: Store, ref: str) -> None:
+def test_invalid_references(store: Store, ref: str) -> None:
     with pytest.raises(BadInput, match="is not a version"):
         store.get(ref)
 
 
-def test_nothing_to_register(store: Store, tmp_path: Path) -> None:
+def test_a_missing_or_empty_folder(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such folder"):
         store.register(NewVersion(name="still", kind="student"), tmp_path / "missing")
     (tmp_path / "empty").mkdir()
@@ -100,27 +100,27 @@ def test_nothing_to_register(store: Store, tmp_path: Path) -> None:
         store.register(NewVersion(name="still", kind="student"), tmp_path / "empty")
 
 
-def test_files_that_are_not_those_of_the_manifest(store: Store, make_folder: MakeFolder) -> None:
+def test_files_that_do_not_match_the_manifest(store: Store, make_folder: MakeFolder) -> None:
     folder = make_folder("a")
     write_manifest(folder)
     with (folder / "model.safetensors").open("a") as file:
         file.write("!")
     with pytest.raises(DamagedArtifact, match=r"model\.safetensors has sha256"):
         store.register(NewVersion(name="still", kind="student"), folder)
-    assert store.versions() == leftovers(store) == []
+    assert store.versions() == stored_models(store) == []
 
 
-def test_a_copy_that_arrives_changed_is_refused(store: Store, make_folder: MakeFolder) -> None:
+def test_files_that_change_on_the_way_are_refused(store: Store, make_folder: MakeFolder) -> None:
     folder = make_folder("a")
     (blobs := folder.parent.parent / "blobs").mkdir()
-    (blobs / "uuid").symlink_to("/proc/sys/kernel/random/uuid")  # other content each time it is read
+    (blobs / "uuid").symlink_to("/proc/sys/kernel/random/uuid")  # different content at each read
     (folder / "changing").symlink_to("../../blobs/uuid")  # as in the Hugging Face cache
     with pytest.raises(DamagedArtifact, match="digest is"):
         store.register(NewVersion(name="still", kind="student"), folder)
-    assert store.versions() == leftovers(store) == []
+    assert store.versions() == stored_models(store) == []
 
 
-def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder) -> None:
+def test_files_changed_or_deleted_later(store: Store, make_folder: MakeFolder) -> None:
     version = store.register(NewVersion(name="still", kind="student"), make_folder("a"))
     weights = store.artifacts.verified_folder(version) / "model.safetensors"
     weights.write_text(weights.read_text()[:-1])
@@ -134,7 +134,7 @@ def test_files_that_changed_or_went_after(store: Store, make_folder: MakeFolder)
 
 def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: MakeFolder) -> None:
     store.register(NewVersion(name="still", kind="student"), make_folder("a"))
-    stands = leftovers(store)
+    stands = stored_models(store)
     models = home() / "artifacts" / "models"
     models.rename(models.with_name("away"))
     models.write_text("no folder can be made in here")
@@ -142,7 +142,7 @@ def test_a_store_that_fails_midway_keeps_nothing(store: Store, make_folder: Make
         store.register(NewVersion(name="still", kind="student"), make_folder("b"))
     models.unlink()
     models.with_name("away").rename(models)
-    assert leftovers(store) == stands
+    assert stored_models(store) == stands
     assert store.register(NewVersion(name="still", kind="student"), make_folder("c")).version == 2
 
 
@@ -169,12 +169,12 @@ def test_a_full_disk(small_disk: Path, make_folder: MakeFolder) -> None:
     (folder / "large.safetensors").write_bytes(bytes(8 << 20))
     with pytest.raises(LimbeckError, match=r"no space left on the disk.*\n.*free some space"):
         store.register(NewVersion(name="still", kind="student"), folder)
-    assert store.versions() == leftovers(store) == []
+    assert store.versions() == stored_models(store) == []
     assert store.register(NewVersion(name="still", kind="student"), make_folder("b")).version == 1
 
 
-def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None:
-    """As a full disk, where no small disk can be mounted: the system refuses to write a large file."""
+def test_a_file_that_reaches_the_size_limit(store: Store, make_folder: MakeFolder) -> None:
+    """As a full disk, for machines that cannot mount a small disk: the system refuses to write a large file."""
     folder = make_folder("a")
     (folder / "large.safetensors").write_bytes(bytes(8 << 20))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,16 +186,16 @@ def test_a_file_that_may_not_grow(store: Store, make_folder: MakeFolder) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert store.versions() == leftovers(store) == []
+    assert store.versions() == stored_models(store) == []
 
 
-def test_how_a_run_ends(store: Store) -> None:
+def test_the_status_of_a_run_follows_from_how_its_block_ends(store: Store) -> None:
     with store.runs.start("good", params={"a b!": 1}, tags={"t": "x"}) as run:
         run.log_metrics({"loss": 0.5}, step=3)
         run.set_tags({"more": 2})
-    kept = store.client.get_run(run.id)
-    assert (kept.info.status, kept.data.params, kept.data.metrics) == ("FINISHED", {"a b_": "1"}, {"loss": 0.5})
-    assert (kept.data.tags["t"], kept.data.tags["more"]) == ("x", "2")
+    logged = store.client.get_run(run.id)
+    assert (logged.info.status, logged.data.params, logged.data.metrics) == ("FINISHED", {"a b_": "1"}, {"loss": 0.5})
+    assert (logged.data.tags["t"], logged.data.tags["more"]) == ("x", "2")
     for error, status in ((KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")):
         with pytest.raises(error), store.runs.start("bad") as run:
             raise error
@@ -209,8 +209,8 @@ def test_a_deleted_experiment(store: Store, make_folder: MakeFolder) -> None:
         Store().register(NewVersion(name="still", kind="student"), make_folder("b"))
 
 
-@pytest.mark.timeout(30)  # MLflow alone would try for minutes
-def test_a_database_that_is_none(limbeck_home: Path) -> None:
+@pytest.mark.timeout(30)  # MLflow alone would retry for minutes
+def test_an_invalid_database(limbeck_home: Path) -> None:
     limbeck_home.mkdir()
     database = limbeck_home / "mlflow.db"
     database.write_text("this is no database at all, but some text that is long enough")

@@ -1,4 +1,4 @@
-"""A tracking server: one that does not answer, and a real one on loopback."""
+"""A tracking server: one that does not answer, and a real one on loopback, also through a connection that fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
 from tests import ROOT
 from tests.conftest import Result
-from tests.flaky_proxy import Flaky, flaky
+from tests.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.registry.conftest import POLICY, Still
 
 
@@ -37,8 +37,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def silent() -> Iterator[int]:
-    """A port that takes connections and never says a word."""
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -46,16 +46,16 @@ def silent() -> Iterator[int]:
 
 
 @pytest.mark.timeout(30)  # MLflow alone would try for minutes
-def test_no_answer(limbeck_home: Path, silent: int) -> None:
+def test_a_server_that_does_not_answer(limbeck_home: Path, silent_port: int) -> None:
     with pytest.raises(Unreachable, match=r"no answer within 4 s\n.*MLFLOW_TRACKING_URI"):
-        Store(f"http://127.0.0.1:{silent}")
+        Store(f"http://127.0.0.1:{silent_port}")
     with pytest.raises(Unreachable, match="connection refused"):
         Store(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(Unreachable, match="does not answer"):
         Store("http://nowhere.invalid")
 
 
-def test_no_answer_is_told_to_the_user(
+def test_every_command_reports_that_the_server_does_not_answer(
     limbeck_home: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
@@ -70,7 +70,7 @@ def test_no_answer_is_told_to_the_user(
 
 
 class Server(NamedTuple):
-    """Where a server is, and the folder that its artifacts lie in."""
+    """The address of a server and the folder of its artifacts."""
 
     uri: str
     files: Path
@@ -110,7 +110,7 @@ def answers(uri: str) -> bool:
 
 @pytest.fixture
 def store(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """In this file: the store behind the server, with an empty state folder here."""
+    """Replaces the fixture of the same name: the store on the server, with an empty state folder here."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     return Store()
 
@@ -155,10 +155,10 @@ def test_the_whole_gate_through_a_server(
 
 
 @pytest.fixture
-def proxy(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
-    """A way to the server that can be cut; nobody has patience, for the tests' sake."""
+def proxy(server: Server, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
+    """A proxy to the server that fails on command; clients retry for one second only."""
     monkeypatch.setattr(client, "RETRY_SECONDS", 1.0)
-    with flaky(server.uri) as proxy:
+    with flaky_proxy(server.uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
         yield proxy
 
@@ -174,28 +174,27 @@ def files(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_upload_goes_on_where_the_server_died(
-    server: Server, proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str]
+def test_an_upload_resumes_after_the_server_died(
+    server: Server, proxy: FlakyProxy, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.cut_after = 3
     with pytest.raises(Unreachable):
         Store().register(NewVersion(name="upload", kind="student"), files)
     assert "trying again for 1 s" in capsys.readouterr().err
     proxy.cut_after = None
-    assert Store().versions("upload") == []  # what is not whole is not seen
+    assert Store().versions("upload") == []  # an incomplete version is not listed
     assert len(proxy.puts) == 3
-    # One of them arrived in its size, but changed.
-    kept = next(server.files.rglob(proxy.puts[-1]))
-    kept.write_bytes(b"x" * kept.stat().st_size)
+    # One of them was stored with its size, but changed.
+    stored = next(server.files.rglob(proxy.puts[-1]))
+    stored.write_bytes(b"x" * stored.stat().st_size)
     version = Store().register(NewVersion(name="upload", kind="student"), files)
-    told = capsys.readouterr().err
-    assert "upload fp32: 3 of 5 files are there already\n" in told
+    assert "upload fp32: 3 of 5 files are there already\n" in capsys.readouterr().err
     assert sorted(proxy.puts[3:5]) == sorted({p.name for p in files.rglob("*.*")} - set(proxy.puts[:3]))
-    assert len(proxy.puts) == 5 + 5  # and once more, all of them
+    assert len(proxy.puts) == 5 + 5  # all of them again, since one had changed
     assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest == folder_digest(files)
 
 
-def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Path) -> None:
+def test_an_upload_resumes_after_its_process_was_killed(proxy: FlakyProxy, files: Path) -> None:
     begin = (
         "from pathlib import Path; from limbeck.registry.mlflow.store import Store; "
         "from limbeck.registry.records import NewVersion; "
@@ -210,40 +209,40 @@ def test_an_upload_goes_on_where_its_process_was_killed(proxy: Flaky, files: Pat
     first = list(proxy.puts)
     assert Store().versions("killed") == []
     version = Store().register(NewVersion(name="killed", kind="student"), files)
-    assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each of them once
+    assert sorted(proxy.puts) == sorted(p.name for p in files.rglob("*.*"))  # each is uploaded once
     assert proxy.puts[:2] == first
     assert folder_digest(Store().artifacts.verified_folder(version)) == version.digest
 
 
 @pytest.mark.slow
-def test_uploads_that_nobody_went_on_with(
-    server: Server, proxy: Flaky, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+def test_doctor_deletes_abandoned_uploads(
+    server: Server, proxy: FlakyProxy, files: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Store().register(NewVersion(name="kept", kind="student"), files)
+    finished = Store().register(NewVersion(name="kept", kind="student"), files)
     proxy.cut_after = len(proxy.puts) + 2
     with pytest.raises(Unreachable):
         Store().register(NewVersion(name="given-up", kind="student"), files)
     proxy.cut_after = None
-    assert "given-up" not in limbeck("doctor").out  # it may be going on elsewhere
+    assert "given-up" not in limbeck("doctor").out  # another machine may resume it
     monkeypatch.setattr(transfer, "ABANDONED_AFTER", timedelta(0))
     assert "upload of given-up" in limbeck("doctor").out
-    here = len(list(server.files.rglob("part-0.safetensors")))
+    before = len(list(server.files.rglob("part-0.safetensors")))
     assert "taken away" in limbeck("doctor", "--clean").out
-    assert len(list(server.files.rglob("part-0.safetensors"))) == here - 1
+    assert len(list(server.files.rglob("part-0.safetensors"))) == before - 1
     assert "given-up" not in limbeck("doctor").out
     shutil.rmtree(home() / "artifacts-cache")
-    assert folder_digest(Store().artifacts.verified_folder(kept)) == kept.digest
+    assert folder_digest(Store().artifacts.verified_folder(finished)) == finished.digest
 
 
-def test_an_answer_that_gets_lost_makes_no_second_version(proxy: Flaky, files: Path) -> None:
+def test_a_lost_answer_makes_no_second_version(proxy: FlakyProxy, files: Path) -> None:
     proxy.lost = {"/model-versions/create"}
     version = Store().register(NewVersion(name="lost", kind="student"), files)
     assert proxy.lost == set()
     assert [each.version for each in Store().versions("lost")] == [version.version] == [1]
 
 
-def test_a_busy_server_is_asked_again(
-    proxy: Flaky, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_busy_server_is_retried(
+    proxy: FlakyProxy, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "RETRY_SECONDS", 20.0)
     store = Store()
@@ -257,21 +256,21 @@ def test_a_busy_server_is_asked_again(
         store.model_names()
 
 
-def test_a_secret_in_the_address_is_never_said(
-    proxy: Flaky, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+def test_a_password_in_the_address_is_never_printed(
+    proxy: FlakyProxy, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = proxy.uri.replace("://", "://ann:a-secret@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
-    said = []
+    results = []
     for command in (["doctor", "--format", "json"], ["doctor"], ["models", "show", "nothing/1"]):
-        said.append(limbeck(*command))
+        results.append(limbeck(*command))
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret.rpartition(":")[0] + f":{free_port()}")
-    said += [limbeck("doctor", "--format", "json"), limbeck("models", "list")]
-    for result in said:
+    results += [limbeck("doctor", "--format", "json"), limbeck("models", "list")]
+    for result in results:
         assert "a-secret" not in result.out + result.err
-    assert said[-1].code == 2
-    assert "***@" in said[-1].err
+    assert results[-1].code == 2
+    assert "***@" in results[-1].err
 
 
 def test_versions_of_another_layout_are_refused(
