@@ -48,7 +48,7 @@ def quantize_static_int8(graph: Path, folder: Path, inputs: Iterable[dict[str, n
         inputs: feeds of the graph, name -> array; the scale of an activation covers its range over all of them.
     """
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -64,13 +64,8 @@ def quantize_static_int8(graph: Path, folder: Path, inputs: Iterable[dict[str, n
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._inputs, None)
 
-    # Calibration needs declared tensors, and onnx's shape inference stops at the first fused operator.
     model = load_with_gemm_as_matmul(graph)
-    names = {name for node in model.graph.node if node.op_type == "MatMul" for name in (node.input[0], node.output[0])}
-    names -= {item.name for item in (*model.graph.input, *model.graph.output)}
-    model.graph.value_info.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(names)
-    )
+    _declare_product_tensors(model.graph)
     typed, temporary = folder / "typed.onnx", folder / "quantized.onnx"
     large = _exceeds_protobuf_limit(graph)
     onnx.save_model(model, typed, save_as_external_data=large, location="typed.onnx_data")
@@ -94,6 +89,18 @@ def quantize_static_int8(graph: Path, folder: Path, inputs: Iterable[dict[str, n
     for path in folder.glob("typed.onnx*"):
         path.unlink()
     _finish(temporary, folder)
+
+
+def _declare_product_tensors(graph: Any) -> None:
+    """Declare inputs and outputs of products as float, as calibration needs it.
+
+    onnx's shape inference, which would declare them, stops at the first fused operator.
+    """
+    from onnx import TensorProto, helper
+
+    names = {name for node in graph.node if node.op_type == "MatMul" for name in (node.input[0], node.output[0])}
+    names -= {item.name for item in (*graph.input, *graph.output)}
+    graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(names))
 
 
 def load_with_gemm_as_matmul(graph: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +11,9 @@ import numpy as np
 import openai
 import pytest
 
-from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
-from tests.export.export_helpers import Exported, Served, rewrite_manifest, serving
+from tests.export.export_helpers import Exported, Served, serving
 
 KEY = "k3y-of-the-test"
 
@@ -31,18 +29,6 @@ def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=served.url, api_key=KEY, max_retries=0, timeout=60)
 
 
-@pytest.fixture(scope="module")
-def endless(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A model whose context does not end: its server is busy for as long as a client asks it to be."""
-    folder = tmp_path_factory.mktemp("endless") / "endless"
-    export_onnx(llama.torch, folder, fused=False)  # a fused graph has its positions in a table
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**8}))
-    rewrite_manifest(folder)
-    with serving(folder) as running:
-        yield running
-
-
 def complete(client: openai.OpenAI, prompt: Any = "def add(", **settings: Any) -> Any:
     return client.completions.create(**{"model": "fp32", "prompt": prompt, "temperature": 0} | settings)
 
@@ -52,7 +38,7 @@ def test_models_and_health(client: openai.OpenAI, served: Served) -> None:
     assert httpx.get(served.url.replace("/v1", "/health")).json() == {"status": "ok"}
 
 
-def test_a_completion_is_the_runtimes(client: openai.OpenAI, runtime: Runtime) -> None:
+def test_a_completion_equals_that_of_the_runtime(client: openai.OpenAI, runtime: Runtime) -> None:
     answer = complete(client, max_tokens=12)
     (expected,) = runtime.generate(["def add("], max_new_tokens=12)
     assert answer.choices[0].text == expected.text
@@ -62,13 +48,13 @@ def test_a_completion_is_the_runtimes(client: openai.OpenAI, runtime: Runtime) -
     assert answer.object == "text_completion"
 
 
-def test_sixteen_tokens_at_temperature_one_is_the_default(client: openai.OpenAI) -> None:
+def test_the_default_is_16_tokens_at_temperature_1(client: openai.OpenAI) -> None:
     answers = {client.completions.create(model="fp32", prompt="def", seed=s).choices[0].text for s in range(3)}
     assert len(answers) == 3
     assert client.completions.create(model="fp32", prompt="x", max_tokens=None).usage.completion_tokens <= 16
 
 
-def test_every_form_of_prompt(client: openai.OpenAI, runtime: Runtime) -> None:
+def test_a_prompt_is_a_text_token_ids_or_a_list_of_them(client: openai.OpenAI, runtime: Runtime) -> None:
     texts = ["class A", "for i in"]
     ids = [runtime.encode(text) for text in texts]
     expected = [completion.text for completion in runtime.generate(texts, max_new_tokens=8)]
@@ -82,7 +68,7 @@ def test_every_form_of_prompt(client: openai.OpenAI, runtime: Runtime) -> None:
     "settings",
     [dict(max_tokens=20), dict(max_tokens=20, temperature=1.3, seed=4, top_p=0.9, n=3, logprobs=2, echo=True)],
 )
-def test_the_streamed_answer_is_the_whole_one(client: openai.OpenAI, settings: dict[str, Any]) -> None:
+def test_a_streamed_answer_equals_the_whole_one(client: openai.OpenAI, settings: dict[str, Any]) -> None:
     whole = complete(client, **settings)
     chunks = list(complete(client, **settings, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].usage == whole.usage
@@ -98,14 +84,14 @@ def test_the_streamed_answer_is_the_whole_one(client: openai.OpenAI, settings: d
             assert [p for part in own for p in part.logprobs.tokens] == choice.logprobs.tokens
 
 
-def test_n_choices_differ_and_a_seed_gives_them_again(client: openai.OpenAI) -> None:
+def test_n_choices_differ_and_a_seed_reproduces_them(client: openai.OpenAI) -> None:
     settings = dict(n=4, temperature=1.0, seed=9, max_tokens=10)
     first, again = complete(client, **settings), complete(client, **settings)
     texts = [choice.text for choice in first.choices]
     assert len(set(texts)) == 4
     assert [choice.text for choice in again.choices] == texts
     assert complete(client, **settings | {"seed": 10}).choices[0].text != texts[0]
-    # The rows of a request draw as those of a runtime's batch do: two prompts, two choices each.
+    # The draws depend on the row only: two prompts with two choices each give the same four texts.
     both = complete(client, ["def add(", "def add("], **settings | {"n": 2})
     assert [choice.text for choice in both.choices] == texts
 
@@ -120,8 +106,8 @@ def test_a_stop_string_ends_the_text(client: openai.OpenAI) -> None:
         assert choice.finish_reason == "stop"
 
 
-def test_echoed_logprobs_score_the_prompt(client: openai.OpenAI, runtime: Runtime) -> None:
-    """As lm-eval's local-completions asks for loglikelihoods: token ids in, one token out, echo and logprobs."""
+def test_echo_gives_prompt_logprobs(client: openai.OpenAI, runtime: Runtime) -> None:
+    """The request of lm-eval's local-completions for loglikelihoods: token ids, one new token, echo and logprobs."""
     ids = runtime.encode("class Vessel:\n    def __init__(self):")
     logits = runtime.logits(np.array([ids]), np.ones((1, len(ids)), np.int64))[0]
     expected = log_softmax(logits.astype(np.float64))
@@ -142,8 +128,8 @@ def test_echoed_logprobs_score_the_prompt(client: openai.OpenAI, runtime: Runtim
         assert all(choice.text[start:].startswith(token) for start, token in offsets)
 
 
-def test_tokens_are_named_by_id_where_asked(client: openai.OpenAI, runtime: Runtime) -> None:
-    ids = runtime.encode("caf\u00e9 \u2014 x")  # some of them are no whole characters
+def test_tokens_are_named_by_id_on_request(client: openai.OpenAI, runtime: Runtime) -> None:
+    ids = runtime.encode("caf\u00e9 \u2014 x")  # some tokens are incomplete characters
     settings: dict[str, Any] = dict(max_tokens=3, echo=True, logprobs=2)
     plain = complete(client, ids, **settings).choices[0]
     named = complete(client, ids, **settings, extra_body={"return_tokens_as_token_ids": True}).choices[0]
@@ -157,7 +143,7 @@ def test_tokens_are_named_by_id_where_asked(client: openai.OpenAI, runtime: Runt
         assert all(name.startswith("token_id:") for name in top)
 
 
-def test_logprobs_hold_the_chosen_token_and_the_likeliest(client: openai.OpenAI) -> None:
+def test_logprobs_contain_the_chosen_token_and_the_most_likely_ones(client: openai.OpenAI) -> None:
     scores = complete(client, max_tokens=10, temperature=1.5, seed=1, logprobs=3).choices[0].logprobs
     for token, logprob, top in zip(scores.tokens, scores.token_logprobs, scores.top_logprobs, strict=True):
         assert top[token] == logprob
@@ -203,21 +189,21 @@ def test_a_bad_request_names_its_parameter(client: openai.OpenAI, settings: dict
     assert refused.value.body["message"]
 
 
-def test_parameters_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
+def test_parameters_with_neutral_values_are_accepted(client: openai.OpenAI) -> None:
     neutral = dict(
         presence_penalty=0, frequency_penalty=0.0, logit_bias={}, best_of=1, user="me", suffix=None, stop=None
     )
     assert complete(client, **neutral, max_tokens=3).choices[0].text == complete(client, max_tokens=3).choices[0].text
 
 
-def test_biases_and_penalties_are_the_runtimes(client: openai.OpenAI, runtime: Runtime) -> None:
-    asked: dict[str, Any] = dict(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={"40": 3.5, "41": -100})
+def test_biases_and_penalties_equal_those_of_the_runtime(client: openai.OpenAI, runtime: Runtime) -> None:
+    standard: dict[str, Any] = dict(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={"40": 3.5, "41": -100})
     extra: dict[str, Any] = dict(min_p=0.02, repetition_penalty=1.4)
     settings = dict(temperature=1.2, seed=5, max_tokens=12)
-    answer = complete(client, **settings, **asked, extra_body=extra).choices[0].text
-    bias = {int(token): value for token, value in asked.pop("logit_bias").items()}
+    answer = complete(client, **settings, **standard, extra_body=extra).choices[0].text
+    bias = {int(token): value for token, value in standard.pop("logit_bias").items()}
     (expected,) = runtime.generate(
-        ["def add("], temperature=1.2, seed=5, max_new_tokens=12, **asked, **extra, logit_bias=bias
+        ["def add("], temperature=1.2, seed=5, max_new_tokens=12, **standard, **extra, logit_bias=bias
     )
     assert answer == expected.text
     assert answer != complete(client, **settings).choices[0].text
@@ -225,11 +211,11 @@ def test_biases_and_penalties_are_the_runtimes(client: openai.OpenAI, runtime: R
         complete(client, logit_bias={"70000": 1})
 
 
-def test_prompt_tokens_that_were_not_read_again_are_told(client: openai.OpenAI) -> None:
+def test_usage_reports_prompt_tokens_from_the_prefix_cache(client: openai.OpenAI) -> None:
     prompt = list(range(40, 80))
     cached = [complete(client, prompt, n=3, max_tokens=1).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
     assert cached[0] == 0
-    assert 32 <= cached[1] < 40  # the last one is always read: what follows it is asked for
+    assert 32 <= cached[1] < 40  # the last one is always computed, for its logits
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
@@ -239,7 +225,7 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{nope", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 10**5, b"", b"7"])
-def test_a_body_that_is_no_request_is_a_bad_request(served: Served, body: bytes) -> None:
+def test_an_invalid_body_is_a_bad_request(served: Served, body: bytes) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     answer = httpx.post(f"{served.url}/completions", content=body, headers=headers)
     assert answer.status_code == 400
@@ -247,7 +233,7 @@ def test_a_body_that_is_no_request_is_a_bad_request(served: Served, body: bytes)
 
 
 def test_a_body_beyond_the_limit_is_refused(served: Served) -> None:
-    def parts() -> Iterator[bytes]:  # chunked: the size is not known beforehand
+    def parts() -> Iterator[bytes]:  # chunked: the size is unknown in advance
         for _ in range(5):
             yield b" " * 2**20
 
@@ -257,7 +243,7 @@ def test_a_body_beyond_the_limit_is_refused(served: Served) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "wrong", KEY + "x", KEY[:-1], "k\u00e9y"])
-def test_a_wrong_key_is_refused_and_never_told(served: Served, key: str) -> None:
+def test_a_wrong_key_is_refused_and_the_key_is_not_in_the_answer(served: Served, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     for answer in (
         httpx.get(f"{served.url}/models", headers=headers),
@@ -268,37 +254,28 @@ def test_a_wrong_key_is_refused_and_never_told(served: Served, key: str) -> None
         assert KEY not in answer.text
 
 
-def test_unknown_addresses_answer_in_the_same_form(served: Served) -> None:
+def test_unknown_paths_and_methods_have_the_same_error_format(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     assert httpx.get(f"{served.url}/nothing", headers=headers).json()["error"]["message"] == "Not Found"
     assert httpx.get(f"{served.url}/completions", headers=headers).status_code == 405
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_makes_room_for_the_next(endless: Served, stream: bool) -> None:
-    body = {"prompt": "def add(", "max_tokens": 10**7, "temperature": 0, "stream": stream}
-    url = f"{endless.url}/completions"
-    if stream:
-        with httpx.stream("POST", url, json=body, timeout=30) as answer:
-            assert next(answer.iter_lines()).startswith("data: ")
-    else:
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(url, json=body, timeout=0.5)
-    # Requests run one after the other: were the first still running, this would find no turn.
-    answer = httpx.post(url, json={"prompt": "x", "max_tokens": 2}, timeout=30)
-    assert answer.json()["usage"]["completion_tokens"] >= 1
+def test_a_model_without_a_chat_template_refuses_chat(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no chat template") as refused:
+        client.chat.completions.create(model="fp32", messages=[{"role": "user", "content": "x"}])
+    assert refused.value.code == "no_chat_template"
 
 
-def test_a_running_request_is_answered_after_sigterm(llama: Exported) -> None:
+def test_a_running_request_is_completed_after_sigterm(llama: Exported) -> None:
     with serving(llama.fp32) as running:
-        body = {"prompt": "def add(", "max_tokens": 100, "n": 64, "temperature": 0, "stream": True}
+        body = {"prompt": "def add(", "max_tokens": 100, "n": 32, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{running.url}/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             first = next(lines)
             running.process.send_signal(signal.SIGTERM)
             events = [line for line in [first, *lines] if line]
         assert events[-1] == "data: [DONE]"
-        assert len(events) == 64 * 100 + 1
+        assert len(events) == 32 * 100 + 1
         running.process.wait(timeout=30)
         assert running.process.stderr is not None
         assert "Traceback" not in running.process.stderr.read()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from jinja2 import TemplateError
@@ -331,11 +330,3 @@ def test_a_bad_request_names_its_parameter(client: openai.OpenAI, settings: dict
     assert refused.value.body["param"] == param
     assert refused.value.body["message"]
     assert ask(client, max_tokens=1).choices
-
-
-def test_a_model_without_a_template_says_so(llama: Exported) -> None:
-    with serving(llama.fp32) as running:
-        answer = httpx.post(f"{running.url}/chat/completions", json={"messages": ASKED})
-        assert answer.status_code == 400
-        assert "no chat template" in answer.json()["error"]["message"]
-        assert answer.json()["error"]["code"] == "no_chat_template"

@@ -1,4 +1,4 @@
-"""Requests that are decoded together: what each gets is what it would get alone, and nobody is locked out."""
+"""Requests that are decoded together: each gets the tokens that it would get alone, and none is blocked."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ async def tokens(results: AsyncGenerator[TokenEvent], rows: int = 1) -> list[lis
 
 
 def alone(runtime: Runtime, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """The token ids of each row without a scheduler."""
     out: list[list[int]] = [[] for _ in prompts]
     for event in runtime.generate_events(prompts, sampling):
         out[event.index].append(event.token_id)
@@ -57,7 +58,7 @@ def endless(boundless: Path) -> Runtime:
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(rows=3), Limits(rows=4, cache_bytes=1)], ids=str)
 def test_each_request_gets_what_it_would_get_alone(family: Exported, limits: Limits) -> None:
-    """Rows join while others are decoded, draw from their own seeds, and even give up their places."""
+    """Rows join while others are decoded, use their own seeds, and are preempted."""
     runtime = Runtime.load(family.fp32, threads=1)
     requests = [([runtime.encode(text)], Sampling(max_new_tokens=5 + 3 * i)) for i, text in enumerate(TEXTS)]
     requests.append(([runtime.encode(text) for text in TEXTS], Sampling(max_new_tokens=12, temperature=1.0, seed=3)))
@@ -74,7 +75,7 @@ def test_each_request_gets_what_it_would_get_alone(family: Exported, limits: Lim
     assert count("limbeck:prompt_tokens_total") == sum(len(prompt) for prompts, _ in requests for prompt in prompts)
 
 
-def test_rows_that_outgrow_the_cache_wait_and_go_on_where_they_were(llama: Exported) -> None:
+def test_rows_that_outgrow_the_cache_are_preempted_and_continue(llama: Exported) -> None:
     runtime = Runtime.load(llama.fp32, threads=1)
     prompts = [runtime.encode(text) for text in TEXTS]
     sampling = Sampling(max_new_tokens=60, temperature=0.8, seed=1)
@@ -106,10 +107,10 @@ def test_requests_share_their_steps(endless: Runtime, monkeypatch: pytest.Monkey
 
     run(together)
     assert max(sizes) == 8
-    assert len(sizes) < 3 * 40  # one after the other it would be 8 * 39
+    assert len(sizes) < 3 * 40  # one after the other: 8 * 39
 
 
-def test_a_request_of_many_rows_locks_nobody_out(endless: Runtime) -> None:
+def test_a_request_with_many_rows_does_not_block_others(endless: Runtime) -> None:
     async def small_beside_large() -> None:
         scheduler = Scheduler(endless, Limits(rows=8))
         async with aclosing(scheduler.generate([[1, 2]] * 128, ENDLESS)) as first:
@@ -121,8 +122,8 @@ def test_a_request_of_many_rows_locks_nobody_out(endless: Runtime) -> None:
     run(small_beside_large)
 
 
-def test_a_long_prompt_holds_up_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a long prompt is read, piece by piece, others are read and decoded."""
+def test_a_long_prompt_does_not_block_others(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other requests are computed between the chunks of a long prompt."""
     read = Batch.prefill
 
     def slowly(self: Batch, slots: Sequence[Slot], most: int) -> list[np.ndarray | None]:
@@ -147,7 +148,7 @@ def test_a_long_prompt_holds_up_no_other(endless: Runtime, monkeypatch: pytest.M
     assert done == ["short", "long"]
 
 
-def test_a_full_queue_says_when_to_come_again(endless: Runtime) -> None:
+def test_a_full_queue_is_refused_with_retry_after(endless: Runtime) -> None:
     async def overfill() -> None:
         scheduler = Scheduler(endless, Limits(rows=1, queue=2))
         running = scheduler.generate([[1]], ENDLESS)
@@ -158,7 +159,7 @@ def test_a_full_queue_says_when_to_come_again(endless: Runtime) -> None:
             await anext(scheduler.generate([[4]], ENDLESS))
         assert full.value.status == 429
         assert 1 <= (full.value.retry_after or 0) <= 60
-        await running.aclose()  # its reader leaves: those that wait have their turn
+        await running.aclose()  # its reader leaves: the waiting requests run
         assert [len(rows[0]) for rows in await asyncio.gather(*waiting)] == [3, 3]
         assert len((await tokens(scheduler.generate([[4]], Sampling(max_new_tokens=3))))[0]) == 3
 
@@ -182,7 +183,7 @@ def test_a_request_ends_when_its_time_is_up(endless: Runtime) -> None:
     assert metrics.registry.get_sample_value("limbeck:request_failure_total", {"reason": "timeout"}) == 2
 
 
-def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(endless: Runtime) -> None:
+def test_the_rows_of_a_slow_reader_pause_and_do_not_block_others(endless: Runtime) -> None:
     metrics = Metrics()
 
     async def slow() -> None:
@@ -193,13 +194,13 @@ def test_a_slow_reader_holds_nobody_up_and_takes_little_memory(endless: Runtime)
                 await tokens(scheduler.generate([[2]], Sampling(max_new_tokens=300, ignore_eos=True)))
             made = metrics.registry.get_sample_value("limbeck:generation_tokens_total")
             assert made < 900 + MAX_UNREAD_RESULTS + 20  # a row that did not pause would have made another 900
-            for _ in range(3 * MAX_UNREAD_RESULTS):  # it goes on when it is read again
+            for _ in range(3 * MAX_UNREAD_RESULTS):  # it continues when it is read
                 await anext(unread)
 
     run(slow)
 
 
-def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(endless: Runtime) -> None:
+def test_prompt_logprobs_are_exact_and_computed_while_others_are_decoded(endless: Runtime) -> None:
     prompt = endless.encode("".join(TEXTS))[:60]
     logits = endless.logits(np.array([prompt]), np.ones((1, len(prompt)), np.int64))[0]
     expected = log_softmax(logits.astype(np.float64))
@@ -218,7 +219,9 @@ def test_scores_are_those_of_the_whole_text_and_come_while_others_are_decoded(en
     assert [next(iter(scored.top_logprobs)) for scored in rest] == expected[:-1].argmax(axis=1).tolist()
 
 
-def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_model_ends_only_its_own_requests(
+    endless: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = alone(endless, [[5, 6, 7]], Sampling(max_new_tokens=80))
     read, step = Batch.prefill, Batch.step
 
@@ -246,7 +249,7 @@ def test_a_model_that_raises_ends_its_requests_and_no_other(endless: Runtime, mo
     run(both)
 
 
-def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
+def test_requests_beyond_the_limits_are_bad_input(endless: Runtime) -> None:
     async def ask() -> None:
         scheduler = Scheduler(endless, Limits(prompt_tokens=3, new_tokens=5))
         with pytest.raises(BadInput, match="prompt has 4 tokens; this server accepts at most 3"):
@@ -260,10 +263,10 @@ def test_what_a_server_does_not_give_is_bad_input(endless: Runtime) -> None:
     run(ask)
 
 
-def test_a_scheduler_that_nobody_holds_frees_its_model_and_its_thread(llama: Exported) -> None:
+def test_a_scheduler_without_references_frees_its_model_and_ends_its_thread(llama: Exported) -> None:
     runtime = Runtime.load(llama.fp32, threads=1)
     gone = weakref.ref(runtime)
-    threads = threading.active_count()
+    other_threads = set(threading.enumerate())
 
     async def use(scheduler: Scheduler) -> int:
         results = scheduler.generate([[1, 2]], Sampling(max_new_tokens=30))
@@ -273,12 +276,14 @@ def test_a_scheduler_that_nobody_holds_frees_its_model_and_its_thread(llama: Exp
         return 1 + len([event async for event in results]) + 0 * first.index
 
     scheduler = Scheduler(runtime)
+    (engine,) = [thread for thread in threading.enumerate() if thread not in other_threads]
     del runtime
     work = use(scheduler)
     del scheduler
-    assert run(lambda: work) >= 1  # what runs keeps its model
-    deadline = time.monotonic() + 10
-    while (gone() is not None or threading.active_count() > threads) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.02)
+    works = [work]
+    del work
+    assert run(works.pop) >= 1  # a running request keeps its model
+    engine.join(10)
+    assert not engine.is_alive()
+    gc.collect()
     assert gone() is None
