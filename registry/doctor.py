@@ -1,4 +1,4 @@
-"""What is installed, what is reachable, and what is wrong with what is registered."""
+"""`limbeck doctor`: checks what is installed, what is reachable, and what is registered."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 CONSTRAINTS = files("limbeck") / "constraints.txt"  # a link in a source tree, a file in a wheel
-FOR_DEVELOPERS = {"bench", "dev"}  # extras that only those need who work on Limbeck
+FOR_DEVELOPERS = {"bench", "dev"}  # extras that only developers of Limbeck need
 LEAST_DISK = 2**30  # bytes
 HUB_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     state: Literal["ok", "note", "wrong"]  # note: works, but worth knowing
     subject: str
     found: str
-    fix: str | None = None  # of what is wrong
+    fix: str | None = None  # what to do if it is wrong
 
     def json(self) -> dict[str, Any]:
         """`{state, subject, found, fix}`."""
@@ -52,11 +52,11 @@ class Check:
 
 
 def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
-    """Look at everything; a check that fails is told of and the next one goes on.
+    """Run all checks; after one that fails, the next ones still run.
 
     Args:
-        deep: verify the digest of every version's files; from a server they are fetched.
-        clean: take away the uploads that nobody went on with for a day.
+        deep: verify the digest of every version's files; from a server they are downloaded.
+        clean: delete the uploads that no command resumed for a day.
     """
     yield Check("ok", "python", f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
@@ -65,14 +65,14 @@ def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     try:
         yield from _registry(deep, clean)
     except ModuleNotFoundError as error:
-        yield Check("note", "registry", _not_examined(error))
+        yield Check("note", "registry", _not_checked(error))
 
 
 def _registry(deep: bool, clean: bool) -> Iterator[Check]:
     """The tracking store, and what is registered there."""
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        yield Check("note", "tracking store", f"{uri} is not there yet; the first command that needs it makes it")
+        yield Check("note", "tracking store", f"{uri} does not exist yet; the first command that needs it creates it")
         return
     start = time.monotonic()
     try:
@@ -91,7 +91,7 @@ def _registry(deep: bool, clean: bool) -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """What Limbeck and its extras ask for, against what is installed and what Limbeck was tested with."""
+    """Compare the installed packages with those that Limbeck and its extras require, and with the tested versions."""
     try:
         extras = _requirements_of_extras()
     except metadata.PackageNotFoundError:
@@ -103,7 +103,9 @@ def _packages() -> Iterator[Check]:
         yield from _missing(extra, absent)
     seen: set[str] = set()
     tested = 0
-    for extra in sorted(extras, key=lambda extra: bool(missing[extra])):  # whole ones first: their misfits are wrong
+    for extra in sorted(
+        extras, key=lambda extra: bool(missing[extra])
+    ):  # complete extras first: their misfits are wrong
         for asked in extras[extra]:
             version = _version(asked)
             if version is None or asked.name in seen:
@@ -113,14 +115,14 @@ def _packages() -> Iterator[Check]:
             tested += version.split("+")[0] == pin
             yield from _misfit(asked, version, pin, needed=not extra or not missing[extra])
     if pins:
-        yield Check("ok", "packages", f"{tested} of {len(seen)} as they were tested")
+        yield Check("ok", "packages", f"{tested} of {len(seen)} have the tested version")
     else:
-        unknown = "which versions Limbeck was tested with is unknown: constraints.txt is missing"
+        unknown = "the tested versions are unknown: constraints.txt is missing"
         yield Check("note", "packages", f"{len(seen)} are installed; {unknown}")
 
 
 def read_tested_versions() -> dict[str, str]:
-    """Package -> the version that Limbeck was tested with; empty if the file of these versions is missing."""
+    """Package -> the version that Limbeck was tested with; empty if constraints.txt is missing."""
     try:
         lines = CONSTRAINTS.read_text().splitlines()
     except FileNotFoundError:
@@ -129,7 +131,7 @@ def read_tested_versions() -> dict[str, str]:
 
 
 def _requirements_of_extras() -> dict[str, list[Requirement]]:
-    """Extra -> the packages that it lists, under "" what is always needed; extras for developers are left out."""
+    """Extra -> the packages that it lists, "" -> those always required; without extras for developers."""
     from packaging.requirements import Requirement
 
     found: dict[str, list[Requirement]] = {}
@@ -153,7 +155,7 @@ def _version(asked: Requirement) -> str | None:
 
 
 def _missing(extra: str, absent: list[Requirement]) -> Iterator[Check]:
-    """What is not installed: wrong if Limbeck always needs it, a note if an extra brings it."""
+    """Report missing packages: wrong if Limbeck always requires them, a note if an extra does."""
     if extra and absent:
         names = ", ".join(asked.name for asked in absent)
         yield Check("note", f"extra {extra}", f"not installed: {names}; to install: pip install 'limbeck[{extra}]'")
@@ -163,9 +165,9 @@ def _missing(extra: str, absent: list[Requirement]) -> Iterator[Check]:
 
 
 def _misfit(asked: Requirement, version: str, pin: str | None, *, needed: bool) -> Iterator[Check]:
-    """A version that is not the one asked for or tested; wrong only if the extra is `needed`: installed as a whole."""
+    """Report a version that does not fit or was not tested; wrong only if `needed`: its extra is complete."""
     if not asked.specifier.contains(version, prereleases=True):
-        found, fix = f"{version}, needed is {asked.specifier}", f"pip install '{asked.name}{asked.specifier}'"
+        found, fix = f"{version}, required is {asked.specifier}", f"pip install '{asked.name}{asked.specifier}'"
         yield Check("wrong", asked.name, found, fix) if needed else Check("note", asked.name, found)
     elif pin and version.split("+")[0] != pin:
         yield Check("note", asked.name, f"{version}; Limbeck was tested with {pin}")
@@ -190,17 +192,17 @@ def _machine() -> Iterator[Check]:
 
 
 def _hub() -> Check:
-    """Whether the Hugging Face hub can be asked; nothing is wrong where it cannot."""
+    """Whether the Hugging Face hub answers; a note if it does not."""
     try:
         import requests
         from huggingface_hub import constants
     except ModuleNotFoundError as error:
-        return Check("note", "hub", _not_examined(error))
+        return Check("note", "hub", _not_checked(error))
     if constants.HF_HUB_OFFLINE:
         return Check("note", "hub", "HF_HUB_OFFLINE is set: local and registered models only")
     answers: list[str] = []
 
-    def ask() -> None:
+    def request() -> None:
         start = time.monotonic()
         try:
             requests.head(constants.ENDPOINT, timeout=HUB_SECONDS)
@@ -208,8 +210,8 @@ def _hub() -> Check:
         except requests.RequestException:
             return
 
-    # In a thread: looking up a name has no time limit of its own.
-    thread = Thread(target=ask, daemon=True)
+    # In a thread, since the lookup of a name has no timeout.
+    thread = Thread(target=request, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
     if answers:
@@ -217,19 +219,19 @@ def _hub() -> Check:
     return Check("note", "hub", f"{constants.ENDPOINT} does not answer: local and registered models only")
 
 
-def _not_examined(error: ModuleNotFoundError) -> str:
-    """Why there was no look at something that only an extra can look at. Raises `error` if no extra brings it."""
+def _not_checked(error: ModuleNotFoundError) -> str:
+    """The text of a check whose package is missing. Raises `error` if no extra provides the package."""
     install = install_command(error.name or "", "registry")
     if install is None:
         raise error
-    return f"not examined: {error.name} is not installed; to install: {install}"
+    return f"not checked: {error.name} is not installed; to install: {install}"
 
 
 def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Check]:
-    """The files of every version: there, and with `deep` those of its digest."""
+    """Check that the files of every version exist, and with `deep` that they match its digest."""
     damaged = 0
     with progress_bar() as bar:
-        task = bar.add_task("verifying" if deep else "looking", total=len(versions), rate="")
+        task = bar.add_task("verifying" if deep else "checking", total=len(versions), rate="")
         for version in versions:
             try:
                 if deep:
@@ -241,18 +243,18 @@ def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Ch
                 yield Check("wrong", version.ref, error.message, error.fix or "register it again")
             bar.advance(task)
     if not damaged:
-        how = "their digests verified" if deep else "--deep verifies their digests"
-        yield Check("ok", "artifacts", f"the files of all {len(versions)} versions are there; {how}")
+        digests = "their digests verified" if deep else "--deep verifies their digests"
+        yield Check("ok", "artifacts", f"the files of all {len(versions)} versions are there; {digests}")
 
 
 def _uploads(store: Store, clean: bool) -> Iterator[Check]:
-    """Uploads that never became a version; nobody else sees them."""
+    """Report the uploads that never became a version; no other command shows them."""
     try:
         for each in store.unfinished_uploads():
             found = f"begun {each.started_at:%Y-%m-%d %H:%M}, never finished, {format_bytes(each.size)}"
             if clean:
                 discard_upload(store.client, each.model_id, each.uri)
-            after = "taken away" if clean else "register it again to go on, or: limbeck doctor --clean"
+            after = "deleted" if clean else "register it again to resume it, or delete it: limbeck doctor --clean"
             yield Check("note", f"upload of {each.name}", f"{found}; {after}")
     except LimbeckError as error:
         yield Check("wrong", "uploads", error.message, error.fix or "see above")
@@ -267,22 +269,22 @@ def _check_files_present(version: Version, folder: Path | None) -> None:
 
 
 def _aliases(store: Store, name: str, numbers: set[int]) -> Iterator[Check]:
-    """The aliases of a model point at something, and are where its ledger says."""
-    book = audit.audit_ledger(store, name)
-    problems = book.problems()
-    for alias, number in sorted(book.aliases.items()):
+    """Check that the aliases of a model point at existing versions, where its ledger says."""
+    ledger = audit.audit_ledger(store, name)
+    problems = ledger.problems()
+    for alias, number in sorted(ledger.aliases.items()):
         if number not in numbers:
-            problems.append(f"{alias} points at version {number}, which Limbeck does not know")
+            problems.append(f"{alias} points at version {number}, which Limbeck did not register")
     history = f"limbeck models history {name} --verify"
     for problem in problems:
         yield Check("wrong", f"aliases of {name}", problem, f"look at: {history}")
     if not problems:
-        held = [alias for alias in sorted(book.aliases) if stored.protection_entry(book.entries, alias)]
-        aliases = "alias" if len(book.aliases) == 1 else "aliases"
-        found = f"{len(book.aliases)} {aliases}, {len(held)} protected by a policy"
-        yield Check(
-            "ok", f"aliases of {name}", f"{found}; {len(book.entries)} entries in the ledger, each in its place"
-        )
-    for entry in (last for alias in sorted(book.aliases) if (last := book.last_move(alias)) and last.override):
-        words = f"{entry.alias} is version {entry.to_version} by an override of {entry.who}: {entry.reason}"
-        yield Check("note", f"override of {name}", words)
+        protected = [alias for alias in sorted(ledger.aliases) if stored.protection_entry(ledger.entries, alias)]
+        aliases = "alias" if len(ledger.aliases) == 1 else "aliases"
+        found = f"{len(ledger.aliases)} {aliases}, {len(protected)} protected by a policy"
+        yield Check("ok", f"aliases of {name}", f"{found}; {len(ledger.entries)} entries in the ledger, all valid")
+    for alias in sorted(ledger.aliases):
+        last = ledger.last_move(alias)
+        if last and last.override:
+            found = f"{alias} is version {last.to_version} by an override of {last.who}: {last.reason}"
+            yield Check("note", f"override of {name}", found)

@@ -1,11 +1,11 @@
-"""Which extra of the distribution brings which package, from what the installer wrote down about Limbeck."""
+"""The packages that each extra of Limbeck installs, read from the metadata of the installed distribution."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# What pip calls a package whose module has another name.
+# Module -> pip's name of its package, if they differ.
 DISTRIBUTIONS = {
     "markdown_it": "markdown-it-py",
     "optimum.exporters": "optimum-onnx",
@@ -15,37 +15,37 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<extras>[^]]*)\])?.*?(extra == [\"'](?P<extra>[\w.-]+)[\"'])?$")
-BUNDLE_REQUIREMENTS = Path(__file__).parents[4] / "requirements.txt"  # of what `limbeck deploy` writes
+BUNDLE_REQUIREMENTS = Path(__file__).parents[4] / "requirements.txt"  # of a bundle that `limbeck deploy` wrote
 
 
 def packages_of_extras() -> dict[str, set[str]]:
-    """Extra -> the packages that it asks for, those of the extras within it too; under "" what is always needed.
+    """Extra -> its packages, including those of the extras in it; "" -> the packages that are always required.
 
     Raises importlib.metadata.PackageNotFoundError if Limbeck is not installed, as in a bundle.
     """
     from importlib.metadata import requires
 
     packages: dict[str, set[str]] = {"": set()}
-    within: dict[str, set[str]] = {}
+    inner_extras: dict[str, set[str]] = {}
     for line in requires("limbeck") or []:
         found = REQUIREMENT.match(line)
         if found is None:
             continue
         extra = found["extra"] or ""
-        asked = packages.setdefault(extra, set())
+        own = packages.setdefault(extra, set())
         if found["name"] == "limbeck":
-            within.setdefault(extra, set()).update(re.findall(r"[\w.-]+", found["extras"]))
+            inner_extras.setdefault(extra, set()).update(re.findall(r"[\w.-]+", found["extras"]))
         else:
-            asked.add(canonical_name(found["name"]))
-    return {extra: set().union(*(packages[e] for e in _reachable(extra, within))) for extra in packages}
+            own.add(canonical_name(found["name"]))
+    return {extra: set().union(*(packages[e] for e in _reachable(extra, inner_extras))) for extra in packages}
 
 
 def install_command(module: str, preferred: str = "") -> str | None:
-    """The command that installs the package of a module that cannot be imported; None if no extra brings it.
+    """The command that installs the package of a missing module; None if no extra provides it.
 
     Args:
-        module: as `ModuleNotFoundError.name` has it.
-        preferred: the extra to name if it brings the package; else the smallest that does.
+        module: `ModuleNotFoundError.name`.
+        preferred: the extra to install if it provides the package; else the smallest one that does.
     """
     from importlib.metadata import PackageNotFoundError
 
@@ -63,7 +63,7 @@ def install_command(module: str, preferred: str = "") -> str | None:
 
 
 def distribution_of_module(module: str) -> str | None:
-    """What pip calls the package of a missing module; None for a part of a package, since the rest of it is there."""
+    """pip's name of the package of a missing module; None for a submodule, since its package is installed."""
     known = [name for name in DISTRIBUTIONS if f"{module}.".startswith(f"{name}.")]
     if known:
         return DISTRIBUTIONS[known[0]]
@@ -71,16 +71,16 @@ def distribution_of_module(module: str) -> str | None:
 
 
 def canonical_name(name: str) -> str:
-    """A package's name in the one spelling that the index knows: `lm_eval` is `lm-eval`."""
+    """The normalized name of a package: `lm_eval` is `lm-eval`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _reachable(extra: str, within: dict[str, set[str]]) -> set[str]:
-    """An extra and all extras within it."""
+def _reachable(extra: str, inner_extras: dict[str, set[str]]) -> set[str]:
+    """An extra and all extras in it."""
     found, queue = set[str](), [extra]
     while queue:
         each = queue.pop()
         if each not in found:
             found.add(each)
-            queue += within.get(each, ())
+            queue += inner_extras.get(each, ())
     return found

@@ -181,7 +181,7 @@ def test_the_installed_command_runs_away_from_the_repository(environment: Enviro
     assert "quickstart" in run(command, "--help", cwd=tmp_path).stdout
     doctor = run(command, "doctor", "--format", "json", cwd=tmp_path, HF_HUB_OFFLINE="1")
     found = {check["subject"]: check["found"] for check in json.loads(doctor.stdout)}
-    assert "as they were tested" in found["packages"]
+    assert "have the tested version" in found["packages"]
 
 
 def test_an_export_of_the_installed_command_runs_on_a_serving_host(

@@ -83,7 +83,7 @@ def test_doctor_names_the_extra_of_what_is_not_installed(
     assert found["extra serve"] == "not installed: absent-one; to install: pip install 'limbeck[serve]'"
     assert states(result)["extra serve"] == states(result)["extra other"] == "note"
     assert "extra dev" not in found
-    assert (states(result)["scipy"], "needed is >=99" in found["scipy"]) == ("wrong", True)
+    assert (states(result)["scipy"], "required is >=99" in found["scipy"]) == ("wrong", True)
     assert states(result)["numpy"] == "note"  # its extra is not there as a whole
     monkeypatch.setattr("importlib.metadata.requires", lambda _: ["absent-four>=2"])
     result = limbeck("doctor", "--format", "json")
@@ -103,4 +103,4 @@ def test_doctor_knows_the_tested_versions_or_says_that_it_does_not(
     result = limbeck("doctor", "--format", "json")
     assert states(result)["packages"] == "note"
     assert "unknown" in findings(result)["packages"]
-    assert "as they were tested" not in result.out
+    assert "have the tested version" not in result.out

@@ -227,7 +227,7 @@ def test_doctor_deletes_abandoned_uploads(
     monkeypatch.setattr(transfer, "ABANDONED_AFTER", timedelta(0))
     assert "upload of given-up" in limbeck("doctor").out
     before = len(list(server.files.rglob("part-0.safetensors")))
-    assert "taken away" in limbeck("doctor", "--clean").out
+    assert "deleted" in limbeck("doctor", "--clean").out
     assert len(list(server.files.rglob("part-0.safetensors"))) == before - 1
     assert "given-up" not in limbeck("doctor").out
     shutil.rmtree(home() / "artifacts-cache")
