@@ -174,7 +174,7 @@ def test_a_server_that_requires_max_completion_tokens(
             raise BadInput("400 Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
         return {"usage": {}}
 
-    monkeypatch.setattr(teacher.client, "ask", ask)
+    monkeypatch.setattr(teacher.client, "request_json", ask)
     requests = [teacher.request("/chat/completions", {"max_tokens": 5, "n": n}) for n in (1, 2)]
     assert len(list(teacher.ask_all(requests, lambda answer: answer))) == 2
     assert [sorted(body.keys() - {"model", "n"}) for body in asked] == [["max_tokens"]] + [

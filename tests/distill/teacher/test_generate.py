@@ -185,7 +185,7 @@ def test_an_empty_text_is_reported_with_the_counts(
         (['generate.filter.answer_column="solution"'], " has no 'solution'"),
         (['generate.filter.verifier="nowhere:at_all"'], "'nowhere:at_all' cannot be imported"),
         (["generate.temperature=0", "generate.samples=2"], "at temperature 0"),
-        (['generate.filter.regex="("'], "no regular expression"),
+        (['generate.filter.regex="("'], "is not a regular expression"),
         (["students.small.config.hiden_size=32"], "has no setting 'hiden_size'"),
         (['data.prompt_column="query"'], "no column 'query'"),
     ],

@@ -163,7 +163,7 @@ def test_a_student_with_its_own_tokenizer(
     store: Store, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path, tiny_gpt2: Path
 ) -> None:
     recipe = write_recipe(tiny_llama, objectives=CHUNKS, extra="[tokenizer]\nvocab_size = 270\n")
-    sets = ["--set", "training.max_steps=24", "--set", "training.eval_steps=100"]
+    sets = ["--set", "training.max_steps=24", "--set", "training.eval_steps=100", "--set", "data.max_tokens=4096"]
     result = limbeck("distill", recipe, *sets)
     assert result.code == 0, result.err
     assert "teacher cache: chunks" in result.err
@@ -190,7 +190,7 @@ def test_a_pretrained_student_keeps_its_tokenizer(
     text = recipe.read_text()
     before, _, rest = text.partition("[students.small.config]")
     recipe.write_text(f'{before}[students.small]\nmodel = "student"\n\n[objectives{rest.partition("[objectives")[2]}')
-    result = limbeck("distill", recipe)
+    result = limbeck("distill", recipe, "--set", "data.max_tokens=2048")
     assert result.code == 0, result.err
     assert len(AutoTokenizer.from_pretrained(store.artifacts.verified_folder(store.get("tiny/2")))) == 280
     # No other divergence can compare it with this teacher.
