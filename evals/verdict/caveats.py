@@ -45,11 +45,6 @@ def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
         return
     if best.cost_ratio is None:
         yield f"Cost ratio and speed-up: {best.version} was not timed in one run with {report.teacher}."
-    elif best.cost_ratio_interval is None:
-        yield (
-            "The uncertainty of the cost ratio and the speed-up: they have no intervals, since the two models were "
-            "timed one after the other."
-        )
     batches = [load.batch for load in cost.loads] or [1]
     yield (
         f"Other requests than {cost.prompt_tokens} tokens in and {cost.new_tokens} out, in batches of "

@@ -79,7 +79,7 @@ def test_distillation_is_held_against_the_controls_of_its_family(
     table = limbeck("leaderboard", "m").out
     assert "small-labels torch, control" in table
     assert "small-distilled torch, control" not in table
-    assert "m/1 beats m/2, labels alone at equal tokens: 614,400 tokens and 82 s, the teacher's pass counted" in table
+    assert "m/1 beats m/2, labels alone at equal tokens: 614,400 tokens and 82 s with the teacher's pass" in table
     assert "m/1 loses to m/3, labels alone at equal cost" in table
     assert "single bits_per_byte -0.2000 [-0.2" in table
     assert "m/5 cannot be distinguished from m/4" in table

@@ -186,4 +186,4 @@ def test_one_point_and_none_can_be_drawn(store: Store, add: Callable[..., Versio
     assert "NaN" not in document.partition('<script type="application/json"')[0]
     empty = browse(render_page("m", [row.model_copy(update={"cost": None}) for row in leaderboard_rows(store, "m")]))
     assert points(empty) == {}
-    assert '<p class="empty">Nothing that is shown' in empty
+    assert '<p class="empty">No shown version has both' in empty

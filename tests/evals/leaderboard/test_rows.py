@@ -126,7 +126,7 @@ def test_a_version_counts_with_its_newest_scorecard_of_the_largest_setting(
     # One of other tasks, and one against no teacher: neither is the one to rank by.
     add((0.6, 1.0, {}), (0.9, 1.0, others), (None, 1.0, {"created": LATER}))
     assert kept_by(leaderboard_rows(store, "m")) == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6}
-    assert capsys.readouterr().err == "also scored, to be seen with --task: other (1 version)\n"
+    assert capsys.readouterr().err == "also scored (show with --task): other (1 version)\n"
     assert kept_by(leaderboard_rows(store, "m", "single")) == {"m/1": 0.9, "m/2": 0.6, "m/3": 0.5}
 
 
@@ -296,7 +296,7 @@ def test_licences_are_told_and_those_that_forbid_are_marked(
     add((0.8, 0.5, {}), parent="m/1", teacher_licence="mit", licence_allows_distillation=True)
     table = limbeck("leaderboard", "m").out
     assert re.findall(r"(?m)^│ (\d\S*) ", table) == ["1", "2!", "3"]
-    assert "! a licence of what it learnt from forbids that" in table
+    assert "! a licence of what it learnt from forbids learning from it" in table
     assert "? whether" not in table
     row = json.loads(limbeck("leaderboard", "m", "--format", "json").out)[1]
     assert (row["licences"]["teacher"], row["licences"]["data"]) == ("openai", "MIT")
