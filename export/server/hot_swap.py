@@ -43,7 +43,7 @@ class ServedModel:
         artifact: the first artifact, loaded at once; errors of `load` are raised.
         load: loads an artifact from its folder and expected digest.
         limits: what clients may take; None: the defaults.
-        metrics: where to count; None: nowhere else.
+        metrics: where to count; None: new metrics.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class Scheduler:
     Args:
         runtime: the loaded artifact.
         limits: what clients may take; None: the defaults.
-        metrics: where to count; None: nowhere else.
+        metrics: where to count; None: new metrics.
     """
 
     def __init__(self, runtime: Runtime, limits: Limits | None = None, metrics: Metrics | None = None) -> None:

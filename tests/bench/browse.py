@@ -1,8 +1,8 @@
-"""How long `limbeck models list` takes over 10,000 versions, beside a plain search through MLflow's own client.
+"""Time of `limbeck models list` over 10,000 versions, compared with a plain search by MLflow's client.
 
-A student and its ONNX variant are registered and scored through `Store`. The others are copies of their rows in
-MLflow's database, with tags and metrics of their own, since 10,000 versions through MLflow's API would take most of an
-hour; what reads them cannot tell the difference. `python -m tests.bench.browse 1000` takes another size.
+A student and its ONNX variant are registered and scored through `Store`. The other versions are copies of their rows
+in MLflow's database, with their own tags and metrics, since 10,000 versions through MLflow's API would take most of
+an hour. `python -m tests.bench.browse 1000` takes another number.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ LISTINGS = {
 PLAIN = """
 import sys
 from mlflow import MlflowClient
-client, asked = MlflowClient(sys.argv[1], sys.argv[1]), sys.argv[2]
-token, found = None, 0
+client, query = MlflowClient(sys.argv[1], sys.argv[1]), sys.argv[2]
+token, count = None, 0
 while True:
-    page = client.search_model_versions(asked, max_results=10_000, page_token=token)
-    found, token = found + len(page), page.token
+    page = client.search_model_versions(query, max_results=10_000, page_token=token)
+    count, token = count + len(page), page.token
     if not token:
         break
-print(found)
+print(count)
 """
 
 
@@ -57,18 +57,19 @@ def main(count: int = COUNT) -> None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         make(count)
         uri = f"sqlite:///{home() / 'mlflow.db'}"
-        plain = {asked: seconds([sys.executable, "-c", PLAIN, uri, asked]) for asked in ("", FILTER)}
+        plain = {query: seconds([sys.executable, "-c", PLAIN, uri, query]) for query in ("", FILTER)}
         lines = []
-        for what, options in LISTINGS.items():
+        reference = {"all, json": plain[""], "--filter": plain[FILTER]}
+        for label, options in LISTINGS.items():
             took = seconds([sys.executable, "-m", "limbeck", "models", "list", *options])
-            beside = plain.get(options[1] if what == "--filter" else "") if what in ("all, json", "--filter") else None
-            lines.append([what, f"{took:.2f} s", beside and f"{beside:.2f} s", beside and f"{took / beside:.2f}"])
-    columns = ["limbeck models list", "took", "MLflow's search alone", "ratio"]
+            search = reference.get(label)
+            lines.append([label, f"{took:.2f} s", search and f"{search:.2f} s", search and f"{took / search:.2f}"])
+    columns = ["limbeck models list", "time", "MLflow's search", "ratio"]
     print_table(f"{count:,} versions, median of {ROUNDS}, load {os.getloadavg()[0]:.1f}", columns, lines)
 
 
 def seconds(command: list[str]) -> float:
-    """The median time of a whole command."""
+    """The median time of a command."""
     times = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
@@ -78,11 +79,11 @@ def seconds(command: list[str]) -> float:
 
 
 def make(count: int, models: int = MODELS) -> None:
-    """`count` versions of `models` registered models, each with about 20 tags and 40 metrics, in LIMBECK_HOME."""
+    """Make `count` versions of `models` registered models in LIMBECK_HOME, each with about 20 tags and 40 metrics."""
     store = Store()
     dice = random.Random(0)
     documents = home() / "documents.parquet"
-    documents.write_bytes(b"no one reads this")
+    documents.write_bytes(b"unused")
     for kind, engine in (("student", "torch"), ("onnx", "onnxruntime")):
         folder = home() / f"made-{kind}"
         folder.mkdir()
@@ -109,23 +110,23 @@ def make(count: int, models: int = MODELS) -> None:
 
 
 def copy(database: sqlite3.Connection, count: int, models: int, dice: random.Random) -> None:
-    """The versions beside the first two, as these in turn."""
+    """Insert the other versions, as copies of the first two in turn."""
     first = {
         number: (
-            row("model_versions", database, "name = 'model-0' AND version = ?", number)[0],
+            select("model_versions", database, "name = 'model-0' AND version = ?", number)[0],
             dict(database.execute("SELECT key, value FROM model_version_tags WHERE version = ?", [number])),
         )
         for number in (1, 2)
     }
     made: dict[str, list[dict]] = {name: [] for name in TABLES}
     made["registered_models"] = [
-        row("registered_models", database, "name = ?", "model-0")[0] | {"name": f"model-{place}"}
+        select("registered_models", database, "name = ?", "model-0")[0] | {"name": f"model-{place}"}
         for place in range(1, models)
     ]
     logged = {
         number: (
-            row("logged_models", database, "model_id = ?", tags["limbeck.model_id"])[0],
-            row("logged_model_metrics", database, "model_id = ?", tags["limbeck.model_id"]),
+            select("logged_models", database, "model_id = ?", tags["limbeck.model_id"])[0],
+            select("logged_model_metrics", database, "model_id = ?", tags["limbeck.model_id"]),
         )
         for number, (_, tags) in first.items()
     }
@@ -157,11 +158,11 @@ def copy(database: sqlite3.Connection, count: int, models: int, dice: random.Ran
 TABLES = ["registered_models", "model_versions", "model_version_tags", "logged_models", "logged_model_metrics"]
 
 
-def row(table: str, database: sqlite3.Connection, where: str, value: object) -> list[dict]:
-    """Rows of a table, as dictionaries."""
-    found = database.execute(f"SELECT * FROM {table} WHERE {where}", [value])
-    names = [column[0] for column in found.description]
-    return [dict(zip(names, line, strict=True)) for line in found]
+def select(table: str, database: sqlite3.Connection, condition: str, value: object) -> list[dict]:
+    """The rows of a table that meet a condition, as dictionaries."""
+    cursor = database.execute(f"SELECT * FROM {table} WHERE {condition}", [value])
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, values, strict=True)) for values in cursor]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`limbeck serve` under load: 1, 4, 16 and 64 clients of a process of its own, on loopback.
+"""`limbeck serve` under load: 1, 4, 16 and 64 clients on loopback, the server in its own process.
 
-Each client streams one greedy answer after another over one connection. Every answer is held against the one that
-the runtime gives offline: none is lost, doubled or mixed with another ("ties" are those that take the other of two
-tokens as likely as each other, "wrong" all other differences). Then 10,000 short requests to a small model:
-the server's memory after the first fifth and after all.
+Each client streams one greedy answer after another over one connection. Every answer is compared with that of the
+offline runtime ("ties": the two most likely tokens are nearly equal and swapped; "wrong": all other differences).
+Then 10,000 short requests to a small model, with the server's memory after a fifth of them and after all.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ import numpy as np
 from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 
-LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients: requests of all of them together
+LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients -> requests of all of them
 PROMPT, NEW = 32, 64
 SHORT = 10_000
-# 49 million parameters: more than a cache holds.
+# 49 million parameters: more than the processor's cache holds.
 LARGE = dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10)
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 
@@ -82,26 +81,26 @@ def main(*precisions: str) -> None:
 
 
 def loads(artifact: Path, precision: str) -> list[list[str]]:
-    """A row for each number of clients."""
+    """Measure each number of clients; return a row of the table for each."""
     from limbeck.export.runtime.runtime import Runtime
 
-    every = prompts(sum(LOADS.values()), PROMPT)
+    all_prompts = prompts(sum(LOADS.values()), PROMPT)
     runtime = Runtime.load(artifact)
-    expected = runtime.generate(every, max_new_tokens=NEW)
+    expected = runtime.generate(all_prompts, max_new_tokens=NEW)
     rows, base, start = [], 0.0, 0
     with serving(artifact) as (port, _):
-        asyncio.run(load(port, every[:2], 2))  # warm
+        asyncio.run(load(port, all_prompts[:2], 2))  # warm up
         for clients, count in LOADS.items():
             began = time.perf_counter()
             part = slice(start, start + count)
-            answers = asyncio.run(load(port, every[part], clients))
+            answers = asyncio.run(load(port, all_prompts[part], clients))
             seconds = time.perf_counter() - began
-            others = [
-                near_tie(runtime, prompt, done.token_ids, answer.text)
-                for answer, prompt, done in zip(answers, every[part], expected[part], strict=True)
-                if answer.text != done.text
+            differences = [
+                is_near_tie(runtime, prompt, completion.token_ids, answer.text)
+                for answer, prompt, completion in zip(answers, all_prompts[part], expected[part], strict=True)
+                if answer.text != completion.text
             ]
-            wrong, ties = others.count(False), others.count(True)
+            wrong, ties = differences.count(False), differences.count(True)
             rate = sum(answer.tokens for answer in answers) / seconds
             base = base or rate
             start += count
@@ -113,10 +112,10 @@ def loads(artifact: Path, precision: str) -> list[list[str]]:
     return rows
 
 
-def near_tie(runtime: Any, prompt: list[int], ids: list[int], text: str) -> bool:
-    """Whether a text leaves the offline one, `ids`, where its two likeliest tokens are as good as equal.
+def is_near_tie(runtime: Any, prompt: list[int], ids: list[int], text: str) -> bool:
+    """Whether a text first differs from the offline one, `ids`, at a token whose two best logits are nearly equal.
 
-    Products of other shapes are summed in another order, so that logits differ in the sixth digit.
+    Matrix products of other shapes sum in another order, so logits differ in the sixth digit.
     """
     agreed = max(k for k in range(len(ids) + 1) if text.startswith(runtime.decode(ids[:k])))
     whole = np.array([prompt + ids])
@@ -125,20 +124,20 @@ def near_tie(runtime: Any, prompt: list[int], ids: list[int], text: str) -> bool
     return bool(margins[max(0, agreed - 1) : agreed + 1].min() < 1e-3)
 
 
-async def load(port: int, wanted: list[list[int]], clients: int) -> list[Answer]:
-    """The answers to the prompts, asked for by `clients` at a time."""
+async def load(port: int, prompts: list[list[int]], clients: int) -> list[Answer]:
+    """The answers to the prompts, requested by `clients` concurrent clients."""
     answers: dict[int, Answer] = {}
-    left = iter(enumerate(wanted))
+    unsent = iter(enumerate(prompts))
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for place, prompt in left:
-            assert place not in answers
-            answers[place] = await stream(reader, writer, prompt)
+        for index, prompt in unsent:
+            assert index not in answers
+            answers[index] = await stream(reader, writer, prompt)
         writer.close()
 
     await asyncio.gather(*[client() for _ in range(clients)])
-    return [answers[place] for place in range(len(wanted))]
+    return [answers[index] for index in range(len(prompts))]
 
 
 async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt: list[int]) -> Answer:
@@ -159,7 +158,7 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pro
 
 
 def short_requests(artifact: Path) -> list[list[str]]:
-    """The server's memory while it answers many short requests."""
+    """Measure the server's memory while it answers many short requests."""
     rows, done = [], 0
     with serving(artifact) as (port, process):
         for part in (SHORT // 5, SHORT - SHORT // 5):
@@ -173,11 +172,11 @@ def short_requests(artifact: Path) -> list[list[str]]:
 
 
 async def _ask(port: int, count: int, clients: int) -> None:
-    left = iter(range(count))
+    numbers = iter(range(count))
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for number in left:
+        for number in numbers:
             send(writer, {"prompt": f"{number}", "max_tokens": 3, "temperature": 0})
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200"), head
@@ -190,7 +189,7 @@ async def _ask(port: int, count: int, clients: int) -> None:
 
 
 def send(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-    """A POST to /v1/completions."""
+    """Write a POST to /v1/completions."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
@@ -200,7 +199,7 @@ def send(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
 
 @contextmanager
 def serving(artifact: Path) -> Iterator[tuple[int, int]]:
-    """`limbeck serve` in a process of its own: its port, its process id."""
+    """Run `limbeck serve` in its own process; gives its port and process id."""
     command = [f"{sysconfig.get_path('scripts')}/limbeck", "serve", str(artifact), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -215,7 +214,7 @@ def serving(artifact: Path) -> Iterator[tuple[int, int]]:
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """Token ids of Python source, no two alike."""
+    """Distinct prompts: `length` token ids each, from Python source."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(ROOT / "quickstart/teacher/tokenizer.json"))
@@ -226,7 +225,7 @@ def prompts(count: int, length: int) -> list[list[int]]:
 
 
 def make_llama(folder: Path, sizes: dict[str, int]) -> int:
-    """A random Llama with the quickstart's tokenizer; gives the number of its parameters."""
+    """Save a random Llama with the quickstart's tokenizer; return the number of its parameters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.variants import export_folder
 from limbeck.export.runtime.runtime import Runtime
 from tests.conftest import make_model
+from tests.export.chat_artifacts import ArtifactWithTemplate, copy_with_template
 from tests.export.export_helpers import Exported
 
 
@@ -46,6 +48,17 @@ def family(request: pytest.FixtureRequest, exported: Callable[[Path], Exported])
 def runtime(llama: Exported) -> Runtime:
     """The fp32 artifact of the tiny Llama, loaded."""
     return Runtime.load(llama.fp32, threads=1)
+
+
+@pytest.fixture(scope="session")
+def artifact_with_template(llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> ArtifactWithTemplate:
+    """Copies the fp32 artifact with a chat template; parameters as `copy_with_template` from `template` on."""
+
+    def make(template: Any, in_config: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("chat") / "fp32"
+        return copy_with_template(llama.fp32, llama.torch, folder, template, in_config)
+
+    return make
 
 
 @pytest.fixture(scope="session")

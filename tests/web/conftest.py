@@ -20,13 +20,14 @@ from pyarrow import parquet
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 from limbeck.registry.mlflow.store import Store
 from limbeck.web.app import create_app
-from tests.registry.conftest import POLICY, Still, make_artifact, make_still
+from tests.registry.conftest import POLICY, Still, copy_prepared, make_artifact, make_still
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 TOKEN = "a token that only tests know"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TIMEOUT_MS = 30_000  # of each wait for the browser: a loaded machine is slow
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -51,9 +52,22 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Still]:
+def registry(tmp_path_factory: pytest.TempPathFactory, scored_registry: tuple[Path, Still]) -> Iterator[Still]:
     """The registered model `still` of tests/registry/conftest.py: fp32 and int8 pass POLICY, int4 fails."""
-    folder = tmp_path_factory.mktemp("web")
+    home, still = scored_registry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("web")))
+        patch.setenv("LIMBECK_USER", "ada")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        copy = copy_prepared(home, still, still.store, still.documents)
+        copy.store = Store()
+        yield copy
+
+
+@pytest.fixture(scope="session")
+def scored_registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, Still]:
+    """A state folder with the model `still`, its scores and their documents; modules copy it, which is faster."""
+    folder = tmp_path_factory.mktemp("scored")
     (folder / "home").mkdir()
     shutil.copy(empty_database, folder / "home" / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +82,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
         ):
             still.documents = write_answers(folder / f"{precision}.parquet", wrong)
             still.score(still.variants[precision], **scores)
-        yield still
+        return folder / "home", still
 
 
 def write_answers(file: Path, wrong: int) -> Path:
@@ -118,6 +132,7 @@ def browser() -> Iterator[Browser]:
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
+    sync_api.expect.set_options(timeout=TIMEOUT_MS)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -128,8 +143,8 @@ def browser() -> Iterator[Browser]:
 def tab(browser: Browser, site: Site) -> Iterator[Page]:
     """A tab with a new profile, light and 1280 pixels wide, not logged in. An error in its console fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, base_url=site.address, color_scheme="light")
+    context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
-    page.set_default_timeout(10_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

@@ -1,30 +1,31 @@
-"""Rows that join and leave a batch: each has what it has alone, whatever was moved, grown or taken over."""
+"""A batch with a static and a dynamic cache: each row has the logits that it has alone."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from limbeck.export.artifact.export import export_onnx as export_onnx
+from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime import static_cache
 from limbeck.export.runtime.batch import Batch
-from limbeck.export.runtime.prefix_cache import PrefixCache, common_prefix_length
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.slot import Slot
+from tests.export.export_helpers import Exported
 
-ATOL = 2e-5  # nats; another order of adding up
+ATOL = 2e-5  # nats: sums in another order
 
 
-@pytest.fixture(scope="module", params=["in place", "grown"])
-def runtime(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """The same model as a fused graph and as optimum's."""
-    folder = tmp_path_factory.mktemp("batch")
-    export_onnx(tiny_llama, folder / "fp32", fused=request.param == "in place")
-    runtime = Runtime.load(folder / "fp32", threads=1)
-    assert runtime.is_fused == (request.param == "in place")
+@pytest.fixture(scope="module", params=["static", "dynamic"])
+def runtime(request: pytest.FixtureRequest, llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """The same model as a fused graph, which has a static cache, and as optimum's graph, which has a dynamic one."""
+    folder = llama.fp32
+    if request.param == "dynamic":
+        folder = tmp_path_factory.mktemp("batch") / "fp32"
+        export_onnx(llama.torch, folder, fused=False)
+    runtime = Runtime.load(folder, threads=1)
+    assert runtime.is_fused == (request.param == "static")
     return runtime
 
 
@@ -40,17 +41,17 @@ def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[list[i
 
 
 def read(batch: Batch, slots: list[Slot], most: int = 1000) -> list[np.ndarray]:
-    """The logits after each prompt, however many pieces it takes."""
-    found: dict[Slot, np.ndarray] = {}
-    while unread := [slot for slot in slots if slot not in found]:
-        pieces = zip(unread, batch.prefill(unread, most), strict=True)
-        found |= {slot: logits for slot, logits in pieces if logits is not None}
-    return [found[slot] for slot in slots]
+    """The logits after each prompt, computed in chunks of at most `most` tokens."""
+    logits_of_slot: dict[Slot, np.ndarray] = {}
+    while unread := [slot for slot in slots if slot not in logits_of_slot]:
+        results = zip(unread, batch.prefill(unread, most), strict=True)
+        logits_of_slot |= {slot: logits for slot, logits in results if logits is not None}
+    return [logits_of_slot[slot] for slot in slots]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_rows_that_come_and_go_in_any_order_have_what_they_have_alone(runtime: Runtime, seed: int) -> None:
-    """A random schedule: prompts in pieces, steps of some of the rows in any order, rows that end, equal beginnings."""
+def test_rows_that_join_and_leave_in_any_order_have_the_logits_of_a_single_row(runtime: Runtime, seed: int) -> None:
+    """A random schedule: chunks of prompts, steps of some rows in any order, rows that leave, shared prefixes."""
     draw, batch = random.Random(seed), Batch(runtime, prefix_cache_tokens=150)
     shared = texts(1, 40, 40, seed)[0]
     reading: list[Slot] = []
@@ -81,7 +82,7 @@ def test_rows_that_come_and_go_in_any_order_have_what_they_have_alone(runtime: R
     assert checked > 40
 
 
-def test_what_a_buffer_held_before_and_never_held_counts_for_nothing(
+def test_old_and_uninitialized_contents_of_buffers_have_no_effect(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 77, dtype))
@@ -96,9 +97,9 @@ def test_what_a_buffer_held_before_and_never_held_counts_for_nothing(
         np.testing.assert_allclose(logits, whole(runtime, list(slot.prompt)), atol=ATOL)
 
 
-def test_prompts_of_about_one_length_are_read_in_one_run(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_similar_length_share_a_run(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     if not runtime.is_fused:
-        pytest.skip("optimum's graph reads each prompt by itself")
+        pytest.skip("a dynamic cache computes each prompt by itself")
     runs: list[int] = []
     run = static_cache.StaticCache._prefill_group
     monkeypatch.setattr(
@@ -113,39 +114,39 @@ def test_prompts_of_about_one_length_are_read_in_one_run(runtime: Runtime, monke
     assert runs == [2, 4, 3]
 
 
-class Counted:
-    """Counts the tokens that a batch gives its model."""
+class PrefillCounter:
+    """Counts the prompt tokens that a batch computes."""
 
     def __init__(self, batch: Batch) -> None:
         self.tokens = 0
         cache = batch._cache
-        reading = cache.prefill
+        prefill = cache.prefill
 
         def count(slots: list[Slot], pieces: list[list[int]]) -> list[np.ndarray]:
             self.tokens += sum(map(len, pieces))
-            return reading(slots, pieces)
+            return prefill(slots, pieces)
 
         cache.prefill = count  # type: ignore[method-assign]
 
 
-def test_a_beginning_that_another_text_had_is_not_read_again(runtime: Runtime) -> None:
+def test_a_prefix_of_another_text_is_reused(runtime: Runtime) -> None:
     start, *ends = [texts(1, 50, 50)[0], *texts(3, 5, 9, seed=4)]
     batch = Batch(runtime)
-    counted = Counted(batch)
+    counter = PrefillCounter(batch)
     left = batch.add_prompt(start + ends[0])
     read(batch, [left])
     batch.step([left], [9])
     batch.remove_slot(left)
-    assert counted.tokens == len(start + ends[0])
-    for end in ends[1:]:  # the first takes over what has left, the second what is there still
+    assert counter.tokens == len(start + ends[0])
+    for end in ends[1:]:  # the first reuses the prefix cache, the second an active row
         slot = batch.add_prompt(start + end)
         (logits,) = read(batch, [slot])
         assert slot.reused_tokens == len(start)
         np.testing.assert_allclose(logits, whole(runtime, start + end), atol=ATOL)
         (logits,) = batch.step([slot], [17])
         np.testing.assert_allclose(logits, whole(runtime, [*start, *end, 17]), atol=ATOL)
-    assert counted.tokens == len(start) + sum(map(len, ends))
-    # A text goes on where another ended: what was generated is known too.
+    assert counter.tokens == len(start) + sum(map(len, ends))
+    # A prompt that continues another text reuses its generated tokens too.
     slot = batch.add_prompt([*start, *ends[0], 9, 8])
     (logits,) = read(batch, [slot])
     np.testing.assert_allclose(logits, whole(runtime, [*start, *ends[0], 9, 8]), atol=ATOL)
@@ -153,47 +154,26 @@ def test_a_beginning_that_another_text_had_is_not_read_again(runtime: Runtime) -
 
 
 @pytest.mark.parametrize("most", [1000, 20])
-def test_choices_of_one_prompt_read_it_once(runtime: Runtime, most: int) -> None:
+def test_the_choices_of_a_prompt_compute_it_once(runtime: Runtime, most: int) -> None:
     prompt = texts(1, 60, 60)[0]
     batch = Batch(runtime)
-    counted = Counted(batch)
+    counter = PrefillCounter(batch)
     slots = [batch.add_prompt(prompt) for _ in range(4)]
     for logits in read(batch, slots, most):
         np.testing.assert_allclose(logits, whole(runtime, prompt), atol=ATOL)
-    assert counted.tokens <= 60 + 3 * 16  # the least that is taken over
-    assert sum(slot.reused_tokens for slot in slots) == 4 * 60 - counted.tokens
+    assert counter.tokens <= 60 + 3 * 16  # the shortest reused prefix
+    assert sum(slot.reused_tokens for slot in slots) == 4 * 60 - counter.tokens
     for token, logits in enumerate(batch.step(slots, [1, 2, 3, 4])):
         np.testing.assert_allclose(logits, whole(runtime, [*prompt, token + 1]), atol=ATOL)
 
 
-def test_kept_texts_are_bounded_and_the_least_recently_used_goes() -> None:
-    kept = PrefixCache(100)
-    for start in (1, 2, 3):
-        kept.store((start,) * 40, [])
-    assert [kept.find_longest((start,) * 40)[0] for start in (1, 2, 3)] == [0, 40, 40]
-    kept.find_longest((2,) * 40)
-    kept.store((4,) * 40, [])
-    assert [kept.find_longest((start,) * 40)[0] for start in (2, 3, 4)] == [40, 0, 40]
-    assert not kept.should_store((5,) * 101)
-    assert not kept.should_store((4,) * 30)  # it is there
-    kept.store((4,) * 60, [])  # takes the place of its own beginning
-    assert [kept.find_longest((start,) * 60)[0] for start in (2, 4)] == [40, 60]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "alike"), [((), (1,), 0), ((1,), (2,), 0), ((1, 2, 3), (1, 2), 2), ((1, 2, 3, 4, 5), (1, 2, 3, 9, 5), 3)]
-)
-def test_common(a: tuple[int, ...], b: tuple[int, ...], alike: int) -> None:
-    assert common_prefix_length(a, b) == common_prefix_length(b, a) == alike
-
-
-def test_a_long_text_leaves_no_wide_buffers(runtime: Runtime) -> None:
+def test_buffers_shrink_after_a_long_text(runtime: Runtime) -> None:
     if not runtime.is_fused:
-        pytest.skip("optimum's graph has no buffers")
+        pytest.skip("a dynamic cache has no buffers")
     batch = Batch(runtime, prefix_cache_tokens=0)
     cache = batch._cache
     assert isinstance(cache, static_cache.StaticCache)
-    static_cache.MIN_WIDTH, least = 8, static_cache.MIN_WIDTH
+    static_cache.MIN_WIDTH, min_width = 8, static_cache.MIN_WIDTH
     try:
         slot = batch.add_prompt([5] * 100)
         read(batch, [slot])
@@ -203,4 +183,4 @@ def test_a_long_text_leaves_no_wide_buffers(runtime: Runtime) -> None:
         read(batch, [slot])
         assert cache._buffers[0].shape[2] == 8
     finally:
-        static_cache.MIN_WIDTH = least
+        static_cache.MIN_WIDTH = min_width

@@ -1,4 +1,4 @@
-"""The runtime on a CUDA device against itself on the CPU."""
+"""The runtime on a CUDA device, compared with the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ON_GPU = "CUDAExecutionProvider" in ort.get_available_providers()
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and onnxruntime-gpu: `make test-gpu`")
 @pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("fp32", False), ("fp16", True)])
-def test_a_gpu_gives_what_the_cpu_gives(tiny_llama: Path, tmp_path: Path, precision: str, fused: bool) -> None:
+def test_a_gpu_gives_the_tokens_of_the_cpu(tiny_llama: Path, tmp_path: Path, precision: str, fused: bool) -> None:
     export_onnx(tiny_llama, tmp_path / precision, precision, fused=fused)
     cpu, gpu = (Runtime.load(tmp_path / precision, device=device) for device in ("cpu", "cuda"))
     prompts = [[5, 6, 7], [9] * 40, [3, 1, 4, 1, 5], [5, 6, 7]]
@@ -27,12 +27,12 @@ def test_a_gpu_gives_what_the_cpu_gives(tiny_llama: Path, tmp_path: Path, precis
         if precision == "fp32":
             assert one.token_ids == other.token_ids
             assert other.logprobs == pytest.approx(one.logprobs, abs=5e-3)
-        else:  # a near tie may go either way
+        else:  # nearly equal tokens may be swapped
             assert other.logprobs[0] == pytest.approx(one.logprobs[0], abs=5e-2)
             assert np.isfinite(other.logprobs).all()
 
 
-@pytest.mark.skipif(ON_GPU, reason="there is a CUDA provider here")
-def test_cuda_where_there_is_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(ON_GPU, reason="onnxruntime has a CUDA provider")
+def test_cuda_is_refused_if_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has no CUDAExecutionProvider"):
         Runtime.load(tmp_path, device="cuda")

@@ -1,4 +1,4 @@
-"""The torch-free runtime against transformers on the same weights."""
+"""The torch-free runtime, compared with transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reference(tiny_llama: Path) -> Callable[[list[int]], np.ndarray]:
     return logprobs
 
 
-def test_greedy_text_is_that_of_transformers_for_every_family(family: Exported) -> None:
+def test_greedy_tokens_equal_those_of_transformers_for_every_family(family: Exported) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -45,12 +45,12 @@ def test_greedy_text_is_that_of_transformers_for_every_family(family: Exported) 
         ids = torch.tensor([runtime.encode(prompt)])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
         assert ids[0].tolist() + completion.token_ids == expected[0].tolist()
-        # Alone in its batch, so without padding, a prompt has the same completion.
+        # Without other rows and padding, a prompt has the same completion.
         assert runtime.generate([prompt], max_new_tokens=20)[0].token_ids == completion.token_ids
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_no_logits(runtime: Runtime, side: str) -> None:
+def test_padding_on_either_side_does_not_change_logits(runtime: Runtime, side: str) -> None:
     ids = runtime.encode("def add(a, b):")
     plain = np.array([ids])
     alone = runtime.logits(plain, np.ones_like(plain))[0]
@@ -58,11 +58,11 @@ def test_padding_on_either_side_changes_no_logits(runtime: Runtime, side: str) -
     padded = pad + ids if side == "left" else ids + pad
     mask = zeros + [1] * len(ids) if side == "left" else [1] * len(ids) + zeros
     both = runtime.logits(np.array([padded, padded]), np.array([mask, mask]))
-    kept = both[:, 5:] if side == "left" else both[:, : len(ids)]
-    np.testing.assert_allclose(kept, np.stack([alone, alone]), atol=1e-5)
+    unpadded = both[:, 5:] if side == "left" else both[:, : len(ids)]
+    np.testing.assert_allclose(unpadded, np.stack([alone, alone]), atol=1e-5)
 
 
-def test_logprobs_are_those_of_transformers(runtime: Runtime, reference: Callable[[list[int]], np.ndarray]) -> None:
+def test_logprobs_equal_those_of_transformers(runtime: Runtime, reference: Callable[[list[int]], np.ndarray]) -> None:
     (completion,) = runtime.generate(["for i in"], max_new_tokens=12, temperature=1.0, seed=3, logprobs=2)
     prompt = runtime.encode("for i in")
     expected = reference(prompt + completion.token_ids)[len(prompt) - 1 : -1]
@@ -75,7 +75,7 @@ def test_logprobs_are_those_of_transformers(runtime: Runtime, reference: Callabl
         assert [step[token] for token in top] == pytest.approx(list(top.values()), abs=1e-4)
 
 
-def test_a_prompt_read_in_pieces_gives_the_same(
+def test_a_prompt_in_chunks_gives_the_same_logits_and_tokens(
     runtime: Runtime, reference: Callable[[list[int]], np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = runtime.encode("The quick brown fox jumps over the lazy dog.")
@@ -90,7 +90,7 @@ def test_a_prompt_read_in_pieces_gives_the_same(
     assert [completion.token_ids for completion in again] == [completion.token_ids for completion in whole]
 
 
-def test_streamed_pieces_join_to_the_text(runtime: Runtime) -> None:
+def test_streamed_texts_join_to_the_completion(runtime: Runtime) -> None:
     settings = dict(max_new_tokens=60, temperature=1.5, seed=11, ignore_eos=True)
     pieces = list(runtime.stream("print(", **settings))
     (completion,) = runtime.generate(["print("], **settings)
@@ -100,7 +100,7 @@ def test_streamed_pieces_join_to_the_text(runtime: Runtime) -> None:
     assert runtime.decode(prompt) + completion.text == runtime.decode(prompt + completion.token_ids)
 
 
-def test_a_seed_gives_the_same_draws_and_rows_draw_apart(runtime: Runtime) -> None:
+def test_a_seed_reproduces_the_draws_and_rows_draw_independently(runtime: Runtime) -> None:
     settings = dict(max_new_tokens=10, temperature=1.0)
     first, second = runtime.generate(["def", "def"], seed=5, **settings)
     assert first.token_ids != second.token_ids
@@ -134,7 +134,7 @@ def test_an_end_of_text_token_ends_a_row_unless_it_is_ignored(runtime: Runtime) 
         runtime.eos_token_ids = eos
 
 
-def test_generation_ends_where_the_context_does(runtime: Runtime) -> None:
+def test_generation_ends_at_the_end_of_the_context(runtime: Runtime) -> None:
     ids = [5] * (runtime.max_length - 3)
     (completion,) = runtime.generate([ids], max_new_tokens=50, ignore_eos=True)
     assert len(completion.token_ids) == 3
@@ -150,12 +150,12 @@ def test_generation_ends_where_the_context_does(runtime: Runtime) -> None:
         ("\ud800", "not valid Unicode"),
     ],
 )
-def test_prompts_that_cannot_be_completed_are_refused(runtime: Runtime, prompt: list[int] | str, message: str) -> None:
+def test_invalid_prompts_are_refused(runtime: Runtime, prompt: list[int] | str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         runtime.generate([prompt], max_new_tokens=1)
 
 
-def test_an_empty_prompt_is_the_token_that_begins_a_text(runtime: Runtime) -> None:
+def test_an_empty_prompt_becomes_the_bos_token(runtime: Runtime) -> None:
     assert runtime.generate([""], max_new_tokens=5)[0].token_ids == (
         runtime.generate([[runtime.bos_token_id]], max_new_tokens=5)[0].token_ids
     )
@@ -166,7 +166,7 @@ def copy(llama: Exported, tmp_path: Path) -> Path:
     return shutil.copytree(llama.fp32, tmp_path / "artifact")
 
 
-def test_a_flipped_bit_is_found_before_the_graph_is_loaded(copy: Path) -> None:
+def test_a_flipped_bit_is_detected_before_the_graph_is_loaded(copy: Path) -> None:
     graph = bytearray((copy / "model.onnx").read_bytes())
     graph[len(graph) // 2] ^= 1
     (copy / "model.onnx").write_bytes(graph)
@@ -188,7 +188,7 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         Runtime.load(copy)
 
 
-def test_a_truncated_graph_is_damage_even_where_the_manifest_agrees(copy: Path) -> None:
+def test_a_truncated_graph_is_damage_even_if_the_manifest_agrees(copy: Path) -> None:
     graph = (copy / "model.onnx").read_bytes()
     (copy / "model.onnx").write_bytes(graph[: len(graph) // 2])
     rewrite_manifest(copy)
@@ -210,7 +210,7 @@ def test_a_graph_of_another_kind_is_refused(copy: Path) -> None:
 
 
 def test_a_serving_host_needs_no_torch() -> None:
-    """What `import` of runtime, server and bundle brings in, in a process of its own."""
+    """Import runtime, server and bundle in a new process and check the loaded modules."""
     code = (
         "import sys, limbeck.export.runtime.runtime, limbeck.export.server.app, limbeck.export.bundle.layout; "
         "print(*{'torch', 'transformers', 'optimum', 'onnx', 'mlflow', 'scipy', 'datasets'} & set(sys.modules))"

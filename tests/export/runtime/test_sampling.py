@@ -1,4 +1,4 @@
-"""Choosing tokens: against transformers' logits warpers, and against the distribution itself."""
+"""Sampling, compared with transformers' logits processors and with the expected frequencies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 
 
 def expected(logits: np.ndarray, settings: Settings, prompt: list[int], text: list[int]) -> np.ndarray:
-    """(V,) probabilities by transformers, and OpenAI's formula for its penalties."""
+    """(V,) probabilities by transformers' processors and OpenAI's formula of its penalties."""
     import torch
     from transformers import (
         LogitsProcessorList,
@@ -50,7 +50,7 @@ def expected(logits: np.ndarray, settings: Settings, prompt: list[int], text: li
      dict(temperature=0.7, top_k=40, top_p=0.5), dict(top_p=1e-6), dict(top_k=500, top_p=1.0), dict(min_p=1.0),
      dict(temperature=4.0, top_p=0.97), dict(temperature=1.5, top_k=50, top_p=0.95, min_p=0.05)],
 )  # fmt: skip
-def test_the_candidates_are_those_of_transformers_warpers(settings: Settings) -> None:
+def test_candidates_equal_those_of_transformers(settings: Settings) -> None:
     settings = {"temperature": 1.0} | settings
     tokens, probabilities = candidates(LOGITS, Sampling(1, **settings))
     found = np.zeros(len(LOGITS))
@@ -64,7 +64,7 @@ def test_the_candidates_are_those_of_transformers_warpers(settings: Settings) ->
      dict(frequency_penalty=-0.7), dict(logit_bias={3: 30.0, 199: -5.5}),
      dict(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.4, logit_bias={7: 2.0}, min_p=0.02)],
 )  # fmt: skip
-def test_draws_have_the_frequencies_that_penalties_leave(settings: Settings) -> None:
+def test_draws_have_the_expected_frequencies_after_penalties(settings: Settings) -> None:
     settings = {"temperature": 0.8} | settings
     best = int(LOGITS.argmax())
     prompt, text = [3, 50, 60, 3, best], [best, 9, 9, 3]
@@ -90,27 +90,27 @@ def test_the_same_seed_and_place_give_the_same_draws() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_temperature_zero_takes_the_likeliest_after_penalties() -> None:
+def test_temperature_0_takes_the_most_likely_token_after_penalties() -> None:
     assert Sampler(Sampling(1), [], 0).choose(LOGITS) == LOGITS.argmax()
     second = int(np.argsort(LOGITS)[-2])
     sampler = Sampler(Sampling(2, presence_penalty=50.0), [], 0)
     assert [sampler.choose(LOGITS) for _ in range(2)] == [LOGITS.argmax(), second]
 
 
-def test_of_equal_tokens_all_are_candidates() -> None:
+def test_all_tied_tokens_are_candidates_of_top_k() -> None:
     logits = np.zeros(1000, np.float32)
     assert len(candidates(logits, Sampling(1, temperature=1.0, top_k=3))[0]) == 1000  # as transformers
     assert len(candidates(logits, Sampling(1, temperature=1.0, top_p=0.25))[0]) == 250
 
 
-def test_log_softmax_is_scipys_even_for_great_logits() -> None:
+def test_log_softmax_equals_scipy_even_for_large_logits() -> None:
     from scipy.special import log_softmax as expected
 
     logits = np.array([[1e4, -1e4, 3.0], [0.1, 0.2, 0.3]])
     np.testing.assert_allclose(log_softmax(logits), expected(logits, axis=-1))
 
 
-def test_likeliest_are_in_order() -> None:
+def test_top_tokens_are_in_order() -> None:
     assert top_tokens(np.array([-3.0, -1.0, -2.0, -1.0]), 3) == {1: -1.0, 3: -1.0, 2: -2.0}
     assert top_tokens(LOGITS, 0) == {}
     assert list(top_tokens(LOGITS, 20)) == np.argsort(-LOGITS)[:20].tolist()

@@ -1,4 +1,4 @@
-"""What hostile and mistaken clients send: each is answered in OpenAI's form, and the server goes on."""
+"""Invalid and hostile requests: each gets an error in OpenAI's format, and the server keeps running."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def http(served: Served) -> Iterator[httpx.Client]:
 
 
 def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
-    """The error of an answer, which has OpenAI's form."""
+    """The error of an answer; checks its status and that it has OpenAI's format."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -45,7 +45,7 @@ def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
     return error
 
 
-def goes_on(http: httpx.Client) -> None:
+def check_still_serving(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
     assert answer.json()["usage"]["completion_tokens"] == 1
 
@@ -54,8 +54,8 @@ DEEP = 50_000
 BODIES = {
     "no JSON": b"{nope",
     "no UTF-8": b'{"prompt": "\xff", "messages": [{"role": "user", "content": "\xff"}]}',
-    "half a pair": b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
-    "half a pair, as role": b'{"prompt": "\\ud800", "messages": [{"role": "\\ud800", "content": "x"}]}',
+    "lone surrogate": b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "lone surrogate as role": b'{"prompt": "\\ud800", "messages": [{"role": "\\ud800", "content": "x"}]}',
     "deep lists": b"[" * DEEP + b"]" * DEEP,
     "deep objects": b'{"prompt":' * DEEP + b"1" + b"}" * DEEP,
     "deep within": b'{"prompt": "x", "messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
@@ -72,9 +72,9 @@ BODIES = {
 
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
-def test_a_body_that_is_no_request(http: httpx.Client, name: str, path: str) -> None:
+def test_an_invalid_body_is_refused(http: httpx.Client, name: str, path: str) -> None:
     refused(http.post(path, content=BODIES[name]))
-    goes_on(http)
+    check_still_serving(http)
 
 
 NUMBERS = [
@@ -96,7 +96,7 @@ BOUNDED = ["temperature", "top_p", "n", "max_tokens", "logprobs", "presence_pena
 
 @pytest.mark.parametrize("field", BOUNDED)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_numbers_out_of_range(http: httpx.Client, path: str, field: str) -> None:
+def test_numbers_out_of_range_are_refused_by_name(http: httpx.Client, path: str, field: str) -> None:
     start = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
     for number in NUMBERS:
         if number == "1.5" and field not in ("n", "max_tokens", "logprobs"):
@@ -105,55 +105,55 @@ def test_numbers_out_of_range(http: httpx.Client, path: str, field: str) -> None
             number = {"-1": "-2.5"}.get(number, number)
         body = json.dumps(start)[:-1] + f', "{field}": {number}}}'
         answer = http.post(path, content=body)
-        if answer.status_code == 200:  # more tokens than there is room for are as many as there is room for
+        if answer.status_code == 200:  # max_tokens beyond the context is limited to it
             assert field == "max_tokens"
             assert number in ("1e30", str(2**63))
         else:
             assert refused(answer)["param"] == field
-    goes_on(http)
+    check_still_serving(http)
 
 
-def test_prompts_over_the_context_tell_both_lengths(http: httpx.Client) -> None:
-    for path, asked in (
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(http: httpx.Client) -> None:
+    for path, request in (
         ("/v1/completions", {"prompt": [7] * 500}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\u00e9" * 500}]}),
     ):
-        error = refused(http.post(path, json=asked))
+        error = refused(http.post(path, json=request))
         assert error["code"] == "context_length_exceeded"
         assert "the context is 128 tokens; the prompt has" in error["message"]
     assert "has 500 and" in refused(http.post("/v1/completions", json={"prompt": [7] * 500}))["message"]
-    # The last place is taken: nothing is left for an answer.
+    # The prompt fills the context: no room for a new token.
     assert refused(http.post("/v1/completions", json={"prompt": [7] * 128}))["code"] == "context_length_exceeded"
-    whole = http.post("/v1/completions", json={"prompt": [7] * 128, "max_tokens": 0, "echo": True, "logprobs": 0})
-    assert len(whole.json()["choices"][0]["logprobs"]["tokens"]) == 128
+    scored = http.post("/v1/completions", json={"prompt": [7] * 128, "max_tokens": 0, "echo": True, "logprobs": 0})
+    assert len(scored.json()["choices"][0]["logprobs"]["tokens"]) == 128
 
 
 @pytest.mark.parametrize("prompt", [[-1], [300], [2**70], [1.5], [True, "x"], [[1], "x"], [[]], [], [None]])
-def test_prompts_that_are_no_tokens(http: httpx.Client, prompt: Any) -> None:
+def test_invalid_token_ids_are_refused(http: httpx.Client, prompt: Any) -> None:
     assert refused(http.post("/v1/completions", json={"prompt": prompt}))["param"] == "prompt"
-    goes_on(http)
+    check_still_serving(http)
 
 
-def test_other_methods_types_and_addresses(http: httpx.Client) -> None:
+def test_other_methods_content_types_and_paths_are_refused(http: httpx.Client) -> None:
     assert refused(http.get("/v1/chat/completions"), 405)["message"] == "Method Not Allowed"
     assert refused(http.get("/v1/nothing"), 404)["message"] == "Not Found"
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     refused(http.post("/v1/completions", content=b"prompt=x", headers=form))
     refused(http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"}))
-    goes_on(http)
+    check_still_serving(http)
 
 
-def test_a_template_that_fails(http: httpx.Client) -> None:
+def test_a_failing_chat_template_is_a_bad_request(http: httpx.Client) -> None:
     boom = {"messages": [{"role": "user", "content": "boom"}]}
     for extra in ({}, {"stream": True}, {"n": 5}):
         error = refused(http.post("/v1/chat/completions", json=boom | extra))
         assert error["message"] == "the chat template fails on these messages: ZeroDivisionError: division by zero"
     many = {"messages": [{"role": "user", "content": "x"}] * 10_000}
     assert refused(http.post("/v1/chat/completions", json=many))["code"] == "context_length_exceeded"
-    goes_on(http)
+    check_still_serving(http)
 
 
-def test_a_thousand_stop_strings(http: httpx.Client) -> None:
+def test_too_many_stop_strings_are_refused_and_long_ones_accepted(http: httpx.Client) -> None:
     for path, start in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": [{"role": "user"}]})):
         error = refused(http.post(f"/v1/{path}", json=start | {"stop": [f"s{i}" for i in range(1000)]}))
         assert error["param"] == "stop"
@@ -162,26 +162,28 @@ def test_a_thousand_stop_strings(http: httpx.Client) -> None:
     assert http.post("/v1/completions", json=long).json()["usage"]["completion_tokens"] == 5
 
 
-def test_the_tokenizer_is_shown(http: httpx.Client, llama: Exported) -> None:
+def test_tokenize_and_detokenize_equal_transformers(http: httpx.Client, llama: Exported) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(llama.torch)
     text = "def f():\n    caf\u00e9"
-    told = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-    assert told["tokens"] == tokenizer.encode(text)
-    assert told["token_strs"] == tokenizer.tokenize(text)
-    assert (told["count"], told["max_model_len"]) == (len(told["tokens"]), 128)
-    assert http.post("/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": text}
+    encoded = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert encoded["tokens"] == tokenizer.encode(text)
+    assert encoded["token_strs"] == tokenizer.tokenize(text)
+    assert (encoded["count"], encoded["max_model_len"]) == (len(encoded["tokens"]), 128)
+    assert http.post("/detokenize", json={"tokens": encoded["tokens"]}).json() == {"prompt": text}
     turns = [{"role": "user", "content": text}]
-    asked = http.post("/tokenize", json={"messages": turns}).json()["tokens"]
-    assert http.post("/detokenize", json={"tokens": asked}).json()["prompt"] == json.dumps(turns, ensure_ascii=False)
+    chat_tokens = http.post("/tokenize", json={"messages": turns}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": chat_tokens}).json()["prompt"] == json.dumps(
+        turns, ensure_ascii=False
+    )
     assert http.get("/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
     assert refused(http.post("/detokenize", json={"tokens": [300]}))["param"] == "tokens"
     assert refused(http.post("/tokenize", json={"prompt": "x", "messages": turns}))["param"] == "prompt"
     assert httpx.post(str(http.base_url.join("/tokenize")), json={"prompt": "x"}).status_code == 401
 
 
-def test_the_model_is_described(http: httpx.Client, llama: Exported) -> None:
+def test_models_lists_the_served_model(http: httpx.Client, llama: Exported) -> None:
     (entry,) = http.get("/v1/models").json()["data"]
     assert http.get("/v1/models/fp32").json() == entry
     assert (entry["id"], entry["max_model_len"], entry["version"]) == ("fp32", 128, "fp32")

@@ -219,9 +219,7 @@ def test_prompt_logprobs_are_exact_and_computed_while_others_are_decoded(endless
     assert [next(iter(scored.top_logprobs)) for scored in rest] == expected[:-1].argmax(axis=1).tolist()
 
 
-def test_an_error_of_the_model_ends_only_its_own_requests(
-    endless: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_model_ends_only_its_own_requests(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(endless, [[5, 6, 7]], Sampling(max_new_tokens=80))
     read, step = Batch.prefill, Batch.step
 

@@ -12,7 +12,7 @@ from limbeck.registry.gate.promotion import promote
 from limbeck.registry.ledger import log
 from limbeck.registry.records import LedgerEntry
 from tests.registry.conftest import POLICY
-from tests.web.conftest import TOKEN, Site, log_in
+from tests.web.conftest import TIMEOUT_MS, TOKEN, Site, log_in
 from tests.web.readability import low_contrast_texts, overflow_pixels
 
 pytest.importorskip("playwright.sync_api")
@@ -154,6 +154,7 @@ def test_pages_are_readable_at_phone_width(browser: Browser, site: Site, scheme:
     context = browser.new_context(
         base_url=site.address, viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True
     )
+    context.set_default_timeout(TIMEOUT_MS)
     tab = context.new_page()
     if logged_in:
         log_in(tab)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.web.conftest import Site
+from tests.web.conftest import TIMEOUT_MS, Site
 from tests.web.readability import overflow_pixels
 
 pytest.importorskip("playwright.sync_api")
@@ -148,6 +148,7 @@ def test_the_theme_is_switched_and_kept(tab: Page, site: Site) -> None:
 
 def test_pages_work_without_scripts(tab: Page, site: Site) -> None:
     context = tab.context.browser.new_context(java_script_enabled=False, base_url=site.address)  # type: ignore[union-attr]
+    context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
     page.goto("/models/still")
     page.get_by_label("precision").select_option("int8")
