@@ -34,11 +34,12 @@ test-gpu: install  ## the tests that need a CUDA device, with onnxruntime-gpu in
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps onnxruntime-gpu
 	$(BIN)/python -m pytest -n 0 -m gpu
 
-lint: install  ## ruff, mypy, the import rules between the rooms
+lint: install  ## ruff, mypy, the layers of rooms and folders, stale docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.generate_docs --check
 
 bench: install  ## the benchmarks: ratios measured side by side
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

@@ -1,6 +1,6 @@
 """Write the parts of docs/ that the code determines: `python -m tests.generate_docs`; `--check` reports stale ones.
 
-docs/cli.md is the `--help` of every command.
+docs/cli.md is the `--help` of every command; docs/policy.md has a table of the cost limits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from pathlib import Path
 import click
 
 from limbeck.cli import cli
+from limbeck.registry.policy.describe import cost_limits_table
 from tests import ROOT
 
 WIDTH = 100  # columns of a command's help
+COST_LIMITS = ("<!-- cost limits: made by `python -m tests.generate_docs` -->", "<!-- end of cost limits -->")
 
 
 def command_help(command: click.Command, path: str, parent: click.Context | None = None) -> Iterator[str]:
@@ -28,10 +30,21 @@ def command_help(command: click.Command, path: str, parent: click.Context | None
             yield from command_help(subcommand, f"{path} {name}", context)
 
 
+def with_generated_part(path: Path, marks: tuple[str, str], part: str) -> str:
+    """The text of a file with `part` between two marks."""
+    before, _, rest = path.read_text().partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    return f"{before}{marks[0]}\n{part.strip()}\n{marks[1]}{after}"
+
+
 def generated_files() -> dict[Path, str]:
-    """The text that each generated file must have."""
+    """The text that each file with generated parts must have."""
     head = "# Command line\n\nThe `--help` of every command. Generated: `python -m tests.generate_docs`.\n\n"
-    return {ROOT / "docs/cli.md": head + "\n".join(command_help(cli, "limbeck"))}
+    policy = ROOT / "docs/policy.md"
+    return {
+        ROOT / "docs/cli.md": head + "\n".join(command_help(cli, "limbeck")),
+        policy: with_generated_part(policy, COST_LIMITS, cost_limits_table()),
+    }
 
 
 def main(arguments: list[str]) -> int:
