@@ -42,6 +42,7 @@ labels = 1.0
 optim = "muon"
 learning_rate = 2e-2
 max_steps = 16
+eval_steps = 16
 per_device_train_batch_size = 8
 bf16 = false
 """

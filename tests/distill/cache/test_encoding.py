@@ -53,9 +53,9 @@ VOCABULARIES = [300, 2**16, 2**17, 2**18, 2**18 + 1]
 def test_samples_are_unbiased(vocab_size: int, temperature: float) -> None:
     rows, count = 6, 300
     logits = zipf(rows, 300)  # the other tokens of the vocabulary have probability 0
-    form, wanted = Form("sampled", 8, vocab_size, temperature), np.ones(rows, dtype=bool)
+    form, target_mask = Form("sampled", 8, vocab_size, temperature), np.ones(rows, dtype=bool)
     probs = (logits / temperature).softmax(-1)
-    made = torch.stack([estimate(samples, 300) for samples in draws(form, logits, wanted, count)])
+    made = torch.stack([estimate(samples, 300) for samples in draws(form, logits, target_mask, count)])
     error = made.mean(0) - probs
     # A token stored with probability p / t and weight t has variance p (t - p).
     t = float(made[made > 0].min())
@@ -89,7 +89,7 @@ def test_the_last_ids_of_a_vocabulary_are_stored(vocab_size: int) -> None:
 
 def test_the_mean_gradient_of_samples_is_the_dense_one_and_that_of_topk_is_not() -> None:
     rows, vocab_size, count = 4, 300, 500
-    teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
+    teacher, target_mask = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
     student = (0.1 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))).double()
     labels = torch.zeros(rows, dtype=torch.int64)
 
@@ -98,13 +98,13 @@ def test_the_mean_gradient_of_samples_is_the_dense_one_and_that_of_topk_is_not()
         return torch.autograd.grad(loss(logits), logits)[0]
 
     dense = gradient(lambda q: kl_div(q.log_softmax(-1), teacher.softmax(-1), reduction="sum"))
-    every = draws(Form("sampled", 8, vocab_size), teacher, wanted, count)
-    each = torch.stack([gradient(lambda q, s=s: divergences.loss(q, labels, KL, s)) for s in every])  # type: ignore[misc]
+    drawn = draws(Form("sampled", 8, vocab_size), teacher, target_mask, count)
+    each = torch.stack([gradient(lambda q, s=s: divergences.loss(q, labels, KL, s)) for s in drawn])  # type: ignore[misc]
     error = float((each.mean(0) - dense).norm())
     expected = float(each.var(0).sum().sqrt()) / count**0.5  # standard error of the mean
     assert error < 1.3 * expected
     form = Form("topk", 8, vocab_size)
-    arrays = encoding.batch(form, [encoding.block_arrays(form, teacher, wanted, (0,))])
+    arrays = encoding.batch(form, [encoding.block_arrays(form, teacher, target_mask, (0,))])
     topk = divergences.TopK(**{name: array[0] for name, array in arrays.items()})
     biased = gradient(lambda q: divergences.loss(q, labels, KL, topk))
     assert float((biased - dense).norm()) > 5 * error
@@ -112,11 +112,11 @@ def test_the_mean_gradient_of_samples_is_the_dense_one_and_that_of_topk_is_not()
 
 def test_the_mean_loss_of_samples_is_the_divergence() -> None:
     rows, vocab_size, count = 4, 300, 500
-    teacher, wanted = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
+    teacher, target_mask = zipf(rows, vocab_size), np.ones(rows, dtype=bool)
     student = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.zeros(rows, dtype=torch.int64)
-    every = draws(Form("sampled", 8, vocab_size), teacher, wanted, count)
-    each = torch.stack([divergences.loss(student, labels, KL, samples) for samples in every])
+    drawn = draws(Form("sampled", 8, vocab_size), teacher, target_mask, count)
+    each = torch.stack([divergences.loss(student, labels, KL, samples) for samples in drawn])
     dense = kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum")
     assert float(each.mean()) == pytest.approx(float(dense), abs=4 * float(each.std()) / count**0.5 + 4e-3)
 
@@ -136,15 +136,15 @@ def test_samples_are_closer_than_as_many_draws_with_replacement() -> None:
 
 
 def test_only_target_positions_take_space() -> None:
-    wanted = np.arange(16) >= 12
+    target_mask = np.arange(16) >= 12
     form = Form("sampled", 8, 300)
     logits = zipf(16, 300)
-    arrays = encoding.block_arrays(form, logits, wanted, (0,))
+    arrays = encoding.block_arrays(form, logits, target_mask, (0,))
     rows = encoding.batch(form, [arrays])
-    best = rows["ids"][0].gather(-1, rows["weights"][0].argmax(-1, keepdim=True))[wanted, 0]
-    assert torch.equal(best, logits.argmax(-1)[wanted])  # each position has its own tokens
-    assert arrays["sizes"][~wanted].sum() == 0
-    assert arrays["sizes"][wanted].sum() == pytest.approx(4 * 8, abs=1)
+    best = rows["ids"][0].gather(-1, rows["weights"][0].argmax(-1, keepdim=True))[target_mask, 0]
+    assert torch.equal(best, logits.argmax(-1)[target_mask])  # each position has its own tokens
+    assert arrays["sizes"][~target_mask].sum() == 0
+    assert arrays["sizes"][target_mask].sum() == pytest.approx(4 * 8, abs=1)
     none = encoding.block_arrays(form, zipf(16, 300), np.zeros(16, dtype=bool), (0,))
     assert len(none["entries"]) == 0
     rows = encoding.batch(form, [none, arrays])

@@ -19,7 +19,7 @@ from limbeck.distill.cache.teacher_cache import Capture, TeacherCache, fill
 from limbeck.distill.data.blocks import Blocks
 from limbeck.distill.models.loading import load_model
 from limbeck.distill.recipe.cache_form import Form
-from limbeck.distill.teacher import signal as teachers
+from limbeck.distill.teacher.local import local_capture, local_pass
 from limbeck.registry.core.errors import DamagedArtifact
 from tests import ROOT
 
@@ -44,7 +44,7 @@ def make_cache(form: Form) -> TeacherCache:
 def capture_for(limbeck_home: Path, tiny_llama: Path) -> Callable[[TeacherCache], Capture]:
     """Returns the capture of the tiny teacher for a cache."""
     model = load_model(tiny_llama)
-    return lambda cache: teachers.capture(model, BLOCKS, cache, bf16=False)
+    return lambda cache: local_capture(model, BLOCKS, cache, bf16=False)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_several_forms_are_captured_in_one_teacher_pass(capture_for, tiny_llama:
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     several = [make_cache(form) for form in (TOPK, SAMPLED, SAMPLED._replace(temperature=2.0))]
-    run = teachers.local_pass(model, BLOCKS, 300, bf16=False)
+    run = local_pass(model, BLOCKS, 300, bf16=False)
     assert fill(several, run) == 10
     assert len(passes) == 3  # a batch for each shard
     more = [make_cache(SAMPLED), make_cache(SAMPLED._replace(temperature=4.0))]
@@ -178,10 +178,9 @@ def test_a_cache_without_a_form_returns_the_arrays(limbeck_home: Path) -> None:
 
 def test_padded_vocabulary_is_dropped_and_bf16_is_close(limbeck_home: Path, tiny_llama: Path) -> None:
     model = load_model(tiny_llama)
-    every = np.arange(len(IDS))
 
     def logprobs(form: Form, bf16: bool) -> tuple[np.ndarray, np.ndarray]:
-        arrays = teachers.capture(model, BLOCKS, make_cache(form), bf16)(every)
+        arrays = local_capture(model, BLOCKS, make_cache(form), bf16)(np.arange(len(IDS)))
         return arrays["ids"], arrays["logprobs"].astype(np.float32)
 
     _, exact = logprobs(Form("topk", 300, 300), bf16=False)

@@ -269,4 +269,4 @@ def test_students_that_cannot_separate_documents_get_one_per_block(
         setting = prepare_setting(load.load_recipe(path, ["data.max_length=256"]), Source(path), store)
         assert setting.train.segments.max() >= segments
         assert (setting.train.segments.max() == 1) == (segments == 1)
-    assert "small: would see the documents beside one in a block" in capsys.readouterr().err
+    assert "small: cannot keep the documents of a block apart" in capsys.readouterr().err

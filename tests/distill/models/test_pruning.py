@@ -160,12 +160,12 @@ def plain_importance(model: PreTrainedModel, blocks: Blocks) -> dict[tuple[str, 
         cos, sin = model.model.rotary_emb(x[None], torch.arange(length)[None])
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
 
-        def see(what: str, layer: int | None, where: str, value: torch.Tensor, real: torch.Tensor = real) -> None:
-            seen.setdefault((what, layer, where), []).append(value[real].double().mean(0))
+        def record(kind: str, layer: int | None, place: str, value: torch.Tensor, real: torch.Tensor = real) -> None:
+            seen.setdefault((kind, layer, place), []).append(value[real].double().mean(0))
 
         for number, layer in enumerate(model.model.layers):
             normed = layer.input_layernorm(x)
-            see("hidden", None, f"{number} first", normed.abs())
+            record("hidden", None, f"{number} first", normed.abs())
             q = layer.self_attn.q_proj(normed).view(length, heads, size).transpose(0, 1)
             k = layer.self_attn.k_proj(normed).view(length, groups, size).transpose(0, 1)
             v = layer.self_attn.v_proj(normed).view(length, groups, size).transpose(0, 1)
@@ -175,18 +175,18 @@ def plain_importance(model: PreTrainedModel, blocks: Blocks) -> dict[tuple[str, 
                 group = head // (heads // groups)
                 scores = (q[head] @ k[group].T / size**0.5).masked_fill(later, float("-inf"))
                 out.append(scores.softmax(-1) @ v[group])
-            see("heads", number, "", torch.stack([each.square().sum(-1).sqrt() for each in out], -1))
+            record("heads", number, "", torch.stack([each.square().sum(-1).sqrt() for each in out], -1))
             x = x + layer.self_attn.o_proj(torch.cat(out, -1))
             normed = layer.post_attention_layernorm(x)
-            see("hidden", None, f"{number} second", normed.abs())
+            record("hidden", None, f"{number} second", normed.abs())
             inner = torch.nn.functional.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
-            see("neurons", number, "", inner.abs())
+            record("neurons", number, "", inner.abs())
             x = x + layer.mlp.down_proj(inner)
-        see("hidden", None, "last", model.model.norm(x).abs())
+        record("hidden", None, "last", model.model.norm(x).abs())
     scores: dict[tuple[str, int | None], torch.Tensor] = {}
-    for (what, number, _), values in seen.items():
+    for (kind, number, _), values in seen.items():
         norm = torch.stack(values).square().sum(0).sqrt()
-        scores[what, number] = scores.get((what, number), torch.zeros(())) + norm
+        scores[kind, number] = scores.get((kind, number), torch.zeros(())) + norm
     return scores
 
 
