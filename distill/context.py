@@ -110,7 +110,7 @@ def count_parameters(folder: Path) -> int:
 @functools.cache
 def code_version() -> str:
     """Limbeck's version, with the git commit if it runs from a clone."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     version = f"limbeck {installed('limbeck')}"
     if not (root / ".git").exists():
         return version
