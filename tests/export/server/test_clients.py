@@ -166,17 +166,28 @@ def test_a_request_that_takes_too_long_is_504(boundless: Path) -> None:
 
 
 def test_sigterm_finishes_running_and_waiting_requests_and_refuses_new_ones(boundless: Path) -> None:
-    with serving(boundless, "", "--max-num-seqs", 1) as running, ThreadPoolExecutor(3) as pool:
-        requests = [pool.submit(complete, running, new=1500) for _ in range(3)]
-        wait_until(lambda: metric(running, "num_requests_waiting") == 2)
-        running.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{root(running)}/ready").status_code == 503)
-        assert httpx.get(f"{root(running)}/health").status_code == 200
-        late = complete(running)
-        assert (late.status_code, late.headers["retry-after"]) == (503, "1")
-        assert late.json()["error"]["type"] == "server_error"
-        assert [done.result().json()["usage"]["completion_tokens"] for done in requests] == [1500] * 3
+    with serving(boundless, "", "--max-num-seqs", 1) as running, ThreadPoolExecutor(2) as pool:
+        url, request = f"{running.url}/completions", body(new=1500, stream=True)
+        with httpx.stream("POST", url, json=request, timeout=60) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            waiting = [pool.submit(complete, running, new=1500) for _ in range(2)]
+            wait_until(lambda: metric(running, "num_requests_waiting") == 2)
+            running.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{root(running)}/ready").status_code == 503)
+            assert httpx.get(f"{root(running)}/health").status_code == 200
+            late = complete(running)
+            assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+            assert late.json()["error"]["type"] == "server_error"
+            events = [line for line in [first, *lines] if line]
+        assert events[-1] == "data: [DONE]"
+        assert len(events) == 1500 + 1
+        assert [done.result().json()["usage"]["completion_tokens"] for done in waiting] == [1500] * 2
         assert running.process.wait(timeout=20) == 0
+        assert running.process.stderr is not None
+        assert "Traceback" not in running.process.stderr.read()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{running.url}/models")
 
 
 def test_accepted_connections_send_at_once_and_have_a_small_send_buffer() -> None:
