@@ -34,8 +34,7 @@ DOCUMENTS = 2000
 MS = [100.0, 101, 99, 100, 102, 98]  # the teacher's requests
 WIDE = Margins(default=0.02)
 
-OLD = {"protocol": 1, "run": None, "loads": ()}  # of a cost that was measured by the first protocol
-MADE = TrainingCost(training_seconds=3600, tokens=10, machine="a test machine, 2 cores")
+TRAINING_COST = TrainingCost(training_seconds=3600, tokens=10, machine="a test machine, 2 cores")
 
 Scores = dict[str, np.ndarray]
 Add = Callable[..., Version]
@@ -120,22 +119,22 @@ def cost(factor: float, **changes: Any) -> Cost:
 
 
 NOISE = np.array([1, 1.01, 0.99, 1, 1.01, 0.99])  # of a candidate's rounds
-OPTIONS = (("old", False), ("alone", False), ("noise", NOISE))
 
 
 @pytest.fixture
 def add(store: Store, tmp_path: Path) -> Add:
     """Register another version of m, scored; the first one is the teacher of the others.
 
-    Its answers; its cost as a factor of the teacher's; `old` as scorecards were before, `alone` against no teacher,
-    `noise` of its rounds, `card` for other fields of the scorecard, `made` for what making it took.
+    Its parameters are the version's answers and its cost as a factor of the teacher's. Options: `alone` for a
+    scorecard without a teacher, `card` for other fields of the scorecard, `training_cost` for what making it took,
+    `one_group` for the tasks whose documents are all of one file.
     """
     first: list[tuple[str, str, Scores]] = []
 
-    def relative(scores: Scores, factor: float | None, noise: np.ndarray, old: bool) -> Relative:
+    def relative(scores: Scores, factor: float | None) -> Relative:
         label, digest, theirs = first[0]
         found = compare_with_teacher(table(scores), table(theirs), results(theirs))
-        ratio = median_estimate(factor * noise) if factor and not old else None
+        ratio = median_estimate(factor * NOISE) if factor else None
         return Relative(
             teacher=label,
             teacher_digest=digest,
@@ -149,11 +148,11 @@ def add(store: Store, tmp_path: Path) -> Add:
         )
 
     def run(scores: Scores | None = None, factor: float | None = None, name: str = "m", **fields: Any) -> Version:
-        old, alone, noise = (fields.pop(key, default) for key, default in OPTIONS)
-        card, made, one_group = fields.pop("card", {}), fields.pop("made", None), fields.pop("one_group", ())
-        if made:
+        alone, one_group = fields.pop("alone", False), fields.pop("one_group", ())
+        changes, training_cost = fields.pop("card", {}), fields.pop("training_cost", None)
+        if training_cost:
             with store.runs.start("train") as training:
-                store.client.set_tag(training.id, TRAINING_COST_TAG, made.model_dump_json())
+                store.client.set_tag(training.id, TRAINING_COST_TAG, training_cost.model_dump_json())
             fields["run_id"] = training.id
         folder = tmp_path / f"{name}-{len(store.versions(name))}"
         folder.mkdir()
@@ -162,7 +161,7 @@ def add(store: Store, tmp_path: Path) -> Add:
         if scores is None:
             return version
         parquet.write_table(table(scores, one_group), tmp_path / "documents.parquet")
-        kept: dict[str, Any] = {
+        card_fields: dict[str, Any] = {
             "artifact": version.digest,
             "model": version.ref,
             "tasks": results(scores),
@@ -170,10 +169,10 @@ def add(store: Store, tmp_path: Path) -> Add:
             "prompts_digest": "+".join(scores),
             "harness": "lm-eval 0",
             "created": datetime(2026, 1, version.version, tzinfo=UTC),
-            "cost": cost(factor, **(OLD if old else {})) if factor else None,
-            "relative": relative(scores, factor, noise, old) if first and not alone else None,
+            "cost": cost(factor) if factor else None,
+            "relative": relative(scores, factor) if first and not alone else None,
         }
-        store.findings.add_scorecard(version, Scorecard.model_validate(kept | card), tmp_path / "documents.parquet")
+        store.findings.add_scorecard(version, Scorecard.model_validate(card_fields | changes), tmp_path / "documents.parquet")
         first.append((version.ref, version.digest, scores))
         return version
 
@@ -230,7 +229,7 @@ def test_the_best_that_is_as_good_has_to_be_cheaper(store: Store, add: Add) -> N
     assert (found.answer, found.candidate) == ("not settled", "m/4")
     assert "which may not be less than the teacher's" in found.sentence
     [words] = found.next_steps
-    assert words.startswith("Its cost, timed again")
+    assert words.startswith("Measure its cost again on an idle machine: limbeck eval m/4 ")
 
 
 def test_no(store: Store, add: Add) -> None:
@@ -308,7 +307,7 @@ def test_nothing_measured_of_cost(store: Store, add: Add) -> None:
 
 def test_payback(store: Store, add: Add) -> None:
     teacher_of(add)
-    add({"qa": wrong(DOCUMENTS, 0)}, 0.5, made=MADE)
+    add({"qa": wrong(DOCUMENTS, 0)}, 0.5, training_cost=TRAINING_COST)
     [best] = decide_verdict(store, "m", tokens_per_day=1e6, prices=Prices.load(usd_per_hour=2.0)).candidates
     assert best.payback
     assert best.payback.training_cost_usd == pytest.approx(2.0)
@@ -350,20 +349,20 @@ def test_what_was_not_measured_is_said(store: Store, add: Add) -> None:
         "Retention on guess: retention is undefined",
         "Quality on one: a confidence interval needs documents of two groups",
         "(qa, guess, one): other languages",
-        "Tasks that versions of m are scored on too: other.",
-        "Luck in training: one student of small",
+        "Other tasks that versions of m are scored on: other.",
+        "Luck in training: only one student of small was trained",
         "Other requests than 64 tokens in and 64 out, in batches of 1 and 8",
         "Other machines than a test machine, 2 cores; no GPU was used.",
         "Dollars: no price of this machine is known",
-        "m/1 ran in torch, m/2 in onnxruntime. limbeck export m/1",
-        "What making m/2 took",
+        "m/1 ran in torch, m/2 in onnxruntime. To separate the two, run limbeck export m/1",
+        "The cost of making m/2, and so when it pays back",
         "m/3 is not a candidate: scored on other",
     ):
         assert any(words in said for said in found.not_measured), words
     # The teacher exported tells the engine's share.
     add({"qa": wrong(DOCUMENTS, 0), "guess": guess, "one": wrong(10, 0)}, 0.7, kind="onnx", parent="m/1")
     found = decide_verdict(store, "m")
-    assert any("The teacher itself, as m/5 fp32, is at 70.0% [" in said for said in found.not_measured)
+    assert any("The teacher itself, as m/5 fp32, runs at 70.0% [" in said for said in found.not_measured)
 
 
 def test_the_teacher_in_another_form_is_no_smaller_model(store: Store, add: Add) -> None:
@@ -457,7 +456,7 @@ def test_formats_say_the_same(
 ) -> None:
     tasks = ["qa", "1. <i>|*"]
     teacher_of(add, tasks)
-    add({task: wrong(DOCUMENTS, 0) for task in tasks}, 0.5, recipe=NASTY, made=MADE)
+    add({task: wrong(DOCUMENTS, 0) for task in tasks}, 0.5, recipe=NASTY, training_cost=TRAINING_COST)
     found = json.loads(limbeck("verdict", "m", "--format", "json").out)
     kept = VerdictReport.model_validate(found)
     assert (kept.answer, kept.candidate) == ("yes", "m/2")
@@ -488,7 +487,7 @@ def test_formats_say_the_same(
 
 def test_options_of_the_command(store: Store, add: Add, limbeck: Callable[..., Any]) -> None:
     teacher_of(add, ["qa", "more"])
-    add({"qa": wrong(DOCUMENTS, 30), "more": wrong(DOCUMENTS, 0)}, 0.5, made=MADE)
+    add({"qa": wrong(DOCUMENTS, 30), "more": wrong(DOCUMENTS, 0)}, 0.5, training_cost=TRAINING_COST)
     options = (
         "--margin",
         0.02,
