@@ -158,7 +158,7 @@ def test_a_full_disk(
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda where: usage._replace(free=1000))
     [finding] = [f for f in preflight(setting, grid.plan_students(recipe)) if f.check == "disk"]
-    assert (finding.level, "no room on the disk" in finding.message) == ("error", True)
+    assert (finding.level, "not enough disk space" in finding.message) == ("error", True)
 
 
 def test_the_findings_on_other_recipes(
