@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,18 +67,23 @@ def compare(  # noqa: PLR0913 (one parameter per option)
     Uses the newest scores that both have. No model runs, except for --tasks that are not scored yet.
     """
     quiet_libraries()
-    from limbeck.evals.scores.compare import compare_models as run
+    from limbeck.evals.scores.compare import compare_models, score_missing_tasks
     from limbeck.evals.stats.noninferiority import Margins
+    from limbeck.registry.mlflow.store import Store
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     allowed = Margins.parse(margins)
+    store = Store()
 
     def load() -> TaskSet:
         from limbeck.evals.tasks.task_set import TaskSet
 
         return TaskSet.load(names, include_path)
 
-    found = run(a, b, names, load, margins=allowed, max_flips=show_flips or 0, trust_remote_code=trust_remote_code)
+    compared: Sequence[str] = names
+    if names:
+        compared = score_missing_tasks(a, b, names, load, store=store, trust_remote_code=trust_remote_code)
+    found = compare_models(a, b, compared, margins=allowed, max_flips=show_flips or 0, store=store)
     if output_format == "json":
         print_json(found)
     else:

@@ -120,6 +120,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     Retention is the share of the teacher's quality above chance that a model keeps, with its 95% interval.
     """
     quiet_libraries()
+    from limbeck.evals.scores.scorecard import EvalOptions
     from limbeck.evals.scores.scorecard import evaluate as run
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
@@ -142,16 +143,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
-    cards = run(
-        found,
-        task_set,
-        store,
-        against=teacher,
-        cost=cost,
-        prices=prices,
-        force=force,
-        trust_remote_code=trust_remote_code,
-    )
+    options = EvalOptions(cost=cost, prices=prices, force=force, trust_remote_code=trust_remote_code)
+    cards = run(found, task_set, store, against=teacher, options=options)
     if output_format == "json":
         print_json(cards)
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from limbeck.evals.scores.comparability import describe_differences, group_comparable, measurement_setting
 from limbeck.evals.scores.compare import LazyScorecard
-from limbeck.evals.scores.scorecard import stored_scorecards
+from limbeck.evals.scores.stored_scorecards import stored_scorecards
 from limbeck.registry.catalog.model_ref import REGISTERED, URL, ResolvedModel
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Engine, Scorecard, Version

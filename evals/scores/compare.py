@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as parquet
 
-from limbeck.evals.scores.scorecard import evaluate, stored_scorecards
+from limbeck.evals.scores.scorecard import EvalOptions, evaluate
+from limbeck.evals.scores.stored_scorecards import stored_scorecards
 from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS, find_flips
 from limbeck.evals.stats.noninferiority import Margins
 from limbeck.evals.stats.paired_comparison import compare_to_reference, correct_candidates_by_holm
@@ -29,18 +30,15 @@ def compare_models(
     candidate: str,
     reference: str,
     tasks: Sequence[str] = (),
-    load_tasks: Callable[[], TaskSet] | None = None,
     *,
     margins: Margins | None = None,
     max_flips: int = 0,
     store: Store | None = None,
-    trust_remote_code: bool = False,
 ) -> ComparedModels:
-    """Compare `candidate` with `reference`, both MODELs, on the newest tasks that both were scored on.
+    """Compare `candidate` with `reference`, both MODELs, on the newest tasks that both were scored on. No model runs.
 
     Args:
         tasks: tasks or groups; if empty, all that both were scored on.
-        load_tasks: makes the task set to score both on, if they were not both scored on all of `tasks`.
         margins: how much worse the candidate may be.
         max_flips: return at most this many documents of each task on which the two differ.
 
@@ -51,13 +49,6 @@ def compare_models(
     margins, store = margins or Margins(), store or Store()
     sides = [_Side.load(text, store) for text in (candidate, reference)]
     both = _newest_common_scores(sides[0], sides[1], tasks)
-    if both is None and tasks and load_tasks:
-        models = [resolve_model(text, store) for text in (candidate, reference)]
-        card = evaluate(models, load_tasks(), store, cost=False, trust_remote_code=trust_remote_code)[0]
-        sides = [_Side.load(text, store) for text in (candidate, reference)]
-        both = _newest_common_scores(
-            sides[0], sides[1], top_level_tasks(card.tasks)
-        )  # a group may have no value of its own
     if both is None:
         raise BadInput(
             f"{candidate} and {reference} have no common documents: "
@@ -68,19 +59,50 @@ def compare_models(
     names = sides[0].label, sides[1].label
     margins.check([*top_level_tasks(results), *(result.metric for result in results.values())])
     pairs = pair_documents(read_documents(ours, results), read_documents(theirs, results), DIAGNOSTIC_COLUMNS, names)
-    held = compare_to_reference(pairs, results, margins, names)
+    comparison = compare_to_reference(pairs, results, margins, names)
     return ComparedModels(
         candidate=names[0],
         reference=names[1],
         candidate_digest=ours.card.artifact,
         reference_digest=theirs.card.artifact,
         harness=ours.card.harness,
-        retention=held.retention,
-        tasks=tuple(correct_candidates_by_holm([held.tasks])[0]),
-        over_all=tuple(correct_candidates_by_holm([held.over_all])[0]),
-        unknown_tasks=held.unknown_tasks,
+        retention=comparison.retention,
+        tasks=tuple(correct_candidates_by_holm([comparison.tasks])[0]),
+        over_all=tuple(correct_candidates_by_holm([comparison.over_all])[0]),
+        unknown_tasks=comparison.unknown_tasks,
         flips=tuple(find_flips(pairs, max_flips)),
     )
+
+
+def score_missing_tasks(
+    candidate: str,
+    reference: str,
+    tasks: Sequence[str],
+    load_tasks: Callable[[], TaskSet],
+    *,
+    store: Store | None = None,
+    trust_remote_code: bool = False,
+) -> Sequence[str]:
+    """Score two MODELs on `tasks`, without their cost, unless both have scores on all of them.
+
+    Args:
+        tasks: tasks or groups.
+        load_tasks: returns the task set of `tasks`; called only if something has to be scored.
+
+    Returns:
+        The tasks to compare by: `tasks`, but for a group without a value of its own its tasks.
+
+    Raises:
+        BadInput: a name is not a model, a task is unknown, or a model cannot be scored on it.
+    """
+    store = store or Store()
+    sides = [_Side.load(text, store) for text in (candidate, reference)]
+    if _newest_common_scores(sides[0], sides[1], tasks):
+        return tasks
+    models = [resolve_model(text, store) for text in (candidate, reference)]
+    options = EvalOptions(cost=False, trust_remote_code=trust_remote_code)
+    card = evaluate(models, load_tasks(), store, options=options)[0]
+    return top_level_tasks(card.tasks)
 
 
 class LazyScorecard(NamedTuple):
@@ -106,8 +128,8 @@ class _Side(NamedTuple):
                 version.ref, [LazyScorecard(card, partial(store.findings.documents, version, card)) for card in cards]
             )
         model = resolve_model(text, store)
-        kept = sorted(stored_scorecards(model, store), key=lambda each: each.card.created)
-        return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in kept])
+        stored = sorted(stored_scorecards(model, store), key=lambda each: each.card.created)
+        return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in stored])
 
     def describe_scored_tasks(self) -> str:
         known = dict.fromkeys(task for scored in self.scores for task in top_level_tasks(scored.card.tasks))

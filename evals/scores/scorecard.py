@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from limbeck.evals.cost.measure import (
@@ -22,18 +21,39 @@ from limbeck.evals.cost.measure import (
 )
 from limbeck.evals.cost.prices import Prices
 from limbeck.evals.scores.harness import score_model
+from limbeck.evals.scores.stored_scorecards import (
+    StoredScorecard,
+    newest_matching,
+    store_locally,
+    store_scorecard,
+    stored_scorecards,
+)
 from limbeck.evals.stats.retention import check_numbers, compare_with_teacher
 from limbeck.evals.tasks.contamination import measure_contamination
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel
-from limbeck.registry.core.digest import verify_files, write_manifest
-from limbeck.registry.core.errors import DamagedArtifact
-from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.terminal import print_status, progress_bar
 from limbeck.registry.records import Contamination, Cost, Estimate, Relative, Scorecard, top_level_tasks
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How `evaluate` works.
+
+    Attributes:
+        cost: whether to measure costs that are unknown.
+        prices: of machines; None for those that Limbeck ships.
+        force: score and measure everything again.
+        trust_remote_code: run Python code that comes with a model.
+    """
+
+    cost: bool = True
+    prices: Prices | None = None
+    force: bool = False
+    trust_remote_code: bool = False
 
 
 def evaluate(
@@ -42,10 +62,7 @@ def evaluate(
     store: Store | None = None,
     *,
     against: ResolvedModel | None = None,
-    cost: bool = True,
-    prices: Prices | None = None,
-    force: bool = False,
-    trust_remote_code: bool = False,
+    options: EvalOptions | None = None,
 ) -> list[Scorecard]:
     """Score models, the teacher first, then measure their cost. Store each scorecard as soon as it is complete.
 
@@ -58,61 +75,94 @@ def evaluate(
         models: the models to score.
         store: holds the registered models.
         against: the teacher; its scorecard comes first in the result.
-        cost: whether to measure costs that are unknown.
-        prices: of machines; None for those that Limbeck ships.
-        force: score and measure everything again.
+        options: None for the defaults.
 
     Raises:
         BadInput: a model cannot be loaded, a score is NaN, or documents do not pair with the teacher's.
     """
-    prices = prices or Prices.load()
-    every = list({model.label: model for model in [*([against] if against else []), *models]}.values())
-    kept = {model.label: [] if force else list(stored_scorecards(model, store)) for model in every}
-    scored: dict[str, StoredScorecard] = {}
-    cards: dict[str, StoredScorecard] = {}
-    printed: set[str] = set()
-    timed = against if against and not against.endpoint else None
-    if cost:
-        for model in every:
-            if model.endpoint:
-                print_status(f"  {model.label}: the cost of an endpoint cannot be measured from here")
+    return _Evaluation(models, tasks, store, against, options or EvalOptions()).run()
 
-    def finish(model: ResolvedModel, own: Cost | None, teachers: Cost | None) -> None:
-        a, b = (reprice(each, *prices.machine_price(each.machine)) if each else None for each in (own, teachers))
-        found = scored[model.label]
-        update = {"model": model.label, "created": datetime.now(UTC), "cost": a}
-        if overlap[model.label]:
-            update["contamination"] = overlap[model.label]
-        card = found.card.model_copy(update=update)
-        if against:
-            relative, lines = _relative(found._replace(card=card), scored[against.label], against, b)
-            card = card.model_copy(update={"relative": relative})
-            for line in lines - printed:
-                print_status(f"  {line}")
-            printed.update(lines)
 
-        cards[model.label] = _store_scorecard(found._replace(card=card), model, store, [*kept[model.label], found])
-        print_status(f"  {_summary_line(cards[model.label].card)}")
+class _Evaluation:
+    """One call of `evaluate`: what is stored and what is done so far, by model label."""
 
-    overlap = _overlaps(every, tasks)
-    unknown = []
-    for model in every:
-        scored[model.label] = _newest_matching(kept[model.label], tasks) or _score(
-            model, tasks, force, trust_remote_code
-        )
-        costs = _known_costs(model, kept[model.label], timed, kept[timed.label] if timed else [])
-        if cost and not costs.is_complete and not model.endpoint:
-            unknown.append(model)
-        else:
-            finish(model, costs.own, costs.teacher)
-    for group in group_by_memory(unknown, timed) if unknown else ():
-        with _progress_bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
-            found = measure_costs(group, trust_remote_code=trust_remote_code, on_round=on_round)
-        measured = {model.label: each for model, each in zip(group, found, strict=True)}
-        for model in unknown:
-            if model.label in measured and model.label not in cards:
-                finish(model, measured[model.label], measured[timed.label] if timed else None)
-    return [cards[model.label].card for model in every]
+    def __init__(
+        self,
+        models: Sequence[ResolvedModel],
+        tasks: TaskSet,
+        store: Store | None,
+        teacher: ResolvedModel | None,
+        options: EvalOptions,
+    ) -> None:
+        self.models = list({model.label: model for model in [*([teacher] if teacher else []), *models]}.values())
+        self.tasks = tasks
+        self.store = store
+        self.teacher = teacher
+        self.timed_teacher = teacher if teacher and not teacher.endpoint else None
+        self.options = options
+        self.prices = options.prices or Prices.load()
+        self.stored = {
+            model.label: [] if options.force else list(stored_scorecards(model, store)) for model in self.models
+        }
+        self.overlaps: dict[str, Contamination | None] = {}
+        self.scored: dict[str, StoredScorecard] = {}
+        self.complete: dict[str, Scorecard] = {}
+        self.printed_warnings: set[str] = set()
+
+    def run(self) -> list[Scorecard]:
+        """The complete scorecard of each model, the teacher's first."""
+        if self.options.cost:
+            for model in self.models:
+                if model.endpoint:
+                    print_status(f"  {model.label}: the cost of an endpoint cannot be measured from here")
+        self.overlaps = _overlaps(self.models, self.tasks)
+        unmeasured = [model for model in self.models if not self._score(model)]
+        self._measure(unmeasured)
+        return [self.complete[model.label] for model in self.models]
+
+    def _score(self, model: ResolvedModel) -> bool:
+        """Score a model. Complete its scorecard, and return True, unless its cost has to be measured."""
+        stored = self.stored[model.label]
+        self.scored[model.label] = newest_matching(stored, self.tasks) or _run_tasks(model, self.tasks, self.options)
+        teacher = self.timed_teacher
+        costs = _known_costs(model, stored, teacher, self.stored[teacher.label] if teacher else [])
+        if self.options.cost and not costs.is_complete and not model.endpoint:
+            return False
+        self._complete(model, costs.own, costs.teacher)
+        return True
+
+    def _measure(self, models: Sequence[ResolvedModel]) -> None:
+        """Measure the cost of models, each in one run with the teacher's, and complete their scorecards."""
+        teacher = self.timed_teacher
+        for group in group_by_memory(models, teacher) if models else ():
+            with _progress_bar(f"measuring the cost of {len(group)} models", "rounds") as on_round:
+                costs = measure_costs(group, trust_remote_code=self.options.trust_remote_code, on_round=on_round)
+            measured = {model.label: cost for model, cost in zip(group, costs, strict=True)}
+            for model in models:
+                if model.label in measured and model.label not in self.complete:
+                    self._complete(model, measured[model.label], measured[teacher.label] if teacher else None)
+
+    def _complete(self, model: ResolvedModel, cost: Cost | None, teacher_cost: Cost | None) -> None:
+        """Add to a model's scores its cost, its overlap and its comparison with the teacher; store the scorecard."""
+        scored = self.scored[model.label]
+        update = {"model": model.label, "created": datetime.now(UTC), "cost": self._at_current_price(cost)}
+        if self.overlaps[model.label]:
+            update["contamination"] = self.overlaps[model.label]
+        own = scored._replace(card=scored.card.model_copy(update=update))
+        if self.teacher:
+            relative, warnings = _relative(
+                own, self.scored[self.teacher.label], self.teacher, self._at_current_price(teacher_cost)
+            )
+            own = own._replace(card=own.card.model_copy(update={"relative": relative}))
+            for warning in warnings - self.printed_warnings:
+                print_status(f"  {warning}")
+            self.printed_warnings |= warnings
+        stored = store_scorecard(own, model, self.store, [*self.stored[model.label], scored])
+        self.complete[model.label] = stored.card
+        print_status(f"  {_summary_line(stored.card)}")
+
+    def _at_current_price(self, cost: Cost | None) -> Cost | None:
+        return reprice(cost, *self.prices.machine_price(cost.machine)) if cost else None
 
 
 def _overlaps(models: Sequence[ResolvedModel], tasks: TaskSet) -> dict[str, Contamination | None]:
@@ -140,71 +190,17 @@ def _describe_contamination(overlap: Contamination | None) -> str:
     return f"documents that occur in it: {', '.join(words)}"
 
 
-class StoredScorecard(NamedTuple):
-    """A scorecard and its parquet of documents."""
-
-    card: Scorecard
-    documents: Path
-    registered: bool = False
-
-
-def stored_scorecards(model: ResolvedModel, store: Store | None) -> Iterator[StoredScorecard]:
-    """The stored scorecards of exactly these files: below `home()`, then in MLflow; each oldest first."""
-    folders = (path for path in _local_folder(model).glob("*") if (path / "scorecard.json").exists())
-    found = []
-    for folder in folders:
-        try:
-            verify_files(folder)
-            card = Scorecard.model_validate_json((folder / "scorecard.json").read_text())
-        except (DamagedArtifact, ValueError):  # damaged: the model is scored again
-            continue
-        found.append(StoredScorecard(card, folder / "documents.parquet"))
-    yield from sorted(found, key=lambda each: each.card.created)
-    if store and model.version:
-        for card in store.findings.scorecards(model.version):
-            if card.artifact == model.digest:
-                yield StoredScorecard(card, store.findings.documents(model.version, card), registered=True)
-
-
-def _newest_matching(kept: Sequence[StoredScorecard], tasks: TaskSet) -> StoredScorecard | None:
-    """The newest scorecard on these tasks by this version of lm-eval."""
-    fitting = [each for each in kept if (each.card.tasks_digest, each.card.harness) == (tasks.digest, tasks.harness)]
-    return max(fitting, key=lambda each: each.card.created, default=None)
-
-
-def _store_scorecard(
-    own: StoredScorecard, model: ResolvedModel, store: Store | None, kept: Sequence[StoredScorecard]
-) -> StoredScorecard:
-    """Store a scorecard and return it; if an equal one is stored already, return that one."""
-    wanted = bool(store and model.version)
-    for each in reversed(kept):
-        if each.registered == wanted and each.card == own.card.model_copy(update={"created": each.card.created}):
-            return each
-    if store and model.version:
-        store.findings.add_scorecard(model.version, own.card, own.documents)
-        return own
-    return _store_locally(own.card, parquet.read_table(own.documents), model)
-
-
-def _store_locally(card: Scorecard, documents: pa.Table, model: ResolvedModel) -> StoredScorecard:
-    folder = _local_folder(model) / card.digest()[:16]
-    with atomic_write(folder) as part:
-        part.mkdir()
-        (part / "scorecard.json").write_text(card.model_dump_json(indent=1))
-        parquet.write_table(documents, part / "documents.parquet")
-        write_manifest(part)
-    return StoredScorecard(card, folder / "documents.parquet")
-
-
-def _local_folder(model: ResolvedModel) -> Path:
-    return home() / "scorecards-local" / model.digest
-
-
-def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code: bool) -> StoredScorecard:
+def _run_tasks(model: ResolvedModel, tasks: TaskSet, options: EvalOptions) -> StoredScorecard:
     """Run the model over the tasks, and store the scores below `home()` first of all."""
     began = time.monotonic()
     with _progress_bar(f"{model.label}: scoring") as on_progress:
-        scores = score_model(model, tasks, on_progress=on_progress, force=force, trust_remote_code=trust_remote_code)
+        scores = score_model(
+            model,
+            tasks,
+            on_progress=on_progress,
+            force=options.force,
+            trust_remote_code=options.trust_remote_code,
+        )
     check_numbers(scores.documents, model.label)
     card = Scorecard(
         artifact=model.digest,
@@ -216,7 +212,7 @@ def _score(model: ResolvedModel, tasks: TaskSet, force: bool, trust_remote_code:
         created=datetime.now(UTC),
         seconds=time.monotonic() - began,
     )
-    return _store_locally(card, scores.documents, model)
+    return store_locally(card, scores.documents, model)
 
 
 class _Costs(NamedTuple):
@@ -303,8 +299,9 @@ def _relative(
 def _summary_line(card: Scorecard) -> str:
     """A scorecard in one line."""
     words = [f"{task} {card.tasks[task].metric} {card.tasks[task].value:.4g}" for task in top_level_tasks(card.tasks)]
-    if card.relative and (kept := card.relative.retention):
-        words.append(f"retention {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]")
+    retention = card.relative.retention if card.relative else None
+    if retention:
+        words.append(f"retention {retention.value:.3f} [{retention.low:.3f}, {retention.high:.3f}]")
     if card.cost:
         words.append(f"{card.cost.decode_tokens_per_s:,.0f} tokens/s")
     return f"{card.model}: {', '.join(words)}"

@@ -53,8 +53,8 @@ def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
     yield from _machine(report, best, cost)
     if (cost.price or "").startswith(PLACEHOLDER):
         yield (
-            f"Dollars: no price of this machine is known; ${cost.usd_per_hour:g} an hour is a placeholder (set --prices "
-            "or --usd-per-hour). The ratios do not depend on it."
+            f"Dollars: no price of this machine is known; ${cost.usd_per_hour:g} an hour is a placeholder (set "
+            "--prices or --usd-per-hour). The ratios do not depend on it."
         )
     if teachers and best.engine != report.teacher_engine:
         yield _engines(report, best)

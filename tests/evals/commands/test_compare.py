@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from limbeck.evals.scores.scorecard import evaluate
+from limbeck.evals.scores.scorecard import EvalOptions, evaluate
 from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS
 from limbeck.evals.stats.noninferiority import Margins, holm_adjusted_p_values
 from limbeck.evals.stats.paired_comparison import compare_to_reference, correct_candidates_by_holm
@@ -142,7 +142,8 @@ def versions(store: Store, folders: list[Path]) -> list[Version]:
 @pytest.fixture
 def scored(store: Store, versions: list[Version], text_tasks: Path) -> None:
     tasks = TaskSet.load(NAMES, [text_tasks])
-    evaluate([load_registered_version(version, store) for version in versions], tasks, store, cost=False)
+    models = [load_registered_version(version, store) for version in versions]
+    evaluate(models, tasks, store, options=EvalOptions(cost=False))
 
 
 def compared(limbeck: Callable[..., Any], *args: object) -> ComparedModels:

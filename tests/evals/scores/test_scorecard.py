@@ -15,7 +15,7 @@ from limbeck.evals.cost.measure import paired_cost_ratio
 from limbeck.evals.cost.prices import Prices
 from limbeck.evals.cost.runner import TimingPlan
 from limbeck.evals.scores import scorecard
-from limbeck.evals.scores.scorecard import evaluate
+from limbeck.evals.scores.scorecard import EvalOptions, evaluate
 from limbeck.evals.stats.retention import compare_with_teacher
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel, load_registered_version, resolve_model
@@ -25,6 +25,7 @@ from limbeck.registry.records import NewVersion
 from tests.conftest import make_model
 
 NAMES = ["text_bits_per_byte", "text_next_line"]
+NO_COST = EvalOptions(cost=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def at(usd_per_hour: float) -> Prices:
+def price(usd_per_hour: float) -> Prices:
     """One price for any machine."""
     return Prices.load(usd_per_hour=usd_per_hour)
 
 
 def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]) -> None:
     teacher, onnx, student = models
-    cards = evaluate([onnx, teacher], tasks, store, against=teacher, prices=at(0.2))
+    cards = evaluate([onnx, teacher], tasks, store, against=teacher, options=EvalOptions(prices=price(0.2)))
     assert [card.model for card in cards] == ["m/1", "m/2"]
     assert calls == ["score m/1", "score m/2", "measure m/1 m/2"]
     own, exported = (card.relative for card in cards)
@@ -122,7 +123,7 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
 
     # Again, with a student more: only the student is run.
     calls.clear()
-    again = evaluate([onnx, student], tasks, store, against=teacher, cost=False, prices=at(0.2))
+    again = evaluate([onnx, student], tasks, store, against=teacher, options=EvalOptions(cost=False, prices=price(0.2)))
     assert calls == ["score m/3"]
     assert again[:2] == cards
     assert again[2].cost is None
@@ -141,7 +142,7 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
 
     # Another price: neither scored nor measured.
     calls.clear()
-    (_, dear) = evaluate([onnx], tasks, store, against=teacher, prices=at(0.4))
+    (_, dear) = evaluate([onnx], tasks, store, against=teacher, options=EvalOptions(prices=price(0.4)))
     assert calls == []
     assert dear.cost
     assert dear.cost.usd_per_million_tokens == pytest.approx(2 * a.usd_per_million_tokens)
@@ -155,17 +156,17 @@ def test_a_teacher_named_later_needs_no_forward_run(
     models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
 ) -> None:
     teacher, _, student = models
-    bare = evaluate([teacher, student], tasks, store, cost=False)
+    bare = evaluate([teacher, student], tasks, store, options=NO_COST)
     assert [card.relative for card in bare] == [None, None]
     calls.clear()
-    cards = evaluate([student], tasks, store, against=teacher, cost=False)
+    cards = evaluate([student], tasks, store, against=teacher, options=NO_COST)
     assert calls == []
     assert cards[1].relative
     assert cards[1].tasks == bare[1].tasks
     # Other tasks are other scores.
     few = TaskSet.load(NAMES[:1], [tasks_folder(tasks)], limit=5)
-    evaluate([student], few, store, cost=False)
-    evaluate([student], tasks, store, cost=False, force=True)
+    evaluate([student], few, store, options=NO_COST)
+    evaluate([student], tasks, store, options=EvalOptions(cost=False, force=True))
     assert calls == ["score m/3", "score m/3"]
 
 
@@ -185,7 +186,7 @@ def test_a_ratio_is_of_costs_measured_in_one_run(
 
     # Both costs are known, not of one run.
     calls.clear()
-    (_, card) = evaluate([one], tasks, store, against=teacher, cost=False)
+    (_, card) = evaluate([one], tasks, store, against=teacher, options=NO_COST)
     assert calls == []
     assert card.cost == alone[0].cost
     assert card.relative
@@ -256,11 +257,11 @@ def test_a_kill_loses_nothing_finished(
     with monkeypatch.context() as patch:
         patch.setattr(scorecard, "score_model", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate([onnx, student], tasks, store, cost=False)
+            evaluate([onnx, student], tasks, store, options=NO_COST)
     assert onnx.version
     assert len(store.findings.scorecards(onnx.version)) == 1
     calls.clear()
-    cards = evaluate([onnx, student], tasks, store, cost=False)
+    cards = evaluate([onnx, student], tasks, store, options=NO_COST)
     assert calls == ["score m/3"]
     assert [card.model for card in cards] == ["m/2", "m/3"]
 
@@ -269,12 +270,12 @@ def test_a_folder_is_scored_once_and_a_damaged_score_again(
     limbeck_home: Path, onnx_llama: Path, tasks: TaskSet, calls: list[str]
 ) -> None:
     model = resolve_model(str(onnx_llama))
-    first = evaluate([model], tasks, cost=False)
-    assert evaluate([model], tasks, cost=False) == first
+    first = evaluate([model], tasks, options=NO_COST)
+    assert evaluate([model], tasks, options=NO_COST) == first
     assert len(calls) == 1
     (documents,) = limbeck_home.rglob("documents.parquet")
     documents.write_bytes(documents.read_bytes()[:-10])
-    again = evaluate([model], tasks, cost=False)
+    again = evaluate([model], tasks, options=NO_COST)
     assert len(calls) == 2
     assert again[0].tasks == first[0].tasks
 
@@ -290,7 +291,7 @@ def test_scores_that_are_no_numbers_are_refused(
     weights["model.norm.weight"][:] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*gives NaN"):
-        evaluate([resolve_model(str(folder))], tasks, cost=False)
+        evaluate([resolve_model(str(folder))], tasks, options=NO_COST)
     assert not list(limbeck_home.rglob("scorecard.json"))
 
 

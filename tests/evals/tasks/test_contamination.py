@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.evals.scores.scorecard import evaluate
+from limbeck.evals.scores.scorecard import EvalOptions, evaluate
 from limbeck.evals.tasks.contamination import measure_contamination, overlaps
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import load_registered_version
@@ -175,18 +175,18 @@ def test_eval_records_the_overlap_in_the_scorecard(
     tasks = load(f"output_type: loglikelihood\n{KINDS['loglikelihood']}", ROWS)
     version = store.register(NewVersion(name="m", kind="student", data_digest=DIGEST), tiny_llama)
     model = load_registered_version(version, store)
-    (card,) = evaluate([model], tasks, store, cost=False)
+    (card,) = evaluate([model], tasks, store, options=EvalOptions(cost=False))
     assert card.contamination is None
     assert "not on this machine" in capsys.readouterr().err
     folder = training_text(" ".join(WORDS))
-    (card,) = evaluate([model], tasks, store, cost=False)
+    (card,) = evaluate([model], tasks, store, options=EvalOptions(cost=False))
     assert card.contamination is not None
     assert card.contamination.tasks == {"t": Overlap(documents=2, contaminated=1)}
     assert "1 of 2 of t" in capsys.readouterr().err
     assert store.findings.scorecards(version)[-1] == card
     assert "in training text" in limbeck("models", "show", "m/1").out
     shutil.rmtree(folder)  # the recorded overlap stays
-    (again,) = evaluate([model], tasks, store, cost=False)
+    (again,) = evaluate([model], tasks, store, options=EvalOptions(cost=False))
     assert again == card
     runs = store.client.search_runs(
         [store.client.get_experiment_by_name("limbeck").experiment_id], "metrics.`contamination.t` = 0.5"

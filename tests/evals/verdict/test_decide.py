@@ -172,7 +172,9 @@ def add(store: Store, tmp_path: Path) -> Add:
             "cost": cost(factor) if factor else None,
             "relative": relative(scores, factor) if first and not alone else None,
         }
-        store.findings.add_scorecard(version, Scorecard.model_validate(card_fields | changes), tmp_path / "documents.parquet")
+        store.findings.add_scorecard(
+            version, Scorecard.model_validate(card_fields | changes), tmp_path / "documents.parquet"
+        )
         first.append((version.ref, version.digest, scores))
         return version
 
@@ -299,7 +301,9 @@ def test_nothing_measured_of_cost(store: Store, add: Add) -> None:
     as_good = add({"qa": wrong(DOCUMENTS, 0)})
     found = decide_verdict(store, "m")
     assert (found.answer, candidate(found, as_good).quality) == ("not settled", "pass")
-    assert found.next_steps == ("Measure its cost in one run with the teacher's: limbeck eval m/2 --tasks qa --against m/1",)
+    assert found.next_steps == (
+        "Measure its cost in one run with the teacher's: limbeck eval m/2 --tasks qa --against m/1",
+    )
     assert "The cost of running m/2: speed, memory, dollars." in found.not_measured
     for text in (render_markdown(found), render_html(found)):
         assert "Not measured." in text
