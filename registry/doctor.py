@@ -98,7 +98,7 @@ def _packages() -> Iterator[Check]:
         yield Check("wrong", "limbeck", "it is not installed", "make install")
         return
     pins = read_tested_versions()
-    missing = {extra: [r for r in asked if _version(r) is None] for extra, asked in extras.items()}
+    missing = {extra: [r for r in requirements if _version(r) is None] for extra, requirements in extras.items()}
     for extra, absent in missing.items():
         yield from _missing(extra, absent)
     seen: set[str] = set()
@@ -106,14 +106,14 @@ def _packages() -> Iterator[Check]:
     for extra in sorted(
         extras, key=lambda extra: bool(missing[extra])
     ):  # complete extras first: their misfits are wrong
-        for asked in extras[extra]:
-            version = _version(asked)
-            if version is None or asked.name in seen:
+        for requirement in extras[extra]:
+            version = _version(requirement)
+            if version is None or requirement.name in seen:
                 continue
-            seen.add(asked.name)
-            pin = pins.get(canonical_name(asked.name))
+            seen.add(requirement.name)
+            pin = pins.get(canonical_name(requirement.name))
             tested += version.split("+")[0] == pin
-            yield from _misfit(asked, version, pin, needed=not extra or not missing[extra])
+            yield from _misfit(requirement, version, pin, needed=not extra or not missing[extra])
     if pins:
         yield Check("ok", "packages", f"{tested} of {len(seen)} have the tested version")
     else:
@@ -135,21 +135,21 @@ def _requirements_of_extras() -> dict[str, list[Requirement]]:
     from packaging.requirements import Requirement
 
     found: dict[str, list[Requirement]] = {}
-    for asked in map(Requirement, metadata.requires("limbeck") or []):
-        marker = asked.marker
+    for requirement in map(Requirement, metadata.requires("limbeck") or []):
+        marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
-            found.setdefault("", []).append(asked)
+            found.setdefault("", []).append(requirement)
             continue
         for extra in packages_of_extras().keys() - FOR_DEVELOPERS:
-            if asked.name != "limbeck" and marker.evaluate({"extra": extra}):
-                found.setdefault(extra, []).append(asked)
+            if requirement.name != "limbeck" and marker.evaluate({"extra": extra}):
+                found.setdefault(extra, []).append(requirement)
     return found
 
 
-def _version(asked: Requirement) -> str | None:
+def _version(requirement: Requirement) -> str | None:
     """The installed version of a package; None if it is not installed."""
     try:
-        return metadata.version(asked.name)
+        return metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
         return None
 
@@ -157,20 +157,25 @@ def _version(asked: Requirement) -> str | None:
 def _missing(extra: str, absent: list[Requirement]) -> Iterator[Check]:
     """Report missing packages: wrong if Limbeck always requires them, a note if an extra does."""
     if extra and absent:
-        names = ", ".join(asked.name for asked in absent)
+        names = ", ".join(requirement.name for requirement in absent)
         yield Check("note", f"extra {extra}", f"not installed: {names}; to install: pip install 'limbeck[{extra}]'")
         return
-    for asked in absent:
-        yield Check("wrong", asked.name, "not installed", f"pip install '{asked.name}{asked.specifier}'")
+    for requirement in absent:
+        yield Check(
+            "wrong", requirement.name, "not installed", f"pip install '{requirement.name}{requirement.specifier}'"
+        )
 
 
-def _misfit(asked: Requirement, version: str, pin: str | None, *, needed: bool) -> Iterator[Check]:
+def _misfit(requirement: Requirement, version: str, pin: str | None, *, needed: bool) -> Iterator[Check]:
     """Report a version that does not fit or was not tested; wrong only if `needed`: its extra is complete."""
-    if not asked.specifier.contains(version, prereleases=True):
-        found, fix = f"{version}, required is {asked.specifier}", f"pip install '{asked.name}{asked.specifier}'"
-        yield Check("wrong", asked.name, found, fix) if needed else Check("note", asked.name, found)
+    if not requirement.specifier.contains(version, prereleases=True):
+        found, fix = (
+            f"{version}, required is {requirement.specifier}",
+            f"pip install '{requirement.name}{requirement.specifier}'",
+        )
+        yield Check("wrong", requirement.name, found, fix) if needed else Check("note", requirement.name, found)
     elif pin and version.split("+")[0] != pin:
-        yield Check("note", asked.name, f"{version}; Limbeck was tested with {pin}")
+        yield Check("note", requirement.name, f"{version}; Limbeck was tested with {pin}")
 
 
 def _machine() -> Iterator[Check]:

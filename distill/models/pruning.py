@@ -104,7 +104,9 @@ def importance(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray) ->
     return scores
 
 
-def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, kept: torch.Tensor) -> dict[str, float]:
+def _norm_scales(
+    teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, channels: torch.Tensor
+) -> dict[str, float]:
     """The factor for the weights of each norm: the mean ratio of the root mean squares after and before the cut."""
     ratios: dict[str, list[torch.Tensor]] = defaultdict(list)
     norms = dict(teacher.named_modules())
@@ -112,7 +114,7 @@ def _norm_scales(teacher: PreTrainedModel, blocks: Blocks, indices: np.ndarray, 
     def add_ratio(path: str, kind: str, value: torch.Tensor, valid: torch.Tensor) -> None:
         if kind == "norm input":
             centred = isinstance(norms[path], torch.nn.LayerNorm)
-            ratio = _root_mean_square(value[..., kept], centred) / _root_mean_square(value, centred)
+            ratio = _root_mean_square(value[..., channels], centred) / _root_mean_square(value, centred)
             ratios[f"{path}.weight"].append(ratio[valid])
 
     _run_with_hooks(teacher, blocks, indices, add_ratio)
@@ -202,14 +204,14 @@ def _layer_number(path: str, layers: str) -> int | None:
 
 
 def _prune_tensor(
-    whole: torch.Tensor, axes: tuple[str, ...], kept: KeptUnits, layer: int | None, before: Shape
+    whole: torch.Tensor, axes: tuple[str, ...], kept_units: KeptUnits, layer: int | None, before: Shape
 ) -> torch.Tensor:
     """A copy of a teacher's tensor with only the units to keep."""
     for axis, parts in enumerate(axes):
         length = whole.shape[axis] // max(1, len(parts.split()))  # of each part
         indices = []
         for number, part in enumerate(parts.split()):
-            units = kept.units(part, layer)
+            units = kept_units.units(part, layer)
             width = length // getattr(before, part)  # rows of one unit, such as the size of a head
             indices.append(number * length + (units[:, None] * width + torch.arange(width)).flatten())
         if indices:
