@@ -1,4 +1,4 @@
-"""The `limbeck` command: a table of contents of the program. A command's module is imported when it is called."""
+"""The `limbeck` command: a table of contents of the program. Imports a command's module only when it is called."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import click
 from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.core.extras import install_command
 
-# Threads that spin long while they wait take the core that another process needs. Training tokens per second on 2
-# cores, idle and with one core busy: 35,000 and 10,000 by default, 33,000 and 16,000 so, 28,000 and 19,000 unspun.
+# Threads that spin for long while they wait block a core that another process needs. Training tokens per second on 2
+# cores, both idle / one busy: 35,000 / 10,000 by default, 33,000 / 16,000 with this, 28,000 / 19,000 without spinning.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 Table = dict[str, tuple["str | Table", str]]
 
-# command -> (module:object, the line that `--help` shows)
+# command -> (module:object, its line in `--help`)
 MODELS: Table = {
     "list": ("limbeck.registry.commands.models:list_", "The versions of NAME, or of all models."),
     "show": ("limbeck.registry.commands.models:show", "Everything recorded about a version."),
     "lineage": ("limbeck.registry.commands.models:lineage", "The tree from teacher to served artifact."),
     "card": ("limbeck.registry.commands.models:card", "The model card of a version, as Markdown."),
-    "diff": ("limbeck.evals.commands.diff:diff", "Two versions side by side: recipe, scores, cost."),
+    "diff": ("limbeck.evals.commands.diff:diff", "Compare two versions: recipe, scores, cost."),
     "sbom": ("limbeck.registry.commands.sbom:sbom", "The SBOM of a version: print, store, sign, verify."),
     "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
 }
@@ -44,15 +44,15 @@ WEBHOOKS: Table = {
     "remove": ("limbeck.registry.commands.webhooks:remove", "Remove a webhook."),
     "test": ("limbeck.registry.commands.webhooks:test", "Have the server send an example notice now."),
 }
-# or (the table of a group, its line)
+# or (the table of a group, its line in `--help`)
 COMMANDS: Table = {
-    "quickstart": ("limbeck.quickstart.cli:quickstart", "The whole loop on what is already on this machine."),
+    "quickstart": ("limbeck.quickstart.cli:quickstart", "Run the whole loop with what this machine has."),
     "data": ("limbeck.distill.commands.distill:data", "Write a recipe's train and held-out text."),
     "distill": ("limbeck.distill.commands.distill:distill", "Distil a teacher into the students of a recipe."),
     "cache": ("limbeck.distill.commands.cache:cache", "The teacher caches of this machine: list, verify, prune."),
     "export": (
         "limbeck.export.commands.export:export",
-        "Export torch models to ONNX variants, checked against PyTorch.",
+        "Export PyTorch models to ONNX variants, compared with PyTorch.",
     ),
     "tasks": ("limbeck.evals.commands.eval:tasks", "Make lm-eval tasks from held-out text."),
     "eval": (
@@ -61,7 +61,7 @@ COMMANDS: Table = {
     ),
     "compare": (
         "limbeck.evals.commands.compare:compare",
-        "Hold one scored version against another, document by document.",
+        "Compare one scored version with another, document by document.",
     ),
     "leaderboard": (
         "limbeck.evals.commands.leaderboard:leaderboard",
@@ -69,13 +69,13 @@ COMMANDS: Table = {
     ),
     "verdict": (
         "limbeck.evals.commands.verdict:verdict",
-        "Is the giant a waste here? One page, and what was not measured.",
+        "Is the giant a waste here? One page with the answer.",
     ),
     "models": (MODELS, "Browse the registry."),
     "promote": ("limbeck.registry.commands.gate:promote", "Move an alias to a version that passes the policy."),
     "rollback": ("limbeck.registry.commands.gate:rollback", "Move an alias back to its previous version."),
     "policy": (POLICY, "Check a policy."),
-    "protect": ("limbeck.registry.commands.gate:protect", "Let an alias move only by one policy."),
+    "protect": ("limbeck.registry.commands.gate:protect", "Let an alias move only under one policy."),
     "request": ("limbeck.registry.commands.approvals:request", "Request that an alias may point at a version."),
     "approve": ("limbeck.registry.commands.approvals:approve", "Approve a request, after printing the gate decision."),
     "reject": ("limbeck.registry.commands.approvals:reject", "Reject a request."),
@@ -106,7 +106,7 @@ EXTRAS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in the rooms and are imported one at a time."""
+    """A group that imports each command from its room only when it is called."""
 
     command_table: Table = COMMANDS
 
@@ -126,7 +126,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # From the table alone: help must not import a room.
+        # From the table only: `--help` must not import a room.
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in self.command_table.items()])
 
@@ -155,7 +155,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Exit codes: 0 done, 1 a gate or check said no, 2 bad input, 130 stopped by Ctrl-C."""
+    """Run a command. Exit codes: 0 done, 1 a gate or check failed, 2 bad input, 130 stopped by Ctrl-C."""
     try:
         code = cli.main(args, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -163,7 +163,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     except LimbeckError as error:
         print(f"error: {error}", file=sys.stderr)
