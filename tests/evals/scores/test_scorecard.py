@@ -1,9 +1,11 @@
-"""Scorecards of real models on real tasks: what is known is not done again, what is finished is not lost."""
+"""Scorecards of real models on real tasks: stored results are reused, and an interruption loses none."""
 
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from limbeck.evals.cost.measure import paired_cost_ratio
+from limbeck.evals.cost.measure import describe_machine, measure_costs, paired_cost_ratio
 from limbeck.evals.cost.prices import Prices
 from limbeck.evals.cost.runner import TimingPlan
 from limbeck.evals.scores import scorecard
@@ -21,8 +23,9 @@ from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel, load_registered_version, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import NewVersion
+from limbeck.registry.records import Cost, NewVersion
 from tests.conftest import make_model
+from tests.evals.timed_costs import timed_cost
 
 NAMES = ["text_bits_per_byte", "text_next_line"]
 NO_COST = EvalOptions(cost=False)
@@ -51,10 +54,10 @@ def models(store: Store, tiny_llama: Path, onnx_llama: Path, other_llama: Path) 
 
 
 @pytest.fixture
-def quick(
+def onnx_models(
     store: Store, onnx_llama: Path, other_llama: Path, tiny_gpt2: Path, onnx: Callable[[Path], Path]
 ) -> list[ResolvedModel]:
-    """A registered teacher and two students, all ONNX: their processes are loaded in a moment."""
+    """A registered teacher and two students, all ONNX, which load fast."""
     folders = [onnx_llama, onnx(other_llama), onnx(tiny_gpt2)]
     versions = [store.register(NewVersion(name="m", kind="onnx", engine="onnxruntime"), folder) for folder in folders]
     return [load_registered_version(version, store) for version in versions]
@@ -62,22 +65,22 @@ def quick(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was run: "score m/1" and "measure m/1 m/2", in order."""
-    seen: list[str] = []
-    score, measure = scorecard.score_model, scorecard.measure_costs
-    plan = TimingPlan(prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
+    """The calls that score and measure, such as "score m/1" and "measure m/1 m/2". Scores are real, costs made up."""
+    calls: list[str] = []
+    score = scorecard.score_model
 
-    def scoring(model: ResolvedModel, *args: Any, **more: Any) -> Any:
-        seen.append(f"score {model.label}")
-        return score(model, *args, **more)
+    def score_model(model: ResolvedModel, *args: Any, **options: Any) -> Any:
+        calls.append(f"score {model.label}")
+        return score(model, *args, **options)
 
-    def measuring(models: list[ResolvedModel], **more: Any) -> Any:
-        seen.append(f"measure {' '.join(model.label for model in models)}")
-        return measure(models, plan, **more)
+    def made_up_costs(models: list[ResolvedModel], **options: Any) -> list[Cost]:
+        calls.append(f"measure {' '.join(model.label for model in models)}")
+        run = uuid.uuid4().hex
+        return [timed_cost(1 / n, run=run, machine=describe_machine(model)) for n, model in enumerate(models, 1)]
 
-    monkeypatch.setattr(scorecard, "score_model", scoring)
-    monkeypatch.setattr(scorecard, "measure_costs", measuring)
-    return seen
+    monkeypatch.setattr(scorecard, "score_model", score_model)
+    monkeypatch.setattr(scorecard, "measure_costs", made_up_costs)
+    return calls
 
 
 def price(usd_per_hour: float) -> Prices:
@@ -85,7 +88,9 @@ def price(usd_per_hour: float) -> Prices:
     return Prices.load(usd_per_hour=usd_per_hour)
 
 
-def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]) -> None:
+def test_students_are_scored_relative_to_their_teacher(
+    models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
+) -> None:
     teacher, onnx, student = models
     cards = evaluate([onnx, teacher], tasks, store, against=teacher, options=EvalOptions(prices=price(0.2)))
     assert [card.model for card in cards] == ["m/1", "m/2"]
@@ -98,37 +103,37 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
     assert exported.teacher == "m/1"
     assert exported.teacher_digest == teacher.digest
     assert exported.difference["text_bits_per_byte"].value == pytest.approx(0, abs=1e-4)  # fp32 ONNX is PyTorch
-    a, b = cards[1].cost, cards[0].cost
-    assert a
-    assert b
-    assert a.run == b.run
-    assert exported.teacher_cost == b
-    assert exported.cost_ratio_interval == paired_cost_ratio(a, b)
+    onnx_cost, teacher_cost = cards[1].cost, cards[0].cost
+    assert onnx_cost
+    assert teacher_cost
+    assert onnx_cost.run == teacher_cost.run
+    assert exported.teacher_cost == teacher_cost
+    assert exported.cost_ratio_interval == paired_cost_ratio(onnx_cost, teacher_cost)
     assert exported.cost_ratio == exported.cost_ratio_interval.value
     assert exported.speedup_interval
     assert exported.speedup == exported.speedup_interval.value == pytest.approx(1 / exported.cost_ratio)
     assert exported.speedup_interval.low * exported.cost_ratio_interval.high == pytest.approx(1)
-    assert a.price
-    assert "0.2 USD/h (--usd-per-hour)" in a.price
+    assert onnx_cost.price
+    assert "0.2 USD/h (--usd-per-hour)" in onnx_cost.price
     assert all(card.seconds and card.seconds > 0 for card in cards)
     assert cards[1].tasks.keys() == set(NAMES)
     for model, card in zip((teacher, onnx), cards, strict=True):
         assert model.version
         assert store.findings.scorecards(model.version) == [card]
-        kept = parquet.read_table(store.findings.documents(model.version, card)).to_pandas()
-        mine = kept[kept["task"] == "text_bits_per_byte"]
-        assert np.average(mine["value"], weights=mine["weight"]) == pytest.approx(
+        documents = parquet.read_table(store.findings.documents(model.version, card)).to_pandas()
+        rows = documents[documents["task"] == "text_bits_per_byte"]
+        assert np.average(rows["value"], weights=rows["weight"]) == pytest.approx(
             card.tasks["text_bits_per_byte"].value
         )
 
-    # Again, with a student more: only the student is run.
+    # Again with another student: only that one is scored.
     calls.clear()
     again = evaluate([onnx, student], tasks, store, against=teacher, options=EvalOptions(cost=False, prices=price(0.2)))
     assert calls == ["score m/3"]
     assert again[:2] == cards
     assert again[2].cost is None
 
-    # The student's relative part is what the statistics say of the two sets of documents.
+    # The student's comparison equals the statistics of the two sets of documents.
     assert student.version
     assert teacher.version
     tables = (
@@ -142,12 +147,12 @@ def test_teacher_and_students(models: list[ResolvedModel], tasks: TaskSet, store
 
     # Another price: neither scored nor measured.
     calls.clear()
-    (_, dear) = evaluate([onnx], tasks, store, against=teacher, options=EvalOptions(prices=price(0.4)))
+    (_, repriced) = evaluate([onnx], tasks, store, against=teacher, options=EvalOptions(prices=price(0.4)))
     assert calls == []
-    assert dear.cost
-    assert dear.cost.usd_per_million_tokens == pytest.approx(2 * a.usd_per_million_tokens)
-    assert dear.relative
-    assert dear.relative.cost_ratio == pytest.approx(exported.cost_ratio)
+    assert repriced.cost
+    assert repriced.cost.usd_per_million_tokens == pytest.approx(2 * onnx_cost.usd_per_million_tokens)
+    assert repriced.relative
+    assert repriced.relative.cost_ratio == pytest.approx(exported.cost_ratio)
     assert onnx.version
     assert [card.cost and card.cost.usd_per_hour for card in store.findings.scorecards(onnx.version)] == [0.2, 0.4]
 
@@ -163,7 +168,7 @@ def test_a_teacher_named_later_needs_no_forward_run(
     assert calls == []
     assert cards[1].relative
     assert cards[1].tasks == bare[1].tasks
-    # Other tasks are other scores.
+    # Other tasks, or force, need new scores.
     few = TaskSet.load(NAMES[:1], [tasks_folder(tasks)], limit=5)
     evaluate([student], few, store, options=NO_COST)
     evaluate([student], tasks, store, options=EvalOptions(cost=False, force=True))
@@ -171,20 +176,20 @@ def test_a_teacher_named_later_needs_no_forward_run(
 
 
 def tasks_folder(tasks: TaskSet) -> Path:
-    """Where the data of the tasks lie."""
+    """The folder of the tasks' data."""
     config = tasks.tasks[NAMES[0]].config
     return Path(config.dataset_kwargs["data_files"]["test"]).parent
 
 
-def test_a_ratio_is_of_costs_measured_in_one_run(
-    quick: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
+def test_a_cost_ratio_needs_costs_of_one_run(
+    onnx_models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str]
 ) -> None:
-    teacher, one, other = quick
+    teacher, one, other = onnx_models
     alone = evaluate([one], tasks, store)
     first = evaluate([], tasks, store, against=teacher)
     assert calls == ["score m/2", "measure m/2", "score m/1", "measure m/1"]
 
-    # Both costs are known, not of one run.
+    # Both costs are known, but not from one run.
     calls.clear()
     (_, card) = evaluate([one], tasks, store, against=teacher, options=NO_COST)
     assert calls == []
@@ -192,7 +197,7 @@ def test_a_ratio_is_of_costs_measured_in_one_run(
     assert card.relative
     assert (card.relative.cost_ratio, card.relative.speedup, card.relative.teacher_cost) == (None, None, None)
 
-    # So both are timed again; the teacher's own scorecard stays as it is.
+    # Both are measured again; the teacher's own scorecard does not change.
     (own, card) = evaluate([one], tasks, store, against=teacher)
     assert calls == ["measure m/1 m/2"]
     assert own == first[0]
@@ -200,7 +205,7 @@ def test_a_ratio_is_of_costs_measured_in_one_run(
     assert card.relative
     assert card.relative.cost_ratio
 
-    # A candidate more: the first one's ratio stays that of its own run.
+    # With another candidate, the first one keeps the ratio of its own run.
     calls.clear()
     (own, again, new) = evaluate([one, other], tasks, store, against=teacher)
     assert calls == ["score m/3", "measure m/1 m/3"]
@@ -214,21 +219,40 @@ def test_a_ratio_is_of_costs_measured_in_one_run(
     assert calls == []
 
 
-def test_where_memory_holds_two_models_at_once(
-    quick: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str], monkeypatch: pytest.MonkeyPatch
+def test_costs_are_really_measured_in_one_run_with_the_teacher(
+    onnx_models: list[ResolvedModel], tasks: TaskSet, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The teacher is timed beside each candidate; what a run found is kept before the next one begins."""
-    teacher, one, other = quick
-    monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: 0)
-    measuring = scorecard.measure_costs
+    brief = TimingPlan(prompt_tokens=16, new_tokens=8, rounds=6, batches=(1,), threads=1)
+    monkeypatch.setattr(scorecard, "measure_costs", partial(measure_costs, plan=brief))
+    teacher, student, _ = onnx_models
+    cards = evaluate([student], tasks, store, against=teacher)
+    own, relative = cards[1].cost, cards[1].relative
+    assert own
+    assert relative
+    assert relative.teacher_cost
+    assert own.run == relative.teacher_cost.run
+    assert own.machine == describe_machine(student)
+    assert relative.cost_ratio == paired_cost_ratio(own, relative.teacher_cost).value
+    # A cost that was measured on this machine is not measured again.
+    monkeypatch.setattr(scorecard, "measure_costs", None)
+    assert evaluate([student], tasks, store, against=teacher) == cards
 
-    def killed(given: list[ResolvedModel], **more: Any) -> Any:
-        if other in given:
+
+def test_if_memory_holds_only_two_models_each_run_is_stored_at_once(
+    onnx_models: list[ResolvedModel], tasks: TaskSet, store: Store, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is measured with each candidate; a run's costs are stored before the next run begins."""
+    teacher, one, other = onnx_models
+    monkeypatch.setattr("limbeck.evals.cost.measure.available_memory", lambda: 0)
+    measure = scorecard.measure_costs
+
+    def interrupted(models: list[ResolvedModel], **options: Any) -> Any:
+        if other in models:
             raise KeyboardInterrupt
-        return measuring(given, **more)
+        return measure(models, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, "measure_costs", killed)
+        patch.setattr(scorecard, "measure_costs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate([one, other], tasks, store, against=teacher)
     assert one.version
@@ -239,7 +263,7 @@ def test_where_memory_holds_two_models_at_once(
     assert all(card.relative and card.relative.cost_ratio for card in cards)
 
 
-def test_a_kill_loses_nothing_finished(
+def test_an_interruption_keeps_complete_scorecards(
     models: list[ResolvedModel],
     tasks: TaskSet,
     store: Store,
@@ -247,15 +271,15 @@ def test_a_kill_loses_nothing_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, onnx, student = models
-    scoring = scorecard.score_model
+    score = scorecard.score_model
 
-    def killed(model: ResolvedModel, *args: Any, **more: Any) -> Any:
+    def interrupted(model: ResolvedModel, *args: Any, **options: Any) -> Any:
         if model == student:
             raise KeyboardInterrupt
-        return scoring(model, *args, **more)
+        return score(model, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, "score_model", killed)
+        patch.setattr(scorecard, "score_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate([onnx, student], tasks, store, options=NO_COST)
     assert onnx.version
@@ -266,7 +290,7 @@ def test_a_kill_loses_nothing_finished(
     assert [card.model for card in cards] == ["m/2", "m/3"]
 
 
-def test_a_folder_is_scored_once_and_a_damaged_score_again(
+def test_a_folder_is_scored_again_only_if_its_scorecard_is_damaged(
     limbeck_home: Path, onnx_llama: Path, tasks: TaskSet, calls: list[str]
 ) -> None:
     model = resolve_model(str(onnx_llama))
@@ -280,7 +304,7 @@ def test_a_folder_is_scored_once_and_a_damaged_score_again(
     assert again[0].tasks == first[0].tasks
 
 
-def test_scores_that_are_no_numbers_are_refused(
+def test_scores_of_nan_are_refused_and_not_stored(
     limbeck_home: Path, tiny_llama: Path, tmp_path: Path, tasks: TaskSet
 ) -> None:
     from safetensors.numpy import load_file, save_file
@@ -293,68 +317,3 @@ def test_scores_that_are_no_numbers_are_refused(
     with pytest.raises(BadInput, match=r"task text_bits_per_byte, document \d+: .*gives NaN"):
         evaluate([resolve_model(str(folder))], tasks, options=NO_COST)
     assert not list(limbeck_home.rglob("scorecard.json"))
-
-
-# --- the commands
-
-
-@pytest.fixture
-def evaluated(limbeck: Callable[..., Any], text_tasks: Path) -> Callable[..., Any]:
-    """Run `limbeck eval ... --tasks ... --include-path ... --no-cost`."""
-
-    def run(*args: object) -> Any:
-        return limbeck("eval", *args, "--tasks", ",".join(NAMES), "--include-path", text_tasks, "--no-cost")
-
-    return run
-
-
-def test_eval_of_a_name_is_of_all_its_versions(models: list[ResolvedModel], evaluated: Callable[..., Any]) -> None:
-    import json
-
-    done = evaluated("m", "--against", "m/1", "--format", "json")
-    assert done.code == 0
-    cards = json.loads(done.out)
-    assert [card["model"] for card in cards] == ["m/1", "m/2", "m/3"]
-    assert cards[2]["relative"]["teacher"] == "m/1"
-    assert cards[2]["tasks"]["text_next_line"]["metric"] == "acc"
-    table = evaluated("m", "--against", "m/1")
-    assert "m/3" in table.out
-    assert "bits per" in table.out
-    assert max(map(len, table.out.splitlines())) <= 140
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["LLAMA", "--usd-per-hour", "-1"], "a price of -1 dollars an hour"),
-        (["EMPTY"], "is not a model"),
-        (["LLAMA", "--against", "EMPTY"], "is not a model"),
-        (["LLAMA", "--limit", "0"], "limit"),
-    ],
-)
-def test_bad_input(
-    args: list[str],
-    message: str,
-    tiny_llama: Path,
-    limbeck_home: Path,
-    tmp_path: Path,
-    evaluated: Callable[..., Any],
-) -> None:
-    (tmp_path / "empty").mkdir()
-    places = {"LLAMA": str(tiny_llama), "EMPTY": str(tmp_path / "empty")}
-    done = evaluated(*(places.get(arg, arg) for arg in args))
-    assert done.code == 2
-    assert message in done.err
-    assert "Traceback" not in done.err
-    assert done.out == ""
-
-
-def test_tasks_are_made_and_named(
-    limbeck: Callable[..., Any], limbeck_home: Path, corpus: Path, tmp_path: Path
-) -> None:
-    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_line")
-    assert (done.code, done.out) == (0, "mine_next_line\n")
-    assert list((tmp_path / "t").rglob("*.yaml"))
-    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_lime")
-    assert done.code == 2
-    assert "did you mean next_line" in done.err
