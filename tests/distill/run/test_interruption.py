@@ -59,7 +59,7 @@ def test_a_run_killed_in_the_capture_and_stopped_in_the_training_resumes(
 
     code, err = run_until(args, limbeck_home, checkpoints, signal.SIGINT)
     assert code == 130, err
-    assert "run the same command again to go on" in err
+    assert "run the same command again to continue" in err
     assert "Traceback" not in err
     tokens, captured_now = (int(word.replace(",", "")) for word in _captured_tokens(err))
     assert 0 < captured_now < tokens  # the rest was stored before the kill
