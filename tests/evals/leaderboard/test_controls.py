@@ -1,4 +1,4 @@
-"""The leaderboard shows controls as such, and says whether distillation beat them; it can lose."""
+"""Controls: comparisons with the students of their family, and how the leaderboard shows them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FILES = [f"file{place % 12}.py" for place in range(48)]
 
 @pytest.fixture
 def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
-    """Register a student that has bits per byte of `level`, with what it took."""
+    """A function that registers a student with bits per byte around `level`, and its training cost."""
 
     def run(label: str, level: float, **fields: Any) -> Version:
         folder = tmp_path / f"artifact-{len(store.versions('m'))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
-        with store.runs.start(label) as made:
-            making = TrainingCost(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
-            made.set_tags({TRAINING_COST_TAG: making.model_dump_json()})
-        given = {"kind": "student", "recipe": label, "family": "f", "run_id": made.id} | fields
+        with store.runs.start(label) as training:
+            training_cost = TrainingCost(training_seconds=70, teacher_seconds=12, tokens=614_400, machine="a test")
+            training.set_tags({TRAINING_COST_TAG: training_cost.model_dump_json()})
+        given = {"kind": "student", "recipe": label, "family": "f", "run_id": training.id} | fields
         version = store.register(NewVersion(name="m", **given), folder)
         values = [level + 0.02 * ((place * 7) % 5 - 2) + 0.1 * (place % 3) for place in range(48)]
         file = tmp_path / f"{version.version}.parquet"
@@ -48,7 +48,7 @@ def add_scored(store: Store, tmp_path: Path) -> Callable[..., Version]:
     return run
 
 
-def test_distillation_is_held_against_the_controls_of_its_family(
+def test_a_distilled_student_is_compared_with_the_controls_of_its_family(
     store: Store, add_scored: Callable[..., Version], limbeck: Callable[..., Any]
 ) -> None:
     add_scored("small-distilled", 2.0)
@@ -56,26 +56,21 @@ def test_distillation_is_held_against_the_controls_of_its_family(
     add_scored("small-labels-equal-cost", 1.9, control="labels_equal_cost")
     add_scored("other-labels", 1.0, control="labels", family="g")
     add_scored("other-distilled", 1.0, family="g")
-    held = {(each.student, each.kind): each for each in compare_with_controls(store, store.versions("m"))}
-    assert held.keys() == {("m/1", "labels"), ("m/1", "labels_equal_cost"), ("m/5", "labels")}
-    tokens, cost, same = held.values()
-    assert (tokens.control, tokens.outcome) == ("m/2", "better")
-    assert tokens.tasks["single"].difference.value == pytest.approx(-0.2)
-    assert (tokens.student_tokens, tokens.student_seconds) == (614_400, 82)
-    assert (cost.control, cost.outcome) == ("m/3", "worse")  # distillation can lose
-    assert cost.tasks["single"].better == "control"
-    assert (same.outcome, same.tasks["single"].better) == ("not settled", None)
+    comparisons = {(each.student, each.kind): each for each in compare_with_controls(store, store.versions("m"))}
+    assert comparisons.keys() == {("m/1", "labels"), ("m/1", "labels_equal_cost"), ("m/5", "labels")}
+    at_equal_tokens, at_equal_cost, equal = comparisons.values()
+    assert (at_equal_tokens.control, at_equal_tokens.outcome) == ("m/2", "better")
+    assert at_equal_tokens.tasks["single"].difference.value == pytest.approx(-0.2)
+    assert (at_equal_tokens.student_tokens, at_equal_tokens.student_seconds) == (614_400, 82)
+    assert (at_equal_cost.control, at_equal_cost.outcome) == ("m/3", "worse")  # distillation can lose
+    assert at_equal_cost.tasks["single"].better == "control"
+    assert (equal.outcome, equal.tasks["single"].better) == ("not settled", None)
 
-    shown = {row.version: row for row in leaderboard_rows(store, "m")}
-    assert [shown[f"m/{number}"].control for number in range(1, 6)] == [
-        None,
-        "labels",
-        "labels_equal_cost",
-        "labels",
-        None,
-    ]
-    assert [each.outcome for each in shown["m/1"].against_controls] == ["better", "worse"]
-    assert shown["m/2"].against_controls == ()
+    rows = {row.version: row for row in leaderboard_rows(store, "m")}
+    controls = [None, "labels", "labels_equal_cost", "labels", None]
+    assert [rows[f"m/{number}"].control for number in range(1, 6)] == controls
+    assert [each.outcome for each in rows["m/1"].against_controls] == ["better", "worse"]
+    assert rows["m/2"].against_controls == ()
     table = limbeck("leaderboard", "m").out
     assert "small-labels torch, control" in table
     assert "small-distilled torch, control" not in table
@@ -101,8 +96,7 @@ def test_controls_that_were_not_scored_are_left_out(
     assert compare_with_controls(store, store.versions("m")) == []
 
 
-def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callable[..., Version]) -> None:
-    """Two tasks of which each side wins one."""
+def test_wins_and_losses_on_different_tasks_are_mixed(store: Store, add_scored: Callable[..., Version]) -> None:
     student, control = add_scored("small", 2.0), add_scored("small-labels", 2.2, control="labels")
     for version, first, second in ((student, 1.0, 2.0), (control, 2.0, 1.0)):
         noise = [0.01 * (place % 5) for place in range(48)]
@@ -114,6 +108,6 @@ def test_a_mix_of_wins_and_losses_is_called_so(store: Store, add_scored: Callabl
         card = make_card(version.digest, 0.5, 1.0)
         result = card.tasks["single"]
         store.findings.add_scorecard(version, card.model_copy(update={"tasks": {"a": result, "b": result}}), file)
-    [held] = compare_with_controls(store, store.versions("m"))
-    assert held.outcome == "mixed"
-    assert {name: each.better for name, each in held.tasks.items()} == {"a": "control", "b": "student"}
+    [comparison] = compare_with_controls(store, store.versions("m"))
+    assert comparison.outcome == "mixed"
+    assert {name: each.better for name, each in comparison.tasks.items()} == {"a": "control", "b": "student"}

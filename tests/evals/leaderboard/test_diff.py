@@ -1,4 +1,4 @@
-"""Two versions side by side: `limbeck models diff`."""
+"""`limbeck models diff`: two versions side by side."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from limbeck.registry.records import Version
 from tests.conftest import Result
 
 ONE_RUN = {"cost_fields": {"run": "r", "protocol": 2}}
-OTHER = {"harness": "lm-eval 1"}  # no documents in common
+OTHER_HARNESS = {"harness": "lm-eval 1"}  # no documents in common
 
 
-def diffed(limbeck: Callable[..., Result]) -> Diff:
+def diff_as_json(limbeck: Callable[..., Result]) -> Diff:
+    """The diff of m/2 and m/1."""
     done = limbeck("models", "diff", "m/2", "m/1", "--format", "json")
     assert done.code == 0, done.err
     return Diff.model_validate_json(done.out)
 
 
-def test_fields_and_ratios_of_one_run(add: Callable[..., Version], limbeck: Callable[..., Result]) -> None:
+def test_a_diff_has_fields_and_the_ratios_of_one_run(
+    add: Callable[..., Version], limbeck: Callable[..., Result]
+) -> None:
     add((0.9, 2.0, ONE_RUN), precision="fp32", recipe="small")
-    add((0.8, 1.0, ONE_RUN | OTHER), precision="int8", recipe="small")
-    found = diffed(limbeck)
+    add((0.8, 1.0, ONE_RUN | OTHER_HARNESS), precision="int8", recipe="small")
+    found = diff_as_json(limbeck)
     assert {row.name: (row.a, row.b) for row in found.fields if row.name != "digest"} == {"precision": ("int8", "fp32")}
     assert {row.figure: row.ratio for row in found.cost}["usd_per_million_tokens"] == pytest.approx(0.5)
     assert (found.quality, found.no_cost) == (None, None)
@@ -36,12 +39,12 @@ def test_fields_and_ratios_of_one_run(add: Callable[..., Version], limbeck: Call
 @pytest.mark.parametrize(
     ("changes", "words", "memory"), [({}, "not measured in turn", 1.0), ({"machine": "another"}, "another", None)]
 )
-def test_no_ratio_of_what_was_not_measured_alike(
+def test_costs_measured_differently_have_no_ratio(
     add: Callable[..., Version], limbeck: Callable[..., Result], changes: dict[str, Any], words: str, memory: Any
 ) -> None:
     add((0.9, 2.0, {}))
-    add((0.8, 1.0, {"cost_fields": changes} | OTHER))
-    found = diffed(limbeck)
+    add((0.8, 1.0, {"cost_fields": changes} | OTHER_HARNESS))
+    found = diff_as_json(limbeck)
     ratios = {row.figure: row.ratio for row in found.cost}
     assert words in str(found.no_cost)
     assert (ratios["usd_per_million_tokens"], ratios["peak_rss_bytes"], ratios["disk_bytes"]) == (None, memory, 1.0)
