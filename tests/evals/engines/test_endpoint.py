@@ -28,7 +28,7 @@ from limbeck.registry.catalog import endpoint
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput, Unreachable
 from tests.conftest import Result
-from tests.evals.scores.test_harness import questions, write_task
+from tests.evals.task_files import questions, write_task
 from tests.export.export_helpers import Served, serving
 
 KEY = "k3y-of-the-test"

@@ -12,7 +12,7 @@ import pytest
 from limbeck.evals.scores.harness import Scores, score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
-from tests.evals.scores.test_harness import questions, write_task
+from tests.evals.task_files import questions, write_task
 from tests.export.export_helpers import serving
 
 pytest.importorskip("tenacity", reason="lm-eval's local-completions needs tenacity")

@@ -1,4 +1,4 @@
-"""Scores are lm-eval's own, document by document, with what a comparison needs."""
+"""Scores equal lm-eval's own, document by document, and have the columns that comparisons need."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
 from tests.conftest import make_model
+from tests.evals.task_files import questions, write_task
 
 NAMES = ["std_bits_per_byte", "std_minimal_pairs", "std_next_line"]
 RULES = ("swapped_bracket", "misplaced_keyword", "undefined_name", "wrong_indentation")
@@ -27,7 +28,7 @@ SHARED = ROOT.parent / "shared/data"
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A state folder for all of these tests."""
+    """One state folder for the tests of this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -35,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> Path:
-    """The three kinds of tasks, 8 documents each."""
+    """A folder with three kinds of tasks, 8 documents each."""
     folder = tmp_path_factory.mktemp("tasks")
     make_tasks(sources, folder, "std", documents=8)
     return folder
@@ -48,7 +49,7 @@ def tasks(folder: Path) -> TaskSet:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """With room for whole snippets."""
+    """A model with a context long enough for whole snippets."""
     return make_model(tmp_path_factory.mktemp("llama"), tokenizer_folder, "llama", max_position_embeddings=300)
 
 
@@ -57,22 +58,7 @@ def scores(tasks: TaskSet, llama: Path) -> Scores:
     return score_model(resolve_model(str(llama)), tasks)
 
 
-def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **config: Any) -> None:
-    """A YAML task (JSON is YAML) of two choices, unless `config` says otherwise."""
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-    choice = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"}
-    metrics = {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
-    task |= {"test_split": "test", "output_type": "multiple_choice", **choice, **metrics, **config}
-    (folder / f"{name}.yaml").write_text(json.dumps(task))
-
-
-def questions(count: int) -> list[dict[str, Any]]:
-    return [{"question": f"{n} + 1 =", "choices": [f" {n}", f" {n + 1}"], "label": 1} for n in range(count)]
-
-
-def test_values_are_those_that_lm_eval_gives_hflm(folder: Path, scores: Scores, llama: Path) -> None:
+def test_values_and_hashes_equal_those_of_hflm(folder: Path, scores: Scores, llama: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -87,10 +73,10 @@ def test_values_are_those_that_lm_eval_gives_hflm(folder: Path, scores: Scores, 
     for name, result in scores.tasks.items():
         assert result.value == pytest.approx(results["results"][name][f"{result.metric},none"], abs=1e-5)
     ours = {(row["task"], row["doc_id"]): row for row in scores.documents.to_pylist()}
-    theirs = {(name, row["doc_id"]): row for name, rows in results["samples"].items() for row in rows}
-    assert ours.keys() == theirs.keys()
+    hflm_rows = {(name, row["doc_id"]): row for name, rows in results["samples"].items() for row in rows}
+    assert ours.keys() == hflm_rows.keys()
     for key, row in ours.items():
-        assert (row["doc_hash"], row["prompt_hash"]) == (theirs[key]["doc_hash"], theirs[key]["prompt_hash"])
+        assert (row["doc_hash"], row["prompt_hash"]) == (hflm_rows[key]["doc_hash"], hflm_rows[key]["prompt_hash"])
 
 
 def test_a_metric_is_the_weighted_mean_of_its_documents(scores: Scores) -> None:
@@ -104,10 +90,11 @@ def test_a_metric_is_the_weighted_mean_of_its_documents(scores: Scores) -> None:
 
 
 def members(scores: Scores, group: str) -> list[str]:
+    """The tasks of a group."""
     return [name for name, result in scores.tasks.items() if result.group == group]
 
 
-def test_groups_chance_and_clusters_are_told(scores: Scores, sources: Path) -> None:
+def test_results_have_groups_chance_and_clusters(scores: Scores, sources: Path) -> None:
     assert set(members(scores, "std_minimal_pairs")) == {f"std_minimal_pairs_{rule}" for rule in RULES}
     assert [name for name, result in scores.tasks.items() if result.group is None] == NAMES
     assert {name: scores.tasks[name].chance for name in NAMES} == {
@@ -122,24 +109,25 @@ def test_groups_chance_and_clusters_are_told(scores: Scores, sources: Path) -> N
     assert all(result.stderr is not None and result.stderr >= 0 for result in scores.tasks.values())
 
 
-def test_onnx_scores_as_pytorch_does(tasks: TaskSet, scores: Scores, llama: Path, onnx: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    other = score_model(
-        resolve_model(str(onnx(llama))), tasks, on_progress=lambda done, total: seen.append((done, total))
+def test_onnx_scores_equal_those_of_pytorch(tasks: TaskSet, scores: Scores, llama: Path, onnx: Any) -> None:
+    progress: list[tuple[int, int]] = []
+    onnx_scores = score_model(
+        resolve_model(str(onnx(llama))), tasks, on_progress=lambda done, total: progress.append((done, total))
     )
-    assert seen[-1] == (tasks.requests, tasks.requests)
-    assert other.prompts_digest == scores.prompts_digest
-    ours, theirs = other.documents.to_pandas(), scores.documents.to_pandas()
+    assert progress[-1] == (tasks.requests, tasks.requests)
+    assert onnx_scores.prompts_digest == scores.prompts_digest
+    onnx_rows, torch_rows = onnx_scores.documents.to_pandas(), scores.documents.to_pandas()
     numbers = ["value", "choice_logprobs"]
-    assert ours.drop(columns=numbers).equals(theirs.drop(columns=numbers))
-    assert np.allclose(ours["value"], theirs["value"], atol=1e-4)
-    for mine, other in zip(ours["choice_logprobs"].dropna(), theirs["choice_logprobs"].dropna(), strict=True):
-        assert np.allclose(mine, other, atol=1e-4)
+    assert onnx_rows.drop(columns=numbers).equals(torch_rows.drop(columns=numbers))
+    assert np.allclose(onnx_rows["value"], torch_rows["value"], atol=1e-4)
+    logprobs = (rows["choice_logprobs"].dropna() for rows in (onnx_rows, torch_rows))
+    for ours, theirs in zip(*logprobs, strict=True):
+        assert np.allclose(ours, theirs, atol=1e-4)
 
 
-def test_the_digest_is_of_documents_and_settings_not_of_places(folder: Path, tmp_path: Path, sources: Path) -> None:
-    def digest(at: Path, **settings: Any) -> str:
-        return TaskSet.load(["std_bits_per_byte", "std_next_line"], [at], **settings).digest
+def test_the_digest_covers_documents_and_settings_but_not_paths(folder: Path, tmp_path: Path, sources: Path) -> None:
+    def digest(path: Path, **settings: Any) -> str:
+        return TaskSet.load(["std_bits_per_byte", "std_next_line"], [path], **settings).digest
 
     first = digest(folder)
     make_tasks(sources, tmp_path / "again", "std", documents=8)
@@ -153,21 +141,21 @@ def test_a_limit_takes_the_first_documents(folder: Path, tiny_llama: Path) -> No
     assert few.documents["doc_id"].to_pylist() == [0, 1, 2]
 
 
-def test_examples_are_put_before_a_question(tmp_path: Path, tiny_llama: Path) -> None:
+def test_few_shot_examples_change_the_prompts(tmp_path: Path, tiny_llama: Path) -> None:
     write_task(tmp_path, "sums", questions(6))
     write_task(tmp_path, "fixed", questions(6), num_fewshot=0)
-    plain, shown = (TaskSet.load(["sums", "fixed"], [tmp_path], num_fewshot=count) for count in (None, 2))
-    assert shown.digest != plain.digest
-    assert shown.task_hashes["fixed"] == plain.task_hashes["fixed"]
+    zero_shot, two_shot = (TaskSet.load(["sums", "fixed"], [tmp_path], num_fewshot=count) for count in (None, 2))
+    assert two_shot.digest != zero_shot.digest
+    assert two_shot.task_hashes["fixed"] == zero_shot.task_hashes["fixed"]
     model = resolve_model(str(tiny_llama))
-    twice = [score_model(model, shown) for _ in range(2)]
-    assert twice[0].prompts_digest == twice[1].prompts_digest != score_model(model, plain).prompts_digest
+    twice = [score_model(model, two_shot) for _ in range(2)]
+    assert twice[0].prompts_digest == twice[1].prompts_digest != score_model(model, zero_shot).prompts_digest
 
 
-def test_a_group_of_unequal_tasks_is_the_mean_of_their_means(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_group_without_weights_is_the_mean_of_its_tasks_means(tmp_path: Path, tiny_llama: Path) -> None:
     write_task(tmp_path, "one", questions(3))
-    wrong_way = [row | {"label": 0} for row in questions(13)[3:]]
-    write_task(tmp_path, "two", wrong_way)
+    wrong_labels = [row | {"label": 0} for row in questions(13)[3:]]
+    write_task(tmp_path, "two", wrong_labels)
     metrics = [{"metric": "acc", "weight_by_size": False}]
     group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": metrics}
     (tmp_path / "both.yaml").write_text(json.dumps(group))
@@ -180,7 +168,7 @@ def test_a_group_of_unequal_tasks_is_the_mean_of_their_means(tmp_path: Path, tin
     assert set(table[table["task"] == "one"]["cluster"]) == {"one:0", "one:1", "one:2"}
 
 
-def test_generated_answers_may_all_be_wrong(tmp_path: Path, tiny_llama: Path, onnx_llama: Path) -> None:
+def test_generated_answers_that_are_all_wrong_score_0(tmp_path: Path, tiny_llama: Path, onnx_llama: Path) -> None:
     write_task(
         tmp_path,
         "answers",
@@ -204,18 +192,19 @@ def test_generated_answers_may_all_be_wrong(tmp_path: Path, tiny_llama: Path, on
         assert (result.value, result.chance, result.documents) == (0.0, 0.0, 4)
 
 
-def rows_of(folder: Path, name: str, model: Path) -> list[dict[str, Any]]:
+def score_documents(folder: Path, name: str, model: Path) -> list[dict[str, Any]]:
+    """Score a model on one task and return its documents."""
     return score_model(resolve_model(str(model)), TaskSet.load([name], [folder])).documents.to_pylist()
 
 
-def test_choices_and_what_was_taken_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
+def test_rows_have_the_choices_and_the_one_the_model_took(tmp_path: Path, tiny_llama: Path) -> None:
     prompt = {"question": "x" * 400 + " 1 + 1 =", "choices": [" 2", " the lazy dog", " é"], "label": 2}
     norm = [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]
     both = [{"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
     for name, metrics in {"plain": {}, "norm": {"metric_list": norm}, "bytes": {"metric_list": both}}.items():
         write_task(tmp_path, name, [prompt | {"label": label} for label in range(3)], target_delimiter="", **metrics)
         sizes = {"plain": [1, 1, 1], "norm": [2, 13, 2], "bytes": [2, 13, 3]}[name]
-        for row in rows_of(tmp_path, name, tiny_llama):
+        for row in score_documents(tmp_path, name, tiny_llama):
             taken = int(np.argmax(np.array(row["choice_logprobs"]) / sizes))
             assert row["response"] == prompt["choices"][taken]
             assert row["target"] == prompt["choices"][row["doc_id"]]
@@ -224,39 +213,39 @@ def test_choices_and_what_was_taken_are_kept(tmp_path: Path, tiny_llama: Path) -
             assert len(row["choice_logprobs"]) == 3
             assert max(row["choice_logprobs"]) < 0
             assert row["prompt_end"] == prompt["question"][-300:]
-    chosen = {name: rows_of(tmp_path, name, tiny_llama)[0]["response"] for name in ("plain", "norm")}
-    assert chosen["plain"] != chosen["norm"]  # else the test cannot tell them apart
+    chosen = {name: score_documents(tmp_path, name, tiny_llama)[0]["response"] for name in ("plain", "norm")}
+    assert chosen["plain"] != chosen["norm"]  # else this test could not distinguish the metrics
 
 
-def test_a_choice_in_the_prompt_and_several_right_ones_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
+def test_rows_have_choices_in_the_prompt_and_several_right_choices(tmp_path: Path, tiny_llama: Path) -> None:
     blanks = [{"options": ["Ann", "Bob"], "answer": 1, "rest": "ran home."}]
     inputs = {"doc_to_text": "{{answer}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{rest}}"}
     write_task(tmp_path, "blank", blanks, **inputs)
-    (row,) = rows_of(tmp_path, "blank", tiny_llama)
+    (row,) = score_documents(tmp_path, "blank", tiny_llama)
     assert (row["target"], len(row["choice_logprobs"])) == ("Bob", 2)
     assert row["response"] in ("Ann", "Bob")
     write_task(tmp_path, "many", [{"question": "?", "choices": ["a", "b", "c"], "label": [0, 2]}])
-    assert rows_of(tmp_path, "many", tiny_llama)[0]["target"] == "a | c"
+    assert score_documents(tmp_path, "many", tiny_llama)[0]["target"] == "a | c"
 
 
-def test_other_outputs_are_kept_in_words(tmp_path: Path, tiny_llama: Path) -> None:
-    said = {"doc_to_choice": None, "doc_to_target": "{{answer}}", "doc_to_text": "{{question}}"}
+def test_rows_have_the_text_of_other_outputs(tmp_path: Path, tiny_llama: Path) -> None:
+    texts = {"doc_to_choice": None, "doc_to_target": "{{answer}}", "doc_to_text": "{{question}}"}
     documents = [{"question": "One, two,", "answer": " three" * 400}]
     acc = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     write_task(
-        tmp_path, "next", documents, output_type="loglikelihood", metric_list=acc, **said | {"doc_to_target": "3"}
+        tmp_path, "next", documents, output_type="loglikelihood", metric_list=acc, **texts | {"doc_to_target": "3"}
     )
-    (row,) = rows_of(tmp_path, "next", tiny_llama)
+    (row,) = score_documents(tmp_path, "next", tiny_llama)
     assert (row["target"], row["response"], row["choice_logprobs"]) == ("3", None, None)
     match = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     write_task(tmp_path, "say", documents, output_type="generate_until", metric_list=match,
-               generation_kwargs={"until": [], "max_gen_toks": 8}, **said)  # fmt: skip
-    (row,) = rows_of(tmp_path, "say", tiny_llama)
+               generation_kwargs={"until": [], "max_gen_toks": 8}, **texts)  # fmt: skip
+    (row,) = score_documents(tmp_path, "say", tiny_llama)
     assert (len(row["target"]), row["choice_lengths"], row["prompt_end"]) == (1000, None, "One, two,")
     assert row["response"]
 
 
-def test_perplexity_gives_way_to_bits_per_byte(tmp_path: Path, tiny_llama: Path) -> None:
+def test_bits_per_byte_is_preferred_to_perplexity(tmp_path: Path, tiny_llama: Path) -> None:
     metrics = [
         {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
         {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
@@ -272,12 +261,12 @@ def test_perplexity_gives_way_to_bits_per_byte(tmp_path: Path, tiny_llama: Path)
         TaskSet.load(["words"], [tmp_path])
 
 
-def test_an_unknown_task_is_told_with_the_near_name(folder: Path) -> None:
+def test_an_unknown_task_is_refused_with_a_similar_name(folder: Path) -> None:
     with pytest.raises(BadInput, match="unknown task 'std_next_lin'; did you mean std_next_line"):
         TaskSet.load(["std_next_lin"], [folder])
 
 
-def test_yaml_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("task: broken\n  metric_list: [")
     with pytest.raises(BadInput, match=r"broken\.yaml cannot be read"):
         TaskSet.load(["broken"], [tmp_path])
@@ -297,8 +286,8 @@ def test_missing_data_and_fields_are_named(folder: Path, tmp_path: Path) -> None
         TaskSet.load(["odd"], [tmp_path / "nowhere"])
 
 
-@pytest.mark.skipif(not (SHARED / "blimp").is_dir(), reason="shared/data/blimp is not here")
-def test_blimp_is_a_yaml_away(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.skipif(not (SHARED / "blimp").is_dir(), reason="shared/data/blimp is missing")
+def test_blimp_runs_from_one_yaml_file(tmp_path: Path, tiny_llama: Path) -> None:
     names = ("causative", "passive_1")
     files = {name: {"data_files": {"test": str(SHARED / f"blimp/{name}.jsonl")}} for name in names}
     group = {

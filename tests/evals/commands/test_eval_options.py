@@ -1,4 +1,4 @@
-"""How tasks are asked is said as to lm-eval, counts in the hashes, and what cannot be done is told."""
+"""Options of `limbeck eval`: they act as in lm-eval, change the task hashes, and are refused if they cannot work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import Result, make_model
-from tests.evals.scores.test_harness import questions, write_task
+from tests.evals.task_files import questions, write_task
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -43,7 +43,7 @@ def home(limbeck_home: Path) -> Path:
 
 @pytest.fixture
 def sums(tmp_path: Path) -> Path:
-    """A folder with the task `sums`: eight questions of two choices, with examples from among themselves."""
+    """A folder with the task `sums`: eight questions of two choices, also used as few-shot examples."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     write_task(folder, "sums", questions(8), **SHOTS)
@@ -51,13 +51,13 @@ def sums(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def chatty(tmp_path: Path, tokenizer_folder: Path) -> Callable[[Any], Path]:
-    """A function from chat templates to a model that has them."""
+def make_chat_model(tmp_path: Path, tokenizer_folder: Path) -> Callable[[Any], Path]:
+    """A function that makes a model with these chat templates."""
 
     def make(template: Any) -> Path:
         from transformers import AutoTokenizer
 
-        folder = make_model(tmp_path / "chatty", tokenizer_folder, "llama", max_position_embeddings=300)
+        folder = make_model(tmp_path / "chat", tokenizer_folder, "llama", max_position_embeddings=300)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
@@ -67,19 +67,17 @@ def chatty(tmp_path: Path, tokenizer_folder: Path) -> Callable[[Any], Path]:
 
 
 def prompts(model: Path, folder: Path, **settings: Any) -> list[str]:
-    return (
-        score_model(resolve_model(str(model)), TaskSet.load(["sums"], [folder], **settings))
-        .documents["prompt_end"]
-        .to_pylist()
-    )
+    """The ends of the prompts of the task `sums`."""
+    scores = score_model(resolve_model(str(model)), TaskSet.load(["sums"], [folder], **settings))
+    return scores.documents["prompt_end"].to_pylist()
 
 
-def test_prompts_are_those_that_lm_eval_makes(sums: Path, chatty: Callable[[Any], Path]) -> None:
+def test_prompts_and_scores_equal_those_of_lm_eval(sums: Path, make_chat_model: Callable[[Any], Path]) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = chatty(CHAT)
+    model = make_chat_model(CHAT)
     settings: dict[str, Any] = {"num_fewshot": 2, "system_instruction": "Be brief.", "apply_chat_template": True}
     lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
     for multiturn in (True, False):
@@ -103,8 +101,8 @@ def test_prompts_are_those_that_lm_eval_makes(sums: Path, chatty: Callable[[Any]
         assert scores.documents["prompt_end"][0].as_py().count("<user>") == (3 if multiturn else 1)
 
 
-def test_a_named_template_is_the_one_used(sums: Path, chatty: Callable[[Any], Path]) -> None:
-    model = chatty({"default": CHAT, "shout": CHAT.replace("<assistant>", "NOW!")})
+def test_a_named_chat_template_is_used(sums: Path, make_chat_model: Callable[[Any], Path]) -> None:
+    model = make_chat_model({"default": CHAT, "shout": CHAT.replace("<assistant>", "NOW!")})
     assert prompts(model, sums, apply_chat_template=True)[0].endswith("<user>0 + 1 =</user><assistant>")
     assert prompts(model, sums, apply_chat_template="shout")[0].endswith("<user>0 + 1 =</user>NOW!")
     with pytest.raises(BadInput, match="no chat template 'quiet'") as raised:
@@ -112,15 +110,15 @@ def test_a_named_template_is_the_one_used(sums: Path, chatty: Callable[[Any], Pa
     assert raised.value.fix == "it has default, shout"
 
 
-def test_a_template_without_a_system_role_is_given_the_rest(
-    sums: Path, chatty: Callable[[Any], Path], capsys: pytest.CaptureFixture[str]
+def test_a_template_without_a_system_role_gets_no_system_message(
+    sums: Path, make_chat_model: Callable[[Any], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = prompts(chatty(NO_SYSTEM), sums, apply_chat_template=True, system_instruction="Be brief.")
+    made = prompts(make_chat_model(NO_SYSTEM), sums, apply_chat_template=True, system_instruction="Be brief.")
     assert made[0] == "<user>0 + 1 =</user><assistant>"
     assert capsys.readouterr().err.count("no system role): retrying without the system message") == 1
 
 
-def test_each_setting_makes_another_hash_and_none_makes_the_old_one(sums: Path) -> None:
+def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> None:
     write_task(sums, "answers", [{"question": "1?", "answer": "1"}], **GSM8K)
 
     def hashes(**settings: Any) -> dict[str, str]:
@@ -146,22 +144,23 @@ def test_each_setting_makes_another_hash_and_none_makes_the_old_one(sums: Path) 
     assert (some["sums"], some["answers"]) == (made[3]["sums"], plain["answers"])
 
 
-def test_samples_are_the_documents_named(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
-    every = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums])).documents.to_pylist()
+def test_samples_selects_documents(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
+    all_rows = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums])).documents.to_pylist()
     file = sums / "samples.json"
     file.write_text('{"sums": [6, 2]}')
     picked = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["sums"], [sums], samples={"sums": [6, 2]}))
-    assert picked.documents.to_pylist() == [every[2], every[6]]
+    assert picked.documents.to_pylist() == [all_rows[2], all_rows[6]]
     for given in ('{"sums": [2, 6]}', file):
         ran = run(limbeck, tiny_llama, sums, "--samples", given, "--format", "json")
         assert json.loads(ran.out)[0]["tasks"]["sums"]["documents"] == 2
 
 
 def run(limbeck: Callable[..., Result], model: Path, folder: Path, *options: object, tasks: str = "sums") -> Result:
+    """Run `limbeck eval` on the tasks of a folder, without the cost."""
     return limbeck("eval", model, "--tasks", tasks, "--include-path", folder, "--no-cost", *options)
 
 
-def test_what_cannot_be_asked_is_told(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
+def test_options_that_cannot_work_are_refused(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
     write_task(sums, "code", questions(2), unsafe_code=True)
     wrong: list[tuple[str, list[object], str]] = [
         ("sums", ["--samples", '{"sums": [0, 8]}'], "samples of sums name document 8"),
@@ -178,31 +177,31 @@ def test_what_cannot_be_asked_is_told(sums: Path, tiny_llama: Path, limbeck: Cal
         ("sums", ["--gen-kwargs", "temperature"], "a key without a value"),
         ("code", [], "--confirm-run-unsafe-code"),
     ]
-    for tasks, options, said in wrong:
+    for tasks, options, message in wrong:
         result = run(limbeck, tiny_llama, sums, *options, tasks=tasks)
         assert (result.code, result.out) == (2, ""), options
-        assert said in result.err
+        assert message in result.err
     assert run(limbeck, tiny_llama, sums, "--confirm-run-unsafe-code", tasks="code").code == 0
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_gsm8k_is_answered_up_to_a_stop(
+def test_gsm8k_answers_end_at_a_stop_string(
     tmp_path: Path, tiny_llama: Path, onnx: Callable[[Path], Path], limbeck: Callable[..., Result], engine: str
 ) -> None:
     rows = [{"question": f"{n} hens lay {n} eggs. How many?", "answer": f"{n} * {n}\n#### {n * n}"} for n in range(5)]
     write_task(tmp_path, "gsm", rows, **GSM8K)
     model = tiny_llama if engine == "torch" else onnx(tiny_llama)
 
-    def said(**gen_kwargs: Any) -> list[str]:
+    def responses(**gen_kwargs: Any) -> list[str]:
         tasks = TaskSet.load(["gsm"], [tmp_path], gen_kwargs=gen_kwargs)
         return score_model(resolve_model(str(model)), tasks).documents["response"].to_pylist()
 
-    whole = said()
+    whole = responses()
     stop = whole[0][2:4]
-    assert said(until=[stop])[0] == whole[0].split(stop)[0]
-    shorter = said(max_gen_toks=3)
+    assert responses(until=[stop])[0] == whole[0].split(stop)[0]
+    shorter = responses(max_gen_toks=3)
     assert all(long.startswith(short) and short != long for short, long in zip(shorter, whole, strict=True))
-    assert said(do_sample=True, temperature=1.5) != whole
+    assert responses(do_sample=True, temperature=1.5) != whole
     ran = run(limbeck, model, tmp_path, "--gen-kwargs", "max_gen_toks=3", "--format", "json", tasks="gsm")
     assert json.loads(ran.out)[0]["tasks"]["gsm"]["documents"] == 5
     unknown = run(limbeck, model, tmp_path, "--gen-kwargs", "beam=3", tasks="gsm")
@@ -211,7 +210,7 @@ def test_gsm8k_is_answered_up_to_a_stop(
     assert run(limbeck, model, tmp_path, "--gen-kwargs", "max_gen_toks=500", tasks="gsm").code == 2
 
 
-def test_a_context_that_is_too_long_is_cut_and_told(
+def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(
     tmp_path: Path, tiny_llama: Path, limbeck: Callable[..., Result]
 ) -> None:
     texts = [{"question": "x y " * count, "choices": [" a", " b"], "label": 0} for count in (1, 90, 100)]
@@ -219,15 +218,15 @@ def test_a_context_that_is_too_long_is_cut_and_told(
     write_task(tmp_path, "say", [{"question": "x y " * 90, "answer": "1"}], **GSM8K)
     result = run(limbeck, tiny_llama, tmp_path, tasks="long,say")
     assert result.code == 0
-    told = "requests of {} are longer than the context of 128 tokens and lost their beginning"
-    assert f"4 of 6 {told.format('long')}" in result.err
-    assert f"1 of 1 {told.format('say')}" in result.err
+    warning = "requests of {} are longer than the context of 128 tokens and lost their beginning"
+    assert f"4 of 6 {warning.format('long')}" in result.err
+    assert f"1 of 1 {warning.format('say')}" in result.err
     again = run(limbeck, tiny_llama, tmp_path, "--limit", "1", tasks="long")
     assert "lost their beginning" not in again.err
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_numbers_that_are_none_name_task_and_document(
+def test_nan_is_refused_with_its_task_and_document(
     sums: Path, tmp_path: Path, tiny_llama: Path, home: Path, limbeck: Callable[..., Result], engine: str
 ) -> None:
     broken = tmp_path / "broken"
