@@ -21,7 +21,7 @@ const formatCost = (cost, value) => short(value * DATA.costs[cost].factor);
 
 // --- the rows shown
 
-const shown = board =>
+const shownRows = board =>
   DATA.paged ? board.rows : board.rows.filter(row => FILTERS.every(f => !chosen(f) || row[f] === chosen(f)));
 const retention = row => chosen("task") ? row.tasks[chosen("task")] : row.retention;  // [value, low, high]
 const price = row => row.cost[chosen("cost")];
@@ -169,7 +169,7 @@ function facts(row) {
 
 function draw(board) {
   const holder = board.section.querySelector(".plot");
-  const rows = shown(board).filter(row => retention(row) && price(row) > 0);
+  const rows = shownRows(board).filter(row => retention(row) && price(row) > 0);
   const best = frontier(rows);
   board.frame = null;
   const [svg, tip] = [holder.querySelector("svg"), holder.querySelector(".tip")];
@@ -190,10 +190,10 @@ function draw(board) {
     const first = svg.querySelector("g.best") || svg.querySelector("g[data-row]");
     if (first) first.tabIndex = 0;
   }
-  mark(board, new Set(best));
+  markRows(board, new Set(best));
 }
 
-function tell(board, group) {
+function showTooltip(board, group) {
   const [holder, row] = [board.section.querySelector(".plot"), board.rows[group.dataset.row]];
   const tip = holder.querySelector(".tip");
   tip.innerHTML = `<b>${escaped(row.version)}</b>${escaped(row.title)}<dl>` +
@@ -208,7 +208,7 @@ function tell(board, group) {
   board.lines.forEach(line => line.classList.toggle("on", line.dataset.row === group.dataset.row));
 }
 
-function hush(board) {
+function hideTooltip(board) {
   board.section.querySelector(".tip").hidden = true;
   board.section.querySelectorAll(".on").forEach(each => each.classList.remove("on"));
 }
@@ -216,8 +216,8 @@ function hush(board) {
 // --- the table
 
 // Show the rows that pass the filters, their retention on the chosen task, and which are on the frontier.
-function mark(board, best) {
-  const visible = new Set(shown(board));
+function markRows(board, best) {
+  const visible = new Set(shownRows(board));
   for (const line of board.lines) {
     const row = board.rows[line.dataset.row];
     line.hidden = !visible.has(row);
@@ -246,7 +246,7 @@ function sort(board, header, descending) {
 // Show a part of the plot: {x0, x1, y0, y1} in the units of its axes; null shows all.
 function zoomTo(board, zoom) {
   const focus = document.activeElement?.dataset?.row;
-  const whole = board.frame && frameOf(shown(board).filter(row => retention(row) && price(row) > 0), board.frame.width);
+  const whole = board.frame && frameOf(shownRows(board).filter(row => retention(row) && price(row) > 0), board.frame.width);
   // Do not zoom out beyond the whole plot.
   const out = zoom && whole && zoom.x0 <= whole.x0 && zoom.x1 >= whole.x1 && zoom.y0 <= whole.y0 && zoom.y1 >= whole.y1;
   if (zoom && (zoom.x1 / zoom.x0 < 1.001 || zoom.y1 - zoom.y0 < 1e-4)) return;
@@ -255,11 +255,11 @@ function zoomTo(board, zoom) {
   // The focused point may be out of view; keep the keys working.
   if (focus != null || document.activeElement === document.body)
     (board.svg.querySelector(`g[data-row="${focus}"]`) || board.svg).focus({preventScroll: true});
-  remember();
+  saveInAddress();
 }
 
 // The part of the plot between two corners, in pixels.
-function part(frame, left, top, right, bottom) {
+function frameBetween(frame, left, top, right, bottom) {
   return {x0: frame.price(left), x1: frame.price(right), y0: frame.retention(bottom), y1: frame.retention(top)};
 }
 
@@ -269,12 +269,12 @@ function zoomBy(board, factor, x, y) {
   x ??= (left + width - right) / 2;
   y ??= (top + height - bottom) / 2;
   const to = (end, at) => at + (end - at) / factor;
-  zoomTo(board, part(board.frame, to(left, x), to(top, y), to(width - right, x), to(height - bottom, y)));
+  zoomTo(board, frameBetween(board.frame, to(left, x), to(top, y), to(width - right, x), to(height - bottom, y)));
 }
 
 function moveBy(board, x, y) {
   const {left, right, top, bottom, width, height} = board.frame;
-  zoomTo(board, part(board.frame, left - x, top - y, width - right - x, height - bottom - y));
+  zoomTo(board, frameBetween(board.frame, left - x, top - y, width - right - x, height - bottom - y));
 }
 
 // The wheel zooms. A drag zooms to a part; with Shift, or by touch in a zoomed plot, it moves the plot.
@@ -320,7 +320,7 @@ function listenToPointer(board) {
       const [left, top, width, height] = ["x", "y", "width", "height"].map(name => +box.getAttribute(name));
       box.remove();
       if (event.type === "pointerup" && width > 8 && height > 8)
-        zoomTo(board, part(board.frame, left, top, left + width, top + height));
+        zoomTo(board, frameBetween(board.frame, left, top, left + width, top + height));
     }
     from = box = null;
     setTimeout(() => { board.dragged = false; });  // after the click event that ends a drag
@@ -350,7 +350,7 @@ function zoomByKey(board, event) {
 const CHOICES = ["task", "cost", ...FILTERS];
 const started = new URLSearchParams(location.search);
 
-function remember() {
+function saveInAddress() {
   const query = new URLSearchParams(location.search);
   const put = (name, value) => value ? query.set(name, value) : query.delete(name);
   for (const name of CHOICES) put(name, chosen(name) === DATA.tooltip_costs[0] ? "" : chosen(name));
@@ -366,7 +366,7 @@ function remember() {
   } catch {}  // a page in a frame or from a file has no address to change
 }
 
-function recall() {
+function restoreFromAddress() {
   for (const name of CHOICES) {
     const [select, value] = [controls.elements[name], started.get(name)];
     if ([...select.options].some(option => option.value === value)) select.value = value;
@@ -391,17 +391,19 @@ const boards = DATA.boards.map((rows, place) => {
 
 function update() {
   boards.forEach(draw);
-  const [some, all] = [shown, board => board.rows].map(of => boards.reduce((sum, board) => sum + of(board).length, 0));
-  controls.elements.count.value = some < all ? `${some} of ${all} versions` : `${all} version${all === 1 ? "" : "s"}`;
+  const all = boards.reduce((sum, board) => sum + board.rows.length, 0);
+  const visible = boards.reduce((sum, board) => sum + shownRows(board).length, 0);
+  controls.elements.count.value =
+    visible < all ? `${visible} of ${all} versions` : `${all} version${all === 1 ? "" : "s"}`;
 }
 
 for (const board of boards) {
   const svg = board.svg;
   const group = event => event.target.closest("g[data-row]");
-  svg.addEventListener("pointerover", event => group(event) ? tell(board, group(event)) : hush(board));
-  svg.addEventListener("pointerleave", () => hush(board));
-  svg.addEventListener("focusin", event => group(event) && tell(board, group(event)));
-  svg.addEventListener("focusout", () => hush(board));
+  svg.addEventListener("pointerover", event => group(event) ? showTooltip(board, group(event)) : hideTooltip(board));
+  svg.addEventListener("pointerleave", () => hideTooltip(board));
+  svg.addEventListener("focusin", event => group(event) && showTooltip(board, group(event)));
+  svg.addEventListener("focusout", () => hideTooltip(board));
   const visit = event => {
     const link = group(event) && !board.dragged && board.rows[group(event).dataset.row].link;
     if (link) location.assign(link);
@@ -413,7 +415,7 @@ for (const board of boards) {
       return;
     }
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-    if (event.key === "Escape") hush(board);
+    if (event.key === "Escape") hideTooltip(board);
     if (event.key === "Enter") visit(event);
     if (!step) return;
     const points = [...svg.querySelectorAll("g[data-row]")];
@@ -446,7 +448,7 @@ for (const board of boards) {
     button.addEventListener("click", () => {
       const now = header.getAttribute("aria-sort");
       sort(board, header, now ? now === "ascending" : header.dataset.first === "descending");
-      remember();
+      saveInAddress();
     });
   }
 }
@@ -459,7 +461,7 @@ function choose(event) {
   }
   if (!event || ["task", "cost"].includes(event.target.name)) boards.forEach(board => { board.zoom = null; });
   update();
-  remember();
+  saveInAddress();
 }
 
 controls.addEventListener("change", choose);
@@ -471,5 +473,5 @@ controls.addEventListener("reset", event => {  // to all, whatever the page bega
 controls.querySelectorAll("[type=reset]").forEach(button => { button.hidden = false; });
 controls.hidden = false;
 addEventListener("resize", () => boards.forEach(draw));
-recall();
+restoreFromAddress();
 update();

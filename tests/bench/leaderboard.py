@@ -1,8 +1,8 @@
-"""How long the leaderboard takes, and how it grows with the number of versions: `limbeck leaderboard`, 10 tasks each.
+"""Time `limbeck leaderboard` for models of 100 and 1,000 versions with 10 tasks each.
 
 One version is registered and scored through `Store`. The others are copies of its rows in MLflow's database, each
-with a digest, a scorecard and a run of its own, since 10,000 versions through MLflow's API would take most of an
-hour; what reads them cannot tell the difference. `python -m tests.bench.leaderboard 10000` adds that size.
+with its own digest, scorecard and run: 10,000 versions through MLflow's API would take most of an hour, and readers
+see no difference. `python -m tests.bench.leaderboard 10000` adds that size.
 """
 
 from __future__ import annotations
@@ -43,31 +43,32 @@ def main(largest: int = SIZES[-1]) -> None:
             os.environ["LIMBECK_HOME"] = temporary
             os.environ.pop("MLFLOW_TRACKING_URI", None)
             print_status(f"{size:,} versions of {TASKS} tasks")
-            make(size)
+            make_versions(size)
             before = os.times()
-            whole = [command() for _ in range(ROUNDS)]
+            commands = [time_command() for _ in range(ROUNDS)]
             after = os.times()
-            busy = after.children_user + after.children_system - before.children_user - before.children_system
-            alone = [function() for _ in range(ROUNDS)]
+            cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            rows = [time_rows() for _ in range(ROUNDS)]
             shutil.rmtree(Path(temporary) / "scorecards")
-            fetched = seconds([command()]) if size == SIZES[0] else None
-            lines.append([f"{size:,}", seconds(whole), seconds([busy / ROUNDS]), seconds(alone), fetched])
+            fetched = format_median([time_command()]) if size == SIZES[0] else None
+            medians = [format_median(commands), format_median([cpu / ROUNDS]), format_median(rows)]
+            lines.append([f"{size:,}", *medians, fetched])
     columns = [
         "versions",
         "the command",
-        "its processor time",
-        "its rows alone",
+        "its CPU time",
+        "leaderboard_rows alone",
         "scorecards fetched from MLflow first",
     ]
     print_table(f"median of {ROUNDS}, load {os.getloadavg()[0]:.1f}", columns, lines)
 
 
-def seconds(times: list[float]) -> str:
-    """The median in words."""
+def format_median(times: list[float]) -> str:
+    """The median, in seconds."""
     return f"{statistics.median(times):.2f} s"
 
 
-def command() -> float:
+def time_command() -> float:
     """Seconds of the command line, from its start to its end."""
     begin = time.perf_counter()
     done = subprocess.run(
@@ -77,8 +78,8 @@ def command() -> float:
     return time.perf_counter() - begin
 
 
-def function() -> float:
-    """Seconds of the rows alone, in this process, with a store just opened."""
+def time_rows() -> float:
+    """Seconds of `leaderboard_rows` alone, in this process, with a new store."""
     from limbeck.evals.leaderboard.rows import leaderboard_rows
 
     begin = time.perf_counter()
@@ -86,42 +87,42 @@ def function() -> float:
     return time.perf_counter() - begin
 
 
-def make(count: int) -> None:
-    """A registered model of `count` versions in the store of LIMBECK_HOME."""
+def make_versions(count: int) -> None:
+    """Register a model with `count` versions in the store of LIMBECK_HOME."""
     store = Store()
     folder = home() / "made"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     documents = home() / "documents.parquet"
-    documents.write_bytes(b"no one reads this")
+    documents.write_bytes(b"never read")
     dice = random.Random(0)
     first = store.register(
         NewVersion(name=NAME, kind="teacher", params=1000, data_digest="d" * 64, licence="MIT"), folder
     )
-    store.findings.add_scorecard(first, scorecard(first.ref, first.digest, dice, teacher=True), documents)
+    store.findings.add_scorecard(first, make_scorecard(first.ref, first.digest, dice, teacher=True), documents)
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
-        copy(database, first, count, dice)
+        copy_versions(database, first, count, dice)
 
 
-def copy(database: sqlite3.Connection, first: Version, count: int, dice: random.Random) -> None:
-    """Versions 2 to `count`, as the first; their scorecards lie where MLflow would have put them."""
+def copy_versions(database: sqlite3.Connection, first: Version, count: int, dice: random.Random) -> None:
+    """Add versions 2 to `count`, copies of the first; their scorecards are where MLflow would store them."""
     pointers = "SELECT key, value FROM model_version_tags WHERE key LIKE 'limbeck.scorecard.%'"
     key, pointer = next(iter(database.execute(pointers)))
     run = json.loads(pointer)["run_id"]
     artifacts = Path(database.execute("SELECT artifact_uri FROM runs WHERE run_uuid = ?", [run]).fetchone()[0])
     for number in range(2, count + 1):
         digest = f"{number:064x}"
-        card = scorecard(f"{NAME}/{number}", digest, dice)
+        card = make_scorecard(f"{NAME}/{number}", digest, dice)
         new_run = f"{number:032x}"
-        where = artifacts.parent.parent / new_run / "artifacts"
-        where.mkdir(parents=True)
-        file = where / "scorecard.json"
+        folder = artifacts.parent.parent / new_run / "artifacts"
+        folder.mkdir(parents=True)
+        file = folder / "scorecard.json"
         file.write_text(card.model_dump_json(indent=1))
-        kept = home() / "scorecards" / card.digest() / file.name  # as after scoring on this machine
-        kept.parent.mkdir(parents=True)
-        shutil.copyfile(file, kept)
-        clone(database, "runs", {"run_uuid": run}, run_uuid=new_run, artifact_uri=str(where))
-        clone(database, "model_versions", {"name": NAME, "version": 1}, version=number)
+        cached = home() / "scorecards" / card.digest() / file.name  # as after scoring on this machine
+        cached.parent.mkdir(parents=True)
+        shutil.copyfile(file, cached)
+        clone_row(database, "runs", {"run_uuid": run}, run_uuid=new_run, artifact_uri=str(folder))
+        clone_row(database, "model_versions", {"name": NAME, "version": 1}, version=number)
         pointer = json.dumps(
             json.loads(pointer) | {"digest": card.digest(), "run_id": new_run, "file": file_digest(file)}
         )
@@ -140,22 +141,24 @@ def copy(database: sqlite3.Connection, first: Version, count: int, dice: random.
         )
 
 
-def clone(database: sqlite3.Connection, table: str, of: dict[str, Any], **changes: Any) -> None:
-    """Insert a row of `table` again with `changes`."""
-    cursor = database.execute(f"SELECT * FROM {table} WHERE {' AND '.join(f'{c} = ?' for c in of)}", [*of.values()])
+def clone_row(database: sqlite3.Connection, table: str, where: dict[str, Any], **changes: Any) -> None:
+    """Insert the row of `table` with the values `where` again, with `changes`."""
+    condition = " AND ".join(f"{column} = ?" for column in where)
+    cursor = database.execute(f"SELECT * FROM {table} WHERE {condition}", [*where.values()])
     columns = [column[0] for column in cursor.description]
     values = dict(zip(columns, cursor.fetchone(), strict=True)) | changes
     database.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", [*values.values()])
 
 
-def scorecard(model: str, digest: str, dice: random.Random, teacher: bool = False) -> Scorecard:
+def make_scorecard(model: str, digest: str, dice: random.Random, teacher: bool = False) -> Scorecard:
     """A scorecard of TASKS tasks, relative to version 1."""
-    kept = 1.0 if teacher else dice.uniform(0.3, 0.99)
+    retention = 1.0 if teacher else dice.uniform(0.3, 0.99)
     speed = 1.0 if teacher else dice.uniform(1, 20)
+    task_names = [f"task_{number}" for number in range(TASKS)]
     return Scorecard(
         artifact=digest,
         model=model,
-        tasks=dict(results(kept)),
+        tasks=dict(make_results(retention)),
         tasks_digest="t" * 64,
         prompts_digest="p" * 64,
         harness="lm-eval 0.4.13",
@@ -180,23 +183,28 @@ def scorecard(model: str, digest: str, dice: random.Random, teacher: bool = Fals
         relative=Relative(
             teacher=f"{NAME}/1",
             teacher_digest="0" * 64,
-            retention=Estimate(value=kept, low=kept - 0.03, high=kept + 0.03),
-            task_retention={f"task_{n}": Estimate(value=kept, low=kept - 0.1, high=kept + 0.1) for n in range(TASKS)},
-            difference={f"task_{n}": Estimate(value=kept - 1, low=kept - 1.1, high=kept - 0.9) for n in range(TASKS)},
+            retention=Estimate(value=retention, low=retention - 0.03, high=retention + 0.03),
+            task_retention=dict.fromkeys(task_names, interval(retention)),
+            difference=dict.fromkeys(task_names, interval(retention - 1)),
             cost_ratio=1 / speed,
             speedup=speed,
         ),
     )
 
 
-def results(kept: float) -> Iterator[tuple[str, TaskResult]]:
-    """The result of each task."""
+def interval(value: float) -> Estimate:
+    """An estimate with an interval of ± 0.1."""
+    return Estimate(value=value, low=value - 0.1, high=value + 0.1)
+
+
+def make_results(retention: float) -> Iterator[tuple[str, TaskResult]]:
+    """The name and result of each task."""
     for number in range(TASKS):
         yield (
             f"task_{number}",
             TaskResult(
                 metric="acc",
-                value=0.25 + 0.5 * kept,
+                value=0.25 + 0.5 * retention,
                 stderr=0.01,
                 higher_is_better=True,
                 documents=1000,

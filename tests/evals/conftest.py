@@ -91,7 +91,7 @@ def text_tasks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.fixture
-def add(store: Store, tmp_path: Path) -> Callable[..., Version]:
+def add_version(store: Store, tmp_path: Path) -> Callable[..., Version]:
     """A function that registers another version of m, with a scorecard for each (retention, usd, changes)."""
     documents = tmp_path / "documents.parquet"
     parquet.write_table(pa.table({"task": ["single"]}), documents)

@@ -23,10 +23,10 @@ def diff_as_json(limbeck: Callable[..., Result]) -> Diff:
 
 
 def test_a_diff_has_fields_and_the_ratios_of_one_run(
-    add: Callable[..., Version], limbeck: Callable[..., Result]
+    add_version: Callable[..., Version], limbeck: Callable[..., Result]
 ) -> None:
-    add((0.9, 2.0, ONE_RUN), precision="fp32", recipe="small")
-    add((0.8, 1.0, ONE_RUN | OTHER_HARNESS), precision="int8", recipe="small")
+    add_version((0.9, 2.0, ONE_RUN), precision="fp32", recipe="small")
+    add_version((0.8, 1.0, ONE_RUN | OTHER_HARNESS), precision="int8", recipe="small")
     found = diff_as_json(limbeck)
     assert {row.name: (row.a, row.b) for row in found.fields if row.name != "digest"} == {"precision": ("int8", "fp32")}
     assert {row.figure: row.ratio for row in found.cost}["usd_per_million_tokens"] == pytest.approx(0.5)
@@ -37,14 +37,18 @@ def test_a_diff_has_fields_and_the_ratios_of_one_run(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words", "memory"), [({}, "not measured in turn", 1.0), ({"machine": "another"}, "another", None)]
+    ("changes", "reason", "memory"), [({}, "not measured in turn", 1.0), ({"machine": "another"}, "another", None)]
 )
 def test_costs_measured_differently_have_no_ratio(
-    add: Callable[..., Version], limbeck: Callable[..., Result], changes: dict[str, Any], words: str, memory: Any
+    add_version: Callable[..., Version],
+    limbeck: Callable[..., Result],
+    changes: dict[str, Any],
+    reason: str,
+    memory: float | None,
 ) -> None:
-    add((0.9, 2.0, {}))
-    add((0.8, 1.0, {"cost_fields": changes} | OTHER_HARNESS))
+    add_version((0.9, 2.0, {}))
+    add_version((0.8, 1.0, {"cost_fields": changes} | OTHER_HARNESS))
     found = diff_as_json(limbeck)
     ratios = {row.figure: row.ratio for row in found.cost}
-    assert words in str(found.no_cost)
+    assert reason in str(found.no_cost)
     assert (ratios["usd_per_million_tokens"], ratios["peak_rss_bytes"], ratios["disk_bytes"]) == (None, memory, 1.0)

@@ -96,12 +96,12 @@ def expect_no_nan(tab: Page) -> None:
 
 @pytest.mark.parametrize("cost", ["usd_per_million_tokens", "decode_tokens_per_s"])
 def test_the_plot_is_to_scale(
-    store: Store, add: Callable[..., Version], show: Callable[[str], Page], cost: str
+    store: Store, add_version: Callable[..., Version], show: Callable[[str], Page], cost: str
 ) -> None:
     for retention, usd in ((1.0, 1.0), (0.8, 0.1), (0.9, 0.01), (0.9, 0.01), (0.7, 0.02)):
         fields = {"decode_tokens_per_s": 10 / usd, "intervals": {"usd_per_million_tokens": SPREAD} if usd == 1 else {}}
-        add((retention, usd, {"cost_fields": fields}), recipe=HOSTILE_RECIPE)
-    add()
+        add_version((retention, usd, {"cost_fields": fields}), recipe=HOSTILE_RECIPE)
+    add_version()
     rows = leaderboard_rows(store, "m", cost=cost)
     tab = show(render_page("m", rows, cost=cost))
     expect_points(board(tab), "m/1", "m/2", "m/3", "m/4", "m/5")
@@ -125,9 +125,9 @@ def test_the_plot_is_to_scale(
 
 
 def test_filters_and_choices_change_plot_and_table(
-    store: Store, add: Callable[..., Version], show: Callable[[str], Page]
+    store: Store, add_version: Callable[..., Version], show: Callable[[str], Page]
 ) -> None:
-    add_six_versions(add)
+    add_six_versions(add_version)
     tab = show(render_page("m", leaderboard_rows(store, "m")))
     recipe, cost, task = (tab.locator(f"select[name={name}]") for name in ("recipe", "cost", "task"))
     recipe.select_option("small")
@@ -145,9 +145,9 @@ def test_filters_and_choices_change_plot_and_table(
 
 
 def test_a_click_on_a_title_sorts_the_table(
-    store: Store, add: Callable[..., Version], show: Callable[[str], Page]
+    store: Store, add_version: Callable[..., Version], show: Callable[[str], Page]
 ) -> None:
-    add_six_versions(add)
+    add_six_versions(add_version)
     tab = show(render_page("m", leaderboard_rows(store, "m")))
     by_dollars = board(tab).locator("th[data-key=usd_per_million_tokens] button")
     by_dollars.click()
@@ -156,21 +156,21 @@ def test_a_click_on_a_title_sorts_the_table(
     expect_rows(board(tab), "m/4", "m/1", "m/3", "m/2", "m/5")
 
 
-def add_six_versions(add: Callable[..., Version]) -> None:
+def add_six_versions(add_version: Callable[..., Version]) -> None:
     """A teacher; versions of the recipes small and large, one without scores; and one of another harness."""
-    add((1.0, 3.0, {}), kind="teacher", engine="torch")
-    add((0.6, 1.0, {"cost_fields": {"p50_ms": 90.0}}), recipe="small", precision="int8")
-    add((0.8, 2.0, {}), recipe="small")
-    add((0.7, 10.0, {}), recipe="large")
-    add(recipe="small")
-    add((0.9, 0.5, {"harness": "lm-eval 1"}), recipe="small")
+    add_version((1.0, 3.0, {}), kind="teacher", engine="torch")
+    add_version((0.6, 1.0, {"cost_fields": {"p50_ms": 90.0}}), recipe="small", precision="int8")
+    add_version((0.8, 2.0, {}), recipe="small")
+    add_version((0.7, 10.0, {}), recipe="large")
+    add_version(recipe="small")
+    add_version((0.9, 0.5, {"harness": "lm-eval 1"}), recipe="small")
 
 
 def test_arrow_keys_go_from_point_to_point_and_show_their_tooltips(
-    store: Store, add: Callable[..., Version], show: Callable[[str], Page]
+    store: Store, add_version: Callable[..., Version], show: Callable[[str], Page]
 ) -> None:
-    add((1.0, 3.0, {}), kind="teacher", engine="torch")
-    add((0.8, 1.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": SPREAD}}}), recipe="a<b")
+    add_version((1.0, 3.0, {}), kind="teacher", engine="torch")
+    add_version((0.8, 1.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": SPREAD}}}), recipe="a<b")
     tab = show(render_page("m", leaderboard_rows(store, "m")))
     tooltip = board(tab).locator(".tip")
     board(tab).locator('.plot g[tabindex="0"]').focus()
@@ -182,9 +182,9 @@ def test_arrow_keys_go_from_point_to_point_and_show_their_tooltips(
 
 
 def test_one_point_and_no_point_can_be_drawn(
-    store: Store, add: Callable[..., Version], show: Callable[[str], Page]
+    store: Store, add_version: Callable[..., Version], show: Callable[[str], Page]
 ) -> None:
-    add((1.0, 2.0, {}), kind="teacher", engine="torch")
+    add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
     rows = leaderboard_rows(store, "m")
     tab = show(render_page("m", rows))
     expect_points(board(tab), "m/1")

@@ -36,11 +36,11 @@ def verdict_on(version: Version, outcome: Any, day: int) -> Verdict:
     )
 
 
-def test_a_row_has_everything_known_of_a_version(store: Store, add: Callable[..., Version]) -> None:
-    teacher = add((1.0, 2.0, {}), kind="teacher", engine="torch")
-    cheap = add((0.8, 0.1, {}), precision="int8", parent="m/1", recipe="small")
-    worse = add((0.75, 0.2, {}), teacher="m/1")
-    unscored = add()
+def test_a_row_has_everything_known_of_a_version(store: Store, add_version: Callable[..., Version]) -> None:
+    teacher = add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
+    cheap = add_version((0.8, 0.1, {}), precision="int8", parent="m/1", recipe="small")
+    worse = add_version((0.75, 0.2, {}), teacher="m/1")
+    unscored = add_version()
     store.findings.add_verdict(cheap, verdict_on(cheap, "fail", 1))
     store.findings.add_verdict(cheap, verdict_on(cheap, "pass", 2))
     store.client.set_registered_model_alias("m", "production", str(cheap.version))
@@ -103,13 +103,13 @@ def retentions(rows: list[LeaderboardRow]) -> dict[str, float | None]:
 
 
 def test_a_version_is_ranked_by_its_newest_scorecard_of_the_largest_setting(
-    store: Store, add: Callable[..., Version], capsys: pytest.CaptureFixture[str]
+    store: Store, add_version: Callable[..., Version], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add((1.0, 2.0, {}))
-    add((0.5, 1.0, {}), (0.7, 1.0, {"created": LATER}))
+    add_version((1.0, 2.0, {}))
+    add_version((0.5, 1.0, {}), (0.7, 1.0, {"created": LATER}))
     others = {"created": LATER, "tasks_digest": "others", "tasks": {"other": TASKS["single"]}}
     # Two newer cards do not count: one of other tasks, one without a teacher.
-    add((0.6, 1.0, {}), (0.9, 1.0, others), (None, 1.0, {"created": LATER}))
+    add_version((0.6, 1.0, {}), (0.9, 1.0, others), (None, 1.0, {"created": LATER}))
     assert retentions(leaderboard_rows(store, "m")) == {"m/1": 1.0, "m/2": 0.7, "m/3": 0.6}
     assert capsys.readouterr().err == "also scored (show with --task): other (1 version)\n"
     assert retentions(leaderboard_rows(store, "m", "single")) == {"m/1": 0.9, "m/2": 0.6, "m/3": 0.5}
@@ -117,13 +117,13 @@ def test_a_version_is_ranked_by_its_newest_scorecard_of_the_largest_setting(
 
 @pytest.mark.parametrize("changed", ["tasks", "machine"])
 def test_versions_measured_differently_are_ranked_apart(
-    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any], changed: str
+    store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any], changed: str
 ) -> None:
     changes, reason = CHANGES[changed]
     for retention in (1.0, 0.7):
-        add((retention, retention, changes_of_card({})))
-    add((0.9, 0.01, changes_of_card(changes)), recipe="lonely")  # would be the best in one ranking
-    add()
+        add_version((retention, retention, changes_of_card({})))
+    add_version((0.9, 0.01, changes_of_card(changes)), recipe="lonely")  # would be the best in one ranking
+    add_version()
     written = limbeck("leaderboard", "m", "--format", "json")
     found = [LeaderboardRow.model_validate(row) for row in json.loads(written.out)]
     assert [row.version for row in found] == ["m/1", "m/2", "m/3", "m/4"]
@@ -141,12 +141,12 @@ def test_versions_measured_differently_are_ranked_apart(
 
 
 def test_a_card_without_cost_or_teacher_is_ranked_with_those_that_have_them(
-    store: Store, add: Callable[..., Version], capsys: pytest.CaptureFixture[str]
+    store: Store, add_version: Callable[..., Version], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add((1.0, 1.0, {}))
+    add_version((1.0, 1.0, {}))
     for _ in range(3):
-        add((0.8, 1.0, {"cost": None}))
-    add((None, 1.0, {}))
+        add_version((0.8, 1.0, {"cost": None}))
+    add_version((None, 1.0, {}))
     found = leaderboard_rows(store, "m")
     assert [row.setting for row in found] == [0] * 5
     assert [row.pareto for row in found] == [True, False, False, False, False]
@@ -154,22 +154,22 @@ def test_a_card_without_cost_or_teacher_is_ranked_with_those_that_have_them(
 
 
 def test_options_sort_and_filter_the_rows(
-    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any]
+    store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any]
 ) -> None:
     def order(*options: str) -> list[int]:
         out = limbeck("leaderboard", "m", "--format", "json", *options).out
         return [int(row["version"].rpartition("/")[2]) for row in json.loads(out)]
 
-    def fields(**values: Any) -> dict[str, Any]:
-        return {"cost_fields": values}
+    def times(p50_ms: float, decode_tokens_per_s: float) -> dict[str, Any]:
+        return {"cost_fields": {"p50_ms": p50_ms, "decode_tokens_per_s": decode_tokens_per_s}}
 
     better = TASKS | {"single": TASKS["single"].model_copy(update={"value": 0.9})}
     worse = TASKS | {"single": TASKS["single"].model_copy(update={"value": 0.2})}
-    add((1.0, 3.0, fields(p50_ms=9.0, decode_tokens_per_s=1.0)), kind="teacher", engine="torch")
-    add((0.6, 1.0, fields(p50_ms=5.0, decode_tokens_per_s=3.0) | {"tasks": better}), recipe="small", precision="int8")
-    add((0.8, 2.0, fields(p50_ms=7.0, decode_tokens_per_s=2.0) | {"tasks": worse}), recipe="small")
-    add((0.8, 1.5, fields(p50_ms=8.0, decode_tokens_per_s=9.0)), recipe="large", kind="student", engine="torch")
-    add(recipe="large")
+    add_version((1.0, 3.0, times(9.0, 1.0)), kind="teacher", engine="torch")
+    add_version((0.6, 1.0, times(5.0, 3.0) | {"tasks": better}), recipe="small", precision="int8")
+    add_version((0.8, 2.0, times(7.0, 2.0) | {"tasks": worse}), recipe="small")
+    add_version((0.8, 1.5, times(8.0, 9.0)), recipe="large", kind="student", engine="torch")
+    add_version(recipe="large")
     assert order() == [1, 4, 3, 2, 5]  # of two equally good ones the cheaper first; unscored ones last
     assert order("--sort", "usd_per_million_tokens") == [2, 4, 3, 1, 5]
     assert order("--sort", "p50_ms") == [2, 3, 4, 1, 5]
@@ -191,10 +191,10 @@ def test_options_sort_and_filter_the_rows(
 
 
 def test_unknown_keys_and_values_are_refused(
-    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any]
+    store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any]
 ) -> None:
-    add((1.0, 2.0, {}), kind="student", precision="int8", recipe="small")
-    add((1.0, 2.0, {}))
+    add_version((1.0, 2.0, {}), kind="student", precision="int8", recipe="small")
+    add_version((1.0, 2.0, {}))
     for option, value, message in (
         ("--sort", "p50_m", "--sort 'p50_m' is unknown\n  did you mean p50_ms?"),
         ("--sort", "singel", "did you mean single?"),
@@ -211,11 +211,13 @@ def test_unknown_keys_and_values_are_refused(
 
 
 def test_licences_that_forbid_distillation_are_marked(
-    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any]
+    store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any]
 ) -> None:
-    add((1.0, 2.0, {}), kind="teacher", licence="openai")
-    add((0.9, 1.0, {}), parent="m/1", teacher_licence="openai", data_licence="MIT", licence_allows_distillation=False)
-    add((0.8, 0.5, {}), parent="m/1", teacher_licence="mit", licence_allows_distillation=True)
+    add_version((1.0, 2.0, {}), kind="teacher", licence="openai")
+    add_version(
+        (0.9, 1.0, {}), parent="m/1", teacher_licence="openai", data_licence="MIT", licence_allows_distillation=False
+    )
+    add_version((0.8, 0.5, {}), parent="m/1", teacher_licence="mit", licence_allows_distillation=True)
     table = limbeck("leaderboard", "m").out
     assert re.findall(r"(?m)^│ (\d\S*) ", table) == ["1", "2!", "3"]
     assert "! a licence of what it learnt from forbids learning from it" in table
@@ -223,18 +225,18 @@ def test_licences_that_forbid_distillation_are_marked(
     row = json.loads(limbeck("leaderboard", "m", "--format", "json").out)[1]
     assert (row["licences"]["teacher"], row["licences"]["data"]) == ("openai", "MIT")
     assert row["licence_allows_distillation"] is False
-    add((0.7, 0.4, {}), parent="m/1")
+    add_version((0.7, 0.4, {}), parent="m/1")
     assert "\n? it is unknown whether" in limbeck("leaderboard", "m").out
 
 
-def test_a_row_has_the_intervals_of_its_cost(store: Store, add: Callable[..., Version]) -> None:
+def test_a_row_has_the_intervals_of_its_cost(store: Store, add_version: Callable[..., Version]) -> None:
     spread = Estimate(value=2.0, low=1.5, high=2.5)
-    add((1.0, 2.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": spread}}}))
+    add_version((1.0, 2.0, {"cost_fields": {"intervals": {"usd_per_million_tokens": spread}}}))
     assert leaderboard_rows(store, "m")[0].intervals == {"usd_per_million_tokens": {"low": 1.5, "high": 2.5}}
 
 
-def test_unknown_models_and_tasks_are_refused(store: Store, add: Callable[..., Version]) -> None:
-    add((1.0, 2.0, {}))
+def test_unknown_models_and_tasks_are_refused(store: Store, add_version: Callable[..., Version]) -> None:
+    add_version((1.0, 2.0, {}))
     with pytest.raises(BadInput, match="did you mean m"):
         leaderboard_rows(store, "mm")
     with pytest.raises(BadInput, match="did you mean single"):
@@ -242,11 +244,11 @@ def test_unknown_models_and_tasks_are_refused(store: Store, add: Callable[..., V
 
 
 def test_all_formats_have_the_same_content(
-    store: Store, add: Callable[..., Version], limbeck: Callable[..., Any], limbeck_home: Path, tmp_path: Path
+    store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any], limbeck_home: Path, tmp_path: Path
 ) -> None:
-    add((1.0, 2.0, {}), kind="teacher", engine="torch")
-    add((0.8, 0.1, {}), precision="int8", recipe="small")
-    add()
+    add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
+    add_version((0.8, 0.1, {}), precision="int8", recipe="small")
+    add_version()
     as_json = limbeck("leaderboard", "m", "--format", "json")
     found = json.loads(as_json.out)
     assert [LeaderboardRow.model_validate(row) for row in found] == leaderboard_rows(store, "m")
