@@ -35,9 +35,9 @@ def lines_of_text(lines: int, seed: int = 0) -> str:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """A text file of about 36 kB and twenty documents."""
+    """A text file of about 24 kB and a dozen documents."""
     path = tmp_path / "text.txt"
-    path.write_text(lines_of_text(1500), encoding="utf-8")
+    path.write_text(lines_of_text(1000), encoding="utf-8")
     return path
 
 
