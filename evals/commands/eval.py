@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from limbeck.evals.cost.prices import Prices, price_options
-from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, task_headers
+from limbeck.evals.leaderboard.columns import RATIO_HEADERS, figure_cell, figure_header, ratio_cells, task_headers
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table, quiet_libraries
 
 if TYPE_CHECKING:
     from limbeck.registry.records import Scorecard
+
+OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the table, beside dollars
 
 
 @click.command()
@@ -179,29 +181,30 @@ def _gen_kwargs(text: str) -> dict[str, Any]:
 
 
 def _print_cards(cards: Sequence[Scorecard]) -> None:
-    from limbeck.registry.records import top_level_tasks
+    from limbeck.registry.records import USD, top_level_tasks
 
     shown = list(dict.fromkeys(task for card in cards for task in top_level_tasks(card.tasks)))
     columns = [
         "model",
         *task_headers({task: cards[0].tasks[task].metric for task in shown}),
         "retention",
-        *COST_COLUMNS,
+        figure_header(USD),
+        *RATIO_HEADERS,
+        *map(figure_header, OTHER_FIGURES),
     ]
     table = []
     for card in cards:
         results = [card.tasks[task] for task in shown]
         share = card.relative.retention if card.relative else None
+        cost = card.cost.figures() if card.cost else None
         table.append(
             [
                 card.model,
                 *(f"{r.value:.3f}" + (f" ±{r.stderr:.3f}" if r.stderr is not None else "") for r in results),
                 f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]" if share else None,
-                *cost_cells(
-                    card.cost.model_dump() if card.cost else None,
-                    card.relative.cost_ratio if card.relative else None,
-                    card.relative.speedup if card.relative else None,
-                ),
+                figure_cell(cost, USD),
+                *(ratio_cells(card.relative.cost_ratio, card.relative.speedup) if card.relative else [None, None]),
+                *(figure_cell(cost, figure) for figure in OTHER_FIGURES),
             ]
         )
     print_table("scores with standard errors", columns, table)

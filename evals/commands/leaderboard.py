@@ -123,13 +123,18 @@ def _licence_mark(row: LeaderboardRow) -> str:
 
 def _table(rows: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[list[str | None]]]:
     """Columns and cells of rows of one setting."""
-    from limbeck.evals.leaderboard.columns import COST_COLUMNS, cost_cells, describe_version, task_headers
+    from limbeck.evals.leaderboard.columns import (
+        RATIO_HEADERS,
+        describe_version,
+        figure_cell,
+        figure_header,
+        ratio_cells,
+        task_headers,
+    )
     from limbeck.evals.leaderboard.ranking import sort_value
-    from limbeck.registry.records import FIGURES, USD
 
     metrics = {task: str(quality["metric"]) for row in rows for task, quality in row.quality.items()}
-    chosen = COST_COLUMNS[:1] if cost == USD else [FIGURES[cost].title.replace(" ", "\n", 1)]
-    columns = ["version", "what", *task_headers(metrics), "retention", *chosen, *COST_COLUMNS[1:3], "verdict"]
+    columns = ["version", "what", *task_headers(metrics), "retention", figure_header(cost), *RATIO_HEADERS, "verdict"]
     lines = []
     for row in rows:
         values = [sort_value(row, task) for task in metrics]
@@ -140,8 +145,8 @@ def _table(rows: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[l
                 describe_version(row),
                 *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else None,
-                FIGURES[cost].format_value(sort_value(row, cost)),
-                *cost_cells(row.cost, row.cost_ratio, row.speedup)[1:3],
+                figure_cell(row.cost, cost),
+                *ratio_cells(row.cost_ratio, row.speedup),
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from limbeck.registry.records import LeaderboardRow
+from limbeck.registry.records import FIGURES, LeaderboardRow
 
 
 class Described(Protocol):
@@ -21,7 +21,7 @@ class Described(Protocol):
     def precision(self) -> str | None: ...
 
 
-COST_COLUMNS = ["$ per 1M\ntokens", "cost\nratio", "speed-up", "tokens/s", "MB"]
+RATIO_HEADERS = ["cost\nratio", "speed-up"]  # to the teacher
 
 
 def describe_version(row: Described) -> str:
@@ -50,12 +50,19 @@ def _lines(title: str, width: int = 9) -> Iterable[str]:
     yield line
 
 
-def cost_cells(cost: Mapping[str, Any] | None, ratio: float | None, speedup: float | None) -> list[str | None]:
-    """The cells under COST_COLUMNS; None for what was not measured."""
+def figure_header(figure: str) -> str:
+    """The column title of a cost figure, on short lines."""
+    return "\n".join(_lines(FIGURES[figure].title))
+
+
+def figure_cell(cost: Mapping[str, Any] | None, figure: str) -> str | None:
+    """A cost figure as its column shows it; None if it was not measured."""
+    return FIGURES[figure].format_value(cost[figure]) if cost else None
+
+
+def ratio_cells(ratio: float | None, speedup: float | None) -> list[str | None]:
+    """The cells under RATIO_HEADERS; None for what was not measured."""
     return [
-        f"{cost['usd_per_million_tokens']:.3g}" if cost else None,
         f"{ratio:.3f}" if ratio is not None else None,
         f"{speedup:.1f}x" if speedup is not None else None,
-        f"{cost['decode_tokens_per_s']:,.0f}" if cost else None,
-        f"{cost['disk_bytes'] / 1e6:.1f}" if cost else None,
     ]

@@ -22,7 +22,7 @@ from limbeck.evals.verdict.wording import (
     format_share,
     payback_sentence,
 )
-from limbeck.registry.records import FIGURES, ComparedTask, Cost, Estimate, Figure
+from limbeck.registry.records import FIGURES, USD, ComparedTask, Cost, Estimate, Figure
 
 MAX_CANDIDATES = 20  # candidates in the table
 
@@ -159,7 +159,7 @@ def _cost(report: VerdictReport, best: Candidate) -> Iterator[str]:
     ]
     for load in cost.loads[1:]:
         beside = cost_at_batch(teachers, load.batch).usd_per_million_tokens if teachers and teachers.loads else None
-        dollars = FIGURES["usd_per_million_tokens"]
+        dollars = FIGURES[USD]
         what = f"{dollars.title}, batches of {load.batch}"
         rows.append(_comparison_cells(what, dollars, beside, load.usd_per_million_tokens))
     yield from _table(["", escape_markdown(report.teacher), best.version, "of the teacher's"], rows)
