@@ -63,7 +63,11 @@ def leaderboard_rows(
     listed = list(_rows_of_groups(found, groups, task))
     keys = sort_keys(listed)
     _check_choice(sort, keys, "sort")
-    shown = [row for row in listed if all(not of or getattr(row, field) in of for field, of in (filters or {}).items())]
+    shown = [
+        row
+        for row in listed
+        if all(not values or getattr(row, field) in values for field, values in (filters or {}).items())
+    ]
     if not quiet:
         _report_hidden_tasks(cards, groups, task)
         _report_ranked_apart(shown)
@@ -75,16 +79,17 @@ def _with_controls(
 ) -> list[LeaderboardRow]:
     """The rows, with the comparison of each distilled student and its controls."""
     versions = [each.version for each in found]
-    held = compare_with_controls(store, versions, task) if any(version.control for version in versions) else []
+    has_controls = any(version.control for version in versions)
+    comparisons = compare_with_controls(store, versions, task) if has_controls else []
     return [
-        row.model_copy(update={"against_controls": tuple(each for each in held if each.student == row.version)})
+        row.model_copy(update={"against_controls": tuple(each for each in comparisons if each.student == row.version)})
         for row in shown
     ]
 
 
 def group_by_setting(rows: Iterable[LeaderboardRow]) -> list[list[LeaderboardRow]]:
     """Split ranked rows into one list for each setting; rows without scores join the first list."""
-    groups = [list(alike) for _, alike in groupby(rows, key=lambda row: row.setting)]
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row.setting)]
     if len(groups) > 1 and groups[-1][0].setting is None:
         groups[0] += groups.pop()
     return groups
@@ -141,7 +146,7 @@ def _row(
     relative = card.relative if card else None
     cost = card.cost if card else None
     shown = {name: card.tasks[name] for name in ([task] if task else top_level_tasks(card.tasks))} if card else {}
-    by_task = {name: _interval(kept) for name, kept in relative.task_retention.items()} if relative else {}
+    by_task = {name: _interval(estimate) for name, estimate in relative.task_retention.items()} if relative else {}
     overall = _interval(relative.retention) if relative and relative.retention else None
     spread = {
         **(cost.intervals if cost else {}),
@@ -204,11 +209,11 @@ def _report_hidden_tasks(
     cards: Mapping[int, Sequence[Scorecard]], groups: Sequence[Mapping[int, Scorecard]], task: str | None
 ) -> None:
     """Print the tasks that versions are scored on but the leaderboard does not show."""
-    shown = {number: card.tasks.keys() for alike in groups for number, card in alike.items()}
-    every = {
+    shown = {number: card.tasks.keys() for group in groups for number, card in group.items()}
+    scored = {
         number: {name for card in several for name in top_level_tasks(card.tasks)} for number, several in cards.items()
     }
-    hidden = Counter(name for number, names in every.items() for name in names - shown.get(number, names))
+    hidden = Counter(name for number, names in scored.items() for name in names - shown.get(number, names))
     if hidden and not task:
         words = (f"{name} ({count} version{'s' if count > 1 else ''})" for name, count in sorted(hidden.items()))
         print_status(f"also scored (show with --task): {', '.join(words)}")

@@ -71,10 +71,11 @@ def find_teacher(store: Store, name: str, against: str | None, cards: Sequence[S
         )
     # Its scores are stored under its digest, so its files or server are not needed.
     engine: Engine | Literal["endpoint"] = "endpoint" if URL.match(against) else "torch"
-    kept = list(stored_scorecards(ResolvedModel(Path(against), digest, against, None, engine), None))
-    if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in kept):
+    stored = list(stored_scorecards(ResolvedModel(Path(against), digest, against, None, engine), None))
+    if any(each.card.cost and "onnxruntime" in each.card.cost.machine for each in stored):
         engine = "onnxruntime"
-    return Teacher(against, digest, engine, [LazyScorecard(each.card, partial(Path, each.documents)) for each in kept])
+    scores = [LazyScorecard(each.card, partial(Path, each.documents)) for each in stored]
+    return Teacher(against, digest, engine, scores)
 
 
 def select_comparable_scores(
@@ -93,39 +94,45 @@ def select_comparable_scores(
     Raises:
         BadInput: no version was scored on a task, the teacher has no scores, or no version can be compared with it.
     """
-    several = {0: teacher.scores, **dict(enumerate(scores.values(), 1))}
-    _check_tasks_scored(tasks, {task for scored in several.values() for each in scored for task in each.card.tasks})
-    able = {place: [each for each in of if each.card.tasks.keys() >= set(tasks)] for place, of in several.items()}
-    evaluate = f"limbeck eval MODEL --tasks {','.join(tasks) or '...'} --against {teacher.label}"
-    if not able[0]:
-        raise BadInput(f"{teacher.label} is not scored, so nothing can be compared with it", fix=evaluate)
-    one = tasks[0] if len(tasks) == 1 else None
-    bare = {place: [_scores_only(each.card) for each in of] for place, of in able.items()}
-    mates = next(each for each in group_comparable(bare, one) if 0 in each)
-    if len(mates) == 1:
-        raise BadInput(f"no other version was scored on the same tasks and prompts as {teacher.label}", fix=evaluate)
-    wanted = measurement_setting(mates[0], one)
+    numbered = dict(enumerate([teacher.scores, *scores.values()]))  # the teacher is 0
+    refs = dict(enumerate(scores, 1))
+    _check_tasks_scored(tasks, {task for several in numbered.values() for each in several for task in each.card.tasks})
+    usable = {
+        number: [each for each in several if each.card.tasks.keys() >= set(tasks)]
+        for number, several in numbered.items()
+    }
+    command = f"limbeck eval MODEL --tasks {','.join(tasks) or '...'} --against {teacher.label}"
+    if not usable[0]:
+        raise BadInput(f"{teacher.label} is not scored, so nothing can be compared with it", fix=command)
+    task = tasks[0] if len(tasks) == 1 else None
+    bare = {number: [_scores_only(each.card) for each in several] for number, several in usable.items()}
+    group = next(group for group in group_comparable(bare, task) if 0 in group)
+    if len(group) == 1:
+        raise BadInput(f"no other version was scored on the same tasks and prompts as {teacher.label}", fix=command)
+    setting = measurement_setting(group[0], task)
 
-    def best(place: int) -> LazyScorecard:
-        same = [
+    def best(number: int) -> LazyScorecard:
+        matching = [
             each
-            for each, card in zip(able[place], bare[place], strict=True)
-            if measurement_setting(card, one) == wanted
+            for each, card in zip(usable[number], bare[number], strict=True)
+            if measurement_setting(card, task) == setting
         ]
         return max(
-            same, key=lambda each: (_is_against(each.card, teacher), each.card.cost is not None, each.card.created)
+            matching, key=lambda each: (_is_against(each.card, teacher), each.card.cost is not None, each.card.created)
         )
 
-    left_out = {
-        ref: "; ".join(describe_differences(bare[place][-1:], [mates[0]], one))
-        if bare[place]
-        else "not scored on these tasks"
-        for place, ref in enumerate(scores, 1)
-        if place not in mates
-    }
     return ComparableScores(
-        best(0), {ref: best(place) for place, ref in enumerate(scores, 1) if place in mates}, left_out
+        best(0),
+        {ref: best(number) for number, ref in refs.items() if number in group},
+        {ref: _why_left_out(bare[number], group[0], task) for number, ref in refs.items() if number not in group},
     )
+
+
+def _why_left_out(cards: Sequence[Scorecard], teacher_card: Scorecard, task: str | None) -> str:
+    """Why a version with these scorecards, oldest first, cannot be compared with the teacher."""
+    if not cards:
+        return "not scored on these tasks"
+    return "; ".join(describe_differences(cards[-1:], [teacher_card], task))
 
 
 def _is_against(card: Scorecard, teacher: Teacher) -> bool:

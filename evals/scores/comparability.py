@@ -45,43 +45,49 @@ def group_comparable(cards: Mapping[int, Sequence[Scorecard]], task: str | None 
     Args:
         cards: scorecards by version number, oldest first; those without the task are left out.
     """
-    able = {
+    with_settings = {
         number: sorted(
             ((measurement_setting(card, task), card) for card in several if not task or task in card.tasks),
             key=_completeness,
         )
         for number, several in cards.items()
     }
-    belongs = _merge_settings([key for several in able.values() for key, _ in several])
-    alike: dict[MeasurementSetting, dict[int, Scorecard]] = defaultdict(dict)
-    for number, several in able.items():
-        for key, card in several:
-            alike[belongs[key]][number] = card  # the last one stays
+    merged = _merge_settings([setting for several in with_settings.values() for setting, _ in several])
+    cards_by_setting: dict[MeasurementSetting, dict[int, Scorecard]] = defaultdict(dict)
+    for number, several in with_settings.items():
+        for setting, card in several:
+            cards_by_setting[merged[setting]][number] = card  # the last one stays
     groups: list[dict[int, Scorecard]] = []
     taken: set[int] = set()
-    for each in sorted(alike.values(), key=lambda each: (len(each), max(card.created for card in each.values())))[::-1]:
-        groups.append({number: card for number, card in each.items() if number not in taken})
-        taken |= each.keys()
+    for group in sorted(cards_by_setting.values(), key=_size_and_age, reverse=True):
+        groups.append({number: card for number, card in group.items() if number not in taken})
+        taken |= group.keys()
     return sorted(filter(None, groups), key=len, reverse=True)
 
 
-def _completeness(each: tuple[MeasurementSetting, Scorecard]) -> tuple[int, datetime]:
+def _size_and_age(group: Mapping[int, Scorecard]) -> tuple[int, datetime]:
+    """A sort key: how many versions a group has, then its newest scorecard."""
+    return len(group), max(card.created for card in group.values())
+
+
+def _completeness(scored: tuple[MeasurementSetting, Scorecard]) -> tuple[int, datetime]:
     """A sort key: how many parts a scorecard has, then how new it is."""
-    key, card = each
-    return -key.count(None), card.created
+    setting, card = scored
+    return -setting.count(None), card.created
 
 
-def _merge_settings(keys: Sequence[MeasurementSetting]) -> dict[MeasurementSetting, MeasurementSetting]:
+def _merge_settings(settings: Sequence[MeasurementSetting]) -> dict[MeasurementSetting, MeasurementSetting]:
     """Map each setting to itself, or to the most frequent compatible setting that has the parts it lacks."""
-    counts = Counter(keys)
-    whole: dict[tuple[str, ...], list[MeasurementSetting]] = defaultdict(list)
-    belongs: dict[MeasurementSetting, MeasurementSetting] = {}
-    for key in sorted(counts, key=lambda key: (key.count(None), -counts[key])):
-        among = whole[key[:3]]
-        belongs[key] = next((other for other in among if key.is_compatible_with(other)), key)
-        if belongs[key] is key:
-            among.append(key)
-    return belongs
+    counts = Counter(settings)
+    kept_by_task: dict[tuple[str, ...], list[MeasurementSetting]] = defaultdict(list)
+    merged: dict[MeasurementSetting, MeasurementSetting] = {}
+    # Settings with fewer missing parts come first, so that the others can join them; then the most frequent.
+    for setting in sorted(counts, key=lambda setting: (setting.count(None), -counts[setting])):
+        kept = kept_by_task[setting[:3]]
+        merged[setting] = next((other for other in kept if setting.is_compatible_with(other)), setting)
+        if merged[setting] is setting:
+            kept.append(setting)
+    return merged
 
 
 def describe_differences(
@@ -89,7 +95,7 @@ def describe_differences(
 ) -> list[str]:
     """Describe how the setting of some scorecards differs from that of others."""
     (ours, card), (theirs, other) = (
-        max(((measurement_setting(card, task), card) for card in of), key=_completeness) for of in (cards, others)
+        max(((measurement_setting(card, task), card) for card in side), key=_completeness) for side in (cards, others)
     )
     found = [] if ours[:2] == theirs[:2] else list(_tasks(card, other, task))
     if ours.harness != theirs.harness:

@@ -38,9 +38,9 @@ def compare_with_controls(
     for student in students:
         for kind in CONTROL_KINDS if student.control is None else ():
             control = controls.get((student.family, kind))
-            held = _compare_with_control(store, student, control, task) if control else None
-            if held:
-                found.append(held)
+            comparison = _compare_with_control(store, student, control, task) if control else None
+            if comparison:
+                found.append(comparison)
     return found
 
 

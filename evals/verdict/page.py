@@ -241,8 +241,8 @@ def _reasons(candidate: Candidate) -> Iterator[str]:
     """The tasks that a candidate does not pass."""
     for outcome in ("fail", "inconclusive"):
         if tasks := [task.task for task in candidate.tasks if task.noninferiority.verdict == outcome]:
-            every = len(tasks) == len(candidate.tasks) > 1
-            yield f"{outcome}: {'all tasks' if every else ', '.join(tasks)}"
+            names = "all tasks" if len(tasks) == len(candidate.tasks) > 1 else ", ".join(tasks)
+            yield f"{outcome}: {names}"
     if candidate.unknown_tasks:
         yield f"cannot be tested: {', '.join(candidate.unknown_tasks)}"
 
