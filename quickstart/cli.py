@@ -61,7 +61,7 @@ def steps(
     limits = ["--limit", limit] if limit else []
 
     yield (
-        "Students: the teacher runs once; each size is distilled, and again trained on labels alone (its twin)",
+        "Students: the teacher runs once; each size is distilled, and again trained on labels alone (its control)",
         [("distill", recipe, *sets)],
     )
     teacher, students = teacher_and_students(name)
@@ -77,7 +77,7 @@ def steps(
         ],
     )
     yield (
-        "Gain from distillation: each distilled student compared with its twin",
+        "Gain from distillation: each distilled student compared with its control",
         [("compare", *pair) for pair in distilled_and_labels_pairs(name)],
     )
     yield ("Leaderboard: cost and quality", [("leaderboard", name)])
@@ -103,12 +103,12 @@ def teacher_and_students(name: str) -> tuple[str, list[str]]:
 
 
 def distilled_and_labels_pairs(name: str) -> list[tuple[str, str]]:
-    """NAME/VERSION of each distilled student and of its twin, the same student trained on labels alone."""
+    """NAME/VERSION of each distilled student and of its control, the same student trained on labels alone."""
     from limbeck.registry.mlflow.store import Store
 
     students = {v.recipe or "": v.ref for v in Store().versions(name) if v.kind == "student"}
     pairs = ((ref, students.get(f"{recipe.removesuffix('-distilled')}-labels")) for recipe, ref in students.items())
-    return [(ref, twin) for ref, twin in pairs if twin and twin != ref]
+    return [(ref, control) for ref, control in pairs if control and control != ref]
 
 
 def run_command(command_line: CommandLine) -> None:

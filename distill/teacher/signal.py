@@ -139,7 +139,7 @@ def _fill(setting: Setting, caches: list[TeacherCache], load: Callable[[], PreTr
 
     with progress_bar() as bar:
         task = bar.add_task("teacher cache", total=len(setting.train.ids), rate="")
-        captured = fill(caches, lambda *asked: teacher()(*asked), lambda count: bar.advance(task, count))
+        captured = fill(caches, lambda blocks, parts: teacher()(blocks, parts), lambda count: bar.advance(task, count))
     for cache in caches:
         assert cache.form is not None
         at = f" at temperature {cache.form.temperature:g}" if cache.form.temperature != 1.0 else ""

@@ -43,7 +43,9 @@ class ScoreCache:
         if self._overwrite and key not in self._written:
             return None
         rows = self._run("SELECT value, checksum FROM answers WHERE key = ?", key)
-        value, checksum = rows[0] if rows else (b"", None)
+        if not rows:
+            return None
+        value, checksum = rows[0]
         return json.loads(value) if checksum == _checksum(key, value) else None
 
     def put(self, key: bytes, value: Any) -> None:

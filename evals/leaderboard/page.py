@@ -341,7 +341,10 @@ def _header(key: str, words: str, descending: bool, view: View) -> str:
     shown = escape(words).replace("\n", "<br>")
     if view.sort_link:
         shown = f'<a href="{escape(view.sort_link(key, now and not view.reverse))}">{shown}</a>'
-    sorted_ = f' aria-sort="{"descending" if descending != view.reverse else "ascending"}"' if now else ""
+    sorted_ = ""
+    if now:
+        order = "descending" if descending != view.reverse else "ascending"
+        sorted_ = f' aria-sort="{order}"'
     first = "descending" if descending else "ascending"
     return f'<th scope="col" data-key="{escape(key)}" data-first="{first}"{sorted_}>{shown}</th>'
 

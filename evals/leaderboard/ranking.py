@@ -41,8 +41,10 @@ def rank_rows(rows: Iterable[LeaderboardRow], sort: str, cost: str, keys: Mappin
     def rank(row: LeaderboardRow) -> tuple[Any, ...]:
         parts: list[Any] = [row.setting is None, row.setting or 0]
         for key in (sort, cost, "version"):
-            found = sort_value(row, key)
-            parts += [found is None, 0 if found is None else -found if keys[key] else found]
+            value = sort_value(row, key)
+            if value is not None and keys[key]:
+                value = -value
+            parts += [value is None, 0 if value is None else value]
         return tuple(parts)
 
     result = []

@@ -145,7 +145,9 @@ def _row(
     version = found.version
     relative = card.relative if card else None
     cost = card.cost if card else None
-    shown = {name: card.tasks[name] for name in ([task] if task else top_level_tasks(card.tasks))} if card else {}
+    shown: dict[str, TaskResult] = {}
+    if card:
+        shown = {name: card.tasks[name] for name in ([task] if task else top_level_tasks(card.tasks))}
     by_task = {name: _interval(estimate) for name, estimate in relative.task_retention.items()} if relative else {}
     overall = _interval(relative.retention) if relative and relative.retention else None
     spread = {

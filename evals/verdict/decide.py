@@ -201,10 +201,9 @@ def _is_cheaper(ratio: float | None, interval: Estimate | None) -> bool | None:
     """Whether the candidate is surely cheaper, or surely not; None if the interval of the ratio contains 1."""
     if ratio is None:
         return None
-    low, high = (interval.low, interval.high) if interval else (ratio, ratio)
-    if high < 1:
+    if (interval.high if interval else ratio) < 1:
         return True
-    return False if low >= 1 else None
+    return False if (interval.low if interval else ratio) >= 1 else None
 
 
 def _payback(card: Scorecard, training_cost: TrainingCost | None, context: _VerdictContext) -> Payback | None:

@@ -178,8 +178,9 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
             weight, outputs_first = node.input[1], False
         else:
             continue
-        first, second = tensors[weight].dims
-        inputs, outputs = (second, first) if outputs_first else (first, second)
+        inputs, outputs = tensors[weight].dims
+        if outputs_first:
+            inputs, outputs = outputs, inputs
         group = "embedding" if weight == table else _group(node.name or node.output[0])
         found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group))
     return found

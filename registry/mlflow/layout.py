@@ -35,7 +35,10 @@ def check_layout(client: RetryingMlflowClient, tracking_uri: str) -> None:
     A SQLite file is read directly, since importing MLflow takes over a second.
     """
     file = sqlite_file(tracking_uri)
-    mark, has_versions = _read_sqlite(file) if file else _read_mlflow(client)
+    if file:
+        mark, has_versions = _read_sqlite(file)
+    else:
+        mark, has_versions = _read_mlflow(client)
     if has_versions and mark != LAYOUT:
         written_under = "another layout" if mark is None else f"layout {mark}"
         variable = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "LIMBECK_HOME"

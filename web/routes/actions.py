@@ -37,7 +37,7 @@ def choose_version(request: Request, name: str, site: SiteDependency, alias: str
     """The candidates for promotion, each with its verdict."""
     with not_found_as_404():
         alias_gate = gate.read_alias_gate(site, name, alias)
-    candidates, not_judged_count = gate.cheapest_candidates(site, alias_gate) if alias_gate.policy else ([], 0)
+    candidates, not_judged_count = gate.cheapest_candidates(site, alias_gate)
     return _alias_page(
         request, "choose.html", alias_gate, "promote", candidates=candidates, not_judged_count=not_judged_count
     )

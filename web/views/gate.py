@@ -82,7 +82,12 @@ def judge_candidate(site: Site, alias_gate: AliasGate, version: Version) -> Cand
 
 
 def cheapest_candidates(site: Site, alias_gate: AliasGate) -> tuple[list[Candidate], int]:
-    """The MAX_CANDIDATES cheapest scored ONNX variants with their verdicts, and how many variants were not judged."""
+    """The MAX_CANDIDATES cheapest scored ONNX variants with their verdicts, and how many variants were not judged.
+
+    Empty without a policy to judge by.
+    """
+    if alias_gate.policy is None:
+        return [], 0
     versions = site.store.versions_with_findings(alias_gate.name)
     variants = [findings for findings in versions if findings.version.kind == "onnx"]
     price = {

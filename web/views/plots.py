@@ -47,7 +47,7 @@ def draw_interval(
 def axis_range(estimates: Sequence[Estimate], *more: float) -> tuple[float, float]:
     """The ends of an axis with room for all estimates and the values `more`."""
     values = [v for e in estimates for v in (e.low, e.high) if math.isfinite(v)] + list(more)
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
 

@@ -128,7 +128,10 @@ def test_embeddings_of_student_or_teacher_may_be_padded(
     """As in Qwen2.5, whose model sizes have 151,936 or 152,064 rows for the same tokens."""
     wide = load(make_model(tmp_path / "wide", tokenizer_folder, "qwen2")).eval()
     wide.resize_token_embeddings(320)
-    student, teacher = (wide, load(tiny_llama).eval()) if padded == "student" else (load(tiny_llama).eval(), wide)
+    narrow = load(tiny_llama).eval()
+    student, teacher = wide, narrow
+    if padded == "teacher":
+        student, teacher = narrow, wide
     objective = Objective(divergence="forward_kl")
     got = Distiller(student, objective, teacher, 300)(batch, 10).loss
     rows = batch["labels"][:, 1:] != -100

@@ -36,7 +36,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.append(self.headers["Authorization"])
-        status, headers, body = self.server.answers.pop(0) if self.server.answers else (200, {}, MODELS)
+        answers = self.server.answers or [(200, {}, MODELS)]
+        status, headers, body = answers.pop(0)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
