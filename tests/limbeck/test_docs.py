@@ -11,7 +11,7 @@ from tests import ROOT
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 FOLDERS = ("distill", "docs", "evals", "export", "limbeck", "quickstart", "registry", "tests", "web")
-X
+PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
 LINK = re.compile(r"\]\(((?!https?:|#)[^)#]+)")
 
 
