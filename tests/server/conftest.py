@@ -106,6 +106,7 @@ class Team:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "bGltYmVjay1saW1iZWNrLWxpbWJlY2stbGltYmVjay0=",
             # Without these MLflow sends notices only by https and never to loopback.
+            "MLFLOW_WEBHOOK_CACHE_TTL": "0",  # else a new webhook misses events for up to a minute
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         }
