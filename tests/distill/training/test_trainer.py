@@ -84,7 +84,13 @@ def die_at(step: int) -> Callable[[Any], None]:
     ("student", "objective", "on_policy", "training"),
     [
         pytest.param("tiny_llama", KL, False, {}, marks=pytest.mark.slow),
-        ("tiny_gpt2", Objective(labels=1.0), False, {"optim": "muon", "gradient_accumulation_steps": 2}),  # has dropout
+        pytest.param(
+            "tiny_gpt2",  # has dropout
+            Objective(labels=1.0),
+            False,
+            {"optim": "muon", "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         ("tiny_llama", KL, True, {"optim": "muon", "gradient_accumulation_steps": 2}),
         pytest.param(
             "tiny_qwen2",
