@@ -14,7 +14,7 @@ import click
 
 from limbeck.registry.core.terminal import print_status
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent  # not the link in limbeck/: commands print short paths
 PROMPT = "def read_config(path):"
 SAMPLING = ("--max-new-tokens", 64, "--temperature", 0.6, "--seed", 0)
 TASKS = ("stdlib_bits_per_byte", "stdlib_next_line", "stdlib_minimal_pairs")
