@@ -17,6 +17,7 @@ from limbeck.distill.models import licence, loading
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe
 from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.errors import LimbeckError
 from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
@@ -70,15 +71,15 @@ class Setting(NamedTuple):
 
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the recipe's teacher. Raises BadInput if it has none."""
-        return loading.load_tokenizer(*self._teacher_files())
+        return load_tokenizer(*self._teacher_files())
 
     def teacher_config(self) -> PretrainedConfig:
         """The config of the recipe's local teacher."""
-        return loading.load_config(*self._teacher_files())
+        return load_config(*self._teacher_files())
 
     def teacher_model(self) -> PreTrainedModel:
         """The recipe's local teacher, in float32."""
-        return loading.load_model(*self._teacher_files())
+        return load_model(*self._teacher_files())
 
     def _teacher_files(self) -> tuple[Path, bool]:
         assert self.teacher is not None

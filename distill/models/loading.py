@@ -1,4 +1,4 @@
-"""Loads models and tokenizers with transformers, checks them, and runs them on blocks."""
+"""Checks that models fit the data, and runs them on blocks."""
 
 from __future__ import annotations
 
@@ -9,44 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from limbeck.distill.data.blocks import Blocks
+from limbeck.registry.checkpoints.load import load_config
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises BadInput if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds of error if files are missing
-        raise BadInput(f"{folder} has no tokenizer that transformers can load: {error}") from error
-
-
-def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal LM in float32 from safetensors. Raises BadInput if transformers cannot load it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a causal LM. Raises BadInput if transformers does not know it."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

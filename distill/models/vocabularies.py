@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from limbeck.distill.models import loading
+from limbeck.registry.checkpoints.load import load_tokenizer
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def check_same_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise BadInput if the model in `folder` has other tokens than the recipe's `tokenizer`."""
-    own, shared = loading.load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    own, shared = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
     if own != shared:
         raise BadInput(
             f"{folder} has a tokenizer of {len(own)} tokens, {len(own.items() - shared.items())} of them different "

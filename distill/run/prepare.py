@@ -15,6 +15,7 @@ from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe, Teacher
 from limbeck.distill.teacher import endpoint, generate
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
+from limbeck.registry.checkpoints.load import load_config, load_tokenizer
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.store import Store
@@ -46,7 +47,7 @@ def prepare_setting(recipe: Recipe, source: Source, store: Store) -> Setting:
             teacher = _teacher(recipe.teacher, recipe_folder, store)
             if not teacher.endpoint:
                 trust = recipe.teacher.trust_remote_code
-                teacher_tokenizer = loading.load_tokenizer(teacher.path, trust)
+                teacher_tokenizer = load_tokenizer(teacher.path, trust)
                 loading.check_fits(teacher.path, teacher_tokenizer, recipe.data.max_length, trust)
     tokenizer = _tokenizer(recipe, source, text, teacher, teacher_tokenizer, base_models)
     no_blocks = empty_blocks(recipe.data.max_length)
@@ -109,7 +110,7 @@ def _models_mixing_documents(setting: Setting) -> list[str]:
     recipe, configs = setting.recipe, {}
     for name, student in recipe.students.items():
         if name in setting.base_models:
-            configs[name] = loading.load_config(setting.base_models[name].path)
+            configs[name] = load_config(setting.base_models[name].path)
         elif student.config:
             with suppress(ValueError, TypeError, KeyError):  # the check of the student reports it
                 configs[name] = AutoConfig.for_model(**student.config)
@@ -135,7 +136,7 @@ def _tokenizer(
         teacher_tokenizer: of a local teacher.
         base_models: of pretrained students, by name.
     """
-    own = loading.load_tokenizer(next(iter(base_models.values())).path) if base_models else None
+    own = load_tokenizer(next(iter(base_models.values())).path) if base_models else None
     uses_distribution = any(objective.uses_teacher for objective in recipe.objectives.values())
     if own is not None and (recipe.crosses_tokenizers or (recipe.generate and not uses_distribution)):
         return own
@@ -145,7 +146,7 @@ def _tokenizer(
         return teacher_tokenizer
     if teacher is not None and teacher.has_tokenizer:
         assert recipe.teacher is not None
-        return loading.load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
+        return load_tokenizer(teacher.path, recipe.teacher.trust_remote_code)
     if teacher is not None:
         with errors_at(source, "teacher", "model"):
             raise BadInput(

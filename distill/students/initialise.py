@@ -13,6 +13,7 @@ from limbeck.distill.models.pruning import prune
 from limbeck.distill.models.pruning_shapes import pruned_shape, student_config
 from limbeck.distill.recipe.grid import Plan
 from limbeck.distill.recipe.schema import Lora
+from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def initialise_student(setting: Setting, plan: Plan) -> PreTrainedModel:
     """Make the untrained student in float32, with its adapter if the recipe has one."""
     spec = setting.recipe.students[plan.student]
     if plan.student in setting.base_models:
-        model = loading.load_model(setting.base_models[plan.student].path)
+        model = load_model(setting.base_models[plan.student].path)
     elif spec.prune:
         model = prune(setting.teacher_model(), spec.prune, setting.train)
     else:
@@ -87,7 +88,7 @@ def compare_with_teacher(setting: Setting, name: str) -> vocabularies.Vocabulari
         teacher_rows = setting.teacher_config().get_text_config().vocab_size
     tokenizer = setting.tokenizer
     if name in setting.base_models:
-        tokenizer = loading.load_tokenizer(setting.base_models[name].path)
+        tokenizer = load_tokenizer(setting.base_models[name].path)
     student_rows = _config(setting, name).get_text_config().vocab_size
     return vocabularies.compare(teacher_tokenizer, teacher_rows, tokenizer, student_rows)
 
@@ -104,7 +105,7 @@ def meta_model(setting: Setting, name: str) -> PreTrainedModel:
 def _config(setting: Setting, name: str) -> PretrainedConfig:
     spec = setting.recipe.students[name]
     if name in setting.base_models:
-        return loading.load_config(setting.base_models[name].path)
+        return load_config(setting.base_models[name].path)
     if spec.prune:
         config = setting.teacher_config()
         return student_config(config, pruned_shape(config, spec.prune))

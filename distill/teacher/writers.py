@@ -14,6 +14,7 @@ from limbeck.distill.recipe.schema import Generate
 from limbeck.distill.teacher.answer_cache import AnswerCache
 from limbeck.distill.teacher.endpoint import EndpointTeacher
 from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.checkpoints.load import load_config, load_model
 from limbeck.registry.core.errors import BadInput, Unreachable
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class LocalWriter:
         self.by_chat, self.answer_cache = by_chat, answer_cache
         self.trust_remote_code = trust_remote_code
         self.refusals: list[str] = []
-        config = loading.load_config(teacher.path, trust_remote_code)
+        config = load_config(teacher.path, trust_remote_code)
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def request(self, prompt: Prompt, seed: int) -> Request | None:
@@ -121,7 +122,7 @@ class LocalWriter:
         """The teacher on its device; in bfloat16 on a GPU that supports it."""
         import torch
 
-        model = loading.load_model(self.teacher.path, self.trust_remote_code)
+        model = load_model(self.teacher.path, self.trust_remote_code)
         torch.nn.Module.to(model, loading.device())
         if loading.device() == "cuda" and torch.cuda.is_bf16_supported():
             torch.nn.Module.to(model, torch.bfloat16)

@@ -87,17 +87,13 @@ def _prompt(setting: dict[str, Any], vocab_size: int) -> list[int]:
 
 def _torch(setting: dict[str, Any]) -> TimedModel:
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
+
+    from limbeck.registry.checkpoints.load import load_model
 
     torch.set_num_threads(setting["threads"])
     cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
-        setting["folder"],
-        dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=setting["trust_remote_code"],
-    ).eval()
+    model = load_model(Path(setting["folder"]), setting["trust_remote_code"])
     model.to("cuda" if cuda else "cpu")
     # Greedy, with a cache, and no token that ends a text early.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)

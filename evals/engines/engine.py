@@ -15,6 +15,7 @@ from limbeck.evals.engines.onnx_batches import OnnxForward
 from limbeck.evals.engines.torch_batches import TorchForward
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.checkpoints import load as checkpoints
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import quiet_libraries
 
@@ -190,14 +191,13 @@ def load_tokenizer(folder: Path, label: str, trust_remote_code: bool = False) ->
     """
     quiet_libraries()
     from lm_eval.models.utils import configure_pad_token, resolve_max_length
-    from transformers import AutoConfig, AutoTokenizer
 
-    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = checkpoints.load_config(folder, trust_remote_code, label=label)
+    tokenizer = checkpoints.load_tokenizer(folder, trust_remote_code, label=label)
     try:
-        config = AutoConfig.from_pretrained(folder, **trust)
-        tokenizer = configure_pad_token(AutoTokenizer.from_pretrained(folder, **trust), model_config=config)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{label}: its configuration or tokenizer cannot be loaded: {error}") from error
+        tokenizer = configure_pad_token(tokenizer, model_config=config)
+    except ValueError as error:
+        raise BadInput(f"{label}: its tokenizer cannot be used: {error}") from error
     return LoadedTokenizer(config, tokenizer, resolve_max_length(config, tokenizer))
 
 
@@ -207,16 +207,7 @@ def load_engine(model: ResolvedModel, trust_remote_code: bool = False) -> Engine
     Raises BadInput if transformers cannot load the model or its tokenizer.
     """
     config, tokenizer, max_length = load_tokenizer(model.path, model.label, trust_remote_code)
-    import torch
-    from transformers import AutoModelForCausalLM
-
     if model.engine == "onnxruntime":
         return OnnxEngine(model.path, tokenizer, max_length)
-    trust: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        torch_model = AutoModelForCausalLM.from_pretrained(
-            model.path, config=config, dtype=torch.float32, use_safetensors=True, **trust
-        )
-    except Exception as error:  # safetensors and transformers errors have no common base class
-        raise BadInput(f"{model.label} cannot be loaded as a causal language model: {error}") from error
+    torch_model = checkpoints.load_model(model.path, trust_remote_code, label=model.label, config=config)
     return TorchEngine(torch_model, tokenizer, max_length)

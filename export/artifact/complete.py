@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
+from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import physical_cores
@@ -98,7 +99,7 @@ def complete_torch(
         raise BadInput("torch found no CUDA device", fix="use --device cpu")
     torch.set_num_threads(threads or physical_cores())  # the runtime's default, so that speeds are comparable
     start = time.perf_counter()
-    tokenizer, model = _load(folder)
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to(device)
     loaded = time.perf_counter()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
@@ -147,21 +148,6 @@ def _prompt_ids(tokenizer: Any, prompt: str, context: int) -> Any:
         message = f"the prompt has {ids.shape[1]} tokens and needs room for 1 more; the context is {context}"
         raise BadInput(message, fix="shorten the prompt")
     return ids
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Load the tokenizer, and the model in float32. Raises BadInput."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # trust_remote_code must be set: without it, transformers asks on standard input.
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
-    except Exception as error:  # transformers raises exceptions of any type
-        raise BadInput(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    return tokenizer, model.eval()
 
 
 def _set_sampling(model: Any, sampling: Sampling) -> None:

@@ -24,6 +24,7 @@ from limbeck.export.quantize.precisions import parse_precisions, quantize
 from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.catalog.model_ref import engine_of_folder
+from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import atomic_write
@@ -137,29 +138,13 @@ def _export_fp32(model: Path, folder: Path, fused: bool, trust_remote_code: bool
 
 def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load the model in float32 and in evaluation mode, and its tokenizer. Raises BadInput."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    except Exception as error:  # transformers raises exceptions of any type, AttributeError without a tokenizer
-        raise BadInput(
-            f"{model}: its configuration or tokenizer cannot be read: {_first_line(error)}",
-            fix="the folder needs config.json and the tokenizer files that save_pretrained writes",
-        ) from error
+    config = load_config(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     if config.model_type not in supported_model_types():
         raise _unsupported(model, config.model_type)
     if not tokenizer.is_fast:
         raise BadInput(f"{model}: its tokenizer has no tokenizer.json and cannot be converted to one")
-    try:
-        torch_model = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=torch.float32, use_safetensors=True, **options
-        )
-    except Exception as error:  # safetensors raises a type without a common base
-        raise BadInput(f"{model} cannot be loaded: {_first_line(error)}") from error
-    return torch_model.eval(), tokenizer
+    return load_model(model, trust_remote_code, config=config), tokenizer
 
 
 def _write_fused(torch_model: Any, folder: Path) -> bool:

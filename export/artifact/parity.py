@@ -18,6 +18,7 @@ from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, positions_from_mask
+from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.records import Parity
@@ -136,20 +137,15 @@ def _format_limit(limit: float) -> str:
 
 def _load_reference(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load the PyTorch model in float32, set to greedy decoding, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     # Eager attention, since torch's fused attention ignores what it does not support, such as Gemma 2's soft cap.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, attn_implementation="eager", **options
-    ).eval()
+    model = load_model(folder, trust_remote_code, attn_implementation="eager")
     # Without the penalties that the checkpoint's own generation settings may have.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, do_sample=False
     )
-    return model, tokenizer
+    return model, load_tokenizer(folder, trust_remote_code)
 
 
 def _completes_equally(model: Any, runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> bool:

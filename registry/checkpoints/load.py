@@ -1,0 +1,73 @@
+"""The one place where the files of a checkpoint become a config, a tokenizer or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_config(folder: Path, trust_remote_code: bool = False, *, label: str | None = None) -> PretrainedConfig:
+    """Load the config of a causal language model.
+
+    Args:
+        trust_remote_code: run the Python code in the folder, as in transformers.
+        label: what messages call the model; None for the folder.
+
+    Raises BadInput if transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **_options(trust_remote_code))
+    except Exception as error:  # transformers raises exceptions of any type
+        raise BadInput(f"{label or folder}: its config.json cannot be read: {_first_line(error)}") from error
+
+
+def load_tokenizer(
+    folder: Path, trust_remote_code: bool = False, *, label: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder. For the arguments see `load_config`. Raises BadInput if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_options(trust_remote_code))
+    except Exception as error:  # transformers raises exceptions of any type, AttributeError without a tokenizer
+        raise BadInput(
+            f"{label or folder} has no tokenizer that transformers can load: {_first_line(error)}",
+            fix="the folder needs the tokenizer files that save_pretrained writes",
+        ) from error
+
+
+def load_model(
+    folder: Path, trust_remote_code: bool = False, *, label: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load a causal language model in float32 and in evaluation mode, from safetensors only.
+
+    Args:
+        **options: others of transformers' `from_pretrained`, such as `attn_implementation`.
+
+    For the other arguments see `load_config`. Raises BadInput if transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "use_safetensors": True, **_options(trust_remote_code), **options}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    except Exception as error:  # safetensors and transformers errors have no common base class
+        reason = _first_line(error)
+        raise BadInput(f"{label or folder} cannot be loaded as a causal language model: {reason}") from error
+
+
+def _options(trust_remote_code: bool) -> dict[str, Any]:
+    # trust_remote_code must be set: without it, transformers asks on standard input.
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
