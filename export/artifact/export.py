@@ -103,10 +103,7 @@ def supported_model_types() -> list[str]:
 
 
 def _optimum_model_types() -> list[str]:
-    import optimum.exporters.onnx.model_configs  # noqa: F401  (fills the table that TasksManager reads)
-    from optimum.exporters.tasks import TasksManager
-
-    return list(TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
+    return []
 
 
 def _copy_runtime_files(fp32_artifact: Path, folder: Path, model: Path, parent: str) -> str:
