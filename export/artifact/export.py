@@ -183,7 +183,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _package_versions() -> dict[str, str]:
-    packages = ("optimum-onnx", "onnx", "onnxruntime", "torch", "transformers")
+    packages = ("onnx", "onnxruntime", "torch", "transformers")
     return {package: importlib.metadata.version(package) for package in packages}
 
 
