@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import Blocks
-from limbeck.distill.models import licence, loading
+from limbeck.distill.models import loading
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe
+from limbeck.registry.catalog import model_licence
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.errors import LimbeckError
@@ -63,7 +64,7 @@ class Setting(NamedTuple):
             return None
         if spec.licence or self.teacher is None:
             return spec.licence
-        return licences.licence_of_endpoint(spec.model) or licence.licence_of_model(self.teacher)
+        return licences.licence_of_endpoint(spec.model) or model_licence.licence_of_model(self.teacher)
 
     @property
     def vocab_size(self) -> int:

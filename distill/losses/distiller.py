@@ -72,9 +72,9 @@ class Distiller(torch.nn.Module):
     def teacher(self) -> PreTrainedModel | None:
         return self._split_teacher.model if self._split_teacher else None
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Turn on gradient checkpointing in the student; the Trainer calls this name."""
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Turn on activation checkpointing in the student; the Trainer calls this name."""
+        self.student.activation_checkpointing_enable(**settings)
 
     def forward(self, batch: Mapping[str, Any], num_items: float | torch.Tensor) -> Losses:
         """Compute the loss of a batch.

@@ -80,7 +80,7 @@ GPT_NEOX = Family(
         "dense_h_to_4h": ("neurons", "hidden"),
         "dense_4h_to_h": ("hidden", "neurons"),
         "final_layer_norm": ("hidden",),
-        "embed_out": ("", "hidden"),
+        "lm_head": ("", "hidden"),
     },
     free_heads=False,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,14 +119,13 @@ class TextSampler:
             max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=sorted(self.end_ids), pad_token_id=pad
         )
         stops = [StopStrings(self.tokenizer, self.stop, width)] if self.stop else []
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            generation_config=config,
-            use_model_defaults=False,
-            logits_processor=LogitsProcessorList([sampling]),
-            stopping_criteria=StoppingCriteriaList(stops),
-        )
+        with generation_settings(self.model, config):
+            output = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                logits_processor=LogitsProcessorList([sampling]),
+                stopping_criteria=StoppingCriteriaList(stops),
+            )
         logprobs = torch.stack(sampling.logprobs, 1).double().cpu().numpy()  # (B, steps)
         seconds = (time.monotonic() - began) / len(prompts)
         new = output[:, width:].cpu().numpy()
@@ -155,6 +155,16 @@ class TextSampler:
             else:
                 low = middle + 1
         return low
+
+
+@contextmanager
+def generation_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Let `generate` of `model` follow `config` alone; transformers fills what it leaves out from the checkpoint's."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

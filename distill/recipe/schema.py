@@ -200,11 +200,11 @@ class Training(Record):
     num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     optim: Literal["adamw_torch", "muon"] = "adamw_torch"  # muon: for the matrices of fresh students
     learning_rate: float = Field(2e-3, gt=0)
     lr_scheduler_type: Scheduler = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_steps: float = Field(0.05, ge=0)  # below 1: a share of all steps
     weight_decay: float = Field(0.1, ge=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)

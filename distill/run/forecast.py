@@ -80,7 +80,7 @@ def memory(setting: Setting, plan: Plan, teacher_parameters: int) -> Memory:
     tokens = training.per_device_train_batch_size * setting.recipe.data.max_length
     per_layer = _activations_per_layer(config)
     layers = config.num_hidden_layers
-    per_token = layers * config.hidden_size + per_layer if training.gradient_checkpointing else layers * per_layer
+    per_token = layers * config.hidden_size + per_layer if training.activation_checkpointing else layers * per_layer
     return Memory(certain, FLOAT * tokens * per_token + 3 * LOGITS_CHUNK_BYTES)
 
 

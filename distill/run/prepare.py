@@ -10,10 +10,11 @@ from limbeck.distill.context import EMPTY_CORPUS, Setting, code_version, count_p
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import empty_blocks, make_blocks, train_tokenizer
 from limbeck.distill.data.packing import separates_documents
-from limbeck.distill.models import licence, loading
+from limbeck.distill.models import loading
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Recipe, Teacher
 from limbeck.distill.teacher import endpoint, generate
+from limbeck.registry.catalog import model_licence
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
 from limbeck.registry.checkpoints.load import load_config, load_tokenizer
 from limbeck.registry.core.errors import BadInput
@@ -52,7 +53,7 @@ def prepare_setting(recipe: Recipe, source: Source, store: Store) -> Setting:
     tokenizer = _tokenizer(recipe, source, text, teacher, teacher_tokenizer, base_models)
     no_blocks = empty_blocks(recipe.data.max_length)
     models = [model for model in (teacher, *base_models.values()) if model]
-    inherited_terms = {model.label: licence.inherited_terms(store, model) for model in models}
+    inherited_terms = {model.label: model_licence.inherited_terms(store, model) for model in models}
     setting = Setting(
         recipe,
         source,
@@ -188,7 +189,7 @@ def with_registered_teacher(setting: Setting, store: Store) -> Setting:
         return setting
     version = teacher.version
     if version is None or version.name != recipe.name:
-        version = licence.version_of_model(store, teacher)
+        version = model_licence.version_of_model(store, teacher)
         version = store.register(
             NewVersion(
                 name=recipe.name,

@@ -98,7 +98,7 @@ def _memory_finding(subject: str, needed: Memory, available: int, memory_name: s
         )
     if needed.total <= MEMORY_WARNING_SHARE * available:
         return ok("memory", message)
-    fix = "lower training.per_device_train_batch_size or data.max_length, or set gradient_checkpointing = true"
+    fix = "lower training.per_device_train_batch_size or data.max_length, or set activation_checkpointing = true"
     return Finding(check="memory", level="warning", message=message, fix=fix)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from limbeck.distill.context import Setting, errors_at
 from limbeck.distill.models import loading, vocabularies
 from limbeck.distill.models.pruning import prune
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What transformers and torch raise for a config whose numbers do not fit together.
-CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, ZeroDivisionError)
+CONFIG_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    IndexError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
 
 
 def check(setting: Setting, plan: Plan) -> None:

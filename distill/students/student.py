@@ -198,7 +198,7 @@ def _train_and_save(
         shutil.rmtree(folder)
         raise Refused(
             f"{plan.label}: training diverged, its held-out loss is not finite; nothing was registered",
-            fix="set a lower training.learning_rate or a higher training.warmup_ratio",
+            fix="set a lower training.learning_rate or a higher training.warmup_steps",
         )
     _save(setting, plan, model, facts, folder / "final")
     return facts

@@ -321,6 +321,6 @@ def training_diverged_error(step: int, cause: str, training: Training, folder: s
     return Refused(
         f"training diverged at step {step}: {cause}; nothing was registered"
         + (f"; the checkpoint before it is {checkpoint}" if checkpoint else ""),
-        fix=f"set a lower training.learning_rate than {training.learning_rate:g}, a higher training.warmup_ratio than "
-        f"{training.warmup_ratio:g}" + (", or training.bf16 = false" if training.bf16 is not False else ""),
+        fix=f"set a lower training.learning_rate than {training.learning_rate:g}, a higher training.warmup_steps than "
+        f"{training.warmup_steps:g}" + (", or training.bf16 = false" if training.bf16 is not False else ""),
     )

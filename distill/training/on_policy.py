@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from limbeck.distill.models.sampling import generation_settings
 from limbeck.distill.recipe.schema import OnPolicy
 
 Batch = dict[str, Any]
@@ -56,11 +57,9 @@ class StudentWriter:
             eos_token_id=end_ids or None,
             pad_token_id=end_ids[0] if end_ids else 0,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), generation_settings(self.student, config):
             torch.manual_seed(seed)
-            whole: Any = self.student.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False
-            )
+            whole: Any = self.student.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
         self.student.train(training)
         return _make_batch(prompts, whole[:, ids.shape[1] :], end_ids)
 

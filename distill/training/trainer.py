@@ -271,7 +271,7 @@ def _arguments(training: Training, folder: Path, seed: int) -> TrainingArguments
             output_dir=str(folder),
             **training.model_dump(exclude={"save_minutes", "optim", "eval_steps"}),
             optim="adamw_torch_fused",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing_kwargs={"use_reentrant": False},
             use_cpu=device() == "cpu",
             seed=seed,
             data_seed=seed,

@@ -131,7 +131,7 @@ def text() -> Blocks:
     """Blocks of the standard library's source of one document each, since the peers do not separate documents."""
     from limbeck.distill.data.blocks import layout_digest, make_blocks
     from limbeck.distill.data.corpus import stdlib_documents
-    from limbeck.distill.models.loading import load_tokenizer
+    from limbeck.registry.checkpoints.load import load_tokenizer
 
     made = make_blocks(list(itertools.islice(stdlib_documents(), 40)), load_tokenizer(TOKENIZER), LENGTH)
     whole = np.flatnonzero((made.segments == made.segments[:, :1]).all(1))[: STEPS * BATCH]
@@ -174,7 +174,7 @@ def by_limbeck(
 
     distributed.set_up()
     training = Training(
-        max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS, eval_steps=STEPS + 1, warmup_ratio=0.0
+        max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=STEPS, eval_steps=STEPS + 1, warmup_steps=0.0
     )
     teacher: Any = None
     if teacher_kind == "online":
@@ -205,7 +205,7 @@ def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from limbeck.distill.models.loading import load_tokenizer
+    from limbeck.registry.checkpoints.load import load_tokenizer
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows])
@@ -228,7 +228,7 @@ def by_trl(size: Size, blocks: Blocks, folder: str, lmbda: float) -> float:
             beta=0.0,
             temperature=1.0,
             max_new_tokens=64,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             max_length=LENGTH,
         ),
         data_collator=collate,

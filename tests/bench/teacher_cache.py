@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 
@@ -60,8 +61,8 @@ def main() -> None:
     from limbeck.distill.training.trainer import Job, train
 
     recipe = load.load_recipe(ROOT / "quickstart" / "recipe.toml")
-    tokenizer = loading.load_tokenizer(ROOT / "quickstart" / "teacher")
-    teacher = loading.load_model(ROOT / "quickstart" / "teacher")
+    tokenizer = load_tokenizer(ROOT / "quickstart" / "teacher")
+    teacher = load_model(ROOT / "quickstart" / "teacher")
     vocabulary = loading.vocabulary_size(tokenizer)
     training = recipe.training.model_copy(update={"max_steps": STEPS, "per_device_train_batch_size": BATCH})
     kl, labels = Objective(divergence="forward_kl"), Objective(labels=1.0)

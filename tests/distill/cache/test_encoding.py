@@ -15,11 +15,11 @@ from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import make_blocks
 from limbeck.distill.data.corpus import stdlib_documents
 from limbeck.distill.losses import divergences
-from limbeck.distill.models import loading
 from limbeck.distill.recipe import cache_form
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.recipe.schema import Cache, Objective
 from limbeck.distill.teacher.local import local_capture
+from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from tests import ROOT
 
 KL = Objective(divergence="forward_kl")
@@ -181,11 +181,11 @@ def test_the_default_takes_at_most_40_bytes_per_token(limbeck_home: Path) -> Non
     form = cache_form.choose_form(Cache(form="sampled"), KL, 2048)
     assert form is not None
     teacher = ROOT / "quickstart" / "teacher"
-    tokenizer = loading.load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher)
     documents = [next(stdlib_documents())]
     blocks = make_blocks(documents, tokenizer, 256, max_tokens=2048)
     cache = TeacherCache({"teacher": "t"}, (len(blocks.ids), 256), form)
-    cache.fill(local_capture(loading.load_model(teacher), blocks, cache, bf16=False))
+    cache.fill(local_capture(load_model(teacher), blocks, cache, bf16=False))
     folder = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert 30 < cache.disk_bytes() / blocks.ids.size <= 40
     assert folder - cache.disk_bytes() < 1000  # everything besides shards

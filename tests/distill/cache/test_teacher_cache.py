@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from limbeck.distill.cache import teacher_cache as caches
 from limbeck.distill.cache.teacher_cache import Capture, TeacherCache, fill
 from limbeck.distill.data.blocks import Blocks
-from limbeck.distill.models.loading import load_model
 from limbeck.distill.recipe.cache_form import Form
 from limbeck.distill.teacher.local import local_capture, local_pass
+from limbeck.registry.checkpoints.load import load_model
 from limbeck.registry.core.errors import DamagedArtifact
 from tests import ROOT
 

@@ -80,13 +80,13 @@ def test_the_answers_of_a_conversation_are_learnt(tokenizer: PreTrainedTokenizer
     assert text == whole[: whole.index("caf\u00e9 <|im_end|>") + len("caf\u00e9 <|im_end|>")]
     piece = encode_document(conversation_document("a", TALK), tokenizer, 0, 0)
     assert piece.text_bytes == len("return 3") + len("  3, caf\u00e9 ".encode())
-    assert piece.ids.tolist() == tokenizer.apply_chat_template(TALK)[: len(piece.ids)]
+    assert piece.ids.tolist() == tokenizer.apply_chat_template(TALK)["input_ids"][: len(piece.ids)]
 
 
 def test_the_tokens_before_the_answer_are_those_of_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
     piece = encode_document(conversation_document("a", TALK[:3]), tokenizer, 0, 0)
-    prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)["input_ids"]
     assert piece.ids[~piece.targets].tolist() == prompt
     assert piece.targets.tolist() == [False] * len(prompt) + [True] * (len(piece.ids) - len(prompt))
 

@@ -157,7 +157,7 @@ def test_a_recipe_with_layers(deep: Path, write_recipe: Callable[..., Path], sto
         deep,
         student + "num_attention_heads = 2",
         '[objectives.both]\ndivergence = "forward_kl"\n[objectives.both.layers]\nloss = "mse"\nmap = {1 = 3, 2 = 6}\n',
-        'gradient_checkpointing = true\n[cache]\nform = "online"\n',
+        'activation_checkpointing = true\n[cache]\nform = "online"\n',
     )
     [made] = distill(recipe, [], store, output_folder=tmp_path / "student")
     assert made.trained

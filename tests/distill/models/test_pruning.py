@@ -17,13 +17,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import loading
 from limbeck.distill.models.heldout import bits_per_byte
 from limbeck.distill.models.pruning import importance, prune
 from limbeck.distill.models.pruning_shapes import pruned_shape
 from limbeck.distill.recipe.schema import Objective, Prune, Training
 from limbeck.distill.students.initialise import fresh_model
 from limbeck.distill.training.trainer import Job, train
+from limbeck.registry.checkpoints.load import load_config
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.conftest import make_model
@@ -226,7 +226,7 @@ def test_heads_stay_with_their_group(
 
 
 def test_layers_are_evenly_spread(tmp_path: Path, tokenizer_folder: Path, blocks: Blocks) -> None:
-    config = loading.load_config(make_model(tmp_path, tokenizer_folder, "gpt2", n_layer=12))
+    config = load_config(make_model(tmp_path, tokenizer_folder, "gpt2", n_layer=12))
     assert pruned_shape(config, Prune(num_hidden_layers=6)).layers == (0, 2, 4, 7, 9, 11)  # DistilGPT2's
     assert pruned_shape(config, Prune(num_hidden_layers=2)).layers == (0, 11)
     assert pruned_shape(config, Prune(num_hidden_layers=12)).layers == tuple(range(12))
@@ -308,7 +308,7 @@ def test_a_pruned_student_learns_faster_than_a_fresh_one(
 def test_impossible_shapes_are_refused(
     tmp_path: Path, tokenizer_folder: Path, model_type: str, cut: dict[str, Any], message: str
 ) -> None:
-    config = loading.load_config(make_model(tmp_path, tokenizer_folder, model_type))
+    config = load_config(make_model(tmp_path, tokenizer_folder, model_type))
     config.scale_attn_by_inverse_layer_idx = model_type == "gpt2"
     if not cut:
         config.quantization_config = {"quant_method": "gptq", "bits": 4}

@@ -17,10 +17,10 @@ from limbeck.distill.commands.distill import distill
 from limbeck.distill.data import corpus
 from limbeck.distill.data.blocks import make_blocks, train_tokenizer
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import loading
 from limbeck.distill.recipe import grid, load
 from limbeck.distill.recipe.schema import Objective, Training
 from limbeck.distill.training.trainer import Job, train
+from limbeck.registry.checkpoints.load import load_model
 from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.conftest import make_model
@@ -129,7 +129,7 @@ def reasoner(folder: Path, tokenizer_folder: Path, rows: list[dict[str, str]], w
         answer = f"<think>\nso {result}\n</think>\n\\boxed{{{result}}}"
         documents.append(Document(row["question"], prompt + answer, prompt=prompt))
     blocks = make_blocks(documents, tokenizer, 64)
-    model = loading.load_model(folder)
+    model = load_model(folder)
     training = Training(
         max_steps=200, per_device_train_batch_size=8, optim="muon", learning_rate=2e-2, bf16=False, eval_steps=1000
     )

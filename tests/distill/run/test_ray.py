@@ -36,9 +36,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_two_nodes_make_the_students_of_a_sweep(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, cluster: str
 ) -> None:
-    wild = (
-        "[students.wild.config]\nmodel_type = 'gpt2'\nn_embd = 32\nn_layer = 1\nn_head = 4\ninitializer_range = 1e30\n"
-    )
+    wild = "[students.wild.config]\nmodel_type = 'gpt2'\nn_embd = 32\nn_layer = 1\nlayer_norm_epsilon = -10.0\n"
     path = write_recipe(
         tiny_llama, objectives=DISTILLED, extra=wild + '[sweep]\ncontrols = ["labels", "labels_equal_cost"]\n'
     )

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import loading
 from limbeck.distill.recipe.schema import Lora, Objective, Training
 from limbeck.distill.students.initialise import add_lora, merge_adapter
 from limbeck.distill.training.trainer import Job, train
+from limbeck.registry.checkpoints.load import load_model
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
 
@@ -47,7 +47,7 @@ def logits(model: PreTrainedModel, text: Blocks) -> torch.Tensor:
 def test_only_the_adapter_is_trained_and_it_is_merged(
     request: pytest.FixtureRequest, family: str, text: Blocks, tmp_path: Path
 ) -> None:
-    plain = loading.load_model(request.getfixturevalue(family))
+    plain = load_model(request.getfixturevalue(family))
     model = add_lora(copy.deepcopy(plain), Lora(r=2, lora_alpha=8), seed=0)
     assert type(model) is type(plain)
     assert torch.equal(logits(model, text), logits(plain, text))  # a new adapter changes nothing
@@ -74,7 +74,7 @@ def test_only_the_adapter_is_trained_and_it_is_merged(
 
 def test_the_adapter_equals_the_formula_of_lora(tiny_llama: Path, text: Blocks) -> None:
     """W x + (alpha / r) B A x, for the named modules."""
-    plain = loading.load_model(tiny_llama)
+    plain = load_model(tiny_llama)
     model = add_lora(copy.deepcopy(plain), Lora(r=4, lora_alpha=6, target_modules=("q_proj",)), seed=0)
     matrices = dict(model.named_parameters())
     assert sum("lora_" in name for name in matrices) == 2 * 2
@@ -89,7 +89,7 @@ def test_the_adapter_equals_the_formula_of_lora(tiny_llama: Path, text: Blocks) 
 
 def test_a_stopped_run_resumes_with_its_adapter(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
     def initial_model() -> PreTrainedModel:
-        return add_lora(loading.load_model(tiny_llama), Lora(r=2, lora_dropout=0.1), seed=3)
+        return add_lora(load_model(tiny_llama), Lora(r=2, lora_dropout=0.1), seed=3)
 
     def stop(now: Any) -> None:
         if now.step == 3:
@@ -109,11 +109,11 @@ def test_a_stopped_run_resumes_with_its_adapter(tiny_llama: Path, text: Blocks, 
         assert torch.equal(one, other), name
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
-    plain, checkpointed = (add_lora(loading.load_model(tiny_llama), Lora(r=2), seed=0) for _ in range(2))
+def test_activation_checkpointing_changes_nothing(tiny_llama: Path, text: Blocks, tmp_path: Path) -> None:
+    plain, checkpointed = (add_lora(load_model(tiny_llama), Lora(r=2), seed=0) for _ in range(2))
     before = [p.detach().clone() for p in plain.parameters()]
     train(make_job(plain, text, tmp_path / "plain"))
-    train(make_job(checkpointed, text, tmp_path / "checkpointed", gradient_checkpointing=True))
+    train(make_job(checkpointed, text, tmp_path / "checkpointed", activation_checkpointing=True))
     for old, one, other in zip(before, plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
         assert torch.equal(old, one) != one.requires_grad

@@ -16,7 +16,6 @@ from limbeck.distill import context
 from limbeck.distill.cache.teacher_cache import TeacherCache
 from limbeck.distill.data.blocks import document_slices, make_blocks
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import loading
 from limbeck.distill.models.alignment import document_spans, token_bytes
 from limbeck.distill.recipe import cache_form, load
 from limbeck.distill.recipe import schema as recipes
@@ -33,6 +32,7 @@ from limbeck.distill.teacher.logprobs import PromptLogprobsClient
 from limbeck.distill.teacher.signal import chunks_cache
 from limbeck.registry.catalog import endpoint as endpoint_module
 from limbeck.registry.catalog.model_ref import ResolvedModel, resolve_model
+from limbeck.registry.checkpoints.load import load_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -64,7 +64,7 @@ def test_captured_top_k_equals_that_of_the_same_model_here(
     form = Form("topk", 5, 300)
     cache = TeacherCache({}, blocks.ids.shape, form)
     indices = np.arange(len(blocks.ids))
-    local = local_capture(loading.load_model(tiny_llama), blocks, cache, bf16=False)(indices)
+    local = local_capture(load_model(tiny_llama), blocks, cache, bf16=False)(indices)
     if not by_id:  # a server that refuses an unknown parameter
         proxy.change = lambda body, answer: answer
         forward = proxy.ask

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.distill.data.blocks import Blocks, make_blocks
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import heldout, loading
+from limbeck.distill.models import heldout
 from limbeck.distill.recipe.schema import Objective, Training
 from limbeck.distill.training.callbacks import Progress
 from limbeck.distill.training.trainer import Job, TrainingResult, train
+from limbeck.registry.checkpoints.load import load_tokenizer
 from tests.distill.conftest import lines_of_text
 
 LABELS = Objective(labels=1.0)
@@ -36,7 +37,7 @@ class RecordedRun(NamedTuple):
 @pytest.fixture(scope="module")
 def text(tiny_llama: Path) -> tuple[Blocks, Blocks]:
     """Blocks to train on and held-out ones."""
-    tokenizer = loading.load_tokenizer(tiny_llama)
+    tokenizer = load_tokenizer(tiny_llama)
     documents = [Document(str(seed), lines_of_text(20, seed)) for seed in range(24)]
     return make_blocks(documents[6:], tokenizer, 32), make_blocks(documents[:6], tokenizer, 32)
 

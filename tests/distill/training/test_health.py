@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.distill.data.blocks import make_blocks
 from limbeck.distill.data.document import Document
-from limbeck.distill.models import loading
 from limbeck.distill.recipe.schema import Objective, Training
 from limbeck.distill.training import health
 from limbeck.distill.training.trainer import Job, train
+from limbeck.registry.checkpoints.load import load_tokenizer
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, lines_of_text
@@ -26,7 +26,7 @@ from tests.distill.conftest import DISTILLED, lines_of_text
 def run(tmp_path: Path, tiny_llama: Path) -> Callable[..., None]:
     """Train a student on labels; keywords are keys of [training]."""
     documents = [Document(str(seed), lines_of_text(20, seed)) for seed in range(24)]
-    blocks = make_blocks(documents, loading.load_tokenizer(tiny_llama), 32)
+    blocks = make_blocks(documents, load_tokenizer(tiny_llama), 32)
 
     def go(student: PreTrainedModel, **changes: Any) -> None:
         settings = {"max_steps": 8, "per_device_train_batch_size": 4, "logging_steps": 2, "bf16": False}
@@ -111,7 +111,7 @@ def test_what_counts_as_a_rise(losses: list[float], rises: bool) -> None:
 def test_a_run_that_diverges_registers_nothing(
     store: Store, limbeck: Callable[..., Any], write_recipe: Callable[..., Path], tiny_llama: Path, limbeck_home: Path
 ) -> None:
-    recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra="learning_rate = 1e30\nwarmup_ratio = 0.0\n")
+    recipe = write_recipe(tiny_llama, objectives=DISTILLED, extra="learning_rate = 1e30\nwarmup_steps = 0.0\n")
     result = limbeck("distill", recipe)
     assert result.code == 1
     assert "training diverged at step 2: " in result.err

@@ -55,7 +55,7 @@ def test_trains_as_a_plain_loop_does(
     blocks, settings = blocks_of(3 * BATCH), OnPolicy(lmbda=1.0, max_new_tokens=6, prompt_tokens=7, temperature=0.8)
     training = Training(
         max_steps=3, per_device_train_batch_size=BATCH, logging_steps=1, bf16=False, lr_scheduler_type="constant",
-        learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1e9, warmup_ratio=0.0,
+        learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1e9, warmup_steps=0.0,
     )  # fmt: skip
     teacher, student = load(tiny_neox), load(folder)
     losses: list[float] = []

@@ -96,7 +96,7 @@ def die_at(step: int) -> Callable[[Any], None]:
             "tiny_qwen2",
             KL.model_copy(update={"layers": Layers(loss="mse")}),
             False,
-            {"gradient_checkpointing": True},
+            {"activation_checkpointing": True},
             marks=pytest.mark.slow,
         ),
     ],
@@ -197,12 +197,12 @@ def test_bfloat16_is_used_if_it_was_measured_to_be_faster(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU reports whether it has bfloat16")
-    config = LlamaConfig(hidden_size=32, intermediate_size=64)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4)
     precision.uses_bf16(None, config)
     [measured] = json.loads((home() / "precision.json").read_text()).items()
     assert set(measured[1]) == {"fp32_s", "bf16_s"}
     (home() / "precision.json").write_text(json.dumps({measured[0]: {"fp32_s": fp32, "bf16_s": bf16}}))
     assert precision.uses_bf16(None, config) is chosen
     assert precision.uses_bf16(not chosen, config) is not chosen  # the recipe decides first
-    precision.uses_bf16(None, LlamaConfig(hidden_size=48, intermediate_size=64))
+    precision.uses_bf16(None, LlamaConfig(hidden_size=48, intermediate_size=64, num_attention_heads=4))
     assert len(json.loads((home() / "precision.json").read_text())) == 2
