@@ -106,6 +106,7 @@ def _with_blocks(setting: Setting) -> Setting:
 
 def _models_mixing_documents(setting: Setting) -> list[str]:
     """The names of the models that do not keep the documents of a block apart; each config class is probed once."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     recipe, configs = setting.recipe, {}
@@ -113,7 +114,7 @@ def _models_mixing_documents(setting: Setting) -> list[str]:
         if name in setting.base_models:
             configs[name] = load_config(setting.base_models[name].path)
         elif student.config:
-            with suppress(ValueError, TypeError, KeyError):  # the check of the student reports it
+            with suppress(ValueError, TypeError, KeyError, StrictDataclassError):  # the check of the student reports it
                 configs[name] = AutoConfig.for_model(**student.config)
     if setting.teacher and recipe.teacher and not recipe.teacher.is_endpoint:
         configs["teacher"] = setting.teacher_config()

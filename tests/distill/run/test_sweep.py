@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from limbeck.distill import context
 from limbeck.distill.recipe import grid
 from limbeck.distill.recipe import load as load_module
-from limbeck.distill.teacher import writers
 from limbeck.registry.mlflow.store import Store
 from tests.distill.conftest import DISTILLED, STUDENTS
 
@@ -94,8 +94,8 @@ def test_a_sweep_runs_the_teacher_once_and_has_one_parent_run(
     store: Store, limbeck: Limbeck, write_recipe: WriteRecipe, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Path] = []
-    load = writers.load_model
-    monkeypatch.setattr(writers, "load_model", lambda path, *rest: loaded.append(Path(path)) or load(path, *rest))
+    load = context.load_model
+    monkeypatch.setattr(context, "load_model", lambda path, *rest: loaded.append(Path(path)) or load(path, *rest))
     both = DISTILLED + '[objectives.jsd]\ndivergence = "jsd"\n'
     path = write_recipe(tiny_llama, objectives=both, extra="[cache]\nform = 'topk'\n[sweep]\nseeds = [1, 2]\n")
     done = limbeck("distill", path, "--format", "json")
