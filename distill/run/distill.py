@@ -122,7 +122,7 @@ def _registered_students(setting: Setting, plans: list[Plan], keys: dict[str, st
     for plan in plans:
         if version := store.find_version(setting.recipe.name, engine="torch", recipe_digest=keys[plan.label]):
             print_status(f"  {plan.label}: already made, {version.ref}")
-            licences.fill_missing_licences(store, version, student_licences.licence_fields(setting, plan))
+            licences.fill_missing_fields(store, version, student_licences.licence_fields(setting, plan))
             students[plan.label] = Student(plan, store.get(version.ref), trained=False)
     return students
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.distill.data import corpus
-from limbeck.distill.models import licence
+from limbeck.registry.catalog import model_licence
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.provenance import licences
 from limbeck.registry.provenance.licences import LineageLicence
@@ -50,14 +50,14 @@ def text_licence(data: Data, recipe_folder: Path) -> str | None:
     except BadInput:  # reading the text raises it again
         return None
     if path.exists():
-        return licence.licence_of_card(path if path.is_dir() else path.parent)
+        return model_licence.licence_of_card(path if path.is_dir() else path.parent)
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(str(data.path), "README.md", repo_type="dataset")
     except ValueError:  # not a valid name on the hub
         return None
-    return licence.licence_of_card(Path(found).parent) if isinstance(found, str) else None
+    return model_licence.licence_of_card(Path(found).parent) if isinstance(found, str) else None
 
 
 def licence_fields(setting: Setting, plan: Plan) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def licence_fields(setting: Setting, plan: Plan) -> dict[str, Any]:
         "code_licence": metadata("limbeck")["License-Expression"],
     }
     if base is not None:
-        stated = setting.recipe.students[plan.student].licence or licence.licence_of_model(base)
+        stated = setting.recipe.students[plan.student].licence or model_licence.licence_of_model(base)
         fields |= {"base_model": base.label, "base_model_digest": base.digest, "base_model_licence": stated}
     return fields
 

@@ -24,7 +24,7 @@ from limbeck.registry.core.digest import (
 )
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import atomic_write, home
-from limbeck.registry.records import NewVersion, Parity, Version
+from limbeck.registry.records import Parity, Version
 
 if TYPE_CHECKING:
     from limbeck.registry.mlflow.store import Store
@@ -261,10 +261,8 @@ def _registered_variant(
 
 
 def _register(store: Store, parent: Version, folder: Path, precision: str, parity: Parity) -> Variant:
-    """Register a variant with its parity. All its other fields are those of its parent."""
-    fields = parent.model_dump(include=set(NewVersion.model_fields))
-    fields |= {"kind": "onnx", "engine": "onnxruntime", "precision": precision, "parent": parent.ref}
-    version = store.register(NewVersion(**fields), folder)
+    """Register a variant with its parity."""
+    version = store.register(parent.onnx_variant(precision), folder)
     store.findings.add_parity(version, parity)
     return _variant_of_version(store, version, parity, new=True)
 

@@ -204,8 +204,8 @@ def lineage_licences(store: Store, version: Version) -> list[LineageLicence]:
         version = parent
 
 
-def fill_missing_licences(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
-    """Record licence fields of a version and its ONNX variants that were unknown when they were made.
+def fill_missing_fields(store: Store, version: Version, fields: Mapping[str, str | bool | None]) -> None:
+    """Record fields of a version and its ONNX variants that were unknown when they were made.
 
     Fields that are recorded stay unchanged: to correct one, make the version again.
     """

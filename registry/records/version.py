@@ -51,6 +51,12 @@ class Version(NewVersion):
         """`NAME/VERSION`."""
         return f"{self.name}/{self.version}"
 
+    def onnx_variant(self, precision: str) -> NewVersion:
+        """The record of an ONNX variant of this PyTorch version: its lineage and licences are the same."""
+        fields = self.model_dump(include=set(NewVersion.model_fields))
+        fields |= {"kind": "onnx", "engine": "onnxruntime", "precision": precision, "parent": self.ref}
+        return NewVersion(**fields)
+
 
 class TrainingCost(Record):
     """The cost of training a student."""

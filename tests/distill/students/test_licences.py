@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.distill.models.licence import licence_of_card
 from limbeck.distill.recipe import load
 from limbeck.distill.recipe.load import Source
 from limbeck.distill.recipe.schema import Data
@@ -26,22 +25,6 @@ from limbeck.registry.provenance import licences
 from limbeck.registry.records import Version
 from tests.conftest import Result
 from tests.distill.conftest import DISTILLED
-
-
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        ("license: mit", "mit"),
-        ("license: other\nlicense_name: qwen\nlicense_link: LICENSE", "qwen"),
-        ("license: other", "other"),
-        ("tags: [a]", None),
-        (None, None),
-    ],
-)
-def test_the_licence_in_a_model_card(tmp_path: Path, card: str | None, licence: str | None) -> None:
-    if card:
-        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n\n# a model\n")
-    assert licence_of_card(tmp_path) == licence
 
 
 def test_the_recipe_goes_before_the_card_of_the_teacher(
