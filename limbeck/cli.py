@@ -54,6 +54,10 @@ COMMANDS: Table = {
         "limbeck.export.commands.export:export",
         "Export PyTorch models to ONNX variants, compared with PyTorch.",
     ),
+    "register": (
+        "limbeck.registry.commands.register:register",
+        "Register a checkpoint or ONNX artifact that exists already.",
+    ),
     "tasks": ("limbeck.evals.commands.eval:tasks", "Make lm-eval tasks from held-out text."),
     "eval": (
         "limbeck.evals.commands.eval:evaluate",
@@ -101,6 +105,7 @@ EXTRAS = {
     "limbeck.export.commands.serve": "serve",
     "limbeck.quickstart": "all",
     "limbeck.registry": "registry",
+    "limbeck.registry.commands.register": "export",
     "limbeck.web": "web",
 }
 
