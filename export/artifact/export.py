@@ -1,7 +1,7 @@
 """Convert a transformers checkpoint to an ONNX artifact: a graph with key-value cache, ready to run.
 
 The families of limbeck.export.graph.families get a graph of fused operators, others the graph that optimum exports. In
-the manifest, `graph` is "fused" or "optimum".
+the manifest, `graph` is "fused" or "optimum", and `graph_reason` is why a model got optimum's without asking for it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from limbeck.export.artifact.interop import write_interop_files
-from limbeck.export.graph.decoder import write_graph
-from limbeck.export.graph.families import FAMILIES, decoder_from_model
+from limbeck.export.graph.families.table import FAMILIES, decoder_from_model
 from limbeck.export.graph.reader import UnsupportedModel
+from limbeck.export.graph.write import write_graph
+from limbeck.export.optimum.engine import write_optimum_graph
+from limbeck.export.optimum.model_types import MODEL_TYPES
 from limbeck.export.quantize.precisions import parse_precisions, quantize
 from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.export.runtime.session import GRAPH
@@ -28,8 +30,10 @@ from limbeck.registry.checkpoints.load import load_config, load_model, load_toke
 from limbeck.registry.core.digest import folder_digest, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import atomic_write
+from limbeck.registry.core.overlay import overlay_versions
 
-TASK = "text-generation-with-past"
+Engine = Literal["fused", "optimum"]
+
 # The files that a runtime reads. Others that transformers saves (vocab.json, merges.txt, ...) repeat their content.
 RUNTIME_FILES = {
     "config.json",
@@ -48,7 +52,7 @@ def export_onnx(
     *,
     fp32_artifact: Path | None = None,
     settings: QuantizationSettings | None = None,
-    fused: bool = True,
+    engine: Engine | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Write the ONNX artifact of the causal language model in `model` to `output_folder`. Returns its digest.
@@ -61,12 +65,12 @@ def export_onnx(
         precision: a key of limbeck.export.quantize.precisions.PRECISIONS.
         fp32_artifact: the fp32 artifact of the same model, to quantize without a new export; None makes one.
         settings: of the quantization.
-        fused: False takes optimum's graph even if the fused one can be written, to compare the two.
+        engine: makes the fp32 graph; None takes "fused" if the model has a fused graph, else "optimum".
         trust_remote_code: run the Python code in the folder, as in transformers.
 
     Raises:
-        BadInput: the folder is not a causal language model, has only pickled weights, has no fast tokenizer, or has an
-            architecture that neither the fused writer nor optimum exports.
+        BadInput: the folder is not a causal language model, has only pickled weights, has no fast tokenizer, or cannot
+            be exported by `engine`; or `fp32_artifact` was made by another one.
         DamagedArtifact: truncated weights.
     """
     parse_precisions([precision])
@@ -79,9 +83,10 @@ def export_onnx(
         fields: dict[str, Any] = {}
         with _silenced():
             if fp32_artifact is None:
-                graph_kind = _export_fp32(model, folder, fused, trust_remote_code)
+                report = (settings or QuantizationSettings()).report
+                graph = _export_fp32(model, folder, engine, trust_remote_code, report)
             else:
-                graph_kind = _copy_runtime_files(fp32_artifact, folder, model, parent)
+                graph = _copy_runtime_files(fp32_artifact, folder, model, parent, engine)
             if precision != "fp32":
                 fields["quantization"] = quantize(fp32_artifact or folder, folder, precision, settings)
         return write_manifest(
@@ -89,48 +94,62 @@ def export_onnx(
             kind="onnx",
             engine="onnxruntime",
             precision=precision,
-            graph=graph_kind,
             parent=parent,
-            made_with=_package_versions(),
+            made_with=_package_versions(graph["graph"]),
+            **graph,
             **fields,
-            **write_interop_files(folder, graph_kind),
+            **write_interop_files(folder, graph["graph"]),
         )
 
 
 def supported_model_types() -> list[str]:
     """List the `model_type`s that can be exported with a key-value cache, as a fused graph or by optimum."""
-    return sorted({*FAMILIES, *_optimum_model_types()})
+    return sorted({*FAMILIES, *MODEL_TYPES})
 
 
-def _optimum_model_types() -> list[str]:
-    return []
+def _copy_runtime_files(
+    fp32_artifact: Path, folder: Path, model: Path, parent: str, engine: Engine | None
+) -> dict[str, str]:
+    """Copy what a quantized variant shares with the fp32 artifact. Returns the fields of its graph in the manifest.
 
-
-def _copy_runtime_files(fp32_artifact: Path, folder: Path, model: Path, parent: str) -> str:
-    """Copy what a quantized variant shares with the fp32 artifact. Returns the kind of its graph.
-
-    Raises BadInput if the artifact is not of the model with the digest `parent`.
+    Raises BadInput if the artifact is not of the model with the digest `parent`, or not made by `engine`.
     """
     manifest = read_manifest(fp32_artifact)
     if manifest.get("parent") != parent:
         raise BadInput(f"{fp32_artifact} is not an export of {model}", fix="leave it out: it will be made again")
+    if engine not in (None, manifest["graph"]):
+        raise BadInput(f"{fp32_artifact} has the graph of the engine {manifest['graph']}, not {engine}")
     for name in RUNTIME_FILES & {path.name for path in fp32_artifact.iterdir()}:
         shutil.copyfile(fp32_artifact / name, folder / name)
-    return str(manifest["graph"])
+    return {key: manifest[key] for key in ("graph", "graph_reason") if key in manifest}
 
 
-def _export_fp32(model: Path, folder: Path, fused: bool, trust_remote_code: bool) -> str:
-    """Write the graph, the configuration and the tokenizer of `model` to `folder`. Returns the kind of the graph."""
+def _export_fp32(
+    model: Path, folder: Path, engine: Engine | None, trust_remote_code: bool, report: Callable[[str], None]
+) -> dict[str, str]:
+    """Write the graph, the configuration and the tokenizer of `model`. Returns the graph's fields of the manifest."""
     torch_model, tokenizer = _load(model, trust_remote_code)
     torch_model.config.use_cache = True
-    graph_kind = "fused" if fused and _write_fused(torch_model, folder) else "optimum"
-    if graph_kind == "optimum":
-        _write_optimum(model, torch_model, folder)
+    reason = None if engine == "optimum" else _write_fused(torch_model, folder)
+    if engine == "fused" and reason:
+        raise BadInput(
+            f"{model} has no fused graph: {reason}",
+            fix="use --engine optimum, or leave --engine out" if _is_optimum_type(torch_model) else None,
+        )
+    optimum = engine == "optimum" or reason is not None
+    if optimum:
+        if not _is_optimum_type(torch_model):
+            raise _unsupported(model, torch_model.config.model_type, reason)
+        if reason:
+            report(f"{model}: optimum makes the graph, since there is no fused one: {reason}")
+        write_optimum_graph(torch_model, folder, str(model), report)
+    torch_model.config.save_pretrained(folder)
+    torch_model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         if path.name not in RUNTIME_FILES and not path.name.startswith(GRAPH):
             path.unlink()
-    return graph_kind
+    return {"graph": "optimum" if optimum else "fused"} | ({"graph_reason": reason} if reason else {})
 
 
 def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -141,50 +160,38 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         raise _unsupported(model, config.model_type)
     if not tokenizer.is_fast:
         raise BadInput(f"{model}: its tokenizer has no tokenizer.json and cannot be converted to one")
-    return load_model(model, trust_remote_code, config=config), tokenizer
+    # Eager attention, since torch's fused attention ignores what it does not support, such as Gemma 2's soft cap.
+    return load_model(model, trust_remote_code, config=config, attn_implementation="eager"), tokenizer
 
 
-def _write_fused(torch_model: Any, folder: Path) -> bool:
-    """Write the fused graph and the configuration files. Returns False if the model has no fused graph."""
+def _write_fused(torch_model: Any, folder: Path) -> str | None:
+    """Write the fused graph. Returns None, or the reason if the model has no fused graph."""
     try:
-        decoder = decoder_from_model(torch_model)
-    except UnsupportedModel:
-        return False
-    write_graph(decoder, folder / GRAPH)
-    torch_model.config.save_pretrained(folder)
-    torch_model.generation_config.save_pretrained(folder)
-    return True
+        write_graph(decoder_from_model(torch_model), folder / GRAPH)
+    except UnsupportedModel as error:
+        return str(error)
+    return None
 
 
-def _write_optimum(model: Path, torch_model: Any, folder: Path) -> None:
-    """Write optimum's graph, without optimum's validation: limbeck.export.artifact.parity checks more, on real text."""
-    from optimum.exporters.onnx.convert import onnx_export_from_model
-
-    if torch_model.config.model_type not in _optimum_model_types():
-        raise _unsupported(model, torch_model.config.model_type)
-    try:
-        onnx_export_from_model(model=torch_model, output=folder, task=TASK, do_validation=False, device="cpu")
-    except Exception as error:  # the model's own code may raise anything while it is traced
-        raise BadInput(
-            f"{model}: optimum cannot export this {torch_model.config.model_type} model: {_first_line(error)}",
-            fix="another model of the family may work; `pip install -U optimum-onnx` may support this one",
-        ) from error
+def _is_optimum_type(torch_model: Any) -> bool:
+    return torch_model.config.model_type in MODEL_TYPES
 
 
-def _unsupported(model: Path, model_type: str) -> BadInput:
+def _unsupported(model: Path, model_type: str, reason: str | None = None) -> BadInput:
+    if reason:
+        return BadInput(f"{model} cannot be exported: {reason}", fix=f"optimum does not export {model_type!r} either")
     return BadInput(
         f"{model}: the architecture {model_type!r} cannot be exported",
         fix=f"supported: {', '.join(supported_model_types())}",
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _package_versions() -> dict[str, str]:
-    packages = ("onnx", "onnxruntime", "torch", "transformers")
-    return {package: importlib.metadata.version(package) for package in packages}
+def _package_versions(graph_kind: str) -> dict[str, str]:
+    """Return the versions of the packages that made an artifact."""
+    versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "transformers")}
+    if graph_kind == "optimum":
+        versions |= {name: overlay_versions()[name] for name in ("optimum", "optimum-onnx")}
+    return versions
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from limbeck.export.graph.families import FAMILIES
+from limbeck.export.graph.families.table import FAMILIES
 from limbeck.export.graph.signature import Signature
 from limbeck.export.runtime.session import CONTEXT_KEYS, GRAPH
 

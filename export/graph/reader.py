@@ -72,19 +72,25 @@ class ModelReader:
         bias = np.zeros(size, np.float32) if module.bias is None else self.array(module.bias)
         return Norm(self.name(module), weight, bias, float(module.eps))
 
-    def rotary(self, module: Any, positions: int) -> Rotary:
+    def rotary(self, module: Any, positions: int, layer_type: str | None = None) -> Rotary:
         """Compute the tables of a transformers rotary module for `positions` positions, with its scaling.
+
+        Args:
+            layer_type: for a module that has tables for each type of layer, as Gemma 3's has.
 
         Raises UnsupportedModel if they depend on the length of the text.
         """
         import torch
 
-        if module.rope_type in DYNAMIC_ROTARY:
-            raise UnsupportedModel(f"rotary embedding of type {module.rope_type!r}")
+        by_type = isinstance(module.rope_type, dict)
+        rope_type = module.rope_type[layer_type] if by_type else module.rope_type
+        if rope_type in DYNAMIC_ROTARY:
+            raise UnsupportedModel(f"rotary embedding of type {rope_type!r}")
         with torch.inference_mode():
-            cos, sin = module(torch.zeros(1), torch.arange(positions)[None])
+            cos, sin = module(torch.zeros(1), torch.arange(positions)[None], *([layer_type] if by_type else []))
         half = cos.shape[-1] // 2  # the second half repeats the first
-        return Rotary(self.name(module), cos[0, :, :half].numpy(), sin[0, :, :half].numpy())
+        name = f"{self.name(module)}.{layer_type}" if by_type else self.name(module)
+        return Rotary(name, cos[0, :, :half].numpy(), sin[0, :, :half].numpy())
 
     def head(self, model: Any, embedding: Any) -> tuple[Linear | None, np.ndarray | None]:
         """Read the language-model head: (head, None), or (None, its bias) if it is tied to the embedding."""

@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.export.artifact import genai
 from limbeck.export.artifact.export import export_onnx
-from limbeck.export.graph.families import FAMILIES as GRAPH_FAMILIES
+from limbeck.export.graph.families.table import FAMILIES as GRAPH_FAMILIES
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from tests.export.export_helpers import Exported

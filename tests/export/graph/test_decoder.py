@@ -100,8 +100,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from limbeck.export.graph.decoder import write_graph
-    from limbeck.export.graph.families import decoder_from_model
+    from limbeck.export.graph.write import write_graph
+    from limbeck.export.graph.families.table import decoder_from_model
 
     model_type, sizes = MODELS[request.param]
     config = AutoConfig.for_model(model_type, **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"), 0))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from limbeck.export.graph.families import FAMILIES as GRAPH_FAMILIES
-from limbeck.export.graph.families import decoder_from_model
+from limbeck.export.graph.families.table import FAMILIES as GRAPH_FAMILIES
+from limbeck.export.graph.families.table import decoder_from_model
 from limbeck.export.graph.reader import UnsupportedModel
 from tests import ROOT
 from tests.families import FAMILIES, README_MARKS, Family, export_family, format_row, format_table

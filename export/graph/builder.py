@@ -1,0 +1,84 @@
+"""Build an ONNX graph node by node, with the parts that every block uses: products, norms, activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from limbeck.export.graph.decoder import Linear, Norm
+
+if TYPE_CHECKING:
+    import onnx
+
+# Activation -> (operator, its domain, its attributes).
+ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "silu": ("QuickGelu", "com.microsoft", {"alpha": 1.0}),
+    "quick_gelu": ("QuickGelu", "com.microsoft", {"alpha": 1.702}),
+    "gelu": ("Gelu", "", {}),
+    "gelu_tanh": ("Gelu", "", {"approximate": "tanh"}),
+    "relu": ("Relu", "", {}),
+}
+
+
+@dataclass
+class GraphBuilder:
+    """Collects nodes and initializers. Methods take and return names of tensors."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def node(
+        self, op: str, inputs: list[str], output: str, *more: str, domain: str = "", name: str = "", **attributes: Any
+    ) -> str:
+        """Add a node, named after its first output. Returns that output."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(op, inputs, [output, *more], name or output, domain=domain, **attributes))
+        return output
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """Add an initializer, unless there is one of this name: that one is assumed to be equal."""
+        from onnx import numpy_helper
+
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def number(self, name: str, value: float) -> str:
+        return self.constant(name, np.array(value, np.float32))
+
+    def ints(self, *values: int) -> str:
+        return self.constant("ints." + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def linear(self, x: str, linear: Linear) -> str:
+        y = self.node("MatMul", [x, self.constant(f"{linear.name}.weight", linear.weight)], f"{linear.name}.out")
+        if linear.bias is None:
+            return y
+        return self.node("Add", [y, self.constant(f"{linear.name}.bias", linear.bias)], f"{linear.name}.biased")
+
+    def norm(self, x: str, norm: Norm) -> str:
+        weight, out = self.constant(f"{norm.name}.weight", norm.weight), f"{norm.name}.out"
+        if norm.bias is None:
+            return self.node("SimplifiedLayerNormalization", [x, weight], out, axis=-1, epsilon=norm.eps, stash_type=1)
+        bias = self.constant(f"{norm.name}.bias", norm.bias)
+        return self.node("LayerNormalization", [x, weight, bias], out, axis=-1, epsilon=norm.eps)
+
+    def add_and_norm(self, x: str, y: str, norm: Norm | None, total: str) -> tuple[str, str]:
+        """Compute x + y and its norm in one operator. Returns (sum, normed sum); they are the same if norm is None."""
+        if norm is None:
+            added = self.node("Add", [x, y], total)
+            return added, added
+        inputs = [x, y, self.constant(f"{norm.name}.weight", norm.weight)]
+        op = "SkipSimplifiedLayerNormalization"
+        if norm.bias is not None:
+            op = "SkipLayerNormalization"
+            inputs.append(self.constant(f"{norm.name}.bias", norm.bias))
+        out = self.node(op, inputs, f"{norm.name}.out", "", "", total, domain="com.microsoft", epsilon=norm.eps)
+        return total, out
+
+    def activation(self, x: str, name: str, output: str) -> str:
+        """Apply the activation `name`, a key of ACTIVATIONS."""
+        op, domain, attributes = ACTIVATIONS[name]
+        return self.node(op, [x], output, domain=domain, **attributes)

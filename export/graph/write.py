@@ -1,0 +1,147 @@
+"""Write a decoder-only transformer as an ONNX graph of onnxruntime's fused operators.
+
+A residual sum and the norm after it are one operator. Tensor names and shapes are those of optimum's graph, so that
+programs read both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.export.graph.blocks import write_attention, write_mlp
+from limbeck.export.graph.builder import GraphBuilder
+from limbeck.export.graph.decoder import Decoder
+from limbeck.export.graph.save import save_graph
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET, IR_VERSION = 21, 10
+# Added to the scores of masked positions: exp() of it is 0, float16 can hold it, and a row of it gives no NaN.
+MASKED_SCORE = -30000.0
+
+
+def write_graph(decoder: Decoder, path: Path) -> None:
+    """Write the graph to `path`, and weights of more than 16 MB to `<path>_data`.
+
+    The same decoder gives the same bytes.
+    """
+    save_graph(_graph_of_decoder(decoder), path, consume=True)
+
+
+def _graph_of_decoder(decoder: Decoder) -> onnx.ModelProto:
+    from onnx import helper
+
+    graph = GraphBuilder()
+    _mask(graph)
+    _logits(graph, decoder, _layers(graph, decoder, _embed(graph, decoder)))
+    inputs, outputs = _signature(decoder)
+    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(proto, producer_name="limbeck", opset_imports=opsets, ir_version=IR_VERSION)
+    helper.set_model_props(model, {"limbeck.graph": "fused"})
+    return model
+
+
+def _embed(graph: GraphBuilder, decoder: Decoder) -> str:
+    table = graph.constant(f"{decoder.embedding_name}.weight", decoder.embedding)
+    x = graph.node("Gather", [table, "input_ids"], "embedding")
+    if decoder.embedding_scale != 1:
+        x = graph.node("Mul", [x, graph.number("embedding.scale", decoder.embedding_scale)], "embedding.scaled")
+    if decoder.positions is not None:
+        places = "position_ids"
+        if decoder.first_position:
+            places = graph.node("Add", [places, graph.ints(decoder.first_position)], "positions.rows")
+        learned = graph.node("Gather", [graph.constant("positions.weight", decoder.positions), places], "positions")
+        x = graph.node("Add", [x, learned], "embedding.placed")
+    return graph.norm(x, decoder.embedding_norm) if decoder.embedding_norm else x
+
+
+def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
+    """Add the layers and the last norm. Each residual sum is fused with the norm that follows it."""
+    first = decoder.layers[0].before_attention
+    h = graph.norm(x, first) if first else x
+    following = [layer.before_attention for layer in decoder.layers[1:]] + [decoder.norm]
+    for index, (layer, after) in enumerate(zip(decoder.layers, following, strict=True)):
+        attended = write_attention(graph, layer.attention, layer.name, index, h)
+        if layer.after_attention:
+            attended = graph.norm(attended, layer.after_attention)
+        if layer.parallel:
+            if layer.before_mlp is not layer.before_attention:
+                h = graph.norm(x, layer.before_mlp) if layer.before_mlp else x
+            x = graph.node("Add", [x, attended], f"{layer.name}.attended")
+        else:
+            x, h = graph.add_and_norm(x, attended, layer.before_mlp, f"{layer.name}.attended")
+        y = write_mlp(graph, layer.mlp, layer.name, h)
+        if layer.after_mlp:
+            y = graph.norm(y, layer.after_mlp)
+        x, h = graph.add_and_norm(x, y, after, f"{layer.name}.out")
+    return h
+
+
+def _mask(graph: GraphBuilder) -> None:
+    """Convert attention_mask (B, T) to the inputs of GroupQueryAttention.
+
+    The length of a row ends at its last 1. MASKED_SCORE is added to the scores of zeros before it (left padding).
+    """
+    from onnx import TensorProto
+
+    mask = graph.node("Cast", ["attention_mask"], "mask.int32", to=TensorProto.INT32)
+    last = graph.node("ArgMax", [mask], "mask.last", axis=1, keepdims=0, select_last_index=1)
+    graph.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+    total = graph.node("Shape", ["attention_mask"], "mask.length", start=1, end=2)
+    graph.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
+    visible = graph.node("Cast", ["attention_mask"], "mask.visible", to=TensorProto.BOOL)
+    added = graph.node(
+        "Where", [visible, graph.number("mask.zero", 0.0), graph.number("mask.masked", MASKED_SCORE)], "mask.added"
+    )
+    row = graph.node("Unsqueeze", [added, graph.ints(1, 2)], "mask.row")  # (B, 1, 1, T)
+    length = graph.node("Shape", ["input_ids"], "input.length", start=1, end=2)
+    shape = graph.node("Concat", [graph.ints(1), graph.ints(1), length, graph.ints(1)], "mask.shape", axis=0)
+    graph.node("Expand", [row, shape], "attention_bias")  # (B, 1, S, T)
+
+
+def _logits(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
+    if decoder.head:
+        y = graph.linear(x, decoder.head)
+    else:
+        # onnxruntime packs a constant weight for this product: a second copy of the table beside the one for the
+        # lookup. A Reshape with a shape computed at run time prevents that, and copies nothing itgraph. The shape
+        # is input sizes * 0; a 0 in a shape keeps the size. onnxruntime does not see that it is constant.
+        shape = graph.node("Mul", [graph.node("Shape", ["input_ids"], "lm_head.sizes"), graph.ints(0)], "lm_head.shape")
+        table = graph.node("Reshape", [f"{decoder.embedding_name}.weight", shape], "lm_head.table")
+        y = graph.node("FusedMatMul", [x, table], "lm_head.out", domain="com.microsoft", transB=1)
+        if decoder.head_bias is not None:
+            y = graph.node("Add", [y, graph.constant("lm_head.bias", decoder.head_bias)], "lm_head.biased")
+    if decoder.logit_scale != 1:
+        y = graph.node("Mul", [y, graph.number("logits.scale", decoder.logit_scale)], "logits.scaled")
+    if decoder.logit_softcap:
+        cap = graph.number("logits.softcap", decoder.logit_softcap)
+        y = graph.node("Tanh", [graph.node("Div", [y, cap], "logits.divided")], "logits.squashed")
+        y = graph.node("Mul", [y, cap], "logits.capped")
+    graph.nodes[-1].output[0] = "logits"
+    return "logits"
+
+
+def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
+    """Return the graph's inputs and outputs, with the names and order of optimum's."""
+    from onnx import TensorProto, helper
+
+    def value(name: str, kind: int, *shape: str | int) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    batch, new, past = "batch_size", "sequence_length", "past_sequence_length"
+    total = f"{past} + {new}"
+    inputs = [
+        value("input_ids", TensorProto.INT64, batch, new),
+        value("attention_mask", TensorProto.INT64, batch, total),
+        value("position_ids", TensorProto.INT64, batch, new),
+    ]
+    outputs = [value("logits", TensorProto.FLOAT, batch, new, len(decoder.embedding))]
+    for index, layer in enumerate(decoder.layers):
+        heads, size = layer.attention.kv_heads, layer.attention.head_size
+        for part in ("key", "value"):
+            inputs.append(value(f"past_key_values.{index}.{part}", TensorProto.FLOAT, batch, heads, past, size))
+            outputs.append(value(f"present.{index}.{part}", TensorProto.FLOAT, batch, heads, total, size))
+    return inputs, outputs
