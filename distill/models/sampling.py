@@ -137,7 +137,7 @@ class TextSampler:
         finished = len(ends) > 0
         size = int(ends[0]) if finished else len(ids)
         steps = size + finished  # with the token that ends it
-        text = self.tokenizer.decode(ids[:size], skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids[:size], skip_special_tokens=True))
         cuts = [text.find(stop) for stop in self.stop if stop in text]
         if cuts:
             text, finished = text[: min(cuts)], True

@@ -151,7 +151,7 @@ class PromptLogprobsClient:
         if self._ids is None:
             self._ids = {}
             for name, number in self.tokenizer.get_vocab().items():
-                text = self.tokenizer.decode([number])
+                text = str(self.tokenizer.decode([number]))
                 text = name if "\ufffd" in text else text
                 self._ids[text] = -1 if text in self._ids else number
         token_id = self._ids.get(token, -1)

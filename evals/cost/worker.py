@@ -93,7 +93,7 @@ def _torch(setting: dict[str, Any]) -> TimedModel:
 
     torch.set_num_threads(setting["threads"])
     cuda = torch.cuda.is_available()
-    model = load_model(Path(setting["folder"]), setting["trust_remote_code"])
+    model: Any = load_model(Path(setting["folder"]), setting["trust_remote_code"])
     model.to("cuda" if cuda else "cpu")
     # Greedy, with a cache, and no token that ends a text early.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)

@@ -123,7 +123,8 @@ class EndpointEngine:
         ids = self.tokenizer.encode(TOKENIZER_PROBE, add_special_tokens=False)
         (choice,) = self._request_choices([ids], max_tokens=1, temperature=0, logprobs=1, echo=True)
         self._score_choice(choice, len(ids), len(ids) - 1)
-        expected, echoed = (_without_whitespace(text) for text in (self.tokenizer.decode(ids), str(choice.get("text"))))
+        decoded, echoed_text = str(self.tokenizer.decode(ids)), str(choice.get("text"))
+        expected, echoed = _without_whitespace(decoded), _without_whitespace(echoed_text)
         if not echoed.startswith(expected):
             raise BadInput(
                 f"{self.endpoint.label} has another tokenizer: it reads {TOKENIZER_PROBE!r} as {choice.get('text')!r}",
