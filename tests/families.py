@@ -19,6 +19,8 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
              max_position_embeddings=128)  # fmt: skip
 WINDOW = dict(sliding_window=16)
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+               shared_expert_intermediate_size=40, shared_intermediate_size=40)  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)  # fmt: skip
 
@@ -56,6 +58,24 @@ FAMILIES = [
     Family("GPT-2", "gpt2", GPT2),
     Family("GPT-NeoX, Pythia", "gpt_neox", SIZES | dict(rotary_pct=0.5)),
     Family("OPT", "opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32), "350m (norms after): optimum's graph"),
+    Family("Mixtral", "mixtral", SIZES | WINDOW | dict(num_local_experts=4, num_experts_per_tok=2), "experts"),
+    Family(
+        "Qwen1.5-MoE, Qwen2-MoE", "qwen2_moe", SIZES | EXPERTS | dict(mlp_only_layers=[1]), "experts and a shared one",
+    ),
+    Family("Qwen3-MoE", "qwen3_moe", SIZES | EXPERTS | dict(head_dim=16), "experts"),
+    Family("OLMoE", "olmoe", SIZES | EXPERTS, "experts"),
+    Family("FlexOlmo", "flex_olmo", SIZES | EXPERTS, "experts"),
+    Family("Granite MoE", "granitemoe", SIZES | EXPERTS | dict(residual_multiplier=0.5), "experts"),
+    Family("Granite MoE, shared", "granitemoeshared", SIZES | EXPERTS | dict(residual_multiplier=0.5), "experts"),
+    Family(
+        "GLM-4.5, GLM-4.6", "glm4_moe",
+        SIZES | EXPERTS | dict(n_routed_experts=4, first_k_dense_replace=1, routed_scaling_factor=1.5, head_dim=16),
+        "experts",
+    ),
+    Family("dots.llm1", "dots1", SIZES | EXPERTS | dict(n_routed_experts=4, n_shared_experts=1, norm_topk_prob=False), "experts"),
+    Family("MiniMax-M2", "minimax_m2", SIZES | EXPERTS, "experts"),
+    Family("Mellum", "mellum", SIZES | EXPERTS, "experts"),
+    Family("Solar Open", "solar_open", SIZES | EXPERTS | dict(n_routed_experts=4), "experts"),
     Family("Falcon", "falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
     Family("BLOOM", "bloom", dict(hidden_size=32, n_layer=2, n_head=2)),
 ]  # fmt: skip
@@ -71,8 +91,10 @@ def make_checkpoint(family: Family, tokenizer_folder: Path, folder: Path) -> Pat
     config = AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), **ids, **family.config)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
+    saved = model.state_dict().keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *buffers]:
             # Norms and biases of equal values would hide errors in how they are used.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.08 if parameter.ndim == 2 else parameter + 0.1 * noise)

@@ -21,11 +21,13 @@ class ModelReader:
 
     def __init__(self, model: Any) -> None:
         self._names = {module: name for name, module in model.named_modules()}
-        self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        saved = model.state_dict().keys()  # buffers too, unless they are computed from the configuration
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._parameters = {id(tensor): name for name, tensor in tensors if name in saved}
         self._read: set[int] = set()
 
     def unread_parameters(self) -> set[str]:
-        """Return the names of the parameters that were not read."""
+        """Return the names of the parameters and saved buffers that were not read."""
         return {name for key, name in self._parameters.items() if key not in self._read}
 
     def name(self, module: Any) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.export.graph.blocks import write_attention, write_mlp
 from limbeck.export.graph.builder import GraphBuilder
-from limbeck.export.graph.decoder import Decoder
+from limbeck.export.graph.decoder import Decoder, Experts
+from limbeck.export.graph.experts import write_experts
 from limbeck.export.graph.save import save_graph
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
             x = graph.node("Add", [x, attended], f"{layer.name}.attended")
         else:
             x, h = graph.add_and_norm(x, attended, layer.before_mlp, f"{layer.name}.attended")
-        y = write_mlp(graph, layer.mlp, layer.name, h)
+        if isinstance(layer.mlp, Experts):
+            y = write_experts(graph, layer.mlp, layer.name, h)
+        else:
+            y = write_mlp(graph, layer.mlp, layer.name, h)
         if layer.after_mlp:
             y = graph.norm(y, layer.after_mlp)
         x, h = graph.add_and_norm(x, y, after, f"{layer.name}.out")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer, Linear, Norm, Rotary
+from limbeck.export.graph.decoder import MLP, Attention, Decoder, Experts, Layer, Linear, Norm, Rotary
 from limbeck.export.graph.families.parts import activation_name
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
+
+# (reader, layer, configuration, factor of the output) -> the MLP or the experts of the layer.
+ReadMLP = Callable[[ModelReader, Any, Any, float], MLP | Experts]
 
 
 def describe_llama(
@@ -19,6 +23,7 @@ def describe_llama(
     norm_weight_offset: float = 0.0,
     scale_embedding: bool = False,
     window_in_config: bool = False,
+    read_mlp: ReadMLP | None = None,
 ) -> Decoder:
     """Describe Llama and the families built like it. Parts that only some of them have are found by attribute.
 
@@ -26,8 +31,10 @@ def describe_llama(
         norm_weight_offset: Gemma's norms multiply by 1 + weight.
         scale_embedding: Gemma multiplies the embedding by sqrt(hidden_size).
         window_in_config: every layer has the window of `config.sliding_window`, and the attention modules have none.
+        read_mlp: reads a layer's MLP or experts; None: the MLP is `layer.mlp` and has a gate.
     """
     config, body = model.config, model.model
+    read_mlp = read_mlp or _read_gated_mlp
     residual_scale = getattr(config, "residual_multiplier", 1.0)
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "clip_qkv", None):
         raise UnsupportedModel("attention that is not causal, or clipped")
@@ -41,7 +48,7 @@ def describe_llama(
         parallel = getattr(config, "use_parallel_residual", False)
         if parallel:  # StableLM: attention and MLP read the same norm
             norms["before_mlp"] = norms["before_attention"]
-        mlp = gated_mlp(reader, layer.mlp, config, residual_scale)
+        mlp = read_mlp(reader, layer, config, residual_scale)
         layers.append(Layer(reader.name(layer), attention, mlp, **norms, parallel=parallel))
     embedding = body.embed_tokens
     head, head_bias = reader.head(model, embedding)
@@ -108,6 +115,10 @@ def llama_norms(reader: ModelReader, layer: Any, weight_offset: float) -> dict[s
             "after_mlp": norm("post_feedforward_layernorm"),
         }
     return {"before_attention": norm("input_layernorm"), "before_mlp": norm("post_attention_layernorm")}
+
+
+def _read_gated_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
+    return gated_mlp(reader, layer.mlp, config, scale)
 
 
 def gated_mlp(reader: ModelReader, mlp: Any, config: Any, scale: float) -> MLP:

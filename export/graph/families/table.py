@@ -15,6 +15,7 @@ from typing import Any
 from limbeck.export.graph.decoder import Decoder
 from limbeck.export.graph.families.gpt import describe_gpt2, describe_gpt_neox, describe_opt, describe_phi
 from limbeck.export.graph.families.llama import describe_llama
+from limbeck.export.graph.families.mixture import read_experts
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -49,23 +50,37 @@ def decoder_from_model(model: Any) -> Decoder:
 
 _gemma = partial(describe_llama, norm_weight_offset=1.0, scale_embedding=True)
 _llama_with_window = partial(describe_llama, window_in_config=True)
+_mixture = partial(describe_llama, read_mlp=read_experts)
+_sigmoid_mixture = partial(describe_llama, read_mlp=partial(read_experts, sigmoid=True))
 
 # `model_type` of transformers -> the family.
 FAMILIES: dict[str, Family] = {
+    "dots1": Family(_sigmoid_mixture),
+    "flex_olmo": Family(_mixture),
     "gemma": Family(_gemma, "gemma"),
     "gemma2": Family(_gemma, "gemma2"),
     "gemma3_text": Family(_gemma, "gemma3_text"),
+    "glm4_moe": Family(_sigmoid_mixture),
     "gpt2": Family(describe_gpt2),
     "gpt_neox": Family(describe_gpt_neox),
     "granite": Family(describe_llama, "granite"),
+    "granitemoe": Family(_mixture),
+    "granitemoeshared": Family(_mixture),
     "llama": Family(describe_llama, "llama"),
+    "mellum": Family(_mixture),
+    "minimax_m2": Family(_sigmoid_mixture),
     "mistral": Family(_llama_with_window, "mistral"),
+    "mixtral": Family(partial(_mixture, window_in_config=True)),
     "olmo2": Family(describe_llama, "olmo"),
+    "olmoe": Family(_mixture),
     "opt": Family(describe_opt),
     "phi": Family(describe_phi, "phi"),
     "phi3": Family(_llama_with_window, "phi3"),
     "qwen2": Family(describe_llama, "qwen2"),
+    "qwen2_moe": Family(_mixture),
     "qwen3": Family(describe_llama, "qwen3"),
+    "qwen3_moe": Family(_mixture),
     "smollm3": Family(describe_llama, "smollm3"),
+    "solar_open": Family(_sigmoid_mixture),
     "stablelm": Family(describe_llama),
 }

@@ -1,0 +1,84 @@
+"""Write a mixture of experts as com.microsoft's MoE, which computes only the experts that a token chose."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from limbeck.export.graph.blocks import write_mlp
+from limbeck.export.graph.builder import GraphBuilder
+from limbeck.export.graph.decoder import Experts, Router
+
+# The logit of an expert that was not chosen: exp() of it is 0, and float16 can hold it.
+NOT_CHOSEN = -30000.0
+MIN_SCORE = 1e-20  # its logarithm is finite
+
+
+def write_experts(graph: GraphBuilder, experts: Experts, name: str, x: str) -> str:
+    """Write the experts of layer `name` over x (B, S, H). Returns their output, (B, S, H)."""
+    router = experts.router
+    # The router is a FusedMatMul, which no precision quantizes: a small change of its logits chooses other experts.
+    weight = graph.constant(f"{router.logits.name}.weight", router.logits.weight)
+    logits = graph.node("FusedMatMul", [x, weight], f"{router.logits.name}.out", domain="com.microsoft")
+    if router.logits.bias is not None:
+        bias = graph.constant(f"{router.logits.name}.bias", router.logits.bias)
+        logits = graph.node("Add", [logits, bias], f"{router.logits.name}.biased")
+    logits = graph.node("Reshape", [logits, graph.ints(-1, len(experts.down))], f"{name}.router.rows")
+    total = None
+    # The operator itself takes the softmax and the best experts of it.
+    normalize = router.normalize
+    if router.sigmoid or router.bias is not None:
+        logits, total = _logits_of_chosen(graph, router, name, logits)
+        normalize = True
+    names = {"gate_up": experts.gate_up, "gate_up_bias": experts.gate_up_bias} | {
+        "down": experts.down,
+        "down_bias": experts.down_bias,
+    }
+    inputs = ["" if value is None else graph.constant(f"{experts.name}.{key}", value) for key, value in names.items()]
+    y = graph.node(
+        "MoE",
+        [x, logits, *inputs],
+        f"{name}.experts",
+        domain="com.microsoft",
+        k=router.chosen,
+        normalize_routing_weights=int(normalize),
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=experts.alpha,
+        activation_beta=experts.beta,
+        **({"swiglu_limit": experts.limit} if experts.limit else {}),
+    )
+    if total and not router.normalize:
+        shape = graph.node("Shape", [x], f"{name}.router.batch", start=0, end=2)
+        shape = graph.node("Concat", [shape, graph.ints(1)], f"{name}.router.shape", axis=0)
+        y = graph.node("Mul", [y, graph.node("Reshape", [total, shape], f"{name}.router.total")], f"{name}.weighed")
+    return _add_shared(graph, experts, name, x, y)
+
+
+def _logits_of_chosen(graph: GraphBuilder, router: Router, name: str, logits: str) -> tuple[str, str]:
+    """Return logits (N, E) whose softmax is the normalized weights, and the sum of the weights, (N, 1)."""
+    op, attributes = ("Sigmoid", {}) if router.sigmoid else ("Softmax", {"axis": -1})
+    scores = graph.node(op, [logits], f"{name}.router.scores", **attributes)
+    order = scores
+    if router.bias is not None:
+        bias = graph.constant(f"{router.logits.name}.choice_bias", router.bias)
+        order = graph.node("Add", [scores, bias], f"{name}.router.order")
+    graph.node("TopK", [order, graph.ints(router.chosen)], f"{name}.router.best", f"{name}.router.chosen", axis=-1)
+    weights = graph.node("GatherElements", [scores, f"{name}.router.chosen"], f"{name}.router.weights", axis=-1)
+    positive = graph.node("Max", [weights, graph.number("router.min", MIN_SCORE)], f"{name}.router.positive")
+    logarithms = graph.node("Log", [positive], f"{name}.router.log")
+    shape = graph.node("Shape", [scores], f"{name}.router.sizes")
+    none = graph.constant("router.none", np.array(NOT_CHOSEN, np.float32))
+    empty = graph.node("Expand", [none, shape], f"{name}.router.empty")
+    inputs = [empty, f"{name}.router.chosen", logarithms]
+    chosen = graph.node("ScatterElements", inputs, f"{name}.router.logits", axis=-1)
+    return chosen, graph.node("ReduceSum", [weights, graph.ints(-1)], f"{name}.router.sum", keepdims=1)
+
+
+def _add_shared(graph: GraphBuilder, experts: Experts, name: str, x: str, y: str) -> str:
+    if experts.shared is None:
+        return y
+    shared = write_mlp(graph, experts.shared, f"{name}.shared", x)
+    if experts.shared_gate:
+        gate = graph.node("Sigmoid", [graph.linear(x, experts.shared_gate)], f"{name}.shared.gate")
+        shared = graph.node("Mul", [shared, gate], f"{name}.shared.gated")
+    return graph.node("Add", [y, shared], f"{name}.mixed")

@@ -1,0 +1,77 @@
+"""The mixtures of experts: families whose layers are those of Llama, with experts in place of the MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from limbeck.export.graph.decoder import MLP, Experts, Linear, Router
+from limbeck.export.graph.families.llama import gated_mlp
+from limbeck.export.graph.families.parts import activation_name
+from limbeck.export.graph.reader import ModelReader, UnsupportedModel
+
+
+def read_experts(
+    reader: ModelReader, layer: Any, config: Any, scale: float = 1.0, *, sigmoid: bool = False
+) -> MLP | Experts:
+    """Read the experts of a layer, or its MLP if it has none: in some families, only some layers have experts.
+
+    Args:
+        scale: multiplies the output.
+        sigmoid: the router's scores are the sigmoid of its logits, not the softmax.
+    """
+    block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    if not hasattr(block, "experts"):
+        return gated_mlp(reader, block, config, scale)
+    if activation_name(getattr(config, "hidden_activation", None) or config.hidden_act) != "silu":
+        raise UnsupportedModel(f"experts with the activation {config.hidden_act!r}: onnxruntime's CPU has silu only")
+    module, name = block.experts, f"{reader.name(block)}.experts"
+    router, factor = _read_router(reader, block, sigmoid)
+    gate, up = np.split(reader.array(module.gate_up_proj), 2, axis=1)
+    # The MLP that every token runs is in the block of experts, or beside it in the layer.
+    shared = _part(block, "shared_expert", "shared_experts", "shared_mlp") or _part(layer, "shared_mlp")
+    factor *= scale
+    down = reader.array(module.down_proj)
+    return Experts(
+        name,
+        router,
+        np.stack([gate, up], axis=2).reshape(len(gate), -1, gate.shape[2]),
+        down if factor == 1 else down * np.float32(factor),
+        shared=None if shared is None else _shared_mlp(reader, shared, config, scale),
+        shared_gate=reader.linear(block.shared_expert_gate) if hasattr(block, "shared_expert_gate") else None,
+    )
+
+
+def _part(owner: Any, *names: str) -> Any:
+    """Return the first of these attributes that is not None, or None."""
+    return next((part for part in (getattr(owner, name, None) for name in names) if part is not None), None)
+
+
+def _read_router(reader: ModelReader, block: Any, sigmoid: bool) -> tuple[Router, float]:
+    """Return the router, and the factor of its weights."""
+    module = block.gate if hasattr(block, "gate") else block.router
+    if getattr(module, "num_group", 1) > 1:
+        raise UnsupportedModel("experts that are chosen in groups")
+    weights = getattr(module, "wg", module)
+    owners = (module, block, getattr(module, "moe_statics", None))
+    bias = next(
+        (part for part in (_part(owner, "e_score_correction_bias") for owner in owners) if part is not None), None
+    )
+    router = Router(
+        Linear(reader.name(module), reader.array(weights.weight).T),
+        module.top_k,
+        normalize=getattr(module, "norm_topk_prob", True),
+        sigmoid=sigmoid,
+        bias=None if bias is None else reader.array(bias).ravel(),
+    )
+    return router, getattr(module, "routed_scaling_factor", 1.0)
+
+
+def _shared_mlp(reader: ModelReader, module: Any, config: Any, scale: float) -> MLP:
+    if not hasattr(module, "input_linear"):
+        return gated_mlp(reader, module, config, scale)
+    both = reader.linear(module.input_linear)  # GraniteMoeShared
+    gate, up = np.split(both.weight, 2, axis=1)
+    down = reader.linear(module.output_linear, scale)
+    return MLP(Linear(f"{both.name}.up", up), down, "silu", Linear(f"{both.name}.gate", gate))
