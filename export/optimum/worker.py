@@ -1,0 +1,76 @@
+"""Export a checkpoint with optimum: a program of its own, which limbeck.export.optimum.engine runs over the overlay.
+
+`python worker.py CHECKPOINT PROBE OUTPUT` writes OUTPUT/model.onnx. CHECKPOINT is a folder that transformers 4 reads.
+PROBE is a .npz file with `ids` (T,) int64 and with `logprobs` (T, V) float32, which transformers 5 gave for them; the
+export is refused if transformers 4 gives others. The last line on stderr is the reason if the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+TASK = "text-generation-with-past"
+MAX_LOGPROB_DIFF = 1e-4  # nats
+
+
+def main(checkpoint: str, probe: str, output: str) -> None:
+    """Load, compare and export."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    # Eager attention, since torch's fused attention ignores what it does not support, such as Gemma 2's soft cap.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", **options).eval()
+    compare_with_probe(model, Path(probe))
+    export(model, Path(output))
+
+
+def compare_with_probe(model: Any, probe: Path) -> None:
+    """Raise ValueError with both values if the log-probabilities of `model` differ from those of the probe."""
+    import numpy as np
+    import torch
+    import transformers
+
+    expected = np.load(probe)
+    ids = torch.from_numpy(expected["ids"])[None]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    found = torch.log_softmax(logits.double(), dim=-1).numpy()
+    # Comparisons with NaN are false: without nan_to_num a broken model would pass.
+    differences = np.nan_to_num(np.abs(found - expected["logprobs"]), nan=np.inf)
+    position, token = np.unravel_index(differences.argmax(), differences.shape)
+    if differences[position, token] > MAX_LOGPROB_DIFF:
+        raise ValueError(
+            f"transformers {transformers.__version__} reads this model otherwise: at position {position} of a probe, "
+            f"token {token} has log-probability {found[position, token]:.6f}, with transformers "
+            f"{expected['version']} {expected['logprobs'][position, token]:.6f}"
+        )
+
+
+def export(model: Any, output: Path) -> None:
+    """Write optimum's graph, without its validation: limbeck.export.artifact.parity checks more, on real text."""
+    from optimum.exporters.onnx.config import TextDecoderOnnxConfig
+    from optimum.exporters.onnx.convert import onnx_export_from_model
+    from optimum.exporters.onnx.model_configs import GemmaOnnxConfig
+
+    def inputs_with_positions(config: Any) -> Any:
+        return TextDecoderOnnxConfig.inputs.fget(config) | {"position_ids": {0: "batch_size", 1: "sequence_length"}}
+
+    # optimum lets the graphs of Gemma, GPT-OSS and Nemotron count positions. Their rows could not join a batch that is
+    # padded on the left, since their keys are rotated by other positions.
+    GemmaOnnxConfig.inputs = property(inputs_with_positions)
+    model.config.use_cache = True
+    onnx_export_from_model(model=model, output=output, task=TASK, do_validation=False, device="cpu")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:  # transformers and the tracer raise exceptions of any type
+        sys.exit("\n" + (str(error).strip().splitlines() or [type(error).__name__])[0])
