@@ -68,11 +68,12 @@ def promote(  # noqa: PLR0913 (one parameter per option)
 ) -> None:
     """Move an alias to a version that passes the policy.
 
-    MODEL is NAME/VERSION or NAME@ALIAS; or NAME alone for the cheapest of its ONNX variants that passes. If no version
-    passes, the exit code is 1, the failing rules are printed with their numbers, and the alias stays. --override needs
-    NAME/VERSION, a reason, and a policy that names you in [override] people.
+    MODEL is NAME/VERSION or NAME@ALIAS; or NAME alone for the cheapest of its ONNX variants that passes; other
+    versions are skipped, with the reason. If no version passes, the exit code is 1, the failing rules are printed with
+    their numbers, and the alias stays. --override needs NAME/VERSION, a reason, and a policy that names you in
+    [override] people.
     """
-    from limbeck.registry.gate.promotion import PromotionOptions, Vetoed
+    from limbeck.registry.gate.promotion import PromotionOptions, Vetoed, skipped_versions
     from limbeck.registry.gate.promotion import promote as run
 
     store = _store()
@@ -83,16 +84,19 @@ def promote(  # noqa: PLR0913 (one parameter per option)
     if override:
         _warn_unprotected(store, name, alias)
     options = PromotionOptions(dry_run=dry_run, adopt=adopt, override=override)
+    skipped = skipped_versions(store, model)
     try:
         promotion = run(store, model, alias, policy, reason=reason, options=options)
     except Vetoed as veto:
+        _report_skipped(skipped)
         if output_format == "json":
-            print_json(_promotion_json(alias, veto.candidates))
+            print_json(_promotion_json(alias, veto.candidates, skipped))
         veto.fix = veto.fix or _override_hint(store, model, alias, policy)
         raise
     if output_format == "json":
-        print_json(_promotion_json(alias, promotion.candidates, promotion))
+        print_json(_promotion_json(alias, promotion.candidates, skipped, promotion))
     else:
+        _report_skipped(skipped)
         _print_candidates(promotion.candidates)
     _report_move(promotion, dry_run)
 
@@ -136,7 +140,16 @@ def _warn_unprotected(store: Store, name: str, alias: str) -> None:
         )
 
 
-def _promotion_json(alias: str, candidates: list[Candidate], promotion: Promotion | None = None) -> dict[str, Any]:
+def _report_skipped(skipped: dict[str, str]) -> None:
+    """Print a line for each reason why versions are no candidates."""
+    reasons = dict.fromkeys(skipped.values())
+    for reason in reasons:
+        print_status(f"skipped {', '.join(ref for ref, why in skipped.items() if why == reason)}: {reason}")
+
+
+def _promotion_json(
+    alias: str, candidates: list[Candidate], skipped: dict[str, str], promotion: Promotion | None = None
+) -> dict[str, Any]:
     """`promotion` is None if no candidate passes."""
     return {
         "alias": alias,
@@ -148,6 +161,7 @@ def _promotion_json(alias: str, candidates: list[Candidate], promotion: Promotio
             {"version": each.version.ref, "usd_per_million_tokens": _usd(each), "verdict": each.verdict}
             for each in candidates
         ],
+        "skipped": skipped,
     }
 
 

@@ -26,7 +26,7 @@ class Evidence:
     parity: Parity | None = None  # of an ONNX variant with its PyTorch model
     teacher_digest: str | None = None  # the scorecard has to be relative to the teacher with this digest
     parent_digest: str | None = None  # the parity has to be with the model with this digest
-    alias: str = "production"  # that would point at the version
+    alias: str = ""  # that would point at the version; empty if that is not asked
     request: Request | None = None  # the newest that this alias may point at the version
     approvals: tuple[Approval, ...] = ()  # the answers to `request`, oldest first
     ignored_records: tuple[str, ...] = ()  # why requests and answers are ignored

@@ -11,6 +11,7 @@ from limbeck.registry.core.terminal import indent_lines
 from limbeck.registry.gate import protection
 from limbeck.registry.gate.evidence import Evidence, gather_evidence_for_versions
 from limbeck.registry.gate.rules.apply_policy import apply_policy
+from limbeck.registry.gate.rules.deployment import serving_obstacle
 from limbeck.registry.ledger import log
 from limbeck.registry.ledger.chain import Ledger
 from limbeck.registry.ledger.lock import with_alias_lock
@@ -315,13 +316,29 @@ def _candidate_versions(store: Store, model: str) -> list[Version]:
     versions = store.versions(model)
     if not versions:
         raise store.not_found_error(model)
-    variants = [version for version in versions if version.kind == "onnx"]
+    variants = [version for version in versions if serving_obstacle(version) is None]
     if not variants:
         raise BadInput(
             f"{model} has no ONNX variant to promote",
-            fix=f"make them: limbeck export {versions[-1].ref}; or name a version: limbeck promote {versions[-1].ref}",
+            fix=f"make one: limbeck export {versions[-1].ref} --precision fp32,int8-weight",
         )
     return variants
+
+
+def skipped_versions(store: Store, model: str) -> dict[str, str]:
+    """NAME/VERSION -> why `promote` does not consider it for a bare NAME; empty for a single version."""
+    if _names_one_version(model):
+        return {}
+    versions = store.versions(model)
+    exported = {version.parent for version in versions if version.kind == "onnx"}
+    skipped = {}
+    for version in versions:
+        obstacle = serving_obstacle(version)
+        if obstacle and version.ref in exported:
+            skipped[version.ref] = "PyTorch, with ONNX variants among the candidates"
+        elif obstacle:
+            skipped[version.ref] = obstacle
+    return skipped
 
 
 def _judge_candidates(

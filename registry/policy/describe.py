@@ -35,6 +35,8 @@ def describe_policy(policy: Policy) -> Iterator[tuple[str, str]]:
         yield "parity.required", "an ONNX variant was compared with its PyTorch model, and passed"
     parity = policy.parity.model_dump(exclude={"required"}, exclude_none=True)
     yield from _describe_limits("parity", PARITY_FIGURES, parity)
+    if policy.deploy.aliases:
+        yield "deploy.aliases", f"under {', '.join(policy.deploy.aliases)}: a version that limbeck serve runs"
     if policy.approvals.needed:
         yield "approvals.needed", _describe_approvals(policy.approvals)
     for name, options in policy.rules.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from limbeck.registry.core import toml
 from limbeck.registry.core.toml import Problem
 from limbeck.registry.policy.plugins import plugin_problems
-from limbeck.registry.policy.schema import ApprovalRules, OverrideRules, Policy
+from limbeck.registry.policy.schema import ApprovalRules, DeployRules, OverrideRules, Policy
 
 PUBLIC_KEY_PATTERN = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # base64 of 32 bytes
 
@@ -29,7 +29,7 @@ def load_policy(path: Path | str) -> Policy:
 
 def _policy_problems(policy: Policy) -> Iterator[Problem]:
     """Why no model, or every model, passes a policy whose values are each valid."""
-    if policy.model_copy(update={"override": OverrideRules()}) == Policy():
+    if policy.model_copy(update={"override": OverrideRules(), "deploy": DeployRules()}) == Policy():
         yield Problem("it has no rule: any version passes", fix="add a rule, such as quality.min_retention")
     repeated = _first_duplicate(policy.quality.tasks)
     if repeated:

@@ -81,6 +81,12 @@ class LicenceRules(Frozen):
     code: tuple[Name, ...] | None = None  # of the code that made it
 
 
+class DeployRules(Frozen):
+    """Which aliases are served: only a version that `limbeck serve` runs may take them."""
+
+    aliases: tuple[Name, ...] = ("production",)  # empty: the gate does not ask
+
+
 class ApprovalRules(Frozen):
     """Who has to approve. The version's author and whoever made the request do not count."""
 
@@ -103,6 +109,7 @@ class Policy(Record):
     parity: ParityLimits = ParityLimits()
     lineage: LineageRules = LineageRules()
     licence: LicenceRules = LicenceRules()
+    deploy: DeployRules = DeployRules()
     approvals: ApprovalRules = ApprovalRules()
     override: OverrideRules = OverrideRules()
     rules: dict[str, dict[str, Any]] = {}  # rule of `limbeck.registry.policy.plugins` -> its options

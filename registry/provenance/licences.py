@@ -176,6 +176,9 @@ def join_licences(licences: Iterable[str | None]) -> str | None:
 
 
 MAX_ANCESTORS = 1000  # guards against a circle
+# The origins of a student that was made elsewhere.
+UNKNOWN_TEACHER = "a teacher that is not recorded"
+UNKNOWN_TEXT = "a text that is not recorded"
 
 
 class LineageLicence(NamedTuple):
@@ -191,8 +194,8 @@ class LineageLicence(NamedTuple):
 def lineage_licences(store: Store, version: Version) -> list[LineageLicence]:
     """The licences of every teacher, base model and training text along a version's lineage, first ancestor first.
 
-    A version that was distilled from a student is under the terms of that student's teacher too. The lineage of a
-    deleted ancestor is unknown: it counts as a teacher without a licence.
+    A version that was distilled from a student is under the terms of that student's teacher too. Unknown lineage, of a
+    deleted ancestor or of a student that was registered without its teacher, counts as a teacher without a licence.
     """
     by_version: list[list[LineageLicence]] = []
     while True:
@@ -221,6 +224,8 @@ def fill_missing_fields(store: Store, version: Version, fields: Mapping[str, str
 
 def _own_licences(version: Version, parent: Version | None) -> Iterator[LineageLicence]:
     """The licences that a version adds to those of its parent."""
+    if version.kind != "teacher" and not (version.parent or version.teacher):
+        yield LineageLicence("teacher", version.ref, UNKNOWN_TEACHER, None, None)
     if version.parent and version.kind != "teacher":  # a teacher's parent is the version that it is a copy of
         stated = version.teacher_licence or (parent.licence if parent else None)
         allowed = version.licence_allows_distillation
@@ -232,10 +237,9 @@ def _own_licences(version: Version, parent: Version | None) -> Iterator[LineageL
     if version.base_model:
         stated = version.base_model_licence
         yield LineageLicence("base model", version.ref, version.base_model, stated, allows_distillation(stated))
-    if version.data_digest:
-        yield LineageLicence(
-            "data", version.ref, version.data_digest, version.data_licence, allows_distillation(version.data_licence)
-        )
+    if version.data_digest or version.kind != "teacher":
+        origin, stated = version.data_digest or UNKNOWN_TEXT, version.data_licence
+        yield LineageLicence("data", version.ref, origin, stated, allows_distillation(stated))
 
 
 def _version_or_none(store: Store, ref: str | None) -> Version | None:

@@ -12,6 +12,7 @@ from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.approvals import approval_results
 from limbeck.registry.gate.rules.contamination import contamination_results
 from limbeck.registry.gate.rules.cost_and_latency import cost_results
+from limbeck.registry.gate.rules.deployment import deployment_results
 from limbeck.registry.gate.rules.licences import distillation_licence_results, licence_results
 from limbeck.registry.gate.rules.limits import rule_result
 from limbeck.registry.gate.rules.parity import parity_results
@@ -43,6 +44,7 @@ def apply_policy(policy: Policy, evidence: Evidence) -> Verdict:
     if not results:
         message = f"the policy has no rule for a version of kind {version.kind}"
         results = [rule_result("policy", "inconclusive", message)]
+    results += deployment_results(policy.deploy, evidence)  # alone it is not enough for a pass
     return Verdict(
         outcome=overall_outcome(results),
         rules=tuple(results),

@@ -7,14 +7,22 @@ from collections.abc import Iterator
 from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.limits import rule_result
 from limbeck.registry.policy.schema import LicenceRules, LineageRules
-from limbeck.registry.provenance.licences import LineageLicence, is_allowed, terms_of_licence
+from limbeck.registry.provenance.licences import UNKNOWN_TEACHER, LineageLicence, is_allowed, terms_of_licence
 from limbeck.registry.records import RuleResult
 
-# Key of the policy -> role in the lineage, the recipe's key that states the licence, the message without such a part.
+# Key of the policy -> role in the lineage, where its licence is stated, the message without such a part.
 ROLES = {
-    "teacher": ("teacher", "teacher.licence", "it was not distilled from another model"),
-    "base_model": ("base model", "students.NAME.licence", "it did not begin as a pretrained model"),
-    "data": ("data", "data.licence", "it has no recorded training text"),
+    "teacher": (
+        "teacher",
+        "teacher.licence of the recipe, or limbeck register --licence",
+        "it was not distilled from another model",
+    ),
+    "base_model": ("base model", "students.NAME.licence of the recipe", "it did not begin as a pretrained model"),
+    "data": (
+        "data",
+        "data.licence of the recipe, or limbeck register --data-licence",
+        "it has no recorded training text",
+    ),
 }
 
 
@@ -31,11 +39,9 @@ def distillation_licence_results(rules: LineageRules, evidence: Evidence) -> Ite
         texts = [f"the licence of {each.origin} forbids learning from it{_licence_note(each)}" for each in forbidding]
         yield rule_result(name, "fail", "; ".join(texts))
         return
-    unknown = [each.origin for each in teachers if each.allows_distillation is None]
+    unknown = [_describe_unknown_terms(each) for each in teachers if each.allows_distillation is None]
     if unknown:
-        texts = [f"whether the licence of {origin} allows a student to learn from it is unknown" for origin in unknown]
-        fix = "set teacher.licence_allows_distillation in the recipe, and distil again"
-        yield rule_result(name, "inconclusive", "; ".join([*texts, fix]))
+        yield rule_result(name, "inconclusive", "; ".join(unknown))
         return
     origins = ", ".join(dict.fromkeys(each.origin for each in teachers))
     yield rule_result(name, "pass", f"the licence of {origins} allows learning from it")
@@ -43,7 +49,7 @@ def distillation_licence_results(rules: LineageRules, evidence: Evidence) -> Ite
 
 def licence_results(rules: LicenceRules, evidence: Evidence) -> Iterator[RuleResult]:
     """A result for each part of the lineage whose licences the policy restricts."""
-    for key, (role, recipe_key, no_such_part) in ROLES.items():
+    for key, (role, stated_in, no_such_part) in ROLES.items():
         allowed = getattr(rules, key)
         if allowed is None:
             continue
@@ -51,10 +57,31 @@ def licence_results(rules: LicenceRules, evidence: Evidence) -> Iterator[RuleRes
         if not lineage_licences:
             yield rule_result(f"licence.{key}", "pass", no_such_part)
         for each in lineage_licences:
-            yield _licence_result(f"licence.{key}", _describe_part(each), each.licence, allowed, recipe_key)
+            if each.origin == UNKNOWN_TEACHER:
+                yield rule_result(f"licence.{key}", "inconclusive", _describe_unknown_teacher(each))
+            else:
+                yield _licence_result(f"licence.{key}", _describe_part(each), each.licence, allowed, stated_in)
     if rules.code is not None:
         licence = evidence.version.code_licence
         yield _licence_result("licence.code", "the code that made it", licence, rules.code, "code_licence")
+
+
+def _describe_unknown_terms(teacher: LineageLicence) -> str:
+    if teacher.origin == UNKNOWN_TEACHER:
+        return _describe_unknown_teacher(teacher)
+    return (
+        f"whether the licence of {teacher.origin} allows a student to learn from it is unknown; set "
+        "teacher.licence_allows_distillation in the recipe and distil again, or state its licence: limbeck register "
+        "--licence"
+    )
+
+
+def _describe_unknown_teacher(teacher: LineageLicence) -> str:
+    name = teacher.version.partition("/")[0]
+    return (
+        f"the teacher of {teacher.version} is not recorded; state it: limbeck register FOLDER --name {name} "
+        "--parent MODEL"
+    )
 
 
 def _describe_part(lineage_licence: LineageLicence) -> str:
@@ -64,26 +91,22 @@ def _describe_part(lineage_licence: LineageLicence) -> str:
 
 
 def _licence_result(
-    name: str, subject: str, licence: str | None, allowed: tuple[str, ...], recipe_key: str
+    name: str, subject: str, licence: str | None, allowed: tuple[str, ...], stated_in: str
 ) -> RuleResult:
     passes = is_allowed(licence, allowed)
     if passes is None:
-        return rule_result(
-            name, "inconclusive", f"the licence of {subject} is unknown; state it in the recipe: {recipe_key}"
-        )
+        return rule_result(name, "inconclusive", f"the licence of {subject} is unknown; state it: {stated_in}")
     message = f"{subject} is under {licence}, allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
     return rule_result(name, "pass" if passes else "fail", message)
 
 
 def _licences_of_role(evidence: Evidence, role: str) -> list[LineageLicence]:
-    """The licences of a role along the lineage. A teacher or data that the lineage does not list is unknown."""
+    """The licences of a role along the lineage. A teacher that it learnt nothing from has to be allowed too."""
     version = evidence.version
     found = [each for each in evidence.lineage_licences if each.role == role]
     if not found and role == "teacher" and version.teacher is not None:
         allows = version.licence_allows_distillation
         return [LineageLicence("teacher", version.ref, version.teacher, version.teacher_licence, allows)]
-    if not found and role == "data" and version.kind != "teacher":
-        return [LineageLicence("data", version.ref, "", version.data_licence, None)]
     return found
 
 

@@ -92,13 +92,19 @@ def _scorecard_results(
 
 
 def _teacher_results(evidence: Evidence, relative: Relative, eval_command: str) -> Iterator[RuleResult]:
-    """Inconclusive if the scorecard compares the version with itself, or with another model than its teacher."""
+    """Inconclusive if the scorecard compares the version with itself, or with another model than its teacher.
+
+    If no teacher is recorded, any other model will do; the result names it.
+    """
     version = evidence.version
     if relative.teacher_digest == version.digest:
         yield rule_result("quality.teacher", "inconclusive", f"scored against itself; run: {eval_command}")
     elif evidence.teacher_digest is not None and relative.teacher_digest != evidence.teacher_digest:
         message = f"scored against {relative.teacher}, which is not its teacher {version.teacher}"
         yield rule_result("quality.teacher", "inconclusive", f"{message}; run: {eval_command}")
+    elif version.teacher is None:
+        message = f"no teacher is recorded for it; it was scored against {relative.teacher}"
+        yield rule_result("quality.teacher", "pass", message)
 
 
 def _retention_result(

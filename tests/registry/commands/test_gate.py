@@ -13,12 +13,16 @@ from tests.conftest import Result
 from tests.registry.conftest import Still
 
 Limbeck = Callable[..., Result]
+SKIPPED = """\
+skipped still/1: a PyTorch model, which limbeck serve does not run; export it: limbeck export still/1
+skipped still/2: PyTorch, with ONNX variants among the candidates
+"""
 
 
 def test_promote_and_rollback(scored: Still, limbeck: Limbeck, policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_USER", "ada")
     tried = limbeck("promote", "still", "--dry-run")
-    assert (tried.code, tried.err) == (0, "still@production would be still/4 (it was nothing)\n")
+    assert (tried.code, tried.err) == (0, f"{SKIPPED}still@production would be still/4 (it was nothing)\n")
     assert "retention 0.5000 [0.4000, 0.6000], at least 0.8000 is required" in tried.out  # why not the cheapest
     assert scored.store.aliases("still") == {}
     done = limbeck("promote", "still/3", "--reason", "first [/b]\x1b[2J", "--format", "json")
@@ -26,8 +30,8 @@ def test_promote_and_rollback(scored: Still, limbeck: Limbeck, policy: Path, mon
     assert (report["chosen"], report["from_version"], report["moved"]) == ("still/3", None, True)
     assert (report["entry"]["who"], report["entry"]["to_version"]) == ("ada", 3)
     assert [candidate["verdict"]["outcome"] for candidate in report["candidates"]] == ["pass"]
-    assert limbeck("promote", "still").err == "still@production is now still/4 (it was still/3)\n"
-    assert limbeck("promote", "still").err == "still@production is still/4 already\n"
+    assert limbeck("promote", "still").err == f"{SKIPPED}still@production is now still/4 (it was still/3)\n"
+    assert limbeck("promote", "still").err == f"{SKIPPED}still@production is still/4 already\n"
     verified = limbeck("models", "history", "still", "--verify")
     assert (verified.code, verified.err) == (0, "2 entries are consistent\n")
     assert r"first [/b]\x1b[2J" in verified.out
@@ -49,6 +53,7 @@ def test_a_version_that_does_not_pass(scored: Still, limbeck: Limbeck, policy: P
     refused = limbeck("promote", "still", "--format", "json")
     report = json.loads(refused.out)
     assert (refused.code, report["chosen"], report["moved"], len(report["candidates"])) == (1, None, False, 3)
+    assert report["skipped"].keys() == {"still/1", "still/2"}
     assert scored.store.aliases("still") == {}
 
 

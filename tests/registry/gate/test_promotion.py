@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Refused
 from limbeck.registry.core.home import home
-from limbeck.registry.gate.promotion import PromotionOptions, Vetoed, promote, rollback
+from limbeck.registry.gate.promotion import PromotionOptions, Vetoed, promote, rollback, skipped_versions
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.client import Forbidden
 from limbeck.registry.mlflow.identity import current_user
-from limbeck.registry.records import Verdict, Version
+from limbeck.registry.policy.schema import DeployRules
+from limbeck.registry.records import NewVersion, Verdict, Version
 from tests.registry.conftest import POLICY, Still
 
 DRY_RUN = PromotionOptions(dry_run=True)
@@ -56,6 +60,10 @@ def test_a_bare_name_promotes_the_cheapest_variant_that_passes(scored: Still) ->
 def test_a_torch_version_goes_through_the_same_gate(still: Still) -> None:
     still.score(still.student)
     assert promote(still.store, still.student.ref, "baseline", POLICY).chosen.ref == still.student.ref
+    with pytest.raises(Vetoed, match=r"deploy\.aliases \(fail\): .*; export it: limbeck export still/2"):
+        promote(still.store, still.student.ref, "production", POLICY)
+    unserved = POLICY.model_copy(update={"deploy": DeployRules(aliases=())})
+    assert promote(still.store, still.student.ref, "production", unserved).chosen.ref == still.student.ref
     still.score(still.teacher)
     with pytest.raises(Vetoed, match="scored against itself"):
         promote(still.store, still.teacher.ref, "production", POLICY)
@@ -71,6 +79,16 @@ def test_a_version_that_does_not_pass_moves_nothing(scored: Still) -> None:
     assert refused.value.exit_code == 1
     assert (production(scored), log.read_entries(scored.store, "still")) == (scored.variants["int8"].version, before)
     assert [verdict.outcome for verdict in scored.store.findings.verdicts(int4)] == ["fail"]  # it is stored
+
+
+def test_a_bare_name_skips_what_cannot_be_served(still: Still, make_folder: Callable[..., Path]) -> None:
+    new = still.store.register(NewVersion(name="still", kind="student"), make_folder("new"))
+    assert skipped_versions(still.store, new.ref) == {}
+    assert skipped_versions(still.store, "still") == {
+        "still/1": "a PyTorch model, which limbeck serve does not run; export it: limbeck export still/1",
+        "still/2": "PyTorch, with ONNX variants among the candidates",
+        "still/6": "a PyTorch model, which limbeck serve does not run; export it: limbeck export still/6",
+    }
 
 
 def test_if_none_passes_the_nearest_candidates_come_first(still: Still) -> None:

@@ -23,6 +23,7 @@ def test_every_rule_is_described() -> None:
     assert lines["cost.max_disk_bytes"] == "at most 50,000,000 bytes on disk"
     assert lines["cost.min_decode_tokens_per_s"] == "at least 100 new tokens per second"
     assert lines["approvals.needed"] == "approved by 1 of ann, bob, neither its author nor who made the request"
+    assert lines["deploy.aliases"] == "under production: a version that limbeck serve runs"
     assert lines["override"] == "carol may override it"
     assert lines.keys() >= {"quality.margin.acc", "parity.required"}
 

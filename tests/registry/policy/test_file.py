@@ -48,6 +48,7 @@ def test_invalid_keys_and_values(tmp_path: Path, text: str, message: str) -> Non
     [
         ("[parity]\nrequired = true\n", r"policy\.toml: it has no rule: any version passes"),
         ('[override]\npeople = ["a"]\n', "it has no rule"),
+        ('[deploy]\naliases = ["production"]\n', "it has no rule"),
         ('[approvals]\nneeded = 3\npeople = ["a", "b"]\n', r":2 and 3: .* 3 people, .* names 2, so no model"),
         ('[approvals]\npeople = ["a"]\n', r"needed is 0"),
         ('[approvals]\nneeded = 1\npeople = ["a", "a"]\n', r":3: approvals.people names a twice"),

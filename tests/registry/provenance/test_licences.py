@@ -76,9 +76,23 @@ def test_the_lineage_ends_at_a_deleted_ancestor(store: Store, make_folder: Calla
     teacher = store.register(NewVersion(name="a", kind="teacher", licence="mit"), make_folder("t"))
     licence = {"teacher_licence": "mit", "licence_allows_distillation": True}
     student = store.register(NewVersion(name="a", kind="student", parent=teacher.ref, **licence), make_folder("s"))
-    assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [("a/1", True)]
+
+    def teachers() -> list[tuple[str, bool | None]]:
+        terms = licences.lineage_licences(store, student)
+        return [(each.origin, each.allows_distillation) for each in terms if each.role == "teacher"]
+
+    assert teachers() == [("a/1", True)]
     store.client.delete_model_version("a", "1")
-    assert [(t.origin, t.allows_distillation) for t in licences.lineage_licences(store, student)] == [
-        ("a/1", True),
-        ("a/1, which was deleted", None),
+    assert teachers() == [("a/1", True), ("a/1, which was deleted", None)]
+
+
+def test_what_a_registered_student_was_made_from_is_unknown(store: Store, make_folder: Callable[..., Path]) -> None:
+    student = store.register(NewVersion(name="a", kind="student"), make_folder("s"))
+    variant = store.register(student.onnx_variant("fp32"), make_folder("v", onnx=True))
+    unknown = [
+        licences.LineageLicence("teacher", "a/1", licences.UNKNOWN_TEACHER, None, None),
+        licences.LineageLicence("data", "a/1", licences.UNKNOWN_TEXT, None, None),
     ]
+    assert licences.lineage_licences(store, student) == licences.lineage_licences(store, variant) == unknown
+    teacher = store.register(NewVersion(name="a", kind="teacher"), make_folder("t"))
+    assert licences.lineage_licences(store, teacher) == []

@@ -14,6 +14,7 @@ ONNX = Version(
     name="still",
     version=4,
     kind="onnx",
+    engine="onnxruntime",
     digest="a" * 64,
     source="",
     created=datetime(2026, 1, 1, tzinfo=UTC),
@@ -21,7 +22,7 @@ ONNX = Version(
     parent="still/2",
     teacher="still/1",
 )
-STUDENT = ONNX.model_copy(update={"kind": "student", "parent": "still/1"})
+STUDENT = ONNX.model_copy(update={"kind": "student", "engine": "torch", "parent": "still/1"})
 TEACHER_DIGEST = "0" * 64  # of the teacher that the scorecards of `make_card` are relative to
 
 

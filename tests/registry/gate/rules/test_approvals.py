@@ -37,7 +37,7 @@ def approval_by(who: str, **changes: Any) -> Approval:
 
 def outcome(*answers: Approval, request: Request | None = REQUEST, **rules: Any) -> str:
     """Of the rule; one approval is needed."""
-    evidence = Evidence(VERSION, None, request=request, approvals=answers)
+    evidence = Evidence(VERSION, None, alias="production", request=request, approvals=answers)
     return results({"approvals": {"needed": 1} | rules}, evidence)["approvals.needed"][0]
 
 

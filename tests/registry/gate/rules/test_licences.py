@@ -6,7 +6,7 @@ from typing import Any
 
 from limbeck.registry.gate.evidence import Evidence
 from limbeck.registry.gate.rules.apply_policy import apply_policy
-from limbeck.registry.provenance.licences import LineageLicence
+from limbeck.registry.provenance.licences import UNKNOWN_TEACHER, LineageLicence
 from tests.registry.gate.rules.rule_helpers import STUDENT, results, retention_policy
 
 
@@ -42,3 +42,15 @@ def test_licences_that_are_allowed() -> None:
         assert outcome(["apache-2.0"], "Apache-2.0 OR llama2", role) == "pass"
         assert outcome(["apache-2.0"], None, role) == "inconclusive"
     assert results({"licence": {"teacher": ["mit"]}}, Evidence(STUDENT, None))["licence.teacher"][0] == "inconclusive"
+
+
+def test_a_student_whose_teacher_is_not_recorded_is_inconclusive() -> None:
+    unknown = LineageLicence("teacher", "still/4", UNKNOWN_TEACHER, None, None)
+    evidence = Evidence(STUDENT.model_copy(update={"parent": None, "teacher": None}), None, lineage_licences=(unknown,))
+    rules = {"licence": {"teacher": ["mit"]}, "lineage": {"require_distillation_licence": True}}
+    found = results(rules, evidence)
+    message = "the teacher of still/4 is not recorded; state it: limbeck register FOLDER --name still --parent MODEL"
+    assert found == {
+        "licence.teacher": ("inconclusive", message),
+        "lineage.require_distillation_licence": ("inconclusive", message),
+    }

@@ -102,3 +102,12 @@ def test_the_age_of_the_scorecard(make_card: Callable[..., Scorecard]) -> None:
     future = Evidence(STUDENT, make_card(STUDENT.digest), judged_at=datetime(2025, 12, 1, tzinfo=UTC))
     assert results(rules, future)["quality.max_age_days"][0] == "inconclusive"
     assert results(rules, Evidence(STUDENT, None))["scorecard"][0] == "inconclusive"
+
+
+def test_without_a_recorded_teacher_the_result_names_the_one_it_was_scored_against(
+    make_card: Callable[..., Scorecard],
+) -> None:
+    version = STUDENT.model_copy(update={"parent": None, "teacher": None})
+    found = results({"quality": {"min_retention": 0.8}}, Evidence(version, make_card(version.digest)))
+    assert found["quality.teacher"] == ("pass", "no teacher is recorded for it; it was scored against still/1")
+    assert found["quality.min_retention"][0] == "pass"
