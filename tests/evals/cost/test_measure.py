@@ -207,26 +207,49 @@ def test_the_interval_covers_the_median_at_its_confidence(n: int) -> None:
 # --- FLOPs
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2", "mixtral"])
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=300, pad_token_id=0)  # fmt: skip
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=48)
+MIXTURES_AND_HYBRIDS = {
+    "mixtral": EXPERTS | dict(num_local_experts=4),
+    "qwen2_moe": EXPERTS | dict(num_experts=4, shared_expert_intermediate_size=40),
+    "gpt_oss": EXPERTS | dict(num_local_experts=4, head_dim=16),
+    "glm4_moe": EXPERTS | dict(n_routed_experts=4, head_dim=16),
+    "gemma4_text": dict(
+        head_dim=16, global_head_dim=32, hidden_size_per_layer_input=8, vocab_size_per_layer_input=300,
+        layer_types=["sliding_attention", "full_attention"], enable_moe_block=True, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=48,
+    ),
+    "qwen3_5_text": dict(
+        head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2", *MIXTURES_AND_HYBRIDS])
 def test_flops_of_one_token_equal_those_that_torch_counts(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     """In a decoding step with 40 tokens in the cache."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if kind == "mixtral":
-        experts = dict(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4)
-        sizes = dict(hidden_size=32, intermediate_size=64, num_key_value_heads=2, vocab_size=300)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **experts, **sizes)).save_pretrained(tmp_path)
+    if kind in MIXTURES_AND_HYBRIDS:
+        config = AutoConfig.for_model(kind, **SIZES | MIXTURES_AND_HYBRIDS[kind])
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     else:
         make_model(tmp_path, tokenizer_folder, kind)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    # The counter does not know the grouped product that experts use by default.
+    kinds = dict(attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **kinds).eval()
     with torch.inference_mode():
-        past = model(input_ids=torch.ones(1, 40, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(input_ids=torch.ones(1, 40, dtype=torch.long), use_cache=True).cache
         with FlopCounterMode(display=False) as counter:
-            model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=past, use_cache=True)
-    # Rotary embeddings are products too, but are left out.
-    assert flops_per_token(tmp_path, 41) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+            model(input_ids=torch.ones(1, 1, dtype=torch.long), cache=cache, use_cache=True)
+    # Rotary embeddings are products too, but are left out. transformers' convolution computes an output that it drops.
+    tolerance = 1e-2 if kind in ("qwen3_5_text", "lfm2") else 1e-3
+    assert flops_per_token(tmp_path, 41) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
 def test_flops_of_an_unknown_model_are_none(tmp_path: Path) -> None:
