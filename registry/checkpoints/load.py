@@ -1,10 +1,16 @@
-"""The one place where the files of a checkpoint become a config, a tokenizer or a model."""
+"""The one place where the files of a checkpoint become a config, a tokenizer or a model.
+
+What is loaded is compared with the files without transformers' own reading; `checked_facts` returns what was found.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.registry.checkpoints.checked import check_model, note_facts
+from limbeck.registry.checkpoints.tokenizers import check_tokenizer, load_exactly
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -31,16 +37,25 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, label: str | N
 def load_tokenizer(
     folder: Path, trust_remote_code: bool = False, *, label: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder. For the arguments see `load_config`. Raises BadInput if it has none."""
+    """Load the tokenizer of a model folder, with the rules of its tokenizer.json.
+
+    For the arguments see `load_config`. Raises BadInput if it has none, or if its files contradict each other.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, **_options(trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_options(trust_remote_code))
     except Exception as error:  # transformers raises exceptions of any type, AttributeError without a tokenizer
-        raise BadInput(
-            f"{label or folder} has no tokenizer that transformers can load: {_first_line(error)}",
-            fix="the folder needs the tokenizer files that save_pretrained writes",
-        ) from error
+        try:
+            tokenizer = load_exactly(folder)
+        except Exception:
+            raise BadInput(
+                f"{label or folder} has no tokenizer that transformers can load: {_first_line(error)}",
+                fix="the folder needs the tokenizer files that save_pretrained writes",
+            ) from error
+    tokenizer, found = check_tokenizer(tokenizer, folder)
+    note_facts(folder, tokenizer=found)
+    return tokenizer
 
 
 def load_model(
@@ -51,17 +66,22 @@ def load_model(
     Args:
         **options: others of transformers' `from_pretrained`, such as `attn_implementation`.
 
-    For the other arguments see `load_config`. Raises BadInput if transformers cannot load it.
+    For the other arguments see `load_config`. Raises BadInput if transformers cannot load it, or if the loaded model is
+    another than the files say: rotary tables, unread keys, missing or unused weights, NaN.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": torch.float32, "use_safetensors": True, **_options(trust_remote_code), **options}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_model refuses them by name
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # safetensors and transformers errors have no common base class
         reason = _first_line(error)
         raise BadInput(f"{label or folder} cannot be loaded as a causal language model: {reason}") from error
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    note_facts(folder, **check_model(model, info, raw, str(label or folder)))
+    return model.eval()
 
 
 def _options(trust_remote_code: bool) -> dict[str, Any]:
