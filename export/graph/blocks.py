@@ -6,23 +6,42 @@ place if past and present are the same buffer. Queries, keys and values come fro
 
 from __future__ import annotations
 
+import numpy as np
+
 from limbeck.export.graph.builder import GraphBuilder
-from limbeck.export.graph.decoder import MLP, Attention, Rotary
+from limbeck.export.graph.decoder import MLP, Attention, Norm, Rotary
 
 
 def write_attention(graph: GraphBuilder, attention: Attention, name: str, index: int, x: str) -> str:
     """Write the attention of layer `index`, whose name is `name`, over x (B, S, H). Returns its output, (B, S, H)."""
-    qkv, rotary = [graph.linear(x, attention.qkv), "", ""], attention.rotary
-    if rotary or attention.q_norm:
+    qkv = [graph.linear(x, attention.qkv), "", ""]
+    if attention.clip:
+        limits = [graph.number("clip.min", -attention.clip), graph.number("clip.max", attention.clip)]
+        qkv[0] = graph.node("Clip", [qkv[0], *limits], f"{name}.clipped")
+    if attention.rotary or attention.q_norm or attention.query_scale is not None:
         qkv = _split(graph, attention, name, qkv[0])
-    if rotary:
+    if not attention.norm_after_rotary:
+        _norm_heads(graph, attention, qkv)
+    if attention.rotary:
         # GroupQueryAttention could rotate too, but for a prompt it counts positions from the start of the row,
         # which is wrong for a row with left padding.
         for part, heads in enumerate((attention.heads, attention.kv_heads)):
-            qkv[part] = _rotate(graph, qkv[part], rotary, heads)
+            qkv[part] = _rotate(graph, qkv[part], attention.rotary, heads)
+    if attention.norm_after_rotary:
+        _norm_heads(graph, attention, qkv)
+    if attention.query_scale is not None:
+        scales = graph.node(
+            "Gather", [graph.constant("query.scales", attention.query_scale), "position_ids"], f"{name}.query.scales"
+        )
+        scales = graph.node("Unsqueeze", [scales, graph.ints(-1)], f"{name}.query.factors")
+        qkv[0] = graph.node("Mul", [qkv[0], scales], f"{qkv[0]}.scaled")
+    return graph.linear(_attend(graph, attention, name, index, qkv), attention.output)
+
+
+def _attend(graph: GraphBuilder, attention: Attention, name: str, index: int, qkv: list[str]) -> str:
     cache = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
     lengths = ["seqlens_k", "total_sequence_length"]
-    out = graph.node(
+    return graph.node(
         "GroupQueryAttention",
         [*qkv, *cache, *lengths, "", "", "", "attention_bias"],
         f"{name}.attention",
@@ -36,24 +55,39 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
         local_window_size=attention.window,
         softcap=attention.softcap,
     )
-    return graph.linear(out, attention.output)
 
 
 def _split(graph: GraphBuilder, attention: Attention, name: str, qkv: str) -> list[str]:
-    """Split queries, keys and values, and apply the norms of queries and keys if there are any."""
+    """Split queries, keys and values."""
     heads = (attention.heads, attention.kv_heads, attention.kv_heads)
     parts = [f"{name}.query", f"{name}.key", f"{name}.value"]
     graph.node("Split", [qkv, graph.ints(*(n * attention.head_size for n in heads))], *parts, axis=-1)
-    for part, norm in enumerate((attention.q_norm, attention.k_norm)):
-        if norm and len(norm.weight) == attention.head_size:  # a norm per head
-            each = graph.node(
-                "Reshape", [parts[part], graph.ints(0, 0, -1, attention.head_size)], f"{parts[part]}.heads"
-            )
-            normed, width = graph.norm(each, norm), heads[part] * attention.head_size
-            parts[part] = graph.node("Reshape", [normed, graph.ints(0, 0, width)], f"{parts[part]}.normed")
-        elif norm:
-            parts[part] = graph.norm(parts[part], norm)
     return parts
+
+
+def _norm_heads(graph: GraphBuilder, attention: Attention, qkv: list[str]) -> None:
+    """Replace queries and keys in `qkv` by what their norms make of them, if there are any."""
+    heads, size = (attention.heads, attention.kv_heads), attention.head_size
+    for part, norm in enumerate((attention.q_norm, attention.k_norm)):
+        x = qkv[part]
+        if norm and norm.weight.shape[-1] == size:  # a norm per head
+            each = graph.node("Reshape", [x, graph.ints(0, 0, -1, size)], f"{x}.heads")
+            shape = graph.ints(0, 0, heads[part] * size)
+            qkv[part] = graph.node("Reshape", [_norm_per_head(graph, each, norm), shape], f"{x}.normed")
+        elif norm:
+            qkv[part] = graph.norm(x, norm)
+
+
+def _norm_per_head(graph: GraphBuilder, x: str, norm: Norm) -> str:
+    """Norm x (B, S, heads, head_size). Weight and bias are the same for all heads, or have a row for each."""
+    if norm.weight.ndim == 1:
+        return graph.norm(x, norm)
+    ones = np.ones(norm.weight.shape[1], np.float32)
+    y = graph.norm(x, Norm(f"{norm.name}.same", ones, None if norm.bias is None else 0 * ones, norm.eps))
+    y = graph.node("Mul", [y, graph.constant(f"{norm.name}.weight", norm.weight)], f"{norm.name}.weighed")
+    if norm.bias is None or not norm.bias.any():
+        return y
+    return graph.node("Add", [y, graph.constant(f"{norm.name}.bias", norm.bias)], f"{norm.name}.biased")
 
 
 def _rotate(graph: GraphBuilder, x: str, rotary: Rotary, heads: int) -> str:
@@ -63,6 +97,7 @@ def _rotate(graph: GraphBuilder, x: str, rotary: Rotary, heads: int) -> str:
         [x, "position_ids", *tables],
         f"{x}.rotated",
         domain="com.microsoft",
+        interleaved=int(rotary.interleaved),
         num_heads=heads,
         rotary_embedding_dim=2 * rotary.cos.shape[1],
     )

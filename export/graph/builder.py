@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.export.graph.decoder import Linear, Norm
+from limbeck.export.graph.decoder import XIELU, Linear, Norm
 
 if TYPE_CHECKING:
     import onnx
@@ -24,10 +24,15 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class GraphBuilder:
-    """Collects nodes and initializers. Methods take and return names of tensors."""
+    """Collects nodes and initializers. Methods take and return names of tensors.
+
+    Attributes:
+        keys_and_values: the new keys and values of the layers so far, by index.
+    """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    keys_and_values: dict[int, list[str]] = field(default_factory=dict)
 
     def node(
         self, op: str, inputs: list[str], output: str, *more: str, domain: str = "", name: str = "", **attributes: Any
@@ -78,7 +83,24 @@ class GraphBuilder:
         out = self.node(op, inputs, f"{norm.name}.out", "", "", total, domain="com.microsoft", epsilon=norm.eps)
         return total, out
 
-    def activation(self, x: str, name: str, output: str) -> str:
-        """Apply the activation `name`, a key of ACTIVATIONS."""
-        op, domain, attributes = ACTIVATIONS[name]
+    def activation(self, x: str, activation: str | XIELU, output: str) -> str:
+        """Apply an activation: a key of ACTIVATIONS, relu2 (the square of relu) or xIELU."""
+        if isinstance(activation, XIELU):
+            return self._xielu(x, activation, output)
+        if activation == "relu2":
+            relu = self.node("Relu", [x], f"{output}.relu")
+            return self.node("Mul", [relu, relu], output)
+        op, domain, attributes = ACTIVATIONS[activation]
         return self.node(op, [x], output, domain=domain, **attributes)
+
+    def _xielu(self, x: str, xielu: XIELU, output: str) -> str:
+        positive, negative, beta, eps = (
+            self.number(f"{output}.{name}", getattr(xielu, name)) for name in ("positive", "negative", "beta", "eps")
+        )
+        square = self.node("Mul", [self.node("Mul", [x, x], f"{output}.square"), positive], f"{output}.right")
+        power = self.node("Exp", [self.node("Min", [x, eps], f"{output}.left.min")], f"{output}.left.exp")
+        less = self.node("Sub", [power, self.number("one", 1.0)], f"{output}.left.expm1")
+        left = self.node("Mul", [self.node("Sub", [less, x], f"{output}.left.less"), negative], f"{output}.left")
+        is_right = self.node("Greater", [x, self.number("zero", 0.0)], f"{output}.is_right")
+        side = self.node("Where", [is_right, square, left], f"{output}.side")
+        return self.node("Add", [side, self.node("Mul", [x, beta], f"{output}.linear")], output)

@@ -18,7 +18,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm (Zhang and Sennrich, arXiv 1910.07467), or layer norm if there is a bias: (H,) float32 each."""
+    """RMS norm (Zhang and Sennrich, arXiv 1910.07467), or layer norm if there is a bias: (H,) float32 each.
+
+    A norm of queries or keys may have a weight and a bias for each head: (heads, head_size).
+    """
 
     name: str
     weight: np.ndarray
@@ -28,11 +31,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Tables of a rotary embedding (Su et al., arXiv 2104.09864): cos and sin, (positions, rotated / 2) float32."""
+    """Tables of a rotary embedding (Su et al., arXiv 2104.09864): cos and sin, (positions, rotated / 2) float32.
+
+    Attributes:
+        interleaved: rotates the pairs (0, 1), (2, 3), ... of a head, not (0, rotated / 2), (1, rotated / 2 + 1), ...
+    """
 
     name: str
     cos: np.ndarray
     sin: np.ndarray
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,16 @@ class Attention:
         rotary: None if the layer has no rotary embedding.
         window: a position sees the last `window` positions, including itself; -1 is all.
         softcap: if not 0, scores become softcap * tanh(score / softcap).
-        q_norm, k_norm: norms of queries and keys, per head if their weight has `head_size` entries; may be None.
+        q_norm, k_norm: norms of queries and keys, per head if their weight has `head_size` entries, or a row of them
+            for each head; may be None.
+        norm_after_rotary: queries and keys are rotated first, then normed.
+        query_scale: (positions,) float32; multiplies the queries at each position. May be None.
+        clip: if not 0, queries, keys and values are clipped to [-clip, clip] first.
+        v_norm: norm of the values, per head; may be None.
+        sinks: a score per head that joins the softmax and has no value (Xiao et al., arXiv 2309.17453); (heads,)
+            float32 or None.
+        kv_layer: the index of an earlier layer whose keys and values are read (Brandon et al., arXiv 2405.12981), and
+            `qkv` has the queries only; None if the layer has its own.
     """
 
     qkv: Linear
@@ -59,6 +76,25 @@ class Attention:
     softcap: float = 0.0
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norm_after_rotary: bool = False
+    query_scale: np.ndarray | None = None
+    clip: float = 0.0
+    v_norm: Norm | None = None
+    sinks: np.ndarray | None = None
+    kv_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class XIELU:
+    """xIELU (Huang and Schlag, arXiv 2411.13010), an activation with parameters.
+
+    x > 0: positive * x^2 + beta * x; else: negative * (exp(min(x, eps)) - 1 - x) + beta * x.
+    """
+
+    positive: float
+    negative: float
+    beta: float
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +103,7 @@ class MLP:
 
     up: Linear
     down: Linear
-    activation: str  # a key of limbeck.export.graph.builder.ACTIVATIONS
+    activation: str | XIELU  # a key of limbeck.export.graph.builder.ACTIVATIONS
     gate: Linear | None = None
 
 
@@ -120,10 +156,21 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class TokenInput:
+    """x += norm(project(act(gate(x)) * t)), where t is what the layer reads of the token itself (`TokenInputs`)."""
+
+    gate: Linear
+    project: Linear
+    norm: Norm
+    activation: str | XIELU  # a key of limbeck.export.graph.builder.ACTIVATIONS
+
+
+@dataclass(frozen=True)
 class Layer:
     """x += after_attention(attention(before_attention(x))), then the same with the MLP; a norm may be None.
 
-    In a parallel layer, attention and MLP both read the layer's input.
+    In a parallel layer, attention and MLP both read the layer's input. At the end, `token_input` is added if it is not
+    None, and x is multiplied by `scale`.
     """
 
     name: str
@@ -134,6 +181,25 @@ class Layer:
     after_attention: Norm | None = None
     after_mlp: Norm | None = None
     parallel: bool = False
+    token_input: TokenInput | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Gemma's input of each layer, P numbers: table_scale * table[token] + norm(project(embedding)).
+
+    Attributes:
+        table: (V, layers * P) float32, all layers side by side.
+        project: from the scaled embedding to layers * P.
+        norm: of P entries.
+    """
+
+    name: str
+    table: np.ndarray
+    table_scale: float
+    project: Linear
+    norm: Norm
 
 
 @dataclass(frozen=True)
@@ -149,6 +215,10 @@ class Decoder:
         head_bias: bias of a tied head, (V,) float32, or None.
         logit_scale: multiplies the logits; then, if logit_softcap is not 0, they become
             logit_softcap * tanh(logit / logit_softcap).
+        alibi: (heads,) float32 or None: in all layers, the score of a key at position p grows by alibi * p (Press et
+            al., arXiv 2108.12409).
+        max_positions: the graph is right for texts of this length only; None: for all that the model takes.
+        token_inputs: what the layers with a `token_input` read; None if there are none.
     """
 
     embedding_name: str
@@ -163,3 +233,6 @@ class Decoder:
     head_bias: np.ndarray | None = None
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    alibi: np.ndarray | None = None
+    max_positions: int | None = None
+    token_inputs: TokenInputs | None = None

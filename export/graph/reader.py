@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from limbeck.export.graph.decoder import Linear, Norm, Rotary
 
-# Rotary embeddings whose tables depend on the length of the text; a graph holds one table.
-DYNAMIC_ROTARY = {"dynamic", "longrope"}
+LAYER_NORM_EPS = 1e-5  # torch's default; OLMo's norm has no attribute for it
 
 
 class UnsupportedModel(Exception):
@@ -57,42 +57,57 @@ class ModelReader:
         bias = None if all(p.bias is None for p in parts) else np.concatenate(biases)
         return Linear(name, np.concatenate([p.weight for p in parts], axis=1), bias)
 
-    def norm(self, module: Any, weight_offset: float = 0.0) -> Norm:
-        """Read a layer norm or an RMS norm. Gemma's RMS norms multiply by 1 + weight: `weight_offset` is the 1."""
-        if hasattr(module, "normalized_shape"):
-            return self.layer_norm(module)
-        eps = getattr(module, "variance_epsilon", None) or module.eps
-        weight = self.array(module.weight)
-        if weight_offset:
-            weight = weight + np.float32(weight_offset)
-        return Norm(self.name(module), weight, None, float(eps))
+    def norm(self, module: Any, size: int | None = None) -> Norm:
+        """Read a layer norm or an RMS norm: which one, and whether it adds 1 to its weight, is seen by running it.
 
-    def layer_norm(self, module: Any) -> Norm:
-        """Read a torch LayerNorm; a missing weight is 1, a missing bias 0."""
-        size = module.normalized_shape[0]
-        weight = np.ones(size, np.float32) if module.weight is None else self.array(module.weight)
-        bias = np.zeros(size, np.float32) if module.bias is None else self.array(module.bias)
-        return Norm(self.name(module), weight, bias, float(module.eps))
+        Args:
+            size: entries of what it norms, for a module that has neither weight nor shape.
 
-    def rotary(self, module: Any, positions: int, layer_type: str | None = None) -> Rotary:
+        Raises UnsupportedModel if it is neither.
+        """
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        shape = getattr(module, "normalized_shape", (size,)) if weight is None else tuple(weight.shape)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", LAYER_NORM_EPS))
+        ones, zeros = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        read = Norm(
+            self.name(module),
+            ones if weight is None else self.array(weight),
+            zeros if bias is None else self.array(bias),
+            float(np.finfo(np.float32).eps if eps is None else eps),
+        )
+        plus_one = replace(read, weight=read.weight + np.float32(1))
+        candidates = [read, plus_one]
+        if bias is None:
+            candidates += [replace(norm, bias=None) for norm in candidates]
+        found = next((norm for norm in candidates if _norms_like(norm, module)), None)
+        if found is None:
+            raise UnsupportedModel(f"{self.name(module)} is neither a layer norm nor an RMS norm")
+        return found
+
+    def head_norms(self, modules: Any) -> Norm:
+        """Read one norm per head as one, whose weight and bias have a row for each head."""
+        norms = [self.norm(module) for module in modules]
+        biases = [norm.bias for norm in norms if norm.bias is not None]
+        weight, bias = np.stack([norm.weight for norm in norms]), np.stack(biases) if biases else None
+        return replace(norms[0], weight=weight, bias=bias)
+
+    def rotary(self, module: Any, positions: int, layer_type: str | None = None, interleaved: bool = False) -> Rotary:
         """Compute the tables of a transformers rotary module for `positions` positions, with its scaling.
 
         Args:
             layer_type: for a module that has tables for each type of layer, as Gemma 3's has.
-
-        Raises UnsupportedModel if they depend on the length of the text.
+            interleaved: it rotates pairs of neighbours.
         """
         import torch
 
         by_type = isinstance(module.rope_type, dict)
-        rope_type = module.rope_type[layer_type] if by_type else module.rope_type
-        if rope_type in DYNAMIC_ROTARY:
-            raise UnsupportedModel(f"rotary embedding of type {rope_type!r}")
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), torch.arange(positions)[None], *([layer_type] if by_type else []))
-        half = cos.shape[-1] // 2  # the second half repeats the first
+        # Each entry stands twice: side by side, or in the second half again.
+        half = cos.shape[-1] // 2
+        once = slice(None, None, 2) if torch.equal(cos[..., ::2], cos[..., 1::2]) else slice(half)
         name = f"{self.name(module)}.{layer_type}" if by_type else self.name(module)
-        return Rotary(name, cos[0, :, :half].numpy(), sin[0, :, :half].numpy())
+        return Rotary(name, cos[0, :, once].numpy(), sin[0, :, once].numpy(), interleaved)
 
     def head(self, model: Any, embedding: Any) -> tuple[Linear | None, np.ndarray | None]:
         """Read the language-model head: (head, None), or (None, its bias) if it is tied to the embedding."""
@@ -100,3 +115,15 @@ class ModelReader:
         if head.weight is not embedding.weight:
             return self.linear(head), None
         return None, None if head.bias is None else self.array(head.bias)
+
+
+def _norms_like(norm: Norm, module: Any) -> bool:
+    """Return True if `norm` computes what `module` does, on numbers so small that eps matters and of unequal mean."""
+    import torch
+
+    x = np.random.default_rng(0).normal(0.003, 0.002, (4, *norm.weight.shape)).astype(np.float32)
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(x)).numpy()
+    y = x if norm.bias is None else x - x.mean(axis=-1, keepdims=True)
+    y = y / np.sqrt(np.square(y).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
+    return np.allclose(y if norm.bias is None else y + norm.bias, expected, rtol=1e-4, atol=1e-5)

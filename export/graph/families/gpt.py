@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer, Linear
-from limbeck.export.graph.families.parts import activation_name, assemble_decoder
+from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer
+from limbeck.export.graph.families.parts import activation_name, assemble_decoder, reorder_qkv
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -23,7 +21,7 @@ def describe_gpt2(reader: ModelReader, model: Any) -> Decoder:
         attention = Attention(qkv, output, heads, heads, size, scale)
         activation = activation_name(config.activation_function)
         mlp = MLP(reader.linear(layer.mlp.c_fc), reader.linear(layer.mlp.c_proj), activation)
-        norms = (reader.layer_norm(layer.ln_1), reader.layer_norm(layer.ln_2))
+        norms = (reader.norm(layer.ln_1), reader.norm(layer.ln_2))
         layers.append(Layer(reader.name(layer), attention, mlp, *norms))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
 
@@ -39,7 +37,7 @@ def describe_opt(reader: ModelReader, model: Any) -> Decoder:
         heads = attn.num_heads
         attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, float(attn.scaling))
         mlp = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), activation_name(config.activation_function))
-        norms = (reader.layer_norm(layer.self_attn_layer_norm), reader.layer_norm(layer.final_layer_norm))
+        norms = (reader.norm(layer.self_attn_layer_norm), reader.norm(layer.final_layer_norm))
         layers.append(Layer(name, attention, mlp, *norms))
     positions = body.embed_positions
     return assemble_decoder(
@@ -60,37 +58,10 @@ def describe_gpt_neox(reader: ModelReader, model: Any) -> Decoder:
     layers = []
     for layer in body.layers:
         attn, size = layer.attention, layer.attention.head_size
-        qkv = _reorder_qkv(reader.linear(attn.query_key_value), heads, size)
+        qkv = reorder_qkv(reader.linear(attn.query_key_value), heads, size)
         attention = Attention(qkv, reader.linear(attn.dense), heads, heads, size, float(attn.scaling), rotary)
         up, down = reader.linear(layer.mlp.dense_h_to_4h), reader.linear(layer.mlp.dense_4h_to_h)
         mlp = MLP(up, down, activation_name(config.hidden_act))
-        norms = (reader.layer_norm(layer.input_layernorm), reader.layer_norm(layer.post_attention_layernorm))
+        norms = (reader.norm(layer.input_layernorm), reader.norm(layer.post_attention_layernorm))
         layers.append(Layer(reader.name(layer), attention, mlp, *norms, parallel=config.use_parallel_residual))
     return assemble_decoder(reader, model, body.embed_in, layers, body.final_layer_norm)
-
-
-def _reorder_qkv(linear: Linear, heads: int, size: int) -> Linear:
-    """Reorder GPT-NeoX's columns (query, key, value of head 0, then of head 1, ...) to all queries, keys, values."""
-    order = np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2).ravel()
-    return Linear(linear.name, linear.weight[:, order], None if linear.bias is None else linear.bias[order])
-
-
-def describe_phi(reader: ModelReader, model: Any) -> Decoder:
-    config, body = model.config, model.model
-    rotary = reader.rotary(body.rotary_emb, config.max_position_embeddings)
-    layers = []
-    for layer in body.layers:
-        name, attn = reader.name(layer), layer.self_attn
-        attention = Attention(
-            reader.concatenate_linears(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj),
-            reader.linear(attn.dense),
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            attn.head_dim,
-            float(attn.scaling),
-            rotary,
-        )
-        mlp = MLP(reader.linear(layer.mlp.fc1), reader.linear(layer.mlp.fc2), activation_name(config.hidden_act))
-        norm = reader.layer_norm(layer.input_layernorm)
-        layers.append(Layer(name, attention, mlp, norm, norm, parallel=True))
-    return assemble_decoder(reader, model, body.embed_tokens, layers, body.final_layernorm)

@@ -1,133 +1,214 @@
-"""Llama and the families built like it: RMS norms, rotary embedding, a gated MLP."""
+"""Llama and the families built like it: a list of layers, each an attention and an MLP, with one norm or two around."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from limbeck.export.graph.decoder import MLP, Attention, Decoder, Experts, Layer, Linear, Norm, Rotary
-from limbeck.export.graph.families.parts import activation_name
+from limbeck.export.graph.families.parts import first_part, mlp_activation, rotary_positions
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
+
+# Attributes of a layer: its norms before attention, after attention, before the MLP and after it.
+NormNames = tuple[str | None, str | None, str | None, str | None]
+NORMS_BEFORE: NormNames = ("input_layernorm", None, "post_attention_layernorm", None)
+NORMS_AFTER: NormNames = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+NORMS_AROUND: NormNames = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+ONE_NORM: NormNames = ("input_layernorm", None, "input_layernorm", None)
 
 # (reader, layer, configuration, factor of the output) -> the MLP or the experts of the layer.
 ReadMLP = Callable[[ModelReader, Any, Any, float], MLP | Experts]
 
 
-def describe_llama(
-    reader: ModelReader,
-    model: Any,
-    *,
-    norm_weight_offset: float = 0.0,
-    scale_embedding: bool = False,
-    window_in_config: bool = False,
-    read_mlp: ReadMLP | None = None,
-) -> Decoder:
-    """Describe Llama and the families built like it. Parts that only some of them have are found by attribute.
+def no_window(config: Any, index: int) -> int:
+    """Each layer sees all positions, whatever the configuration says."""
+    return -1
 
-    Args:
-        norm_weight_offset: Gemma's norms multiply by 1 + weight.
-        scale_embedding: Gemma multiplies the embedding by sqrt(hidden_size).
-        window_in_config: every layer has the window of `config.sliding_window`, and the attention modules have none.
-        read_mlp: reads a layer's MLP or experts; None: the MLP is `layer.mlp` and has a gate.
+
+def same_window(config: Any, index: int) -> int:
+    """Each layer sees the last `sliding_window` positions of the configuration, or all if that is None."""
+    return -1 if config.sliding_window is None else int(config.sliding_window)
+
+
+def layer_window(config: Any, index: int) -> int:
+    """A layer sees the last `sliding_window` positions if its entry in `layer_types` says so, else all: -1."""
+    layer_type = config.layer_types[index]
+    if layer_type == "sliding_attention" and config.sliding_window:
+        return int(config.sliding_window)
+    if layer_type != "full_attention":
+        raise UnsupportedModel(f"a layer of the type {layer_type!r} with sliding_window={config.sliding_window}")
+    return -1
+
+
+def read_qkv(reader: ModelReader, module: Any) -> Linear:
+    """Read the products that give queries, keys and values as one."""
+    if hasattr(module, "qkv_proj"):
+        return reader.linear(module.qkv_proj)
+    return reader.concatenate_linears(f"{reader.name(module)}.qkv_proj", module.q_proj, module.k_proj, module.v_proj)
+
+
+def read_gated_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
+    """Read `layer.mlp`, which has a gate. Its output is multiplied by `scale`."""
+    return gated_mlp(reader, layer.mlp, config, scale)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family differs from Llama. What no field names is Llama's, even if a configuration has a key for it.
+
+    Attributes:
+        norms: the norms of a layer.
+        window: returns how many positions the layer of an index sees; -1 is all.
+        has_rotary: returns whether an attention module rotates queries and keys.
+        interleaved, norm_after_rotary: see Rotary and Attention.
+        rotary_sign: -1 rotates the other way.
+        parallel: attention and MLP read the same input, and their outputs are added to it.
+        embedding_norm: the last norm is applied to the embedding too.
+        multipliers: Granite's: `embedding_multiplier` and `residual_multiplier` of the configuration apply.
+        logit_scale: returns the factor of the logits.
+        logit_softcap: `final_logit_softcapping` of the configuration applies.
+        clip: `clip_qkv` of the configuration applies.
+        query_scale: returns the factors of the queries at each of this many positions, float32.
+        read_qkv: reads the product of an attention module that gives queries, keys and values.
+        read_mlp: reads a layer's MLP or experts.
+        refused: keys of the configuration that the graph has no place for, unless they are false.
     """
+
+    norms: NormNames = NORMS_BEFORE
+    window: Callable[[Any, int], int] = no_window
+    has_rotary: Callable[[Any], bool] = lambda attention: True
+    interleaved: bool = False
+    norm_after_rotary: bool = False
+    rotary_sign: int = 1
+    parallel: bool = False
+    embedding_norm: bool = False
+    multipliers: bool = False
+    logit_scale: Callable[[Any], float] = lambda config: 1.0
+    logit_softcap: bool = False
+    clip: bool = False
+    query_scale: Callable[[Any, int], np.ndarray] | None = None
+    read_qkv: Callable[[ModelReader, Any], Linear] = read_qkv
+    read_mlp: ReadMLP = read_gated_mlp
+    refused: tuple[str, ...] = ()
+
+
+LLAMA = Style()
+
+
+def describe_llama(reader: ModelReader, model: Any, style: Style = LLAMA) -> Decoder:
+    """Describe a model whose parts are named as Llama's and whose family differs from Llama by `style`."""
     config, body = model.config, model.model
-    read_mlp = read_mlp or _read_gated_mlp
-    residual_scale = getattr(config, "residual_multiplier", 1.0)
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "clip_qkv", None):
-        raise UnsupportedModel("attention that is not causal, or clipped")
+    for key in style.refused:
+        if getattr(config, key, None):
+            raise UnsupportedModel(f"{key}={getattr(config, key)!r}")
+    positions, limit = rotary_positions(config)
+    rotary: dict[str | None, Rotary] = {}
     layers = []
     for index, layer in enumerate(body.layers):
-        window = window_size(config if window_in_config else layer.self_attn)
-        layer_type = config.layer_types[index] if getattr(config, "layer_types", None) else None
-        rotary = reader.rotary(body.rotary_emb, config.max_position_embeddings, layer_type)
-        attention = llama_attention(reader, layer, config, rotary, window, norm_weight_offset)
-        norms = llama_norms(reader, layer, norm_weight_offset)
-        parallel = getattr(config, "use_parallel_residual", False)
-        if parallel:  # StableLM: attention and MLP read the same norm
-            norms["before_mlp"] = norms["before_attention"]
-        mlp = read_mlp(reader, layer, config, residual_scale)
-        layers.append(Layer(reader.name(layer), attention, mlp, **norms, parallel=parallel))
+        layer_type = config.layer_types[index] if isinstance(body.rotary_emb.rope_type, dict) else None
+        if layer_type not in rotary:
+            table = reader.rotary(body.rotary_emb, positions, layer_type, style.interleaved)
+            rotary[layer_type] = replace(table, sin=table.sin * np.float32(style.rotary_sign))
+        layers.append(_read_layer(reader, layer, config, style, rotary[layer_type], style.window(config, index)))
     embedding = body.embed_tokens
+    norm = reader.norm(first_part(body, "norm", "final_layernorm"), config.hidden_size)
     head, head_bias = reader.head(model, embedding)
-    multiplier = math.sqrt(config.hidden_size) if scale_embedding else getattr(config, "embedding_multiplier", 1.0)
+    scale = float(config.embedding_multiplier) if style.multipliers else float(getattr(embedding, "embed_scale", 1.0))
     return Decoder(
         reader.name(embedding),
         reader.array(embedding.weight),
         layers,
-        reader.norm(body.norm, norm_weight_offset),
+        norm,
         head,
-        embedding_scale=multiplier,
+        embedding_scale=scale,
+        embedding_norm=replace(norm, name=f"{norm.name}.embedding") if style.embedding_norm else None,
         head_bias=head_bias,
-        logit_scale=1 / getattr(config, "logits_scaling", 1.0),
-        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        logit_scale=style.logit_scale(config),
+        logit_softcap=float(config.final_logit_softcapping or 0.0) if style.logit_softcap else 0.0,
+        max_positions=limit,
     )
 
 
-def window_size(owner: Any) -> int:
-    """Return the `sliding_window` of a configuration or an attention module: positions that are seen; -1 is all."""
-    window = getattr(owner, "sliding_window", None)
-    return -1 if window is None else int(window)
+def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary, window: int) -> Layer:
+    norms = read_norms(reader, layer, style.norms)
+    factors = {"after_attention": 1.0, "after_mlp": 1.0}
+    if style.multipliers:  # of what is added to the residual sum: it goes into the last weight before that
+        factors = dict.fromkeys(factors, float(config.residual_multiplier))
+        for place, factor in factors.items():
+            norm = norms[place]
+            if norm:
+                norms[place] = replace(norm, weight=norm.weight * np.float32(factor))
+                factors[place] = 1.0
+    attention = read_attention(reader, layer.self_attn, config, style, rotary, factors["after_attention"])
+    mlp = style.read_mlp(reader, layer, config, factors["after_mlp"])
+    return Layer(reader.name(layer), replace(attention, window=window), mlp, **norms, parallel=style.parallel)
 
 
-def llama_attention(
-    reader: ModelReader, layer: Any, config: Any, rotary: Rotary, window: int, norm_weight_offset: float
+def read_attention(
+    reader: ModelReader, module: Any, config: Any, style: Style, rotary: Rotary, scale: float
 ) -> Attention:
-    module = layer.self_attn
-    if hasattr(module, "qkv_proj"):
-        qkv = reader.linear(module.qkv_proj)
-    else:
-        name = f"{reader.name(layer)}.self_attn.qkv_proj"
-        qkv = reader.concatenate_linears(name, module.q_proj, module.k_proj, module.v_proj)
-
-    def norm(name: str) -> Norm | None:
-        return reader.norm(getattr(module, name), norm_weight_offset) if hasattr(module, name) else None
-
+    """Read an attention module, whose output is multiplied by `scale`. It sees all positions."""
+    positions, _ = rotary_positions(config)
+    size = module.head_dim
     return Attention(
-        qkv=qkv,
-        output=reader.linear(module.o_proj, getattr(config, "residual_multiplier", 1.0)),
+        qkv=style.read_qkv(reader, module),
+        output=reader.linear(first_part(module, "o_proj", "dense"), scale),
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_size=module.head_dim,
-        scale=float(getattr(module, "scaling", module.head_dim**-0.5)),
-        rotary=rotary if getattr(module, "use_rope", True) else None,  # SmolLM3: some layers have none
-        window=window,
+        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        head_size=size,
+        scale=float(module.scaling),
+        rotary=rotary if style.has_rotary(module) else None,
         softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
-        q_norm=norm("q_norm"),
-        k_norm=norm("k_norm"),
+        q_norm=_read_head_norm(reader, module, size, "q_norm", "q_layernorm", "query_layernorm"),
+        k_norm=_read_head_norm(reader, module, size, "k_norm", "k_layernorm", "key_layernorm"),
+        sinks=reader.array(module.sinks) if hasattr(module, "sinks") else None,
+        norm_after_rotary=style.norm_after_rotary,
+        query_scale=style.query_scale(config, positions) if style.query_scale else None,
+        clip=float(config.clip_qkv or 0.0) if style.clip else 0.0,
     )
 
 
-def llama_norms(reader: ModelReader, layer: Any, weight_offset: float) -> dict[str, Norm | None]:
-    """Read a layer's norms by place. Gemma 2 and OLMo 2 have norms after attention and MLP, OLMo 2 none before."""
-
-    def norm(name: str) -> Norm | None:
-        module = getattr(layer, name, None)
-        return None if module is None else reader.norm(module, weight_offset)
-
-    if hasattr(layer, "post_feedforward_layernorm"):
-        return {
-            "before_attention": norm("input_layernorm"),
-            "after_attention": norm("post_attention_layernorm"),
-            "before_mlp": norm("pre_feedforward_layernorm"),
-            "after_mlp": norm("post_feedforward_layernorm"),
-        }
-    return {"before_attention": norm("input_layernorm"), "before_mlp": norm("post_attention_layernorm")}
+def _read_head_norm(reader: ModelReader, module: Any, head_size: int, *names: str) -> Norm | None:
+    """Read the norm of queries or keys that has one of these names, or return None."""
+    norm = first_part(module, *names)
+    if norm is None:
+        return None
+    return reader.head_norms(norm.norms) if hasattr(norm, "norms") else reader.norm(norm, head_size)
 
 
-def _read_gated_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
-    return gated_mlp(reader, layer.mlp, config, scale)
+def read_norms(reader: ModelReader, layer: Any, names: NormNames) -> dict[str, Any]:
+    """Read a layer's norms. Returns fields of Layer, each a Norm or None; the same name twice is the same Norm."""
+    modules = {name: first_part(layer, name) for name in names if name}
+    norms = {name: None if module is None else reader.norm(module) for name, module in modules.items()}
+    places = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+    return {place: norms[name] if name else None for place, name in zip(places, names, strict=True)}
 
 
 def gated_mlp(reader: ModelReader, mlp: Any, config: Any, scale: float) -> MLP:
-    """Read an MLP with a gate; Phi-3 stores gate and up projection in one matrix."""
-    activation = activation_name(getattr(config, "hidden_activation", None) or config.hidden_act)
-    down = reader.linear(mlp.down_proj, scale)
+    """Read an MLP with a gate; Phi-3 and GLM store gate and up projection in one matrix."""
+    activation, down = mlp_activation(config), reader.linear(mlp.down_proj, scale)
     if not hasattr(mlp, "gate_up_proj"):
         return MLP(reader.linear(mlp.up_proj), down, activation, reader.linear(mlp.gate_proj))
     both = reader.linear(mlp.gate_up_proj)
     gate, up = np.split(both.weight, 2, axis=1)
+    gate_bias, up_bias = (None, None) if both.bias is None else np.split(both.bias, 2)
     name = both.name.removesuffix("gate_up_proj")
-    return MLP(Linear(f"{name}up_proj", up), down, activation, Linear(f"{name}gate_proj", gate))
+    return MLP(Linear(f"{name}up_proj", up, up_bias), down, activation, Linear(f"{name}gate_proj", gate, gate_bias))
+
+
+def ungated_mlp(up: str, down: str) -> ReadMLP:
+    """Return a function that reads a layer's MLP without a gate, whose products have these names."""
+
+    def read(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
+        mlp = layer.mlp
+        return MLP(reader.linear(getattr(mlp, up)), reader.linear(getattr(mlp, down), scale), mlp_activation(config))
+
+    return read

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from limbeck.export.graph.decoder import Decoder, Layer
+import numpy as np
+
+from limbeck.export.graph.decoder import Decoder, Layer, Linear
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 # transformers' names of activations -> those of limbeck.export.graph.decoder.
@@ -24,6 +26,37 @@ def activation_name(name: str) -> str:
     if name not in ACTIVATIONS:
         raise UnsupportedModel(f"activation {name!r}")
     return ACTIVATIONS[name]
+
+
+def first_part(owner: Any, *names: str) -> Any:
+    """Return the first of these attributes that `owner` has, or None. torch's Identity counts as none."""
+    parts = (getattr(owner, name, None) for name in names)
+    return next((part for part in parts if part is not None and type(part).__name__ != "Identity"), None)
+
+
+def mlp_activation(config: Any) -> str:
+    """Return the activation that a configuration names, in the words of limbeck.export.graph.builder."""
+    return activation_name(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def rotary_positions(config: Any) -> tuple[int, int | None]:
+    """Return how many positions the rotary tables need, and the limit to set for texts; None: the model's own.
+
+    Phi-3's longrope has other tables for texts above `original_max_position_embeddings`: a text that grows beyond it
+    would need all its keys computed anew. The graph is for texts up to it. With the type "dynamic", tables change
+    only above `max_position_embeddings`.
+    """
+    positions, parameters = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
+    groups = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    originals = [group["original_max_position_embeddings"] for group in groups if group.get("rope_type") == "longrope"]
+    limit = min((original for original in originals if original < positions), default=None)
+    return limit or positions, limit
+
+
+def reorder_qkv(linear: Linear, heads: int, size: int) -> Linear:
+    """Reorder GPT-NeoX's columns (query, key, value of head 0, then of head 1, ...) to all queries, keys, values."""
+    order = np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2).ravel()
+    return Linear(linear.name, linear.weight[:, order], None if linear.bias is None else linear.bias[order])
 
 
 def assemble_decoder(

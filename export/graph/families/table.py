@@ -8,14 +8,40 @@ silently.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from limbeck.export.graph.decoder import Decoder
-from limbeck.export.graph.families.gpt import describe_gpt2, describe_gpt_neox, describe_opt, describe_phi
-from limbeck.export.graph.families.llama import describe_llama
+from limbeck.export.graph.families.gpt import describe_gpt2, describe_gpt_neox, describe_opt
+from limbeck.export.graph.families.llama import LLAMA, NORMS_AFTER, Style, describe_llama, layer_window, same_window
 from limbeck.export.graph.families.mixture import read_experts
+from limbeck.export.graph.families.styles import (
+    APERTUS,
+    ARCEE,
+    COHERE,
+    COHERE2,
+    EXAONE4,
+    GEMMA2,
+    GLM4,
+    GRANITE,
+    HUNYUAN,
+    HYPERCLOVAX,
+    INTERLEAVED,
+    LAYER_WINDOW,
+    MINISTRAL3,
+    NANOCHAT,
+    OLMO,
+    OLMO2,
+    OLMO3,
+    PERSIMMON,
+    PHI,
+    SAME_WINDOW,
+    SMOLLM3,
+    STARCODER2,
+    VAULTGEMMA,
+    describe_stablelm,
+)
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -48,39 +74,68 @@ def decoder_from_model(model: Any) -> Decoder:
     return decoder
 
 
-_gemma = partial(describe_llama, norm_weight_offset=1.0, scale_embedding=True)
-_llama_with_window = partial(describe_llama, window_in_config=True)
-_mixture = partial(describe_llama, read_mlp=read_experts)
-_sigmoid_mixture = partial(describe_llama, read_mlp=partial(read_experts, sigmoid=True))
+def _like_llama(style: Style = LLAMA, genai_type: str | None = None) -> Family:
+    return Family(partial(describe_llama, style=style), genai_type)
+
+
+_EXPERTS = Style(read_mlp=read_experts)
+_SIGMOID_EXPERTS = Style(read_mlp=partial(read_experts, sigmoid=True))
+_GRANITE_EXPERTS = replace(GRANITE, read_mlp=read_experts)
 
 # `model_type` of transformers -> the family.
 FAMILIES: dict[str, Family] = {
-    "dots1": Family(_sigmoid_mixture),
-    "flex_olmo": Family(_mixture),
-    "gemma": Family(_gemma, "gemma"),
-    "gemma2": Family(_gemma, "gemma2"),
-    "gemma3_text": Family(_gemma, "gemma3_text"),
-    "glm4_moe": Family(_sigmoid_mixture),
+    "apertus": _like_llama(APERTUS),
+    "arcee": _like_llama(ARCEE),
+    "cohere": _like_llama(COHERE),
+    "cohere2": _like_llama(COHERE2),
+    "cwm": _like_llama(LAYER_WINDOW),
+    "dots1": _like_llama(replace(_SIGMOID_EXPERTS, window=layer_window)),
+    "ernie4_5": _like_llama(INTERLEAVED, "ernie4_5"),
+    "exaone": _like_llama(),
+    "exaone4": _like_llama(EXAONE4),
+    "flex_olmo": _like_llama(replace(_EXPERTS, norms=NORMS_AFTER)),
+    "gemma": _like_llama(LLAMA, "gemma"),
+    "gemma2": _like_llama(GEMMA2, "gemma2"),
+    "gemma3_text": _like_llama(GEMMA2, "gemma3_text"),
+    "glm": _like_llama(INTERLEAVED),
+    "glm4": _like_llama(GLM4),
+    "glm4_moe": _like_llama(_SIGMOID_EXPERTS),
     "gpt2": Family(describe_gpt2),
     "gpt_neox": Family(describe_gpt_neox),
-    "granite": Family(describe_llama, "granite"),
-    "granitemoe": Family(_mixture),
-    "granitemoeshared": Family(_mixture),
-    "llama": Family(describe_llama, "llama"),
-    "mellum": Family(_mixture),
-    "minimax_m2": Family(_sigmoid_mixture),
-    "mistral": Family(_llama_with_window, "mistral"),
-    "mixtral": Family(partial(_mixture, window_in_config=True)),
-    "olmo2": Family(describe_llama, "olmo"),
-    "olmoe": Family(_mixture),
+    "granite": _like_llama(GRANITE, "granite"),
+    "granitemoe": _like_llama(_GRANITE_EXPERTS),
+    "granitemoeshared": _like_llama(_GRANITE_EXPERTS),
+    "helium": _like_llama(INTERLEAVED),
+    "hunyuan_v1_dense": _like_llama(HUNYUAN),
+    "hyperclovax": _like_llama(HYPERCLOVAX),
+    "internlm3": _like_llama(),
+    "iquestcoder": _like_llama(),
+    "jais2": _like_llama(ARCEE),
+    "llama": _like_llama(LLAMA, "llama"),
+    "mellum": _like_llama(replace(_EXPERTS, window=layer_window)),
+    "minimax_m2": _like_llama(_SIGMOID_EXPERTS),
+    "ministral": _like_llama(LAYER_WINDOW, "mistral"),
+    "ministral3": _like_llama(MINISTRAL3, "mistral"),
+    "mistral": _like_llama(SAME_WINDOW, "mistral"),
+    "mixtral": _like_llama(replace(_EXPERTS, window=same_window)),
+    "nanochat": _like_llama(NANOCHAT),
+    "nemotron": _like_llama(ARCEE, "nemotron"),
+    "olmo": _like_llama(OLMO, "olmo"),
+    "olmo2": _like_llama(OLMO2, "olmo"),
+    "olmo3": _like_llama(OLMO3, "olmo"),
+    "olmoe": _like_llama(replace(_EXPERTS, clip=True)),
     "opt": Family(describe_opt),
-    "phi": Family(describe_phi, "phi"),
-    "phi3": Family(_llama_with_window, "phi3"),
-    "qwen2": Family(describe_llama, "qwen2"),
-    "qwen2_moe": Family(_mixture),
-    "qwen3": Family(describe_llama, "qwen3"),
-    "qwen3_moe": Family(_mixture),
-    "smollm3": Family(describe_llama, "smollm3"),
-    "solar_open": Family(_sigmoid_mixture),
-    "stablelm": Family(describe_llama),
+    "persimmon": _like_llama(PERSIMMON),
+    "phi": _like_llama(PHI, "phi"),
+    "phi3": _like_llama(SAME_WINDOW, "phi3"),
+    "qwen2": _like_llama(LAYER_WINDOW, "qwen2"),
+    "qwen2_moe": _like_llama(replace(_EXPERTS, window=layer_window)),
+    "qwen3": _like_llama(LAYER_WINDOW, "qwen3"),
+    "qwen3_moe": _like_llama(replace(_EXPERTS, window=same_window)),
+    "seed_oss": _like_llama(),
+    "smollm3": _like_llama(SMOLLM3, "smollm3"),
+    "solar_open": _like_llama(_SIGMOID_EXPERTS),
+    "stablelm": Family(describe_stablelm),
+    "starcoder2": _like_llama(STARCODER2),
+    "vaultgemma": _like_llama(VAULTGEMMA),
 }
