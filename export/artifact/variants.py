@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from limbeck.export.artifact.export import export_onnx
+from limbeck.export.artifact.export import Engine, export_onnx
 from limbeck.export.artifact.parity import measure_parity, parity_failures
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
@@ -46,11 +46,13 @@ class ExportOptions:
         texts: held-out text for parity; None takes the passages that come with Limbeck.
         quantization: settings of the quantized variants; `quantization.report` gets the lines of progress.
         trust_remote_code: run the Python code that comes with the model, as in transformers.
+        engine: makes the graph; None takes "fused" if the model has a fused graph, else "optimum".
     """
 
     texts: Sequence[str] | None = None
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     trust_remote_code: bool = False
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Variant:
         parent: NAME/VERSION or folder of the PyTorch model.
         bytes: total size of its files.
         new: False if it already existed.
+        graph: "fused" or "optimum".
+        graph_reason: why a model got optimum's graph without asking for it; else None.
         quantization: `quantization` of the manifest: settings, choice and trials; None for fp32.
     """
 
@@ -72,6 +76,8 @@ class Variant:
     bytes: int
     parity: Parity
     new: bool
+    graph: str
+    graph_reason: str | None = None
     quantization: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def export_version(
     variants = {}
     missing = []
     for precision in _fp32_first(precisions):
-        existing = _registered_variant(store, parent, precision, options.quantization)
+        existing = _registered_variant(store, parent, precision, options)
         if existing:
             options.quantization.report(f"{parent.ref} {precision}: already exported as {existing.model}")
             variants[precision] = existing
@@ -125,7 +131,7 @@ def export_folder(
     for precision in _fp32_first(precisions):
         folder = output_folder / precision
         manifest = read_manifest(folder)
-        if _is_checked_export(folder, parent) and _has_same_settings(manifest, precision, options.quantization):
+        if _is_checked_export(folder, parent) and _has_same_settings(manifest, precision, options):
             options.quantization.report(f"{model} {precision}: already exported to {folder}")
             variants[precision] = _variant_in_folder(folder, model, new=False)
         elif folder.exists() and not manifest and any(folder.iterdir()):
@@ -172,7 +178,7 @@ def _write_variants(
     with TemporaryDirectory(dir=output_folder, prefix=".export-") as temporary:
         fp32 = output_folder / "fp32"
         steps = list(precisions)
-        if "fp32" not in precisions and not _is_checked_export(fp32, folder_digest(model)):
+        if "fp32" not in precisions and not _is_usable_fp32(fp32, folder_digest(model), options):
             fp32 = Path(temporary) / "fp32"
             steps.append("fp32")
         for precision in _fp32_first(steps):
@@ -201,6 +207,7 @@ def _write_variant(
             precision,
             fp32_artifact=None if precision == "fp32" else fp32,
             settings=options.quantization,
+            engine=options.engine,
             trust_remote_code=options.trust_remote_code,
         )
         texts = options.texts or SAMPLE_TEXTS
@@ -240,24 +247,28 @@ def _is_checked_export(folder: Path, parent: str) -> bool:
     return True
 
 
-def _has_same_settings(manifest: dict[str, Any], precision: str, settings: QuantizationSettings) -> bool:
-    """Return True if an existing variant was requested with the same settings."""
+def _is_usable_fp32(folder: Path, parent: str, options: ExportOptions) -> bool:
+    """Return True if `folder` holds an fp32 variant of the model with digest `parent` to make others from."""
+    return _is_checked_export(folder, parent) and _has_same_settings(read_manifest(folder), "fp32", options)
+
+
+def _has_same_settings(manifest: dict[str, Any], precision: str, options: ExportOptions) -> bool:
+    """Return True if an existing variant was requested with the same settings, and made by an engine that will do."""
+    if options.engine not in (None, manifest.get("graph")):
+        return False
     requested = manifest.get("quantization", {}).get("requested")
-    return precision == "fp32" or requested == PRECISIONS[precision].settings_for_manifest(settings)
+    return precision == "fp32" or requested == PRECISIONS[precision].settings_for_manifest(options.quantization)
 
 
-def _registered_variant(
-    store: Store, parent: Version, precision: str, settings: QuantizationSettings
-) -> Variant | None:
-    version = store.find_version(parent.name, kind="onnx", parent=parent.ref, precision=precision)
-    if version is None:
-        return None
-    parity = store.findings.parity(version)
-    if parity is None or not _has_same_settings(
-        read_manifest(store.artifacts.verified_folder(version)), precision, settings
-    ):
-        return None
-    return _variant_of_version(store, version, parity, new=False)
+def _registered_variant(store: Store, parent: Version, precision: str, options: ExportOptions) -> Variant | None:
+    """Return the newest registered variant of `parent` with this precision and the settings of `options`, or None."""
+    for version in reversed(store.versions(parent.name)):
+        if (version.kind, version.parent, version.precision) != ("onnx", parent.ref, precision):
+            continue
+        parity = store.findings.parity(version)
+        if parity and _has_same_settings(read_manifest(store.artifacts.verified_folder(version)), precision, options):
+            return _variant_of_version(store, version, parity, new=False)
+    return None
 
 
 def _register(store: Store, parent: Version, folder: Path, precision: str, parity: Parity) -> Variant:
@@ -277,6 +288,8 @@ def _variant_of_version(store: Store, version: Version, parity: Parity, new: boo
         _size(store.artifacts.verified_folder(version), manifest),
         parity,
         new,
+        manifest["graph"],
+        manifest.get("graph_reason"),
         manifest.get("quantization"),
     )
 
@@ -291,6 +304,8 @@ def _variant_in_folder(folder: Path, model: Path, new: bool) -> Variant:
         _size(folder, manifest),
         Parity.model_validate(manifest["parity"]),
         new,
+        manifest["graph"],
+        manifest.get("graph_reason"),
         manifest.get("quantization"),
     )
 

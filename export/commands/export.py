@@ -54,6 +54,11 @@ COLUMNS = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "to
     show_default=True,
     help="Largest relative increase of bits per byte for int4; above it, parts of the model get 8 bits.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["fused", "optimum"]),
+    help="What makes the graph. [default: fused, or optimum if the model has no fused graph]",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with the model.")
 @format_option
 def export(  # noqa: PLR0913 (one parameter per option)
@@ -64,6 +69,7 @@ def export(  # noqa: PLR0913 (one parameter per option)
     texts: Path | None,
     calibration: Path | None,
     max_change: float,
+    engine: Literal["fused", "optimum"] | None,
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
@@ -71,6 +77,9 @@ def export(  # noqa: PLR0913 (one parameter per option)
 
     The precisions are fp32, fp16, int8 (activations quantized while the graph runs), int8-static (activations
     calibrated at export), int8-weight and int4 (weights only, in blocks chosen by measurement).
+
+    A fused graph has onnxruntime's fused operators and is faster. optimum exports more models; its packages are
+    installed beside the environment when they are first needed, or by `limbeck doctor --install-optimum`.
 
     The variants of a registered version are registered as versions of the same name. Those of a folder or hub id go
     to FOLDER-onnx/. An fp32 graph whose results differ from PyTorch's is refused (exit code 1).
@@ -104,7 +113,7 @@ def export(  # noqa: PLR0913 (one parameter per option)
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(torch_models), rate="")
         for model, quantization in zip(torch_models, settings, strict=True):
-            options = ExportOptions(documents, quantization, trust_remote_code)
+            options = ExportOptions(documents, quantization, trust_remote_code, engine)
             variants += _export_model(model, precisions, output_folder, options)
             bar.advance(task)
     if output_format == "json":
