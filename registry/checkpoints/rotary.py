@@ -75,8 +75,6 @@ def stated_parameters(raw: dict[str, Any], layer_type: str | None = None) -> dic
     stated: dict[str, tuple[str, Any]] = {}
 
     def add(name: str, key: str, value: Any) -> None:
-        if name == "rope_type":
-            value = TYPES.get(value, value)
         if value is None:
             return
         if name in stated and stated[name][1] != value:
@@ -90,7 +88,8 @@ def stated_parameters(raw: dict[str, Any], layer_type: str | None = None) -> dic
             add("rope_type" if name == "type" else name, key, value)
     for name, keys in TOP_LEVEL.items():
         for key in _theta_keys(raw, layer_type) if name == "rope_theta" else keys:
-            add(name, key, raw.get(key))
+            if raw.get(key) not in _values_by_layer_type(raw, name):  # there it may stand for another layer type
+                add(name, key, raw.get(key))
     return stated
 
 
@@ -100,12 +99,33 @@ def _block(raw: dict[str, Any], block: str, layer_type: str | None) -> list[tupl
     if not isinstance(values, dict):
         return []
     if _is_nested(values):
-        if layer_type is None:
-            raise NotRead(f"{block} has one table per layer type, the model one for all")
-        values, block = values.get(layer_type) or {}, f"{block}.{layer_type}"
+        values, block = _nested(values, block, layer_type)
     elif layer_type is not None and _is_local(layer_type):
         return []  # as transformers 4 meant it: the scaling of the layers with full attention
-    return [(f"{block}.{key}", value) for key, value in values.items()]
+    return [(f"{block}.{key}", _plain_type(key, value, values)) for key, value in values.items()]
+
+
+def _nested(values: dict[str, Any], block: str, layer_type: str | None) -> tuple[dict[str, Any], str]:
+    """The table of a layer type; if the model has one for all layers, the one that all layer types state."""
+    if layer_type is not None:
+        return values.get(layer_type) or {}, f"{block}.{layer_type}"
+    tables = {name: table for name, table in values.items() if isinstance(table, dict)}
+    name, table = next(iter(tables.items()))
+    if any(other != table for other in tables.values()):
+        raise NotRead(f"{block} has one table per layer type, the model one for all")
+    return table, f"{block}.{name}"
+
+
+def _plain_type(key: str, value: Any, values: dict[str, Any]) -> Any:
+    """The usual name of a rope type. Phi-3's first configs call longrope "yarn"."""
+    if key not in ("type", "rope_type"):
+        return value
+    return "longrope" if value == "yarn" and "short_factor" in values else TYPES.get(value, value)
+
+
+def _values_by_layer_type(raw: dict[str, Any], name: str) -> list[Any]:
+    tables = (raw.get("rope_parameters") or {}).values()
+    return [table.get(name) for table in tables if isinstance(table, dict)]
 
 
 def _is_nested(values: dict[str, Any]) -> bool:
@@ -127,6 +147,12 @@ def unused_parameters(stated: dict[str, tuple[str, Any]], rope_type: str) -> dic
     """The stated parameters that a type of table does not use, and that are not known to have no effect."""
     known = COMMON | USED.get(rope_type, set()) | NO_EFFECT
     return {name: found for name, found in stated.items() if name not in known and found[1] not in (1, 1.0, [], {})}
+
+
+def rotary_pairs(parameters: Parameters, head_size: int) -> int:
+    """The number of frequencies of a table: one per pair of rotated dimensions."""
+    share = 1.0 if parameters.get("rope_type") == "proportional" else parameters.get("partial_rotary_factor", 1.0)
+    return (int(head_size * share) + 1) // 2
 
 
 def rotary_table(parameters: Parameters, head_size: int, max_length: int, length: int = 1) -> Table:
@@ -233,7 +259,10 @@ def _longrope(parameters: Parameters, size: _Sizes) -> tuple[list[float], float]
     original = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or size.max_length / original
     divisors = parameters["long_factor" if size.length > original else "short_factor"]
-    frequencies = [f / d for f, d in zip(_plain(parameters["rope_theta"], size.rotary), divisors, strict=True)]
+    plain = _plain(parameters["rope_theta"], size.rotary)
+    if len(divisors) != len(plain):
+        raise NotRead(f"{len(divisors)} factors of longrope for {len(plain)} frequencies")
+    frequencies = [f / d for f, d in zip(plain, divisors, strict=True)]
     if parameters.get("attention_factor") is not None:
         return frequencies, float(parameters["attention_factor"])
     return frequencies, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -14,6 +14,7 @@ from limbeck.registry.checkpoints.rotary import (
     NotRead,
     Parameters,
     Table,
+    rotary_pairs,
     rotary_table,
     stated_parameters,
     unused_parameters,
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 EQUAL = "equal to config.json"
 NO_TABLE = "no rotary table"
-SUFFIX = "inv_freq"
+SUFFIX, SINES = "inv_freq", "embed_positions"  # names of the buffers
+DEFAULT_THETA = {"gptj": 10000.0, "codegen": 10000.0}  # of the families whose code has the number
 TOLERANCE = 1e-5  # relative; float32 powers differ by about 1e-6
 
 
@@ -75,45 +77,46 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loaded_tables(model: nn.Module) -> Iterator[_Loaded]:
+    """Each different rotary table of the model; some have one module per layer."""
     seen = set()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith(SUFFIX) or "original" in name:
+            table = _loaded_table(module, name, buffer)
+            if table is None:
                 continue
-            layer_type = name[: -len(SUFFIX)].rstrip("_") or None
-            prefix = f"{layer_type}_" if layer_type else ""
-            key = (type(module), layer_type, buffer.shape, tuple(buffer.flatten().tolist()))
-            if key not in seen:  # some models have one module per layer
+            key = (type(module), table.layer_type, tuple(table.frequencies.tolist()))
+            if key not in seen:
                 seen.add(key)
-                yield _Loaded(module, layer_type, buffer, float(getattr(module, f"{prefix}attention_scaling", 1.0)))
+                yield table
+
+
+def _loaded_table(module: nn.Module, name: str, buffer: torch.Tensor) -> _Loaded | None:
+    if name == SINES and "Rotary" in type(module).__name__:  # GPT-J and CodeGen: sines and cosines by position
+        sine, cosine = buffer[1].chunk(2)
+        return _Loaded(module, None, sine.atan2(cosine), 1.0)
+    if not name.endswith(SUFFIX) or "original" in name:
+        return None
+    layer_type = name[: -len(SUFFIX)].rstrip("_") or None
+    prefix = f"{layer_type}_" if layer_type else ""
+    return _Loaded(module, layer_type, buffer.flatten(), float(getattr(module, f"{prefix}attention_scaling", 1.0)))
 
 
 def _check_table(loaded: _Loaded, raw: dict[str, Any], config: Any, file: str) -> None:
     stated = stated_parameters(raw, loaded.layer_type)
     used = _loaded_parameters(config, loaded.layer_type)
     parameters = used | {name: value for name, (_, value) in stated.items()}
-    parameters["rope_type"] = _rope_type(parameters)
-    _refuse_unused(stated, parameters["rope_type"], file)
-    max_length = _number(raw, config, "max_position_embeddings") or 0
+    rope_type = parameters.get("rope_type", "default")
+    _refuse_unused(stated, rope_type, file)
     if "rope_theta" not in parameters:
         raise NotRead("neither config.json nor its class has rope_theta")
-    sizes = _head_sizes(raw, config, loaded.layer_type)
-    tables = [rotary_table(parameters, size, max_length) for size in sizes]
-    if not tables:
-        raise NotRead("neither config.json nor its class has the size of a head")
-    chosen = next((i for i, table in enumerate(tables) if len(table.frequencies) == loaded.frequencies.numel()), 0)
-    _compare(tables[chosen], loaded, stated, used, file)
+    size = _head_size(raw, config, loaded, parameters)
+    max_length = _number(raw, config, "max_position_embeddings") or 0
+    _compare(rotary_table(parameters, size, max_length), loaded, stated, used, file)
     limit = {"longrope": parameters.get("original_max_position_embeddings"), "dynamic": max_length}
-    if limit.get(parameters["rope_type"]):
-        length = 2 * limit[parameters["rope_type"]]
-        table = rotary_table(parameters, sizes[chosen], max_length, length)
+    if limit.get(rope_type):
+        length = 2 * limit[rope_type]
+        table = rotary_table(parameters, size, max_length, length)
         _compare(table, _at_length(loaded, length), stated, used, file)
-
-
-def _rope_type(parameters: Parameters) -> str:
-    rope_type = parameters.get("rope_type", "default")
-    # Phi-3's first configs call longrope "yarn".
-    return "longrope" if rope_type == "yarn" and "short_factor" in parameters else rope_type
 
 
 def _refuse_unused(stated: dict[str, tuple[str, Any]], rope_type: str, file: str) -> None:
@@ -129,11 +132,13 @@ def _refuse_unused(stated: dict[str, tuple[str, Any]], rope_type: str, file: str
 
 def _loaded_parameters(config: Any, layer_type: str | None) -> Parameters:
     """What the loaded config says of a table; empty if it does not say."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = _attribute(config, "rope_parameters") or {}
     if layer_type is not None:
         parameters = parameters.get(layer_type) or {}
     names = COMMON.union(*USED.values())
     found = {name: value for name, value in parameters.items() if name in names and value is not None}
+    if config.model_type in DEFAULT_THETA:
+        found = {"rope_theta": DEFAULT_THETA[config.model_type]} | found
     return found | ({"rope_type": TYPES.get(found["rope_type"], found["rope_type"])} if "rope_type" in found else {})
 
 
@@ -149,16 +154,23 @@ def _attribute(config: Any, name: str) -> Any:
         return None
 
 
-def _head_sizes(raw: dict[str, Any], config: Any, layer_type: str | None) -> list[int]:
-    """The sizes that the rotated part of a head may have: families name it differently, and by layer in some."""
-    sizes = [_number(raw, config, name) for name in ("head_dim", "qk_rope_head_dim")]
+def _head_size(raw: dict[str, Any], config: Any, loaded: _Loaded, parameters: Parameters) -> int:
+    """The size of the part of a head that may turn. Families name it differently, and some have several.
+
+    Returns the one that gives as many frequencies as the loaded table has; if none does, the head's size.
+    """
+    sizes = [_number(raw, config, name) for name in ("head_dim", "qk_rope_head_dim", "rotary_dim")]
     hidden, heads = _attribute(config, "hidden_size"), _attribute(config, "num_attention_heads")
     if not sizes[0] and hidden and heads:
         sizes[0] = hidden // heads
-    if layer_type is not None:
+    if loaded.layer_type is not None:
         per_layer = raw.get("per_layer_config") or {}
         sizes += [raw.get("global_head_dim"), *(values.get("head_dim") for values in per_layer.values())]
-    return [size for size in sizes if size]
+    known = [size for size in sizes if size]
+    if not known:
+        raise NotRead("neither config.json nor its class has the size of a head")
+    pairs = loaded.frequencies.numel()
+    return next((size for size in known if rotary_pairs(parameters, size) == pairs), known[0])
 
 
 def _at_length(loaded: _Loaded, length: int) -> _Loaded:
@@ -169,12 +181,12 @@ def _at_length(loaded: _Loaded, length: int) -> _Loaded:
     arguments = (loaded.layer_type,) if loaded.layer_type else ()
     module(torch.zeros(1), torch.tensor([[length - 1]]), *arguments)
     name = f"{loaded.layer_type}_{SUFFIX}" if loaded.layer_type else SUFFIX
-    return loaded._replace(frequencies=getattr(module, name))
+    return loaded._replace(frequencies=getattr(module, name).flatten())
 
 
 def _compare(table: Table, loaded: _Loaded, stated: dict[str, tuple[str, Any]], used: Parameters, file: str) -> None:
     """Raise BadInput if the two tables differ: with the parameters that differ, or else with the first frequency."""
-    actual = loaded.frequencies.double().flatten().tolist()
+    actual = loaded.frequencies.double().tolist()
     if len(actual) == len(table.frequencies):
         pairs = [*zip(table.frequencies, actual, strict=True), (table.scaling, loaded.scaling)]
         different = [pair for pair in pairs if abs(pair[0] - pair[1]) > TOLERANCE * abs(pair[0])]
@@ -185,7 +197,7 @@ def _compare(table: Table, loaded: _Loaded, stated: dict[str, tuple[str, Any]], 
         numbers = f"{2 * len(table.frequencies)} rotary dimensions, the loaded model {2 * len(actual)}"
     where = f" ({loaded.layer_type})" if loaded.layer_type else ""
     values = [
-        f"{key} is {value!r}, and {used.get(name)!r} in the loaded model"
+        f"{key} is {value!r} in the file, {used.get(name)!r} in the loaded model"
         for name, (key, value) in stated.items()
         if used.get(name) != value
     ]

@@ -108,7 +108,7 @@ def _first_difference(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str |
 
 def _digests(folder: Path) -> tuple[str, ...]:
     """Digests of the files that a tokenizer is made of."""
-    names = (FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+    names = (FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     return tuple(sha256(path.read_bytes()).hexdigest() for name in names if (path := folder / name).is_file())
 
 
