@@ -21,6 +21,7 @@ WINDOW = dict(sliding_window=16)
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128)
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
                shared_expert_intermediate_size=40, shared_intermediate_size=40)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=32, truncate=False)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)  # fmt: skip
 
@@ -72,10 +73,30 @@ FAMILIES = [
         SIZES | EXPERTS | dict(n_routed_experts=4, first_k_dense_replace=1, routed_scaling_factor=1.5, head_dim=16),
         "experts",
     ),
-    Family("dots.llm1", "dots1", SIZES | EXPERTS | dict(n_routed_experts=4, n_shared_experts=1, norm_topk_prob=False), "experts"),
+    Family(
+        "dots.llm1", "dots1",
+        SIZES | EXPERTS | dict(n_routed_experts=4, n_shared_experts=1, norm_topk_prob=False), "experts",
+    ),
     Family("MiniMax-M2", "minimax_m2", SIZES | EXPERTS, "experts"),
     Family("Mellum", "mellum", SIZES | EXPERTS, "experts"),
     Family("Solar Open", "solar_open", SIZES | EXPERTS | dict(n_routed_experts=4), "experts"),
+    Family(
+        "gpt-oss", "gpt_oss",
+        SIZES | EXPERTS | WINDOW | dict(
+            head_dim=16, swiglu_limit=0.3, layer_types=["sliding_attention", "full_attention"], rope_parameters=YARN,
+        ),
+        "experts, attention sinks",
+    ),
+    Family(
+        "Gemma 4 (text)", "gemma4_text",
+        SIZES | WINDOW | dict(
+            num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+            head_dim=16, global_head_dim=32, attention_k_eq_v=True, num_global_key_value_heads=2,
+            hidden_size_per_layer_input=8, vocab_size_per_layer_input=2048, use_double_wide_mlp=True,
+            final_logit_softcapping=5.0,
+        ),
+        "not 26B-A4B (experts with gelu)",
+    ),
     Family("Falcon", "falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
     Family("BLOOM", "bloom", dict(hidden_size=32, n_layer=2, n_head=2)),
 ]  # fmt: skip

@@ -18,14 +18,15 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
     if attention.clip:
         limits = [graph.number("clip.min", -attention.clip), graph.number("clip.max", attention.clip)]
         qkv[0] = graph.node("Clip", [qkv[0], *limits], f"{name}.clipped")
-    if attention.rotary or attention.q_norm or attention.query_scale is not None:
+    own = attention.kv_layer is None  # else the queries only
+    if own and (attention.rotary or attention.q_norm or attention.query_scale is not None):
         qkv = _split(graph, attention, name, qkv[0])
     if not attention.norm_after_rotary:
         _norm_heads(graph, attention, qkv)
     if attention.rotary:
         # GroupQueryAttention could rotate too, but for a prompt it counts positions from the start of the row,
         # which is wrong for a row with left padding.
-        for part, heads in enumerate((attention.heads, attention.kv_heads)):
+        for part, heads in enumerate((attention.heads, attention.kv_heads) if own else (attention.heads,)):
             qkv[part] = _rotate(graph, qkv[part], attention.rotary, heads)
     if attention.norm_after_rotary:
         _norm_heads(graph, attention, qkv)
@@ -35,18 +36,26 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
         )
         scales = graph.node("Unsqueeze", [scales, graph.ints(-1)], f"{name}.query.factors")
         qkv[0] = graph.node("Mul", [qkv[0], scales], f"{qkv[0]}.scaled")
+    if own:
+        graph.keys_and_values[index] = qkv[1:]
+    else:
+        qkv[1:] = graph.keys_and_values[attention.kv_layer]
     return graph.linear(_attend(graph, attention, name, index, qkv), attention.output)
 
 
 def _attend(graph: GraphBuilder, attention: Attention, name: str, index: int, qkv: list[str]) -> str:
-    cache = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
-    lengths = ["seqlens_k", "total_sequence_length"]
+    # A layer that reads another's keys and values gets the same inputs, and drops the cache that the operator returns.
+    source, present = (index, "present") if attention.kv_layer is None else (attention.kv_layer, f"{name}.present")
+    cache = [f"past_key_values.{source}.key", f"past_key_values.{source}.value"]
+    inputs = [*qkv, *cache, "seqlens_k", "total_sequence_length", "", "", "", "attention_bias"]
+    if attention.sinks is not None:
+        inputs.append(graph.constant(f"{name}.sinks", attention.sinks))
     return graph.node(
         "GroupQueryAttention",
-        [*qkv, *cache, *lengths, "", "", "", "attention_bias"],
+        inputs,
         f"{name}.attention",
-        f"present.{index}.key",
-        f"present.{index}.value",
+        f"{present}.{source}.key",
+        f"{present}.{source}.value",
         domain="com.microsoft",
         num_heads=attention.heads,
         kv_num_heads=attention.kv_heads,
@@ -66,9 +75,9 @@ def _split(graph: GraphBuilder, attention: Attention, name: str, qkv: str) -> li
 
 
 def _norm_heads(graph: GraphBuilder, attention: Attention, qkv: list[str]) -> None:
-    """Replace queries and keys in `qkv` by what their norms make of them, if there are any."""
-    heads, size = (attention.heads, attention.kv_heads), attention.head_size
-    for part, norm in enumerate((attention.q_norm, attention.k_norm)):
+    """Replace queries, keys and values in `qkv` by what their norms make of them, if there are any."""
+    heads, size = (attention.heads, attention.kv_heads, attention.kv_heads), attention.head_size
+    for part, norm in enumerate((attention.q_norm, attention.k_norm, attention.v_norm)):
         x = qkv[part]
         if norm and norm.weight.shape[-1] == size:  # a norm per head
             each = graph.node("Reshape", [x, graph.ints(0, 0, -1, size)], f"{x}.heads")

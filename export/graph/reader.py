@@ -103,9 +103,12 @@ class ModelReader:
         by_type = isinstance(module.rope_type, dict)
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), torch.arange(positions)[None], *([layer_type] if by_type else []))
-        # Each entry stands twice: side by side, or in the second half again.
-        half = cos.shape[-1] // 2
-        once = slice(None, None, 2) if torch.equal(cos[..., ::2], cos[..., 1::2]) else slice(half)
+        # Most modules give each entry twice: side by side, or in the second half again.
+        half, once = cos.shape[-1] // 2, slice(None)
+        if torch.equal(cos[..., ::2], cos[..., 1::2]):
+            once = slice(None, None, 2)
+        elif torch.equal(cos[..., :half], cos[..., half:]):
+            once = slice(half)
         name = f"{self.name(module)}.{layer_type}" if by_type else self.name(module)
         return Rotary(name, cos[0, :, once].numpy(), sin[0, :, once].numpy(), interleaved)
 

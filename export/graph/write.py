@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from limbeck.export.graph.blocks import write_attention, write_mlp
 from limbeck.export.graph.builder import GraphBuilder
 from limbeck.export.graph.decoder import Decoder, Experts
 from limbeck.export.graph.experts import write_experts
 from limbeck.export.graph.save import save_graph
+from limbeck.export.graph.token_inputs import write_layer_end, write_token_inputs
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +38,7 @@ def _graph_of_decoder(decoder: Decoder) -> onnx.ModelProto:
     from onnx import helper
 
     graph = GraphBuilder()
-    _mask(graph)
+    _mask(graph, decoder)
     _logits(graph, decoder, _layers(graph, decoder, _embed(graph, decoder)))
     inputs, outputs = _signature(decoder)
     proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
@@ -56,7 +59,10 @@ def _embed(graph: GraphBuilder, decoder: Decoder) -> str:
             places = graph.node("Add", [places, graph.ints(decoder.first_position)], "positions.rows")
         learned = graph.node("Gather", [graph.constant("positions.weight", decoder.positions), places], "positions")
         x = graph.node("Add", [x, learned], "embedding.placed")
-    return graph.norm(x, decoder.embedding_norm) if decoder.embedding_norm else x
+    x = graph.norm(x, decoder.embedding_norm) if decoder.embedding_norm else x
+    if decoder.token_inputs:
+        write_token_inputs(graph, decoder.token_inputs, len(decoder.layers), x)
+    return x
 
 
 def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
@@ -80,11 +86,15 @@ def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
             y = write_mlp(graph, layer.mlp, layer.name, h)
         if layer.after_mlp:
             y = graph.norm(y, layer.after_mlp)
-        x, h = graph.add_and_norm(x, y, after, f"{layer.name}.out")
+        if layer.token_input or layer.scale != 1:
+            x = write_layer_end(graph, layer, index, graph.node("Add", [x, y], f"{layer.name}.mlp.added"))
+            h = graph.norm(x, after) if after else x
+        else:
+            x, h = graph.add_and_norm(x, y, after, f"{layer.name}.out")
     return h
 
 
-def _mask(graph: GraphBuilder) -> None:
+def _mask(graph: GraphBuilder, decoder: Decoder) -> None:
     """Convert attention_mask (B, T) to the inputs of GroupQueryAttention.
 
     The length of a row ends at its last 1. MASKED_SCORE is added to the scores of zeros before it (left padding).
@@ -101,9 +111,22 @@ def _mask(graph: GraphBuilder) -> None:
         "Where", [visible, graph.number("mask.zero", 0.0), graph.number("mask.masked", MASKED_SCORE)], "mask.added"
     )
     row = graph.node("Unsqueeze", [added, graph.ints(1, 2)], "mask.row")  # (B, 1, 1, T)
+    if decoder.alibi is not None:
+        row = graph.node("Add", [row, _alibi(graph, decoder.alibi)], "mask.alibi")  # (B, heads, 1, T)
     length = graph.node("Shape", ["input_ids"], "input.length", start=1, end=2)
     shape = graph.node("Concat", [graph.ints(1), graph.ints(1), length, graph.ints(1)], "mask.shape", axis=0)
-    graph.node("Expand", [row, shape], "attention_bias")  # (B, 1, S, T)
+    graph.node("Expand", [row, shape], "attention_bias")  # (B, 1 or heads, S, T)
+
+
+def _alibi(graph: GraphBuilder, slopes: np.ndarray) -> str:
+    """Multiply the position of each key by the slope of each head: (B, heads, 1, T)."""
+    from onnx import TensorProto
+
+    counted = graph.node("CumSum", ["attention_mask", graph.ints(1)], "alibi.counted")
+    places = graph.node("Sub", [counted, graph.ints(1)], "alibi.places")
+    numbers = graph.node("Cast", [places], "alibi.numbers", to=TensorProto.FLOAT)
+    row = graph.node("Unsqueeze", [numbers, graph.ints(1, 2)], "alibi.row")
+    return graph.node("Mul", [row, graph.constant("alibi.slopes", slopes.reshape(1, -1, 1, 1))], "alibi")
 
 
 def _logits(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
@@ -111,7 +134,7 @@ def _logits(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
         y = graph.linear(x, decoder.head)
     else:
         # onnxruntime packs a constant weight for this product: a second copy of the table beside the one for the
-        # lookup. A Reshape with a shape computed at run time prevents that, and copies nothing itgraph. The shape
+        # lookup. A Reshape with a shape computed at run time prevents that, and copies nothing itself. The shape
         # is input sizes * 0; a 0 in a shape keeps the size. onnxruntime does not see that it is constant.
         shape = graph.node("Mul", [graph.node("Shape", ["input_ids"], "lm_head.sizes"), graph.ints(0)], "lm_head.shape")
         table = graph.node("Reshape", [f"{decoder.embedding_name}.weight", shape], "lm_head.table")
@@ -144,6 +167,8 @@ def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
     ]
     outputs = [value("logits", TensorProto.FLOAT, batch, new, len(decoder.embedding))]
     for index, layer in enumerate(decoder.layers):
+        if layer.attention.kv_layer is not None:
+            continue
         heads, size = layer.attention.kv_heads, layer.attention.head_size
         for part in ("key", "value"):
             inputs.append(value(f"past_key_values.{index}.{part}", TensorProto.FLOAT, batch, heads, past, size))

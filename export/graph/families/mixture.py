@@ -8,7 +8,7 @@ import numpy as np
 
 from limbeck.export.graph.decoder import MLP, Experts, Linear, Router
 from limbeck.export.graph.families.llama import gated_mlp
-from limbeck.export.graph.families.parts import activation_name
+from limbeck.export.graph.families.parts import mlp_activation
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -24,7 +24,7 @@ def read_experts(
     block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
     if not hasattr(block, "experts"):
         return gated_mlp(reader, block, config, scale)
-    if activation_name(getattr(config, "hidden_activation", None) or config.hidden_act) != "silu":
+    if mlp_activation(config) != "silu":
         raise UnsupportedModel(f"experts with the activation {config.hidden_act!r}: onnxruntime's CPU has silu only")
     module, name = block.experts, f"{reader.name(block)}.experts"
     router, factor = _read_router(reader, block, sigmoid)
@@ -75,3 +75,19 @@ def _shared_mlp(reader: ModelReader, module: Any, config: Any, scale: float) -> 
     gate, up = np.split(both.weight, 2, axis=1)
     down = reader.linear(module.output_linear, scale)
     return MLP(Linear(f"{both.name}.up", up), down, "silu", Linear(f"{both.name}.gate", gate))
+
+
+def read_clamped_experts(reader: ModelReader, layer: Any, config: Any, scale: float) -> Experts:
+    """Read gpt-oss's experts: with biases and limits, and with weights that are transposed, gate and up alternating."""
+    module, router = layer.mlp.experts, layer.mlp.router
+    return Experts(
+        reader.name(module),
+        Router(reader.linear(router), router.top_k, normalize=True),
+        reader.array(module.gate_up_proj).transpose(0, 2, 1),
+        reader.array(module.down_proj).transpose(0, 2, 1),
+        reader.array(module.gate_up_proj_bias),
+        reader.array(module.down_proj_bias),
+        alpha=module.alpha,
+        beta=1.0,
+        limit=module.limit,
+    )
