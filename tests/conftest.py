@@ -27,6 +27,8 @@ TEXT = [
     "import os\nimport sys\n\nif __name__ == '__main__':\n    sys.exit(os.EX_OK)\n",
 ]
 
+_BLOCKS = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               max_position_embeddings=128)  # fmt: skip
 SIZES = {
     "llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
@@ -44,6 +46,15 @@ SIZES = {
                    num_key_value_heads=2, max_position_embeddings=128, final_logit_softcapping=3.0),
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
     "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=4),
+    # Experts, a gated delta rule, short convolutions, and keys and values of an earlier layer.
+    "qwen3_moe": _BLOCKS | dict(head_dim=8, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2),
+    "qwen3_5_text": _BLOCKS | dict(head_dim=16, layer_types=["linear_attention", "full_attention"],
+                                   linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                                   linear_value_head_dim=8),
+    "lfm2": _BLOCKS | dict(layer_types=["conv", "full_attention"]),
+    "gemma4_text": _BLOCKS | dict(num_hidden_layers=4, num_kv_shared_layers=2, head_dim=8, global_head_dim=16,
+                                  layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24,
+                                  hidden_size_per_layer_input=8, vocab_size_per_layer_input=300),
 }  # fmt: skip
 
 

@@ -26,8 +26,13 @@ class TorchForward:
         self.max_length = max_length
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.work = TokenCounter()
-        self.max_shared_tokens = SharingProbe(lambda: self).max_shared_tokens
+        self._probe = SharingProbe(lambda: self)
+        self._has_recurrent_state = has_recurrent_state(model)
         self._gathers_before_head = self._can_gather()
+
+    def max_shared_tokens(self, tokens: int) -> int:
+        """See `batches.Forward.max_shared_tokens`."""
+        return 0 if self._has_recurrent_state else self._probe.max_shared_tokens(tokens)
 
     def run(self, batch: Batch, trunk: Any = None, keep_trunk: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
         """See `batches.Forward.run`. A trunk is each layer's (keys, values), of shape (1, heads, tokens, width).
@@ -44,7 +49,7 @@ class TorchForward:
             arguments["position_ids"] = torch.from_numpy(batch.depth).to(device)
         if trunk is not None or keep_trunk:
             cache = _cache(trunk, len(batch.tokens))
-            arguments |= {"use_cache": True, "past_key_values": cache}
+            arguments |= {"use_cache": True, "cache": cache}
         if trunk is not None and batch.mask is None:
             positions = torch.arange(batch.start, batch.start + batch.tokens.shape[1], device=device)
             arguments["position_ids"] = positions.expand(len(batch.tokens), -1)
@@ -55,7 +60,7 @@ class TorchForward:
                 for array in (batch.logit_positions, batch.logit_rows, batch.target_tokens)
             )
             logprobs, likeliest = target_logprobs(self._logits(tokens, positions, arguments), rows, targets)
-            kept = [(layer.keys, layer.values) for layer in cache.layers] if cache is not None and keep_trunk else None
+            kept = _keys_and_values(cache) if cache is not None and keep_trunk else None
             return logprobs.cpu().numpy(), likeliest.cpu().numpy(), kept
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
@@ -131,17 +136,35 @@ def additive_mask(batch: Batch) -> torch.Tensor:
     return mask
 
 
+def has_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether a layer keeps a recurrent state: it holds all tokens so far, so that texts cannot share a part of it."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    layers = DynamicCache(config=model.config).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
 def _cache(trunk: Any, count: int) -> DynamicCache:
     """A cache with the trunk for each of `count` rows."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache()
     for number, (keys, values) in enumerate(trunk or ()):
         cache.update(keys, values, number)
-    for layer in cache.layers:  # views: adding keys of the rows copies them
-        if layer.keys is not None and layer.values is not None:
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            # Views: adding keys of the rows copies them.
             layer.keys, layer.values = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
+
+
+def _keys_and_values(cache: DynamicCache) -> list[tuple[Any, Any]]:
+    """Each layer's keys and values, (1, heads, tokens, width)."""
+    from transformers.cache_utils import DynamicLayer
+
+    return [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
 @contextmanager

@@ -253,6 +253,12 @@ def test_random_trees_score_like_plain_texts(
         ("bloom", "torch", False),
         ("bloom", "onnxruntime", False),
         ("mamba", "torch", False),
+        ("qwen3_5_text", "torch", False),
+        ("lfm2", "torch", False),
+        ("gemma4_text", "torch", False),
+        ("gemma4_text", "onnxruntime", False),
+        ("qwen3_moe", "torch", True),
+        ("qwen3_moe", "onnxruntime", True),
         ("gemma2", "torch", True),  # has another operation after its head
         ("gemma2", "onnxruntime", True),
     ],
