@@ -6,18 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from limbeck.export.artifact.long_texts import compared_lengths, long_rows
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, positions_from_mask
+from limbeck.registry.checkpoints.checked import checked_facts
 from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
@@ -44,11 +46,13 @@ def measure_parity(
 
     - Each text runs alone in both, and their log-probabilities are compared.
     - Both complete prompts greedily: the artifact as one batch, PyTorch one by one.
+    - A text that is longer than each length at which the model changes its numbers runs in both (`long_texts`).
     - The artifact's results for texts of unequal length, each alone, are compared with the same texts in a batch padded
       on the right; in a batch padded on the left whose last tokens run one by one with the graph's cache (as in
       transformers' `generate`); and token by token with the cache of the runtime's own batch.
 
-    `parity_failures` defines what passes.
+    `parity_failures` defines what passes. Parity cannot find that the checkpoint was misread, since both sides share
+    the misreading; `Parity.reading` says what the loader compared with the files instead.
 
     Args:
         texts: held-out documents; the first `max_documents` with two tokens or more are used.
@@ -71,6 +75,7 @@ def measure_parity(
             reference = model(torch.tensor([row])).logits[0].numpy()
             totals.add(row, reference, runtime.logits(*_pad([row]))[0])
         greedy_identical = _completes_equally(model, runtime, _prompts(rows, runtime.max_length), new_tokens)
+        long_fields = _compare_long_text(model, runtime, rows)
     size = sum(_predicted_bytes(runtime, row) for row in rows)
     parity = Parity(
         reference=folder_digest(torch_folder),
@@ -85,6 +90,8 @@ def measure_parity(
         bits_per_byte=totals.nats / math.log(2) / size,
         greedy_identical=greedy_identical,
         **_invariance(runtime, _rows_of_unequal_length(rows)),
+        **long_fields,
+        reading=_reading(torch_folder),
         passed=False,
     )
     return parity.model_copy(update={"passed": not parity_failures(parity)})
@@ -93,8 +100,8 @@ def measure_parity(
 def parity_failures(parity: Parity) -> list[str]:
     """List the reasons why an artifact does not pass; empty if it passes.
 
-    fp32: log-probabilities within MAX_LOGPROB_DIFF of PyTorch's, those of a text alone within the same limit of those
-    in a batch, padded and cached, and the same greedy text.
+    fp32: log-probabilities within MAX_LOGPROB_DIFF of PyTorch's, on a long text too; those of a text alone within the
+    same limit of those in a batch, padded and cached; and the same greedy text.
 
     Other precisions: quality is reported but not limited. They fail if log-probabilities are NaN or infinite, or if a
     batch, padding or a cache changes results by more than `kl_limit_factor` (see PRECISIONS) times the mean KL from
@@ -111,6 +118,9 @@ def parity_failures(parity: Parity) -> list[str]:
     if exact and not parity.greedy_identical:
         failures.append("greedy text differs")
     limit = max(MIN_KL_LIMIT, PRECISIONS[parity.precision].kl_limit_factor * parity.mean_kl)
+    excess = _excess(parity.long_diff, parity.long_kl, None if exact else limit)
+    if excess:
+        failures.append(f"a text of more than {parity.lengths[-1]:,} tokens differs from PyTorch {excess}")
     for condition, difference, kl in (
         ("in a batch", parity.batch_diff, parity.batch_kl),
         ("padded on the left", parity.left_padding_diff, parity.left_padding_kl),
@@ -146,6 +156,24 @@ def _load_reference(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, do_sample=False
     )
     return model, load_tokenizer(folder, trust_remote_code)
+
+
+def _reading(folder: Path) -> dict[str, str]:
+    """What the loader's independent check of the checkpoint found. Returns `Parity.reading`."""
+    facts = checked_facts(folder)
+    return {"rotary": facts.rotary, "tokenizer": facts.tokenizer, "weights": facts.weights}
+
+
+def _compare_long_text(model: Any, runtime: Runtime, rows: list[list[int]]) -> dict[str, Any]:
+    """Compare a long text with PyTorch, if the model has a length to compare past. Returns fields of `Parity`."""
+    lengths, not_reached = compared_lengths(model.config, runtime.max_length)
+    fields: dict[str, Any] = {"lengths": tuple(lengths), "lengths_not_reached": tuple(not_reached)}
+    if lengths:
+        totals = _Totals()
+        for reference, logits in long_rows(model, runtime, list(chain(*rows)), lengths):
+            totals.compare(log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64)))
+        fields |= {"long_diff": totals.max_diff, "long_kl": float(np.mean(totals.kl))}
+    return fields
 
 
 def _completes_equally(model: Any, runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> bool:

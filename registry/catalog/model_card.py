@@ -215,8 +215,11 @@ def _parity(content: _CardContent) -> str:
         "same most likely token": f"{parity.top1_agreement:.1%}",
         "bits per byte": f"{parity.bits_per_byte:.4f}, of PyTorch {parity.bits_per_byte_reference:.4f}",
         "greedy text": "identical" if parity.greedy_identical else "differs",
+        "long texts": parity.describe_lengths(),
+        "the checkpoint, as loaded": parity.describe_reading(),
     }
-    return f"On held-out text.\n\n{_key_value_table(rows)}"
+    note = "Parity cannot find a misread checkpoint, since both sides share the misreading: the last row says what was"
+    return f"On held-out text. {note} compared with its files.\n\n{_key_value_table(rows)}"
 
 
 def _licences(content: _CardContent) -> str:

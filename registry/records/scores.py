@@ -101,3 +101,24 @@ class Parity(Record):
     left_padding_kl: float
     cache_diff: float  # token by token with the runtime's cache
     cache_kl: float
+    # Against PyTorch, around each length at which the model changes its numbers, such as the end of a window
+    lengths: tuple[int, ...] = ()  # in tokens; empty: it has none within its context
+    lengths_not_reached: tuple[int, ...] = ()  # too long to compare
+    long_diff: float = 0.0
+    long_kl: float = 0.0
+    # Parity cannot find a misread model, since both sides share the misreading. What the loader compared instead:
+    reading: dict[str, str] = {}  # "rotary", "tokenizer", "weights" -> the result of the check against the files
+
+    def describe_lengths(self) -> str:
+        """Up to which length the two were compared, in words."""
+        parts = []
+        if self.lengths:
+            past = ", ".join(f"{length:,}" for length in self.lengths)
+            parts.append(f"difference past {past} tokens: {self.long_diff:.2g}")
+        if self.lengths_not_reached:
+            parts.append(f"not compared past {self.lengths_not_reached[0]:,} tokens")
+        return "; ".join(parts) or "no window or other length changes its numbers"
+
+    def describe_reading(self) -> str:
+        """What the loader compared with the checkpoint's files, in words."""
+        return "; ".join(f"{part} {result}" for part, result in self.reading.items()) or "not checked"

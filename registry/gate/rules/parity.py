@@ -43,4 +43,6 @@ def _describe_parity(parity: Parity) -> str:
     text = f"largest difference in log-probability {parity.max_logprob_diff:.2g}"
     text += f", greedy text {'identical' if parity.greedy_identical else 'differs'}"
     modes = {"in a batch": parity.batch_diff, "padded": parity.left_padding_diff, "cached": parity.cache_diff}
+    if parity.lengths:
+        modes[f"past {parity.lengths[-1]:,} tokens"] = parity.long_diff
     return text + "".join(f", {mode} {value:.2g}" for mode, value in modes.items())
