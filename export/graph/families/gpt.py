@@ -1,15 +1,16 @@
-"""GPT-2 and the families built like it: layer norms and an MLP without a gate."""
+"""GPT-2 and others whose positions are added to the embedding: layer norms, an MLP without a gate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer
-from limbeck.export.graph.families.parts import activation_name, assemble_decoder, reorder_qkv
+from limbeck.export.graph.families.parts import activation_name, assemble_decoder, first_part, reorder_qkv
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
 def describe_gpt2(reader: ModelReader, model: Any) -> Decoder:
+    """Describe GPT-2."""
     config, body = model.config, model.transformer
     heads, size = config.n_head, config.n_embd // config.n_head
     layers = []
@@ -19,49 +20,77 @@ def describe_gpt2(reader: ModelReader, model: Any) -> Decoder:
             scale /= index + 1
         qkv, output = reader.linear(layer.attn.c_attn), reader.linear(layer.attn.c_proj)
         attention = Attention(qkv, output, heads, heads, size, scale)
-        activation = activation_name(config.activation_function)
-        mlp = MLP(reader.linear(layer.mlp.c_fc), reader.linear(layer.mlp.c_proj), activation)
-        norms = (reader.norm(layer.ln_1), reader.norm(layer.ln_2))
-        layers.append(Layer(reader.name(layer), attention, mlp, *norms))
+        layers.append(_gpt_layer(reader, layer, config, attention))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
 
 
+def describe_gpt_bigcode(reader: ModelReader, model: Any) -> Decoder:
+    """Describe GPT-BigCode: StarCoder, SantaCoder."""
+    body, layers = model.transformer, []
+    for layer in body.h:
+        attn, qkv = layer.attn, reader.linear(layer.attn.c_attn)
+        if not attn.multi_query:
+            qkv = reorder_qkv(qkv, attn.num_heads, attn.head_dim)
+        output = reader.linear(attn.c_proj)
+        attention = Attention(qkv, output, attn.num_heads, attn.kv_heads, attn.head_dim, float(attn.scaling))
+        layers.append(_gpt_layer(reader, layer, model.config, attention))
+    return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
+
+
+def describe_gpt_neo(reader: ModelReader, model: Any) -> Decoder:
+    """Describe GPT-Neo, whose scores have no scale, and some of whose layers have a window."""
+    config, body, layers = model.config, model.transformer, []
+    for layer in body.h:
+        attn = layer.attn.attention
+        qkv = reader.concatenate_linears(f"{reader.name(attn)}.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
+        window = config.window_size if layer.attn.attention_type == "local" else -1
+        heads, output = attn.num_heads, reader.linear(attn.out_proj)
+        attention = Attention(qkv, output, heads, heads, attn.head_dim, 1.0, window=window)
+        layers.append(_gpt_layer(reader, layer, config, attention))
+    return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
+
+
+def _gpt_layer(reader: ModelReader, layer: Any, config: Any, attention: Attention) -> Layer:
+    activation = activation_name(config.activation_function)
+    mlp = MLP(reader.linear(layer.mlp.c_fc), reader.linear(layer.mlp.c_proj), activation)
+    return Layer(reader.name(layer), attention, mlp, reader.norm(layer.ln_1), reader.norm(layer.ln_2))
+
+
 def describe_opt(reader: ModelReader, model: Any) -> Decoder:
+    """Describe OPT. Raises UnsupportedModel for the 350m model, whose norms follow attention and MLP."""
     config, body = model.config, model.model.decoder
     if not config.do_layer_norm_before or body.final_layer_norm is None:
         raise UnsupportedModel("norms after each part only")
+    return _describe_like_opt(reader, model, body, config.activation_function)
+
+
+def describe_xglm(reader: ModelReader, model: Any) -> Decoder:
+    """Describe XGLM, whose positions are fixed."""
+    return _describe_like_opt(reader, model, model.model, model.config.activation_function)
+
+
+def describe_biogpt(reader: ModelReader, model: Any) -> Decoder:
+    """Describe BioGPT."""
+    return _describe_like_opt(reader, model, model.biogpt, model.config.hidden_act)
+
+
+def _describe_like_opt(reader: ModelReader, model: Any, body: Any, activation: str) -> Decoder:
     layers = []
     for layer in body.layers:
-        name, attn = reader.name(layer), layer.self_attn
-        qkv = reader.concatenate_linears(f"{name}.self_attn.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
-        heads = attn.num_heads
-        attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, float(attn.scaling))
-        mlp = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), activation_name(config.activation_function))
+        attn, heads = layer.self_attn, layer.self_attn.num_heads
+        qkv = reader.concatenate_linears(f"{reader.name(attn)}.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
+        scale = float(attn.scaling)
+        attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, scale)
+        mlp = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), activation_name(activation))
         norms = (reader.norm(layer.self_attn_layer_norm), reader.norm(layer.final_layer_norm))
-        layers.append(Layer(name, attention, mlp, *norms))
+        layers.append(Layer(reader.name(layer), attention, mlp, *norms))
     positions = body.embed_positions
     return assemble_decoder(
         reader,
         model,
         body.embed_tokens,
         layers,
-        body.final_layer_norm,
-        positions=reader.array(positions.weight),
+        first_part(body, "final_layer_norm", "layer_norm"),
+        positions=reader.array(first_part(positions, "weight", "weights")),
         first_position=positions.offset,
     )
-
-
-def describe_gpt_neox(reader: ModelReader, model: Any) -> Decoder:
-    config, body = model.config, model.gpt_neox
-    heads = config.num_attention_heads
-    rotary = reader.rotary(body.rotary_emb, config.max_position_embeddings)
-    layers = []
-    for layer in body.layers:
-        attn, size = layer.attention, layer.attention.head_size
-        qkv = reorder_qkv(reader.linear(attn.query_key_value), heads, size)
-        attention = Attention(qkv, reader.linear(attn.dense), heads, heads, size, float(attn.scaling), rotary)
-        up, down = reader.linear(layer.mlp.dense_h_to_4h), reader.linear(layer.mlp.dense_4h_to_h)
-        mlp = MLP(up, down, activation_name(config.hidden_act))
-        norms = (reader.norm(layer.input_layernorm), reader.norm(layer.post_attention_layernorm))
-        layers.append(Layer(reader.name(layer), attention, mlp, *norms, parallel=config.use_parallel_residual))
-    return assemble_decoder(reader, model, body.embed_in, layers, body.final_layer_norm)

@@ -138,7 +138,7 @@ def describe_llama(reader: ModelReader, model: Any, style: Style = LLAMA) -> Dec
 
 
 def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary, window: int) -> Layer:
-    norms = read_norms(reader, layer, style.norms)
+    norms = read_norms(reader, layer, style.norms, config.hidden_size)
     factors = {"after_attention": 1.0, "after_mlp": 1.0}
     if style.multipliers:  # of what is added to the residual sum: it goes into the last weight before that
         factors = dict.fromkeys(factors, float(config.residual_multiplier))
@@ -157,12 +157,12 @@ def read_attention(
 ) -> Attention:
     """Read an attention module, whose output is multiplied by `scale`. It sees all positions."""
     positions, _ = rotary_positions(config)
-    size = module.head_dim
+    heads, size, qkv = config.num_attention_heads, module.head_dim, style.read_qkv(reader, module)
     return Attention(
-        qkv=style.read_qkv(reader, module),
+        qkv=qkv,
         output=reader.linear(first_part(module, "o_proj", "dense"), scale),
-        heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        heads=heads,
+        kv_heads=(qkv.weight.shape[1] // size - heads) // 2,
         head_size=size,
         scale=float(module.scaling),
         rotary=rotary if style.has_rotary(module) else None,
@@ -184,10 +184,10 @@ def _read_head_norm(reader: ModelReader, module: Any, head_size: int, *names: st
     return reader.head_norms(norm.norms) if hasattr(norm, "norms") else reader.norm(norm, head_size)
 
 
-def read_norms(reader: ModelReader, layer: Any, names: NormNames) -> dict[str, Any]:
+def read_norms(reader: ModelReader, layer: Any, names: NormNames, size: int | None = None) -> dict[str, Any]:
     """Read a layer's norms. Returns fields of Layer, each a Norm or None; the same name twice is the same Norm."""
     modules = {name: first_part(layer, name) for name in names if name}
-    norms = {name: None if module is None else reader.norm(module) for name, module in modules.items()}
+    norms = {name: None if module is None else reader.norm(module, size) for name, module in modules.items()}
     places = ("before_attention", "after_attention", "before_mlp", "after_mlp")
     return {place: norms[name] if name else None for place, name in zip(places, names, strict=True)}
 

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -53,16 +54,29 @@ def rotary_positions(config: Any) -> tuple[int, int | None]:
     return limit or positions, limit
 
 
+def reorder_columns(linear: Linear, order: np.ndarray) -> Linear:
+    """Return the product with its outputs in another order: `order` has the index of each, of any shape."""
+    columns = order.ravel()
+    return Linear(linear.name, linear.weight[:, columns], None if linear.bias is None else linear.bias[columns])
+
+
 def reorder_qkv(linear: Linear, heads: int, size: int) -> Linear:
-    """Reorder GPT-NeoX's columns (query, key, value of head 0, then of head 1, ...) to all queries, keys, values."""
-    order = np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2).ravel()
-    return Linear(linear.name, linear.weight[:, order], None if linear.bias is None else linear.bias[order])
+    """Reorder the outputs (query, key, value of head 0, then of head 1, ...) to all queries, keys, values."""
+    return reorder_columns(linear, np.arange(3 * heads * size).reshape(heads, 3, size).transpose(1, 0, 2))
 
 
 def assemble_decoder(
-    reader: ModelReader, model: Any, embedding: Any, layers: list[Layer], norm: Any, **positions: Any
+    reader: ModelReader, model: Any, embedding: Any, layers: list[Layer], norm: Any, **fields: Any
 ) -> Decoder:
-    """Put a decoder together from its layers, embedding, last norm and head."""
+    """Put a decoder together from its layers, embedding, last norm and head. `fields` are others of Decoder."""
     head, head_bias = reader.head(model, embedding)
-    table = reader.array(embedding.weight)
-    return Decoder(reader.name(embedding), table, layers, reader.norm(norm), head, head_bias=head_bias, **positions)
+    return Decoder(
+        reader.name(embedding),
+        reader.array(embedding.weight),
+        layers,
+        reader.norm(norm),
+        head,
+        embedding_scale=float(getattr(embedding, "embed_scale", 1.0)),
+        head_bias=head_bias,
+        **fields,
+    )

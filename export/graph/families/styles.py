@@ -33,18 +33,18 @@ def _scale_queries_by_position(config: Any, positions: int) -> np.ndarray:
 
 
 def _read_xielu_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
-    mlp = ungated_mlp("up_proj", "down_proj")(reader, layer, config, scale)
-    if config.hidden_act != "xielu":
-        return mlp
     import torch
 
-    module = layer.mlp.act_fn
+    if config.hidden_act != "xielu":
+        return ungated_mlp("up_proj", "down_proj")(reader, layer, config, scale)
+    mlp, module = layer.mlp, layer.mlp.act_fn
     beta = float(reader.array(module.beta))
     positive, negative = (
         float(torch.nn.functional.softplus(torch.from_numpy(reader.array(alpha))))
         for alpha in (module.alpha_p, module.alpha_n)
     )
-    return replace(mlp, activation=XIELU(positive, beta + negative, beta, float(reader.array(module.eps))))
+    xielu = XIELU(positive, beta + negative, beta, float(reader.array(module.eps)))
+    return MLP(reader.linear(mlp.up_proj), reader.linear(mlp.down_proj, scale), xielu)
 
 
 def _read_qkv_by_head(reader: ModelReader, module: Any) -> Linear:

@@ -13,9 +13,19 @@ from functools import partial
 from typing import Any
 
 from limbeck.export.graph.decoder import Decoder
-from limbeck.export.graph.families.gpt import describe_gpt2, describe_gpt_neox, describe_opt
+from limbeck.export.graph.families.alibi import describe_bloom, describe_mpt
+from limbeck.export.graph.families.gemma4 import describe_gemma4
+from limbeck.export.graph.families.gpt import (
+    describe_biogpt,
+    describe_gpt2,
+    describe_gpt_bigcode,
+    describe_gpt_neo,
+    describe_opt,
+    describe_xglm,
+)
+from limbeck.export.graph.families.gpt_rotary import describe_falcon, describe_gpt_neox, describe_gptj
 from limbeck.export.graph.families.llama import LLAMA, NORMS_AFTER, Style, describe_llama, layer_window, same_window
-from limbeck.export.graph.families.mixture import read_experts
+from limbeck.export.graph.families.mixture import read_clamped_experts, read_experts
 from limbeck.export.graph.families.styles import (
     APERTUS,
     ARCEE,
@@ -86,6 +96,9 @@ _GRANITE_EXPERTS = replace(GRANITE, read_mlp=read_experts)
 FAMILIES: dict[str, Family] = {
     "apertus": _like_llama(APERTUS),
     "arcee": _like_llama(ARCEE),
+    "biogpt": Family(describe_biogpt),
+    "bloom": Family(describe_bloom),
+    "codegen": Family(describe_gptj),
     "cohere": _like_llama(COHERE),
     "cohere2": _like_llama(COHERE2),
     "cwm": _like_llama(LAYER_WINDOW),
@@ -93,15 +106,21 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": _like_llama(INTERLEAVED, "ernie4_5"),
     "exaone": _like_llama(),
     "exaone4": _like_llama(EXAONE4),
+    "falcon": Family(describe_falcon),
     "flex_olmo": _like_llama(replace(_EXPERTS, norms=NORMS_AFTER)),
     "gemma": _like_llama(LLAMA, "gemma"),
     "gemma2": _like_llama(GEMMA2, "gemma2"),
     "gemma3_text": _like_llama(GEMMA2, "gemma3_text"),
+    "gemma4_text": Family(describe_gemma4),
     "glm": _like_llama(INTERLEAVED),
     "glm4": _like_llama(GLM4),
     "glm4_moe": _like_llama(_SIGMOID_EXPERTS),
     "gpt2": Family(describe_gpt2),
+    "gpt_bigcode": Family(describe_gpt_bigcode),
+    "gpt_neo": Family(describe_gpt_neo),
     "gpt_neox": Family(describe_gpt_neox),
+    "gptj": Family(describe_gptj),
+    "gpt_oss": _like_llama(Style(read_mlp=read_clamped_experts, window=layer_window)),
     "granite": _like_llama(GRANITE, "granite"),
     "granitemoe": _like_llama(_GRANITE_EXPERTS),
     "granitemoeshared": _like_llama(_GRANITE_EXPERTS),
@@ -118,6 +137,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": _like_llama(MINISTRAL3, "mistral"),
     "mistral": _like_llama(SAME_WINDOW, "mistral"),
     "mixtral": _like_llama(replace(_EXPERTS, window=same_window)),
+    "mpt": Family(describe_mpt),
     "nanochat": _like_llama(NANOCHAT),
     "nemotron": _like_llama(ARCEE, "nemotron"),
     "olmo": _like_llama(OLMO, "olmo"),
@@ -138,4 +158,5 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(describe_stablelm),
     "starcoder2": _like_llama(STARCODER2),
     "vaultgemma": _like_llama(VAULTGEMMA),
+    "xglm": Family(describe_xglm),
 }
