@@ -97,10 +97,14 @@ class ModelReader:
         Args:
             layer_type: for a module that has tables for each type of layer, as Gemma 3's has.
             interleaved: it rotates pairs of neighbours.
+
+        Raises UnsupportedModel if there are none for that type.
         """
         import torch
 
         by_type = isinstance(module.rope_type, dict)
+        if by_type and layer_type not in module.rope_type:
+            raise UnsupportedModel(f"no rotary embedding for layers of the type {layer_type!r}")
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), torch.arange(positions)[None], *([layer_type] if by_type else []))
         # Most modules give each entry twice: side by side, or in the second half again.

@@ -165,7 +165,8 @@ def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
         value("attention_mask", TensorProto.INT64, batch, total),
         value("position_ids", TensorProto.INT64, batch, new),
     ]
-    outputs = [value("logits", TensorProto.FLOAT, batch, new, len(decoder.embedding))]
+    width = decoder.head.weight.shape[1] if decoder.head else len(decoder.embedding)
+    outputs = [value("logits", TensorProto.FLOAT, batch, new, width)]
     for index, layer in enumerate(decoder.layers):
         if layer.attention.kv_layer is not None:
             continue

@@ -67,6 +67,7 @@ class Style:
     Attributes:
         norms: the norms of a layer.
         window: returns how many positions the layer of an index sees; -1 is all.
+        rotary_module: (body of the model, configuration, layer's index) -> the rotary module of the layer, or None.
         has_rotary: returns whether an attention module rotates queries and keys.
         interleaved, norm_after_rotary: see Rotary and Attention.
         rotary_sign: -1 rotates the other way.
@@ -84,6 +85,7 @@ class Style:
 
     norms: NormNames = NORMS_BEFORE
     window: Callable[[Any, int], int] = no_window
+    rotary_module: Callable[[Any, Any, int], Any] = lambda body, config, index: body.rotary_emb
     has_rotary: Callable[[Any], bool] = lambda attention: True
     interleaved: bool = False
     norm_after_rotary: bool = False
@@ -110,14 +112,16 @@ def describe_llama(reader: ModelReader, model: Any, style: Style = LLAMA) -> Dec
         if getattr(config, key, None):
             raise UnsupportedModel(f"{key}={getattr(config, key)!r}")
     positions, limit = rotary_positions(config)
-    rotary: dict[str | None, Rotary] = {}
+    rotaries: dict[Any, Rotary | None] = {(None, None): None}
     layers = []
     for index, layer in enumerate(body.layers):
-        layer_type = config.layer_types[index] if isinstance(body.rotary_emb.rope_type, dict) else None
-        if layer_type not in rotary:
-            table = reader.rotary(body.rotary_emb, positions, layer_type, style.interleaved)
-            rotary[layer_type] = replace(table, sin=table.sin * np.float32(style.rotary_sign))
-        layers.append(_read_layer(reader, layer, config, style, rotary[layer_type], style.window(config, index)))
+        module = style.rotary_module(body, config, index)
+        layer_type = config.layer_types[index] if isinstance(getattr(module, "rope_type", None), dict) else None
+        if (module, layer_type) not in rotaries:
+            table = reader.rotary(module, positions, layer_type, style.interleaved)
+            rotaries[module, layer_type] = replace(table, sin=table.sin * np.float32(style.rotary_sign))
+        rotary = rotaries[module, layer_type] if style.has_rotary(layer.self_attn) else None
+        layers.append(_read_layer(reader, layer, config, style, rotary, style.window(config, index)))
     embedding = body.embed_tokens
     norm = reader.norm(first_part(body, "norm", "final_layernorm"), config.hidden_size)
     head, head_bias = reader.head(model, embedding)
@@ -137,7 +141,7 @@ def describe_llama(reader: ModelReader, model: Any, style: Style = LLAMA) -> Dec
     )
 
 
-def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary, window: int) -> Layer:
+def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary | None, window: int) -> Layer:
     norms = read_norms(reader, layer, style.norms, config.hidden_size)
     factors = {"after_attention": 1.0, "after_mlp": 1.0}
     if style.multipliers:  # of what is added to the residual sum: it goes into the last weight before that
@@ -153,7 +157,7 @@ def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rota
 
 
 def read_attention(
-    reader: ModelReader, module: Any, config: Any, style: Style, rotary: Rotary, scale: float
+    reader: ModelReader, module: Any, config: Any, style: Style, rotary: Rotary | None, scale: float
 ) -> Attention:
     """Read an attention module, whose output is multiplied by `scale`. It sees all positions."""
     positions, _ = rotary_positions(config)
@@ -165,7 +169,7 @@ def read_attention(
         kv_heads=(qkv.weight.shape[1] // size - heads) // 2,
         head_size=size,
         scale=float(module.scaling),
-        rotary=rotary if style.has_rotary(module) else None,
+        rotary=rotary,
         softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
         q_norm=_read_head_norm(reader, module, size, "q_norm", "q_layernorm", "query_layernorm"),
         k_norm=_read_head_norm(reader, module, size, "k_norm", "k_layernorm", "key_layernorm"),

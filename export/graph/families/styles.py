@@ -51,6 +51,12 @@ def _read_qkv_by_head(reader: ModelReader, module: Any) -> Linear:
     return reorder_qkv(reader.linear(module.query_key_value), module.num_heads, module.head_dim)
 
 
+def _granite_swa_rotary(body: Any, config: Any, index: int) -> Any:
+    """Return the rotary module of the layer's theta, or None if that is 0."""
+    theta = config.layer_rope_theta[index]
+    return next((module for module in body.rotary_embs if module.config.rope_parameters["rope_theta"] == theta), None)
+
+
 APERTUS = Style(norms=("attention_layernorm", None, "feedforward_layernorm", None), read_mlp=_read_xielu_mlp)
 ARCEE = Style(read_mlp=ungated_mlp("up_proj", "down_proj"))
 COHERE = Style(norms=ONE_NORM, parallel=True, interleaved=True, logit_scale=lambda config: float(config.logit_scale))
@@ -66,6 +72,7 @@ GLM4 = Style(
     interleaved=True,
 )
 GRANITE = Style(multipliers=True, logit_scale=lambda config: 1 / config.logits_scaling)
+GRANITE_SWA = replace(GRANITE, window=layer_window, rotary_module=_granite_swa_rotary)
 HUNYUAN = Style(norm_after_rotary=True)
 HYPERCLOVAX = Style(
     norms=("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),

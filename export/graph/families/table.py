@@ -35,6 +35,7 @@ from limbeck.export.graph.families.styles import (
     GEMMA2,
     GLM4,
     GRANITE,
+    GRANITE_SWA,
     HUNYUAN,
     HYPERCLOVAX,
     INTERLEAVED,
@@ -55,6 +56,9 @@ from limbeck.export.graph.families.styles import (
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
+HEAD_SIZE_FACTOR = 8  # GroupQueryAttention takes multiples of it
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family.
@@ -71,16 +75,24 @@ class Family:
 def decoder_from_model(model: Any) -> Decoder:
     """Describe `model`, a transformers causal language model in float32.
 
-    Raises UnsupportedModel if its family is not in FAMILIES, or if it has a part that its family usually lacks.
+    Raises UnsupportedModel if its family is not in FAMILIES, if it has a part that its family usually lacks, or lacks
+    one that its family has, or if onnxruntime's operators do not take its sizes.
     """
     family = FAMILIES.get(model.config.model_type)
     if family is None:
         raise UnsupportedModel(f"no description of the architecture {model.config.model_type!r}")
     reader = ModelReader(model)
-    decoder = family.describe(reader, model)
+    try:
+        decoder = family.describe(reader, model)
+    except (AttributeError, KeyError) as error:  # a model of another version, or with code of its own
+        raise UnsupportedModel(f"this {model.config.model_type!r} is not as transformers has it: {error}") from error
     unread = sorted(reader.unread_parameters())
     if unread:
         raise UnsupportedModel(f"no place for {unread[0]}")
+    for layer in decoder.layers:
+        if layer.attention.head_size % HEAD_SIZE_FACTOR:
+            size = layer.attention.head_size
+            raise UnsupportedModel(f"a head size of {size}: onnxruntime takes multiples of {HEAD_SIZE_FACTOR}")
     return decoder
 
 
@@ -95,6 +107,7 @@ _GRANITE_EXPERTS = replace(GRANITE, read_mlp=read_experts)
 # `model_type` of transformers -> the family.
 FAMILIES: dict[str, Family] = {
     "apertus": _like_llama(APERTUS),
+    "apertus1p5_text": _like_llama(APERTUS),
     "arcee": _like_llama(ARCEE),
     "biogpt": Family(describe_biogpt),
     "bloom": Family(describe_bloom),
@@ -122,6 +135,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(describe_gptj),
     "gpt_oss": _like_llama(Style(read_mlp=read_clamped_experts, window=layer_window)),
     "granite": _like_llama(GRANITE, "granite"),
+    "granite_swa": _like_llama(GRANITE_SWA),
     "granitemoe": _like_llama(_GRANITE_EXPERTS),
     "granitemoeshared": _like_llama(_GRANITE_EXPERTS),
     "helium": _like_llama(INTERLEAVED),
