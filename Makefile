@@ -9,11 +9,12 @@ help:  ## list the targets
 
 install: .venv/installed  ## make .venv and install Limbeck in it
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt registry/core/optimum-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Limbeck needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/limbeck doctor --install-optimum
 	touch $@
 
 quickstart: install  ## the whole loop: distil, export, score, rank, promote, generate (4 to 8 minutes)

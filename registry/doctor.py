@@ -21,6 +21,7 @@ from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, redact_u
 from limbeck.registry.core.extras import canonical_name, install_command, packages_of_extras
 from limbeck.registry.core.home import home, tracking_uri
 from limbeck.registry.core.machine import cpu_bf16_flags, read_proc_file
+from limbeck.registry.core.overlay import INSTALL_COMMAND, find_overlay, overlay_versions
 from limbeck.registry.core.terminal import format_bytes, progress_bar
 from limbeck.registry.gate import audit
 from limbeck.registry.mlflow.store import Store
@@ -60,6 +61,7 @@ def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     """
     yield Check("ok", "python", f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
+    yield _optimum()
     yield from _machine()
     yield _hub()
     try:
@@ -176,6 +178,15 @@ def _misfit(requirement: Requirement, version: str, pin: str | None, *, needed: 
         yield Check("wrong", requirement.name, found, fix) if needed else Check("note", requirement.name, found)
     elif pin and version.split("+")[0] != pin:
         yield Check("note", requirement.name, f"{version}; Limbeck was tested with {pin}")
+
+
+def _optimum() -> Check:
+    """Whether the export engine optimum is installed; a note if not, since most models need the other engine only."""
+    folder = find_overlay()
+    if folder is None:
+        return Check("note", "optimum", f"not installed; exports that need it install it, or: {INSTALL_COMMAND}")
+    packages = ", ".join(f"{name} {overlay_versions()[name]}" for name in ("optimum-onnx", "transformers"))
+    return Check("ok", "optimum", f"{packages} in {folder}")
 
 
 def _machine() -> Iterator[Check]:

@@ -1,7 +1,8 @@
-"""Describe an artifact to programs other than Limbeck: tensor names, genai_config.json, MLflow's MLmodel."""
+"""Describe an artifact to other programs: tensor names, the tokenizer's class, genai_config.json, MLflow's MLmodel."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ MLFLOW_LOADER = "limbeck.export.pyfunc"
 def write_interop_files(folder: Path, graph_kind: str) -> dict[str, dict[str, str]]:
     """Write MLmodel, and genai_config.json if onnxruntime-genai can run the graph, into the artifact in `folder`.
 
-    optimum and a bare onnxruntime session need no extra files.
+    The tokenizer's class gets a name that transformers 4 knows too, since optimum runs the artifact with that. A bare
+    onnxruntime session needs no extra files.
 
     Args:
         graph_kind: "fused" or "optimum".
@@ -28,8 +30,16 @@ def write_interop_files(folder: Path, graph_kind: str) -> dict[str, dict[str, st
     signature = graph_signature(folder / "model.onnx")
     if graph_kind == "fused":
         genai.write_genai_config(folder, signature)
+    _name_tokenizer_class(folder / "tokenizer_config.json")
     mlmodel.write_mlmodel(folder, MLFLOW_LOADER, PARAMS)
     return {key: {item["name"]: _format_tensor(item) for item in items} for key, items in signature.items()}
+
+
+def _name_tokenizer_class(file: Path) -> None:
+    """Replace the name that transformers 5 gave to the class PreTrainedTokenizerFast; it knows both names."""
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        file.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _format_tensor(item: dict[str, Any]) -> str:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import click
 
 from limbeck.registry.core.errors import Refused
-from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_table
+from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
 
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Verify the digest of every version's files; fetches them from a server.")
 @click.option("--clean", is_flag=True, help="Delete uploads that were left unfinished for a day.")
+@click.option(
+    "--install-optimum",
+    is_flag=True,
+    help="Install the packages of the export engine optimum beside this environment, and check nothing.",
+)
 @format_option
-def doctor(deep: bool, clean: bool, output_format: str) -> None:
+def doctor(deep: bool, clean: bool, install_optimum: bool, output_format: str) -> None:
     """Check what is installed and reachable, and report what is wrong. Exit code 1 if anything is wrong."""
+    if install_optimum:
+        from limbeck.registry.core.overlay import install_overlay
+
+        print(install_overlay(print_status))
+        return
     from limbeck.registry.doctor import run_checks
 
     checks = list(run_checks(deep=deep, clean=clean))

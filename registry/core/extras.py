@@ -8,8 +8,6 @@ from pathlib import Path
 # Module -> pip's name of its package, if they differ.
 DISTRIBUTIONS = {
     "markdown_it": "markdown-it-py",
-    "optimum.exporters": "optimum-onnx",
-    "optimum.onnxruntime": "optimum-onnx",
     "psycopg2": "psycopg2-binary",
     "pydantic_core": "pydantic",
     "yaml": "pyyaml",

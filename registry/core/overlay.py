@@ -41,12 +41,14 @@ def install_overlay(report: Callable[[str], None]) -> Path:
     Args:
         report: called with a line that says what is installed, and where.
 
-    Raises BadInput if pip fails, as without a network.
+    Raises BadInput if pip fails, as without a network, or if no folder can be written.
     """
     from filelock import FileLock
 
-    target = next(folder for folder in _candidates() if _can_write(folder.parent))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = next((folder for folder in _candidates() if _can_write_in(folder.parent)), None)
+    if target is None:
+        parents = " nor ".join(str(folder.parent) for folder in _candidates())
+        raise BadInput(f"neither {parents} can be written", fix="set XDG_CACHE_HOME to a folder that can")
     with FileLock(target.with_suffix(".lock")):
         if installed := find_overlay():
             return installed
@@ -79,10 +81,13 @@ def _candidates() -> list[Path]:
     return [parent / "limbeck" / f"optimum-{digest[:12]}" for parent in (Path(sys.prefix) / "share", cache)]
 
 
-def _can_write(folder: Path) -> bool:
-    """Return True if `folder` can be written, or created."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return os.access(existing, os.W_OK)
+def _can_write_in(folder: Path) -> bool:
+    """Create `folder` if it is missing. Returns False if that or writing in it is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _pip_install(folder: Path, target: Path) -> None:

@@ -127,7 +127,6 @@ def test_the_extra_is_that_of_the_command_if_it_brings_the_package() -> None:
     assert install_command("torch", "eval") == "pip install 'limbeck[eval]'"
     assert install_command("yaml", "export") == "pip install 'limbeck[eval]'"
     assert install_command("ray", "train") == "pip install 'limbeck[ray]'"
-    assert install_command("optimum.exporters", "export") == "pip install 'limbeck[export]'"
     assert install_command("click", "serve") == "pip install limbeck"
 
 
