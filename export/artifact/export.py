@@ -131,15 +131,11 @@ def _export_fp32(
     torch_model, tokenizer = _load(model, trust_remote_code)
     torch_model.config.use_cache = True
     reason = None if engine == "optimum" else _write_fused(torch_model, folder)
-    if engine == "fused" and reason:
-        raise BadInput(
-            f"{model} has no fused graph: {reason}",
-            fix="use --engine optimum, or leave --engine out" if _is_optimum_type(torch_model) else None,
-        )
-    optimum = engine == "optimum" or reason is not None
-    if optimum:
-        if not _is_optimum_type(torch_model):
-            raise _unsupported(model, torch_model.config.model_type, reason)
+    fields = {"graph": "optimum" if reason or engine == "optimum" else "fused"}
+    if reason:
+        fields["graph_reason"] = reason
+    if fields["graph"] == "optimum":
+        _require_optimum(model, torch_model.config.model_type, engine, reason)
         if reason:
             report(f"{model}: optimum makes the graph, since there is no fused one: {reason}")
         write_optimum_graph(torch_model, folder, str(model), report)
@@ -149,7 +145,7 @@ def _export_fp32(
     for path in folder.iterdir():
         if path.name not in RUNTIME_FILES and not path.name.startswith(GRAPH):
             path.unlink()
-    return {"graph": "optimum" if optimum else "fused"} | ({"graph_reason": reason} if reason else {})
+    return fields
 
 
 def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -157,7 +153,10 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     config = load_config(model, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)
     if config.model_type not in supported_model_types():
-        raise _unsupported(model, config.model_type)
+        raise BadInput(
+            f"{model}: the architecture {config.model_type!r} cannot be exported",
+            fix=f"supported: {', '.join(supported_model_types())}",
+        )
     if not tokenizer.is_fast:
         raise BadInput(f"{model}: its tokenizer has no tokenizer.json and cannot be converted to one")
     # Eager attention, since torch's fused attention ignores what it does not support, such as Gemma 2's soft cap.
@@ -173,17 +172,15 @@ def _write_fused(torch_model: Any, folder: Path) -> str | None:
     return None
 
 
-def _is_optimum_type(torch_model: Any) -> bool:
-    return torch_model.config.model_type in MODEL_TYPES
-
-
-def _unsupported(model: Path, model_type: str, reason: str | None = None) -> BadInput:
-    if reason:
-        return BadInput(f"{model} cannot be exported: {reason}", fix=f"optimum does not export {model_type!r} either")
-    return BadInput(
-        f"{model}: the architecture {model_type!r} cannot be exported",
-        fix=f"supported: {', '.join(supported_model_types())}",
-    )
+def _require_optimum(model: Path, model_type: str, engine: Engine | None, reason: str | None) -> None:
+    """Raise BadInput unless optimum may make the graph; `reason` is why there is no fused one, None if nobody tried."""
+    known = model_type in MODEL_TYPES
+    if reason and not known:
+        raise BadInput(f"{model} has no fused graph: {reason}", fix=f"optimum does not know {model_type!r} either")
+    if reason and engine == "fused":
+        raise BadInput(f"{model} has no fused graph: {reason}", fix="use --engine optimum, or leave --engine out")
+    if not known:
+        raise BadInput(f"{model}: optimum does not know {model_type!r}", fix="leave --engine out, to get a fused graph")
 
 
 def _package_versions(graph_kind: str) -> dict[str, str]:
