@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from limbeck.export.graph.blocks import write_mlp
 from limbeck.export.graph.builder import GraphBuilder
 from limbeck.export.graph.decoder import Experts, Router
@@ -24,54 +22,58 @@ def write_experts(graph: GraphBuilder, experts: Experts, name: str, x: str) -> s
         logits = graph.node("Add", [logits, bias], f"{router.logits.name}.biased")
     logits = graph.node("Reshape", [logits, graph.ints(-1, len(experts.down))], f"{name}.router.rows")
     total = None
-    # The operator itself takes the softmax and the best experts of it.
-    normalize = router.normalize
-    if router.sigmoid or router.bias is not None:
-        logits, total = _logits_of_chosen(graph, router, name, logits)
-        normalize = True
-    names = {"gate_up": experts.gate_up, "gate_up_bias": experts.gate_up_bias} | {
-        "down": experts.down,
-        "down_bias": experts.down_bias,
-    }
-    inputs = ["" if value is None else graph.constant(f"{experts.name}.{key}", value) for key, value in names.items()]
+    if router.sigmoid or router.bias is not None or not router.normalize:
+        logits, total = _weigh(graph, router, name, logits)
+    inputs = [
+        "" if getattr(experts, part) is None else graph.constant(f"{experts.name}.{part}", getattr(experts, part))
+        for part in ("gate_up", "gate_up_bias", "down", "down_bias")
+    ]
     y = graph.node(
         "MoE",
         [x, logits, *inputs],
         f"{name}.experts",
         domain="com.microsoft",
         k=router.chosen,
-        normalize_routing_weights=int(normalize),
+        normalize_routing_weights=1,  # QMoE, its form with quantized weights, knows no other
         activation_type="swiglu",
         swiglu_fusion=1,
         activation_alpha=experts.alpha,
         activation_beta=experts.beta,
         **({"swiglu_limit": experts.limit} if experts.limit else {}),
     )
-    if total and not router.normalize:
+    if total:
         shape = graph.node("Shape", [x], f"{name}.router.batch", start=0, end=2)
         shape = graph.node("Concat", [shape, graph.ints(1)], f"{name}.router.shape", axis=0)
         y = graph.node("Mul", [y, graph.node("Reshape", [total, shape], f"{name}.router.total")], f"{name}.weighed")
     return _add_shared(graph, experts, name, x, y)
 
 
-def _logits_of_chosen(graph: GraphBuilder, router: Router, name: str, logits: str) -> tuple[str, str]:
-    """Return logits (N, E) whose softmax is the normalized weights, and the sum of the weights, (N, 1)."""
+def _weigh(graph: GraphBuilder, router: Router, name: str, logits: str) -> tuple[str, str | None]:
+    """Compute the weights of the chosen experts from the router's logits (N, E).
+
+    Returns logits (N, E) of which the operator makes these experts and the normalized weights, and what to multiply
+    the output with: the sum of the weights, (N, 1), or None if they are to be normalized.
+    """
     op, attributes = ("Sigmoid", {}) if router.sigmoid else ("Softmax", {"axis": -1})
     scores = graph.node(op, [logits], f"{name}.router.scores", **attributes)
     order = scores
     if router.bias is not None:
         bias = graph.constant(f"{router.logits.name}.choice_bias", router.bias)
         order = graph.node("Add", [scores, bias], f"{name}.router.order")
-    graph.node("TopK", [order, graph.ints(router.chosen)], f"{name}.router.best", f"{name}.router.chosen", axis=-1)
-    weights = graph.node("GatherElements", [scores, f"{name}.router.chosen"], f"{name}.router.weights", axis=-1)
-    positive = graph.node("Max", [weights, graph.number("router.min", MIN_SCORE)], f"{name}.router.positive")
+    best, chosen = f"{name}.router.best", f"{name}.router.chosen"
+    weights = graph.node("TopK", [order, graph.ints(router.chosen)], best, chosen, axis=-1)
+    if router.bias is not None:
+        weights = graph.node("GatherElements", [scores, chosen], f"{name}.router.weights", axis=-1)
+    total = None
+    if not router.normalize:
+        total = graph.node("ReduceSum", [weights, graph.ints(-1)], f"{name}.router.sum", keepdims=1)
+    if not router.sigmoid and router.bias is None:
+        return logits, total
+    positive = graph.node("Clip", [weights, graph.number("router.min", MIN_SCORE)], f"{name}.router.positive")
     logarithms = graph.node("Log", [positive], f"{name}.router.log")
     shape = graph.node("Shape", [scores], f"{name}.router.sizes")
-    none = graph.constant("router.none", np.array(NOT_CHOSEN, np.float32))
-    empty = graph.node("Expand", [none, shape], f"{name}.router.empty")
-    inputs = [empty, f"{name}.router.chosen", logarithms]
-    chosen = graph.node("ScatterElements", inputs, f"{name}.router.logits", axis=-1)
-    return chosen, graph.node("ReduceSum", [weights, graph.ints(-1)], f"{name}.router.sum", keepdims=1)
+    empty = graph.node("Expand", [graph.number("router.none", NOT_CHOSEN), shape], f"{name}.router.empty")
+    return graph.node("ScatterElements", [empty, chosen, logarithms], f"{name}.router.logits", axis=-1), total
 
 
 def _add_shared(graph: GraphBuilder, experts: Experts, name: str, x: str, y: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,12 +133,14 @@ def _finish(quantized: Path, folder: Path) -> None:
 
 
 def _quantize_embedding(graph: Any) -> None:
-    """Replace the token embedding (and a head tied to it) with one int8 table. Changes `graph`."""
+    """Replace each table of tokens (and a head tied to it) with an int8 table. Changes `graph`."""
+    for name in find_token_tables(graph):
+        _quantize_table(graph, name)
+
+
+def _quantize_table(graph: Any, name: str) -> None:
     from onnx import numpy_helper
 
-    name = find_token_embedding(graph)
-    if name is None:
-        return
     initializer = next(item for item in graph.initializer if item.name == name)
     values, scales = _rows_to_int8(numpy_helper.to_array(initializer))
     graph.initializer.remove(initializer)
@@ -221,6 +224,17 @@ def find_token_embedding(graph: Any) -> str | None:
     only_lookups = all(item.op_type in ("Gather", "Transpose", "Reshape") for item in readers)
     only_products = all(item.op_type in ("MatMul", "FusedMatMul") for item in heads)
     return name if only_lookups and only_products else None
+
+
+def find_token_tables(graph: Any) -> list[str]:
+    """Name the float tables that `input_ids` indexes: the token embedding, and others that nothing else reads."""
+    floats = {item.name for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
+    readers = Counter(name for item in graph.node for name in item.input)
+    found = [find_token_embedding(graph)]
+    for item in graph.node:
+        if item.op_type == "Gather" and item.input[0] in floats and item.input[1] == "input_ids":
+            found += [item.input[0]] if readers[item.input[0]] == 1 else []
+    return list(dict.fromkeys(name for name in found if name))
 
 
 def _rows_to_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

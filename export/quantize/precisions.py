@@ -97,11 +97,13 @@ def _to_float16(artifact: Path, folder: Path, settings: QuantizationSettings) ->
 
 
 def _to_dynamic_int8(artifact: Path, folder: Path, settings: QuantizationSettings) -> dict[str, Any]:
+    _refuse_experts(artifact, "int8")
     quantize_dynamic_int8(artifact / GRAPH, folder)
     return {"method": "dynamic int8"}
 
 
 def _to_static_int8(artifact: Path, folder: Path, settings: QuantizationSettings) -> dict[str, Any]:
+    _refuse_experts(artifact, "int8-static")
     runtime = Runtime.load(artifact, verify=False)
     if not any(runtime.encode(text) for text in settings.texts[:CALIBRATION_TEXTS]):
         raise BadInput("no text to calibrate with: every document is empty")
@@ -116,6 +118,8 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
             f"{artifact.name}: its graph has no product with a constant weight to store in {bits} bits",
             fix="use fp32 or fp16",
         )
+    if weights.expert_nodes and settings.device == "cuda":
+        raise BadInput("quantized experts have not been tried on CUDA", fix="use fp32 or fp16 on CUDA")
     with TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
         evaluator = CandidateEvaluator(artifact, Path(scratch), settings.texts)
         choice = choose_plan(
@@ -136,6 +140,17 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
         "chosen_on_tokens": evaluator.tokens,
         **choice.record,
     }
+
+
+def _refuse_experts(artifact: Path, precision: str) -> None:
+    """Raise BadInput if the graph has experts, whose weights would stay in float32."""
+    import onnx
+
+    if any(node.op_type == "MoE" for node in onnx.load(artifact / GRAPH, load_external_data=False).graph.node):
+        raise BadInput(
+            f"the model is a mixture of experts, and {precision} has no operator for experts",
+            fix="use int8-weight or int4",
+        )
 
 
 def _replace_graph(folder: Path, model: Any) -> None:

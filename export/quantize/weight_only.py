@@ -1,4 +1,4 @@
-"""Weights in blocks of 4 or 8 bits: com.microsoft's MatMulNBits, and GatherBlockQuantized for the token embedding.
+"""Weights in blocks of 4 or 8 bits: com.microsoft's MatMulNBits, GatherBlockQuantized for tables of tokens, and QMoE.
 
 A block is `block_size` consecutive inputs of one output channel. It has its own scale, and a zero point unless it is
 symmetric. Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8 per token
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from limbeck.export.quantize.int8 import find_token_embedding, load_with_gemm_as_matmul
+from limbeck.export.quantize.experts import ExpertNode, find_expert_nodes, quantize_experts
+from limbeck.export.quantize.int8 import find_token_embedding, find_token_tables, load_with_gemm_as_matmul
 
 BLOCK_SIZES = (128, 64, 32, 16)
 LAYER = re.compile(r"(?:layers|h|layer|blocks)[./](\d+)[./]([a-z_]+)")
@@ -49,12 +50,12 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class WeightNode:
-    """A node that reads a weight: a product with a constant, or the lookup of the token embedding.
+    """A node that reads a weight: a product with a constant, or a lookup in a table of tokens.
 
     Attributes:
         output_name: the node's output.
         weight: name of the initializer.
-        outputs_first: the weight is (out, in), not (in, out).
+        outputs_first: the weight is (out, in), not (in, out): it is a table of tokens.
         group: part of the model that gets one format, such as "layers.3.mlp".
     """
 
@@ -74,12 +75,14 @@ class GraphWeights:
         model: onnx.ModelProto without its initializers.
         tensors: the initializers by name.
         weight_nodes: the nodes whose weight can be quantized, in the graph's order.
+        expert_nodes: the mixtures of experts.
         embedding: name of the token embedding; a tied head reads it too. None if there is none to quantize.
     """
 
     model: Any
     tensors: dict[str, Any]
     weight_nodes: list[WeightNode]
+    expert_nodes: list[ExpertNode]
     embedding: str | None
     _packed: dict[tuple[str, int, int, bool], tuple[np.ndarray, ...]] = field(default_factory=dict)
 
@@ -88,17 +91,15 @@ class GraphWeights:
         """Load the float32 file `graph`; its Gemm nodes become MatMul and Add."""
         model = load_with_gemm_as_matmul(graph)
         products, embedding = _find_weight_nodes(model.graph), find_token_embedding(model.graph)
+        experts = find_expert_nodes(model.graph, _group)
         tensors = {item.name: item for item in model.graph.initializer}
         del model.graph.initializer[:]
-        return cls(model, tensors, products, embedding)
+        return cls(model, tensors, products, experts, embedding)
 
     @property
-    def groups(self) -> dict[str, list[WeightNode]]:
-        """The weight nodes by the part of the model they belong to, in the graph's order."""
-        groups: dict[str, list[WeightNode]] = {}
-        for product in self.weight_nodes:
-            groups.setdefault(product.group, []).append(product)
-        return groups
+    def groups(self) -> list[str]:
+        """The parts of the model that get one format each, in the graph's order; experts come last."""
+        return list(dict.fromkeys(node.group for node in (*self.weight_nodes, *self.expert_nodes)))
 
     def pack(self, product: WeightNode, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
         """Quantize a weight of K inputs and N outputs, rounding to nearest. The result is cached.
@@ -108,19 +109,33 @@ class GraphWeights:
         """
         key = (product.weight, blocks.bits, blocks.block_size, blocks.symmetric)
         if key not in self._packed:
-            from onnx import numpy_helper
-
-            weight = numpy_helper.to_array(self.tensors[product.weight])
+            weight = self._array(product.weight)
             self._packed[key] = _pack(weight.T if product.outputs_first else weight, blocks)
         return self._packed[key]
+
+    def pack_experts(self, weight: str, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
+        """Quantize the weight (E, N, K) of E experts, as `pack` does. The codes of a row are one run of bytes."""
+        key = (weight, blocks.bits, blocks.block_size, blocks.symmetric)
+        if key not in self._packed:
+            packed = [_pack(each.T, blocks) for each in self._array(weight)]
+            rows = len(packed[0][0])
+            self._packed[key] = tuple(
+                np.stack([part.reshape(rows, -1) for part in parts]) for parts in zip(*packed, strict=True)
+            )
+        return self._packed[key]
+
+    def _array(self, weight: str) -> np.ndarray:
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self.tensors[weight])
 
     def clear_packed(self) -> None:
         """Free the cache of quantized weights."""
         self._packed.clear()
 
     def format_for(self, product: WeightNode, blocks: BlockFormat) -> BlockFormat | None:
-        """Return `blocks`, for the embedding with a block size that divides its width; None if none does."""
-        if product.weight != self.embedding:
+        """Return `blocks`, for a table with a block size that divides its width; None if none does."""
+        if not product.outputs_first:
             return blocks
         for block in BLOCK_SIZES:
             if block <= blocks.block_size and product.inputs % block == 0:
@@ -139,13 +154,18 @@ class GraphWeights:
             blocks = self.format_for(product, blocks) if blocks else None
             if blocks:
                 chosen[product.output_name] = (product, blocks)
+        experts = {node.output_name: node for node in self.expert_nodes if plan.get(node.group)}
         nodes, initializers = [], {}
         for node in model.graph.node:
             if node.output[0] in chosen:
                 product, blocks = chosen[node.output[0]]
-                for tensor in _tensors(product, blocks, self.pack(product, blocks), product.weight == self.embedding):
+                for tensor in _tensors(product, blocks, self.pack(product, blocks)):
                     initializers[tensor.name] = tensor
-                nodes += _nodes(node, product, blocks, product.weight == self.embedding)
+                nodes += _nodes(node, product, blocks)
+            elif node.output[0] in experts:
+                quantized, tensors = self._quantize_experts(node, experts[node.output[0]], plan)
+                initializers |= {tensor.name: tensor for tensor in tensors}
+                nodes.append(quantized)
             else:
                 nodes.append(node)
         nodes = _drop_unused_nodes(nodes, {item.name for item in model.graph.output})
@@ -158,10 +178,19 @@ class GraphWeights:
             model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
         return model
 
+    def _quantize_experts(
+        self, node: Any, experts: ExpertNode, plan: Mapping[str, BlockFormat | None]
+    ) -> tuple[Any, list[Any]]:
+        blocks = plan[experts.group]
+        assert blocks is not None
+        blocks = replace(blocks, block_size=experts.block_size(blocks, BLOCK_SIZES))
+        packed = [self.pack_experts(weight, blocks) for weight in experts.weights]
+        return quantize_experts(node, experts, blocks, packed)
+
 
 def _find_weight_nodes(graph: Any) -> list[WeightNode]:
     tensors = {item.name: item for item in graph.initializer if item.data_type == 1 and len(item.dims) == 2}
-    table = find_token_embedding(graph)
+    table, tables = find_token_embedding(graph), find_token_tables(graph)
     # optimum's head reads the table through a Transpose, the fused graph's through a Reshape to the same shape.
     views = {
         node.output[0]: node.input[0]
@@ -170,8 +199,8 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
     }
     found = []
     for node in graph.node:
-        if table and node.op_type == "Gather" and node.input[0] == table:
-            weight, outputs_first = table, True
+        if node.op_type == "Gather" and node.input[0] in tables:
+            weight, outputs_first = node.input[0], True
         elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in views:
             weight, outputs_first = views[node.input[1]], True
         elif node.op_type == "MatMul" and node.input[1] in tensors:
@@ -181,7 +210,7 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
         inputs, outputs = tensors[weight].dims
         if outputs_first:
             inputs, outputs = outputs, inputs
-        group = "embedding" if weight == table else _group(node.name or node.output[0])
+        group = "embedding" if weight in tables else _group(node.name or node.output[0])
         found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group))
     return found
 
@@ -209,18 +238,18 @@ def _names(product: WeightNode, blocks: BlockFormat) -> list[str]:
     return names if blocks.symmetric else [*names, f"{product.weight}_{blocks.bits}bits_zeros"]
 
 
-def _tensors(product: WeightNode, blocks: BlockFormat, packed: tuple[np.ndarray, ...], is_embedding: bool) -> list[Any]:
+def _tensors(product: WeightNode, blocks: BlockFormat, packed: tuple[np.ndarray, ...]) -> list[Any]:
     from onnx import numpy_helper
 
     tensors = list(packed)
     names = _names(product, blocks)
-    if is_embedding:  # the lookup reads a row as one run of bytes, a tied head reads it as blocks
+    if product.outputs_first:  # the lookup reads a row as one run of bytes, a tied head reads it as blocks
         tensors = [packed[0].reshape(len(packed[0]), -1), *packed[1:], np.array(packed[0].shape, np.int64)]
         names = [*names, f"{product.weight}_shape"]
     return [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
 
 
-def _nodes(node: Any, product: WeightNode, blocks: BlockFormat, is_embedding: bool) -> list[Any]:
+def _nodes(node: Any, product: WeightNode, blocks: BlockFormat) -> list[Any]:
     """Return the quantized form of a MatMul or of the lookup."""
     from onnx import helper
 
@@ -232,7 +261,7 @@ def _nodes(node: Any, product: WeightNode, blocks: BlockFormat, is_embedding: bo
             helper.make_node("GatherBlockQuantized", inputs, [out], node.name, gather_axis=0, quantize_axis=1, **common)
         ]
     before = []
-    if is_embedding:
+    if product.outputs_first:
         blocked = f"{names[0]}_blocked"
         before = [helper.make_node("Reshape", [names[0], f"{product.weight}_shape"], [blocked], blocked)]
         names = [blocked, *names[1:]]
