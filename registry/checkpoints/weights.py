@@ -84,8 +84,9 @@ def _describe_not_finite(name: str, tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or tensor.is_meta or tensor.sum().isfinite():
         return None
     nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())  # a sum of finite numbers may overflow
-    counts = [f"{count} {kind} values" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
-    return f"{name} has {' and '.join(counts)}".replace(" 1 NaN values", " 1 NaN value") if counts else None
+    counts = ((nan, "NaN"), (infinite, "infinite"))
+    found = [f"{count} {kind} value{'s' if count > 1 else ''}" for count, kind in counts if count]
+    return f"{name} has {' and '.join(found)}" if found else None
 
 
 def _listed(items: list[str]) -> str:

@@ -232,12 +232,12 @@ def test_nan_is_refused_with_its_task_and_document(
     broken = tmp_path / "broken"
     shutil.copytree(tiny_llama, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][:] = np.nan
+    weights["model.norm.weight"][:] = 3e38  # finite, but the logits overflow
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     if engine == "onnx":
-        from optimum.exporters.onnx import main_export
+        from limbeck.export.artifact.export import export_onnx
 
-        main_export(str(broken), tmp_path / "out", task="text-generation-with-past", do_validation=False)
+        export_onnx(broken, tmp_path / "out")
         broken = tmp_path / "out"
     write_task(sums, "say", [{"question": "1?", "answer": "1"}], **GSM8K)
     for task, *options in (["sums"], ["say"], ["say", "--gen-kwargs", "do_sample=true,temperature=1.0"]):

@@ -336,10 +336,10 @@ def test_a_nan_is_reported_with_its_pair(tiny_llama: Path, tmp_path: Path, onnx:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[77] = torch.nan  # tied: the logit of 77 is NaN everywhere
-        model.lm_head.weight = torch.nn.Parameter(torch.ones_like(model.lm_head.weight))
-    model.config.tie_word_embeddings = False
+    with torch.no_grad():  # all weights are finite, but the first layer overflows on token 77 alone
+        model.get_input_embeddings().weight[:, 0] = 0
+        model.get_input_embeddings().weight[77, 0] = 100
+        model.model.layers[0].input_layernorm.weight[0] = 3e38
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "nan")
     engine = load_engine(resolve_model(str(tmp_path / "nan" if kind == "torch" else onnx(tmp_path / "nan"))))

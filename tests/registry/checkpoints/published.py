@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -50,8 +51,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
            final_logit_softcapping=30.0, hidden_act="gelu_pytorch_tanh"),
     "Gemma 3": GEMMA
     | dict(architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", attn_logit_softcapping=None,
-           final_logit_softcapping=None, rope_local_base_freq=10000, rope_scaling={"factor": 8.0, "rope_type": "linear"},
-           rope_theta=1000000, sliding_window_pattern=2),
+           final_logit_softcapping=None, rope_local_base_freq=10000, rope_theta=1000000,
+           rope_scaling={"factor": 8.0, "rope_type": "linear"}, sliding_window_pattern=2),
     "Phi-3 128k": PHI,
     "Phi-4-mini": PHI
     | dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False, partial_rotary_factor=0.75,
@@ -111,3 +112,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
            tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.38.0", use_cache=True,
            use_qkv_bias=True),
 }  # fmt: skip
+
+
+def make_model(raw: dict[str, Any]) -> Any:
+    """A randomly initialised model from the content of a config.json, as transformers reads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    values = copy.deepcopy(raw)
+    config = CONFIG_MAPPING[values.pop("model_type")](**values)
+    config.dtype = torch.float32
+    return AutoModelForCausalLM.from_config(config).eval()
