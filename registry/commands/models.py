@@ -166,8 +166,11 @@ def _print_findings(scorecards: Sequence[Scorecard], parity: Parity | None, verd
         if len(scorecards) > 1:
             print_status(f"  and {len(scorecards) - 1} older scorecards; --format json prints them all")
     if parity:
-        figures = parity.model_dump(exclude={"reference", "precision"}, exclude_none=True)
-        print_table("compared with PyTorch, on held-out text", ["field", "value"], _format_figures(figures))
+        in_words = {"lengths", "lengths_not_reached", "reading"}
+        figures = parity.model_dump(exclude={"reference", "precision", *in_words}, exclude_none=True)
+        rows = [*_format_figures(figures), ("lengths", parity.describe_lengths())]
+        rows.append(("files read by the loader", parity.describe_reading()))
+        print_table("compared with PyTorch, on held-out text", ["field", "value"], rows)
     if verdicts:
         rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
         print_table(f"newest gate decision: {verdicts[-1].outcome}", ["rule", "outcome", "numbers"], rules)
