@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # Mark of a version -> what it means for the licences of what it learnt from.
 LICENCE_MARKS = {
     "!": "a licence of what it learnt from forbids learning from it",
-    "?": "it is unknown whether the licences of what it learnt from allow it: set teacher.licence in the recipe, or give "
-    "limbeck register its --parent",
+    "?": "it is unknown whether the licences of what it learnt from allow it: set teacher.licence in the recipe, "
+    "or give limbeck register its --parent",
 }
 
 

@@ -168,8 +168,8 @@ def _print_findings(scorecards: Sequence[Scorecard], parity: Parity | None, verd
     if parity:
         in_words = {"lengths", "lengths_not_reached", "reading"}
         figures = parity.model_dump(exclude={"reference", "precision", *in_words}, exclude_none=True)
-        rows = [*_format_figures(figures), ("lengths", parity.describe_lengths())]
-        rows.append(("files read by the loader", parity.describe_reading()))
+        rows = [*_format_figures(figures), ("long texts", parity.describe_lengths())]
+        rows.append(("the checkpoint, as loaded", parity.describe_reading()))
         print_table("compared with PyTorch, on held-out text", ["field", "value"], rows)
     if verdicts:
         rules = [(rule.rule, rule.outcome, rule.message) for rule in verdicts[-1].rules]
