@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.checkpoints.checked import check_model, note_facts
-from limbeck.registry.checkpoints.tokenizers import check_tokenizer, load_exactly
-from limbeck.registry.core.errors import BadInput
+from limbeck.registry.checkpoints.tokenizers import load_as_stated
+from limbeck.registry.core.errors import BadInput, LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,19 +41,15 @@ def load_tokenizer(
 
     For the arguments see `load_config`. Raises BadInput if it has none, or if its files contradict each other.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_options(trust_remote_code))
+        tokenizer, found = load_as_stated(folder, _options(trust_remote_code))
+    except LimbeckError:
+        raise
     except Exception as error:  # transformers raises exceptions of any type, AttributeError without a tokenizer
-        try:
-            tokenizer = load_exactly(folder)
-        except Exception:
-            raise BadInput(
-                f"{label or folder} has no tokenizer that transformers can load: {_first_line(error)}",
-                fix="the folder needs the tokenizer files that save_pretrained writes",
-            ) from error
-    tokenizer, found = check_tokenizer(tokenizer, folder)
+        raise BadInput(
+            f"{label or folder} has no tokenizer that transformers can load: {_first_line(error)}",
+            fix="the folder needs the tokenizer files that save_pretrained writes",
+        ) from error
     note_facts(folder, tokenizer=found)
     return tokenizer
 
@@ -90,4 +86,6 @@ def _options(trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    name = type(error).__name__
+    line = (str(error).strip().splitlines() or [name])[0]
+    return f"{name}: {line}" if isinstance(error, KeyError) else line  # a KeyError has no more text than the key

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.core.errors import BadInput
 
@@ -43,6 +43,27 @@ PROBE = (
 )
 MODEL_FLAGS = ("unk_token", "byte_fallback", "fuse_unk", "ignore_merges", "dropout", "continuing_subword_prefix")
 MOST_SPECIAL = 20  # of either end of the list of added tokens
+
+
+def load_as_stated(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, str]:
+    """Load the tokenizer of a folder with the rules of its tokenizer.json.
+
+    Args:
+        options: of transformers' `from_pretrained`.
+
+    Returns the tokenizer and what `check_tokenizer` found. Raises what transformers raises, and BadInput if the files
+    contradict each other.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises exceptions of any type
+        if not (folder / FILE).is_file() or "trust_remote_code" in str(error):
+            raise
+        tokenizer, found = check_tokenizer(load_exactly(folder), folder)
+        return tokenizer, f"{found}, loaded as it is since its class cannot be loaded"
+    return check_tokenizer(tokenizer, folder)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[PreTrainedTokenizerBase, str]:
