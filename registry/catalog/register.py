@@ -101,24 +101,21 @@ def describe_unknown_lineage(version: Version) -> list[str]:
 
 def _describe_checkpoint(store: Store, model: ResolvedModel, statement: Statement) -> NewVersion:
     """The record of a PyTorch model, without what only loading it shows."""
-    kind = statement.kind or "student"
-    fields: dict[str, Any] = {"recipe": "teacher"} if kind == "teacher" else {}
+    kind = statement.kind or (model.version.kind if model.version else "student")
+    new = NewVersion(name=statement.name, kind=kind)
+    original = version_of_model(store, model)  # the same files, registered under another name
     if kind == "teacher":
         if statement.parent:
             raise BadInput(
                 "a teacher has no --parent", fix="leave it out, or register a student: it can be a teacher too"
             )
-        copied = version_of_model(store, model)  # a student of which it is a copy, as for the teacher of a recipe
-        fields |= {"parent": copied.ref if copied else None}
+        parent = original.ref if original else None  # as for the teacher of a recipe
+        new = new.model_copy(update={"recipe": "teacher", "parent": parent})
     elif statement.parent:
-        fields |= _fields_of_teacher(store, _parent(store, model, statement.parent))
-    return NewVersion(
-        name=statement.name,
-        kind=kind,
-        licence=statement.licence or licence_of_model(model),
-        data_licence=statement.data_licence,
-        **fields,
-    )
+        new = new.model_copy(update=_fields_of_teacher(store, _parent(store, model, statement.parent)))
+    elif original and original.kind == kind:
+        new = _record_of(original, statement.name)
+    return _add_licences(new, model, statement)
 
 
 def _fields_of_teacher(store: Store, teacher: Version) -> dict[str, Any]:
@@ -153,15 +150,24 @@ def _describe_artifact(store: Store, model: ResolvedModel, statement: Statement)
     else:
         found = _versions_of_files(store, reference, statement.name)
         parent = found[0] if found else None
-    fields = {"licence": statement.licence or licence_of_model(model), "data_licence": statement.data_licence}
     if parent is None:
-        return NewVersion(name=statement.name, kind="onnx", engine="onnxruntime", precision=precision, **fields)
-    new = parent.onnx_variant(precision)
-    for field, stated in fields.items():
-        _require_equal(parent.ref, field, getattr(new, field), getattr(statement, field))
-        if getattr(new, field) is None:
-            new = new.model_copy(update={field: stated})
-    return new.model_copy(update={"name": statement.name})
+        new = NewVersion(name=statement.name, kind="onnx", engine="onnxruntime", precision=precision)
+    else:
+        new = parent.onnx_variant(precision).model_copy(update={"name": statement.name})
+        _require_equal(parent.ref, "licence", parent.licence, statement.licence)
+        _require_equal(parent.ref, "data_licence", parent.data_licence, statement.data_licence)
+    return _add_licences(new, model, statement)
+
+
+def _add_licences(new: NewVersion, model: ResolvedModel, statement: Statement) -> NewVersion:
+    """The record with the licences that are stated, else those that it has, else that of the model's card."""
+    licence = statement.licence or new.licence or licence_of_model(model)
+    return new.model_copy(update={"licence": licence, "data_licence": statement.data_licence or new.data_licence})
+
+
+def _record_of(version: Version, name: str) -> NewVersion:
+    """The record of the same files under another name."""
+    return NewVersion(**version.model_dump(include=set(NewVersion.model_fields)) | {"name": name})
 
 
 def _parent(store: Store, model: ResolvedModel, text: str) -> Version:

@@ -110,6 +110,19 @@ def test_a_teacher_is_registered_as_a_recipe_registers_it(register: Register, st
     assert register(tiny_llama, name="third", kind="teacher").version.parent == student.ref  # a copy of a student
 
 
+def test_the_files_of_a_student_keep_its_lineage_under_another_name(
+    register: Register, store: Store, tiny_llama: Path, teacher: Version
+) -> None:
+    first = register(tiny_llama, name="first", parent=teacher.ref, data_licence="cc-by-4.0").version
+    lineage = {"parent", "teacher", "teacher_licence", "data_licence", "licence_allows_distillation", "params", "kind"}
+    for name, model in (("second", tiny_llama), ("third", first.ref)):
+        version = register(model, name=name, licence="mit").version
+        assert version.model_dump(include=lineage) == first.model_dump(include=lineage)
+        assert (version.name, version.licence) == (name, "mit")
+    corrected = register(tiny_llama, name="fourth", data_licence="mit").version
+    assert (corrected.parent, corrected.data_licence) == (teacher.ref, "mit")
+
+
 def test_an_onnx_artifact_finds_its_pytorch_model(
     register: Register,
     store: Store,

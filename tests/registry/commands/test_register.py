@@ -44,6 +44,7 @@ def test_from_a_checkpoint_to_a_served_alias(
     (tmp_path / "pairs.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     (tmp_path / "policy.toml").write_text(POLICY)
     commands = (
+        ("register", tiny_llama, "--name", "alone"),
         ("register", tiny_qwen2, "--name", "made", "--kind", "teacher", "--licence", "mit"),
         ("register", tiny_llama, "--name", "made", "--parent", "made/1"),
         ("export", "made/2", "--precision", "fp32"),
@@ -55,7 +56,6 @@ def test_from_a_checkpoint_to_a_served_alias(
         assert done.code == 0, done.err
     assert find_onnx_artifact("made@production").name == "made/3"
     # The same model without its teacher: it can be scored against any, and its licence is not settled.
-    limbeck("register", tiny_llama, "--name", "alone")
     limbeck("export", "alone/1", "--precision", "fp32")
     limbeck("eval", "alone/2", "--tasks", "pairs", "--include-path", tmp_path, "--against", "made/1", "--no-cost")
     refused = limbeck("promote", "alone")
