@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,7 +17,7 @@ from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.toml import describe_error
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
-from limbeck.registry.records import NewVersion, Parity, Version
+from limbeck.registry.records import Kind, NewVersion, Parity, Version
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # of the weights of a PyTorch model
 
@@ -36,7 +36,7 @@ class Statement:
     """
 
     name: str
-    kind: Literal["teacher", "student"] | None = None
+    kind: Kind | None = None
     parent: str | None = None
     licence: str | None = None
     data_licence: str | None = None
@@ -139,6 +139,7 @@ def _describe_artifact(store: Store, model: ResolvedModel, statement: Statement)
             f"{model.label} was not exported by Limbeck: it has no {MANIFEST} with its PyTorch model",
             fix="register the PyTorch model, then: limbeck export NAME/VERSION",
         )
+    parent: Version | None
     if statement.parent:
         parent = _parent(store, model, statement.parent)
         if parent.digest != reference:
