@@ -14,7 +14,7 @@ from limbeck.evals.engines.onnx_graph import LOGIT_POSITIONS, TREE_MASK, open_se
 from limbeck.evals.engines.probe import HALF_PRECISION_TOLERANCE, TOLERANCE, SharingProbe
 from limbeck.evals.engines.torch_batches import additive_mask, target_logprobs
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape
+from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, grows
 
 
 class OnnxForward:
@@ -46,7 +46,7 @@ class OnnxForward:
 
     def max_shared_tokens(self, tokens: int) -> int:
         """See `batches.Forward.max_shared_tokens`."""
-        if TREE_MASK not in self._inputs or "position_ids" not in self._inputs:
+        if TREE_MASK not in self._inputs or "position_ids" not in self._inputs or not all(map(grows, self._past)):
             return 0
         return self._probe.max_shared_tokens(tokens)
 

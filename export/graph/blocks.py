@@ -40,7 +40,11 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
         graph.keys_and_values[index] = qkv[1:]
     else:
         qkv[1:] = graph.keys_and_values[attention.kv_layer]
-    return graph.linear(_attend(graph, attention, name, index, qkv), attention.output)
+    y = _attend(graph, attention, name, index, qkv)
+    if attention.gate:
+        gate = graph.node("Sigmoid", [graph.linear(x, attention.gate)], f"{name}.attention.gate")
+        y = graph.node("Mul", [y, gate], f"{name}.attention.gated")
+    return graph.linear(y, attention.output)
 
 
 def _attend(graph: GraphBuilder, attention: Attention, name: str, index: int, qkv: list[str]) -> str:

@@ -63,6 +63,7 @@ class Attention:
             float32 or None.
         kv_layer: the index of an earlier layer whose keys and values are read (Brandon et al., arXiv 2405.12981), and
             `qkv` has the queries only; None if the layer has its own.
+        gate: its sigmoid multiplies what the heads give, before `output`; may be None.
     """
 
     qkv: Linear
@@ -82,6 +83,48 @@ class Attention:
     v_norm: Norm | None = None
     sinks: np.ndarray | None = None
     kv_layer: int | None = None
+    gate: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Each channel of a token and of the tokens before it, times weight (C, width), plus bias (C,) or None: float32."""
+
+    name: str
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """output(after * convolution(before * value)), where before, after and value are what `input` gives (LFM2)."""
+
+    input: Linear
+    convolution: Convolution
+    output: Linear
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """Gated delta rule (Yang et al., arXiv 2412.06464): a matrix per head, which each token decays and corrects.
+
+    Attributes:
+        input: gives queries, keys and values, which are convolved; then a gate for each value, and a rate of update
+            and a decay for each value head.
+        decay_bias, decay_scale: (value_heads,) float32; the decay is exp(decay_scale * softplus(decay + decay_bias)).
+        norm: of what each value head gives; the silu of the gate multiplies it.
+    """
+
+    input: Linear
+    convolution: Convolution
+    decay_bias: np.ndarray
+    decay_scale: np.ndarray
+    norm: Norm
+    output: Linear
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
 
 
 @dataclass(frozen=True)
@@ -169,12 +212,12 @@ class TokenInput:
 class Layer:
     """x += after_attention(attention(before_attention(x))), then the same with the MLP; a norm may be None.
 
-    In a parallel layer, attention and MLP both read the layer's input. At the end, `token_input` is added if it is not
-    None, and x is multiplied by `scale`.
+    In a parallel layer, attention and MLP both read the layer's input. A recurrence may stand in place of attention.
+    At the end, `token_input` is added if it is not None, and x is multiplied by `scale`.
     """
 
     name: str
-    attention: Attention
+    attention: Attention | ShortConvolution | GatedDelta
     mlp: MLP | Experts
     before_attention: Norm | None
     before_mlp: Norm | None

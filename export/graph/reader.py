@@ -52,10 +52,7 @@ class ModelReader:
 
     def concatenate_linears(self, name: str, *modules: Any) -> Linear:
         """Read several products of the same input as one, with the outputs side by side."""
-        parts = [self.linear(module) for module in modules]
-        biases = [np.zeros(p.weight.shape[1], np.float32) if p.bias is None else p.bias for p in parts]
-        bias = None if all(p.bias is None for p in parts) else np.concatenate(biases)
-        return Linear(name, np.concatenate([p.weight for p in parts], axis=1), bias)
+        return join_linears(name, *map(self.linear, modules))
 
     def norm(self, module: Any, size: int | None = None) -> Norm:
         """Read a layer norm or an RMS norm: which one, and whether it adds 1 to its weight, is seen by running it.
@@ -122,6 +119,13 @@ class ModelReader:
         if head.weight is not embedding.weight:
             return self.linear(head), None
         return None, None if head.bias is None else self.array(head.bias)
+
+
+def join_linears(name: str, *parts: Linear) -> Linear:
+    """Return several products of the same input as one, with the outputs side by side."""
+    biases = [np.zeros(p.weight.shape[1], np.float32) if p.bias is None else p.bias for p in parts]
+    bias = None if all(p.bias is None for p in parts) else np.concatenate(biases)
+    return Linear(name, np.concatenate([p.weight for p in parts], axis=1), bias)
 
 
 def _norms_like(norm: Norm, module: Any) -> bool:

@@ -13,8 +13,9 @@ import numpy as np
 
 from limbeck.export.graph.blocks import write_attention, write_mlp
 from limbeck.export.graph.builder import GraphBuilder
-from limbeck.export.graph.decoder import Decoder, Experts
+from limbeck.export.graph.decoder import Attention, Decoder, Experts, GatedDelta, Layer, ShortConvolution
 from limbeck.export.graph.experts import write_experts
+from limbeck.export.graph.recurrent import write_gated_delta, write_padding, write_short_convolution
 from limbeck.export.graph.save import save_graph
 from limbeck.export.graph.token_inputs import write_layer_end, write_token_inputs
 
@@ -39,6 +40,8 @@ def _graph_of_decoder(decoder: Decoder) -> onnx.ModelProto:
 
     graph = GraphBuilder()
     _mask(graph, decoder)
+    if any(not isinstance(layer.attention, Attention) for layer in decoder.layers):
+        write_padding(graph)
     _logits(graph, decoder, _layers(graph, decoder, _embed(graph, decoder)))
     inputs, outputs = _signature(decoder)
     proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
@@ -71,7 +74,7 @@ def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
     h = graph.norm(x, first) if first else x
     following = [layer.before_attention for layer in decoder.layers[1:]] + [decoder.norm]
     for index, (layer, after) in enumerate(zip(decoder.layers, following, strict=True)):
-        attended = write_attention(graph, layer.attention, layer.name, index, h)
+        attended = _mix(graph, layer, index, h)
         if layer.after_attention:
             attended = graph.norm(attended, layer.after_attention)
         if layer.parallel:
@@ -92,6 +95,15 @@ def _layers(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
         else:
             x, h = graph.add_and_norm(x, y, after, f"{layer.name}.out")
     return h
+
+
+def _mix(graph: GraphBuilder, layer: Layer, index: int, x: str) -> str:
+    """Write the layer's attention, or what stands in its place."""
+    if isinstance(layer.attention, ShortConvolution):
+        return write_short_convolution(graph, layer.attention, layer.name, index, x)
+    if isinstance(layer.attention, GatedDelta):
+        return write_gated_delta(graph, layer.attention, layer.name, index, x)
+    return write_attention(graph, layer.attention, layer.name, index, x)
 
 
 def _mask(graph: GraphBuilder, decoder: Decoder) -> None:
@@ -168,10 +180,20 @@ def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:
     width = decoder.head.weight.shape[1] if decoder.head else len(decoder.embedding)
     outputs = [value("logits", TensorProto.FLOAT, batch, new, width)]
     for index, layer in enumerate(decoder.layers):
-        if layer.attention.kv_layer is not None:
-            continue
-        heads, size = layer.attention.kv_heads, layer.attention.head_size
-        for part in ("key", "value"):
-            inputs.append(value(f"past_key_values.{index}.{part}", TensorProto.FLOAT, batch, heads, past, size))
-            outputs.append(value(f"present.{index}.{part}", TensorProto.FLOAT, batch, heads, total, size))
+        for part, before, after in _cache_shapes(layer.attention, past, total):
+            inputs.append(value(f"past_key_values.{index}.{part}", TensorProto.FLOAT, batch, *before))
+            outputs.append(value(f"present.{index}.{part}", TensorProto.FLOAT, batch, *after))
     return inputs, outputs
+
+
+def _cache_shapes(mixer: Attention | ShortConvolution | GatedDelta, past: str, total: str) -> list[Any]:
+    """Return the name of each part of a layer's cache, and its shapes for one row, before and after a run."""
+    if isinstance(mixer, Attention):
+        heads, size = mixer.kv_heads, mixer.head_size
+        parts = ("key", "value") if mixer.kv_layer is None else ()
+        return [(part, (heads, past, size), (heads, total, size)) for part in parts]
+    channels, width = mixer.convolution.weight.shape
+    shapes = {"conv": (width - 1, channels)}
+    if isinstance(mixer, GatedDelta):
+        shapes["recurrent"] = (mixer.value_heads, mixer.value_size, mixer.key_size)
+    return [(part, shape, shape) for part, shape in shapes.items()]

@@ -30,15 +30,16 @@ class Batch:
 
     Args:
         session: the loaded artifact.
-        prefix_cache_tokens: size of the prefix cache, in tokens; 0 disables it. A GPU has no prefix reuse.
+        prefix_cache_tokens: size of the prefix cache, in tokens; 0 disables it. There is no prefix reuse on a GPU, nor
+            with recurrent states, of which no part belongs to a prefix.
     """
 
     def __init__(self, session: Session, prefix_cache_tokens: int = PREFIX_CACHE_TOKENS) -> None:
         self._slots: list[Slot] = []
         self._cache: StaticCache | DynamicCache = StaticCache(session) if session.is_fused else DynamicCache(session)
         # On a GPU every reuse would copy the cache through main memory.
-        self._prefix_cache = PrefixCache(prefix_cache_tokens if session.device == "cpu" else 0)
-        self._can_reuse = session.device == "cpu"
+        self._can_reuse = session.device == "cpu" and not session.is_recurrent
+        self._prefix_cache = PrefixCache(prefix_cache_tokens if self._can_reuse else 0)
 
     def add_prompt(self, prompt: Sequence[int]) -> Slot:
         """Add a row for a prompt of token ids, at least one. Computes nothing yet: call `prefill`."""

@@ -12,12 +12,12 @@ import onnxruntime as ort
 
 
 class Buffer:
-    """A (rows, heads, width, head size) tensor of keys or values of one layer.
+    """A (rows, heads, width, head size) tensor of keys or values of one layer, or (rows, ...) recurrent states.
 
     Uninitialized: each row is valid up to its slot's length. On Linux, pages that were never written take no memory.
 
     Args:
-        shape: (rows, heads, width, head size); width in tokens.
+        shape: (rows, heads, width, head size), width in tokens; or (rows, ...).
         dtype: numpy's type of the elements.
         device: "cpu" or "cuda".
     """

@@ -47,6 +47,7 @@ class Session:
             longer than its input (`DynamicCache`).
         past_inputs: the cache's inputs, by name.
         present_names: the cache's outputs, in the order of `past_inputs`.
+        is_recurrent: parts of the cache are recurrent states, which hold all tokens so far and do not grow.
         input_names: the other inputs.
         logits_type: numpy's type of the logits.
         eos_token_ids: the tokens that end a text.
@@ -85,6 +86,7 @@ class Session:
         self.logits_type = NUMPY_TYPES.get(logits.type, np.float32)
         self.past_inputs = {name: item for name, item in inputs.items() if name.startswith("past_key_values.")}
         self.present_names = [name.replace("past_key_values.", "present.", 1) for name in self.past_inputs]
+        self.is_recurrent = not all(map(grows, self.past_inputs.values()))
         self.input_names = inputs.keys() - self.past_inputs.keys()
         unknown = sorted(self.input_names - {"input_ids", "attention_mask", "position_ids"})
         missing = [name for name in ("logits", *self.present_names) if name not in outputs]
@@ -236,7 +238,7 @@ class Session:
         Args:
             tokens, position_ids: (B, T) int64.
             mask: (B, P + T) int64, 0 for padding, where P is the cache's length.
-            cache: a (B, heads, P, head size) value for each past input, as from `empty_cache` or a run before.
+            cache: a (B, heads, P, head size) value or a state for each past input, from `empty_cache` or a run before.
             return_cache: compute the new cache too.
 
         Returns:
@@ -256,10 +258,11 @@ class Session:
         return logits.numpy(), present
 
     def empty_cache(self, batch_size: int) -> list[ort.OrtValue]:
-        """A cache of length 0: a value for each past input, in the graph's layout."""
-        make = ort.OrtValue.ortvalue_from_shape_and_type
+        """A cache of length 0: a value for each past input, in the graph's layout. A recurrent state is 0."""
         return [
-            make(empty_past_shape(item, batch_size), self.numpy_type(item), self.device, 0)
+            ort.OrtValue.ortvalue_from_numpy(
+                np.zeros(empty_past_shape(item, batch_size), self.numpy_type(item)), self.device, 0
+            )
             for item in self.past_inputs.values()
         ]
 
@@ -285,6 +288,11 @@ def _check_device(device: str) -> None:
             f"the installed onnxruntime {ort.__version__} has no {PROVIDERS[device][0]}",
             fix="install Limbeck's extra `gpu` in place of onnxruntime (README), or use --device cpu",
         )
+
+
+def grows(item: ort.NodeArg) -> bool:
+    """Whether a past input has a size for the tokens so far: keys and values have, a recurrent state has none."""
+    return any(not isinstance(size, int) and "batch" not in str(size) for size in item.shape)
 
 
 def empty_past_shape(item: ort.NodeArg, batch_size: int) -> list[int]:

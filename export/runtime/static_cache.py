@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from limbeck.export.runtime.buffers import Buffer, ortvalue_to_numpy
+from limbeck.export.runtime.session import grows
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
+
     from limbeck.export.runtime.session import Session
     from limbeck.export.runtime.slot import Slot
 
@@ -25,7 +28,7 @@ MIN_LENGTH_RATIO = 0.75  # prompts share a run if the shortest has at least this
 
 
 class StaticCache:
-    """The keys and values of slots, for a graph whose metadata say `limbeck.graph` = "fused".
+    """The keys and values of slots, for a graph whose metadata say `limbeck.graph` = "fused"; and recurrent states.
 
     Args:
         session: the loaded artifact.
@@ -47,6 +50,10 @@ class StaticCache:
             self._resize(max(1, 2 * len(self._rows)), max(self._width, self._next_width(needed)))
         slot.row = self._rows.index(None)
         self._rows[slot.row] = slot
+        for buffer, item in zip(self._buffers, self._session.past_inputs.values(), strict=True):
+            if not grows(item):
+                with buffer.edit() as array:
+                    array[slot.row] = 0
 
     def remove(self, slot: Slot) -> None:
         """Free a slot's row."""
@@ -161,13 +168,13 @@ class StaticCache:
         outside = [slot for slot in slots if slot.row >= len(slots)]
         holes = sorted(set(range(len(slots))) - set(rows))
         moves = [(slot, self._rows[hole], hole) for slot, hole in zip(outside, holes, strict=True)]
-        for buffer in self._buffers:
+        for buffer, item in zip(self._buffers, self._session.past_inputs.values(), strict=True):
             with buffer.edit() as array:
                 for slot, other, hole in moves:
-                    displaced = array[hole, :, : other.length].copy() if other else None
-                    array[hole, :, : slot.length] = array[slot.row, :, : slot.length]
+                    displaced = _used_part(array[hole], item, other).copy() if other else None
+                    _used_part(array[hole], item, slot)[:] = _used_part(array[slot.row], item, slot)
                     if other is not None:
-                        array[slot.row, :, : other.length] = displaced
+                        _used_part(array[slot.row], item, other)[:] = displaced
         for slot, other, hole in moves:
             self._rows[hole], self._rows[slot.row] = slot, other
             if other:
@@ -189,16 +196,29 @@ class StaticCache:
         session = self._session
         self._buffers = self._buffers or [None] * len(session.past_inputs)  # type: ignore[list-item]
         for index, item in enumerate(session.past_inputs.values()):
-            old, (_, heads, _, size) = self._buffers[index], item.shape
-            new = Buffer((rows, heads, width, size), session.numpy_type(item), session.device)
+            old = self._buffers[index]
+            shape = [rows, *item.shape[1:]]
+            if grows(item):
+                shape[2] = width
+            elif old and old.shape[0] == rows:
+                continue
+            new = Buffer(tuple(shape), session.numpy_type(item), session.device)
+            if not grows(item):
+                with new.edit() as after:
+                    after[:] = 0
             if any(slot and slot.length for slot in self._rows):
                 with old.edit() as before, new.edit() as after:
                     for row, slot in enumerate(self._rows):
                         if slot:
-                            after[row, :, : slot.length] = before[row, :, : slot.length]
+                            _used_part(after[row], item, slot)[:] = _used_part(before[row], item, slot)
             self._buffers[index] = new
         self._rows += [None] * (rows - len(self._rows))
         self._width, self._bound_step = width, None
+
+
+def _used_part(row: np.ndarray, item: ort.NodeArg, slot: Slot) -> np.ndarray:
+    """View what a slot uses of its row of a buffer: the tokens so far, or all of a recurrent state."""
+    return row[:, : slot.length] if grows(item) else row
 
 
 class _BoundStep:

@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.session import NUMPY_TYPES, PREFILL_LOGITS
+from limbeck.export.runtime.session import NUMPY_TYPES, PREFILL_LOGITS, grows
 from limbeck.export.runtime.slot import Slot
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
@@ -374,10 +374,10 @@ def _length(row: Row) -> int:
 
 
 def _bytes_per_token(runtime: Runtime) -> int:
-    """Bytes of the key-value cache for one token of one row."""
+    """Bytes of the key-value cache for one token of one row. A recurrent state does not grow with its tokens."""
     total = 0
-    for item in runtime.onnx_session.get_inputs():
-        if item.name.startswith("past_key_values."):
+    for item in runtime.past_inputs.values():
+        if grows(item):
             fixed = [size for size in item.shape if isinstance(size, int)]
             total += int(np.prod(fixed)) * np.dtype(NUMPY_TYPES[item.type]).itemsize
     return max(1, total)

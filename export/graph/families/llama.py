@@ -76,6 +76,7 @@ class Style:
         multipliers: Granite's: `embedding_multiplier` and `residual_multiplier` of the configuration apply.
         logit_scale: returns the factor of the logits.
         logit_softcap: `final_logit_softcapping` of the configuration applies.
+        score_softcap: `attn_logit_softcapping` of the configuration applies.
         clip: `clip_qkv` of the configuration applies.
         query_scale: returns the factors of the queries at each of this many positions, float32.
         read_qkv: reads the product of an attention module that gives queries, keys and values.
@@ -95,6 +96,7 @@ class Style:
     multipliers: bool = False
     logit_scale: Callable[[Any], float] = lambda config: 1.0
     logit_softcap: bool = False
+    score_softcap: bool = False
     clip: bool = False
     query_scale: Callable[[Any, int], np.ndarray] | None = None
     read_qkv: Callable[[ModelReader, Any], Linear] = read_qkv
@@ -141,7 +143,9 @@ def describe_llama(reader: ModelReader, model: Any, style: Style = LLAMA) -> Dec
     )
 
 
-def _read_layer(reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary | None, window: int) -> Layer:
+def _read_layer(
+    reader: ModelReader, layer: Any, config: Any, style: Style, rotary: Rotary | None, window: int
+) -> Layer:
     norms = read_norms(reader, layer, style.norms, config.hidden_size)
     factors = {"after_attention": 1.0, "after_mlp": 1.0}
     if style.multipliers:  # of what is added to the residual sum: it goes into the last weight before that
@@ -164,13 +168,13 @@ def read_attention(
     heads, size, qkv = config.num_attention_heads, module.head_dim, style.read_qkv(reader, module)
     return Attention(
         qkv=qkv,
-        output=reader.linear(first_part(module, "o_proj", "dense"), scale),
+        output=reader.linear(first_part(module, "o_proj", "out_proj", "dense"), scale),
         heads=heads,
         kv_heads=(qkv.weight.shape[1] // size - heads) // 2,
         head_size=size,
         scale=float(module.scaling),
         rotary=rotary,
-        softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
+        softcap=float(config.attn_logit_softcapping or 0.0) if style.score_softcap else 0.0,
         q_norm=_read_head_norm(reader, module, size, "q_norm", "q_layernorm", "query_layernorm"),
         k_norm=_read_head_norm(reader, module, size, "k_norm", "k_layernorm", "key_layernorm"),
         sinks=reader.array(module.sinks) if hasattr(module, "sinks") else None,

@@ -8,7 +8,7 @@ import numpy as np
 
 from limbeck.export.graph.decoder import MLP, Experts, Linear, Router
 from limbeck.export.graph.families.llama import gated_mlp
-from limbeck.export.graph.families.parts import mlp_activation
+from limbeck.export.graph.families.parts import first_part
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -21,16 +21,16 @@ def read_experts(
         scale: multiplies the output.
         sigmoid: the router's scores are the sigmoid of its logits, not the softmax.
     """
-    block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    block = first_part(layer, "mlp", "block_sparse_moe", "feed_forward")
     if not hasattr(block, "experts"):
         return gated_mlp(reader, block, config, scale)
-    if mlp_activation(config) != "silu":
-        raise UnsupportedModel(f"experts with the activation {config.hidden_act!r}: onnxruntime's CPU has silu only")
+    if not _is_silu(block.experts.act_fn):
+        raise UnsupportedModel("experts with an activation that is not silu: onnxruntime's CPU has no other")
     module, name = block.experts, f"{reader.name(block)}.experts"
     router, factor = _read_router(reader, block, sigmoid)
     gate, up = np.split(reader.array(module.gate_up_proj), 2, axis=1)
     # The MLP that every token runs is in the block of experts, or beside it in the layer.
-    shared = _part(block, "shared_expert", "shared_experts", "shared_mlp") or _part(layer, "shared_mlp")
+    shared = first_part(block, "shared_expert", "shared_experts", "shared_mlp") or first_part(layer, "shared_mlp")
     factor *= scale
     down = reader.array(module.down_proj)
     return Experts(
@@ -43,9 +43,11 @@ def read_experts(
     )
 
 
-def _part(owner: Any, *names: str) -> Any:
-    """Return the first of these attributes that is not None, or None."""
-    return next((part for part in (getattr(owner, name, None) for name in names) if part is not None), None)
+def _is_silu(activation: Any) -> bool:
+    import torch
+
+    x = torch.linspace(-4, 4, 9)
+    return torch.allclose(activation(x), torch.nn.functional.silu(x))
 
 
 def _read_router(reader: ModelReader, block: Any, sigmoid: bool) -> tuple[Router, float]:
@@ -54,10 +56,9 @@ def _read_router(reader: ModelReader, block: Any, sigmoid: bool) -> tuple[Router
     if getattr(module, "num_group", 1) > 1:
         raise UnsupportedModel("experts that are chosen in groups")
     weights = getattr(module, "wg", module)
-    owners = (module, block, getattr(module, "moe_statics", None))
-    bias = next(
-        (part for part in (_part(owner, "e_score_correction_bias") for owner in owners) if part is not None), None
-    )
+    owners = (getattr(module, "moe_statics", module), block)
+    biases = [first_part(owner, "e_score_correction_bias", "expert_bias") for owner in owners]
+    bias = next((part for part in biases if part is not None), None)
     router = Router(
         Linear(reader.name(module), reader.array(weights.weight).T),
         module.top_k,

@@ -48,7 +48,7 @@ def rotary_positions(config: Any) -> tuple[int, int | None]:
     only above `max_position_embeddings`.
     """
     positions, parameters = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
-    groups = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     originals = [group["original_max_position_embeddings"] for group in groups if group.get("rope_type") == "longrope"]
     limit = min((original for original in originals if original < positions), default=None)
     return limit or positions, limit

@@ -66,7 +66,8 @@ EXAONE4 = Style(
     window=layer_window,
     has_rotary=lambda module: module.sliding_window is None or module.is_sliding,
 )
-GEMMA2 = Style(norms=NORMS_AROUND, window=layer_window, logit_softcap=True, refused=("use_bidirectional_attention",))
+GEMMA3 = Style(norms=NORMS_AROUND, window=layer_window, logit_softcap=True, refused=("use_bidirectional_attention",))
+GEMMA2 = replace(GEMMA3, score_softcap=True)
 GLM4 = Style(
     norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     interleaved=True,

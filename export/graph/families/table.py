@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from limbeck.export.graph.decoder import Decoder
+from limbeck.export.graph.decoder import Attention, Decoder
 from limbeck.export.graph.families.alibi import describe_bloom, describe_mpt
 from limbeck.export.graph.families.gemma4 import describe_gemma4
 from limbeck.export.graph.families.gpt import (
@@ -24,6 +24,7 @@ from limbeck.export.graph.families.gpt import (
     describe_xglm,
 )
 from limbeck.export.graph.families.gpt_rotary import describe_falcon, describe_gpt_neox, describe_gptj
+from limbeck.export.graph.families.hybrid import LFM2, QWEN35, describe_hybrid
 from limbeck.export.graph.families.llama import LLAMA, NORMS_AFTER, Style, describe_llama, layer_window, same_window
 from limbeck.export.graph.families.mixture import read_clamped_experts, read_experts
 from limbeck.export.graph.families.styles import (
@@ -33,6 +34,7 @@ from limbeck.export.graph.families.styles import (
     COHERE2,
     EXAONE4,
     GEMMA2,
+    GEMMA3,
     GLM4,
     GRANITE,
     GRANITE_SWA,
@@ -54,7 +56,6 @@ from limbeck.export.graph.families.styles import (
     describe_stablelm,
 )
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
-
 
 HEAD_SIZE_FACTOR = 8  # GroupQueryAttention takes multiples of it
 
@@ -90,8 +91,8 @@ def decoder_from_model(model: Any) -> Decoder:
     if unread:
         raise UnsupportedModel(f"no place for {unread[0]}")
     for layer in decoder.layers:
-        if layer.attention.head_size % HEAD_SIZE_FACTOR:
-            size = layer.attention.head_size
+        size = layer.attention.head_size if isinstance(layer.attention, Attention) else 0
+        if size % HEAD_SIZE_FACTOR:
             raise UnsupportedModel(f"a head size of {size}: onnxruntime takes multiples of {HEAD_SIZE_FACTOR}")
     return decoder
 
@@ -123,7 +124,7 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": _like_llama(replace(_EXPERTS, norms=NORMS_AFTER)),
     "gemma": _like_llama(LLAMA, "gemma"),
     "gemma2": _like_llama(GEMMA2, "gemma2"),
-    "gemma3_text": _like_llama(GEMMA2, "gemma3_text"),
+    "gemma3_text": _like_llama(GEMMA3, "gemma3_text"),
     "gemma4_text": Family(describe_gemma4),
     "glm": _like_llama(INTERLEAVED),
     "glm4": _like_llama(GLM4),
@@ -144,6 +145,8 @@ FAMILIES: dict[str, Family] = {
     "internlm3": _like_llama(),
     "iquestcoder": _like_llama(),
     "jais2": _like_llama(ARCEE),
+    "lfm2": Family(partial(describe_hybrid, hybrid=LFM2)),
+    "lfm2_moe": Family(partial(describe_hybrid, hybrid=LFM2)),
     "llama": _like_llama(LLAMA, "llama"),
     "mellum": _like_llama(replace(_EXPERTS, window=layer_window)),
     "minimax_m2": _like_llama(_SIGMOID_EXPERTS),
@@ -157,7 +160,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": _like_llama(OLMO, "olmo"),
     "olmo2": _like_llama(OLMO2, "olmo"),
     "olmo3": _like_llama(OLMO3, "olmo"),
-    "olmoe": _like_llama(replace(_EXPERTS, clip=True)),
+    "olmoe": _like_llama(replace(_EXPERTS, refused=("clip_qkv",))),
     "opt": Family(describe_opt),
     "persimmon": _like_llama(PERSIMMON),
     "phi": _like_llama(PHI, "phi"),
@@ -166,6 +169,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _like_llama(replace(_EXPERTS, window=layer_window)),
     "qwen3": _like_llama(LAYER_WINDOW, "qwen3"),
     "qwen3_moe": _like_llama(replace(_EXPERTS, window=same_window)),
+    "qwen3_5_moe_text": Family(partial(describe_hybrid, hybrid=QWEN35)),
+    "qwen3_5_text": Family(partial(describe_hybrid, hybrid=QWEN35)),
     "seed_oss": _like_llama(),
     "smollm3": _like_llama(SMOLLM3, "smollm3"),
     "solar_open": _like_llama(_SIGMOID_EXPERTS),
