@@ -58,6 +58,8 @@ def check_model(model: PreTrainedModel, info: dict[str, Any], raw: dict[str, Any
     """
     check_loading(model, info, name)
     check_finite(model, name)
+    text = raw.get("text_config")
+    raw = text if isinstance(text, dict) else raw  # a model of several kinds of input has a part for text
     rotary = check_rotary(model, raw, f"{name}: its config.json")
     unread = refuse_unread_keys(raw, model, rotary != NO_TABLE, f"{name}: its config.json")
     return {"rotary": rotary, "weights": "all from its files, all finite", "unread": tuple(unread)}

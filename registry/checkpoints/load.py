@@ -71,10 +71,11 @@ def load_model(
     options = {"dtype": torch.float32, "use_safetensors": True, **_options(trust_remote_code), **options}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_model refuses them by name
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # safetensors and transformers errors have no common base class
         reason = _first_line(error)
         raise BadInput(f"{label or folder} cannot be loaded as a causal language model: {reason}") from error
+    model, info = loaded
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     note_facts(folder, **check_model(model, info, raw, str(label or folder)))
     return model.eval()

@@ -24,10 +24,12 @@ from limbeck.registry.core.errors import BadInput
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 EQUAL = "equal to config.json"
 NO_TABLE = "no rotary table"
 SUFFIX, SINES = "inv_freq", "embed_positions"  # names of the buffers
+CHANGED_THETA = {"cohere", "falcon_h1", "modernbert-decoder", "olmo3", "persimmon"}
 DEFAULT_THETA = {"gptj": 10000.0, "codegen": 10000.0}  # of the families whose code has the number
 TOLERANCE = 1e-5  # relative; float32 powers differ by about 1e-6
 
@@ -41,18 +43,17 @@ class _Loaded(NamedTuple):
     scaling: float
 
 
-def check_rotary(model: nn.Module, raw: dict[str, Any], file: str) -> str:
+def check_rotary(model: PreTrainedModel, raw: dict[str, Any], file: str) -> str:
     """Compare each rotary table of a model with what config.json states.
 
     Args:
-        raw: the content of config.json; keys it lacks have the defaults of the config's class.
+        raw: config.json, or its part about the language model; keys it lacks have the defaults of the config's class.
         file: what messages call config.json.
 
     Returns EQUAL, NO_TABLE, or "not checked: " and the reason. Raises BadInput with both values if they differ, or if
     config.json contradicts itself.
     """
     config = model.config.get_text_config()
-    raw = _text_part(raw)
     tables = [*_loaded_tables(model)]
     if not tables:
         return NO_TABLE
@@ -69,11 +70,6 @@ def check_rotary(model: nn.Module, raw: dict[str, Any], file: str) -> str:
             fix="delete the one that the model was not trained with",
         ) from None
     return f"not checked: {reasons[0]}" if reasons else EQUAL
-
-
-def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
-    part = raw.get("text_config")
-    return part if isinstance(part, dict) else raw
 
 
 def _loaded_tables(model: nn.Module) -> Iterator[_Loaded]:
@@ -109,12 +105,15 @@ def _check_table(loaded: _Loaded, raw: dict[str, Any], config: Any, file: str) -
     _refuse_unused(stated, rope_type, file)
     if "rope_theta" not in parameters:
         raise NotRead("neither config.json nor its class has rope_theta")
+    if "rope_theta" not in stated and config.model_type in CHANGED_THETA:
+        raise NotRead("config.json has no rope_theta, and transformers 5 has another default than transformers 4")
     size = _head_size(raw, config, loaded, parameters)
     max_length = _number(raw, config, "max_position_embeddings") or 0
     _compare(rotary_table(parameters, size, max_length), loaded, stated, used, file)
-    limit = {"longrope": parameters.get("original_max_position_embeddings"), "dynamic": max_length}
-    if limit.get(rope_type):
-        length = 2 * limit[rope_type]
+    limits = {"longrope": parameters.get("original_max_position_embeddings"), "dynamic": max_length}
+    limit = limits.get(rope_type)
+    if limit:
+        length = 2 * limit
         table = rotary_table(parameters, size, max_length, length)
         _compare(table, _at_length(loaded, length), stated, used, file)
 

@@ -57,7 +57,7 @@ def load_as_stated(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises exceptions of any type
         if not (folder / FILE).is_file() or "trust_remote_code" in str(error):
             raise

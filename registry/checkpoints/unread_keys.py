@@ -24,7 +24,7 @@ DANGEROUS = re.compile(
 )
 # A family that reads one of these ignores the others: a file that states both is read as it was meant.
 SYNONYMS = (re.compile(r"norm_eps|norm_epsilon"), re.compile(r"hidden_act|activation_function"))
-NEUTRAL = (0, 1, "", "default", "none", [], {})
+NEUTRAL: tuple[Any, ...] = (0, 1, "", "default", "none", [], {})
 UNUSED_THETA = 10000.0  # some families without rotary tables state the usual base
 # Metadata, settings of training and of other programs, which change no logits.
 HARMLESS = re.compile(
@@ -37,14 +37,14 @@ def refuse_unread_keys(raw: dict[str, Any], model: PreTrainedModel, has_rotary: 
     """Find the keys of config.json that neither the config's class nor the model's code reads.
 
     Args:
-        raw: the content of config.json.
+        raw: config.json, or its part about the language model.
         has_rotary: whether the model has rotary tables, which `check_rotary` compares with their keys.
         file: what messages call config.json.
 
     Returns the unread keys that change no numbers by their name. Raises BadInput for those that do, unless their value
     is the neutral one.
     """
-    config = model.config
+    config = model.config.get_text_config()
     known = _known_keys(config, has_rotary)
     source = _family_source(type(config), type(model))
     unread = [(key, value) for key, value in _leaves(raw) if _name(key) not in known and not _mentions(source, key)]

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from limbeck.evals.engines.engine import Engine, load_engine
 from limbeck.evals.engines.lm_eval_model import LimbeckLM
 from limbeck.registry.catalog.model_ref import resolve_model
+from limbeck.registry.checkpoints.load import load_tokenizer
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import TEXT
 
@@ -29,7 +30,8 @@ class Reference:
     """HFLM, and its results for all requests of these tests."""
 
     def __init__(self, folder: Path) -> None:
-        self.lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+        # Its own AutoTokenizer has Qwen2's rules for every tokenizer.json beside a Qwen2 model.
+        self.lm = HFLM(str(folder), tokenizer=load_tokenizer(folder), device="cpu", dtype="float32", batch_size=2)
         greedy = [(prompt, self.likeliest(prompt)) for prompt in PROMPTS[1:]]
         # Repeated requests, a choice as long as the context, and one that starts with the text of the BOS token.
         self.pairs = [(prompt, choice) for prompt in PROMPTS for choice in CHOICES] + greedy

@@ -121,5 +121,9 @@ def test_what_cannot_be_read_is_reported_as_not_checked() -> None:
     assert check_rotary(make_model(raw), raw, "f") == "not checked: rope_scaling.spiral is not known"
 
 
+def test_a_default_that_changed_is_reported_as_not_checked() -> None:
+    assert "another default than transformers 4" in check_rotary(make_model(OLMO3), OLMO3, "f")
+
+
 def test_models_without_rotary_tables() -> None:
     assert check_rotary(make_model(PUBLISHED["GPT-2"]), PUBLISHED["GPT-2"], "f") == NO_TABLE
