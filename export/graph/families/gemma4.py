@@ -10,7 +10,7 @@ import numpy as np
 
 from limbeck.export.graph.decoder import Attention, Decoder, Layer, TokenInput, TokenInputs
 from limbeck.export.graph.families.llama import NORMS_AROUND, gated_mlp, layer_window, read_norms
-from limbeck.export.graph.families.parts import mlp_activation
+from limbeck.export.graph.families.parts import read_activation
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -78,7 +78,7 @@ def _token_input(reader: ModelReader, layer: Any, config: Any) -> TokenInput:
         reader.linear(layer.per_layer_input_gate),
         reader.linear(layer.per_layer_projection),
         reader.norm(layer.post_per_layer_input_norm),
-        mlp_activation(config),
+        read_activation(layer.act_fn),
     )
 
 

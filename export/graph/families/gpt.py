@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer
-from limbeck.export.graph.families.parts import activation_name, assemble_decoder, first_part, reorder_qkv
+from limbeck.export.graph.families.parts import (
+    assemble_decoder,
+    first_part,
+    mlp_activation,
+    read_activation,
+    reorder_qkv,
+)
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
 
@@ -20,7 +26,7 @@ def describe_gpt2(reader: ModelReader, model: Any) -> Decoder:
             scale /= index + 1
         qkv, output = reader.linear(layer.attn.c_attn), reader.linear(layer.attn.c_proj)
         attention = Attention(qkv, output, heads, heads, size, scale)
-        layers.append(_gpt_layer(reader, layer, config, attention))
+        layers.append(_gpt_layer(reader, layer, attention))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
 
 
@@ -33,7 +39,7 @@ def describe_gpt_bigcode(reader: ModelReader, model: Any) -> Decoder:
             qkv = reorder_qkv(qkv, attn.num_heads, attn.head_dim)
         output = reader.linear(attn.c_proj)
         attention = Attention(qkv, output, attn.num_heads, attn.kv_heads, attn.head_dim, float(attn.scaling))
-        layers.append(_gpt_layer(reader, layer, model.config, attention))
+        layers.append(_gpt_layer(reader, layer, attention))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
 
 
@@ -46,13 +52,12 @@ def describe_gpt_neo(reader: ModelReader, model: Any) -> Decoder:
         window = config.window_size if layer.attn.attention_type == "local" else -1
         heads, output = attn.num_heads, reader.linear(attn.out_proj)
         attention = Attention(qkv, output, heads, heads, attn.head_dim, 1.0, window=window)
-        layers.append(_gpt_layer(reader, layer, config, attention))
+        layers.append(_gpt_layer(reader, layer, attention))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f, positions=reader.array(body.wpe.weight))
 
 
-def _gpt_layer(reader: ModelReader, layer: Any, config: Any, attention: Attention) -> Layer:
-    activation = activation_name(config.activation_function)
-    mlp = MLP(reader.linear(layer.mlp.c_fc), reader.linear(layer.mlp.c_proj), activation)
+def _gpt_layer(reader: ModelReader, layer: Any, attention: Attention) -> Layer:
+    mlp = MLP(reader.linear(layer.mlp.c_fc), reader.linear(layer.mlp.c_proj), mlp_activation(layer.mlp))
     return Layer(reader.name(layer), attention, mlp, reader.norm(layer.ln_1), reader.norm(layer.ln_2))
 
 
@@ -61,27 +66,27 @@ def describe_opt(reader: ModelReader, model: Any) -> Decoder:
     config, body = model.config, model.model.decoder
     if not config.do_layer_norm_before or body.final_layer_norm is None:
         raise UnsupportedModel("norms after each part only")
-    return _describe_like_opt(reader, model, body, config.activation_function)
+    return _describe_like_opt(reader, model, body)
 
 
 def describe_xglm(reader: ModelReader, model: Any) -> Decoder:
     """Describe XGLM, whose positions are fixed."""
-    return _describe_like_opt(reader, model, model.model, model.config.activation_function)
+    return _describe_like_opt(reader, model, model.model)
 
 
 def describe_biogpt(reader: ModelReader, model: Any) -> Decoder:
     """Describe BioGPT."""
-    return _describe_like_opt(reader, model, model.biogpt, model.config.hidden_act)
+    return _describe_like_opt(reader, model, model.biogpt)
 
 
-def _describe_like_opt(reader: ModelReader, model: Any, body: Any, activation: str) -> Decoder:
+def _describe_like_opt(reader: ModelReader, model: Any, body: Any) -> Decoder:
     layers = []
     for layer in body.layers:
         attn, heads = layer.self_attn, layer.self_attn.num_heads
         qkv = reader.concatenate_linears(f"{reader.name(attn)}.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
         scale = float(attn.scaling)
         attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, attn.head_dim, scale)
-        mlp = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), activation_name(activation))
+        mlp = MLP(reader.linear(layer.fc1), reader.linear(layer.fc2), read_activation(layer.activation_fn))
         norms = (reader.norm(layer.self_attn_layer_norm), reader.norm(layer.final_layer_norm))
         layers.append(Layer(reader.name(layer), attention, mlp, *norms))
     positions = body.embed_positions

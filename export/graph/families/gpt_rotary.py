@@ -8,8 +8,8 @@ import numpy as np
 
 from limbeck.export.graph.decoder import MLP, Attention, Decoder, Layer, Linear, Norm, Rotary
 from limbeck.export.graph.families.parts import (
-    activation_name,
     assemble_decoder,
+    mlp_activation,
     reorder_columns,
     reorder_qkv,
     rotary_positions,
@@ -29,7 +29,7 @@ def describe_gpt_neox(reader: ModelReader, model: Any) -> Decoder:
         attn, heads, size = layer.attention, config.num_attention_heads, layer.attention.head_size
         qkv = reorder_qkv(reader.linear(attn.query_key_value), heads, size)
         attention = Attention(qkv, reader.linear(attn.dense), heads, heads, size, float(attn.scaling), rotary)
-        mlp = _read_mlp(reader, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h, config.hidden_act)
+        mlp = _read_mlp(reader, layer.mlp, "dense_h_to_4h", "dense_4h_to_h")
         norms = (reader.norm(layer.input_layernorm), reader.norm(layer.post_attention_layernorm))
         layers.append(Layer(reader.name(layer), attention, mlp, *norms, parallel=config.use_parallel_residual))
     return assemble_decoder(reader, model, body.embed_in, layers, body.final_layer_norm, max_positions=limit)
@@ -49,7 +49,7 @@ def describe_gptj(reader: ModelReader, model: Any) -> Decoder:
         else:
             qkv = reader.concatenate_linears(f"{reader.name(attn)}.qkv_proj", attn.q_proj, attn.k_proj, attn.v_proj)
         attention = Attention(qkv, reader.linear(attn.out_proj), heads, heads, size, float(attn.scaling), rotary)
-        mlp = _read_mlp(reader, layer.mlp.fc_in, layer.mlp.fc_out, config.activation_function)
+        mlp = _read_mlp(reader, layer.mlp, "fc_in", "fc_out")
         norm = reader.norm(layer.ln_1)
         layers.append(Layer(reader.name(layer), attention, mlp, norm, norm, parallel=True))
     return assemble_decoder(reader, model, body.wte, layers, body.ln_f)
@@ -87,7 +87,7 @@ def describe_falcon(reader: ModelReader, model: Any) -> Decoder:
         qkv = _reorder_falcon(reader.linear(attn.query_key_value), heads, attn.num_kv_heads, size)
         output, scale = reader.linear(attn.dense), float(attn.inv_norm_factor)
         attention = Attention(qkv, output, heads, attn.num_kv_heads, size, scale, rotary)
-        mlp = _read_mlp(reader, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h, config.activation)
+        mlp = _read_mlp(reader, layer.mlp, "dense_h_to_4h", "dense_4h_to_h")
         norms = _falcon_norms(reader, layer)
         layers.append(Layer(reader.name(layer), attention, mlp, *norms, parallel=config.parallel_attn))
     return assemble_decoder(reader, model, body.word_embeddings, layers, body.ln_f, max_positions=limit)
@@ -107,5 +107,5 @@ def _falcon_norms(reader: ModelReader, layer: Any) -> tuple[Norm, Norm]:
     return first, reader.norm(layer.post_attention_layernorm) if hasattr(layer, "post_attention_layernorm") else first
 
 
-def _read_mlp(reader: ModelReader, up: Any, down: Any, activation: str) -> MLP:
-    return MLP(reader.linear(up), reader.linear(down), activation_name(activation))
+def _read_mlp(reader: ModelReader, mlp: Any, up: str, down: str) -> MLP:
+    return MLP(reader.linear(getattr(mlp, up)), reader.linear(getattr(mlp, down)), mlp_activation(mlp))

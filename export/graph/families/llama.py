@@ -202,7 +202,7 @@ def read_norms(reader: ModelReader, layer: Any, names: NormNames, size: int | No
 
 def gated_mlp(reader: ModelReader, mlp: Any, config: Any, scale: float) -> MLP:
     """Read an MLP with a gate; Phi-3 and GLM store gate and up projection in one matrix."""
-    activation, down = mlp_activation(config), reader.linear(mlp.down_proj, scale)
+    activation, down = mlp_activation(mlp), reader.linear(mlp.down_proj, scale)
     if not hasattr(mlp, "gate_up_proj"):
         return MLP(reader.linear(mlp.up_proj), down, activation, reader.linear(mlp.gate_proj))
     both = reader.linear(mlp.gate_up_proj)
@@ -217,6 +217,6 @@ def ungated_mlp(up: str, down: str) -> ReadMLP:
 
     def read(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
         mlp = layer.mlp
-        return MLP(reader.linear(getattr(mlp, up)), reader.linear(getattr(mlp, down), scale), mlp_activation(config))
+        return MLP(reader.linear(getattr(mlp, up)), reader.linear(getattr(mlp, down), scale), mlp_activation(mlp))
 
     return read

@@ -9,25 +9,6 @@ import numpy as np
 from limbeck.export.graph.decoder import Decoder, Layer, Linear
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
-# transformers' names of activations -> those of limbeck.export.graph.decoder.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-}
-
-
-def activation_name(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"activation {name!r}")
-    return ACTIVATIONS[name]
-
 
 def first_part(owner: Any, *names: str) -> Any:
     """Return the first of these attributes that `owner` has, or None. torch's Identity counts as none."""
@@ -35,9 +16,34 @@ def first_part(owner: Any, *names: str) -> Any:
     return next((part for part in parts if part is not None and type(part).__name__ != "Identity"), None)
 
 
-def mlp_activation(config: Any) -> str:
-    """Return the activation that a configuration names, in the words of limbeck.export.graph.builder."""
-    return activation_name(getattr(config, "hidden_activation", None) or config.hidden_act)
+def read_activation(module: Any) -> str:
+    """Return what an activation module or function computes, in the words of limbeck.export.graph.builder.
+
+    It is seen by running it. Raises UnsupportedModel if it is none of them.
+    """
+    import torch
+    from torch.nn.functional import gelu, relu, silu
+
+    x = torch.linspace(-6, 6, 97)
+    known = {
+        "silu": silu(x),
+        "gelu": gelu(x),
+        "gelu_tanh": gelu(x, approximate="tanh"),
+        "quick_gelu": x * torch.sigmoid(1.702 * x),
+        "relu": relu(x),
+        "relu2": relu(x) ** 2,
+    }
+    with torch.inference_mode():
+        computed = module(x)
+    found = next((name for name, expected in known.items() if torch.allclose(computed, expected, atol=1e-5)), None)
+    if found is None:
+        raise UnsupportedModel(f"the activation {getattr(module, '__name__', type(module).__name__)}")
+    return found
+
+
+def mlp_activation(mlp: Any) -> str:
+    """Return the activation of an MLP."""
+    return read_activation(first_part(mlp, "act_fn", "activation_fn", "act"))
 
 
 def rotary_positions(config: Any) -> tuple[int, int | None]:

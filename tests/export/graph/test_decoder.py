@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
+from tests.fused_model import FusedModel, make_fused_model, make_torch_model, positions
+
 LENGTH = 24  # tokens of a text
-CACHE_LENGTH = 40  # positions of the static cache
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=128, vocab_size=300)  # fmt: skip
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=300)
@@ -39,84 +39,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "a bias on the head": ("phi", SIZES | dict(partial_rotary_factor=0.5)),
     "a bias on a tied head": ("phi", SIZES | dict(tie_word_embeddings=True)),
     "learned positions": ("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
+    "neighbours rotated": ("glm", SIZES | dict(head_dim=16, partial_rotary_factor=0.5)),
+    "rotated the other way": ("nanochat", SIZES),
+    "norms after rotary": ("hunyuan_v1_dense", SIZES | dict(head_dim=16)),
+    "a norm for each head": ("stablelm", SIZES | dict(qk_layernorm=True)),
+    "queries scaled by position": ("ministral3", SIZES | WINDOW | dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=8,
+        llama_4_scaling_beta=0.5))),
+    "clipped": ("olmo", SIZES | dict(clip_qkv=0.5)),
+    "xIELU": ("apertus", SIZES),
+    "relu2": ("arcee", SIZES),
+    "ALiBi": ("bloom", dict(hidden_size=48, n_layer=2, n_head=6, vocab_size=300)),
+    "one key head": ("falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)),
     "positions from 2": ("opt", SIZES | dict(ffn_dim=64, word_embed_proj_dim=32, activation_function="gelu")),
 }  # fmt: skip
 
 
-class Model(NamedTuple):
-    """A transformers model and its fused graph."""
-
-    torch: Any
-    session: ort.InferenceSession
-
-    def reference(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """(B, T, V) logits of transformers."""
-        import torch
-
-        tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-        with torch.inference_mode():
-            return self.torch(**{name: torch.from_numpy(value) for name, value in tensors.items()}).logits.numpy()
-
-    def run(
-        self, ids: np.ndarray, mask: np.ndarray, position_ids: np.ndarray, past: list[np.ndarray] | None = None
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Run with a dynamic cache. Returns (B, S, V) logits and the cache after them."""
-        inputs = self.session.get_inputs()
-        _, heads, _, size = inputs[-1].shape
-        past = past or [np.zeros((len(ids), heads, 0, size), np.float32) for _ in inputs[3:]]
-        feed = [ids, mask, position_ids, *past]
-        logits, *present = self.session.run(None, {item.name: x for item, x in zip(inputs, feed, strict=True)})
-        return logits, present
-
-    def run_with_static_cache(
-        self, ids: np.ndarray, mask: np.ndarray, position_ids: np.ndarray, buffers: list[np.ndarray]
-    ) -> np.ndarray:
-        """Return (B, S, V) logits. Writes new keys and values to the buffers, (B, heads, CACHE_LENGTH, size)."""
-        names = [item.name for item in self.session.get_inputs()]
-        binding = self.session.io_binding()
-        for name, x in zip(names, [ids, mask, position_ids], strict=False):
-            binding.bind_cpu_input(name, np.ascontiguousarray(x))
-        binding.bind_output("logits", "cpu")
-        for name, x in zip(names[3:], buffers, strict=True):
-            buffer = ("cpu", 0, np.float32, x.shape, x.ctypes.data)
-            binding.bind_input(name, *buffer)
-            binding.bind_output(name.replace("past_key_values", "present"), *buffer)
-        self.session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
-
-    def buffers(self, rows: int) -> list[np.ndarray]:
-        """Make a static cache for `rows` rows, filled with NaN: positions that were not written must not be read."""
-        inputs = self.session.get_inputs()
-        _, heads, _, size = inputs[-1].shape
-        return [np.full((rows, heads, CACHE_LENGTH, size), np.nan, np.float32) for _ in inputs[3:]]
-
-
-def positions(mask: np.ndarray) -> np.ndarray:
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from limbeck.export.graph.write import write_graph
-    from limbeck.export.graph.families.table import decoder_from_model
-
-    model_type, sizes = MODELS[request.param]
-    config = AutoConfig.for_model(model_type, **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"), 0))
-    config.pad_token_id = None
-    torch_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in torch_model.parameters():  # no two values are equal, zero or small
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.2 if parameter.ndim == 2 else parameter + 0.2 * noise)
-    path = tmp_path_factory.mktemp("decoder") / "model.onnx"
-    write_graph(decoder_from_model(torch_model), path)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return Model(torch_model, ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FusedModel:
+    return make_fused_model(make_torch_model(*MODELS[request.param]), tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +75,13 @@ def is_close(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return bool(np.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
 
 
-def test_logits_are_those_of_transformers(model: Model, ids: np.ndarray) -> None:
+def test_logits_are_those_of_transformers(model: FusedModel, ids: np.ndarray) -> None:
     expected = model.reference(ids, WHOLE)
     assert expected.std() > 0.2, "the logits are nearly uniform"
     assert is_close(model.run(ids, WHOLE, positions(WHOLE))[0], expected)
 
 
-def test_left_padding_does_not_change_logits(model: Model, ids: np.ndarray) -> None:
+def test_left_padding_does_not_change_logits(model: FusedModel, ids: np.ndarray) -> None:
     real = LEFT > 0
     logits, _ = model.run(ids, LEFT, positions(LEFT))
     assert np.isfinite(logits).all()
@@ -149,7 +90,7 @@ def test_left_padding_does_not_change_logits(model: Model, ids: np.ndarray) -> N
     assert is_close(logits[2, 16:], alone[0])
 
 
-def test_a_left_padded_batch_decodes_with_a_dynamic_cache(model: Model, ids: np.ndarray) -> None:
+def test_a_left_padded_batch_decodes_with_a_dynamic_cache(model: FusedModel, ids: np.ndarray) -> None:
     prompt_length = LENGTH - 4
     _, past = model.run(ids[:, :prompt_length], LEFT[:, :prompt_length], positions(LEFT)[:, :prompt_length])
     expected = model.reference(ids, LEFT)
@@ -159,7 +100,7 @@ def test_a_left_padded_batch_decodes_with_a_dynamic_cache(model: Model, ids: np.
         assert is_close(logits[:, 0], expected[:, t])
 
 
-def test_rows_of_different_lengths_decode_with_a_static_cache(model: Model, ids: np.ndarray) -> None:
+def test_rows_of_different_lengths_decode_with_a_static_cache(model: FusedModel, ids: np.ndarray) -> None:
     buffers, lengths = model.buffers(3), RIGHT.sum(axis=1)
     logits = model.run_with_static_cache(ids, RIGHT, positions(RIGHT), buffers)
     texts = np.concatenate([ids, ids[:, ::-1]], axis=1)
@@ -176,7 +117,7 @@ def test_rows_of_different_lengths_decode_with_a_static_cache(model: Model, ids:
             assert is_close(logits[row, 0], model.reference(text, np.ones_like(text))[0, -1])
 
 
-def test_a_prompt_may_be_read_in_chunks(model: Model, ids: np.ndarray) -> None:
+def test_a_prompt_may_be_read_in_chunks(model: FusedModel, ids: np.ndarray) -> None:
     one, expected, buffers = ids[:1], model.reference(ids[:1], WHOLE[:1])[0], model.buffers(1)
     for start, end in ((0, 9), (9, 10), (10, LENGTH)):
         mask, places = np.ones((1, end), np.int64), np.arange(start, end)[None]
