@@ -152,7 +152,8 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load the model in float32 and in evaluation mode, and its tokenizer. Raises BadInput."""
     config = load_config(model, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    if config.model_type not in supported_model_types():
+    # Of a model with vision, such as Qwen3.5, transformers loads the text part if the family allows it.
+    if {config.model_type, config.get_text_config().model_type}.isdisjoint(supported_model_types()):
         raise BadInput(
             f"{model}: the architecture {config.model_type!r} cannot be exported",
             fix=f"supported: {', '.join(supported_model_types())}",
