@@ -1,9 +1,13 @@
-"""config.json files as transformers 4 wrote them for published models, scaled down to two layers."""
+"""config.json files as transformers 4 wrote them for published models, scaled down to two layers; models of them."""
 
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, vocab_size=64, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -125,3 +129,19 @@ def make_model(raw: dict[str, Any]) -> Any:
     config = CONFIG_MAPPING[values.pop("model_type")](**values)
     config.dtype = torch.float32
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any]) -> Path:
+    """Write a config.json as it is, and the weights of a randomly initialised model."""
+    make_model(raw).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def logits(model: Any) -> np.ndarray:
+    """The logits of a model after each of 119 tokens, (1, 119, vocabulary)."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.arange(1, 120).remainder(61)[None]).logits.numpy()
