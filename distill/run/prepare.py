@@ -174,8 +174,8 @@ def _teacher(teacher: Teacher, recipe_folder: Path, store: Store) -> ResolvedMod
 
 
 def _torch_model(text: str, recipe_folder: Path, store: Store) -> ResolvedModel:
-    """Resolve a torch model that a recipe names; a folder beside the recipe goes first."""
-    model = resolve_model(str(recipe_folder / text) if (recipe_folder / text).is_dir() else text, store)
+    """Resolve a torch model that a recipe names; a folder or file beside the recipe goes first."""
+    model = resolve_model(str(recipe_folder / text) if (recipe_folder / text).exists() else text, store)
     if model.engine == "endpoint":
         raise BadInput(f"{text} is an endpoint", fix="name it by its URL: http://HOST:PORT/v1#NAME")
     if model.engine != "torch":

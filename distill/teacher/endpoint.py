@@ -148,7 +148,7 @@ def resolve_endpoint(teacher: Teacher, recipe_folder: Path, store: Store) -> Res
         found = endpoint.find_endpoint(teacher.model, teacher.num_concurrent)
     else:
         named = recipe_folder / teacher.tokenizer
-        text = str(named) if named.is_dir() else teacher.tokenizer
+        text = str(named) if named.exists() else teacher.tokenizer
         model = resolve_model(teacher.model, store, tokenizer=text, num_concurrent=teacher.num_concurrent)
         assert model.endpoint is not None
         found, tokenizer = model.endpoint, model.path

@@ -136,10 +136,11 @@ def _export_model(
 
 
 def _default_output_folder(model: ResolvedModel) -> Path:
-    """FOLDER-onnx beside a local folder; in the current folder for a hub id."""
-    given = Path(model.label)
-    if given.is_dir():
-        return model.path.with_name(model.path.name + "-onnx")
+    """FOLDER-onnx or FILE-onnx beside a local folder or file; in the current folder for a hub id."""
+    given = Path(model.label).expanduser()
+    if given.exists():
+        given = given.resolve()
+        return given.with_name((given.stem if given.is_file() else given.name) + "-onnx")
     return Path(given.name + "-onnx")
 
 

@@ -1,4 +1,4 @@
-"""Resolves a MODEL of the command line: a local folder, a registered version, a hub id or an endpoint."""
+"""Resolves a MODEL of the command line: local files, a registered version, a hub id or an endpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.catalog import endpoint
+from limbeck.registry.checkpoints import adapter
+from limbeck.registry.checkpoints.conversions import Converted
+from limbeck.registry.checkpoints.gguf.convert import checkpoint_of_gguf
+from limbeck.registry.checkpoints.gguf.file import SUFFIX, only_gguf_file
+from limbeck.registry.checkpoints.kinds import refuse_other_kinds
+from limbeck.registry.checkpoints.quantized import needs_conversion, plain_checkpoint
 from limbeck.registry.core.digest import MANIFEST, file_digest, json_digest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, Unreachable
 from limbeck.registry.mlflow.store import Store
@@ -59,9 +65,14 @@ def resolve_model(
 ) -> ResolvedModel:
     """The model that `text` names.
 
-    Tries in this order: the URL of an endpoint; a local folder; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the
-    only version of a registered NAME; a Hugging Face hub id. Opens the tracking store only for a registered name.
-    Verifies the files: with their manifest, and with the digest of a registered version.
+    Tries in this order: the URL of an endpoint; `BASE+ADAPTER`, any MODEL with the folder of a LoRA adapter for it; a
+    local folder or .gguf file; `NAME/VERSION`, `NAME@ALIAS` or a `models:/` URI; the only version of a registered NAME;
+    a Hugging Face hub id. Opens the tracking store only for a registered name.
+
+    A local folder or hub repository holds a checkpoint, an ONNX artifact, one .gguf file, or a LoRA adapter that names
+    its base model. A GGUF file, an adapter and weights in mxfp4 or fp8 are converted once to a checkpoint in float32,
+    in Limbeck's home; the result is that checkpoint. Verifies the files: with their manifest, and with the digest of a
+    registered version.
 
     Args:
         text: as the user wrote it.
@@ -71,37 +82,42 @@ def resolve_model(
         num_concurrent: number of concurrent requests to an endpoint, at most.
 
     Raises:
-        BadInput: nothing has this name, the folder is not a model, or the weights are only in pickle files.
+        BadInput: nothing has this name; the folder is not a model, or another kind of model than a causal language
+            model; the weights are only in pickle files, or quantized in a way that cannot be undone.
         DamagedArtifact: files that are truncated or are not those recorded.
         Unreachable: the tracking server, the hub or the endpoint does not answer.
     """
     if URL.match(text):
         return _endpoint(text, store, tokenizer, num_concurrent)
+    if parts := _base_and_adapter(text):
+        return _merged(*parts, store, label=text)
     folder = _folder(text)
-    looks_local = text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
-    if looks_local or (folder / "config.json").exists() or (folder.is_dir() and "/" in text):
-        if not folder.is_dir():
-            raise BadInput(f"{text}: no such folder")
-        return _local(folder, text)
+    if _looks_local(text) or _is_local_model(text) or (folder.is_dir() and "/" in text):
+        if not folder.exists():
+            raise BadInput(f"{text}: no such {'file' if folder.suffix.lower() == SUFFIX else 'folder'}")
+        return _local(folder, text, store)
     if REGISTERED.fullmatch(text):
         store = store or _default_store()
         return load_registered_version(store.get(text), store)
-    if "/" not in text:
-        store = store or _default_store()
-        versions = store.versions(text)
-        if len(versions) == 1:
-            return load_registered_version(versions[0], store)
-        if versions:
-            refs = ", ".join(version.ref for version in versions[-8:])
-            raise BadInput(f"{text} has {len(versions)} versions", fix=f"name one of them: {refs}")
-        if folder.is_dir():
-            return _local(folder, text)
+    if "/" not in text and (version := _only_version(text, store := store or _default_store())):
+        return load_registered_version(version, store)
+    if folder.is_dir():
+        return _local(folder, text, store)
     if not HUB_ID.fullmatch(text):
         raise BadInput(
             f"{text!r} is not a model",
-            fix="give a local folder, NAME/VERSION, NAME@ALIAS or a Hugging Face hub id",
+            fix="give a local folder or .gguf file, NAME/VERSION, NAME@ALIAS, a Hugging Face hub id, or BASE+ADAPTER",
         )
-    return _local(_snapshot(text, revision), text)
+    return _local(_snapshot(text, revision), text, store)
+
+
+def _only_version(name: str, store: Store) -> Version | None:
+    """The version of a name that has one; None if the name is not registered. Raises BadInput if it has several."""
+    versions = store.versions(name)
+    if len(versions) > 1:
+        refs = ", ".join(version.ref for version in versions[-8:])
+        raise BadInput(f"{name} has {len(versions)} versions", fix=f"name one of them: {refs}")
+    return versions[0] if versions else None
 
 
 def resolve_models(
@@ -111,7 +127,7 @@ def resolve_models(
     models: dict[str, ResolvedModel] = {}
     for text in texts:
         found = []
-        if "/" not in text and "@" not in text and not (Path(text) / "config.json").exists():
+        if "/" not in text and "@" not in text and not _is_local_model(text) and not _base_and_adapter(text):
             store = store or _default_store()
             found = [load_registered_version(version, store) for version in store.versions(text)]
             if len(found) > 1:  # without its tokenizer, an endpoint can only generate text, not score
@@ -143,12 +159,13 @@ def engine_of_folder(folder: Path) -> Engine:
     """
     config = folder / "config.json"
     if not config.is_file():
-        if (folder / "adapter_config.json").exists():
+        if (folder / adapter.CONFIG).exists():
             raise BadInput(f"{folder} has an adapter, not a whole model", fix="merge it into its base model first")
         raise BadInput(f"{folder} is not a model: it has no config.json", fix="give a transformers checkpoint")
-    _read_json(folder, config.name)
+    found = _read_json(folder, config.name)
     if any(folder.glob("*.onnx")):
         return "onnxruntime"
+    refuse_other_kinds(found, str(folder))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
@@ -203,9 +220,66 @@ def _folder(text: str) -> Path:
     return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder
 
 
-def _local(folder: Path, label: str) -> ResolvedModel:
-    engine = engine_of_folder(folder)
-    return ResolvedModel(folder.resolve(), verify_files(folder), label, None, engine)
+def _looks_local(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
+
+
+def _is_local_model(text: str) -> bool:
+    """Whether `text` names a .gguf file or a folder with a model or an adapter, before any registered name."""
+    folder = _folder(text)
+    if folder.suffix.lower() == SUFFIX:
+        return True
+    return any((folder / name).exists() for name in ("config.json", adapter.CONFIG))
+
+
+def _base_and_adapter(text: str) -> tuple[str, Path] | None:
+    """The parts of BASE+ADAPTER; None if `text` is something else."""
+    base, _, name = text.rpartition("+")
+    folder = Path(name).expanduser()
+    if not base or Path(text).expanduser().exists() or not (folder / adapter.CONFIG).is_file():
+        return None
+    return base, folder
+
+
+def _local(path: Path, label: str, store: Store | None) -> ResolvedModel:
+    if path.is_file():
+        return _converted(checkpoint_of_gguf(path), label)
+    if (path / adapter.CONFIG).is_file() and not _has_own_weights(path):
+        base, revision = adapter.base_of_adapter(path)
+        return _merged(base, path, store, label=label, revision=revision)
+    if not (path / "config.json").is_file() and (file := only_gguf_file(path)):
+        return _converted(checkpoint_of_gguf(file), label)
+    engine, digest = engine_of_folder(path), verify_files(path)
+    if engine == "torch" and (conversion := needs_conversion(_read_json(path, "config.json"))):
+        return _converted(plain_checkpoint(path, digest, conversion, label), label)
+    return ResolvedModel(path.resolve(), digest, label, None, engine)
+
+
+def _has_own_weights(folder: Path) -> bool:
+    """Whether a folder with an adapter holds a whole model too, as a merged one may."""
+    others = [path for path in folder.glob("*.safetensors") if path.name != adapter.WEIGHTS]
+    return (folder / "config.json").is_file() and bool(others)
+
+
+def _merged(base: str, folder: Path, store: Store | None, *, label: str, revision: str | None = None) -> ResolvedModel:
+    """The model of an adapter, merged into the base model that `base` names."""
+    if (folder / adapter.WEIGHTS).is_file():
+        _check_weights(folder, [folder / adapter.WEIGHTS])
+    adapter.read_adapter_config(folder)
+    try:
+        model = resolve_model(base, store, revision=revision)
+    except (BadInput, Unreachable) as error:
+        raise BadInput(
+            f"{folder}: its base model {base} cannot be used: {error.message}",
+            fix=f"name the base model that it was trained on: BASE+{folder}",
+        ) from error
+    if model.engine != "torch":
+        raise BadInput(f"{base} is not a PyTorch model", fix="name the PyTorch model that the adapter was trained on")
+    return _converted(adapter.merged_checkpoint(folder, model.path, model.digest), label)
+
+
+def _converted(checkpoint: Converted, label: str) -> ResolvedModel:
+    return ResolvedModel(checkpoint.path, checkpoint.digest, label, None, "torch")
 
 
 def _endpoint(text: str, store: Store | None, tokenizer: str | None, num_concurrent: int) -> ResolvedModel:

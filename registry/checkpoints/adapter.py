@@ -142,12 +142,12 @@ def _prepare_embedding(model: PreTrainedModel, weights: dict[str, Tensor]) -> No
     saved = weights.get(f"{names[embedding]}.weight")
     if saved is not None and saved.shape[0] != embedding.weight.shape[0]:
         model.resize_token_embeddings(saved.shape[0], mean_resizing=False)
-    if head is not None and head.weight is embedding.weight:
-        if any(key.startswith(f"{name}.lora_") for key in weights for name in names.values()):
-            # peft changes the embedding or the head, and not the tensor that both share.
-            head.weight = torch.nn.Parameter(head.weight.clone())
-            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys = {}
+    changes_one = any(key.startswith(f"{name}.lora_") for key in weights for name in names.values())
+    if changes_one and head is not None and head.weight is embedding.weight:
+        # peft changes the embedding or the head, and not the tensor that both share.
+        head.weight = torch.nn.Parameter(head.weight.clone())
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
 
 
 def _without_copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:

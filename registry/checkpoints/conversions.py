@@ -1,4 +1,4 @@
-"""Checkpoints in other forms, converted once to the folder of config.json, safetensors and tokenizer that Limbeck takes.
+"""Converts models in other forms, once, to the folder of config.json, safetensors and tokenizer that Limbeck takes.
 
 The result is stored in `checkpoints/` of Limbeck's home under the digest of its source. Its manifest says from which
 files it was made, and with which packages.

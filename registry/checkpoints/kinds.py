@@ -83,7 +83,8 @@ def _kind_of_architecture(config: dict[str, Any], model_type: str, architectures
             if architecture.endswith(ending):
                 return kind
     if has_other_inputs(config) and model_type not in TEXT_PART_LOADS:
-        return f"a multimodal model ({', '.join(sorted({OTHER_INPUTS[key] for key in OTHER_INPUTS if config.get(key)}))})"
+        inputs = sorted({other for key, other in OTHER_INPUTS.items() if isinstance(config.get(key), dict)})
+        return f"a multimodal model (text, {', '.join(inputs)})"
     if any(map(_is_causal, architectures)):
         return None
     return _kind_of_type(model_type, architectures)
@@ -99,6 +100,8 @@ def _kind_of_type(model_type: str, architectures: list[str]) -> str | None:
 
     if any(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures):
         return "an encoder"
+    if set(architectures) & set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+        return None if model_type in TEXT_PART_LOADS else "a vision-language model"
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
         model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and architectures
     ):

@@ -27,10 +27,14 @@ def plain_checkpoint(folder: Path, digest: str, kind: str, label: str) -> Conver
 
     Raises BadInput if transformers cannot load it.
     """
-    return converted_checkpoint(kind, {"checkpoint": digest}, lambda target: _save(folder, target, label), label)
+    return converted_checkpoint(kind, {"checkpoint": digest}, lambda target: _save(folder, target, kind, label), label)
 
 
-def _save(folder: Path, target: Path, label: str) -> None:
-    model = load_model(folder, label=label)
+def _save(folder: Path, target: Path, kind: str, label: str) -> None:
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    methods = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    options = {"quantization_config": methods[kind](dequantize=True)} if kind in methods else {}
+    model = load_model(folder, label=label, **options)
     model.save_pretrained(target)
     copy_tokenizer(folder, target)

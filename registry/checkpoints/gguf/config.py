@@ -7,7 +7,7 @@ llama.cpp defines what the keys mean (src/models/*.cpp, conversion/*.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from limbeck.registry.checkpoints.gguf.file import GgufFile
@@ -216,26 +216,27 @@ def _own_reader(file: GgufFile) -> Config:
     """The config of an architecture for which transformers reads all metadata."""
     from transformers.integrations.gguf import get_gguf_config
 
-    values = _CountedVocabulary(file)
     try:
-        return get_gguf_config(values, tuple(file.shapes))
+        return dict(get_gguf_config(_CountedVocabulary(file.metadata), tuple(file.shapes)))
     except KeyError as error:
         raise BadInput(f"{file.path}: its metadata lacks {error}") from error
 
 
-class _CountedVocabulary(dict[str, Any]):
+class _CountedVocabulary(Mapping[str, Any]):
     """Metadata as transformers' readers take it: with the number of tokens in place of the tokens."""
 
-    def __init__(self, file: GgufFile) -> None:
-        super().__init__({key: None for key in file.metadata})
-        self._metadata = file.metadata
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata = metadata
 
     def __getitem__(self, key: str) -> Any:
         value = self._metadata[key]
         return len(value) if key == "tokenizer.ggml.tokens" else value
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metadata)
+
+    def __len__(self) -> int:
+        return len(self._metadata)
 
 
 ARCHITECTURES: dict[str, Callable[[GgufFile], Config]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 SPACE = "\u2581"
@@ -21,7 +22,7 @@ def sentencepiece_ids(metadata: Mapping[str, Any], text: str) -> list[int]:
     while True:
         pairs = [
             (-scores[ids[left + right]], place)
-            for place, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
+            for place, (left, right) in enumerate(pairwise(pieces))
             if left + right in ids
         ]
         if not pairs:

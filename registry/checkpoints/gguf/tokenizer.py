@@ -126,7 +126,7 @@ def _add_whole_tokens(file: GgufFile, backend: Tokenizer) -> None:
     from tokenizers import AddedToken
 
     tokens, types = (file.metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
-    named = {special for special in special_tokens(file).values()}
+    named = set(special_tokens(file).values())
     for token, kind in zip(tokens, types, strict=False):
         if kind == CONTROL or token in named:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
