@@ -98,8 +98,12 @@ def _is_family(module: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _module_source(name: str) -> str:
+    """The module's file. For code that comes with a model, all files beside it, which it may import."""
     file = getattr(sys.modules.get(name), "__file__", None)
-    return Path(file).read_text(encoding="utf-8") if file else ""
+    if not file:
+        return ""
+    files = Path(file).parent.glob("*.py") if name.startswith("transformers_modules.") else [Path(file)]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
 def _mentions(source: str, key: str) -> bool:

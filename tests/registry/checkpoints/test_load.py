@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,28 @@ def test_a_misread_config_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", LLAMA | dict(partial_rotary_factor=0.5))
     with pytest.raises(BadInput, match=r"models/m: its config.json: .* 4 rotary dimensions, the loaded model 8"):
         load_model(folder, label="models/m")
+
+
+def test_code_that_comes_with_a_model_is_checked_too(tmp_path: Path) -> None:
+    classes = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+    raw = LLAMA | dict(model_type="mine", auto_map=classes, residual_multiplier=0.22)
+    folder = write_checkpoint(tmp_path / "m", LLAMA)
+    (folder / "config.json").write_text(json.dumps(raw))
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+    (folder / "mine.py").write_text(code)
+    with pytest.raises(BadInput, match="no code of Mine reads residual_multiplier"):
+        load_model(folder, trust_remote_code=True)
+    (folder / "config.json").write_text(json.dumps({**raw, "residual_multiplier": 1.0}))
+    load_model(folder, trust_remote_code=True)
+    assert checked_facts(folder).rotary == "equal to config.json"
 
 
 def test_what_was_not_loaded_was_not_checked(tmp_path: Path) -> None:
