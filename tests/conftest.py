@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import Cost
 
@@ -144,6 +145,30 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
 @pytest.fixture(scope="session")
 def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     return make_model(tmp_path_factory.mktemp("neox"), tokenizer_folder, "gpt_neox")
+
+
+@pytest.fixture(scope="session")
+def optimum_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A function that returns a checkpoint's fp32 artifact with optimum's graph. Tests must not change it.
+
+    An export takes seconds: the first test process that needs one makes it for all.
+    """
+    from filelock import FileLock
+
+    from limbeck.export.artifact.export import export_onnx
+
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "optimum"
+    shared.mkdir(exist_ok=True)
+
+    def export(model: Path) -> Path:
+        folder = shared / folder_digest(model)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                export_onnx(model, folder, engine="optimum")
+        return folder
+
+    return export
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ DATA = [
     "quickstart/recipe.toml",
     "quickstart/teacher/model.safetensors",
     "quickstart/teacher/tokenizer.json",
+    "registry/core/optimum-requirements.txt",
     "web/static/limbeck.css",
     "web/templates/base.html",
 ]

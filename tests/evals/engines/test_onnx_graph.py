@@ -22,7 +22,10 @@ KINDS = ["fp32", "optimum", "int8", "int4", "fp16", "int8-static"]
 
 @pytest.fixture(scope="module")
 def artifact(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, onnx: Callable[[Path], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    onnx: Callable[[Path], Path],
+    optimum_artifact: Callable[[Path], Path],
 ) -> Callable[[str, str], Path]:
     """(model fixture, kind) -> the artifact of this kind; "optimum" is the graph that is not fused."""
     made: dict[tuple[str, str], Path] = {}
@@ -34,10 +37,12 @@ def artifact(
             model, out = request.getfixturevalue(name), tmp_path_factory.mktemp("fused") / kind
             if kind == "fp32":
                 out = onnx(model)
+            elif kind == "optimum":
+                out = optimum_artifact(model)
             elif kind == "int4":
                 quantize_to_int4(onnx(model), out)
             else:
-                export_onnx(model, out, "fp32" if kind == "optimum" else kind, fused=kind != "optimum")
+                export_onnx(model, out, kind)
             made[name, kind] = out
         return made[name, kind]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime as ort
 import pytest
 
 from limbeck.export.artifact.export import export_onnx
-from limbeck.export.artifact.parity import measure_parity
+from limbeck.export.artifact.variants import ExportOptions, Variant, export_folder
+from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from limbeck.registry.core.overlay import overlay_versions
 from tests.conftest import make_model
 from tests.export.export_helpers import Exported
 from tests.families import Family, make_checkpoint
@@ -36,12 +39,26 @@ def fused_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def dynamic_rotary(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Llama whose rotary embedding the fused graph does not support; and its artifact."""
-    scaling = {"rope_type": "dynamic", "factor": 2.0}
-    model = make_model(tmp_path_factory.mktemp("dynamic") / "torch", tokenizer_folder, "llama", rope_scaling=scaling)
-    export_onnx(model, model.with_name("onnx"))
-    return model, model.with_name("onnx")
+def odd_heads(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama without a fused graph: onnxruntime's attention does not take heads of 12."""
+    return make_model(tmp_path_factory.mktemp("odd") / "torch", tokenizer_folder, "llama", hidden_size=48)
+
+
+class Fallback(NamedTuple):
+    """An export that optimum's graph was taken for, and the lines that it reported."""
+
+    variant: Variant
+    folder: Path
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def fallback(odd_heads: Path) -> Fallback:
+    """The fp32 variant of a model without a fused graph."""
+    lines: list[str] = []
+    options = ExportOptions(quantization=QuantizationSettings(report=lines.append))
+    folder = odd_heads.with_name("onnx")
+    return Fallback(export_folder(odd_heads, folder, ["fp32"], options)[0], folder / "fp32", lines)
 
 
 def test_every_family_passes_parity_in_fp32(family: Exported) -> None:
@@ -85,19 +102,51 @@ def test_graph_and_manifest_say_fused(fused_artifact: Path) -> None:
     assert read_manifest(fused_artifact)["graph"] == "fused"
 
 
-def test_a_model_without_a_fused_graph_gets_optimums(dynamic_rotary: tuple[Path, Path]) -> None:
-    model, folder = dynamic_rotary
-    assert read_manifest(folder)["graph"] == "optimum"
-    assert session(folder).get_modelmeta().custom_metadata_map == {}
-    assert measure_parity(model, folder, max_documents=2, max_tokens=32, new_tokens=4).passed
+def test_a_model_without_a_fused_graph_gets_optimums_with_the_reason(fallback: Fallback) -> None:
+    manifest, reported = read_manifest(fallback.folder), fallback.variant.to_json()
+    assert manifest["graph"] == reported["graph"] == "optimum"
+    assert "head size of 12" in manifest["graph_reason"]
+    assert manifest["graph_reason"] == reported["graph_reason"]
+    assert any(line.endswith(f"no fused one: {manifest['graph_reason']}") for line in fallback.lines)
+    assert session(fallback.folder).get_modelmeta().custom_metadata_map == {}
+    assert reported["parity"]["max_logprob_diff"] < 1e-5
+    assert manifest["made_with"]["optimum-onnx"] == overlay_versions()["optimum-onnx"]
 
 
-def test_both_graphs_have_the_same_inputs_and_outputs(fused_artifact: Path, dynamic_rotary: tuple[Path, Path]) -> None:
-    assert signature(fused_artifact) == signature(dynamic_rotary[1])
+def test_a_fused_graph_has_no_reason_and_was_not_made_with_optimum(fused_artifact: Path) -> None:
+    manifest = read_manifest(fused_artifact)
+    assert "graph_reason" not in manifest
+    assert set(manifest["made_with"]) == {"onnx", "onnxruntime", "torch", "transformers"}
+
+
+def test_both_graphs_have_the_same_inputs_and_outputs(
+    tiny_llama: Path, fused_artifact: Path, optimum_artifact: Callable[[Path], Path]
+) -> None:
+    optimum = optimum_artifact(tiny_llama)
+    assert signature(fused_artifact) == signature(optimum)
     only_fused = {"genai_config.json"}
-    assert {path.name for path in fused_artifact.iterdir()} - only_fused == {
-        path.name for path in dynamic_rotary[1].iterdir()
-    }
+    assert {path.name for path in fused_artifact.iterdir()} - only_fused == {path.name for path in optimum.iterdir()}
+
+
+def test_other_programs_know_the_class_of_the_tokenizer(fused_artifact: Path, tiny_llama: Path) -> None:
+    """Transformers 4 does not know the class that transformers 5 writes."""
+    classes = [
+        json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+        for folder in (tiny_llama, fused_artifact)
+    ]
+    assert classes == ["TokenizersBackend", "PreTrainedTokenizerFast"]
+
+
+def test_an_engine_that_cannot_make_the_graph_is_refused(
+    odd_heads: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=r"has no fused graph: .*head size of 12.*\n  use --engine optimum"):
+        export_onnx(odd_heads, tmp_path / "out", engine="fused")
+    config = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = make_checkpoint(Family("", "seed_oss", config), tokenizer_folder, tmp_path / "seed")
+    with pytest.raises(BadInput, match=r"optimum does not know 'seed_oss'\n  leave --engine out"):
+        export_onnx(model, tmp_path / "out", engine="optimum")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_variant_has_the_kind_of_graph_of_its_fp32_artifact(
@@ -140,7 +189,7 @@ def test_truncated_weights_are_reported_as_damage(llama_copy: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(llama_copy: Path) -> None:
     for path in llama_copy.glob("*token*"):
         path.unlink()
-    assert_refused(llama_copy, BadInput, "tokenizer cannot be read")
+    assert_refused(llama_copy, BadInput, "has no tokenizer")
 
 
 def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> None:
@@ -153,11 +202,6 @@ def test_the_fp32_artifact_of_another_model_is_refused(llama: Exported, tiny_gpt
         export_onnx(tiny_gpt2, tmp_path / "out", "int8", fp32_artifact=llama.fp32)
 
 
-def test_a_model_that_optimum_fails_on_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    config = dict(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_kv_heads=1, new_decoder_architecture=True
-    )
-    model = make_checkpoint(Family("Falcon 40B", "falcon", config), tokenizer_folder, tmp_path / "torch")
-    with pytest.raises(BadInput, match="optimum cannot export this falcon model"):
-        export_onnx(model, tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists()
+def test_the_fp32_artifact_of_another_engine_is_refused(llama: Exported, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has the graph of the engine fused, not optimum"):
+        export_onnx(llama.torch, tmp_path / "out", "int8", fp32_artifact=llama.fp32, engine="optimum")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +16,36 @@ from limbeck.export import pyfunc
 from limbeck.export.artifact.interop import MLFLOW_LOADER
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest
+from limbeck.registry.core.overlay import install_overlay, overlay_environment
 
 PROMPTS = ["def add(a, b):\n    return", "x", "for i in range(10):"]
 NEW = 12
 
 
+# What another program does: the tokens of each prompt alone, then of all in a left-padded batch, for each folder.
+OPTIMUM = f"""
+import json, sys
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+for folder in sys.argv[1:]:
+    model = ORTModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    model.generation_config.eos_token_id = None  # to compare all tokens
+    for prompts in [*([p] for p in {PROMPTS}), {PROMPTS}]:
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        new = model.generate(**batch, max_new_tokens={NEW}, do_sample=False)
+        print(json.dumps(new[:, batch["input_ids"].shape[1] :].tolist()))
+"""
+
+
 @pytest.fixture(scope="module")
 def expected(artifact: Path) -> list[list[int]]:
     """What Limbeck's runtime generates, prompt by prompt."""
+    return generate_alone(artifact)
+
+
+def generate_alone(artifact: Path) -> list[list[int]]:
     runtime = Runtime.load(artifact, threads=1)
     done = [runtime.generate([p], max_new_tokens=NEW, ignore_eos=True)[0].token_ids for p in PROMPTS]
     assert len({tuple(ids) for ids in done}) == len(PROMPTS)
@@ -63,15 +88,13 @@ def test_the_manifest_describes_inputs_and_outputs(artifact: Path) -> None:
     assert manifest["inputs"]["input_ids"] == "int64[batch_size, sequence_length]"
 
 
-def test_optimum_runs_it_alone_and_in_left_padded_batches(artifact: Path, expected: list[list[int]]) -> None:
-    from optimum.onnxruntime import ORTModelForCausalLM
-    from transformers import AutoTokenizer
-
-    model = ORTModelForCausalLM.from_pretrained(artifact, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(artifact, local_files_only=True, padding_side="left")
-    model.generation_config.eos_token_id = None  # to compare all tokens
-    for prompts in [*([p] for p in PROMPTS), PROMPTS]:
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        new = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-        texts = new[:, batch["input_ids"].shape[1] :].tolist()
-        assert texts == [expected[PROMPTS.index(prompt)] for prompt in prompts]
+def test_optimum_runs_them_alone_and_in_left_padded_batches(artifacts: dict[str, Path]) -> None:
+    overlay = install_overlay(print)
+    command = [sys.executable, "-c", OPTIMUM, *artifacts.values()]
+    run = subprocess.run(command, env=overlay_environment(overlay), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    for artifact in artifacts.values():
+        alone = generate_alone(artifact)
+        assert found[: len(PROMPTS) + 1] == [*([ids] for ids in alone), alone]
+        found = found[len(PROMPTS) + 1 :]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from limbeck.export.artifact.export import export_onnx
 from limbeck.export.quantize.evaluate import CandidateEvaluator
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
-from tests.export.export_helpers import (
-    Exported,
-)
+from tests.export.export_helpers import Exported
 
 
-@pytest.fixture(scope="module")
-def gpt2_with_optimum_graph(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture
+def gpt2_with_optimum_graph(tiny_gpt2: Path, optimum_artifact: Callable[[Path], Path]) -> tuple[Path, Path]:
     """GPT-2 (biases, learned positions, tied head) and its artifact with optimum's graph."""
-    folder = tmp_path_factory.mktemp("optimum") / "fp32"
-    export_onnx(tiny_gpt2, folder, fused=False)
-    return tiny_gpt2, folder
+    return tiny_gpt2, optimum_artifact(tiny_gpt2)
 
 
 @pytest.fixture(params=["fused", "optimum"])

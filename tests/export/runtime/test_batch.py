@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +14,29 @@ from limbeck.export.runtime import static_cache
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.slot import Slot
+from tests.conftest import make_model
 from tests.export.export_helpers import Exported
 
 ATOL = 2e-5  # nats: sums in another order
 
 
-@pytest.fixture(scope="module", params=["static", "dynamic"])
-def runtime(request: pytest.FixtureRequest, llama: Exported, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """The same model as a fused graph, which has a static cache, and as optimum's graph, which has a dynamic one."""
-    folder = llama.fp32
-    if request.param == "dynamic":
-        folder = tmp_path_factory.mktemp("batch") / "fp32"
-        export_onnx(llama.torch, folder, fused=False)
+@pytest.fixture(scope="module", params=["static", "dynamic", "recurrent"])
+def runtime(
+    request: pytest.FixtureRequest,
+    llama: Exported,
+    optimum_artifact: Callable[[Path], Path],
+    tokenizer_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runtime:
+    """A model as a fused graph, which has a static cache, and as optimum's graph, which has a dynamic one.
+
+    The third is a fused graph with a static cache and recurrent states.
+    """
+    if request.param == "recurrent":
+        folder = tmp_path_factory.mktemp("recurrent")
+        export_onnx(make_model(folder / "torch", tokenizer_folder, "qwen3_5_text"), folder / "onnx")
+        return Runtime.load(folder / "onnx", threads=1)
+    folder = llama.fp32 if request.param == "static" else optimum_artifact(llama.torch)
     runtime = Runtime.load(folder, threads=1)
     assert runtime.is_fused == (request.param == "static")
     return runtime
@@ -33,6 +46,11 @@ def whole(runtime: Runtime, text: list[int]) -> np.ndarray:
     """(V,) logits after a text, without a cache."""
     ids = np.array([text])
     return runtime.logits(ids, np.ones_like(ids))[0, -1]
+
+
+def skip_if_recurrent(runtime: Runtime) -> None:
+    if runtime.is_recurrent:
+        pytest.skip("a recurrent state has no prefix")
 
 
 def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[list[int]]:
@@ -129,7 +147,21 @@ class PrefillCounter:
         cache.prefill = count  # type: ignore[method-assign]
 
 
+def test_recurrent_states_reuse_no_prefix(runtime: Runtime) -> None:
+    if not runtime.is_recurrent:
+        pytest.skip("no recurrent states")
+    prompt, batch = texts(1, 60, 60)[0], Batch(runtime)
+    slots = [batch.add_prompt(prompt) for _ in range(2)]
+    for logits in read(batch, slots):
+        np.testing.assert_allclose(logits, whole(runtime, prompt), atol=ATOL)
+    batch.remove_slot(slots[0])
+    slots.append(batch.add_prompt(prompt))
+    read(batch, slots[2:])
+    assert [slot.reused_tokens for slot in slots] == [0, 0, 0]
+
+
 def test_a_prefix_of_another_text_is_reused(runtime: Runtime) -> None:
+    skip_if_recurrent(runtime)
     start, *ends = [texts(1, 50, 50)[0], *texts(3, 5, 9, seed=4)]
     batch = Batch(runtime)
     counter = PrefillCounter(batch)
@@ -155,6 +187,7 @@ def test_a_prefix_of_another_text_is_reused(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("most", [1000, 20])
 def test_the_choices_of_a_prompt_compute_it_once(runtime: Runtime, most: int) -> None:
+    skip_if_recurrent(runtime)
     prompt = texts(1, 60, 60)[0]
     batch = Batch(runtime)
     counter = PrefillCounter(batch)
@@ -177,10 +210,10 @@ def test_buffers_shrink_after_a_long_text(runtime: Runtime) -> None:
     try:
         slot = batch.add_prompt([5] * 100)
         read(batch, [slot])
-        assert cache._buffers[0].shape[2] == 128
+        assert cache._buffers[-1].shape[2] == 128
         batch.remove_slot(slot)
         slot = batch.add_prompt([5] * 4)
         read(batch, [slot])
-        assert cache._buffers[0].shape[2] == 8
+        assert cache._buffers[-1].shape[2] == 8
     finally:
         static_cache.MIN_WIDTH = min_width

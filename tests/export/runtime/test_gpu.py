@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -17,9 +18,11 @@ ON_GPU = "CUDAExecutionProvider" in ort.get_available_providers()
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and onnxruntime-gpu: `make test-gpu`")
-@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("fp32", False), ("fp16", True)])
-def test_a_gpu_gives_the_tokens_of_the_cpu(tiny_llama: Path, tmp_path: Path, precision: str, fused: bool) -> None:
-    export_onnx(tiny_llama, tmp_path / precision, precision, fused=fused)
+@pytest.mark.parametrize(("precision", "engine"), [("fp32", "fused"), ("fp32", "optimum"), ("fp16", "fused")])
+def test_a_gpu_gives_the_tokens_of_the_cpu(
+    tiny_llama: Path, tmp_path: Path, precision: str, engine: Literal["fused", "optimum"]
+) -> None:
+    export_onnx(tiny_llama, tmp_path / precision, precision, engine=engine)
     cpu, gpu = (Runtime.load(tmp_path / precision, device=device) for device in ("cpu", "cuda"))
     prompts = [[5, 6, 7], [9] * 40, [3, 1, 4, 1, 5], [5, 6, 7]]
     settings = dict(max_new_tokens=30, logprobs=1, ignore_eos=True)
