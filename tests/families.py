@@ -152,6 +152,13 @@ FAMILIES = [
         "dots.llm1", "dots1",
         SIZES | EXPERTS | dict(n_routed_experts=4, n_shared_experts=1, norm_topk_prob=False), "experts",
     ),
+    Family(
+        "ERNIE 4.5 MoE", "ernie4_5_moe",
+        SIZES | EXPERTS | dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
+        "neighbours rotated, experts",
+    ),
+    Family("K-EXAONE", "exaone_moe", SIZES | EXPERTS | WINDOW_BY_LAYER | dict(num_shared_experts=1), "experts"),
+    Family("Hunyuan MoE", "hunyuan_v1_moe", SIZES | dict(head_dim=16, num_experts=4, moe_topk=2), "experts"),
     Family("MiniMax-M2", "minimax_m2", SIZES | EXPERTS, "experts"),
     Family("Mellum", "mellum", SIZES | EXPERTS, "experts"),
     Family("Solar Open", "solar_open", SIZES | EXPERTS | dict(n_routed_experts=4), "experts"),

@@ -11,6 +11,9 @@ from limbeck.export.graph.families.llama import gated_mlp
 from limbeck.export.graph.families.parts import first_part
 from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 
+# ERNIE 4.5 divides the weights by their sum, but at least by this: the graph divides by the sum.
+MAX_NORM_MIN = 1e-6
+
 
 def read_experts(
     reader: ModelReader, layer: Any, config: Any, scale: float = 1.0, *, sigmoid: bool = False
@@ -55,6 +58,8 @@ def _read_router(reader: ModelReader, block: Any, sigmoid: bool) -> tuple[Router
     module = block.gate if hasattr(block, "gate") else block.router
     if getattr(module, "num_group", 1) > 1:
         raise UnsupportedModel("experts that are chosen in groups")
+    if getattr(module, "norm_min", 0) > MAX_NORM_MIN:
+        raise UnsupportedModel(f"moe_norm_min={module.norm_min}")
     weights = getattr(module, "wg", module)
     owners = (getattr(module, "moe_statics", module), block)
     biases = [first_part(owner, "e_score_correction_bias", "expert_bias") for owner in owners]

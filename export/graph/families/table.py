@@ -25,7 +25,15 @@ from limbeck.export.graph.families.gpt import (
 )
 from limbeck.export.graph.families.gpt_rotary import describe_falcon, describe_gpt_neox, describe_gptj
 from limbeck.export.graph.families.hybrid import LFM2, QWEN35, describe_hybrid
-from limbeck.export.graph.families.llama import LLAMA, NORMS_AFTER, Style, describe_llama, layer_window, same_window
+from limbeck.export.graph.families.llama import (
+    LLAMA,
+    NORMS_AFTER,
+    NORMS_BEFORE,
+    Style,
+    describe_llama,
+    layer_window,
+    same_window,
+)
 from limbeck.export.graph.families.mixture import read_clamped_experts, read_experts
 from limbeck.export.graph.families.styles import (
     APERTUS,
@@ -118,8 +126,10 @@ FAMILIES: dict[str, Family] = {
     "cwm": _like_llama(LAYER_WINDOW),
     "dots1": _like_llama(replace(_SIGMOID_EXPERTS, window=layer_window)),
     "ernie4_5": _like_llama(INTERLEAVED, "ernie4_5"),
+    "ernie4_5_moe": _like_llama(replace(INTERLEAVED, read_mlp=read_experts)),
     "exaone": _like_llama(),
     "exaone4": _like_llama(EXAONE4),
+    "exaone_moe": _like_llama(replace(EXAONE4, norms=NORMS_BEFORE, read_mlp=_SIGMOID_EXPERTS.read_mlp)),
     "falcon": Family(describe_falcon),
     "flex_olmo": _like_llama(replace(_EXPERTS, norms=NORMS_AFTER)),
     "gemma": _like_llama(LLAMA, "gemma"),
@@ -141,6 +151,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": _like_llama(_GRANITE_EXPERTS),
     "helium": _like_llama(INTERLEAVED),
     "hunyuan_v1_dense": _like_llama(HUNYUAN),
+    "hunyuan_v1_moe": _like_llama(replace(HUNYUAN, read_mlp=read_experts)),
     "hyperclovax": _like_llama(HYPERCLOVAX),
     "internlm3": _like_llama(),
     "iquestcoder": _like_llama(),
