@@ -22,7 +22,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-
 def pytest_collection_finish() -> None:
     """Hide the objects of imported modules, hundreds of thousands, from garbage collections.
 

@@ -1,26 +1,15 @@
-"""Runs `limbeck` in new processes, forked from one that has already imported torch and transformers.
-
-Starting Python and importing these packages takes most of the time of a short run.
-"""
+"""Runs `limbeck` in new processes that need not import torch and transformers, see tests/forked_python.py."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-PRELOADED = [
-    "limbeck.cli",
-    "limbeck.distill.run.distill",
-    "limbeck.distill.run.worker",
-    "limbeck.registry.mlflow.store",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "transformers.models.llama.modeling_llama",
-]
+from tests.forked_python import start_forked
 
 
 class LimbeckProcess(NamedTuple):
@@ -49,8 +38,6 @@ class LimbeckProcess(NamedTuple):
 
 def start_limbeck(home: Path, *args: object, **variables: str) -> LimbeckProcess:
     """Start `limbeck` with its state in `home`, and with these environment variables."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     folder = home.parent / "process-output"
     folder.mkdir(exist_ok=True)
     name = f"{len(list(folder.iterdir())):03}"
@@ -59,8 +46,7 @@ def start_limbeck(home: Path, *args: object, **variables: str) -> LimbeckProcess
     errors.touch()
     environment = {**os.environ, "LIMBECK_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", **variables}
     words = [str(arg) for arg in args]
-    process = context.Process(target=_run_limbeck, args=(words, environment, home.parent, output, errors))
-    process.start()
+    process = start_forked(_run_limbeck, words, environment, home.parent, output, errors)
     return LimbeckProcess(process, output, errors)
 
 

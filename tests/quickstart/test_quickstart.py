@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from limbeck.evals.cost import runner
 from limbeck.evals.cost.measure import measure_costs
 from limbeck.evals.cost.runner import TimingPlan
 from limbeck.evals.scores import scorecard
+from limbeck.quickstart import cli
 from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.conftest import Result
+from tests.forked_python import ForkedPython
 
 # Little held-out text: every run reads, tokenizes and scores all of it.
 RECIPE = """
@@ -64,8 +69,25 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return runs
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets new processes skip the imports. The module that each ran, in order."""
+    modules: list[str] = []
+
+    def popen(command: list[str], **options: Any) -> ForkedPython:
+        modules.append(command[3])
+        return ForkedPython(command, **options)
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, popen(command).wait())
+
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run))
+    return modules
+
+
 def test_the_loop_is_refused_resumed_promoted_and_rolled_back(
-    limbeck: Callable[..., Result], store: Store, tmp_path: Path, measured: list[list[str]]
+    limbeck: Callable[..., Result], store: Store, tmp_path: Path, measured: list[list[str]], forked: list[str]
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE.format(teacher=TEACHER))
     (tmp_path / "policy.toml").write_text(POLICY.format(1.4))
@@ -78,6 +100,7 @@ def test_the_loop_is_refused_resumed_promoted_and_rolled_back(
     kinds = [version.kind for version in store.versions("tiny-coder")]
     assert kinds == ["teacher", "student", "student", "onnx", "onnx", "onnx", "onnx"]
     assert [len(models) for models in measured] == [7]
+    assert forked == 7 * ["limbeck.evals.cost.worker"]
 
     # The second run skips what is done, and promotes under a policy that the students meet.
     (tmp_path / "policy.toml").write_text(POLICY.format(0.3))
@@ -86,6 +109,7 @@ def test_the_loop_is_refused_resumed_promoted_and_rolled_back(
     assert err.count("already made") == 2
     assert err.count("already exported") == 4
     assert len(measured) == 1
+    assert forked[7:] == ["limbeck"]  # `generate`
     assert len(store.versions("tiny-coder")) == 7
     assert store.aliases("tiny-coder").keys() == {"production"}
     assert (tmp_path / "home" / "reports" / "tiny-coder.html").read_text().startswith("<!doctype html>")
