@@ -67,15 +67,16 @@ def locate_data(data: Data, recipe_folder: Path) -> str:
 def stdlib_documents() -> Iterator[Document]:
     """The source files of the running Python's standard library, with paths relative to it."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if any(part in EXCLUDED_FOLDERS or part.startswith("config-") for part in parts):
-            continue
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):  # never into site-packages, which may be large
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS and not name.startswith("config-")]
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
+    for path in sorted(paths):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        yield Document("/".join(parts), text)
+        yield Document(path.relative_to(root).as_posix(), text)
 
 
 def text_documents(path: Path, characters: int = 2000) -> Iterator[Document]:

@@ -224,18 +224,17 @@ def _is_plausible_line(line: str, true: str) -> bool:
 
 def _minimal_pairs(writer: _Writer, texts: Sequence[Document], documents: int | None, seed: int) -> None:
     max_pairs = documents or PAIRS
-    sources = [document for document in texts if _is_python(document.text)]
+    read = ((document.path, minimal_pairs.read_source(document.text)) for document in texts)
+    sources = [(path, source) for path, source in read if source]
     if not sources:
         raise BadInput("minimal_pairs: no document of the corpus is Python source", fix="leave this kind out: --kind")
     share = math.ceil(2 * max_pairs / len(sources))
     tasks = []
     for rule in minimal_pairs.RULES:
         found = [
-            (number, document.path, pair)
-            for document in sources
-            for number, pair in enumerate(
-                minimal_pairs.make_pairs(document.text, rule, share, f"{seed}:{rule}:{document.path}")
-            )
+            (number, path, pair)
+            for path, source in sources
+            for number, pair in enumerate(minimal_pairs.make_pairs(source, rule, share, f"{seed}:{rule}:{path}"))
         ]
         rows = []
         for _, path, pair in sorted(found, key=lambda row: row[0])[:max_pairs]:
@@ -262,13 +261,6 @@ def _choice_task(doc_to_text: str) -> dict[str, Any]:
 
 
 _WRITERS = {"bits_per_byte": _bits_per_byte, "next_line": _next_line, "minimal_pairs": _minimal_pairs}
-
-
-def _is_python(text: str) -> bool:
-    try:
-        return bool(minimal_pairs.parse(text).body)
-    except SyntaxError:
-        return False
 
 
 def _read_documents(corpus: Path, seed: int) -> list[Document]:

@@ -31,28 +31,43 @@ class Pair(NamedTuple):
     bad: str
 
 
-def make_pairs(text: str, rule: str, max_pairs: int, seed: str) -> list[Pair]:
+class Source(NamedTuple):
+    """What pairs are made from: a source file, parsed once for all rules.
+
+    Attributes:
+        snippets: (first line, last line, dedented source) of each statement of suitable length.
+        names: of variables and parameters that the source binds.
+    """
+
+    snippets: list[tuple[int, int, str]]
+    names: set[str]
+
+
+def read_source(text: str) -> Source | None:
+    """The statements of a source file; None if `text` is not Python source or has no statement."""
+    try:
+        tree = parse(text)
+    except SyntaxError:
+        return None
+    return Source(list(_snippets(tree, text)), _bound_names(tree)) if tree.body else None
+
+
+def make_pairs(source: Source, rule: str, max_pairs: int, seed: str) -> list[Pair]:
     """At most `max_pairs` pairs of one rule from a source file, from snippets that do not overlap.
 
     Args:
-        text: the source file.
         rule: a key of RULES.
         seed: decides which snippets are chosen and where each is broken.
-
-    Raises:
-        SyntaxError: `text` is not Python source.
     """
-    tree = parse(text)
     pairs: list[Pair] = []
     used_lines: set[int] = set()
-    names = _bound_names(tree)
-    for first, last, snippet in sorted(_snippets(tree, text), key=lambda item: text_digest(f"{seed}:{item}")):
+    for first, last, snippet in sorted(source.snippets, key=lambda item: text_digest(f"{seed}:{item}")):
         lines = set(range(first, last + 1))
         if len(pairs) == max_pairs:
             break
         if used_lines & lines or not is_source(snippet):
             continue
-        options = [bad for bad in RULES[rule](snippet, names) if is_broken(bad, snippet, rule)]
+        options = [bad for bad in RULES[rule](snippet, source.names) if is_broken(bad, snippet, rule)]
         if options:
             pairs.append(Pair(snippet, min(options, key=lambda bad: text_digest(f"{seed}:{bad}"))))
             used_lines |= lines
