@@ -49,7 +49,7 @@ class Family(NamedTuple):
 
 FAMILIES = [
     Family("Llama 2, SmolLM, SmolLM2", "llama", SIZES | dict(tie_word_embeddings=True)),
-    Family("Llama 3", "llama", SIZES | dict(rope_parameters=LLAMA3), "its rotary scaling, and linear, dynamic and yarn"),
+    Family("Llama 3", "llama", SIZES | dict(rope_parameters=LLAMA3), "its rotary scaling; linear, dynamic, yarn too"),
     Family("Mistral", "mistral", SIZES | WINDOW, "sliding window"),
     Family("Ministral", "ministral", SIZES | WINDOW_BY_LAYER | dict(head_dim=16), "a window in some layers"),
     Family(

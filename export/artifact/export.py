@@ -165,11 +165,17 @@ def _load(model: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _write_fused(torch_model: Any, folder: Path) -> str | None:
-    """Write the fused graph. Returns None, or the reason if the model has no fused graph."""
+    """Write the fused graph. Returns None, or the reason if the model has no fused graph.
+
+    Lowers the `max_position_embeddings` of the model's configuration if the graph is right for shorter texts only.
+    """
     try:
-        write_graph(decoder_from_model(torch_model), folder / GRAPH)
+        decoder = decoder_from_model(torch_model)
     except UnsupportedModel as error:
         return str(error)
+    write_graph(decoder, folder / GRAPH)
+    if decoder.max_positions:
+        torch_model.config.max_position_embeddings = decoder.max_positions
     return None
 
 

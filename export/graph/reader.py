@@ -75,7 +75,7 @@ class ModelReader:
         plus_one = replace(read, weight=read.weight + np.float32(1))
         candidates = [read, plus_one]
         if bias is None:
-            candidates += [replace(norm, bias=None) for norm in candidates]
+            candidates = [replace(norm, bias=None) for norm in candidates] + candidates
         found = next((norm for norm in candidates if _norms_like(norm, module)), None)
         if found is None:
             raise UnsupportedModel(f"{self.name(module)} is neither a layer norm nor an RMS norm")
