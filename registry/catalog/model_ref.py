@@ -92,7 +92,7 @@ def resolve_model(
     if parts := _base_and_adapter(text):
         return _merged(*parts, store, label=text)
     folder = _folder(text)
-    if _looks_local(text) or _is_local_model(text) or (folder.is_dir() and "/" in text):
+    if _is_local(text) or (folder.is_dir() and "/" in text):
         if not folder.exists():
             raise BadInput(f"{text}: no such {'file' if folder.suffix.lower() == SUFFIX else 'folder'}")
         return _local(folder, text, store)
@@ -127,7 +127,7 @@ def resolve_models(
     models: dict[str, ResolvedModel] = {}
     for text in texts:
         found = []
-        if "/" not in text and "@" not in text and not _is_local_model(text) and not _base_and_adapter(text):
+        if "/" not in text and "@" not in text and not _is_local(text):
             store = store or _default_store()
             found = [load_registered_version(version, store) for version in store.versions(text)]
             if len(found) > 1:  # without its tokenizer, an endpoint can only generate text, not score
@@ -220,14 +220,12 @@ def _folder(text: str) -> Path:
     return inner if (folder / MANIFEST).is_file() and (inner / MANIFEST).is_file() else folder
 
 
-def _looks_local(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", "..")
-
-
-def _is_local_model(text: str) -> bool:
-    """Whether `text` names a .gguf file or a folder with a model or an adapter, before any registered name."""
+def _is_local(text: str) -> bool:
+    """Whether `text` can only be a local path, or names a model or an adapter there, before any registered name."""
+    if text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text in (".", ".."):
+        return True
     folder = _folder(text)
-    if folder.suffix.lower() == SUFFIX:
+    if folder.suffix.lower() == SUFFIX or _base_and_adapter(text):
         return True
     return any((folder / name).exists() for name in ("config.json", adapter.CONFIG))
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
+from limbeck.registry.checkpoints.load import load_model
 from limbeck.registry.core.digest import folder_digest, write_manifest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Unreachable
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
+from tests.registry.checkpoints.gguf.gguf_files import sizes, tokens_of_folder, write_model
 
 
 @pytest.fixture
@@ -78,7 +83,61 @@ def test_folders_that_are_not_a_model(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no config\.json"):
         resolve_model(str(llama))
     (llama / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match="adapter"):
+    with pytest.raises(BadInput, match="is an adapter of type None; Limbeck merges LORA"):
+        resolve_model(str(llama))
+
+
+def test_a_gguf_file(tiny_llama: Path, tmp_path: Path, limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its path, and as the only one of a folder."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    model = load_model(tiny_llama)
+    file = write_model(folder / "tiny.gguf", model, "llama", sizes(model), tokens_of_folder(tiny_llama))
+    monkeypatch.chdir(folder)
+    found = resolve_models(["tiny.gguf", str(file), str(folder), "."])
+    assert [each.label for each in found] == ["tiny.gguf", str(file), str(folder), "."]
+    assert len({(each.path, each.digest, each.engine) for each in found}) == 1
+    assert found[0].digest == folder_digest(found[0].path)
+    assert found[0].path.is_relative_to(limbeck_home / "checkpoints")
+    assert not (limbeck_home / "mlflow.db").exists()
+    with pytest.raises(BadInput, match=r"gone\.gguf: no such file"):
+        resolve_model("gone.gguf")
+    shutil.copy(file, folder / "other.gguf")
+    with pytest.raises(BadInput, match=r"has 2 GGUF files: other\.gguf, tiny\.gguf\n.*name one"):
+        resolve_model(str(folder))
+
+
+def test_an_adapter_alone_and_with_its_base(tiny_llama: Path, tmp_path: Path, store: Store) -> None:
+    adapter = tmp_path / "lora"
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(adapter)
+    alone = resolve_model(str(adapter), store)
+    assert (alone.engine, alone.label) == ("torch", str(adapter))
+    store.register(NewVersion(name="base", kind="student"), tiny_llama)
+    for text in (f"{tiny_llama}+{adapter}", f"base/1+{adapter}", f"base+{adapter}"):
+        named = resolve_models([text], store)[0]
+        assert (named.path, named.digest, named.label) == (alone.path, alone.digest, text)
+    with pytest.raises(BadInput, match=r"its base model gone/1 cannot be used: .*\n.*BASE\+"):
+        resolve_model(f"gone/1+{adapter}", store)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(DamagedArtifact, match=r"adapter_model\.safetensors"):
+        resolve_model(str(adapter), store)
+
+
+def test_a_folder_with_an_adapter_beside_the_whole_model(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    assert resolve_model(str(llama)).path == llama
+
+
+def test_other_kinds_of_models(llama: Path) -> None:
+    config = llama / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(BadInput, match=r"quantized checkpoint \(gptq\)\n.*give the unquantized model"):
+        resolve_model(str(llama))
+    config.write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(BadInput, match=r"t5 is an encoder-decoder: Limbeck takes causal \(decoder-only\)"):
         resolve_model(str(llama))
 
 
