@@ -43,6 +43,7 @@ def python_snippets(version: Version) -> dict[str, list[str]]:
             "print(runtime.generate(['def main('], max_new_tokens=32)[0].text)",
         ],
         "optimum": [
+            "# in an environment with optimum-onnx, which needs transformers 4",
             "from optimum.onnxruntime import ORTModelForCausalLM",
             "from transformers import AutoTokenizer, pipeline",
             *fetch,

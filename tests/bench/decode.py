@@ -1,9 +1,9 @@
 """Decode speed of one Llama: the torch-free runtime against torch, optimum and onnxruntime-genai with the same weights.
 
-All run in turns within one process, on the same number of threads, so the ratios are more stable than the figures. The
-limit is reading the weights once per token: the memory bandwidth, measured with numpy, over the bytes of weights that
-one token needs. Weights in the processor's cache can exceed it. Load time and memory are measured in a separate process
-for each artifact.
+All run in turns on the same number of threads, so the ratios are more stable than the figures. optimum runs in a
+process of its own, over the overlay, the others in this one. The limit is reading the weights once per token: the memory
+bandwidth, measured with numpy, over the bytes of weights that one token needs. Weights in the processor's cache can
+exceed it. Load time and memory are measured in a separate process for each artifact.
 """
 
 from __future__ import annotations
@@ -107,29 +107,62 @@ def measure_decoding(model: Path, artifacts: dict[str, Path], threads: int) -> N
 
 def load_contestants(model: Path, artifacts: dict[str, Path], threads: int) -> tuple[dict[str, Run], dict[str, int]]:
     """Return "engine, precision" -> function that decodes N tokens, and precision -> bytes that a token reads."""
-    import onnxruntime as ort
     import torch
-    from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoModelForCausalLM
 
     from limbeck.export.runtime.runtime import Runtime
 
     torch.set_num_threads(threads)
     prompt = np.random.default_rng(0).integers(1, VOCABULARY, PROMPT).tolist()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
     runs: dict[str, Run] = {}
     eager = AutoModelForCausalLM.from_pretrained(model).eval()
     runs["torch eager, fp32"] = lambda new: transformers_generate(eager, prompt, new)
     for name in ("fp32", "int4"):
-        peer = ORTModelForCausalLM.from_pretrained(artifacts[name], session_options=options)
-        runs[f"optimum, {name}"] = lambda new, peer=peer: transformers_generate(peer, prompt, new)
+        runs[f"optimum, {name}"] = optimum_generate(artifacts[name], prompt, threads)
         if genai := genai_generate(artifacts[name], prompt, threads):
             runs[f"onnxruntime-genai, {name}"] = genai
     for name, artifact in artifacts.items():
         own = Runtime.load(artifact, threads=threads, verify=False)
         runs[f"Limbeck, {name}"] = lambda new, own=own: own.generate([prompt], max_new_tokens=new, ignore_eos=True)
     return runs, {name: bytes_per_token(artifact / "model.onnx") for name, artifact in artifacts.items()}
+
+
+OPTIMUM = """
+import json, sys
+import onnxruntime, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+folder, prompt, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = threads
+model = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+ids = torch.tensor([prompt])
+for line in sys.stdin:
+    new, mask = int(line), torch.ones_like(ids)
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    print("done", flush=True)
+"""
+
+
+def optimum_generate(artifact: Path, prompt: list[int], threads: int) -> Run:
+    """Return a function that decodes greedily with optimum, in a process that ends with this one."""
+    from limbeck.registry.core.overlay import install_overlay, overlay_environment
+
+    command = [sys.executable, "-c", OPTIMUM, artifact, json.dumps(prompt), str(threads)]
+    environment = overlay_environment(install_overlay(print_status))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+
+    def run(new: int) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{new}\n")
+        if process.stdout.readline() != "done\n":
+            raise RuntimeError(f"optimum ended with {process.wait()}")
+
+    return run
 
 
 def genai_generate(artifact: Path, prompt: list[int], threads: int) -> Run | None:
