@@ -154,7 +154,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Turn a large language model into the cheapest small one that provably keeps its quality, and ship it.
 
-    A MODEL is a local folder, a Hugging Face hub id, NAME/VERSION, NAME@ALIAS or an MLflow models:/ URI.
+    A MODEL is a local folder or .gguf file, a Hugging Face hub id, NAME/VERSION, NAME@ALIAS, an MLflow models:/ URI, or
+    BASE+ADAPTER: a MODEL and the folder of a LoRA adapter for it.
     State lives in .limbeck/ (LIMBECK_HOME moves it); MLFLOW_TRACKING_URI points at a shared MLflow server.
     """
 

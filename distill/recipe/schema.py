@@ -125,7 +125,7 @@ class Tokenizer(Record):
 
 
 class Teacher(Record):
-    """`[teacher]`: a folder (beside the recipe or here), a hub id, NAME/VERSION, NAME@ALIAS, or an endpoint."""
+    """`[teacher]`: a MODEL (a folder or .gguf file beside the recipe goes first), or an endpoint."""
 
     model: str  # an endpoint: http://HOST:PORT/v1#NAME
     tokenizer: str | None = None  # an endpoint's: a folder or hub id; None: the student can learn only from its text

@@ -81,8 +81,8 @@ def export(  # noqa: PLR0913 (one parameter per option)
     A fused graph has onnxruntime's fused operators and is faster. optimum exports more models; its packages are
     installed beside the environment when they are first needed, or by `limbeck doctor --install-optimum`.
 
-    The variants of a registered version are registered as versions of the same name. Those of a folder or hub id go
-    to FOLDER-onnx/. An fp32 graph whose results differ from PyTorch's is refused (exit code 1).
+    The variants of a registered version are registered as versions of the same name. Those of other models
+    go to FOLDER-onnx/. An fp32 graph whose results differ from PyTorch's is refused (exit code 1).
     """
     quiet_libraries()
     from limbeck.export.artifact.variants import ExportOptions

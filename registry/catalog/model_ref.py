@@ -99,8 +99,10 @@ def resolve_model(
     if REGISTERED.fullmatch(text):
         store = store or _default_store()
         return load_registered_version(store.get(text), store)
-    if "/" not in text and (version := _only_version(text, store := store or _default_store())):
-        return load_registered_version(version, store)
+    if "/" not in text:
+        store = store or _default_store()
+        if version := _only_version(text, store):
+            return load_registered_version(version, store)
     if folder.is_dir():
         return _local(folder, text, store)
     if not HUB_ID.fullmatch(text):
@@ -161,7 +163,9 @@ def engine_of_folder(folder: Path) -> Engine:
     if not config.is_file():
         if (folder / adapter.CONFIG).exists():
             raise BadInput(f"{folder} has an adapter, not a whole model", fix="merge it into its base model first")
-        raise BadInput(f"{folder} is not a model: it has no config.json", fix="give a transformers checkpoint")
+        raise BadInput(
+            f"{folder} is not a model: it has no config.json", fix="give a transformers checkpoint or a .gguf file"
+        )
     found = _read_json(folder, config.name)
     if any(folder.glob("*.onnx")):
         return "onnxruntime"

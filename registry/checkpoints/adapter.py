@@ -137,7 +137,8 @@ def _prepare_embedding(model: PreTrainedModel, weights: dict[str, Tensor]) -> No
     """Give the base model as many tokens as the adapter was trained with, and a head of its own if it needs one."""
     import torch
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     names = {module: f"{PREFIX}{name}" for name, module in model.named_modules() if module in (embedding, head)}
     saved = weights.get(f"{names[embedding]}.weight")
     if saved is not None and saved.shape[0] != embedding.weight.shape[0]:

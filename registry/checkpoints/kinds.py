@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput
@@ -106,7 +107,7 @@ def _kind_of_type(model_type: str, architectures: list[str]) -> str | None:
         model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and architectures
     ):
         return None
-    tables = {
+    tables: dict[str, tuple[Container[str], ...]] = {
         "an encoder-decoder": (
             auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,

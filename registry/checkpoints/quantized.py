@@ -31,9 +31,9 @@ def plain_checkpoint(folder: Path, digest: str, kind: str, label: str) -> Conver
 
 
 def _save(folder: Path, target: Path, kind: str, label: str) -> None:
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-    methods = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    methods: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
     options = {"quantization_config": methods[kind](dequantize=True)} if kind in methods else {}
     model = load_model(folder, label=label, **options)
     model.save_pretrained(target)

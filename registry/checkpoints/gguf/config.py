@@ -216,8 +216,9 @@ def _own_reader(file: GgufFile) -> Config:
     """The config of an architecture for which transformers reads all metadata."""
     from transformers.integrations.gguf import get_gguf_config
 
+    metadata: Any = _CountedVocabulary(file.metadata)
     try:
-        return dict(get_gguf_config(_CountedVocabulary(file.metadata), tuple(file.shapes)))
+        return dict(get_gguf_config(metadata, tuple(file.shapes)))
     except KeyError as error:
         raise BadInput(f"{file.path}: its metadata lacks {error}") from error
 
