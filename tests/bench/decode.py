@@ -1,7 +1,7 @@
 """Decode speed of one Llama: the torch-free runtime against torch, optimum and onnxruntime-genai with the same weights.
 
 All run in turns on the same number of threads, so the ratios are more stable than the figures. optimum runs in a
-process of its own, over the overlay, the others in this one. The limit is reading the weights once per token: the memory
+process of its own, over the overlay, the others in this one. The limit is reading the weights once per token: memory
 bandwidth, measured with numpy, over the bytes of weights that one token needs. Weights in the processor's cache can
 exceed it. Load time and memory are measured in a separate process for each artifact.
 """
