@@ -36,7 +36,7 @@ def write_optimum_graph(torch_model: Any, folder: Path, label: str, report: Call
         checkpoint, probe, output = (Path(temporary) / name for name in ("checkpoint", "probe.npz", "output"))
         write_checkpoint(torch_model, checkpoint)
         _write_probe(torch_model, probe)
-        command = [sys.executable, WORKER, checkpoint, probe, output]
+        command = [sys.executable, *map(str, (WORKER, checkpoint, probe, output))]
         # Ctrl-C ends the subprocess: `run` kills it when anything is raised here.
         done = subprocess.run(
             command, env=overlay_environment(overlay), capture_output=True, text=True, errors="replace"
