@@ -92,7 +92,7 @@ FAMILIES = [
     Family("Jais 2", "jais2", SIZES, "no gate"),
     Family("Nemotron, Minitron", "nemotron", SIZES | PARTIAL, "no gate"),
     Family("Apertus", "apertus", SIZES, "xIELU"),
-    Family("Apertus 1.5 (text)", "apertus1p5_text", SIZES | dict(output_vocab_size=200), "xIELU"),
+    Family("Apertus 1.5 (text)", "apertus1p5_text", SIZES, "xIELU"),
     Family("Hunyuan (dense)", "hunyuan_v1_dense", SIZES | dict(head_dim=16), "norms after the rotary embedding"),
     Family("GLM-4 9B, GLM-Edge", "glm", SIZES | PARTIAL, "neighbours rotated"),
     Family("GLM-4 0414, GLM-Z1", "glm4", SIZES | PARTIAL, "neighbours rotated"),

@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=8,
         llama_4_scaling_beta=0.5))),
     "clipped": ("olmo", SIZES | dict(clip_qkv=0.5)),
-    "xIELU": ("apertus", SIZES),
+    "xIELU, a head for some tokens": ("apertus1p5_text", SIZES | dict(output_vocab_size=200)),
     "relu2": ("arcee", SIZES),
     "ALiBi": ("bloom", dict(hidden_size=48, n_layer=2, n_head=6, vocab_size=300)),
     "one key head": ("falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)),
