@@ -67,6 +67,9 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of reading and writing weights: it would mix with Limbeck's own
 
     options = {"dtype": torch.float32, "use_safetensors": True, **_options(trust_remote_code), **options}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_model refuses them by name

@@ -94,7 +94,18 @@ def _pip_install(folder: Path, target: Path) -> None:
     """Install the packages of the overlay into `folder`, which will be `target`. Raises BadInput."""
     options = ["--no-deps", "--no-user", "--only-binary", ":all:", "--retries", "1"]
     quiet = ["--quiet", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *options, *quiet, "--target", folder, "-r", REQUIREMENTS]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        *quiet,
+        "--target",
+        folder,
+        "-r",
+        REQUIREMENTS,
+    ]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         reason = last_line(done.stderr) or f"pip ended with {done.returncode}"
