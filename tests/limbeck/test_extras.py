@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -20,12 +21,20 @@ from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.limbeck.host_helpers import distributions_of_host, run_limbeck_on_host, run_on_host
 
+CHECKPOINTS = ROOT / "registry" / "checkpoints"
 ROOMS = {"limbeck", "registry", *(name.split(".")[1] for name in EXTRAS)}
 
 
 def imported_distributions(room: str) -> set[str]:
-    """What pip calls the packages that the files of a room import, at the top or within a function."""
+    """What pip calls the packages that the files of a room import, at the top or within a function.
+
+    Checkpoints are loaded by the commands of other rooms, whose extras bring what that needs.
+    """
     files = (ROOT / room).glob("*.py") if room == "limbeck" else (ROOT / room).rglob("*.py")
+    return _distributions(file for file in files if room != "registry" or CHECKPOINTS not in file.parents)
+
+
+def _distributions(files: Iterable[Path]) -> set[str]:
     modules = {name for file in files for name in _imports(ast.parse(file.read_text()))}
     others = {name for name in modules if name.partition(".")[0] not in {*sys.stdlib_module_names, "limbeck"}}
     return {found for name in others if (found := distribution_of_module(name) or _distribution_of_part(name))}
@@ -53,6 +62,12 @@ def test_an_extra_brings_what_its_room_imports(room: str) -> None:
     if room == "export":
         brought |= set(overlay_versions())  # its worker.py runs over the overlay
     assert imported_distributions(room) <= brought
+
+
+@pytest.mark.parametrize("extra", ["train", "eval", "export"])
+def test_what_loads_models_brings_what_checkpoints_need(extra: str) -> None:
+    packages = packages_of_extras()
+    assert _distributions(CHECKPOINTS.rglob("*.py")) | {"accelerate", "gguf"} <= packages[""] | packages[extra]
 
 
 IMPORT_ROOM = """
