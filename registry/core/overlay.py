@@ -108,7 +108,7 @@ def _pip_install(folder: Path, target: Path) -> None:
     ]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
-        reason = last_line(done.stderr) or f"pip ended with {done.returncode}"
+        reason = last_line(done.stderr).removeprefix("ERROR: ") or f"pip ended with {done.returncode}"
         raise BadInput(
             f"the packages of the export engine optimum cannot be installed: {reason}",
             fix=f"where PyPI can be reached: {INSTALL_COMMAND}\n"

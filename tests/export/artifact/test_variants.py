@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -13,7 +14,7 @@ from limbeck.export.artifact.variants import ExportOptions, export_folder, expor
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.registry.core.digest import read_manifest
+from limbeck.registry.core.digest import extra_manifest_fields, read_manifest, write_manifest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
@@ -45,6 +46,27 @@ def test_existing_variants_are_not_made_again(llama: Exported) -> None:
     assert [variant.new for variant in again] == [False, False]
     assert [variant.digest for variant in again] == [variant.digest for variant in llama.variants]
     assert all("already exported" in line for line in lines)
+
+
+@pytest.fixture
+def other_graph(llama: Exported, optimum_artifact: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """A folder with the fp32 variant of the tiny Llama, with optimum's graph."""
+    fields = extra_manifest_fields(read_manifest(llama.fp32)) | {"graph": "optimum"}
+    write_manifest(shutil.copytree(optimum_artifact(llama.torch), tmp_path / "fp32"), **fields)
+    return tmp_path
+
+
+def test_an_existing_variant_of_another_engine_is_replaced_on_request(llama: Exported, other_graph: Path) -> None:
+    (existing,) = export_folder(llama.torch, other_graph, ["fp32"])
+    assert (existing.new, existing.graph) == (False, "optimum")
+    (fused,) = export_folder(llama.torch, other_graph, ["fp32"], ExportOptions(engine="fused"))
+    assert (fused.new, fused.graph, fused.digest) == (True, "fused", llama.variants[0].digest)
+
+
+def test_a_quantized_variant_is_made_from_the_graph_of_the_requested_engine(llama: Exported, other_graph: Path) -> None:
+    (int8,) = export_folder(llama.torch, other_graph, ["int8"], ExportOptions(engine="fused"))
+    assert (int8.graph, int8.digest) == ("fused", llama.variants[1].digest)
+    assert read_manifest(other_graph / "fp32")["graph"] == "optimum"
 
 
 def test_the_export_of_another_model_is_replaced(llama: Exported, tiny_gpt2: Path, tmp_path: Path) -> None:

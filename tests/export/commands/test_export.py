@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.export.runtime.runtime import Runtime
+from tests.conftest import make_model
 from tests.export.export_helpers import Exported
 
 Limbeck = Callable[..., tuple[int, str, str]]
@@ -55,3 +56,13 @@ def test_each_precision_is_made_and_described(
     code, _, err = limbeck("export", llama.torch, "--device", "cuda", "--precision", "fp16,int8")
     assert code == 2
     assert "on CUDA use one of: fp32, fp16" in err
+
+
+def test_an_engine_that_cannot_make_the_graph_is_refused(
+    limbeck: Limbeck, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", tokenizer_folder, "llama", hidden_size=48)
+    code, _, err = limbeck("export", model, "--engine", "fused", "--precision", "fp32")
+    assert code == 2
+    assert "has no fused graph: a head size of 12" in err
+    assert err.endswith("use --engine optimum, or leave --engine out\n")
