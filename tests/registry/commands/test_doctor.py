@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from limbeck.registry.core.home import home
+from limbeck.registry.core.overlay import overlay_versions
 from limbeck.registry.doctor import read_tested_versions
 from tests.conftest import Result
 from tests.registry.conftest import Still
@@ -51,6 +53,30 @@ def test_doctor_before_anything_is_there(limbeck_home: Path, limbeck: Limbeck) -
     result = limbeck("doctor", "--format", "json")
     assert (result.code, states(result)["tracking store"]) == (0, "note")
     assert not (limbeck_home / "mlflow.db").exists()
+
+
+def test_doctor_says_whether_optimum_is_installed_and_how_to_install_it(
+    limbeck_home: Path, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(limbeck_home / "cache"))
+    monkeypatch.setattr(sys, "prefix", str(limbeck_home))
+    result = limbeck("doctor", "--format", "json")
+    assert states(result)["optimum"] == "note"
+    assert "limbeck doctor --install-optimum" in findings(result)["optimum"]
+    failed = limbeck("doctor", "--install-optimum")
+    assert failed.code == 2
+    assert "cannot be installed: No matching distribution found" in failed.err
+    folder = find_folder_for_overlay(failed.err)
+    folder.mkdir(parents=True)
+    result = limbeck("doctor", "--format", "json")
+    assert states(result)["optimum"] == "ok"
+    assert findings(result)["optimum"].endswith(f"transformers {overlay_versions()['transformers']} in {folder}")
+    assert limbeck("doctor", "--install-optimum").out == f"{folder}\n"
+
+
+def find_folder_for_overlay(status: str) -> Path:
+    return Path(status.splitlines()[0].rpartition(" in ")[2])
 
 
 def test_doctor_finds_what_is_wrong(scored: Still, limbeck: Limbeck, policy: Path) -> None:
