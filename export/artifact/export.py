@@ -137,7 +137,7 @@ def _export_fp32(
     if fields["graph"] == "optimum":
         _require_optimum(model, torch_model.config.model_type, engine, reason)
         if reason:
-            report(f"{model}: optimum makes the graph, since there is no fused one: {reason}")
+            report(f"  optimum makes the graph, since there is no fused one: {reason}")
         write_optimum_graph(torch_model, folder, str(model), report)
     torch_model.config.save_pretrained(folder)
     torch_model.generation_config.save_pretrained(folder)
