@@ -74,11 +74,14 @@ def make_torch_model(model_type: str, config: dict[str, Any], noise: float = 0.2
         noise: standard deviation of the matrices' entries.
         **options: others of the configuration.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), 0) | {"pad_token_id": None}
     made = AutoConfig.for_model(model_type, **ids | config | options)
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # some parameters start at random numbers, and `randomize` adds to them
+        model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
     randomize(model, noise)
     return model
 

@@ -44,7 +44,7 @@ def layer_window(config: Any, index: int) -> int:
     if layer_type == "sliding_attention" and config.sliding_window:
         return int(config.sliding_window)
     if layer_type != "full_attention":
-        raise UnsupportedModel(f"a layer of the type {layer_type!r} with sliding_window={config.sliding_window}")
+        raise UnsupportedModel(f"a layer of the type {layer_type!r}")
     return -1
 
 
@@ -201,15 +201,17 @@ def read_norms(reader: ModelReader, layer: Any, names: NormNames, size: int | No
 
 
 def gated_mlp(reader: ModelReader, mlp: Any, config: Any, scale: float) -> MLP:
-    """Read an MLP with a gate; Phi-3 and GLM store gate and up projection in one matrix."""
-    activation, down = mlp_activation(mlp), reader.linear(mlp.down_proj, scale)
-    if not hasattr(mlp, "gate_up_proj"):
+    """Read an MLP with a gate; Phi-3, GLM and Granite 4 store gate and up projection in one matrix."""
+    activation = mlp_activation(mlp)
+    down = reader.linear(first_part(mlp, "down_proj", "output_linear"), scale)
+    packed = first_part(mlp, "gate_up_proj", "input_linear")
+    if packed is None:
         return MLP(reader.linear(mlp.up_proj), down, activation, reader.linear(mlp.gate_proj))
-    both = reader.linear(mlp.gate_up_proj)
+    both = reader.linear(packed)
     gate, up = np.split(both.weight, 2, axis=1)
     gate_bias, up_bias = (None, None) if both.bias is None else np.split(both.bias, 2)
-    name = both.name.removesuffix("gate_up_proj")
-    return MLP(Linear(f"{name}up_proj", up, up_bias), down, activation, Linear(f"{name}gate_proj", gate, gate_bias))
+    name = reader.name(mlp)
+    return MLP(Linear(f"{name}.up_proj", up, up_bias), down, activation, Linear(f"{name}.gate_proj", gate, gate_bias))
 
 
 def ungated_mlp(up: str, down: str) -> ReadMLP:

@@ -41,7 +41,7 @@ def read_experts(
         router,
         np.stack([gate, up], axis=2).reshape(len(gate), -1, gate.shape[2]),
         down if factor == 1 else down * np.float32(factor),
-        shared=None if shared is None else _shared_mlp(reader, shared, config, scale),
+        shared=None if shared is None else gated_mlp(reader, shared, config, scale),
         shared_gate=reader.linear(block.shared_expert_gate) if hasattr(block, "shared_expert_gate") else None,
     )
 
@@ -72,15 +72,6 @@ def _read_router(reader: ModelReader, block: Any, sigmoid: bool) -> tuple[Router
         bias=None if bias is None else reader.array(bias).ravel(),
     )
     return router, getattr(module, "routed_scaling_factor", 1.0)
-
-
-def _shared_mlp(reader: ModelReader, module: Any, config: Any, scale: float) -> MLP:
-    if not hasattr(module, "input_linear"):
-        return gated_mlp(reader, module, config, scale)
-    both = reader.linear(module.input_linear)  # GraniteMoeShared
-    gate, up = np.split(both.weight, 2, axis=1)
-    down = reader.linear(module.output_linear, scale)
-    return MLP(Linear(f"{both.name}.up", up), down, "silu", Linear(f"{both.name}.gate", gate))
 
 
 def read_clamped_experts(reader: ModelReader, layer: Any, config: Any, scale: float) -> Experts:

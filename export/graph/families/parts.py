@@ -43,7 +43,7 @@ def read_activation(module: Any) -> str:
 
 def mlp_activation(mlp: Any) -> str:
     """Return the activation of an MLP."""
-    return read_activation(first_part(mlp, "act_fn", "activation_fn", "act"))
+    return read_activation(first_part(mlp, "act_fn", "activation_fn", "activation", "act"))
 
 
 def rotary_positions(config: Any) -> tuple[int, int | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.export.graph.decoder import MLP, XIELU, Decoder, Linear
+from limbeck.export.graph.decoder import MLP, XIELU, Decoder, Experts, Linear
 from limbeck.export.graph.families.llama import (
     LLAMA,
     NORMS_AFTER,
@@ -15,10 +15,12 @@ from limbeck.export.graph.families.llama import (
     ONE_NORM,
     Style,
     describe_llama,
+    gated_mlp,
     layer_window,
     same_window,
     ungated_mlp,
 )
+from limbeck.export.graph.families.mixture import read_experts
 from limbeck.export.graph.families.parts import reorder_qkv
 from limbeck.export.graph.reader import ModelReader
 
@@ -51,6 +53,12 @@ def _read_qkv_by_head(reader: ModelReader, module: Any) -> Linear:
     return reorder_qkv(reader.linear(module.query_key_value), module.num_heads, module.head_dim)
 
 
+def _read_granite4_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP | Experts:
+    if layer.block_sparse_moe is not None:
+        return read_experts(reader, layer, config, scale)
+    return gated_mlp(reader, layer.shared_mlp, config, scale)
+
+
 def _granite_swa_rotary(body: Any, config: Any, index: int) -> Any:
     """Return the rotary module of the layer's theta, or None if that is 0."""
     theta = config.layer_rope_theta[index]
@@ -73,6 +81,7 @@ GLM4 = Style(
     interleaved=True,
 )
 GRANITE = Style(multipliers=True, logit_scale=lambda config: 1 / config.logits_scaling)
+GRANITE4 = replace(GRANITE, window=layer_window, read_mlp=_read_granite4_mlp)
 GRANITE_SWA = replace(GRANITE, window=layer_window, rotary_module=_granite_swa_rotary)
 HUNYUAN = Style(norm_after_rotary=True)
 HYPERCLOVAX = Style(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from limbeck.export.graph.families.table import FAMILIES as GRAPH_FAMILIES
 from limbeck.export.graph.families.table import decoder_from_model
@@ -19,11 +20,15 @@ from tests.families import (
     FAMILIES,
     LONGROPE,
     NOISE,
+    OF_OTHER_KINDS,
     README_MARKS,
+    UNSUPPORTED,
+    UNSUPPORTED_MARKS,
     YARN,
     Family,
     export_family,
     format_table,
+    format_unsupported,
     measure_family,
 )
 from tests.fused_model import largest_difference, make_fused_model, make_torch_model
@@ -90,6 +95,7 @@ SWITCHES: dict[str, list[Any]] = {
     "num_ln_in_parallel_attn": [1, 2],
     "num_shared_experts": [0, 2],
     "parallel_attn": [False],
+    "position_embedding_type": [None],
     "pretraining_tp": [2],
     "qk_layernorm": [True, False],
     "qkv_bias": [True, False],
@@ -146,11 +152,20 @@ def test_a_family_exports_and_generates(family: Family, tokenizer_folder: Path, 
     assert parity.greedy_identical
 
 
-def test_the_readme_has_the_table() -> None:
-    assert set(GRAPH_FAMILIES) == {family.model_type for family in FAMILIES}
+def test_the_readme_has_the_table_and_the_list() -> None:
     text = README.read_text()
-    end = text.index(README_MARKS[1]) + len(README_MARKS[1])
-    assert text[text.index(README_MARKS[0]) : end] == format_table()
+    for marks, written in ((README_MARKS, format_table()), (UNSUPPORTED_MARKS, format_unsupported())):
+        assert text[text.index(marks[0]) : text.index(marks[1]) + len(marks[1])] == written
+
+
+def test_each_family_of_transformers_is_in_the_table_or_the_list() -> None:
+    fused = {family.model_type for family in FAMILIES}
+    others = [name for names in (UNSUPPORTED | OF_OTHER_KINDS).values() for name in names]
+    assert set(GRAPH_FAMILIES) == fused
+    assert len(others) == len(set(others))
+    assert fused.isdisjoint(others)
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"gpt-sw3"}  # its models are of the type "gpt2"
+    assert known == fused | set(others)
 
 
 @EACH_TYPE
