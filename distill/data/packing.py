@@ -56,7 +56,7 @@ def separates_documents(config: PretrainedConfig, trust_remote_code: bool = Fals
 
 
 def _probe_config(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
-    """The same kind of model with two layers and few tokens; `narrow`: also with a small feed-forward."""
+    """The same kind of model with few tokens, and a layer of each type, at least two; `narrow`: also a small MLP."""
     small = copy.deepcopy(config.get_text_config())
     limits = {"num_hidden_layers": 2, "vocab_size": PROBE_VOCAB_SIZE}
     if narrow:
@@ -65,7 +65,9 @@ def _probe_config(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, min(getattr(small, name), limit))
     if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[: small.num_hidden_layers]
+        each = list(dict.fromkeys(small.layer_types))  # in the order of a model whose last type is the one it must be
+        small.layer_types = each if len(each) > 1 else small.layer_types[:2]
+        small.num_hidden_layers = len(small.layer_types)
     for token in ("bos", "eos", "pad"):
         setattr(small, f"{token}_token_id", None)
     return small

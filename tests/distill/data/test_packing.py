@@ -46,7 +46,7 @@ def losses_of_documents(model: PreTrainedModel, blocks: Blocks) -> dict[bytes, t
     return found
 
 
-@pytest.mark.parametrize("model_type", [*SEPARATING, "bloom", "mamba"])
+@pytest.mark.parametrize("model_type", [*SEPARATING, "bloom", "mamba", "qwen3_5_text"])
 def test_a_documents_loss_does_not_depend_on_its_neighbours(
     tmp_path: Path, tokenizer_folder: Path, model_type: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_documents_loss_does_not_depend_on_its_neighbours(
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
+@pytest.mark.parametrize("model_type", ["bloom", "mamba", "qwen3_5_text"])
 def test_models_that_get_one_document_per_block_need_it(
     tmp_path: Path, tokenizer_folder: Path, model_type: str
 ) -> None:
@@ -87,6 +87,11 @@ def test_the_probe_has_no_side_effects_and_distrusts_models_it_cannot_make() -> 
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
     assert not separates_documents(AutoConfig.for_model("t5"))
+
+
+def test_a_recurrence_in_a_later_layer_is_found() -> None:
+    layers = dict(num_hidden_layers=3, layer_types=["full_attention", "full_attention", "conv"])
+    assert not separates_documents(AutoConfig.for_model("lfm2", vocab_size=300, **SIZES["lfm2"] | layers))
 
 
 def test_texts_with_one_document_per_block(tokenizer_folder: Path) -> None:
