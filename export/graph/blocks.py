@@ -36,7 +36,7 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
         )
         scales = graph.node("Unsqueeze", [scales, graph.ints(-1)], f"{name}.query.factors")
         qkv[0] = graph.node("Mul", [qkv[0], scales], f"{qkv[0]}.scaled")
-    if own:
+    if attention.kv_layer is None:
         graph.keys_and_values[index] = qkv[1:]
     else:
         qkv[1:] = graph.keys_and_values[attention.kv_layer]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from limbeck.export.graph.blocks import write_mlp
 from limbeck.export.graph.builder import GraphBuilder
 from limbeck.export.graph.decoder import Experts, Router
@@ -28,6 +30,7 @@ def write_experts(graph: GraphBuilder, experts: Experts, name: str, x: str) -> s
         "" if getattr(experts, part) is None else graph.constant(f"{experts.name}.{part}", getattr(experts, part))
         for part in ("gate_up", "gate_up_bias", "down", "down_bias")
     ]
+    limit: dict[str, Any] = {"swiglu_limit": experts.limit} if experts.limit else {}
     y = graph.node(
         "MoE",
         [x, logits, *inputs],
@@ -39,7 +42,7 @@ def write_experts(graph: GraphBuilder, experts: Experts, name: str, x: str) -> s
         swiglu_fusion=1,
         activation_alpha=experts.alpha,
         activation_beta=experts.beta,
-        **({"swiglu_limit": experts.limit} if experts.limit else {}),
+        **limit,
     )
     if total:
         shape = graph.node("Shape", [x], f"{name}.router.batch", start=0, end=2)
@@ -54,8 +57,10 @@ def _weigh(graph: GraphBuilder, router: Router, name: str, logits: str) -> tuple
     Returns logits (N, E) of which the operator makes these experts and the normalized weights, and what to multiply
     the output with: the sum of the weights, (N, 1), or None if they are to be normalized.
     """
-    op, attributes = ("Sigmoid", {}) if router.sigmoid else ("Softmax", {"axis": -1})
-    scores = graph.node(op, [logits], f"{name}.router.scores", **attributes)
+    output = f"{name}.router.scores"
+    scores = (
+        graph.node("Sigmoid", [logits], output) if router.sigmoid else graph.node("Softmax", [logits], output, axis=-1)
+    )
     order = scores
     if router.bias is not None:
         bias = graph.constant(f"{router.logits.name}.choice_bias", router.bias)

@@ -193,7 +193,7 @@ def _cache_shapes(mixer: Attention | ShortConvolution | GatedDelta, past: str, t
         parts = ("key", "value") if mixer.kv_layer is None else ()
         return [(part, (heads, past, size), (heads, total, size)) for part in parts]
     channels, width = mixer.convolution.weight.shape
-    shapes = {"conv": (width - 1, channels)}
+    shapes: dict[str, tuple[int, ...]] = {"conv": (width - 1, channels)}
     if isinstance(mixer, GatedDelta):
         shapes["recurrent"] = (mixer.value_heads, mixer.value_size, mixer.key_size)
     return [(part, shape, shape) for part, shape in shapes.items()]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from limbeck.registry.core.errors import BadInput
-
-if TYPE_CHECKING:
-    from limbeck.export.quantize.weight_only import BlockFormat
 
 WEIGHTS = (2, 4)  # MoE's inputs: gate and up, down; the bias of each follows it
 
@@ -31,10 +29,10 @@ class ExpertNode:
     inputs: tuple[int, int]
     group: str
 
-    def block_size(self, blocks: BlockFormat, sizes: tuple[int, ...]) -> int:
-        """Return the largest of `sizes` that divides all inputs, at most that of `blocks`. Raises BadInput if none."""
+    def block_size(self, limit: int, sizes: Sequence[int]) -> int:
+        """Return the first of `sizes` that is at most `limit` and divides all inputs. Raises BadInput if none does."""
         for size in sizes:
-            if size <= blocks.block_size and all(count % size == 0 for count in self.inputs):
+            if size <= limit and all(count % size == 0 for count in self.inputs):
                 return size
         raise BadInput(
             f"{self.group}: experts of {self.inputs[0]} and {self.inputs[1]} inputs, which no block size divides",
@@ -42,7 +40,7 @@ class ExpertNode:
         )
 
 
-def find_expert_nodes(graph: Any, group: Any) -> list[ExpertNode]:
+def find_expert_nodes(graph: Any, group: Callable[[str], str]) -> list[ExpertNode]:
     """List the nodes with experts of a float32 graph. `group` gives the group of a node from its name."""
     dims = {item.name: tuple(item.dims) for item in graph.initializer}
     found = []
@@ -56,34 +54,34 @@ def find_expert_nodes(graph: Any, group: Any) -> list[ExpertNode]:
 
 
 def quantize_experts(
-    node: Any, experts: ExpertNode, blocks: BlockFormat, packed: tuple[tuple[np.ndarray, ...], ...]
+    node: Any, experts: ExpertNode, packed: Sequence[tuple[np.ndarray, ...]], bits: int, **attributes: Any
 ) -> tuple[Any, list[Any]]:
     """Return the QMoE node in place of the MoE `node`, and its initializers.
 
     Args:
         packed: of each weight, codes (E, outputs, bytes) uint8, scales (E, outputs, blocks) float32 and, unless
             symmetric, packed zero points (E, outputs, bytes) uint8.
+        **attributes: others of the node.
     """
     from onnx import helper, numpy_helper
 
     inputs, tensors = list(node.input[:2]), []
     zeros = []
     for weight, bias, parts in zip(experts.weights, (node.input[3], _optional(node, 5)), packed, strict=True):
-        names = [f"{weight}_{blocks.bits}bits{suffix}" for suffix in ("", "_scales", "_zeros")]
+        names = [f"{weight}_{bits}bits{suffix}" for suffix in ("", "_scales", "_zeros")]
         tensors += [numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=False)]
         inputs += [*names[:2], bias]
         zeros += names[2:] if len(parts) == 3 else [""]
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    fields: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     quantized = helper.make_node(
         "QMoE",
         [*inputs, "", "", "", *zeros],
         [node.output[0]],
         node.name,
         domain="com.microsoft",
-        expert_weight_bits=blocks.bits,
-        block_size=blocks.block_size,
-        accuracy_level=blocks.accuracy_level,
+        expert_weight_bits=bits,
         weights_prepacked=0,
+        **fields,
         **attributes,
     )
     return quantized, tensors

@@ -99,7 +99,8 @@ class GraphWeights:
     @property
     def groups(self) -> list[str]:
         """The parts of the model that get one format each, in the graph's order; experts come last."""
-        return list(dict.fromkeys(node.group for node in (*self.weight_nodes, *self.expert_nodes)))
+        groups = [node.group for node in self.weight_nodes] + [node.group for node in self.expert_nodes]
+        return list(dict.fromkeys(groups))
 
     def pack(self, product: WeightNode, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
         """Quantize a weight of K inputs and N outputs, rounding to nearest. The result is cached.
@@ -183,9 +184,10 @@ class GraphWeights:
     ) -> tuple[Any, list[Any]]:
         blocks = plan[experts.group]
         assert blocks is not None
-        blocks = replace(blocks, block_size=experts.block_size(blocks, BLOCK_SIZES))
+        blocks = replace(blocks, block_size=experts.block_size(blocks.block_size, BLOCK_SIZES))
         packed = [self.pack_experts(weight, blocks) for weight in experts.weights]
-        return quantize_experts(node, experts, blocks, packed)
+        attributes = {"block_size": blocks.block_size, "accuracy_level": blocks.accuracy_level}
+        return quantize_experts(node, experts, packed, blocks.bits, **attributes)
 
 
 def _find_weight_nodes(graph: Any) -> list[WeightNode]:

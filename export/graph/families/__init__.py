@@ -1,0 +1,1 @@
+"""How the models of each family become a `limbeck.export.graph.decoder.Decoder`."""
