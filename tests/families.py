@@ -6,6 +6,7 @@ comments. tests/export/graph/test_families.py checks each row, and that all fami
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ FAMILIES = [
     Family("Phi-1, Phi-2", "phi", SIZES | dict(partial_rotary_factor=0.5, hidden_size=64)),
     Family("Phi-3, Phi-4", "phi3", SIZES | WINDOW),
     Family(
-        "Phi-3 128k, Phi-3.5-mini, Phi-4-mini", "phi3", SIZES | dict(rope_parameters=LONGROPE),
+        "Phi-3 128k, Phi-3.5-mini, Phi-4-mini", "phi3",
+        SIZES | dict(rope_parameters=LONGROPE, original_max_position_embeddings=100),
         "longrope: texts up to `original_max_position_embeddings` (4,096)",
     ),
     Family("Granite", "granite", SIZES | MULTIPLIERS),
@@ -257,7 +259,7 @@ def make_checkpoint(family: Family, tokenizer_folder: Path, folder: Path) -> Pat
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    config = AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), **ids, **family.config)
+    config = AutoConfig.for_model(family.model_type, vocab_size=len(tokenizer), **ids, **copy.deepcopy(family.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def make_torch_model(model_type: str, config: dict[str, Any], noise: float = 0.2
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), 0) | {"pad_token_id": None}
-    made = AutoConfig.for_model(model_type, **ids | config | options)
+    made = AutoConfig.for_model(model_type, **copy.deepcopy(ids | config | options))  # it writes into dictionaries
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # some parameters start at random numbers, and `randomize` adds to them
         model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.artifact.variants import ExportOptions, Variant, export_folder
 from limbeck.export.quantize.settings import QuantizationSettings
+from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.digest import read_manifest, verify_files
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 from limbeck.registry.core.overlay import overlay_versions
 from tests.conftest import make_model
 from tests.export.export_helpers import Exported
-from tests.families import Family, make_checkpoint
+from tests.families import FAMILIES, Family, make_checkpoint
 
 
 def session(folder: Path) -> ort.InferenceSession:
@@ -126,6 +128,20 @@ def test_both_graphs_have_the_same_inputs_and_outputs(
     assert signature(fused_artifact) == signature(optimum)
     only_fused = {"genai_config.json"}
     assert {path.name for path in fused_artifact.iterdir()} - only_fused == {path.name for path in optimum.iterdir()}
+
+
+def test_an_artifact_takes_texts_up_to_the_length_that_its_graph_is_right_for(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    family = next(family for family in FAMILIES if "longrope" in family.note)
+    export_onnx(make_checkpoint(family, tokenizer_folder, tmp_path / "torch"), tmp_path / "onnx")
+    original = family.config["rope_parameters"]["original_max_position_embeddings"]
+    assert original < family.config["max_position_embeddings"]
+    runtime = Runtime.load(tmp_path / "onnx", threads=1)
+    assert runtime.max_length == original
+    runtime.logits(np.ones((1, original), np.int64), np.ones((1, original), np.int64))
+    [completion] = runtime.generate([[1] * (original - 2)], max_new_tokens=9)
+    assert len(completion.token_ids) <= 2
 
 
 def test_other_programs_know_the_class_of_the_tokenizer(fused_artifact: Path, tiny_llama: Path) -> None:
