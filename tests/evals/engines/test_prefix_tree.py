@@ -255,6 +255,7 @@ def test_random_trees_score_like_plain_texts(
         ("mamba", "torch", False),
         ("qwen3_5_text", "torch", False),
         ("lfm2", "torch", False),
+        ("qwen3_5_text", "onnxruntime", False),
         ("gemma4_text", "torch", False),
         ("gemma4_text", "onnxruntime", False),
         ("qwen3_moe", "torch", True),
