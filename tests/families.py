@@ -269,13 +269,13 @@ def make_checkpoint(family: Family, tokenizer_folder: Path, folder: Path) -> Pat
     return folder
 
 
-def export_family(family: Family, tokenizer_folder: Path, folder: Path) -> Any:
+def export_family(family: Family, precision: str, tokenizer_folder: Path, folder: Path) -> Any:
     """Export the family's tiny model within `folder`. Returns its Parity."""
     from limbeck.export.artifact.export import export_onnx
     from limbeck.export.artifact.parity import measure_parity
 
     model = make_checkpoint(family, tokenizer_folder, folder / "torch")
-    export_onnx(model, folder / "onnx", engine="fused")
+    export_onnx(model, folder / "onnx", precision, engine="fused")
     return measure_parity(model, folder / "onnx", max_documents=4, max_tokens=48, new_tokens=8)
 
 

@@ -98,7 +98,7 @@ class GraphBuilder:
             self.number(f"{output}.{name}", getattr(xielu, name)) for name in ("positive", "negative", "beta", "eps")
         )
         square = self.node("Mul", [self.node("Mul", [x, x], f"{output}.square"), positive], f"{output}.right")
-        power = self.node("Exp", [self.node("Min", [x, eps], f"{output}.left.min")], f"{output}.left.exp")
+        power = self.node("Exp", [self.node("Clip", [x, "", eps], f"{output}.left.min")], f"{output}.left.exp")
         less = self.node("Sub", [power, self.number("one", 1.0)], f"{output}.left.expm1")
         left = self.node("Mul", [self.node("Sub", [less, x], f"{output}.left.less"), negative], f"{output}.left")
         is_right = self.node("Greater", [x, self.number("zero", 0.0)], f"{output}.is_right")

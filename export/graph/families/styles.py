@@ -34,7 +34,7 @@ def _scale_queries_by_position(config: Any, positions: int) -> np.ndarray:
     return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + steps)).numpy()
 
 
-def _read_xielu_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP:
+def _read_xielu_mlp(reader: ModelReader, layer: Any, config: Any, scale: float) -> MLP | Experts:
     import torch
 
     if config.hidden_act != "xielu":

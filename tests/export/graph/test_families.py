@@ -145,10 +145,18 @@ def test_a_family_matches_pytorch(family: Family) -> None:
 @pytest.mark.slow
 @EACH_FAMILY
 def test_a_family_exports_and_generates(family: Family, tokenizer_folder: Path, tmp_path: Path) -> None:
-    parity = export_family(family, tokenizer_folder, tmp_path)
+    parity = export_family(family, "fp32", tokenizer_folder, tmp_path)
     assert parity.passed
     assert parity.max_logprob_diff < family.max_difference
     assert parity.greedy_identical
+
+
+@pytest.mark.slow
+@EACH_FAMILY
+def test_a_family_runs_in_float16(family: Family, tokenizer_folder: Path, tmp_path: Path) -> None:
+    if "delta rule" in family.note:
+        pytest.skip("onnxruntime has no gated delta rule in float16")
+    assert export_family(family, "fp16", tokenizer_folder, tmp_path).mean_kl < 1e-4
 
 
 def test_the_readme_has_the_table_and_the_list() -> None:
