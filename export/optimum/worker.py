@@ -59,18 +59,40 @@ def describe_difference(model: Any, probe: Path) -> str:
 
 def export(model: Any, output: Path) -> None:
     """Write optimum's graph, without its validation: limbeck.export.artifact.parity checks more, on real text."""
-    from optimum.exporters.onnx.config import TextDecoderOnnxConfig
     from optimum.exporters.onnx.convert import onnx_export_from_model
-    from optimum.exporters.onnx.model_configs import GemmaOnnxConfig
 
-    def inputs_with_positions(config: Any) -> Any:
-        return TextDecoderOnnxConfig.inputs.fget(config) | {"position_ids": {0: "batch_size", 1: "sequence_length"}}
-
-    # optimum lets the graphs of Gemma, GPT-OSS and Nemotron count positions. Their rows could not join a batch that is
-    # padded on the left, since their keys are rotated by other positions.
-    GemmaOnnxConfig.inputs = property(inputs_with_positions)
+    mend_position_ids()
+    mend_experts()
     model.config.use_cache = True
     onnx_export_from_model(model=model, output=output, task=TASK, do_validation=False, device="cpu")
+
+
+def mend_position_ids() -> None:
+    """Give the graphs of Gemma, GPT-OSS and Nemotron an input `position_ids`, as others have.
+
+    optimum lets them count positions. Their rows could not join a batch that is padded on the left, since their keys
+    are rotated by other positions.
+    """
+    from optimum.exporters.onnx.config import TextDecoderOnnxConfig
+    from optimum.exporters.onnx.model_configs import GemmaOnnxConfig
+
+    def inputs(config: Any) -> Any:
+        return TextDecoderOnnxConfig.inputs.fget(config) | {"position_ids": {0: "batch_size", 1: "sequence_length"}}
+
+    GemmaOnnxConfig.inputs = property(inputs)
+
+
+def mend_experts() -> None:
+    """Put all experts of DeepSeek-V3 into the graph, not only those that the tracer's example tokens chose."""
+    import torch
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    def moe(module: Any, hidden_states: Any, topk_indices: Any, topk_weights: Any) -> Any:
+        chosen = torch.nn.functional.one_hot(topk_indices, num_classes=len(module.experts)).to(topk_weights.dtype)
+        weights = (chosen * topk_weights.unsqueeze(-1)).sum(dim=1)  # (tokens, experts)
+        return sum(expert(hidden_states) * weights[:, place, None] for place, expert in enumerate(module.experts))
+
+    DeepseekV3MoE.moe = moe
 
 
 if __name__ == "__main__":
