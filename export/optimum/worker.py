@@ -92,7 +92,8 @@ def mend_experts() -> None:
         weights = (chosen * topk_weights.unsqueeze(-1)).sum(dim=1)  # (tokens, experts)
         return sum(expert(hidden_states) * weights[:, place, None] for place, expert in enumerate(module.experts))
 
-    DeepseekV3MoE.moe = moe
+    experts: Any = DeepseekV3MoE  # transformers 5, which types are checked with, has no such method
+    experts.moe = moe
 
 
 if __name__ == "__main__":
