@@ -135,6 +135,8 @@ def _norms_like(norm: Norm, module: Any) -> bool:
     x = np.random.default_rng(0).normal(0.003, 0.002, (4, *norm.weight.shape)).astype(np.float32)
     with torch.inference_mode():
         expected = module(torch.from_numpy(x)).numpy()
+    bias = np.float32(0) if norm.bias is None else norm.bias
     y = x if norm.bias is None else x - x.mean(axis=-1, keepdims=True)
-    y = y / np.sqrt(np.square(y).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
-    return np.allclose(y if norm.bias is None else y + norm.bias, expected, rtol=1e-4, atol=1e-5)
+    y = y / np.sqrt(np.square(y).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight + bias
+    tolerance = 1e-4 * (1 + np.abs(norm.weight) + np.abs(bias))
+    return bool((np.abs(y - expected) <= tolerance).all())

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
@@ -13,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from limbeck.export.graph.families.table import FAMILIES as GRAPH_FAMILIES
 from limbeck.export.graph.families.table import decoder_from_model
-from limbeck.export.graph.reader import UnsupportedModel
+from limbeck.export.graph.reader import ModelReader, UnsupportedModel
 from tests import ROOT
 from tests.families import (
     FAMILIES,
@@ -237,6 +238,21 @@ def test_a_parameter_that_is_not_read_is_named() -> None:
     model.model.layers[0].self_attn.gate = torch.nn.Linear(4, 4)
     with pytest.raises(UnsupportedModel, match=r"no place for model\.layers\.0\.self_attn\.gate"):
         decoder_from_model(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "offset", "is_layer_norm"),
+    [("llama", 0, False), ("gemma", 1, False), ("cohere", 0, True), ("nemotron", 1, True)],
+)
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_norms_of_any_size_are_read(model_type: str, offset: int, is_layer_norm: bool, factor: float) -> None:
+    model = make_torch_model(model_type, SIZES)
+    with torch.no_grad():
+        model.model.norm.weight *= factor
+        model.model.norm.weight[::3] *= 0.01
+    norm = ModelReader(model).norm(model.model.norm)
+    assert np.array_equal(norm.weight, model.model.norm.weight.detach().numpy() + np.float32(offset))
+    assert (norm.bias is not None) == is_layer_norm
 
 
 def test_a_norm_that_computes_something_else_is_named() -> None:
