@@ -223,6 +223,16 @@ def _own_reader(file: GgufFile) -> Config:
         raise BadInput(f"{file.path}: its metadata lacks {error}") from error
 
 
+def _qwen35(file: GgufFile) -> Config:
+    found = _own_reader(file)
+    _head_dim(file, found)
+    interval = found["full_attention_interval"]
+    recurrent = [bool((layer + 1) % interval) for layer in range(found["num_hidden_layers"])]
+    if file.metadata.get("qwen35.attention.recurrent_layers", recurrent)[: len(recurrent)] != recurrent:
+        raise BadInput(f"{file.path}: not every {interval}th layer has full attention")
+    return found
+
+
 class _CountedVocabulary(Mapping[str, Any]):
     """Metadata as transformers' readers take it: with the number of tokens in place of the tokens."""
 
@@ -249,7 +259,7 @@ ARCHITECTURES: dict[str, Callable[[GgufFile], Config]] = {
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
-    "qwen35": _own_reader,
+    "qwen35": _qwen35,
     "qwen3moe": _qwen3moe,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from gguf.quants import quantize
 from transformers import PreTrainedModel
@@ -38,18 +37,12 @@ def write_model(
     writer = gguf.GGUFWriter(file, architecture)
     write_keys(writer, {f"{architecture}.{key}": value for key, value in keys.items()})
     write_keys(writer, {f"tokenizer.ggml.{key}": value for key, value in tokens.items()})
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        stem, _, ending = name.rpartition(".")
-        values = as_llama_cpp(model, architecture, name, tensor).numpy()
-        found = f"{names.get_name(stem)}.{ending}"
+    for name, tensor in stored_tensors(model, architecture):
+        values = tensor.contiguous().numpy()
         if quantized is not None and values.ndim == 2:
-            writer.add_tensor(found, quantize(values, quantized), raw_dtype=quantized)
+            writer.add_tensor(name, quantize(values, quantized), raw_dtype=quantized)
         else:
-            writer.add_tensor(found, values)
+            writer.add_tensor(name, values)
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor.numpy())
     write_all(writer)
@@ -101,27 +94,51 @@ def write_all(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def as_llama_cpp(model: PreTrainedModel, architecture: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as llama.cpp stores it: rotary pairs side by side in Llama, 1 added to Gemma's norms."""
+def stored_tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model, under the names and with the values that llama.cpp stores."""
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        block = "blk." + "".join(name.split(".")[2:3])
+        if name.endswith(".experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            yield from ((f"{block}.ffn_gate_exps.weight", gate), (f"{block}.ffn_up_exps.weight", up))
+        elif name.endswith(".experts.down_proj"):
+            yield f"{block}.ffn_down_exps.weight", tensor
+        elif name.endswith(".dt_bias"):
+            yield f"{block}.ssm_dt.bias", tensor
+        elif name.endswith(".A_log"):
+            yield f"{block}.ssm_a", -tensor.exp()
+        else:
+            stem, _, ending = name.rpartition(".")
+            yield f"{names.get_name(stem)}.{ending}", as_stored(model, architecture, name, tensor)
+
+
+def as_stored(model: PreTrainedModel, architecture: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as llama.cpp stores it: it has other layouts of some, and norms that no 1 is added to."""
     config = model.config
-    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):  # rotary pairs side by side
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
-        return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
-        return tensor + 1
-    return tensor
+        return halves.transpose(1, 2).reshape(tensor.shape)
+    if name.endswith("norm.weight") and (architecture.startswith("gemma") or architecture == "qwen35"):
+        return tensor if "linear_attn" in name else tensor + 1
+    if architecture == "gpt2" and ".c_" in name and tensor.ndim == 2:
+        return tensor.T
+    return tensor.squeeze(1) if ".conv" in name else tensor
 
 
 def sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """The metadata keys that all decoders with rotary embeddings have."""
-    config = model.config
-    return {
-        "context_length": config.max_position_embeddings,
-        "block_count": config.num_hidden_layers,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(np.float32(config.rms_norm_eps)),
+    """The metadata keys of sizes that the model's config has."""
+    names = {
+        "context_length": "max_position_embeddings",
+        "block_count": "num_hidden_layers",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     }
+    return {key: getattr(model.config, name) for key, name in names.items() if hasattr(model.config, name)}

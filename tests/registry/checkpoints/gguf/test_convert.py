@@ -14,6 +14,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from limbeck.registry.checkpoints.gguf.config import ARCHITECTURES
 from limbeck.registry.checkpoints.gguf.convert import checkpoint_of_gguf
 from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.digest import file_digest, read_manifest
@@ -83,6 +84,32 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 16,
          "attention.sliding_window_pattern": 2, "rope.freq_base": 1e6},
     ),
+    "qwen3moe": (
+        "qwen3_moe", "qwen3moe",
+        dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True),
+        {"attention.key_length": 16, "attention.value_length": 16, "expert_count": 4, "expert_used_count": 2,
+         "expert_feed_forward_length": 24},
+    ),
+    "stablelm": ("stablelm", "stablelm", dict(use_qkv_bias=True),
+                 {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 2}),
+    "starcoder2": ("starcoder2", "starcoder2", dict(tie_word_embeddings=True), {"attention.layer_norm_epsilon": 1e-5}),
+    "gpt2": ("gpt2", "gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, n_inner=48),
+             {"attention.layer_norm_epsilon": 1e-5, "feed_forward_length": 48, "attention.head_count_kv": 0}),
+    "lfm2": (
+        "lfm2", "lfm2",
+        dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, tie_word_embeddings=True),
+        {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3, "rope.freq_base": 1e6,
+         "attention.layer_norm_rms_epsilon": 1e-5},
+    ),
+    "qwen35": (
+        "qwen3_5_text", "qwen35",
+        dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+             linear_value_head_dim=8, full_attention_interval=2, layer_types=["linear_attention", "full_attention"]),
+        {"attention.key_length": 16, "attention.value_length": 16, "full_attention_interval": 2,
+         "attention.recurrent_layers": [True, False], "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.group_count": 2,
+         "ssm.time_step_rank": 2, "ssm.inner_size": 16, "rope.dimension_count": 4,
+         "rope.dimension_sections": [11, 11, 10, 0], "rope.freq_base": 1e4},
+    ),
     "gemma2": (
         "gemma2", "gemma2",
         dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=3.0,
@@ -103,6 +130,10 @@ def test_logits_are_those_of_the_model_in_the_file(
     converted = checkpoint_of_gguf(file)
     assert largest_difference(converted.path, model) == 0.0
     assert load_model(converted.path).generation_config.eos_token_id == 0
+
+
+def test_every_architecture_is_tried() -> None:
+    assert {architecture for _, architecture, _, _ in CASES.values()} | {"phi3"} == set(ARCHITECTURES)
 
 
 def test_the_rotary_scaling_of_llama_3(
