@@ -63,12 +63,11 @@ def _load(file: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_loading refuses them by name
+    options: dict[str, Any] = {"gguf_file": file.path.name, "config": config, "dtype": torch.float32}
+    options |= {"local_files_only": True, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True}  # check_loading refuses them by name
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            file.path.parent, gguf_file=file.path.name, config=config, **options
-        )
+        loaded, info = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
     except Exception as error:  # transformers raises exceptions of any type
         raise BadInput(f"{file.path}: transformers cannot load it: {error}") from error
     check_loading(loaded, info, str(file.path))
