@@ -67,9 +67,10 @@ def _load(file: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
     options |= {"local_files_only": True, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # check_loading refuses them by name
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
     except Exception as error:  # transformers raises exceptions of any type
         raise BadInput(f"{file.path}: transformers cannot load it: {error}") from error
+    loaded, info = found
     check_loading(loaded, info, str(file.path))
     check_finite(loaded, str(file.path))
     _check_all_used(file, loaded)
