@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LICENCE_MARKS = {
     "!": "a licence of what it learnt from forbids learning from it",
     "?": "it is unknown whether the licences of what it learnt from allow it: set teacher.licence in the recipe, "
-    "or give limbeck register its --parent",
+    "or register it with --parent",
 }
 
 

@@ -99,8 +99,8 @@ def complete_torch(
         raise BadInput("torch found no CUDA device", fix="use --device cpu")
     torch.set_num_threads(threads or physical_cores())  # the runtime's default, so that speeds are comparable
     start = time.perf_counter()
+    model: Any = load_model(folder)  # first: it names a model's own code and what else makes it no model
     tokenizer: Any = load_tokenizer(folder)
-    model: Any = load_model(folder)
     model.to(device)
     loaded = time.perf_counter()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
