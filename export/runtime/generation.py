@@ -71,17 +71,19 @@ class GenerationState:
         self.last_token = 0
         self.max_new_tokens = min(sampling.max_new_tokens, context_left)
         self.token_count = 0
-        self._end_token_ids = set() if sampling.ignore_eos else eos_token_ids
+        self._end_token_ids = (set() if sampling.ignore_eos else eos_token_ids) | set(sampling.stop_token_ids)
+        self._constraint = sampling.constraint.start() if sampling.constraint else None
         self._sampler = Sampler(sampling, prompt, index)
         self._detokenizer = Detokenizer(decode, prompt, sampling.stop)
 
     def choose_token(self, logits: np.ndarray) -> TokenEvent:
         """Choose the next token from (V,) logits, and add it to the text."""
-        self.last_token = token = self._sampler.choose(logits)
+        self.last_token = token = self._sampler.choose(self._mask_forbidden(logits))
         self.token_count += 1
         ended = token in self._end_token_ids
+        is_complete = not ended and self._constraint is not None and self._constraint.accept(token)
         text = "" if ended else self._detokenizer.add(token)
-        if ended or self._detokenizer.stopped:
+        if ended or is_complete or self._detokenizer.stopped:
             self.finish_reason = "stop"
         elif self.token_count >= self.max_new_tokens:
             self.finish_reason = "length"
@@ -94,3 +96,12 @@ class GenerationState:
         logprobs = log_softmax(logits.astype(np.float64))
         top = top_tokens(logprobs, self.sampling.logprobs)
         return TokenEvent(self.index, token, text, self.finish_reason, float(logprobs[token]), top)
+
+    def _mask_forbidden(self, logits: np.ndarray) -> np.ndarray:
+        """(V,) logits, -inf for the tokens that may not follow; does not change its argument."""
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed_tokens(), logits, -np.inf)
+        if self.token_count < self.sampling.min_tokens and self._end_token_ids:
+            logits = logits.copy()
+            logits[list(self._end_token_ids)] = -np.inf
+        return logits

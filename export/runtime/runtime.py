@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,16 +107,17 @@ class Runtime(Session):
         """Make the state of one prompt of a request; the server calls this too.
 
         Raises:
-            BadInput: `logit_bias` names a token outside the vocabulary.
+            BadInput: `logit_bias` or `stop_token_ids` name a token outside the vocabulary.
         """
-        highest = max(sampling.logit_bias, default=0)
-        if highest >= self.vocab_size:
-            raise BadInput(f"logit_bias names token {highest}; the vocabulary is 0 to {self.vocab_size - 1}")
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            highest = max(tokens, default=0)
+            if highest >= self.vocab_size:
+                raise BadInput(f"{name} names token {highest}; the vocabulary is 0 to {self.vocab_size - 1}")
         return GenerationState(
             index,
             prompt,
             sampling,
             context_left=self.max_length - len(prompt),
             eos_token_ids=self.eos_token_ids,
-            decode=self.decode,
+            decode=partial(self.decode, skip_special_tokens=sampling.skip_special_tokens),
         )

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from limbeck.registry.core.errors import BadInput
+
+
+class TextConstraint(Protocol):
+    """What may follow in one text, for example so that it becomes JSON (limbeck.export.runtime.constraint)."""
+
+    def allowed_tokens(self) -> np.ndarray:
+        """(V,) bool: the tokens that may follow, at least one."""
+
+    def accept(self, token: int) -> bool:
+        """Append an allowed token that is not an end-of-text token; return whether the text is complete."""
+
+
+class Constraint(Protocol):
+    """A compiled constraint, which any number of texts can have."""
+
+    def start(self) -> TextConstraint:
+        """The constraint of a new, empty text."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,10 @@ class Sampling:
         None  # report the log-probability of each token and of this many most likely ones; None: none
     )
     ignore_eos: bool = False  # continue after an end-of-text token, to measure cost over a fixed length
+    min_tokens: int = 0  # no end-of-text token and none of `stop_token_ids` before so many tokens
+    stop_token_ids: Sequence[int] = ()  # these end the text as end-of-text tokens do, also with `ignore_eos`
+    skip_special_tokens: bool = True  # leave special tokens out of the text
+    constraint: Constraint | None = None  # what the text may be
 
     def __post_init__(self) -> None:
         rules = [
@@ -55,6 +77,7 @@ class Sampling:
             ("seed", self.seed is None or self.seed >= 0, "0 or greater"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or greater"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens} (max_new_tokens)"),
         ]
         for name, is_valid, requirement in rules:
             if not is_valid:

@@ -157,9 +157,9 @@ class Session:
         except TypeError:  # a lone surrogate has no UTF-8
             raise BadInput("the text is not valid Unicode") from None
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, by default without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, reserve: int = 1) -> list[int]:
         """Token ids of a prompt. An empty prompt becomes the BOS token, or an EOS token if there is no BOS token.

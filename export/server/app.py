@@ -20,12 +20,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from limbeck.export.server.admission import Admission, error_response
-from limbeck.export.server.completions import APIError
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.metrics import CONTENT_TYPE
+from limbeck.export.server.openai.completions import APIError
+from limbeck.export.server.openai.routes import add_completion_routes
+from limbeck.export.server.openai.routes_models import add_model_routes
 from limbeck.export.server.requests import Unavailable
-from limbeck.export.server.routes_models import add_model_routes
-from limbeck.export.server.routes_openai import add_completion_routes
 from limbeck.export.server.watch import Artifact, WatchProblem
 from limbeck.registry.core.errors import BadInput
 

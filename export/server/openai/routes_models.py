@@ -11,10 +11,10 @@ from fastapi import FastAPI
 
 from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.chat import Conversation, JsonObject
-from limbeck.export.server.completions import APIError, encode
 from limbeck.export.server.hot_swap import ServedModel
-from limbeck.export.server.routes_openai import check_model
+from limbeck.export.server.openai.chat import Conversation, JsonObject
+from limbeck.export.server.openai.completions import APIError, encode
+from limbeck.export.server.openai.routes import check_model
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.server.completions import (
+from limbeck.export.server.openai.completions import (
     APIError,
     Delta,
     GenerationRequest,

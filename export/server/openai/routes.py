@@ -13,9 +13,10 @@ from uuid import uuid4
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from limbeck.export.server import chat, completions
-from limbeck.export.server.chat import ChatFormatter, ChatRequest
-from limbeck.export.server.completions import (
+from limbeck.export.server.hot_swap import ServedModel
+from limbeck.export.server.openai import chat, completions
+from limbeck.export.server.openai.chat import ChatFormatter, ChatRequest
+from limbeck.export.server.openai.completions import (
     APIError,
     CompletionFormatter,
     CompletionRequest,
@@ -23,7 +24,6 @@ from limbeck.export.server.completions import (
     GenerationRequest,
     Usage,
 )
-from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.requests import Unavailable
 from limbeck.registry.core.errors import BadInput
 

@@ -1,0 +1,109 @@
+"""Constrained decoding: texts that follow a grammar or a JSON schema, by llguidance's token masks.
+
+A grammar is in llguidance's dialect of Lark, which takes JSON schemas as `%json`:
+https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from limbeck.registry.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from limbeck.export.runtime.session import Session
+
+CACHED_GRAMMARS = 64
+# A mask takes at most some 10 ms; a grammar that needs more fails its text.
+LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one artifact's tokenizer, and keeps the latest. Thread-safe.
+
+    Args:
+        session: the loaded artifact.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._tokenizer: LLTokenizer | None = None  # made when first needed: it takes half a second
+        self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, grammar: str) -> CompiledGrammar:
+        """Compile a grammar. Raises BadInput if it is invalid, or the tokenizer is of a kind without constraints."""
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+            self._tokenizer = self._tokenizer or _read_tokenizer(self._session)
+            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=LIMITS)
+            if matcher.is_error():
+                raise BadInput(matcher.get_error().strip())
+            compiled = CompiledGrammar(matcher, self._session.vocab_size)
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return compiled
+
+
+class CompiledGrammar:
+    """A grammar over the tokens of one tokenizer.
+
+    Args:
+        matcher: llguidance's, at the start of a text.
+        vocab_size: width of the logits.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def start(self) -> GrammarState:
+        """The state of a new, empty text."""
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size)
+
+
+class GrammarState:
+    """Where one text is in its grammar.
+
+    Raises:
+        RuntimeError: from each method, if the grammar exceeds its limits of time and memory at this text.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._mask = np.zeros((vocab_size + 31) // 32, np.int32)  # a bit for each token, the lowest bit first
+
+    def allowed_tokens(self) -> np.ndarray:
+        """(V,) bool: the tokens that may follow; an end-of-text token where the text may end."""
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._check()
+        bits = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little")
+        return bits.view(bool)
+
+    def accept(self, token: int) -> bool:
+        """Append an allowed token; return whether the text is complete: nothing can follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the constraint failed: {self._matcher.get_error().strip()}")
+
+
+def _read_tokenizer(session: Session) -> LLTokenizer:
+    """llguidance's form of the artifact's tokenizer. Raises BadInput if it cannot read it."""
+    try:
+        return LLTokenizer(
+            session.tokenizer.to_str(), n_vocab=session.vocab_size, eos_token=sorted(session.eos_token_ids) or None
+        )
+    except Exception as error:  # llguidance raises plain exceptions
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"this model's tokenizer cannot constrain its texts: {reason}") from None
