@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 from limbeck.registry.core.digest import folder_digest
@@ -20,6 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes on two cores: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same examples in each run, and no time limit for one: no test fails by chance.
+hypothesis.settings.register_profile("limbeck", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("limbeck")
 
 
 def pytest_collection_finish() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from limbeck.export.runtime.detokenize import Detokenizer
 from limbeck.export.runtime.sampling import Sampler, Sampling, log_softmax, top_tokens
+from limbeck.export.runtime.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class GenerationState:
         sampling: the settings of the request.
         context_left: tokens that the context has room for after the prompt.
         eos_token_ids: the tokens that end a text.
-        decode: token ids to text.
+        token_bytes: of the tokenizer.
 
     Attributes:
         last_token: the newest token id.
@@ -64,7 +65,7 @@ class GenerationState:
         *,
         context_left: int,
         eos_token_ids: set[int],
-        decode: Callable[[Sequence[int]], str],
+        token_bytes: TokenBytes,
     ) -> None:
         self.index, self.prompt, self.sampling = index, prompt, sampling
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -74,7 +75,7 @@ class GenerationState:
         self._end_token_ids = (set() if sampling.ignore_eos else eos_token_ids) | set(sampling.stop_token_ids)
         self._constraint = sampling.constraint.start() if sampling.constraint else None
         self._sampler = Sampler(sampling, prompt, index)
-        self._detokenizer = Detokenizer(decode, prompt, sampling.stop)
+        self._detokenizer = Detokenizer(token_bytes, prompt, sampling.stop, sampling.skip_special_tokens)
 
     def choose_token(self, logits: np.ndarray) -> TokenEvent:
         """Choose the next token from (V,) logits, and add it to the text."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,5 +118,5 @@ class Runtime(Session):
             sampling,
             context_left=self.max_length - len(prompt),
             eos_token_ids=self.eos_token_ids,
-            decode=partial(self.decode, skip_special_tokens=sampling.skip_special_tokens),
+            token_bytes=self.token_bytes,
         )

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from limbeck.export.runtime.token_bytes import TokenBytes
 from limbeck.registry.core.digest import MANIFEST
 from limbeck.registry.core.digest import verify_files as verify_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
@@ -38,6 +39,7 @@ class Session:
     Attributes:
         onnx_session: onnxruntime's session of the graph.
         tokenizer: the artifact's `tokenizers.Tokenizer`.
+        token_bytes: the bytes of its tokens.
         config, generation_config: config.json; generation_config.json, {} if there is none.
         digest: digest of the artifact's files; "" if they were not verified.
         max_length: the context length: prompt and new tokens together.
@@ -70,6 +72,7 @@ class Session:
         self.device = device
         self.is_fused = onnx_session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
         self.config = config
         self.generation_config = generation_config
         self.digest = digest

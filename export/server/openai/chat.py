@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from limbeck.export.runtime.chat_template import ChatTemplate
-from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.server.openai.completions import (
@@ -163,10 +162,8 @@ def _logprob(runtime: Runtime, body: ChatRequest, event: TokenEvent) -> JsonObje
     """A token with its log-probability and the most likely tokens in its place, in OpenAI's format."""
 
     def entry(token: int, logprob: float | None) -> JsonObject:
-        text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-        # The bytes of an incomplete character are unknown here.
-        encoded = None if REPLACEMENT_CHARACTER in text else list(text.encode())
-        return {"token": token_name(runtime, body, token), "logprob": logprob, "bytes": encoded}
+        name, encoded = token_name(runtime, body, token), list(runtime.token_bytes[token])
+        return {"token": name, "logprob": logprob, "bytes": encoded}
 
     top = [entry(token, logprob) for token, logprob in (event.top_logprobs or {}).items()]
     return {**entry(event.token_id, event.logprob), "top_logprobs": top}

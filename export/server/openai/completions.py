@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
-from limbeck.export.runtime.detokenize import REPLACEMENT_CHARACTER, Detokenizer
+from limbeck.export.runtime.detokenize import Detokenizer
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
@@ -264,7 +264,7 @@ def _format_prompt_logprobs(
     runtime: Runtime, prompt: list[int], scores: Sequence[TokenLogprob], body: CompletionRequest
 ) -> dict[str, list[Any]]:
     """Prompt logprobs in OpenAI's format."""
-    text = Detokenizer(runtime.decode, [])
+    text = Detokenizer(runtime.token_bytes, [])
     offsets = []
     for token in prompt:
         offsets.append(len(text.text))
@@ -300,7 +300,7 @@ def token_name(runtime: Runtime, body: GenerationRequest, token: int) -> str:
     """The name of a token in logprobs: its text, or its vocabulary entry if that is not whole characters; or its id."""
     if body.return_tokens_as_token_ids:
         return f"token_id:{token}"
-    text = runtime.tokenizer.decode([token], skip_special_tokens=False)
-    if REPLACEMENT_CHARACTER in text:
-        return runtime.tokenizer.id_to_token(token) or text
-    return text
+    try:
+        return runtime.token_bytes[token].decode()
+    except UnicodeDecodeError:
+        return str(runtime.tokenizer.id_to_token(token))
