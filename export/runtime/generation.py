@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from limbeck.export.runtime.detokenize import Detokenizer
 from limbeck.export.runtime.sampling import Sampler, Sampling, log_softmax, top_tokens
-from limbeck.export.runtime.token_bytes import TokenBytes
+from limbeck.export.runtime.text.detokenize import Detokenizer
+from limbeck.export.runtime.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from limbeck.export.runtime.token_bytes import TokenBytes
+from limbeck.export.runtime.text.token_bytes import TokenBytes
 from limbeck.registry.core.digest import MANIFEST
 from limbeck.registry.core.digest import verify_files as verify_digest
 from limbeck.registry.core.errors import BadInput, DamagedArtifact

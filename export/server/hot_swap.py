@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits
 from limbeck.export.server.scheduler import Scheduler

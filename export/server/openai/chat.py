@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.server.openai.completions import (
     APIError,
     Delta,

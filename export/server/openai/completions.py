@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
-from limbeck.export.runtime.detokenize import Detokenizer
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
+from limbeck.export.runtime.text.detokenize import Detokenizer
 from limbeck.export.server.scheduler import Scheduler, TokenLogprob
 from limbeck.registry.core.errors import BadInput
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 from fastapi import FastAPI
 
-from limbeck.export.runtime.chat_template import ChatTemplate
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.openai.chat import Conversation, JsonObject
 from limbeck.export.server.openai.completions import APIError, encode

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 
-from limbeck.export.runtime.token_bytes import TokenBytes
+from limbeck.export.runtime.text.token_bytes import TokenBytes
 
 MAX_PENDING = 3  # bytes of an incomplete character
 

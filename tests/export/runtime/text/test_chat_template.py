@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 
-from limbeck.export.runtime import chat_template
-from limbeck.export.runtime.chat_template import ChatTemplate
+from limbeck.export.runtime.text import chat_template
+from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.registry.core.errors import BadInput
 from tests.export.chat_artifacts import CHATML, ArtifactWithTemplate
 from tests.export.export_helpers import Exported

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from limbeck.export.runtime.detokenize import Detokenizer
-from limbeck.export.runtime.token_bytes import REPLACEMENT_CHARACTER, TokenBytes
+from limbeck.export.runtime.text.detokenize import Detokenizer
+from limbeck.export.runtime.text.token_bytes import REPLACEMENT_CHARACTER, TokenBytes
 from tests.export.tokenizers_for_text import TOKENIZERS
 
 BUILT = {name: make() for name, make in TOKENIZERS.items()}

@@ -1,0 +1,1 @@
+"""Text and tokens: chat templates, special tokens, the bytes of tokens, incremental detokenization."""
