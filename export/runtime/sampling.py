@@ -66,13 +66,13 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
-            ("presence_penalty", np.isfinite(self.presence_penalty), "a number"),
-            ("frequency_penalty", np.isfinite(self.frequency_penalty), "a number"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("presence_penalty", abs(self.presence_penalty) <= 1000, "-1000 to 1000"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 1000, "-1000 to 1000"),
             (
                 "logit_bias",
-                all(token >= 0 and np.isfinite(bias) for token, bias in self.logit_bias.items()),
-                "token ids with a number each",
+                all(token >= 0 and abs(bias) <= 1000 for token, bias in self.logit_bias.items()),
+                "token ids with a number from -1000 to 1000 each",
             ),
             ("seed", self.seed is None or self.seed >= 0, "0 or greater"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
@@ -97,11 +97,15 @@ class Sampler:
         self._counts: dict[int, int] = {}  # token id -> occurrences in the generated text
 
     def choose(self, logits: np.ndarray) -> int:
-        """Choose the next token id from (V,) logits: the most likely one at temperature 0, else a random draw."""
+        """Choose the next token id from (V,) logits: the most likely one at temperature 0, else a random draw.
+
+        Raises ValueError if a logit is NaN or infinite; -inf is a token that may not follow.
+        """
         sampling = self._sampling
         logits = self._penalized(logits)
         if sampling.temperature == 0:
-            token = int(logits.argmax())
+            token = int(logits.argmax())  # NaN is the largest
+            _check_highest(logits[token])
         else:
             tokens, probabilities = candidates(logits, sampling)
             cumulative = np.cumsum(probabilities)
@@ -159,13 +163,19 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
     Returns:
         (n,) token ids in rising order, and their (n,) float64 probabilities.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
     """
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
+    _check_highest(scores.max())
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the most likely tokens: 0, and -inf for the others
+        scores = (scores - scores.max()) / sampling.temperature
     tokens = np.arange(len(scores))
     if sampling.top_k is not None and sampling.top_k < len(scores):
         tokens = indices_of_top(scores, sampling.top_k)
         scores = scores[tokens]
-    probabilities = np.exp(scores - scores.max())
+    probabilities = np.exp(scores)
     probabilities /= probabilities.sum()
     if sampling.top_p is not None and sampling.top_p < 1:
         kept = _nucleus(probabilities, sampling.top_p)
@@ -174,6 +184,11 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         kept = probabilities >= sampling.min_p * probabilities.max()
         tokens, probabilities = tokens[kept], probabilities[kept]
     return tokens, probabilities / probabilities.sum()
+
+
+def _check_highest(logit: float) -> None:
+    if not np.isfinite(logit):
+        raise ValueError(f"the highest logit is {logit}")
 
 
 def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:

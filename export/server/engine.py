@@ -192,14 +192,13 @@ class Engine:
             self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) / 4
             for row, values in zip(rows, logits, strict=True):
                 self._prefilling.popleft()
-                if values is None:
-                    self._prefilling.append(row)
-                    continue
-                if not row.generation.token_count:
-                    self._metrics.prompt_tokens.inc(len(row.tokens))
-                    self._metrics.cached_tokens.inc(_slot(row).reused_tokens)
-                self._decoding.append(row)
-                self._sample_token(row, values)
+                (self._prefilling if values is None else self._decoding).append(row)
+            for row, values in zip(rows, logits, strict=True):
+                if values is not None:
+                    if not row.generation.token_count and row.slot is not None:
+                        self._metrics.prompt_tokens.inc(len(row.tokens))
+                        self._metrics.cached_tokens.inc(row.slot.reused_tokens)
+                    self._sample_token(row, values)
 
     def _chunk_size(self) -> int:
         """The most prompt tokens to compute in one turn."""
@@ -233,9 +232,18 @@ class Engine:
                 self._sample_token(row, values)
 
     def _sample_token(self, row: Row, logits: np.ndarray) -> None:
-        """Choose a row's next token from (V,) logits, and end the row if it is the last one."""
+        """Choose a row's next token from (V,) logits, and end the row if it is the last one.
+
+        If that fails, only the row's request ends.
+        """
         request, now = row.request, time.monotonic()
-        event = row.generation.choose_token(logits)
+        if row.slot is None:  # another row of its request failed just now
+            return
+        try:
+            event = row.generation.choose_token(logits)
+        except Exception as error:  # settings that fit no token, a constraint, logits that are not numbers
+            self._end_request(request, "error", _failure(error))
+            return
         if row.generation.token_count == 1:
             event = replace(event, cached_tokens=_slot(row).reused_tokens)
         row.tokens.append(event.token_id)
@@ -331,9 +339,7 @@ class Engine:
                 if row.request not in requests:
                     self._preempt(row)
             for request in requests:
-                failure = RuntimeError(f"the model failed: {error}")
-                failure.__cause__ = error
-                self._end_request(request, "error", failure)
+                self._end_request(request, "error", _failure(error))
 
     def _add_results(self, request: QueuedRequest, results: list[Any]) -> None:
         request.sent_results += len(results)
@@ -356,6 +362,12 @@ class Engine:
 def _put(out: list[tuple[QueuedRequest, list[Any] | Exception | None]]) -> None:
     for request, results in out:
         request.results.put_nowait(results)
+
+
+def _failure(error: Exception) -> RuntimeError:
+    failure = RuntimeError(f"the model failed: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _is_reader_slow(request: QueuedRequest) -> bool:

@@ -45,7 +45,7 @@ class GenerationRequest:
     frequency_penalty: Penalty | None = None  # default: 0
     presence_penalty: Penalty | None = None  # default: 0
     min_p: Annotated[float, Ge(0), Le(1)] | None = None  # default: 0; as in vLLM
-    repetition_penalty: Annotated[float, Gt(0), Le(2)] | None = None  # default: 1; as in vLLM
+    repetition_penalty: Annotated[float, Ge(0.01), Le(2)] | None = None  # default: 1; as in vLLM
     logit_bias: Annotated[dict[Annotated[int, Ge(0)], Bias], MaxLen(1024)] | None = None  # token id -> bias
     # Meant for servers with accounts and records: accepted and ignored.
     user: str | None = None

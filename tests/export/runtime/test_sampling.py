@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from limbeck.export.runtime.sampling import Sampler, Sampling, candidates, log_softmax, top_tokens
@@ -116,11 +118,42 @@ def test_top_tokens_are_in_order() -> None:
     assert list(top_tokens(LOGITS, 20)) == np.argsort(-LOGITS)[:20].tolist()
 
 
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=40),
+    st.fixed_dictionaries(
+        dict(
+            temperature=st.floats(0, 1e308),
+            top_p=st.none() | st.floats(0, 1, exclude_min=True),
+            min_p=st.none() | st.floats(0, 1),
+            top_k=st.none() | st.integers(1, 100),
+            repetition_penalty=st.floats(0.01, 100),
+            presence_penalty=st.floats(-1000, 1000),
+            frequency_penalty=st.floats(-1000, 1000),
+            logit_bias=st.dictionaries(st.integers(0, 1), st.floats(-1000, 1000)),
+        )
+    ),
+)
+def test_all_settings_within_their_ranges_choose_a_token(logits: list[float], settings: dict[str, Any]) -> None:
+    sampler = Sampler(Sampling(3, **settings), [0, 1], 0)
+    for _ in range(3):
+        assert 0 <= sampler.choose(np.array(logits, np.float32)) < len(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_choose_no_token(wrong: float, temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"highest logit is {wrong}"):
+        Sampler(Sampling(1, temperature=temperature), [], 0).choose(np.array([0, wrong, 1], np.float32))
+    forbidden = np.array([-np.inf, 0, -np.inf], np.float32)
+    assert Sampler(Sampling(1, temperature=temperature), [], 0).choose(forbidden) == 1
+
+
 @pytest.mark.parametrize(
     "setting",
     [dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")),
      dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(seed=-1), dict(stop="text"), dict(stop=[""]),
      dict(logprobs=-1), dict(min_p=-0.1), dict(min_p=1.1), dict(repetition_penalty=0.0),
+     dict(repetition_penalty=1e-308), dict(presence_penalty=1e300), dict(logit_bias={1: 1e308}),
      dict(presence_penalty=float("nan")), dict(frequency_penalty=float("inf")), dict(logit_bias={-1: 1.0})],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, Any]) -> None:

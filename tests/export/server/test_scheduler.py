@@ -247,6 +247,45 @@ def test_an_error_of_the_model_ends_only_its_own_requests(endless: Runtime, monk
     run(both)
 
 
+class AllowsTokens:
+    """A constraint that allows any token so many times, then none."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def allowed_tokens(self) -> np.ndarray:
+        self.count -= 1
+        return np.full(300, self.count >= 0)
+
+    def accept(self, token: int) -> bool:
+        return False
+
+
+class EndsSecondText:
+    """A constraint that allows the second text of a request two tokens, and the others any number."""
+
+    def __init__(self) -> None:
+        self.counts = iter([1000, 2, 1000])
+
+    def start(self) -> AllowsTokens:
+        return AllowsTokens(next(self.counts))
+
+
+def test_what_fails_in_choosing_a_token_fails_its_request_alone(endless: Runtime) -> None:
+    long = Sampling(max_new_tokens=60, ignore_eos=True)
+    expected = alone(endless, [[5, 6, 7]], long)
+
+    async def beside_others() -> None:
+        scheduler = Scheduler(endless)
+        others = [asyncio.ensure_future(tokens(scheduler.generate([[5, 6, 7]], long))) for _ in range(4)]
+        poison = Sampling(max_new_tokens=60, ignore_eos=True, temperature=1.0, constraint=EndsSecondText())
+        with pytest.raises(RuntimeError, match="the model failed: the highest logit is -inf"):
+            await tokens(scheduler.generate([[3]] * 3, poison), 3)
+        assert await asyncio.gather(*others) == [expected] * 4
+
+    run(beside_others)
+
+
 def test_requests_beyond_the_limits_are_bad_input(endless: Runtime) -> None:
     async def ask() -> None:
         scheduler = Scheduler(endless, Limits(prompt_tokens=3, new_tokens=5))
