@@ -26,6 +26,7 @@ PARAMS: dict[str, tuple[str, Any]] = {
     "frequency_penalty": ("double", 0.0),
     "seed": ("long", None),
     "stop": ("string", []),
+    "parse_special": ("boolean", False),
 }
 BATCH_ROWS = 16  # rows decoded together
 

@@ -52,8 +52,12 @@ def complete_onnx(
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
+    parse_special: bool = False,
 ) -> TimedCompletion:
     """Complete `prompt` with an ONNX artifact, after checking its files (and its digest, if `digest` is given).
+
+    Args:
+        parse_special: special tokens in the prompt are tokens, not text.
 
     Raises:
         BadInput: the folder is not an artifact, or the prompt fills the context.
@@ -62,7 +66,7 @@ def complete_onnx(
     start = time.perf_counter()
     runtime = Runtime.load(folder, threads=threads, device=device, expected_digest=digest)
     loaded = time.perf_counter()
-    ids = runtime.prompt_ids(prompt)
+    ids = runtime.prompt_ids(prompt, parse_special=parse_special)
     runtime.generate([ids[:1]], max_new_tokens=2, ignore_eos=True)
     result = runtime.generate([ids], **vars(sampling))[0]
     return TimedCompletion(
@@ -85,11 +89,13 @@ def complete_torch(
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
+    parse_special: bool = False,
 ) -> TimedCompletion:
     """Complete `prompt` with a transformers checkpoint.
 
     Args:
         digest: of the files, if the caller has checked them; None computes it.
+        parse_special: as in `complete_onnx`.
 
     Raises BadInput if the checkpoint cannot be loaded or the prompt fills the context.
     """
@@ -104,7 +110,7 @@ def complete_torch(
     model.to(device)
     loaded = time.perf_counter()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
-    ids = _prompt_ids(tokenizer, prompt, context).to(device)
+    ids = _prompt_ids(tokenizer, prompt, context, parse_special).to(device)
     _set_sampling(model, sampling)
     timer = _TokenTimer()
     with torch.inference_mode():
@@ -137,11 +143,11 @@ def complete_torch(
     )
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, context: int) -> Any:
+def _prompt_ids(tokenizer: Any, prompt: str, context: int, parse_special: bool) -> Any:
     """Return (1, T) int64 token ids; an empty prompt becomes BOS, or EOS if there is no BOS. Raises BadInput."""
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
+    ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=not parse_special).input_ids.long()
     if not ids.numel():
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids = torch.tensor([[first]])

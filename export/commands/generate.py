@@ -29,6 +29,7 @@ COLUMNS = ["model", "engine", "digest", "new tokens", "load", "prefill", "decode
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes repeated tokens less likely.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--stop", multiple=True, help="Stop before this text; can be repeated.")
+@click.option("--parse-special", is_flag=True, help="Special tokens in PROMPT are tokens, not text.")
 @click.option("--against", metavar="TEACHER", help="Complete the same prompt with this model too, to compare speed.")
 @threads_option
 @device_option
@@ -37,6 +38,7 @@ def generate(
     model: str,
     prompt: str | None,
     against: str | None,
+    parse_special: bool,
     threads: int | None,
     device: Literal["cpu", "cuda"],
     output_format: str,
@@ -55,7 +57,8 @@ def generate(
     if prompt is None:
         prompt = sys.stdin.read()
     names = [model, against] if against else [model]
-    results = [_complete(find_artifact(name), prompt, request, threads, device) for name in names]
+    options = {"threads": threads, "device": device, "parse_special": parse_special}
+    results = [_complete(find_artifact(name), prompt, request, options) for name in names]
     if output_format == "json":
         print_json(results)
         return
@@ -63,14 +66,12 @@ def generate(
     print_table("", COLUMNS, map(_speed_row, results))
 
 
-def _complete(
-    found: FoundArtifact, prompt: str, sampling: Sampling, threads: int | None, device: Literal["cpu", "cuda"]
-) -> dict[str, Any]:
+def _complete(found: FoundArtifact, prompt: str, sampling: Sampling, options: dict[str, Any]) -> dict[str, Any]:
     """Return one entry of the JSON output."""
     from limbeck.export.artifact.complete import complete_onnx, complete_torch
 
     complete = complete_onnx if found.engine == "onnxruntime" else complete_torch
-    done = complete(found.path, prompt, sampling, threads=threads, device=device, digest=found.digest)
+    done = complete(found.path, prompt, sampling, digest=found.digest, **options)
     speeds = {"prefill_tokens_per_s": done.prefill_tokens_per_s, "decode_tokens_per_s": done.decode_tokens_per_s}
     return {"model": found.name, "engine": found.engine, **asdict(done), **speeds}
 

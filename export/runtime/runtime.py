@@ -28,17 +28,20 @@ class Runtime(Session):
     all prompts with a static or dynamic cache. Not thread-safe.
     """
 
-    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], *, parse_special: bool = False, **sampling: Any
+    ) -> list[Completion]:
         """Complete all prompts together, as one batch.
 
         Args:
             prompts: texts, or lists of token ids.
+            parse_special: special tokens in a prompt's text are tokens, not text.
             **sampling: the fields of `Sampling`; `max_new_tokens` is required.
 
         Raises:
             BadInput: a prompt that leaves no room in the context, or a setting out of range.
         """
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [self.prompt_ids(prompt, parse_special=parse_special) for prompt in prompts]
         request = Sampling(**sampling)
         start = time.perf_counter()
         events, times = [], []
@@ -64,9 +67,10 @@ class Runtime(Session):
             )
         return completions
 
-    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
-        """Yield the text of one completion as it is generated, whole characters only. Raises as `generate`."""
-        for event in self.generate_events([self.prompt_ids(prompt)], Sampling(**sampling)):
+    def stream(self, prompt: str | Sequence[int], *, parse_special: bool = False, **sampling: Any) -> Iterator[str]:
+        """Yield the text of one completion as it is generated, whole characters only. Arguments as `generate`."""
+        ids = self.prompt_ids(prompt, parse_special=parse_special)
+        for event in self.generate_events([ids], Sampling(**sampling)):
             if event.text:
                 yield event.text
 

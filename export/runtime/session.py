@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from limbeck.export.runtime.text.special_tokens import SpecialTokens
 from limbeck.export.runtime.text.token_bytes import TokenBytes
 from limbeck.registry.core.digest import MANIFEST
 from limbeck.registry.core.digest import verify_files as verify_digest
@@ -40,6 +41,7 @@ class Session:
         onnx_session: onnxruntime's session of the graph.
         tokenizer: the artifact's `tokenizers.Tokenizer`.
         token_bytes: the bytes of its tokens.
+        special_tokens: encodes texts with escaped special tokens.
         config, generation_config: config.json; generation_config.json, {} if there is none.
         digest: digest of the artifact's files; "" if they were not verified.
         max_length: the context length: prompt and new tokens together.
@@ -73,6 +75,7 @@ class Session:
         self.is_fused = onnx_session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
         self.tokenizer = tokenizer
         self.token_bytes = TokenBytes(tokenizer)
+        self.special_tokens = SpecialTokens(tokenizer)
         self.config = config
         self.generation_config = generation_config
         self.digest = digest
@@ -153,10 +156,21 @@ class Session:
             device,
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds. Raises BadInput for invalid Unicode."""
+    def encode(self, text: str, *, parse_special: bool = True, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text.
+            parse_special: special tokens that the text spells out are tokens, as in transformers, except escaped ones
+                (`special_tokens`); if False, they are text.
+            add_special_tokens: add those that the tokenizer adds, such as BOS; one that the text brings is not doubled.
+
+        Raises BadInput for invalid Unicode.
+        """
         try:
-            return self.tokenizer.encode(text).ids
+            if not parse_special:
+                text = self.special_tokens.escape(text)
+            return self.special_tokens.encode(text, add_special_tokens)
         except TypeError:  # a lone surrogate has no UTF-8
             raise BadInput("the text is not valid Unicode") from None
 
@@ -164,17 +178,22 @@ class Session:
         """The text of token ids, by default without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def prompt_ids(self, prompt: str | Sequence[int], *, reserve: int = 1) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int], *, reserve: int = 1, parse_special: bool = False) -> list[int]:
         """Token ids of a prompt. An empty prompt becomes the BOS token, or an EOS token if there is no BOS token.
 
         Args:
             prompt: a text, or token ids.
             reserve: tokens that the context must have room for after the prompt.
+            parse_special: special tokens in a text are tokens, not text.
 
         Raises:
             BadInput: an id outside the vocabulary, invalid Unicode, or a prompt that is too long.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = (
+            self.encode(prompt, parse_special=parse_special)
+            if isinstance(prompt, str)
+            else [int(token) for token in prompt]
+        )
         if not ids:
             first = self.bos_token_id
             if first is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jinja2.nodes import Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from limbeck.export.runtime.text.special_tokens import MARK
 from limbeck.registry.core.errors import BadInput, DamagedArtifact
 
 RENDER_S = 5.0  # the longest that a template may run
@@ -77,7 +78,8 @@ class ChatTemplate:
         documents: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **settings: Any,
+        settings: Mapping[str, Any] | None = None,
+        escape: Callable[[Any], Any] = copy.deepcopy,
     ) -> str:
         """Render a conversation. The text contains its special tokens: encode it without adding any.
 
@@ -86,31 +88,34 @@ class ChatTemplate:
             tools, documents: passed to the template.
             add_generation_prompt: end with the header of an answer.
             continue_final_message: end inside the last message, for the model to continue it.
-            **settings: other variables of the template.
+            settings: other variables of the template.
+            escape: of all that comes from outside, before it is rendered: `SpecialTokens.escape`, so that the special
+                tokens in messages are text. By default they are tokens.
 
         Raises:
             BadInput: the template rejects these messages, fails, or exceeds its limits of time or size.
         """
-        turns = copy.deepcopy(list(messages))
-        if continue_final_message:
-            turns[-1]["content"] = (turns[-1].get("content") or "") + CONTINUE_MARK
-        values = {"messages": turns, "tools": tools, "documents": documents}
-        values |= self._special_tokens | settings | {"add_generation_prompt": add_generation_prompt}
+        outside = {**(settings or {}), "messages": list(messages), "tools": tools, "documents": documents}
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         limits = _RenderLimits()
         try:
+            values = self._special_tokens | escape(outside) | {"add_generation_prompt": add_generation_prompt}
+            last_turn = values["messages"][-1]
+            last = str(last_turn.get("content") or "")
+            if continue_final_message:
+                last_turn["content"] = last + CONTINUE_MARK
             if name not in self._compiled:
                 self._compiled[name] = _environment().from_string(self._templates[name])
             text = limits.join(self._compiled[name].generate(values | {"range": partial(_Range, limits)}))
         except _LimitExceeded as error:
             raise BadInput(f"the chat template exceeds its limit of {error}") from None
         except TemplateError as error:  # also from `raise_exception` in a template
-            raise BadInput(f"the chat template rejects these messages: {error.message}") from None
+            raise BadInput(f"the chat template rejects these messages: {_unmarked(error.message)}") from None
         except Exception as error:  # a template is a program: it may raise anything
             reason = f"{type(error).__name__}: {error}"[:200]
-            raise BadInput(f"the chat template fails on these messages: {reason}") from None
+            raise BadInput(f"the chat template fails on these messages: {_unmarked(reason)}") from None
         if continue_final_message:
-            return _cut_at_continue_mark(text, str(messages[-1].get("content") or ""))
+            return _cut_at_continue_mark(text, last)
         return text
 
 
@@ -224,6 +229,10 @@ def _cut_at_continue_mark(text: str, last: str) -> str:
         raise BadInput("the chat template drops a part of the last message, so it cannot be continued")
     # The mark ends with a space: a template that strips it would also strip the message's trailing space.
     return text[:end] if text[end:].startswith(CONTINUE_MARK) else text[:end].rstrip()
+
+
+def _unmarked(message: str | None) -> str:
+    return (message or "").replace(MARK, "")
 
 
 def _token_text(token: str | dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
+from limbeck.export.runtime.text.special_tokens import SpecialTokens
 from limbeck.export.server.openai.completions import (
     APIError,
     Delta,
@@ -31,7 +33,8 @@ from limbeck.registry.core.errors import BadInput
 
 JsonObject = dict[str, Any]
 # Arguments of the template that have their own field, or are not for clients.
-RESERVED_SETTINGS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "range"}
+RESERVED_SETTINGS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+RESERVED_SETTINGS |= {"range", "self"}
 
 
 @dataclass(kw_only=True)
@@ -44,9 +47,10 @@ class Conversation:
     add_generation_prompt: bool | None = None  # default: True, unless the last message is continued
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    parse_special: bool | None = None  # special tokens in messages are tokens, not text; as in llama.cpp
 
-    def render(self, template: ChatTemplate | None) -> str:
-        """The text of the prompt. Raises APIError."""
+    def render(self, template: ChatTemplate | None, special_tokens: SpecialTokens) -> str:
+        """The text of the prompt, in which special tokens from outside are escaped. Raises APIError."""
         if template is None:
             raise APIError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
         continues = bool(self.continue_final_message)
@@ -68,7 +72,8 @@ class Conversation:
                 documents=self.documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continues,
-                **settings,
+                settings=settings,
+                escape=deepcopy if self.parse_special else special_tokens.escape,
             )
         except BadInput as error:
             raise APIError(400, error.message, "messages") from None
@@ -104,7 +109,7 @@ class ChatRequest(Conversation, GenerationRequest):
         if self.tool_choice == "none":
             self.tools = None
         # The template writes the special tokens, so the tokenizer adds none.
-        ids = encode(runtime, self.render(template), False, "messages")
+        ids = encode(runtime, self.render(template, runtime.special_tokens), "messages", add_special_tokens=False)
         return encode_prompt(runtime, ids, 1, "messages")
 
     def max_new_tokens(self, scheduler: Scheduler, prompt: list[int]) -> int:

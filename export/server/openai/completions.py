@@ -39,6 +39,7 @@ class GenerationRequest:
     stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
     seed: Annotated[int, Ge(0)] | None = None
     ignore_eos: bool | None = None  # as in vLLM
+    parse_special: bool | None = None  # as in llama.cpp: special tokens in the prompt's text are tokens, not text
     return_tokens_as_token_ids: bool | None = None  # as in vLLM: name tokens "token_id:17", which is unique
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
@@ -134,20 +135,25 @@ def encode_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]
         raise APIError(400, message, "prompt")
     if body.max_new_tokens() == 0 and not body.echo:
         raise APIError(400, "max_tokens is 0 and echo is not set: nothing to do", "max_tokens")
-    return [encode_prompt(runtime, prompt, min(1, body.max_new_tokens()), "prompt") for prompt in prompts]
+    reserve, parse_special = min(1, body.max_new_tokens()), bool(body.parse_special)
+    return [encode_prompt(runtime, prompt, reserve, "prompt", parse_special=parse_special) for prompt in prompts]
 
 
-def encode(runtime: Runtime, text: str, add_special_tokens: bool, param: str) -> list[int]:
-    """Token ids of a text. Raises APIError, naming the field `param`, for invalid Unicode."""
+def encode(
+    runtime: Runtime, text: str, param: str, *, add_special_tokens: bool = True, parse_special: bool = True
+) -> list[int]:
+    """Token ids of a text; see `Session.encode`. Raises APIError, naming the field `param`, for invalid Unicode."""
     try:
-        return runtime.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-    except TypeError:  # a lone surrogate has no UTF-8
-        raise APIError(400, "the text is not valid Unicode", param) from None
+        return runtime.encode(text, parse_special=parse_special, add_special_tokens=add_special_tokens)
+    except BadInput as error:
+        raise APIError(400, error.message, param) from None
 
 
-def encode_prompt(runtime: Runtime, prompt: str | Sequence[int], reserve: int, param: str) -> list[int]:
+def encode_prompt(
+    runtime: Runtime, prompt: str | Sequence[int], reserve: int, param: str, *, parse_special: bool = False
+) -> list[int]:
     """Token ids of a prompt. Raises APIError if the context has no room for it and `reserve` more tokens."""
-    ids = encode(runtime, prompt, True, param) if isinstance(prompt, str) else prompt
+    ids = encode(runtime, prompt, param, parse_special=parse_special) if isinstance(prompt, str) else prompt
     if len(ids) + reserve > runtime.max_length:
         message = f"the context is {runtime.max_length} tokens; the prompt has {len(ids)}"
         raise APIError(400, f"{message} and needs room for {reserve} more", param, "context_length_exceeded")

@@ -31,6 +31,7 @@ class TokenizeRequest:
     chat_template_kwargs: JsonObject | None = None
     model: str | None = None
     add_special_tokens: bool | None = None  # default: True for a text; a chat template writes them itself
+    parse_special: bool | None = None  # as in the other requests
     return_token_strs: bool | None = None
 
     def token_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
@@ -38,15 +39,18 @@ class TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise APIError(400, "give either prompt or messages", "prompt")
         if self.messages is None:
-            return encode(runtime, self.prompt or "", self.add_special_tokens is not False, "prompt")
+            options = {"add_special_tokens": self.add_special_tokens is not False}
+            return encode(runtime, self.prompt or "", "prompt", parse_special=bool(self.parse_special), **options)
         conversation = Conversation(
             messages=self.messages,
             tools=self.tools,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
+            parse_special=self.parse_special,
         )
-        return encode(runtime, conversation.render(template), bool(self.add_special_tokens), "messages")
+        text = conversation.render(template, runtime.special_tokens)
+        return encode(runtime, text, "messages", add_special_tokens=bool(self.add_special_tokens))
 
 
 @dataclass(kw_only=True)

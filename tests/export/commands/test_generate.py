@@ -50,6 +50,14 @@ def test_torch_and_onnx_stop_at_the_same_text(limbeck: Limbeck, llama: Exported,
     assert texts == [text[: text.index(text[2:4])]] * 2
 
 
+def test_special_tokens_of_a_prompt_are_text_unless_asked_for(limbeck: Limbeck, llama: Exported) -> None:
+    for model in (llama.fp32, llama.torch):
+        command = ("generate", model, "a<|endoftext|>", "--max-new-tokens", 1, "--format", "json")
+        (as_text,), (as_token,) = (json.loads(limbeck(*command, *more).out) for more in ((), ("--parse-special",)))
+        assert as_token["prompt_tokens"] == 2
+        assert as_text["prompt_tokens"] > 4
+
+
 def test_the_code_of_a_model_is_not_run(
     tmp_path: Path, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

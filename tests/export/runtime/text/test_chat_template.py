@@ -100,6 +100,11 @@ SYSTEM = [{"role": "system", "content": "Be terse."}, *TURNS]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of transformers' `apply_chat_template`."""
+    return {key: value for key, value in settings.items() if key != "settings"} | settings.get("settings", {})
+
+
 def outcome(render: Any) -> Any:
     """The rendered text, or "refused"."""
     try:
@@ -121,10 +126,10 @@ def test_a_rendered_text_equals_that_of_transformers(name: str, artifact_with_te
         for settings in (
             dict(add_generation_prompt=True),
             dict(add_generation_prompt=False),
-            dict(add_generation_prompt=True, tools=TOOLS, thinking=True),
+            dict(add_generation_prompt=True, tools=TOOLS, settings={"thinking": True}),
             dict(add_generation_prompt=False, continue_final_message="tool_calls" not in turns[-1]),
         ):
-            expected = outcome(lambda t=turns, s=settings: theirs.apply_chat_template(t, tokenize=False, **s))
+            expected = outcome(lambda t=turns, s=settings: theirs.apply_chat_template(t, tokenize=False, **flat(s)))
             assert outcome(lambda t=turns, s=settings: own.render(t, **s)) == expected
             refused += expected == "refused"
     assert refused < 20
