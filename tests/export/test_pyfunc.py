@@ -85,9 +85,10 @@ def test_the_signature_lists_the_parameters(model: Any) -> None:
     assert signature.inputs.to_dict() == [{"type": "string", "name": "prompt", "required": True}]
     assert signature.outputs.to_dict() == [{"type": "string", "name": "text", "required": True}]
     assert [param.name for param in signature.params] == list(PARAMS)
-    # All fields of `Sampling`, except those that change more than the text, and a mapping: MLflow has no type for it.
-    assert {item.name for item in fields(Sampling)} - set(PARAMS) == {"logprobs", "ignore_eos", "logit_bias"}
-    defaults = {item.name: item.default for item in fields(Sampling)}
+    # All fields of `Sampling`, except those for the server and a mapping: MLflow has no type for it.
+    server_only = {"logprobs", "ignore_eos", "min_tokens", "stop_token_ids", "skip_special_tokens", "constraint"}
+    assert {item.name for item in fields(Sampling)} - set(PARAMS) == {*server_only, "logit_bias"}
+    defaults = {item.name: item.default for item in fields(Sampling)} | {"parse_special": False}
     for name, (_, default) in PARAMS.items():
         assert name == "max_new_tokens" or default == defaults[name] or (default, defaults[name]) == ([], ())
     with pytest.raises(MlflowException, match="prompt"):
