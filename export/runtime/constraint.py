@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from limbeck.export.runtime.session import Session
 
 CACHED_GRAMMARS = 64
-# A mask takes at most some 10 ms; a grammar that needs more fails its text.
-LIMITS = LLParserLimits(verbose_errors=False)
+# A grammar that needs more is refused, or fails its text, since all rows of a batch wait for a mask (20 ms at most).
+LIMITS = LLParserLimits(max_grammar_size=20_000, verbose_errors=False)
 
 
 class GrammarCompiler:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limbeck.export.server.metrics import Metrics
-from limbeck.export.server.openai.completions import APIError
+from limbeck.export.server.openai.errors import APIError
 
 MODEL_PATHS = ("/v1/", "/tokenize", "/detokenize")  # paths that start so need the API key
 BODY_TIMEOUT_S = 30.0  # how long a client may take to send a body

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from limbeck.export.server.admission import Admission, error_response
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.metrics import CONTENT_TYPE
-from limbeck.export.server.openai.completions import APIError
+from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.routes import add_completion_routes
 from limbeck.export.server.openai.routes_models import add_model_routes
 from limbeck.export.server.requests import Unavailable

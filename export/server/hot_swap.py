@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.export.runtime.constraint import GrammarCompiler
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.server.metrics import Metrics
@@ -29,7 +30,8 @@ class LoadedArtifact:
     version: str  # NAME/VERSION, or a folder's name
     digest: str
     created: int  # time of loading, seconds since 1970
-    template: ChatTemplate | None = None  # None if the model has none
+    template: ChatTemplate | None  # None if the model has none
+    grammars: GrammarCompiler
 
 
 class ServedModel:
@@ -107,4 +109,5 @@ class ServedModel:
     ) -> LoadedArtifact:
         self.metrics.model_info.clear()
         self.metrics.model_info.labels(self.name, version, digest).set(1)
-        return LoadedArtifact(scheduler, version, digest, int(time.time()), template)
+        grammars = GrammarCompiler(scheduler.runtime)
+        return LoadedArtifact(scheduler, version, digest, int(time.time()), template, grammars)

@@ -47,6 +47,11 @@ class ChatTemplate:
         """The source of the default template."""
         return self._templates["default"]
 
+    @property
+    def source_with_tools(self) -> str:
+        """The source of the template that renders conversations with tools."""
+        return self._templates.get("tool_use", self.source)
+
     @classmethod
     def read(cls, folder: Path) -> ChatTemplate | None:
         """Read the template of an artifact's folder; None if its tokenizer has none.

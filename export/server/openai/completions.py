@@ -1,7 +1,6 @@
 """Requests and answers of /v1/completions, without HTTP.
 
-The API is https://platform.openai.com/docs/api-reference/completions; parameters that are not implemented are refused
-by name.
+The API is https://platform.openai.com/docs/api-reference/completions. Fields that it does not have are ignored.
 """
 
 from __future__ import annotations
@@ -13,15 +12,19 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
+from limbeck.export.runtime.constraint import CompiledGrammar
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.export.runtime.text.detokenize import Detokenizer
+from limbeck.export.server.openai.answers import AnswerPart
+from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.scheduler import Scheduler, TokenLogprob
 from limbeck.registry.core.errors import BadInput
 
 MAX_CHOICES = 128  # prompts times n
 
+JsonObject = dict[str, Any]
 TokenIds = Annotated[list[int], MinLen(1)]
 Penalty = Annotated[float, Ge(-2), Le(2)]
 Bias = Annotated[float, Ge(-100), Le(100)]
@@ -38,11 +41,14 @@ class GenerationRequest:
     n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = None  # default: 1
     stop: str | Annotated[list[Annotated[str, MinLen(1)]], MaxLen(16)] | None = None
     seed: Annotated[int, Ge(0)] | None = None
-    ignore_eos: bool | None = None  # as in vLLM
+    ignore_eos: bool | None = None  # this and the three below are as in vLLM
+    min_tokens: Annotated[int, Ge(0)] | None = None  # default: 0
+    stop_token_ids: Annotated[list[Annotated[int, Ge(0)]], MaxLen(128)] | None = None
+    skip_special_tokens: bool | None = None  # default: True
     parse_special: bool | None = None  # as in llama.cpp: special tokens in the prompt's text are tokens, not text
     return_tokens_as_token_ids: bool | None = None  # as in vLLM: name tokens "token_id:17", which is unique
     stream: bool | None = None
-    stream_options: dict[str, bool] | None = None
+    stream_options: JsonObject | None = None  # include_usage
     frequency_penalty: Penalty | None = None  # default: 0
     presence_penalty: Penalty | None = None  # default: 0
     min_p: Annotated[float, Ge(0), Le(1)] | None = None  # default: 0; as in vLLM
@@ -56,7 +62,9 @@ class GenerationRequest:
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def to_sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
+    def to_sampling(
+        self, max_new_tokens: int, logprobs: int | None, constraint: CompiledGrammar | None = None
+    ) -> Sampling:
         """The settings of generation. 0 new tokens (prompt logprobs only) count as 1, since no generation follows."""
         return Sampling(
             max_new_tokens=max(1, max_new_tokens),
@@ -72,6 +80,10 @@ class GenerationRequest:
             stop=[self.stop] if isinstance(self.stop, str) and self.stop else self.stop or [],
             logprobs=logprobs,
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            stop_token_ids=self.stop_token_ids or [],
+            skip_special_tokens=self.skip_special_tokens is not False,
+            constraint=constraint,
         )
 
     def usage_is_streamed(self) -> bool:
@@ -82,8 +94,6 @@ class GenerationRequest:
 @dataclass(kw_only=True)
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
     max_tokens: Annotated[int, Ge(0)] | None = None  # default: 16
@@ -103,26 +113,6 @@ class CompletionRequest(GenerationRequest):
     def max_new_tokens(self) -> int:
         """The most new tokens of a choice."""
         return 16 if self.max_tokens is None else self.max_tokens
-
-
-class APIError(Exception):
-    """An error answer of OpenAI's API.
-
-    Attributes:
-        status: the HTTP status.
-        message: the reason.
-        param: the invalid field; None if it is not about one field.
-        code: the error code; None for most errors.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The JSON body of the answer."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def encode_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
@@ -191,7 +181,7 @@ class Delta:
     """New text and tokens of one choice."""
 
     index: int  # of the choice
-    text: str
+    part: AnswerPart
     finish_reason: str | None = None
     logprobs: dict[str, list[Any]] | None = None  # in OpenAI's format: lists with an entry per token
     new_tokens: int = 0
@@ -201,7 +191,7 @@ class Delta:
 def delta_of_event(event: TokenEvent, n: int, logprobs: dict[str, list[Any]] | None) -> Delta:
     """The delta of one new token, in a request with `n` choices per prompt."""
     cached = 0 if event.index % n else event.cached_tokens
-    return Delta(event.index, event.text, event.finish_reason, logprobs, new_tokens=1, cached_tokens=cached)
+    return Delta(event.index, AnswerPart(event.text), event.finish_reason, logprobs, 1, cached)
 
 
 class CompletionFormatter:
@@ -221,7 +211,7 @@ class CompletionFormatter:
         """A complete choice."""
         return {
             "index": delta.index,
-            "text": delta.text,
+            "text": delta.part.text,
             "logprobs": delta.logprobs,
             "finish_reason": delta.finish_reason,
         }
@@ -237,7 +227,7 @@ async def stream_deltas(
     lengths = [0] * len(rows)  # characters of each choice so far
     if body.echo:
         async for delta in _prompt_deltas(scheduler, body, prompts):
-            lengths[delta.index] = len(delta.text)
+            lengths[delta.index] = len(delta.part.text)
             yield delta
     if body.max_new_tokens() == 0:
         return
@@ -263,7 +253,7 @@ async def _prompt_deltas(
             values = await scheduler.prompt_logprobs(prompt, body.logprobs)
             logprobs = _format_prompt_logprobs(runtime, prompt, values, body)
         for index in range(place * n, place * n + n):
-            yield Delta(index, text, None if body.max_new_tokens() else "length", logprobs)
+            yield Delta(index, AnswerPart(text), None if body.max_new_tokens() else "length", logprobs)
 
 
 def _format_prompt_logprobs(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from dataclasses import fields
 from typing import Any
 from uuid import uuid4
 
@@ -15,18 +17,22 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.openai import chat, completions
+from limbeck.export.server.openai.answers import AnswerPart, join_calls
 from limbeck.export.server.openai.chat import ChatFormatter, ChatRequest
 from limbeck.export.server.openai.completions import (
-    APIError,
     CompletionFormatter,
     CompletionRequest,
     Delta,
     GenerationRequest,
     Usage,
 )
+from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.requests import Unavailable
 from limbeck.registry.core.errors import BadInput
 
+log = logging.getLogger("limbeck.serve")
+MAX_REPORTED_FIELDS = 1000  # a client may send any number of names
+_reported_fields: set[str] = set()
 Formatter = CompletionFormatter | ChatFormatter
 
 
@@ -35,6 +41,7 @@ def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
 
     @api.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
+        await warn_of_unknown_fields(request, body)
         check_model(served, body.model)
         scheduler = served.current().scheduler
         prompts = await asyncio.to_thread(completions.encode_prompts, scheduler.runtime, body)
@@ -43,11 +50,12 @@ def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
 
     @api.post("/v1/chat/completions")
     async def chat_complete(body: ChatRequest, request: Request) -> Response:
+        await warn_of_unknown_fields(request, body)
         check_model(served, body.model)
         loaded = served.current()
-        prompt = await asyncio.to_thread(body.prompt_ids, loaded.scheduler.runtime, loaded.template)
-        results = chat.stream_deltas(loaded.scheduler, body, prompt)
-        return await _respond(request, served.name, body, ChatFormatter(), results, Usage(len(prompt)))
+        prepared = await asyncio.to_thread(body.prepare, loaded)
+        results = chat.stream_deltas(loaded.scheduler, body, prepared)
+        return await _respond(request, served.name, body, ChatFormatter(), results, Usage(len(prepared.prompt)))
 
 
 def check_model(served: ServedModel, name: str | None) -> None:
@@ -55,6 +63,15 @@ def check_model(served: ServedModel, name: str | None) -> None:
     if name not in (None, served.name):
         message = f"the model {name!r} is not served here; use {served.name!r}"
         raise APIError(404, message, "model", "model_not_found")
+
+
+async def warn_of_unknown_fields(request: Request, body: Any) -> None:
+    """Log the fields of a request that `body`, a dataclass, does not have; each once."""
+    for name in (await request.json()).keys() - {field.name for field in fields(body)}:
+        field_name = f"{type(body).__name__}.{name[:100]}"
+        if field_name not in _reported_fields and len(_reported_fields) < MAX_REPORTED_FIELDS:
+            _reported_fields.add(field_name)
+            log.warning("%s: the field %r is not supported, and ignored", request.url.path, name[:100])
 
 
 async def _respond(
@@ -104,7 +121,12 @@ def _join_deltas(parts: list[Delta]) -> Delta:
     """Join the deltas of one choice."""
     tables = [part.logprobs for part in parts if part.logprobs is not None]
     logprobs = {key: [item for table in tables for item in table[key]] for key in tables[0]} if tables else None
-    return Delta(parts[0].index, "".join(part.text for part in parts), parts[-1].finish_reason, logprobs)
+    answer = AnswerPart(
+        "".join(delta.part.text for delta in parts),
+        "".join(delta.part.reasoning for delta in parts),
+        join_calls(call for delta in parts for call in delta.part.calls),
+    )
+    return Delta(parts[0].index, answer, parts[-1].finish_reason, logprobs)
 
 
 async def _server_sent_events(

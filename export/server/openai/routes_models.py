@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.openai.chat import Conversation, JsonObject
-from limbeck.export.server.openai.completions import APIError, encode
-from limbeck.export.server.openai.routes import check_model
+from limbeck.export.server.openai.completions import encode
+from limbeck.export.server.openai.errors import APIError
+from limbeck.export.server.openai.routes import check_model, warn_of_unknown_fields
+from limbeck.export.server.openai.tools import Tool
 
 
 @dataclass(kw_only=True)
 class TokenizeRequest:
     """The body of POST /tokenize: a text or a conversation."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     prompt: str | None = None
     messages: Annotated[list[JsonObject], MinLen(1)] | None = None
-    tools: list[JsonObject] | None = None
+    tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -57,8 +57,6 @@ class TokenizeRequest:
 class DetokenizeRequest:
     """The body of POST /detokenize."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     tokens: list[Annotated[int, Ge(0)]]
     model: str | None = None
 
@@ -76,7 +74,8 @@ def add_model_routes(api: FastAPI, served: ServedModel) -> None:
         return _entry(served)
 
     @api.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+        await warn_of_unknown_fields(request, body)
         check_model(served, body.model)
         loaded = served.current()
         runtime = loaded.scheduler.runtime
@@ -85,7 +84,8 @@ def add_model_routes(api: FastAPI, served: ServedModel) -> None:
         return {"count": len(ids), "max_model_len": runtime.max_length, "tokens": ids, "token_strs": names}
 
     @api.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+        await warn_of_unknown_fields(request, body)
         check_model(served, body.model)
         runtime = served.current().scheduler.runtime
         if max(body.tokens, default=0) >= runtime.vocab_size:

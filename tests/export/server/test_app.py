@@ -177,7 +177,7 @@ def test_logprobs_contain_the_chosen_token_and_the_most_likely_ones(client: open
         (dict(logit_bias={"the": 1}), "logit_bias"),
         (dict(logit_bias={"-1": 1}), "logit_bias"),
         (dict(best_of=5), "best_of"),
-        (dict(extra_body={"tempurature": 0}), "tempurature"),
+        (dict(extra_body={"min_tokens": 17}), None),
     ],
 )
 def test_a_bad_request_names_its_parameter(client: openai.OpenAI, settings: dict[str, Any], param: str) -> None:
@@ -193,6 +193,21 @@ def test_parameters_with_neutral_values_are_accepted(client: openai.OpenAI) -> N
         presence_penalty=0, frequency_penalty=0.0, logit_bias={}, best_of=1, user="me", suffix=None, stop=None
     )
     assert complete(client, **neutral, max_tokens=3).choices[0].text == complete(client, max_tokens=3).choices[0].text
+
+
+def test_unknown_fields_are_ignored_and_reported_once(llama: Exported) -> None:
+    with serving(llama.fp32) as running:
+        asking = openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+        plain = complete(asking, max_tokens=3)
+        for _ in range(2):
+            extra = {"tempurature": 0, "prompts": 1, "to_sampling": None}  # the last two are names in the code
+            assert complete(asking, max_tokens=3, extra_body=extra).choices == plain.choices
+        running.process.terminate()
+        _, errors = running.process.communicate(timeout=20)
+    assert sorted(errors.splitlines()) == [
+        f"WARNING: /v1/completions: the field {name!r} is not supported, and ignored"
+        for name in ("prompts", "tempurature", "to_sampling")
+    ]
 
 
 def test_biases_and_penalties_equal_those_of_the_runtime(client: openai.OpenAI, runtime: Runtime) -> None:

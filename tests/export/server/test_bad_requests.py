@@ -58,7 +58,7 @@ BODIES = {
     "lone surrogate as role": b'{"prompt": "\\ud800", "messages": [{"role": "\\ud800", "content": "x"}]}',
     "deep lists": b"[" * DEEP + b"]" * DEEP,
     "deep objects": b'{"prompt":' * DEEP + b"1" + b"}" * DEEP,
-    "deep within": b'{"prompt": "x", "messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+    "deep within": b'{"prompt": 7, "messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
     "deep prompt": b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "messages": ' + b"[" * 900 + b"]" * 900 + b"}",
     "a huge number": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b', "messages": [{"role": "user", "content": "x"}]}',
     "nothing": b"",

@@ -122,13 +122,14 @@ def test_parameters_with_neutral_values_are_accepted(client: openai.OpenAI) -> N
         (dict(max_completion_tokens=-3), "max_completion_tokens"),
         (dict(tools="x"), "tools"),
         (dict(tool_choice="required"), "tool_choice"),
-        (dict(response_format={"type": "json_object"}), "response_format"),
+        (dict(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice"),
+        (dict(response_format={"type": "xml"}), "response_format"),
         (dict(n=129), "n"),
-        (dict(extra_body={"chat_template": "x"}), "chat_template"),
         (dict(extra_body={"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs"),
         (dict(extra_body={"continue_final_message": True, "add_generation_prompt": True}), "continue_final_message"),
         (dict(extra_body={"repetition_penalty": -1}), "repetition_penalty"),
-        (dict(reasoning_effort="high"), "reasoning_effort"),
+        (dict(reasoning_effort="a bit"), "reasoning_effort"),
+        (dict(extra_body={"stop_token_ids": [10**6]}), None),
     ],
 )
 def test_a_bad_request_names_its_parameter(client: openai.OpenAI, settings: dict[str, Any], param: str) -> None:
