@@ -73,7 +73,7 @@ class GrammarState:
     """Where one text is in its grammar.
 
     Raises:
-        RuntimeError: from each method, if the grammar exceeds its limits of time and memory at this text.
+        BadInput: from each method, if the grammar exceeds its limits of time and memory at this text.
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
@@ -95,7 +95,7 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the constraint failed: {self._matcher.get_error().strip()}")
+            raise BadInput(f"the constraint failed: {self._matcher.get_error().strip()}")
 
 
 def _read_tokenizer(session: Session) -> LLTokenizer:

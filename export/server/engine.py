@@ -22,6 +22,7 @@ from limbeck.export.runtime.session import NUMPY_TYPES, PREFILL_LOGITS, grows
 from limbeck.export.runtime.slot import Slot
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
+from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import available_memory
 
 # Decoding rows wait about this long for a chunk of prefill, or as long as a decoding step takes if that is longer.
@@ -242,7 +243,7 @@ class Engine:
         try:
             event = row.generation.choose_token(logits)
         except Exception as error:  # settings that fit no token, a constraint, logits that are not numbers
-            self._end_request(request, "error", _failure(error))
+            self._end_request(request, "error", error if isinstance(error, BadInput) else _failure(error))
             return
         if row.generation.token_count == 1:
             event = replace(event, cached_tokens=_slot(row).reused_tokens)

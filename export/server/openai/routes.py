@@ -154,7 +154,9 @@ async def _server_sent_events(
 def _error_of_stream(error: Exception) -> APIError:
     if isinstance(error, Unavailable):
         return APIError(error.status, str(error), code=error.code)
-    return APIError(500, error.message if isinstance(error, BadInput) else "internal error")
+    if isinstance(error, BadInput):
+        return APIError(400, error.message)
+    return APIError(500, "internal error")
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def test_a_text_may_end_where_the_grammar_allows_it(runtime: Runtime, compiler: 
     allowed = constraint.allowed_tokens()
     assert allowed[end]
     assert allowed[b]
-    with pytest.raises(RuntimeError, match="constraint failed"):
+    with pytest.raises(BadInput, match="constraint failed"):
         constraint.accept(a)
 
 
