@@ -66,8 +66,8 @@ def steps(
     )
     teacher, students = teacher_and_students(name)
     yield (
-        "ONNX: each student in fp32 and int8, compared with PyTorch",
-        [("export", *students, "--precision", "fp32,int8", "--texts", heldout)],
+        "ONNX: each student in fp32 and int8-weight, compared with PyTorch",
+        [("export", *students, "--precision", "fp32,int8-weight", "--texts", heldout)],
     )
     yield (
         "Scores: quality on three lm-eval tasks made from the held-out files, and cost, relative to the teacher",

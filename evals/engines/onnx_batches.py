@@ -20,7 +20,7 @@ from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, grows
 class OnnxForward:
     """The `batches.Forward` of an ONNX graph with key-value cache, changed to allow shared prefixes.
 
-    With int8 activations every number depends slightly on the rest of the batch and on rounding. Whether prefixes may
+    With activations rounded to int8 the last bit of a sum may change a number. Whether prefixes may
     be shared is then tested with the same weights and activations in float32.
     """
 

@@ -21,9 +21,8 @@ from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.machine import physical_cores
 
 TREE_MASK, LOGIT_POSITIONS = "tree_mask", "logit_positions"
-QDQ = {"QuantizeLinear", "DequantizeLinear"}
-ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh", *QDQ}  # what may follow the head
-HEAD_OPERATORS = {"FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"}
+ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"}  # what may follow the head
+HEAD_OPERATORS = {"FusedMatMul", "Gemm", "MatMul", "MatMulNBits"}
 MAX_TREE_TOKENS = isqrt(MAX_ATTENTION_PAIRS)  # of a row that shares prefixes
 ATTENTION, ATTENTION_BIAS_INPUT = "GroupQueryAttention", 10  # the operator; the index of its input attention_bias
 IN_FLOAT32, IN_INT8 = 1, 4  # MatMulNBits' accuracy_level: the type that activations are rounded to, block by block
@@ -61,15 +60,10 @@ def open_session(folder: Path, float_products: bool = False) -> tuple[ort.Infere
         options.graph_optimization_level = (
             ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         )  # no copy of the weights in float32
-    quantizes = any(_quantizes(node) for node in graph.node)
+    quantizes = any(_accuracy_level(node) == IN_INT8 for node in graph.node)
     data = model.SerializeToString()
     del model, graph
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]), quantizes
-
-
-def _quantizes(node: Any) -> bool:
-    """Whether this operator quantises activations."""
-    return node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") or _accuracy_level(node) == IN_INT8
 
 
 def _accuracy_level(node: Any) -> int:
@@ -89,11 +83,6 @@ def gather_before_head(graph: Any) -> None:
     if not search:
         return
     head = search[-1]
-    # Before they are quantised: onnxruntime fuses a product with the quantisation right before it.
-    source = producers.get(head.input[0])
-    while source is not None and source.op_type in {"DynamicQuantizeLinear", *QDQ}:
-        head = source
-        source = producers.get(head.input[0])
     hidden = head.input[0]
     rows, selected, axis = (f"{hidden}/{name}" for name in ("rows", "selected", "axis"))
     index = next(index for index, node in enumerate(graph.node) if node is head)
@@ -210,40 +199,7 @@ def extend_rotary_tables(graph: Any) -> None:
 
 
 def multiply_in_float(graph: Any) -> None:
-    """Let every product with quantised weights use activations in float32 that are not quantised.
-
-    A MatMulInteger and the quantisation before it become the float product with the same weights. MatMulNBits gets the
-    accuracy level of float32. Activations that are quantised and dequantised are passed on unchanged.
-    """
-    producers = {name: node for node in graph.node for name in node.output}
-    nodes: list[Any] = []
+    """Let every product with quantised weights use activations in float32 that are not quantised."""
     for node in graph.node:
-        if node.op_type == "DynamicQuantizeLinear":
-            values, scale, _ = node.output
-            one = numpy_helper.from_array(np.array(1, np.float32))
-            nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
-            nodes.append(helper.make_node("Constant", [], [scale], value=one))
-        elif node.op_type == "MatMulInteger":
-            nodes += _float_matmul(node)
-        elif node.op_type == "DequantizeLinear" and node.input[0] in producers:
-            source = producers[node.input[0]]
-            of_activations = source.op_type == "QuantizeLinear"
-            nodes.append(helper.make_node("Identity", [source.input[0]], [node.output[0]]) if of_activations else node)
-        else:
-            if _accuracy_level(node):
-                next(item for item in node.attribute if item.name == "accuracy_level").i = IN_FLOAT32
-            nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _float_matmul(node: Any) -> list[Any]:
-    """The nodes of a MatMulInteger as a float32 product: the weights, less their zero point, times activations."""
-    out = node.output[0]
-    weights = f"{out}/weights"
-    nodes = [helper.make_node("Cast", [node.input[1]], [weights], to=TensorProto.FLOAT)]
-    if _has_input(node, 3):
-        nodes.append(helper.make_node("Cast", [node.input[3]], [f"{out}/zero"], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Sub", [weights, f"{out}/zero"], [f"{out}/centred"]))
-        weights = f"{out}/centred"
-    return [*nodes, helper.make_node("MatMul", [node.input[0], weights], [out])]
+        if _accuracy_level(node):
+            next(item for item in node.attribute if item.name == "accuracy_level").i = IN_FLOAT32

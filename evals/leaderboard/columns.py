@@ -25,7 +25,7 @@ RATIO_HEADERS = ["cost\nratio", "speed-up"]  # to the teacher
 
 
 def describe_version(row: Described) -> str:
-    """A version in a word or two, such as "small-distilled int8"."""
+    """A version in a word or two, such as "small-distilled int8-weight"."""
     if row.kind == "teacher":
         return "teacher"
     control = ", control" if isinstance(row, LeaderboardRow) and row.control else ""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.artifact.long_texts import compared_lengths, long_rows
-from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
@@ -104,8 +103,8 @@ def parity_failures(parity: Parity) -> list[str]:
     same limit of those in a batch, padded and cached; and the same greedy text.
 
     Other precisions: quality is reported but not limited. They fail if log-probabilities are NaN or infinite, or if a
-    batch, padding or a cache changes results by more than `kl_limit_factor` (see PRECISIONS) times the mean KL from
-    PyTorch. In a trained model, a wrong mask, position or cache changed them by 4.6 times (int4) or more.
+    batch, padding or a cache changes results by more than the mean KL from PyTorch. In a
+    trained model, a wrong mask, position or cache changed them by 4.6 times (int4) or more.
     """
     failures = []
     if not math.isfinite(parity.max_logprob_diff):
@@ -117,7 +116,7 @@ def parity_failures(parity: Parity) -> list[str]:
         )
     if exact and not parity.greedy_identical:
         failures.append("greedy text differs")
-    limit = max(MIN_KL_LIMIT, PRECISIONS[parity.precision].kl_limit_factor * parity.mean_kl)
+    limit = max(MIN_KL_LIMIT, parity.mean_kl)
     excess = _excess(parity.long_diff, parity.long_kl, None if exact else limit)
     if excess:
         failures.append(f"a text of more than {parity.lengths[-1]:,} tokens differs from PyTorch {excess}")

@@ -118,7 +118,7 @@ def export_version(
 def export_folder(
     model: Path, output_folder: Path, precisions: Sequence[str], options: ExportOptions | None = None
 ) -> list[Variant]:
-    """Write the ONNX variants of the checkpoint `model` to `output_folder`/fp32, /int8 and so on; existing are skipped.
+    """Write the ONNX variants of the checkpoint `model` to `output_folder`/PRECISION; existing ones are skipped.
 
     Raises:
         Refused: the results of a variant differ from PyTorch's.

@@ -26,7 +26,9 @@ COLUMNS = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "to
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--precision", help="Comma-separated list. [default: fp32,int8; with --device cuda fp16,int4]")
+@click.option(
+    "--precision", help="Comma-separated list. [default: fp32,int8-weight; with --device cuda fp16,int8-weight]"
+)
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -39,7 +41,7 @@ COLUMNS = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "to
     "output_folder",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Write to DIR/fp32, DIR/int8 and so on, and register nothing.",
+    help="Write to DIR/fp32, DIR/int8-weight and so on, and register nothing.",
 )
 @click.option("--texts", type=click.Path(path_type=Path), help="Held-out text for parity: JSON lines with a text.")
 @click.option(
@@ -75,8 +77,7 @@ def export(  # noqa: PLR0913 (one parameter per option)
 ) -> None:
     """Export each MODEL to ONNX, and compare every variant with PyTorch on held-out text.
 
-    The precisions are fp32, fp16, int8 (activations quantized while the graph runs), int8-static (activations
-    calibrated at export), int8-weight and int4 (weights only, in blocks chosen by measurement).
+    The precisions are fp32, fp16, int8-weight and int4 (weights of 8 or 4 bits, in blocks).
 
     A fused graph has onnxruntime's fused operators and is faster. optimum exports more models; its packages are
     installed beside the environment when they are first needed, or by `limbeck doctor --install-optimum`.
@@ -86,12 +87,13 @@ def export(  # noqa: PLR0913 (one parameter per option)
     """
     quiet_libraries()
     from limbeck.export.artifact.variants import ExportOptions
-    from limbeck.export.quantize.precisions import check_device, parse_precisions
+    from limbeck.export.quantize.precisions import parse_precisions
     from limbeck.export.quantize.settings import quantization_settings, read_texts
     from limbeck.registry.catalog.model_ref import resolve_models
 
-    precisions = parse_precisions((precision or ("fp32,int8" if device == "cpu" else "fp16,int4")).split(","))
-    check_device(precisions, device)
+    precisions = parse_precisions(
+        (precision or ("fp32,int8-weight" if device == "cpu" else "fp16,int8-weight")).split(",")
+    )
     documents = read_texts(texts) if texts else None
     torch_models = [model for model in resolve_models(models) if model.engine == "torch"]
     if not torch_models:

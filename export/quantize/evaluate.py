@@ -1,4 +1,4 @@
-"""Compare a candidate graph with the float32 graph, and time it: the numbers that the format search uses."""
+"""Compare a candidate graph with the float32 graph: the numbers that the format search uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.errors import BadInput
 
-PROMPT_TOKENS, DECODED_TOKENS, RUNS = 32, 32, 2  # to time a decoded token
 ROW_TOKENS = 128  # at most, per text
 
 
@@ -53,7 +52,7 @@ class CandidateScore:
 
 
 class CandidateEvaluator:
-    """Scores and times candidates on texts whose float32 log-probabilities it holds.
+    """Scores candidates on texts whose float32 log-probabilities it holds.
 
     Args:
         artifact: folder with the float32 graph, its configuration and tokenizer.
@@ -80,11 +79,6 @@ class CandidateEvaluator:
         runtime, size = self._load(model)
         return self._score(runtime, size)
 
-    def score_and_time(self, model: Any) -> tuple[CandidateScore, float]:
-        """Score a candidate, and measure the milliseconds per decoded token at batch 1: the faster of two runs."""
-        runtime, size = self._load(model)
-        return self._score(runtime, size), self._decode_ms(runtime)
-
     def _load(self, model: Any) -> tuple[Runtime, int]:
         """Load the candidate. Returns its runtime and the bytes of its weights."""
         for path in self._scratch.glob(f"{GRAPH}*"):
@@ -101,15 +95,6 @@ class CandidateEvaluator:
             nats -= float(q[steps, row[1:]].sum())
             reference -= float(p[steps, row[1:]].sum())
         return CandidateScore(kl / self.tokens, nats / reference - 1, kl / reference, size)
-
-    def _decode_ms(self, runtime: Runtime) -> float:
-        context = runtime.max_length
-        prompt = self._rows[0][: min(PROMPT_TOKENS, context // 2)]
-        steps = min(DECODED_TOKENS, context - len(prompt) - 1)
-        seconds = [
-            runtime.generate([prompt], max_new_tokens=steps + 1, ignore_eos=True)[0].decode_s for _ in range(RUNS)
-        ]
-        return 1000 * min(seconds) / steps
 
     def _logprobs(self, runtime: Runtime, row: list[int]) -> np.ndarray:
         """Return (T, V) float32 log-probabilities of one text."""

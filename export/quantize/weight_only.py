@@ -2,7 +2,7 @@
 
 A block is `block_size` consecutive inputs of one output channel. It has its own scale, and a zero point unless it is
 symmetric. Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8 per token
-and block, so a text's result does not depend on the rest of the batch, as it does in dynamic int8.
+and block, so a text's result does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.quantize.experts import ExpertNode, find_expert_nodes, quantize_experts
-from limbeck.export.quantize.int8 import find_token_embedding, find_token_tables, load_with_gemm_as_matmul
+from limbeck.export.quantize.token_tables import find_token_embedding, find_token_tables, load_with_gemm_as_matmul
 
 BLOCK_SIZES = (128, 64, 32, 16)
 LAYER = re.compile(r"(?:layers|h|layer|blocks)[./](\d+)[./]([a-z_]+)")

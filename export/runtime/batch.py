@@ -22,8 +22,8 @@ MIN_REUSED_TOKENS = 16  # computing fewer tokens takes no longer than copying th
 class Batch:
     """The rows that one session decodes together, with their key-value cache and the prefix cache.
 
-    A `Slot` identifies a row. The logits of a row do not depend on the other rows, nor on reused prefixes (except with
-    int8 activations, whose scales depend on both). Not thread-safe.
+    A `Slot` identifies a row. The logits of a row do not depend on the other rows, nor on reused prefixes. Not
+    thread-safe.
 
     A fused graph gets a `StaticCache`, any other graph a `DynamicCache`. The prefix of a prompt that an active row or
     the prefix cache already holds is copied instead of computed again.

@@ -18,7 +18,7 @@ def command_snippets(version: Version) -> list[str]:
             f"limbeck promote {ref} --alias production",
         ]
     score = f"limbeck eval {ref} --tasks TASK,... --against {shlex.quote(version.teacher or 'TEACHER')}"
-    return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8", score]
+    return [score] if version.engine == "endpoint" else [f"limbeck export {ref} --precision fp32,int8-weight", score]
 
 
 def python_snippets(version: Version) -> dict[str, list[str]]:

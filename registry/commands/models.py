@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @click.option("--kind", help="teacher, student or onnx.")
 @click.option("--recipe", help="The recipe's label.")
-@click.option("--precision", help="fp32, int8 or int4.")
+@click.option("--precision", help="fp32, int8-weight or int4.")
 @click.option("--parent", help="NAME/VERSION it was made from.")
 @click.option("--teacher", help="NAME/VERSION it was distilled from.")
 @click.option("--licence", help="In upper or lower case.")
@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 @click.option("--since", metavar="DATE", help="Registered on DATE or later.")
 @click.option("--until", metavar="DATE", help="Registered before DATE.")
 @click.option(
-    "--filter", "query", default="", help="In MLflow's filter language, such as \"tags.`limbeck.precision` = 'int8'\"."
+    "--filter",
+    "query",
+    default="",
+    help="In MLflow's filter language, such as \"tags.`limbeck.precision` = 'int8-weight'\".",
 )
 @click.option("--sort", metavar="KEY", help="A column or metric; -KEY for descending order.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most N versions.")

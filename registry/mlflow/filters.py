@@ -1,6 +1,6 @@
 """MLflow's filter language for model versions: comparisons joined by AND.
 
-    tags.`limbeck.precision` = 'int8' and metrics.`retention.value` >= 0.9 and name LIKE 'coder%'
+    tags.`limbeck.precision` = 'int8-weight' and metrics.`retention.value` >= 0.9 and name LIKE 'coder%'
 
 A condition is parsed from text, written for MLflow, and checked on a version that was read without MLflow, always with
 the same meaning. MLflow searches tags and attributes by one call and metrics by another; a filter here can mix them.

@@ -191,7 +191,7 @@ class Store:
 
         Args:
             name: only the versions of this registered model.
-            filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8'".
+            filter_string: in MLflow's language, such as "tags.`limbeck.precision` = 'int8-weight'".
         """
         found = self.versions_or_errors(name, parse_filter(filter_string))
         return [version for _, version in found if isinstance(version, Version)]

@@ -26,7 +26,7 @@ from tests.bench.leaderboard import scorecard
 COUNT = 10_000
 MODELS = 20
 ROUNDS = 3
-FILTER = "tags.`limbeck.precision` = 'int8' and tags.`limbeck.recipe` LIKE 'recipe-1%'"
+FILTER = "tags.`limbeck.precision` = 'int8-weight' and tags.`limbeck.recipe` LIKE 'recipe-1%'"
 LISTINGS = {
     "all, table": [],
     "all, json": ["--format", "json"],
@@ -137,7 +137,7 @@ def copy(database: sqlite3.Connection, count: int, models: int, dice: random.Ran
         model_id = f"m-{place:032x}"
         recipe = f"recipe-{place // models % 50}"
         tags = tags | {"limbeck.digest": f"{place:064x}", "limbeck.model_id": model_id, "limbeck.recipe": recipe}
-        tags["limbeck.precision"] = dice.choice(["fp32", "int8", "int4"])
+        tags["limbeck.precision"] = dice.choice(["fp32", "int8-weight", "int4"])
         created = version["creation_time"] + 1000 * place
         made["model_versions"].append(version | {"name": name, "version": number, "creation_time": created})
         key = {"name": name, "version": number, "workspace": "default"}

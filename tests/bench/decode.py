@@ -54,9 +54,8 @@ def make_artifacts(folder: Path) -> dict[str, Path]:
     from limbeck.export.graph.save import save_graph
     from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 
-    artifacts = {name: folder / name for name in ("fp32", "int8", "int8-weight", "int4")}
+    artifacts = {name: folder / name for name in ("fp32", "int8-weight", "int4")}
     export_onnx(folder / "torch", artifacts["fp32"])
-    export_onnx(folder / "torch", artifacts["int8"], "int8", fp32_artifact=artifacts["fp32"])
     weights = GraphWeights.from_graph(artifacts["fp32"] / "model.onnx")
     for name, bits in (
         ("int8-weight", 8),

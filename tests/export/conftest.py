@@ -25,7 +25,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Expor
         if model not in exports:
             folder = tmp_path_factory.mktemp("onnx")
             exports[model] = Exported(
-                model, folder / "fp32", folder / "int8", export_folder(model, folder, ["int8", "fp32"])
+                model, folder / "fp32", folder / "int8-weight", export_folder(model, folder, ["int8-weight", "fp32"])
             )
         return exports[model]
 

@@ -16,7 +16,7 @@ from limbeck.export.runtime.sampling import log_softmax
 from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from tests.conftest import Result
 
-PRECISIONS = "fp32,int8-weight,int8,int8-static,int4"
+PRECISIONS = "fp32,int8-weight,int4"
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def documents(tmp_path: Path) -> Path:
 
 @dataclass
 class Still:
-    """A registered model `still`: a teacher, a student and the ONNX variants fp32, int8 and int4."""
+    """A registered model `still`: a teacher, a student and the ONNX variants fp32, int8-weight and int4."""
 
     store: Store
     teacher: Version
@@ -133,7 +133,7 @@ def make_still(store: Store, make_folder: Callable[..., Path], documents: Path) 
     made = dict(parent=teacher.ref, teacher=teacher.ref, recipe="small")
     student = store.register(NewVersion(name="still", kind="student", **made), make_folder("student"))
     variants = {}
-    for precision in ("fp32", "int8", "int4"):
+    for precision in ("fp32", "int8-weight", "int4"):
         variants[precision] = store.register(
             NewVersion(
                 name="still", kind="onnx", engine="onnxruntime", precision=precision, **made | {"parent": student.ref}
@@ -153,7 +153,7 @@ def scored(still: Still, documents: Path, prepared: Callable[[bool], tuple[Path,
 def score(still: Still) -> Still:
     """Add the scorecards of the fixture `scored`."""
     still.score(still.variants["fp32"], usd=2.0)
-    still.score(still.variants["int8"], usd=1.0)
+    still.score(still.variants["int8-weight"], usd=1.0)
     still.score(still.variants["int4"], usd=0.5, retention=(0.5, 0.4, 0.6))
     return still
 

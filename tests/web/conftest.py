@@ -77,7 +77,7 @@ def scored_registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Pa
         still = make_still(Store(), partial(make_artifact, folder / "made"), folder / "none")
         for precision, wrong, scores in (
             ("fp32", 5, dict(usd=2.0)),
-            ("int8", 7, dict(usd=1.0)),
+            ("int8-weight", 7, dict(usd=1.0)),
             ("int4", 60, dict(usd=0.5, retention=(0.5, 0.4, 0.6))),
         ):
             still.documents = write_answers(folder / f"{precision}.parquet", wrong)

@@ -80,7 +80,7 @@ def test_a_student_of_a_student_inherits_the_terms_of_both_teachers(
     second = train_student(laundered, "second", "teacher.licence=mit", "data.licence=MIT")
     assert (second.teacher_licence, second.data_licence) == ("mit AND openai", "MIT AND CC-BY-4.0")
     assert second.licence_allows_distillation is False
-    [exported] = export_version(store, second, ["int8"])
+    [exported] = export_version(store, second, ["int8-weight"])
     variant = store.get(exported.model)
     assert (variant.teacher_licence, variant.data_licence) == (second.teacher_licence, second.data_licence)
     for version in (second, variant):

@@ -288,12 +288,12 @@ def test_a_model_with_an_attention_window_shares_within_the_window(tmp_path: Pat
 def test_an_int8_model_shares_prefixes(tiny_llama: Path, tmp_path: Path) -> None:
     from limbeck.export.artifact.export import export_onnx
 
-    export_onnx(tiny_llama, tmp_path / "int8", "int8")
-    engine = load_engine(resolve_model(str(tmp_path / "int8")))
+    export_onnx(tiny_llama, tmp_path / "int8-weight", "int8-weight")
+    engine = load_engine(resolve_model(str(tmp_path / "int8-weight")))
     pairs = pairs_of(random_texts(0, 40, 60))
     found = dict(engine.scores(pairs, 300))
     assert engine.work.tokens_run < 1.5 * engine.work.min_tokens
-    # Activations are quantised batch by batch, so scores are close to those of each text alone, not equal.
+    # Activations are rounded to int8, which the last bit of a sum may change: scores are close, not equal.
     alone = [next(iter(engine.scores([pair], 300)))[1][0] for pair in pairs]
     differences = np.abs([found[index][0] - score for index, score in enumerate(alone)])
     scale = np.std(alone)
@@ -313,22 +313,22 @@ def test_only_positions_with_a_prediction_pass_through_the_head(tiny_llama: Path
     assert seen == [3], "after the context, after 5 and after 5 6"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8-weight"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_qwen2", "tiny_neox"])
 def test_exported_graphs_get_the_inputs_that_sharing_needs(
     request: pytest.FixtureRequest, tmp_path: Path, onnx: Any, name: str, precision: str
 ) -> None:
     from limbeck.evals.engines.onnx_graph import open_session
-    from limbeck.export.quantize.int8 import quantize_dynamic_int8
+    from limbeck.export.quantize.precisions import quantize
 
     graph = onnx(request.getfixturevalue(name))
-    if precision == "int8":
-        quantize_dynamic_int8(graph / "model.onnx", tmp_path)
+    if precision == "int8-weight":
+        quantize(graph, tmp_path, precision)
         graph = tmp_path
     session, quantizes = open_session(graph)
     assert {"logit_positions", "tree_mask", "position_ids"} <= {item.name for item in session.get_inputs()}
     assert session.get_outputs()[0].shape[1] == "selected"
-    assert quantizes == (precision == "int8")
+    assert quantizes == (precision == "int8-weight")
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnxruntime"])

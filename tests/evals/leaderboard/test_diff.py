@@ -26,9 +26,11 @@ def test_a_diff_has_fields_and_the_ratios_of_one_run(
     add_version: Callable[..., Version], limbeck: Callable[..., Result]
 ) -> None:
     add_version((0.9, 2.0, ONE_RUN), precision="fp32", recipe="small")
-    add_version((0.8, 1.0, ONE_RUN | OTHER_HARNESS), precision="int8", recipe="small")
+    add_version((0.8, 1.0, ONE_RUN | OTHER_HARNESS), precision="int8-weight", recipe="small")
     found = diff_as_json(limbeck)
-    assert {row.name: (row.a, row.b) for row in found.fields if row.name != "digest"} == {"precision": ("int8", "fp32")}
+    assert {row.name: (row.a, row.b) for row in found.fields if row.name != "digest"} == {
+        "precision": ("int8-weight", "fp32")
+    }
     assert {row.figure: row.ratio for row in found.cost}["usd_per_million_tokens"] == pytest.approx(0.5)
     assert (found.quality, found.no_cost) == (None, None)
     assert "no common documents" in str(found.no_quality)

@@ -38,7 +38,7 @@ HOSTILE_RECIPE = "</script><script>alert('x')</script>&"
 
 def test_the_page_fetches_nothing_and_escapes_names(store: Store, add_version: Callable[..., Version]) -> None:
     add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
-    add_version((0.8, 0.1, {}), recipe=HOSTILE_RECIPE, precision="int8")
+    add_version((0.8, 0.1, {}), recipe=HOSTILE_RECIPE, precision="int8-weight")
     add_version((0.7, 0.3, {}), kind="student", engine="torch", recipe="plain")
     add_version()
     text = render_page("m", leaderboard_rows(store, "m"))

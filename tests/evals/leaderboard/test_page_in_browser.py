@@ -159,7 +159,7 @@ def test_a_click_on_a_title_sorts_the_table(
 def add_six_versions(add_version: Callable[..., Version]) -> None:
     """A teacher; versions of the recipes small and large, one without scores; and one of another harness."""
     add_version((1.0, 3.0, {}), kind="teacher", engine="torch")
-    add_version((0.6, 1.0, {"cost_fields": {"p50_ms": 90.0}}), recipe="small", precision="int8")
+    add_version((0.6, 1.0, {"cost_fields": {"p50_ms": 90.0}}), recipe="small", precision="int8-weight")
     add_version((0.8, 2.0, {}), recipe="small")
     add_version((0.7, 10.0, {}), recipe="large")
     add_version(recipe="small")

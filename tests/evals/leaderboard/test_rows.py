@@ -38,7 +38,7 @@ def verdict_on(version: Version, outcome: Any, day: int) -> Verdict:
 
 def test_a_row_has_everything_known_of_a_version(store: Store, add_version: Callable[..., Version]) -> None:
     teacher = add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
-    cheap = add_version((0.8, 0.1, {}), precision="int8", parent="m/1", recipe="small")
+    cheap = add_version((0.8, 0.1, {}), precision="int8-weight", parent="m/1", recipe="small")
     worse = add_version((0.75, 0.2, {}), teacher="m/1")
     unscored = add_version()
     store.findings.add_verdict(cheap, verdict_on(cheap, "fail", 1))
@@ -70,7 +70,7 @@ def test_a_row_has_everything_known_of_a_version(store: Store, add_version: Call
         "kind": "onnx",
         "parent": "m/1",
         "recipe": "small",
-        "precision": "int8",
+        "precision": "int8-weight",
         "quality": {"single": single, "group": single},  # sub-tasks are in their group
         "cost_ratio": 0.05,
         "speedup": 20.0,
@@ -166,7 +166,7 @@ def test_options_sort_and_filter_the_rows(
     better = TASKS | {"single": TASKS["single"].model_copy(update={"value": 0.9})}
     worse = TASKS | {"single": TASKS["single"].model_copy(update={"value": 0.2})}
     add_version((1.0, 3.0, times(9.0, 1.0)), kind="teacher", engine="torch")
-    add_version((0.6, 1.0, times(5.0, 3.0) | {"tasks": better}), recipe="small", precision="int8")
+    add_version((0.6, 1.0, times(5.0, 3.0) | {"tasks": better}), recipe="small", precision="int8-weight")
     add_version((0.8, 2.0, times(7.0, 2.0) | {"tasks": worse}), recipe="small")
     add_version((0.8, 1.5, times(8.0, 9.0)), recipe="large", kind="student", engine="torch")
     add_version(recipe="large")
@@ -180,20 +180,22 @@ def test_options_sort_and_filter_the_rows(
     assert order("--sort", "recipe")[:1] == [4]
     assert order("--recipe", "small") == [3, 2]
     assert order("--recipe", "small", "--recipe", "large", "--kind", "onnx") == [3, 2, 5]
-    assert order("--precision", "int8") == [2]
+    assert order("--precision", "int8-weight") == [2]
     assert order("--pareto") == [1, 4, 2]
     assert order("--pareto", "--cost", "p50_ms") == [1, 3, 2]
     assert order("--pareto", "--cost", "decode_tokens_per_s") == [1, 4]
     assert order("--pareto", "--recipe", "small") == [3, 2]  # the frontier of the shown rows
     assert "decode" in limbeck("leaderboard", "m", "--cost", "decode_tokens_per_s").out
-    lines = list(csv.DictReader(io.StringIO(limbeck("leaderboard", "m", "--precision", "int8", "--format", "csv").out)))
+    lines = list(
+        csv.DictReader(io.StringIO(limbeck("leaderboard", "m", "--precision", "int8-weight", "--format", "csv").out))
+    )
     assert [line["version"] for line in lines] == ["m/2"]
 
 
 def test_unknown_keys_and_values_are_refused(
     store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any]
 ) -> None:
-    add_version((1.0, 2.0, {}), kind="student", precision="int8", recipe="small")
+    add_version((1.0, 2.0, {}), kind="student", precision="int8-weight", recipe="small")
     add_version((1.0, 2.0, {}))
     for option, value, message in (
         ("--sort", "p50_m", "--sort 'p50_m' is unknown\n  did you mean p50_ms?"),
@@ -201,7 +203,7 @@ def test_unknown_keys_and_values_are_refused(
         ("--cost", "usd_per_million_token", "did you mean usd_per_million_tokens?"),
         ("--cost", "verdict", "choose one of: decode_tokens_per_s, "),
         ("--recipe", "smal", "--recipe 'smal' is unknown\n  did you mean small?"),
-        ("--precision", "x", "choose one of: fp32, int8"),
+        ("--precision", "x", "choose one of: fp32, int8-weight"),
         ("--kind", "students", "did you mean student?"),
         ("--task", "singel", "did you mean single?"),
     ):
@@ -247,14 +249,14 @@ def test_all_formats_have_the_same_content(
     store: Store, add_version: Callable[..., Version], limbeck: Callable[..., Any], limbeck_home: Path, tmp_path: Path
 ) -> None:
     add_version((1.0, 2.0, {}), kind="teacher", engine="torch")
-    add_version((0.8, 0.1, {}), precision="int8", recipe="small")
+    add_version((0.8, 0.1, {}), precision="int8-weight", recipe="small")
     add_version()
     as_json = limbeck("leaderboard", "m", "--format", "json")
     found = json.loads(as_json.out)
     assert [LeaderboardRow.model_validate(row) for row in found] == leaderboard_rows(store, "m")
     table = limbeck("leaderboard", "m").out
     assert "0.800 [0.750, 0.850]" in table
-    assert "small int8" in table
+    assert "small int8-weight" in table
     assert max(map(len, table.splitlines())) <= 140
     lines = list(csv.DictReader(io.StringIO(limbeck("leaderboard", "m", "--format", "csv").out)))
     assert [line["version"] for line in lines] == [row["version"] for row in found]

@@ -173,7 +173,9 @@ def test_payback_counts_the_training_cost(store: Store, add_scored: AddScored) -
 
 def test_an_exported_teacher_is_called_the_teacher_itself(store: Store, add_scored: AddScored) -> None:
     add_teacher(add_scored)
-    add_scored({"qa": answers(DOCUMENTS)}, 0.5, kind="onnx", engine="onnxruntime", precision="int8", parent="m/1")
+    add_scored(
+        {"qa": answers(DOCUMENTS)}, 0.5, kind="onnx", engine="onnxruntime", precision="int8-weight", parent="m/1"
+    )
     found = decide_verdict(store, "m")
     assert found.answer == "yes"
     assert "It is the teacher itself in another form" in found.sentence

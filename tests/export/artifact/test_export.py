@@ -76,7 +76,7 @@ def test_every_family_passes_parity_in_fp32(family: Exported) -> None:
 
 def test_int8_of_every_family_is_smaller_and_passes_parity(family: Exported) -> None:
     fp32, int8 = family.variants
-    assert int8.precision == "int8"
+    assert int8.precision == "int8-weight"
     assert int8.parity is not None
     assert int8.parity.passed
     assert 1e-4 < int8.parity.max_logprob_diff < 2
@@ -90,12 +90,15 @@ def test_int8_of_every_family_is_smaller_and_passes_parity(family: Exported) -> 
 def test_the_manifest_describes_the_artifact(llama: Exported) -> None:
     manifest = read_manifest(llama.int8)
     assert verify_files(llama.int8, manifest["digest"]) == llama.variants[1].digest
-    assert (manifest["kind"], manifest["engine"], manifest["precision"]) == ("onnx", "onnxruntime", "int8")
+    assert (manifest["kind"], manifest["engine"], manifest["precision"]) == ("onnx", "onnxruntime", "int8-weight")
     assert manifest["parity"]["reference"] == manifest["parent"]
 
 
 def test_a_second_export_has_the_same_digest(llama: Exported, tmp_path: Path) -> None:
-    again = [export_onnx(llama.torch, tmp_path / "fp32"), export_onnx(llama.torch, tmp_path / "int8", "int8")]
+    again = [
+        export_onnx(llama.torch, tmp_path / "fp32"),
+        export_onnx(llama.torch, tmp_path / "int8-weight", "int8-weight"),
+    ]
     assert again == [variant.digest for variant in llama.variants]
 
 
@@ -168,8 +171,8 @@ def test_an_engine_that_cannot_make_the_graph_is_refused(
 def test_a_quantized_variant_has_the_kind_of_graph_of_its_fp32_artifact(
     fused_artifact: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    export_onnx(tiny_llama, tmp_path / "int8", "int8", fp32_artifact=fused_artifact)
-    assert read_manifest(tmp_path / "int8")["graph"] == "fused"
+    export_onnx(tiny_llama, tmp_path / "int8-weight", "int8-weight", fp32_artifact=fused_artifact)
+    assert read_manifest(tmp_path / "int8-weight")["graph"] == "fused"
 
 
 @pytest.fixture
@@ -215,9 +218,9 @@ def test_an_artifact_is_not_exported_again(llama: Exported, tmp_path: Path) -> N
 
 def test_the_fp32_artifact_of_another_model_is_refused(llama: Exported, tiny_gpt2: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not an export of"):
-        export_onnx(tiny_gpt2, tmp_path / "out", "int8", fp32_artifact=llama.fp32)
+        export_onnx(tiny_gpt2, tmp_path / "out", "int8-weight", fp32_artifact=llama.fp32)
 
 
 def test_the_fp32_artifact_of_another_engine_is_refused(llama: Exported, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has the graph of the engine fused, not optimum"):
-        export_onnx(llama.torch, tmp_path / "out", "int8", fp32_artifact=llama.fp32, engine="optimum")
+        export_onnx(llama.torch, tmp_path / "out", "int8-weight", fp32_artifact=llama.fp32, engine="optimum")

@@ -34,8 +34,8 @@ def test_the_numbers_equal_those_computed_in_torch(llama: Exported) -> None:
     kl, agreed, differences, nats, reference = [], [], [], [], []
     for row in ([runtime.encode(text)[:48]] for text in SAMPLE_TEXTS[:4]):
         with torch.inference_mode():
-            theirs = model(torch.tensor(row)).logits[0].log_softmax(-1)
-        ours = torch.from_numpy(runtime.logits(np.array(row), np.ones((1, 48), np.int64))[0]).log_softmax(-1)
+            theirs = model(torch.tensor(row)).logits[0].double().log_softmax(-1)
+        ours = torch.from_numpy(runtime.logits(np.array(row), np.ones((1, 48), np.int64))[0]).double().log_softmax(-1)
         kl.append(functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1))
         agreed.append(ours.argmax(-1) == theirs.argmax(-1))
         differences.append((ours - theirs).abs().max())
@@ -70,8 +70,7 @@ def test_int8_in_a_batch_differs_at_most_as_much_as_quantization(family: Exporte
     assert parity is not None
     assert parity.passed
     for kl in (parity.batch_kl, parity.left_padding_kl, parity.cache_kl):
-        assert kl is not None
-        assert 0 < kl < 4 * parity.mean_kl
+        assert kl < parity.mean_kl
 
 
 def remove_mask(graph: Any) -> None:
@@ -116,7 +115,7 @@ def make_one_logit_nan(graph: Any) -> None:
     graph.node.append(helper.make_node("Add", ["whole", "nan"], ["logits"]))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8-weight"])
 @pytest.mark.parametrize(
     ("damage", "messages"),
     [
@@ -134,7 +133,7 @@ def test_a_broken_graph_is_refused_in_every_precision(
 ) -> None:
 
     folder = tmp_path / precision
-    shutil.copytree(getattr(llama, precision), folder)
+    shutil.copytree(llama.fp32.parent / precision, folder)
     model = onnx.load(folder / "model.onnx")
     damage(model.graph)
     onnx.save_model(model, folder / "model.onnx")
@@ -159,11 +158,9 @@ def test_the_limits_of_fp32_and_of_other_precisions(llama: Exported) -> None:
     assert failures(int8, greedy_identical=False, max_logprob_diff=9.0) == []
     assert failures(fp32, max_logprob_diff=1.1e-3)
     assert failures(fp32, cache_diff=1.1e-3)
-    assert failures(int8, mean_kl=1e-3, batch_kl=3.9e-3) == []
-    assert failures(int8, mean_kl=1e-3, batch_kl=4.1e-3)
-    # int4 quantizes each token separately, so its limit is lower.
-    assert failures(int8, precision="int4", mean_kl=1e-3, cache_kl=1.1e-3)
-    assert failures(int8, precision="int4", mean_kl=1e-3, batch_kl=0.0, left_padding_kl=0.0, cache_kl=0.9e-3) == []
+    assert failures(int8, mean_kl=1e-3, batch_kl=0.9e-3, left_padding_kl=0.0, cache_kl=0.9e-3) == []
+    assert failures(int8, mean_kl=1e-3, batch_kl=1.1e-3)
+    assert failures(int8, mean_kl=1e-3, cache_kl=1.1e-3)
     assert failures(int8, cache_diff=float("inf"))
 
 

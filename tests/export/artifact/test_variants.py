@@ -30,7 +30,7 @@ def test_a_graph_that_fails_parity_is_refused_and_not_stored(
 
     monkeypatch.setattr(variants, "export_onnx", export_broken_graph)
     with pytest.raises(Refused, match="largest difference in log-probability") as refused:
-        export_folder(llama.torch, tmp_path / "to", ["fp32", "int8"])
+        export_folder(llama.torch, tmp_path / "to", ["fp32", "int8-weight"])
     assert refused.value.exit_code == 1
     assert list((tmp_path / "to").iterdir()) == []
 
@@ -40,7 +40,7 @@ def test_existing_variants_are_not_made_again(llama: Exported) -> None:
     again = export_folder(
         llama.torch,
         llama.fp32.parent,
-        ["fp32", "int8"],
+        ["fp32", "int8-weight"],
         ExportOptions(quantization=QuantizationSettings(report=lines.append)),
     )
     assert [variant.new for variant in again] == [False, False]
@@ -64,7 +64,7 @@ def test_an_existing_variant_of_another_engine_is_replaced_on_request(llama: Exp
 
 
 def test_a_quantized_variant_is_made_from_the_graph_of_the_requested_engine(llama: Exported, other_graph: Path) -> None:
-    (int8,) = export_folder(llama.torch, other_graph, ["int8"], ExportOptions(engine="fused"))
+    (int8,) = export_folder(llama.torch, other_graph, ["int8-weight"], ExportOptions(engine="fused"))
     assert (int8.graph, int8.digest) == ("fused", llama.variants[1].digest)
     assert read_manifest(other_graph / "fp32")["graph"] == "optimum"
 
@@ -88,14 +88,14 @@ def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
     store: Store, tiny_llama: Path, limbeck_home: Path
 ) -> None:
     teacher = store.register(NewVersion(name="coder", kind="teacher", licence="MIT", params=12), tiny_llama)
-    made = export_version(store, teacher, ["int8", "fp32"])
+    made = export_version(store, teacher, ["int8-weight", "fp32"])
     assert [variant.model for variant in made] == ["coder/2", "coder/3"]
     version = store.get("coder/3")
-    assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8")
+    assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8-weight")
     assert (version.parent, version.licence, version.params) == ("coder/1", "MIT", 12)
     assert store.findings.parity(version) == made[1].parity
     assert read_manifest(store.artifacts.verified_folder(version))["lineage"]["model"] == "coder/1"
-    again = export_version(store, teacher, ["fp32", "int8"])
+    again = export_version(store, teacher, ["fp32", "int8-weight"])
     assert [(variant.model, variant.new) for variant in again] == [("coder/2", False), ("coder/3", False)]
     assert len(store.versions("coder")) == 3
     assert not list(limbeck_home.glob("export-*"))

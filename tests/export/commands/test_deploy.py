@@ -31,13 +31,13 @@ def test_a_registered_version_is_exported_deployed_and_completed(
 ) -> None:
     store.register(NewVersion(name="coder", kind="teacher"), tiny_llama)
     assert limbeck("deploy", "coder/1", "--output", tmp_path / "bundle").err.strip().endswith("limbeck export coder/1")
-    code, out, _ = limbeck("export", "coder/1", "--precision", "int8, fp32")
+    code, out, _ = limbeck("export", "coder/1", "--precision", "int8-weight, fp32")
     assert code == 0
     assert "coder/2" in out
     assert "coder/3" in out
     code, _, err = limbeck("deploy", "coder/1", "--output", tmp_path / "bundle")
     assert code == 2
-    assert "its ONNX variants: coder/2 (fp32), coder/3 (int8)" in err
+    assert "its ONNX variants: coder/2 (fp32), coder/3 (int8-weight)" in err
 
     code, out, _ = limbeck("deploy", "coder/3", "--output", tmp_path / "bundle", "--format", "json")
     assert code == 0

@@ -11,7 +11,6 @@ import pytest
 from onnx import numpy_helper
 
 from limbeck.export.artifact.export import export_onnx
-from limbeck.export.quantize.precisions import quantize
 from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import make_model
@@ -67,13 +66,6 @@ def test_only_routers_and_norms_stay_float32(mixture: Path, bits: int) -> None:
     assert [name for name in large if not name.endswith(("scales", ".cos", ".sin", "mlp.gate.weight"))] == []
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static"])
-def test_a_precision_without_an_operator_for_experts_is_refused(mixture: Path, precision: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="a mixture of experts") as error:
-        quantize(mixture, tmp_path, precision)
-    assert "int8-weight" in str(error.value.fix)
-
-
 def test_experts_that_no_block_divides_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     export_onnx(make_model(tmp_path / "torch", tokenizer_folder, "qwen3_moe", moe_intermediate_size=40), tmp_path / "o")
     weights = GraphWeights.from_graph(tmp_path / "o" / "model.onnx")
@@ -81,15 +73,10 @@ def test_experts_that_no_block_divides_are_refused(tmp_path: Path, tokenizer_fol
         weights.quantize(dict.fromkeys(weights.groups, BlockFormat(4, 32)))
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_inputs_of_the_layers_are_quantized_too(precision: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_the_inputs_of_the_layers_are_quantized_too(tmp_path: Path, tokenizer_folder: Path) -> None:
     export_onnx(make_model(tmp_path / "torch", tokenizer_folder, "gemma4_text"), tmp_path / "fp32")
-    if precision == "int8":
-        quantize(tmp_path / "fp32", tmp_path, precision)
-        graph = onnx.load(tmp_path / "model.onnx").graph
-    else:
-        weights = GraphWeights.from_graph(tmp_path / "fp32" / "model.onnx")
-        graph = weights.quantize(dict.fromkeys(weights.groups, BlockFormat(4, 32))).graph
+    weights = GraphWeights.from_graph(tmp_path / "fp32" / "model.onnx")
+    graph = weights.quantize(dict.fromkeys(weights.groups, BlockFormat(4, 32))).graph
     tables = {item.name: item.data_type for item in graph.initializer if item.dims and item.dims[0] == 300}
     kinds = [kind for name, kind in tables.items() if "scale" not in name and "zeros" not in name]
     assert len(kinds) == 2

@@ -48,11 +48,8 @@ def test_the_manifest_lists_all_formats_that_were_tried(llama: Exported, tmp_pat
         settings=QuantizationSettings(text_source="a test", max_change=1e9),
     )
     record = read_manifest(tmp_path / "int4")["quantization"]
-    tried = [(one["block_size"], one["symmetric"], one["accuracy_level"]) for one in record["tried"]]
-    assert {(block, symmetric, 4) for block in (32, 64, 128) for symmetric in (False, True)} < set(tried)
-    assert [accuracy for *_, accuracy in tried].count(0) == 1
-    assert all(one["decode_ms"] > 0 and one["kl"] > 0 and one["bytes"] > 0 for one in record["tried"])
+    assert [(one["block_size"], one["symmetric"]) for one in record["tried"]] == [(32, False), (32, True)]
+    assert all(one["kl"] > 0 and one["bytes"] > 0 for one in record["tried"])
     assert record["chosen_on"] == "a test"
-    assert {key: record["chosen"][key] for key in ("block_size", "symmetric", "accuracy_level")} in [
-        {key: one[key] for key in ("block_size", "symmetric", "accuracy_level")} for one in record["tried"]
-    ]
+    least = min(record["tried"], key=lambda one: one["kl"])
+    assert record["chosen"]["symmetric"] == least["symmetric"]

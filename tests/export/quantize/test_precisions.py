@@ -20,7 +20,7 @@ from tests.export.export_helpers import (
     logits_of,
 )
 
-QUANTIZED = [precision for precision in PRECISIONS if precision not in ("fp32", "int8")]
+QUANTIZED = [precision for precision in PRECISIONS if precision != "fp32"]
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
@@ -32,7 +32,7 @@ def test_every_precision_passes_parity_and_is_smaller(
     parity = measure_parity(torch, tmp_path / "out", max_documents=4, max_tokens=48, new_tokens=8)
     assert parity.passed
     assert parity.precision == precision
-    assert 0 < parity.mean_kl < {"fp16": 1e-5, "int8-static": 0.1, "int8-weight": 1e-3, "int4": 0.3}[precision]
+    assert 0 < parity.mean_kl < {"fp16": 1e-5, "int8-weight": 1e-3, "int4": 0.3}[precision]
     sizes = [(folder / "model.onnx").stat().st_size for folder in (tmp_path / "out", fp32)]
     assert sizes[0] < sizes[1]
     manifest = read_manifest(tmp_path / "out")
@@ -41,7 +41,7 @@ def test_every_precision_passes_parity_and_is_smaller(
     assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_for_cuda_activations_of_int4_are_float16_and_int8_is_refused(llama: Exported, tmp_path: Path) -> None:
+def test_for_cuda_activations_of_int4_are_float16(llama: Exported, tmp_path: Path) -> None:
     export_onnx(
         llama.torch,
         tmp_path / "int4",
@@ -56,17 +56,7 @@ def test_for_cuda_activations_of_int4_are_float16_and_int8_is_refused(llama: Exp
     }
     scales = {node.input[2] for node in products}
     assert {item.data_type for item in graph.initializer if item.name in scales} == {onnx.TensorProto.FLOAT16}
-    assert "decode_ms" not in read_manifest(tmp_path / "int4")["quantization"]["tried"][0]
     assert np.isfinite(logits_of(tmp_path / "int4")).all()
-    with pytest.raises(BadInput, match="int8-static is for the CPU"):
-        export_onnx(
-            llama.torch,
-            tmp_path / "int8",
-            "int8-static",
-            fp32_artifact=llama.fp32,
-            settings=QuantizationSettings(device="cuda"),
-        )
-    assert not (tmp_path / "int8").exists()
 
 
 def test_a_graph_without_constant_weights_is_refused(llama: Exported, tmp_path: Path) -> None:
@@ -77,7 +67,7 @@ def test_a_graph_without_constant_weights_is_refused(llama: Exported, tmp_path: 
         export_onnx(llama.torch, tmp_path / "out", "int4", fp32_artifact=artifact)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8-static"])
+@pytest.mark.parametrize("precision", ["int4", "int8-weight"])
 def test_texts_without_tokens_are_refused(llama: Exported, precision: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no text to"):
         export_onnx(
@@ -87,5 +77,5 @@ def test_texts_without_tokens_are_refused(llama: Exported, precision: str, tmp_p
 
 
 def test_an_unknown_precision_is_refused(llama: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="use one of: fp32, fp16, int8"):
+    with pytest.raises(BadInput, match="use one of: fp32, fp16, int8-weight, int4"):
         export_onnx(llama.torch, tmp_path / "out", "int3")

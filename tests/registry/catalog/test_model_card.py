@@ -17,14 +17,14 @@ HOSTILE = "x | <script>alert(1)</script>\n---\n# gotcha\n[a](javascript:b) `c`"
 
 def test_programs_read_the_header(scored: Still, limbeck: Callable[..., Result]) -> None:
     text = limbeck("models", "card", "still/4").out
-    assert text == model_card(scored.store, scored.variants["int8"])
+    assert text == model_card(scored.store, scored.variants["int8-weight"])
     data = ModelCard(text).data
     assert (data.base_model, data.base_model_relation, data.library_name) == ("still/2", "quantized", "onnx")
     results = {(each.dataset_name, each.metric_type): each for each in data.eval_results}
     assert results.keys() == {(task, metric) for task in ("bits", "choice") for metric in ("acc", "retention")}
     assert results["bits", "retention"].metric_args == {"low": 0.95, "high": 0.99, "confidence": 0.95}
     assert results["bits", "acc"].metric_args == {"documents": 500, "stderr": 0.01}
-    for version in (scored.teacher, scored.student, scored.variants["int8"]):
+    for version in (scored.teacher, scored.student, scored.variants["int8-weight"]):
         assert version.digest in text
     for text_part in ("0.970 \\[0.950, 0.990\\]", "0.5000 \\[0.4804, 0.5196\\]", "## Limits", "limbeck serve still/4"):
         assert text_part in text

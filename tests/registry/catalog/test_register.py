@@ -42,7 +42,7 @@ def make_onnx(make_folder: Callable[..., Path]) -> Callable[..., Path]:
 
     def make(parent: str, **fields: Any) -> Path:
         folder = make_folder("variant", onnx=True)
-        write_manifest(folder, **{"parent": parent, "precision": "int8"} | fields)
+        write_manifest(folder, **{"parent": parent, "precision": "int8-weight"} | fields)
         return folder
 
     return make
@@ -135,12 +135,12 @@ def test_an_onnx_artifact_finds_its_pytorch_model(
         NewVersion(name="made", kind="student", parent=teacher.ref, teacher=teacher.ref, licence="mit"),
         make_folder("student"),
     )
-    parity = make_parity(reference=student.digest, precision="int8")
+    parity = make_parity(reference=student.digest, precision="int8-weight")
     folder = make_onnx(student.digest, parity=parity.model_dump(mode="json"))
     done = register(folder)
     version = store.get("made/2")
     assert done == Registration(version, True)
-    assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8")
+    assert (version.kind, version.engine, version.precision) == ("onnx", "onnxruntime", "int8-weight")
     assert (version.parent, version.teacher, version.licence) == ("made/1", "large/1", "mit")
     assert store.findings.parity(version) == parity
     assert register(folder, parent=student.ref) == Registration(version, False)

@@ -82,7 +82,7 @@ def find_folder_for_overlay(status: str) -> Path:
 def test_doctor_finds_what_is_wrong(scored: Still, limbeck: Limbeck, policy: Path) -> None:
     limbeck("promote", "still/3")
     store = scored.store
-    weights = store.artifacts.verified_folder(scored.variants["int8"]) / "model.onnx"
+    weights = store.artifacts.verified_folder(scored.variants["int8-weight"]) / "model.onnx"
     weights.write_text(weights.read_text()[:-1] + "!")
     assert limbeck("doctor").code == 0  # it is there
     deep = limbeck("doctor", "--deep", "--format", "json")

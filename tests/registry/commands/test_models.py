@@ -47,7 +47,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
     result = limbeck("models", "show", "still@production")
     assert result.code == 0
     for text in (
-        scored.variants["int8"].digest,
+        scored.variants["int8-weight"].digest,
         "0.970 [0.950, 0.990]",
         "newest gate decision: pass",
         "model.onnx",
@@ -57,7 +57,7 @@ def test_show(scored: Still, limbeck: Limbeck, policy: Path) -> None:
         assert text in result.out
     about = json.loads(limbeck("models", "show", "still/4", "--format", "json").out)
     assert (about["parent"], about["aliases"]) == ("still/2", ["production"])
-    assert about["files"] == {"config.json": 23, "model.onnx": 400}
+    assert about["files"] == {"config.json": 23, "model.onnx": 1100}
     assert [card["model"] for card in about["scorecards"]] == ["still/4"]
     assert [verdict["outcome"] for verdict in about["verdicts"]] == ["pass"]
     assert limbeck("models", "show", "still").code == 2

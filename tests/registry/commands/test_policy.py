@@ -31,4 +31,4 @@ def test_a_policy_is_applied_to_a_version_without_writing(scored: Still, limbeck
     failing = limbeck("policy", "check", policy, "--model", "still/5", "--format", "json")
     assert (failing.code, "still/5 does not pass: fail" in failing.err) == (1, True)
     assert json.loads(failing.out)["verdict"]["outcome"] == "fail"
-    assert scored.store.findings.verdicts(scored.variants["int8"]) == []
+    assert scored.store.findings.verdicts(scored.variants["int8-weight"]) == []

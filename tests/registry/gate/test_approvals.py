@@ -68,7 +68,7 @@ def test_an_approval_lets_the_alias_move(scored: Still) -> None:
     assert [answer.who for answer in answers] == ["bob"]
     assert (request.artifact, request.reason) == (version.digest, "smaller")
     assert approvals.request_and_answers(scored.store, version, "staging") == (None, ())
-    assert approvals.request_and_answers(scored.store, scored.variants["int8"], "production") == (None, ())
+    assert approvals.request_and_answers(scored.store, scored.variants["int8-weight"], "production") == (None, ())
 
 
 def test_people_whose_answer_does_not_count(scored: Still) -> None:
@@ -126,7 +126,7 @@ def test_a_request_ends_when_the_alias_moves_off_the_version(scored: Still) -> N
 def test_other_files_need_another_approval(scored: Still) -> None:
     make_request(scored)
     give_answer(scored, "bob")
-    scored.store.client.set_model_version_tag("still", "3", "limbeck.digest", scored.variants["int8"].digest)
+    scored.store.client.set_model_version_tag("still", "3", "limbeck.digest", scored.variants["int8-weight"].digest)
     version = scored.store.get("still/3")
     assert approvals.request_and_answers(scored.store, version, "production") == (None, ())
     (problem,) = approvals.load_approval_state(scored.store, version, "production").problems

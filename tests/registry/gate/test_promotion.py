@@ -34,7 +34,7 @@ def is_consistent(still: Still) -> bool:
 
 
 def test_a_version_that_passes(scored: Still) -> None:
-    int8 = scored.variants["int8"]
+    int8 = scored.variants["int8-weight"]
     done = promote(scored.store, int8.ref, "production", POLICY, who="ada", reason="smaller")
     assert (done.chosen, done.previous_version, production(scored)) == (int8, None, int8.version)
     (entry,) = log.read_entries(scored.store, "still")
@@ -51,10 +51,10 @@ def test_a_bare_name_promotes_the_cheapest_variant_that_passes(scored: Still) ->
     done = promote(scored.store, "still", "production", POLICY)
     assert [(c.version.precision, c.usd_per_million_tokens, c.verdict.outcome) for c in done.candidates] == [
         ("int4", 0.5, "fail"),
-        ("int8", 1.0, "pass"),
+        ("int8-weight", 1.0, "pass"),
         ("fp32", 2.0, "pass"),
     ]
-    assert production(scored) == done.chosen.version == scored.variants["int8"].version
+    assert production(scored) == done.chosen.version == scored.variants["int8-weight"].version
 
 
 def test_a_torch_version_goes_through_the_same_gate(still: Still) -> None:
@@ -77,7 +77,10 @@ def test_a_version_that_does_not_pass_moves_nothing(scored: Still) -> None:
     with pytest.raises(Refused, match=message) as refused:
         promote(scored.store, int4.ref, "production", POLICY)
     assert refused.value.exit_code == 1
-    assert (production(scored), log.read_entries(scored.store, "still")) == (scored.variants["int8"].version, before)
+    assert (production(scored), log.read_entries(scored.store, "still")) == (
+        scored.variants["int8-weight"].version,
+        before,
+    )
     assert [verdict.outcome for verdict in scored.store.findings.verdicts(int4)] == ["fail"]  # it is stored
 
 
@@ -96,7 +99,7 @@ def test_if_none_passes_the_nearest_candidates_come_first(still: Still) -> None:
         still.score(version, retention=(retention, retention - 0.1, retention + 0.1), cost_ratio=1 - retention)
     with pytest.raises(Vetoed) as veto:
         promote(still.store, "still", "production", POLICY)
-    assert [c.version.precision for c in veto.value.candidates] == ["int8", "fp32", "int4"]
+    assert [c.version.precision for c in veto.value.candidates] == ["int8-weight", "fp32", "int4"]
     assert "still/4: inconclusive" in veto.value.message.split("\n")[1]
     assert "cost_ratio 0.9, at most 0.5 is required" in veto.value.message
     assert (production(still), log.read_entries(still.store, "still")) == (None, [])
@@ -109,7 +112,7 @@ def test_the_veto_of_an_unscored_version_names_the_command_to_run(still: Still) 
 
 def test_a_dry_run_writes_nothing(scored: Still) -> None:
     done = promote(scored.store, "still", "production", POLICY, options=DRY_RUN)
-    assert (done.chosen.precision, done.entry, production(scored)) == ("int8", None, None)
+    assert (done.chosen.precision, done.entry, production(scored)) == ("int8-weight", None, None)
     assert scored.store.findings.verdicts(done.chosen) == log.read_entries(scored.store, "still") == []
     scored.store.client.set_registered_model_alias("still", "production", "1")
     with pytest.raises(Refused, match="somebody moved it"):  # as the real one would be
@@ -120,7 +123,7 @@ def test_a_dry_run_writes_nothing(scored: Still) -> None:
 
 def test_damaged_files_are_refused_and_the_alias_stays(scored: Still) -> None:
     promote(scored.store, "still/3", "production", POLICY)
-    damage(scored, scored.variants["int8"])
+    damage(scored, scored.variants["int8-weight"])
     with pytest.raises(DamagedArtifact):
         promote(scored.store, "still", "production", POLICY)
     assert (production(scored), len(log.read_entries(scored.store, "still"))) == (3, 1)
@@ -234,7 +237,7 @@ def test_the_gate_decision_has_to_be_the_one_shown(scored: Still) -> None:
     later = promote(scored.store, "still/4", "production", POLICY, options=DRY_RUN).candidates[0].verdict
     assert shown.content_digest == later.content_digest
     assert shown.digest() != later.digest()  # another time
-    scored.score(scored.variants["int8"], usd=0.9)
+    scored.score(scored.variants["int8-weight"], usd=0.9)
     with pytest.raises(Refused, match="the gate decision on still/4 differs from the one shown"):
         promote(scored.store, "still/4", "production", POLICY, options=expecting(shown))
     assert production(scored) is None

@@ -216,7 +216,7 @@ def remote(served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docu
     monkeypatch.setenv("MLFLOW_TRACKING_URI", served.uri)
     store = Store()
     still = make_still(store, lambda content, onnx=False: make_artifact(tmp_path, content, onnx), documents)
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8-weight"):
         still.score(still.variants[precision])
     return store
 

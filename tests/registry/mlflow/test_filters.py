@@ -12,8 +12,8 @@ from limbeck.registry.mlflow.filters import parse_filter
 from tests.registry.conftest import Still
 
 FILTERS = {
-    "tags.`limbeck.precision` = 'int8'": [4],
-    "tags.`limbeck.precision` != 'int8' and tags.`limbeck.kind` = 'onnx'": [3, 5],
+    "tags.`limbeck.precision` = 'int8-weight'": [4],
+    "tags.`limbeck.precision` != 'int8-weight' and tags.`limbeck.kind` = 'onnx'": [3, 5],
     "tags.`limbeck.kind` LIKE 'on%'": [3, 4, 5],
     "tags.`limbeck.kind` LIKE 'ON%'": [],
     "tags.`limbeck.kind` ILIKE 'ON_X'": [3, 4, 5],

@@ -18,7 +18,7 @@ from tests.registry.conftest import POLICY, Still
 
 
 def test_scorecards_are_read_back_newest_last(still: Still, make_card: Callable[..., Scorecard]) -> None:
-    store, version = still.store, still.variants["int8"]
+    store, version = still.store, still.variants["int8-weight"]
     later = make_card(version.digest, created=datetime(2026, 2, 1, tzinfo=UTC), retention=(0.9, 0.8, 1.0))
     store.findings.add_scorecard(version, later, still.documents)
     earlier = still.score(version)
@@ -32,7 +32,7 @@ def test_scorecards_are_read_back_newest_last(still: Still, make_card: Callable[
 
 
 def test_a_scorecard_is_stored_once_and_logged_in_mlflow(still: Still) -> None:
-    store, version = still.store, still.variants["int8"]
+    store, version = still.store, still.variants["int8-weight"]
     card = still.score(version)
     still.score(version)
     assert store.findings.scorecards(version) == [card]
@@ -50,7 +50,7 @@ def test_a_scorecard_is_stored_once_and_logged_in_mlflow(still: Still) -> None:
 @pytest.mark.parametrize("file", ["scorecard.json", "documents.parquet"])
 @pytest.mark.parametrize("content", ["cut short", "{}"])
 def test_a_damaged_cache_is_fetched_again_and_a_damaged_store_reported(still: Still, file: str, content: str) -> None:
-    store, version = still.store, still.variants["int8"]
+    store, version = still.store, still.variants["int8-weight"]
     card = still.score(version)
 
     def read() -> object:
@@ -71,24 +71,24 @@ def test_a_damaged_cache_is_fetched_again_and_a_damaged_store_reported(still: St
 
 
 def test_a_changed_number_is_found(still: Still) -> None:
-    still.score(still.variants["int8"])
+    still.score(still.variants["int8-weight"])
     stored = next((home() / "artifacts").rglob("scorecard.json"))
     stored.write_text(stored.read_text().replace("0.97", "0.99"))
     shutil.rmtree(home() / "scorecards")
     with pytest.raises(DamagedArtifact, match="the scorecard of still/4"):
-        still.store.findings.scorecards(still.variants["int8"])
+        still.store.findings.scorecards(still.variants["int8-weight"])
 
 
 def test_missing_documents(still: Still, make_card: Callable[..., Scorecard], tmp_path: Path) -> None:
-    version = still.variants["int8"]
+    version = still.variants["int8-weight"]
     with pytest.raises(FileNotFoundError):
         still.store.findings.add_scorecard(version, make_card(version.digest), tmp_path / "missing.parquet")
     assert still.store.findings.scorecards(version) == []
 
 
 def test_parity_and_verdicts_are_read_back(still: Still, make_parity: Callable[..., Parity]) -> None:
-    store, version = still.store, still.variants["int8"]
-    newer = make_parity(reference=still.student.digest, precision="int8", mean_kl=0.5)
+    store, version = still.store, still.variants["int8-weight"]
+    newer = make_parity(reference=still.student.digest, precision="int8-weight", mean_kl=0.5)
     store.findings.add_parity(version, newer)
     assert store.findings.parity(version) == newer
     assert store.findings.parity(still.student) is None

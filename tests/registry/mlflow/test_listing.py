@@ -55,7 +55,7 @@ def test_a_database_of_another_schema_is_read_through_mlflow(scored: Still, limb
 
 
 def test_versions_come_with_their_findings(scored: Still) -> None:
-    store, int8 = scored.store, scored.variants["int8"]
+    store, int8 = scored.store, scored.variants["int8-weight"]
     verdict = store.findings.add_verdict(int8, apply_policy(POLICY, Evidence(int8, None, store.findings.parity(int8))))
     found = {each.version.ref: each for each in store.versions_with_findings("still")}
     assert [each.version for each in found.values()] == store.versions("still")

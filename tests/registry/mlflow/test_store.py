@@ -58,12 +58,14 @@ def test_registering_the_same_again_stores_nothing(store: Store, make_folder: Ma
 def test_versions_are_found_by_name_reference_alias_and_field(store: Store, make_folder: MakeFolder) -> None:
     store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("a"))
     second = store.register(NewVersion(name="still", kind="student", recipe="small"), make_folder("b"))
-    third = store.register(NewVersion(name="kettle", kind="onnx", precision="int8"), make_folder("c", onnx=True))
+    third = store.register(NewVersion(name="kettle", kind="onnx", precision="int8-weight"), make_folder("c", onnx=True))
     store.client.set_registered_model_alias("still", "production", "2")
     assert [v.ref for v in store.versions()] == ["kettle/1", "still/1", "still/2"]
     assert [v.aliases for v in store.versions("still")] == [(), ("production",)]
     assert store.versions("still")[1] == store.get("still@production") == store.get("models:/still/2")
-    assert store.versions("kettle") == store.versions(filter_string="tags.`limbeck.precision` = 'int8'") == [third]
+    assert (
+        store.versions("kettle") == store.versions(filter_string="tags.`limbeck.precision` = 'int8-weight'") == [third]
+    )
     assert store.find_version("still", recipe="small").ref == second.ref  # the newest
     assert store.find_version("still", recipe="large") is None
     assert store.model_names() == ["kettle", "still"]

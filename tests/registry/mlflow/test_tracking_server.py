@@ -119,7 +119,7 @@ def test_the_whole_gate_through_a_server(
     server: Server, store: Store, scored: Still, limbeck: Callable[..., Result]
 ) -> None:
     assert store.is_server
-    int8 = scored.variants["int8"]
+    int8 = scored.variants["int8-weight"]
     assert store.get(int8.ref) == int8
     assert not store.artifacts.is_local(int8)
     folder = store.artifacts.verified_folder(int8)

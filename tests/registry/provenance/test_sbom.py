@@ -56,12 +56,12 @@ def made(store: Store, make_folder: Callable[..., Path]) -> Version:
             name="still",
             kind="onnx",
             engine="onnxruntime",
-            precision="int8",
+            precision="int8-weight",
             parent=parent.ref,
             run_id=run.id,
             **origin,
         ),
-        make_folder("int8", onnx=True),
+        make_folder("int8-weight", onnx=True),
     )
 
 
@@ -123,7 +123,7 @@ def test_a_deleted_ancestor_is_named(store: Store, made: Version) -> None:
 
 
 def test_an_sbom_has_scores_and_verdict(scored: Still) -> None:
-    version = scored.variants["int8"]
+    version = scored.variants["int8-weight"]
     unjudged = attestation.sbom_json(scored.store, version)
     promote(scored.store, version.ref, "production", POLICY)
     document = attestation.sbom_json(scored.store, version)
@@ -147,7 +147,7 @@ def test_an_sbom_has_scores_and_verdict(scored: Still) -> None:
 
 
 def test_the_same_records_give_the_same_sbom(scored: Still) -> None:
-    store, version = scored.store, scored.variants["int8"]
+    store, version = scored.store, scored.variants["int8-weight"]
     first = attestation.attest(store, version)
     assert attestation.attest(Store(), version) == first
     found = attestation.find_sbom(store, version)
@@ -181,7 +181,7 @@ def test_a_promotion_stores_an_sbom_that_the_ledger_names(scored: Still) -> None
 
 
 def test_a_changed_sbom_is_detected(scored: Still) -> None:
-    store, version = scored.store, scored.variants["int8"]
+    store, version = scored.store, scored.variants["int8-weight"]
     digest = attestation.attest(store, version)
     found = attestation.find_sbom(store, version)
     assert found is not None
@@ -201,7 +201,7 @@ def test_a_changed_sbom_is_detected(scored: Still) -> None:
 def test_an_sbom_is_signed_with_the_configured_key(
     scored: Still, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, version = scored.store, scored.variants["int8"]
+    store, version = scored.store, scored.variants["int8-weight"]
     monkeypatch.delenv(signing.KEY_FILE_VARIABLE)
     digest = attestation.attest(store, version)
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "ada.pem"))
@@ -226,7 +226,7 @@ def test_a_key_that_cannot_be_used_stores_nothing(
     monkeypatch.setenv(signing.KEY_FILE_VARIABLE, str(tmp_path / "nowhere.pem"))
     with pytest.raises(BadInput, match=r"the signing key .* cannot be read"):
         promote(scored.store, "still", "production", POLICY)
-    assert attestation.find_sbom(scored.store, scored.variants["int8"]) is None
+    assert attestation.find_sbom(scored.store, scored.variants["int8-weight"]) is None
     assert log.read_entries(scored.store, "still") == []
     assert scored.store.aliases("still") == {}
 
@@ -234,7 +234,7 @@ def test_a_key_that_cannot_be_used_stores_nothing(
 @pytest.fixture
 def signed(scored: Still, key: str) -> tuple[Sbom, Version]:
     """A signed SBOM, and its version."""
-    version = scored.variants["int8"]
+    version = scored.variants["int8-weight"]
     attestation.attest(scored.store, version)
     found = attestation.find_sbom(scored.store, version)
     assert found is not None
@@ -279,7 +279,7 @@ def test_the_command_prints_stores_and_verifies(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store, version = scored.store, scored.variants["int8"]
+    store, version = scored.store, scored.variants["int8-weight"]
     shown = limbeck("models", "sbom", "still/4")
     assert json.loads(shown.out)["metadata"]["component"]["version"] == "4"
     assert "neither stored nor signed" in shown.err

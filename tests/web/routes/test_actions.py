@@ -54,13 +54,13 @@ def open_form(visitor: Visitor, site: Site, precision: str, alias: str) -> tuple
 @pytest.mark.usefixtures("unchanged")
 def test_a_visitor_without_a_session_sees_everything_with_disabled_buttons(site: Site) -> None:
     reader = Visitor(site)
-    page = reader.get(f"/models/still/{number(site, 'int8')}/promote")
+    page = reader.get(f"/models/still/{number(site, 'int8-weight')}/promote")
     assert "Verdict: pass" in page.text
     assert "retention 0.9700 [0.9500, 0.9900]" in page.text
-    assert page.buttons[f"Promote still/{number(site, 'int8')} to production"] is False
+    assert page.buttons[f"Promote still/{number(site, 'int8-weight')} to production"] is False
     assert (
         "a",
-        {"href": f"/login?next=/models/still/{number(site, 'int8')}/promote%3Falias%3Dproduction"},
+        {"href": f"/login?next=/models/still/{number(site, 'int8-weight')}/promote%3Falias%3Dproduction"},
     ) in page.tags
     assert reader.get("/models/still/rollback").buttons["Roll back"] is False
     page = reader.get("/models/still/promote")
@@ -90,12 +90,12 @@ def test_a_change_without_a_session_is_refused(site: Site, page: str) -> None:
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_form_is_valid_for_its_session_only(site: Site) -> None:
-    path, form = open_form(logged_in_visitor(site), site, "int8", "production")
+    path, form = open_form(logged_in_visitor(site), site, "int8-weight", "production")
     for csrf in (form["csrf"], "", "0" * 64):
         answer = logged_in_visitor(site).post(path, form | {"csrf": csrf})
         assert (answer.status_code, "belongs to another session" in answer.text) == (403, True)
     visitor = logged_in_visitor(site)
-    path, form = open_form(visitor, site, "int8", "production")
+    path, form = open_form(visitor, site, "int8-weight", "production")
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         assert visitor.post(path, form, headers=headers).status_code == 403
     assert visitor.post("/logout", {"csrf": form["csrf"]}).status_code == 303
@@ -105,7 +105,7 @@ def test_a_form_is_valid_for_its_session_only(site: Site) -> None:
 
 def test_a_cookie_is_invalid_after_logout(site: Site) -> None:
     visitor = logged_in_visitor(site)
-    _, form = open_form(visitor, site, "int8", "production")
+    _, form = open_form(visitor, site, "int8-weight", "production")
     cookies = dict(visitor.http.cookies)
     visitor.post("/logout", {"csrf": form["csrf"]})
     assert not visitor.http.cookies
@@ -140,7 +140,7 @@ def test_unknown_models_and_invalid_forms_are_refused(site: Site) -> None:
     ):
         reader.get(f"/models/still/{path}", 404)
     visitor = logged_in_visitor(site)
-    path, form = open_form(visitor, site, "int8", "production")
+    path, form = open_form(visitor, site, "int8-weight", "production")
     del form["verdict_digest"]
     assert visitor.post(path, form).status_code == 400
     assert visitor.post(path, form | {"reason": "x" * 70_000}).status_code == 400
@@ -153,7 +153,7 @@ def test_unknown_models_and_invalid_forms_are_refused(site: Site) -> None:
 
 def test_a_form_that_is_sent_three_times_promotes_once(site: Site) -> None:
     visitor = logged_in_visitor(site)
-    path, form = open_form(visitor, site, "int8", "first")
+    path, form = open_form(visitor, site, "int8-weight", "first")
     form["reason"] = HOSTILE
     with ThreadPoolExecutor(3) as threads:  # a double click, and one more
         answers = list(threads.map(lambda _: visitor.post(path, form), range(3)))
@@ -246,7 +246,7 @@ def test_an_override_needs_permission_a_reason_and_confirmation_and_is_visible(
 
 
 def test_a_rollback_goes_back_one_step_and_needs_a_reason(site: Site) -> None:
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8-weight"):
         promote(site.store, f"still/{number(site, precision)}", "back", POLICY, who="bob", reason=f"the {precision}")
     visitor, path = logged_in_visitor(site), "/models/still/rollback"
     page = visitor.get(f"{path}?alias=back")
@@ -256,7 +256,7 @@ def test_a_rollback_goes_back_one_step_and_needs_a_reason(site: Site) -> None:
     form = page.form(path)
     assert visitor.post(path, form).status_code == 400  # no reason
     assert len(entries(site, "back")) == 2
-    form["reason"] = "int8 is slower here"
+    form["reason"] = "int8-weight is slower here"
     with ThreadPoolExecutor(3) as threads:
         answers = list(threads.map(lambda _: visitor.post(path, form), range(3)))
     assert {answer.status_code for answer in answers} == {303}
@@ -274,7 +274,7 @@ def test_a_rollback_goes_back_one_step_and_needs_a_reason(site: Site) -> None:
 
 def test_a_rollback_to_damaged_files_is_refused(site: Site) -> None:
     visitor, path = logged_in_visitor(site), "/models/still/rollback"
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8-weight"):
         promote(site.store, f"still/{number(site, precision)}", "worn", POLICY)
     before = ledger_state(site)
     form = visitor.get(f"{path}?alias=worn").form(path, reason="why not")

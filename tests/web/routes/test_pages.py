@@ -116,7 +116,7 @@ def test_a_leaderboard_is_cached_until_an_alias_changes(pages: TestClient, regis
 
 
 def test_the_page_of_a_version_has_all_its_data(pages: TestClient, registry: Still) -> None:
-    int8 = registry.variants["int8"]
+    int8 = registry.variants["int8-weight"]
     page = get(pages, f"/models/still/{int8.version}")
     links = {"/models/still/1", "/models/still/2", "/models/still/4/card", "/models/still/4/flips?against=still%2F1"}
     assert links <= set(page.links())
@@ -172,9 +172,9 @@ def test_flips_are_shown_page_by_page(pages: TestClient) -> None:
 def test_two_versions_are_compared(pages: TestClient) -> None:
     page = get(pages, "/compare?v=still/4&v=still/3")
     assert "-0.0250" in page.shown_text  # two of 80
-    assert "int8" in page.shown_text
+    assert "int8-weight" in page.shown_text
     assert "/models/still/4/flips?against=still%2F3" in page.links()
-    assert pages.get("/compare?a=still/4&b=still/3&format=json").json()["a"]["precision"] == "int8"
+    assert pages.get("/compare?a=still/4&b=still/3&format=json").json()["a"]["precision"] == "int8-weight"
     assert "required" in pages.get("/compare?a=still/4").text
     assert "it has 1, 2, 3, 4, 5" in get(pages, "/compare?a=still/4&b=still/9", 404).shown_text
 
@@ -183,7 +183,7 @@ def test_two_versions_are_compared(pages: TestClient) -> None:
     ("query", "refs"),
     [
         ("", ["evil/1", "still/1", "still/2", "still/3", "still/4", "still/5"]),
-        ("kind=onnx precision=int8", ["still/4"]),
+        ("kind=onnx precision=int8-weight", ["still/4"]),
         ("int4", ["still/5"]),
         ("STILL onnx fp32", ["still/3"]),
         ("cost<=1 kind=onnx", ["still/4", "still/5"]),

@@ -151,7 +151,7 @@ def test_pages_work_without_scripts(tab: Page, site: Site) -> None:
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
     page.goto("/models/still")
-    page.get_by_label("precision").select_option("int8")
+    page.get_by_label("precision").select_option("int8-weight")
     page.get_by_role("button", name="Show", exact=True).click()
     expect(table_rows(page)).to_have_count(1)
     page.get_by_role("link", name="still/4", exact=True).click()

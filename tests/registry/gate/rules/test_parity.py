@@ -25,7 +25,7 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
     assert parity_outcomes(None, required=False) == {}
     assert parity_outcomes(make_parity(reference="another")) == {"parity.required": "inconclusive"}
     assert parity_outcomes(make_parity(passed=False)) == {"parity.required": "fail"}
-    assert parity_outcomes(make_parity(passed=False), "int8") == {"parity.required": "fail"}
+    assert parity_outcomes(make_parity(passed=False), "int8-weight") == {"parity.required": "fail"}
     limits = dict(max_mean_kl=0.01, min_top1_agreement=0.9, max_p99_kl=0.1, max_bits_per_byte_increase=0.05)
     names = ["parity.required", *(f"parity.{name}" for name in limits)]
     assert parity_outcomes(make_parity(p99_kl=0.1), **limits) == dict.fromkeys(names, "pass")
