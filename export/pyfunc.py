@@ -14,7 +14,8 @@ import pandas as pd
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.registry.core.errors import BadInput
 
-# Parameters that a caller may set, as in `Sampling`, and `parse_special` as in `Runtime.generate`: name -> (MLflow's type, default). A list default means an array.
+# Parameters that a caller may set, as in `Runtime.generate`: name -> (MLflow's type, default). A list default means an
+# array.
 PARAMS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("long", 64),
     "temperature": ("double", 0.0),

@@ -35,6 +35,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option("--max-new-tokens", type=AT_LEAST_1, help="Per choice. [default: the context]")
 @click.option("--cache-mb", type=AT_LEAST_1, help="MB for all keys and values. [default: half of the free memory]")
 @click.option("--max-body-mb", default=4, show_default=True, type=AT_LEAST_1, help="MB per HTTP request.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages from ORIGIN use the server; * is any.")
 @click.option(
     "--drain-seconds", default=30.0, show_default=True, type=SECONDS, help="Seconds to finish requests after SIGTERM."
 )
@@ -99,6 +100,7 @@ def serve(
             api_key=api_key,
             max_body=options["max_body_mb"] * 2**20,
             drain_s=options["drain_seconds"],
+            cors=options["cors"],
         )
     finally:
         watcher.close()

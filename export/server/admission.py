@@ -32,7 +32,7 @@ class Admission:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, max_body: int) -> None:
         self.app, self.metrics, self.max_body = app, metrics, max_body
-        self.expected_authorization = f"Bearer {api_key}".encode() if api_key else None
+        self.api_key = api_key.encode() if api_key else None
         self.is_draining = False
         self.running_requests = 0
 
@@ -40,6 +40,8 @@ class Admission:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # answered as GET, of whose answer uvicorn sends no body
+            scope = {**scope, "method": "GET"}
         status = 499  # stays so if the client disconnects before the answer
 
         async def send_and_note(message: Message) -> None:
@@ -64,9 +66,9 @@ class Admission:
 
     def _refusal(self, scope: Scope) -> APIError | None:
         """Why a request for the model is refused; None if it is not."""
-        if self.expected_authorization:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self.expected_authorization):
+        if self.api_key:
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(key.strip(), self.api_key):
                 return APIError(401, "the API key is missing or wrong", code="invalid_api_key")
         if self.is_draining:
             return APIError(503, "the server is shutting down", code="draining")

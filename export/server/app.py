@@ -10,14 +10,17 @@ import asyncio
 import logging
 import resource
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from limbeck.export.server.admission import Admission, error_response
 from limbeck.export.server.hot_swap import ServedModel
@@ -25,6 +28,7 @@ from limbeck.export.server.metrics import CONTENT_TYPE
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.routes import add_completion_routes
 from limbeck.export.server.openai.routes_models import add_model_routes
+from limbeck.export.server.protocol import Protocol
 from limbeck.export.server.requests import Unavailable
 from limbeck.export.server.watch import Artifact, WatchProblem
 from limbeck.registry.core.errors import BadInput
@@ -44,6 +48,7 @@ def serve(
     api_key: str | None = None,
     max_body: int = MAX_BODY,
     drain_s: float = DRAIN_S,
+    cors: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer the running and waiting requests before returning.
 
@@ -54,17 +59,20 @@ def serve(
         api_key: the bearer token that clients must send; None: no key is needed.
         max_body: bytes of one request body.
         drain_s: how long the last requests may take; a second signal ends them at once.
+        cors: the origins whose pages may use the server, such as "https://example.org"; "*" is any.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     _allow_many_files()
+    admission = create_app(served, api_key, max_body)
     config = uvicorn.Config(
-        create_app(served, api_key, max_body),
+        _allow_origins(admission, cors) if cors else admission,
+        http=Protocol,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,
         backlog=2048,
     )
-    asyncio.run(_Server(config, drain_s).run_with(served, listener, artifacts))
+    asyncio.run(_Server(config, admission, drain_s).run_with(served, listener, artifacts))
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -85,7 +93,9 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 def create_app(served: ServedModel, api_key: str | None = None, max_body: int = MAX_BODY) -> Admission:
     """Make the server's ASGI application; parameters as in `serve`."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    about = "An OpenAI-compatible server of one model."
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"description": "an error in OpenAI's format"}}
+    api = FastAPI(title="limbeck serve", description=about, docs_url=None, redoc_url=None, responses=errors)
     admission = Admission(api, served.metrics, api_key, max_body)
     _add_status_routes(api, served, admission)
     add_completion_routes(api, served)
@@ -118,6 +128,11 @@ def create_app(served: ServedModel, api_key: str | None = None, max_body: int = 
     return admission
 
 
+def _allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Answer what browsers ask before and with requests of pages from these origins."""
+    return CORSMiddleware(app, origins, ["GET", "HEAD", "POST"], ["*"], expose_headers=["Retry-After"])
+
+
 def _add_status_routes(api: FastAPI, served: ServedModel, admission: Admission) -> None:
     """Add the routes for those who operate the server."""
 
@@ -139,9 +154,9 @@ def _add_status_routes(api: FastAPI, served: ServedModel, admission: Admission) 
 class _Server(uvicorn.Server):
     """uvicorn's server, but after the first signal it still accepts requests, to answer them with 503."""
 
-    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, admission: Admission, drain_s: float) -> None:
         super().__init__(config)
-        self._drain_s = drain_s
+        self._admission, self._drain_s = admission, drain_s
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run_with(
@@ -159,18 +174,16 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start draining at the first signal; exit at the second."""
-        admission = self.config.app
-        assert isinstance(admission, Admission)
-        if admission.is_draining or self._loop is None:
+        if self._admission.is_draining or self._loop is None:
             super().handle_exit(sig, frame)
         else:
-            admission.is_draining = True
-            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(admission)))
+            self._admission.is_draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
 
-    async def _drain(self, admission: Admission) -> None:
+    async def _drain(self) -> None:
         """Exit when the last request is answered or the time is up."""
         end = asyncio.get_running_loop().time() + self._drain_s
-        while admission.running_requests and asyncio.get_running_loop().time() < end:
+        while self._admission.running_requests and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
