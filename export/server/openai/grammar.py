@@ -21,7 +21,7 @@ JsonObject = dict[str, Any]
 MAX_CALLS = 16  # of an answer whose calls are constrained; a small model may repeat itself
 MAX_SCHEMAS = 500  # parts of a schema that are tried to name the place of its fault
 # Between the tokens of JSON: nothing, a space, or a new line with its indentation, so that no model writes blanks only.
-WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"
+WHITE_SPACE = r"[ ]?|\n[ ]{0,20}"
 BEFORE_ANSWER = {
     Thinking.NEVER: "",
     Thinking.OPENED: "think BLANK ",

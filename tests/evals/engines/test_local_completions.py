@@ -1,4 +1,7 @@
-"""lm-eval's own `local-completions` with a running `limbeck serve` gives the scores of `limbeck eval`."""
+"""lm-eval's own `local-completions` and `local-chat-completions` with a running `limbeck serve`.
+
+The former gives the scores of `limbeck eval`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from limbeck.evals.scores.harness import Scores, score_model
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import resolve_model
 from tests.evals.task_files import questions, write_task
+from tests.export.chat_artifacts import CHATML, copy_with_template
 from tests.export.export_helpers import serving
 
 pytest.importorskip("tenacity", reason="lm-eval's local-completions needs tenacity")
@@ -74,20 +79,32 @@ def test_the_scores_of_the_running_server_equal_those_of_the_artifact(
         check_scores(run_lm_eval(model, folder, url, tokenizer_backend="remote"), offline)
 
 
+def test_local_chat_completions_get_the_servers_answers(
+    tiny_llama: Path, folder: Path, onnx: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    with serving(copy_with_template(onnx(tiny_llama), tiny_llama, tmp_path / "chat", CHATML)) as served:
+        url = f"{served.url}/chat/completions"
+        chat: dict[str, Any] = dict(model="local-chat-completions", tasks=["live_line"], apply_chat_template=True)
+        results = evaluate(folder, {"model": "chat", "base_url": url, "num_concurrent": 2}, **chat)
+        for sample in results["samples"]["live_line"]:
+            body = {"messages": [{"role": "user", "content": sample["doc"]["question"]}], "stop": ["\n\n"]}
+            answer = httpx.post(url, json=body | {"max_tokens": 9, "temperature": 0}).json()
+            assert sample["resps"] == [[answer["choices"][0]["message"]["content"]]]
+
+
 def run_lm_eval(model: Path, folder: Path, url: str, **arguments: Any) -> dict[str, Any]:
     """lm-eval's results."""
+    served = {"model": model.name, "base_url": f"{url}/completions", "max_length": CONTEXT, "num_concurrent": 4}
+    return evaluate(folder, served | arguments, model="local-completions", tasks=TASKS, batch_size=4)
+
+
+def evaluate(folder: Path, model_args: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """lm-eval's results with the tasks in `folder`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    served = {"model": model.name, "base_url": f"{url}/completions", "max_length": CONTEXT, "num_concurrent": 4}
-    results = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args=served | arguments,
-        tasks=TASKS,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        batch_size=4,
-        bootstrap_iters=0,
-    )
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    results = lm_eval.simple_evaluate(model_args=model_args, task_manager=tasks, bootstrap_iters=0, **settings)
     assert results is not None
     return results
 
