@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.artifact.long_texts import compared_lengths, long_rows
-from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
+from limbeck.export.artifact.quality import Document, describe_figure, estimate_quality, exceeded_figures
+from limbeck.export.quantize.precisions import PRECISIONS
+from limbeck.export.quantize.sample_texts import SAMPLE_CONVERSATIONS, SAMPLE_TEXTS, render_conversations
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
@@ -36,14 +38,15 @@ def measure_parity(
     onnx_folder: Path,
     texts: Sequence[str] = SAMPLE_TEXTS,
     *,
-    max_documents: int = 12,
+    max_documents: int = 24,
     max_tokens: int = 128,
     new_tokens: int = 24,
     trust_remote_code: bool = False,
 ) -> Parity:
     """Compare log-probabilities and greedy text of artifact and PyTorch on held-out text, and the artifact with itself.
 
-    - Each text runs alone in both, and their log-probabilities are compared.
+    - Each text runs alone in both, and their log-probabilities are compared: so do conversations, if the tokenizer has
+      a chat template.
     - Both complete prompts greedily: the artifact as one batch, PyTorch one by one.
     - A text that is longer than each length at which the model changes its numbers runs in both (`long_texts`).
     - The artifact's results for texts of unequal length, each alone, are compared with the same texts in a batch padded
@@ -67,18 +70,26 @@ def measure_parity(
     model, tokenizer = _load_reference(torch_folder, trust_remote_code)
     threads = 1 if model.num_parameters() < SMALL_MODEL_PARAMETERS else None
     runtime = Runtime.load(onnx_folder, threads=threads)
-    rows = _token_rows(tokenizer, runtime, texts, max_documents, min(max_tokens, runtime.max_length))
+    max_tokens = min(max_tokens, runtime.max_length)
+    rows = _token_rows(tokenizer, runtime, texts, max_documents, max_tokens)
+    conversations = render_conversations(onnx_folder, SAMPLE_CONVERSATIONS)
+    chat_rows = [runtime.encode(text, add_special_tokens=False)[:max_tokens] for text in conversations]
     totals = _Totals()
     with torch.inference_mode(), _torch_threads(threads):
-        for row in rows:
+        for row in rows + chat_rows:
             reference = model(torch.tensor([row])).logits[0].numpy()
             totals.add(row, reference, runtime.logits(*_pad([row]))[0])
-        greedy_identical = _completes_equally(model, runtime, _prompts(rows, runtime.max_length), new_tokens)
+        # The runtime chooses no token from logits that are NaN.
+        greedy_identical = math.isfinite(totals.max_diff) and _completes_equally(
+            model, runtime, _prompts(rows, runtime.max_length), new_tokens
+        )
         long_fields = _compare_long_text(model, runtime, rows)
-    size = sum(_predicted_bytes(runtime, row) for row in rows)
+    size = sum(_predicted_bytes(runtime, row) for row in rows + chat_rows)
+    manifest = read_manifest(onnx_folder)
+    precision = manifest["precision"]
     parity = Parity(
         reference=folder_digest(torch_folder),
-        precision=read_manifest(onnx_folder)["precision"],
+        precision=precision,
         tokens=totals.tokens,
         max_logprob_diff=totals.max_diff,
         mean_kl=float(np.mean(totals.kl)),
@@ -88,23 +99,28 @@ def measure_parity(
         bits_per_byte_reference=totals.nats_reference / math.log(2) / size,
         bits_per_byte=totals.nats / math.log(2) / size,
         greedy_identical=greedy_identical,
+        documents=len(rows) + len(chat_rows),
+        conversations=len(chat_rows),
+        quality=estimate_quality(totals.documents),
+        limits=PRECISIONS[precision].limits,
+        max_change=manifest.get("quantization", {}).get("requested", {}).get("max_change"),
         **_invariance(runtime, _rows_of_unequal_length(rows)),
         **long_fields,
         reading=_reading(torch_folder),
         passed=False,
     )
-    return parity.model_copy(update={"passed": not parity_failures(parity)})
+    parity = parity.model_copy(update={"exceeded": tuple(exceeded_figures(parity))})
+    return parity.model_copy(update={"passed": not (parity_failures(parity) or quality_failures(parity))})
 
 
 def parity_failures(parity: Parity) -> list[str]:
-    """List the reasons why an artifact does not pass; empty if it passes.
+    """List what is broken in an artifact; empty if nothing is. Its quality is judged by `quality_failures`.
 
     fp32: log-probabilities within MAX_LOGPROB_DIFF of PyTorch's, on a long text too; those of a text alone within the
     same limit of those in a batch, padded and cached; and the same greedy text.
 
-    Other precisions: quality is reported but not limited. They fail if log-probabilities are NaN or infinite, or if a
-    batch, padding or a cache changes results by more than the mean KL from PyTorch. In a
-    trained model, a wrong mask, position or cache changed them by 4.6 times (int4) or more.
+    Other precisions: log-probabilities are finite, and a batch, padding or a cache changes results by at most the mean
+    KL from PyTorch. In a trained model, a wrong mask, position or cache changed them by 4.6 times (int4) or more.
     """
     failures = []
     if not math.isfinite(parity.max_logprob_diff):
@@ -129,6 +145,15 @@ def parity_failures(parity: Parity) -> list[str]:
         if excess:
             failures.append(f"a text {condition} differs from the same text alone {excess}")
     return failures
+
+
+def quality_failures(parity: Parity) -> list[str]:
+    """List the figures of quality whose intervals exceed the limits of the precision, or the user's own limit."""
+    if parity.max_change is None:
+        return [describe_figure(parity, name, parity.limits[name]) for name in parity.exceeded]
+    if parity.quality["bits_per_byte_change"].high <= parity.max_change:
+        return []
+    return [describe_figure(parity, "bits_per_byte_change", parity.max_change)]
 
 
 def _excess(difference: float, kl: float, kl_limit: float | None) -> str | None:
@@ -193,6 +218,7 @@ def _completes_equally(model: Any, runtime: Runtime, prompts: list[list[int]], n
 class _Totals:
     """Running totals over tokens. `kl` has one entry per token, in nats."""
 
+    documents: list[Document] = field(default_factory=list)
     tokens: int = 0
     max_diff: float = 0.0
     kl: list[float] = field(default_factory=list)
@@ -205,10 +231,13 @@ class _Totals:
         p, q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
         self.tokens += len(row)
         self.compare(p, q)
-        self.top1_matches += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+        matches = int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
         steps = np.arange(len(row) - 1)
-        self.nats_reference -= float(p[steps, row[1:]].sum())
-        self.nats -= float(q[steps, row[1:]].sum())
+        nats_reference, nats = -float(p[steps, row[1:]].sum()), -float(q[steps, row[1:]].sum())
+        self.documents.append(Document(np.array(self.kl[-len(row) :]), matches, nats_reference, nats))
+        self.top1_matches += matches
+        self.nats_reference += nats_reference
+        self.nats += nats
 
     def compare(self, p: np.ndarray, q: np.ndarray) -> None:
         """Add (T, V) log-probabilities of reference and artifact."""

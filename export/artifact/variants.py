@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from limbeck.export.artifact.export import Engine, export_onnx
-from limbeck.export.artifact.parity import measure_parity, parity_failures
+from limbeck.export.artifact.parity import measure_parity, parity_failures, quality_failures
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
 from limbeck.export.quantize.settings import QuantizationSettings
@@ -145,11 +146,19 @@ def export_folder(
 
 def require_parity(parity: Parity, label: str) -> None:
     """Raise Refused, with the numbers, if a variant did not pass."""
-    if not parity.passed:
+    label = f"{label} {parity.precision}"
+    if broken := parity_failures(parity):
         raise Refused(
-            f"{label} {parity.precision}: the ONNX graph differs from PyTorch: over "
-            f"{parity.tokens} tokens, {'; '.join(parity_failures(parity))}",
+            f"{label}: the ONNX graph differs from PyTorch: over {parity.tokens} tokens, {'; '.join(broken)}",
             fix="nothing was stored; this architecture is not exported correctly",
+        )
+    if too_far := quality_failures(parity):
+        allowed = math.ceil(105 * parity.quality["bits_per_byte_change"].high) / 100
+        raise Refused(
+            f"{label}: too far from PyTorch: over {parity.tokens} tokens of {parity.documents} texts, with 95% "
+            f"intervals, {'; '.join(too_far)}",
+            fix="nothing was stored; use int8-weight or fp32, or allow more bits per byte: "
+            f"--max-change {max(0.01, allowed):g}",
         )
 
 

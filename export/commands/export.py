@@ -52,9 +52,7 @@ COLUMNS = ["variant", "of", "precision", "MB", "largest logprob diff", "KL", "to
 @click.option(
     "--max-change",
     type=click.FloatRange(min=0),
-    default=0.01,
-    show_default=True,
-    help="Largest relative increase of bits per byte for int4; above it, parts of the model get 8 bits.",
+    help="Your own limit of the relative increase of bits per byte, such as 0.05, instead of the precision's limits.",
 )
 @click.option(
     "--engine",
@@ -70,7 +68,7 @@ def export(  # noqa: PLR0913 (one parameter per option)
     output_folder: Path | None,
     texts: Path | None,
     calibration: Path | None,
-    max_change: float,
+    max_change: float | None,
     engine: Literal["fused", "optimum"] | None,
     trust_remote_code: bool,
     output_format: str,
@@ -83,18 +81,18 @@ def export(  # noqa: PLR0913 (one parameter per option)
     installed beside the environment when they are first needed, or by `limbeck doctor --install-optimum`.
 
     The variants of a registered version are registered as versions of the same name. Those of other models
-    go to FOLDER-onnx/. An fp32 graph whose results differ from PyTorch's is refused (exit code 1).
+    go to FOLDER-onnx/. A variant that differs from PyTorch by more than the limits of its precision is refused (exit
+    code 1): see "Ship it" in the README.
     """
     quiet_libraries()
     from limbeck.export.artifact.variants import ExportOptions
     from limbeck.export.quantize.precisions import parse_precisions
-    from limbeck.export.quantize.settings import quantization_settings, read_texts
+    from limbeck.export.quantize.settings import held_out_texts, quantization_settings
     from limbeck.registry.catalog.model_ref import resolve_models
 
     precisions = parse_precisions(
         (precision or ("fp32,int8-weight" if device == "cpu" else "fp16,int8-weight")).split(",")
     )
-    documents = read_texts(texts) if texts else None
     torch_models = [model for model in resolve_models(models) if model.engine == "torch"]
     if not torch_models:
         raise BadInput(f"{', '.join(models)}: an ONNX artifact already", fix="export the PyTorch model it came from")
@@ -115,7 +113,7 @@ def export(  # noqa: PLR0913 (one parameter per option)
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(torch_models), rate="")
         for model, quantization in zip(torch_models, settings, strict=True):
-            options = ExportOptions(documents, quantization, trust_remote_code, engine)
+            options = ExportOptions(held_out_texts(texts, quantization.texts), quantization, trust_remote_code, engine)
             variants += _export_model(model, precisions, output_folder, options)
             bar.advance(task)
     if output_format == "json":
@@ -159,5 +157,5 @@ def _variant_row(variant: Variant) -> tuple[Any, ...]:
         f"{parity.top1_agreement:.1%}",
         f"{parity.bits_per_byte:.3f} ({change:+.3f})",
         "same" if parity.greedy_identical else "differs",
-        "new" if variant.new else "exists",
+        ("new" if variant.new else "exists") + (", above limits" if parity.is_above_limits else ""),
     )

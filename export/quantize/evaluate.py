@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.export.graph.save import save_graph
+from limbeck.export.quantize.sample_texts import CHOICE_CONVERSATIONS, render_conversations
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import GRAPH
@@ -57,7 +58,7 @@ class CandidateEvaluator:
     Args:
         artifact: folder with the float32 graph, its configuration and tokenizer.
         scratch: an empty folder, where candidates are written.
-        texts: text to score on; only beginnings are used.
+        texts: text to score on; only beginnings are used. Conversations are added if there is a chat template.
         tokens: at most this many tokens from all texts together.
 
     Raises:
@@ -70,7 +71,9 @@ class CandidateEvaluator:
             if path.is_file() and not path.name.startswith(GRAPH) and path.suffix in (".json", ".jinja"):
                 shutil.copyfile(path, scratch / path.name)
         runtime = Runtime.load(artifact, verify=False)
+        conversations = render_conversations(artifact, CHOICE_CONVERSATIONS)
         self._rows = _rows(runtime, texts, tokens)
+        self._rows += [runtime.encode(text, add_special_tokens=False)[:ROW_TOKENS] for text in conversations]
         self._reference = [self._logprobs(runtime, row) for row in self._rows]
         self.tokens = sum(map(len, self._rows))
 

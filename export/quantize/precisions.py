@@ -18,6 +18,10 @@ from limbeck.export.quantize.weight_only import GraphWeights
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.errors import BadInput
 
+# The search for a format aims at this share of the limit: the variant is judged on other text, and on the bad end of an
+# interval.
+SEARCH_MARGIN = 0.5
+
 # (folder of the float32 artifact, folder to write model.onnx to, settings) -> fields for the manifest
 Quantize = Callable[[Path, Path, QuantizationSettings], dict[str, Any]]
 
@@ -28,11 +32,14 @@ class Precision:
 
     Attributes:
         quantize: converts a graph; None for fp32.
+        limits: of the quality, by figure of `Parity.quality`; with 95% confidence a variant is within them, or its user
+            has allowed more. {} for fp32, which equals PyTorch.
         recorded_settings: fields of QuantizationSettings in the manifest; a variant with other values is made again.
     """
 
     quantize: Quantize | None
-    recorded_settings: tuple[str, ...] = ("device",)
+    limits: dict[str, float]
+    recorded_settings: tuple[str, ...] = ("device", "max_change")
 
     def settings_for_manifest(self, settings: QuantizationSettings) -> dict[str, Any]:
         """Return the recorded settings by name."""
@@ -90,7 +97,7 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
             weights,
             evaluator,
             bits,
-            max_loss=settings.max_change,
+            max_loss=SEARCH_MARGIN * _max_change(settings, bits),
             on_cpu=settings.device == "cpu",
             report=settings.report,
         )
@@ -106,15 +113,25 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
     }
 
 
+def _max_change(settings: QuantizationSettings, bits: int) -> float:
+    """The limit of the relative change of bits per byte: the user's own, or the precision's."""
+    limits = A_LITTLE_WORSE if bits == 4 else NEARLY_EQUAL
+    return limits["bits_per_byte_change"] if settings.max_change is None else settings.max_change
+
+
 def _replace_graph(folder: Path, model: Any) -> None:
     for path in folder.glob(f"{GRAPH}*"):
         path.unlink()
     save_graph(model, folder / GRAPH)
 
 
+# A variant of 8 or 16 bits should not be told from its model; one of 4 bits is a little worse for half the bytes.
+NEARLY_EQUAL = {"bits_per_byte_change": 0.01, "mean_kl": 0.03, "p99_kl": 0.3, "top1_agreement": 0.9}
+A_LITTLE_WORSE = {"bits_per_byte_change": 0.03, "mean_kl": 0.1, "p99_kl": 1.0, "top1_agreement": 0.8}
+
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision(None),
-    "fp16": Precision(_to_float16),
-    "int8-weight": Precision(partial(_to_weight_only, bits=8)),
-    "int4": Precision(partial(_to_weight_only, bits=4), recorded_settings=("device", "max_change")),
+    "fp32": Precision(None, {}),
+    "fp16": Precision(_to_float16, NEARLY_EQUAL),
+    "int8-weight": Precision(partial(_to_weight_only, bits=8), NEARLY_EQUAL),
+    "int4": Precision(partial(_to_weight_only, bits=4), A_LITTLE_WORSE),
 }

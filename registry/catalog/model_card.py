@@ -209,6 +209,7 @@ def _parity(content: _CardContent) -> str:
         return "It has not been compared with the model that it was exported from.\n" if is_variant else ""
     rows = {
         "passed": "yes" if parity.passed else "no",
+        "quality": parity.describe_limits(),
         "tokens": f"{parity.tokens:,}",
         "largest difference in log-probability": f"{parity.max_logprob_diff:.2g}",
         "mean KL, nats per token": f"{parity.mean_kl:.2g}",

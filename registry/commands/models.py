@@ -169,9 +169,13 @@ def _print_findings(scorecards: Sequence[Scorecard], parity: Parity | None, verd
         if len(scorecards) > 1:
             print_status(f"  and {len(scorecards) - 1} older scorecards; --format json prints them all")
     if parity:
-        in_words = {"lengths", "lengths_not_reached", "reading"}
+        in_words = {"lengths", "lengths_not_reached", "reading", "quality", "limits", "exceeded", "max_change"}
         figures = parity.model_dump(exclude={"reference", "precision", *in_words}, exclude_none=True)
-        rows = [*_format_figures(figures), ("long texts", parity.describe_lengths())]
+        rows = [
+            ("quality", parity.describe_limits()),
+            *_format_figures(figures),
+            ("long texts", parity.describe_lengths()),
+        ]
         rows.append(("the checkpoint, as loaded", parity.describe_reading()))
         print_table("compared with PyTorch, on held-out text", ["field", "value"], rows)
     if verdicts:

@@ -91,9 +91,17 @@ class Parity(Record):
     bits_per_byte_reference: float
     bits_per_byte: float
     greedy_identical: bool
-    passed: bool  # fp32: all differences <= 1e-3 and greedy_identical; others: nothing is broken outright
+    # fp32: all differences <= 1e-3 and greedy_identical; others: within `limits`, or kept under `max_change`
+    passed: bool
     p99_kl: float  # 99th percentile over tokens
     max_kl: float
+    documents: int = 0  # conversations included
+    conversations: int = 0  # rendered by the chat template
+    # With intervals over documents: "bits_per_byte_change" (relative), "mean_kl", "p99_kl", "top1_agreement"
+    quality: dict[str, Estimate] = {}
+    limits: dict[str, float] = {}  # of these figures, for the precision; the interval has to be within them
+    max_change: float | None = None  # the user's own limit of bits_per_byte_change, which decides instead of `limits`
+    exceeded: tuple[str, ...] = ()  # the figures that are not within `limits`
     # The same text alone and ...: largest difference in log-probability, and mean KL in nats per token
     batch_diff: float  # in a batch with others
     batch_kl: float
@@ -108,6 +116,22 @@ class Parity(Record):
     long_kl: float = 0.0
     # Parity cannot find a misread model, since both sides share the misreading. What the loader compared instead:
     reading: dict[str, str] = {}  # "rotary", "tokenizer", "weights" -> the result of the check against the files
+
+    @property
+    def is_above_limits(self) -> bool:
+        """Whether it passed only because its user allowed more than Limbeck's limits."""
+        return self.passed and bool(self.exceeded)
+
+    def describe_limits(self) -> str:
+        """Whether it is within the limits of its precision, in words."""
+        if not self.limits:
+            return "exact"
+        if not self.exceeded:
+            return "within Limbeck's limits"
+        figures = ", ".join(name.replace("_", " ") for name in self.exceeded)
+        if self.max_change is None:
+            return f"above Limbeck's limits: {figures}"
+        return f"above Limbeck's limits ({figures}), kept under --max-change {self.max_change:g}"
 
     def describe_lengths(self) -> str:
         """Up to which length the two were compared, in words."""

@@ -25,7 +25,9 @@ def parity_results(limits: ParityLimits, evidence: Evidence) -> Iterator[RuleRes
         yield rule_result("parity.required", "inconclusive", message)
         return
     if limits.required:
-        yield rule_result("parity.required", "pass" if parity.passed else "fail", _describe_parity(parity))
+        # A variant above Limbeck's own limits needs a policy that has limits of its own.
+        passed = parity.passed and not (parity.is_above_limits and not given_limits)
+        yield rule_result("parity.required", "pass" if passed else "fail", _describe_parity(parity))
     figures = {
         "mean_kl": ("mean KL in nats per token", parity.mean_kl),
         "p99_kl": ("99th percentile of KL in nats", parity.p99_kl),
@@ -45,4 +47,5 @@ def _describe_parity(parity: Parity) -> str:
     modes = {"in a batch": parity.batch_diff, "padded": parity.left_padding_diff, "cached": parity.cache_diff}
     if parity.lengths:
         modes[f"past {parity.lengths[-1]:,} tokens"] = parity.long_diff
-    return text + "".join(f", {mode} {value:.2g}" for mode, value in modes.items())
+    text += "".join(f", {mode} {value:.2g}" for mode, value in modes.items())
+    return f"{text}; {parity.describe_limits()}" if parity.is_above_limits else text

@@ -101,17 +101,35 @@ def test_variants_of_a_version_are_registered_once_with_lineage_and_parity(
     assert not list(limbeck_home.glob("export-*"))
 
 
-def test_int4_is_made_again_if_its_limit_changes(llama: Exported, tmp_path: Path) -> None:
+def test_a_quantized_variant_is_made_again_if_its_limit_changes(llama: Exported, tmp_path: Path) -> None:
     lines: list[str] = []
     shutil.copytree(llama.fp32, tmp_path / "fp32")
-    for max_change, new in ((1e9, True), (1e9, False), (1e-9, True)):
+    for max_change, new in ((1e9, True), (1e9, False), (1e-2, True)):
         settings = QuantizationSettings(max_change=max_change, report=lines.append)
         (made,) = export_folder(llama.torch, tmp_path, ["int4"], ExportOptions(SAMPLE_TEXTS[:2], settings))
         assert made.new is new
-    assert made.quantization is not None
-    assert "raised_to_8_bits" in made.to_json()["quantization"]
-    assert any("embedding in 8 bits" in line for line in lines)
+        assert made.parity.max_change == max_change
     assert not any("fp32: exporting" in line for line in lines)
+
+
+def test_a_variant_above_the_limits_is_refused_or_kept_and_marked(llama: Exported, tmp_path: Path) -> None:
+    """Logits of random weights are nearly equal, so 4 bits change the likeliest token more often than is allowed."""
+    shutil.copytree(llama.fp32, tmp_path / "fp32")
+    with pytest.raises(
+        Refused, match=r"int4: too far from PyTorch.* top-1 agreement .*% \[.*\] \(at least 80"
+    ) as error:
+        export_folder(llama.torch, tmp_path, ["int4"], ExportOptions(SAMPLE_TEXTS))
+    assert error.value.exit_code == 1
+    assert "--max-change" in str(error.value.fix)
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32"]
+    own = ExportOptions(SAMPLE_TEXTS, QuantizationSettings(max_change=0.02))
+    (kept,) = export_folder(llama.torch, tmp_path, ["int4"], own)
+    assert kept.parity.passed
+    assert kept.parity.is_above_limits
+    assert "top1_agreement" in read_manifest(tmp_path / "int4")["parity"]["exceeded"]
+    own = ExportOptions(SAMPLE_TEXTS, QuantizationSettings(max_change=-0.5))
+    with pytest.raises(Refused, match=r"bits per byte .* \(at most -50.00%\)"):
+        export_folder(llama.torch, tmp_path, ["int4"], own)
 
 
 def test_an_operator_without_a_kernel_is_named(

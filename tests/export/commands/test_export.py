@@ -20,13 +20,16 @@ pytestmark = pytest.mark.usefixtures("limbeck_home")
 def test_the_variants_of_a_folder_are_written_beside_it(limbeck: Limbeck, tiny_llama: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     corpus = tmp_path / "heldout.jsonl"
-    corpus.write_text("".join(json.dumps({"path": "a", "text": "def f(x):\n    return x\n"}) + "\n" for _ in range(3)))
+    texts = [f"def f(x):\n    return x + {number}\n" for number in range(8)]
+    corpus.write_text("".join(json.dumps({"path": "a", "text": text}) + "\n" for text in texts))
     code, out, _ = limbeck("export", model, "--texts", corpus, "--format", "json")
     assert code == 0
     rows = json.loads(out)
     assert [(row["precision"], row["new"]) for row in rows] == [("fp32", True), ("int8-weight", True)]
     assert [Path(row["model"]) for row in rows] == [tmp_path / "model-onnx/fp32", tmp_path / "model-onnx/int8-weight"]
-    assert rows[0]["parity"]["tokens"] == 3 * len(Runtime.load(rows[0]["model"]).encode("def f(x):\n    return x\n"))
+    runtime = Runtime.load(rows[0]["model"])
+    assert rows[0]["parity"]["tokens"] == sum(len(runtime.encode(text)) for text in texts)
+    assert rows[1]["parity"]["quality"]["mean_kl"]["high"] <= rows[1]["parity"]["limits"]["mean_kl"]
     code, out, err = limbeck("export", model)
     assert code == 0
     assert "exists" in out

@@ -28,7 +28,9 @@ def test_every_precision_passes_parity_and_is_smaller(
     model_and_fp32: tuple[Path, Path], precision: str, tmp_path: Path
 ) -> None:
     torch, fp32 = model_and_fp32
-    export_onnx(torch, tmp_path / "out", precision, fp32_artifact=fp32)
+    # The likeliest token of random weights changes often, so these limits are the test's own.
+    settings = QuantizationSettings(max_change=0.02)
+    export_onnx(torch, tmp_path / "out", precision, fp32_artifact=fp32, settings=settings)
     parity = measure_parity(torch, tmp_path / "out", max_documents=4, max_tokens=48, new_tokens=8)
     assert parity.passed
     assert parity.precision == precision

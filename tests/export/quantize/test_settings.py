@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
-from limbeck.export.quantize.settings import quantization_settings
+import pytest
+
+from limbeck.export.quantize.sample_texts import (
+    CHOICE_CONVERSATIONS,
+    CHOICE_TEXTS,
+    SAMPLE_CONVERSATIONS,
+    SAMPLE_TEXTS,
+)
+from limbeck.export.quantize.settings import held_out_texts, quantization_settings
+from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
 
@@ -27,9 +35,36 @@ def test_calibration_text_comes_before_training_text_before_heldout_text(
     cases: list[tuple[dict[str, Path], object, list[str]]] = [
         ({"calibration": given, "texts": heldout}, in_registry, ["given"]),
         ({"texts": heldout}, in_registry, ["trained on"]),
-        ({"texts": heldout}, with_other_data, ["held out"]),
-        ({"texts": heldout}, None, ["held out"]),
-        ({}, with_other_data, list(SAMPLE_TEXTS)),
+        ({"texts": heldout}, with_other_data, list(CHOICE_TEXTS)),
+        ({"texts": heldout}, None, list(CHOICE_TEXTS)),
+        ({}, with_other_data, list(CHOICE_TEXTS)),
     ]
     for options, version, texts in cases:
         assert list(quantization_settings(version, **options).texts) == texts, (options, version)  # type: ignore[arg-type]
+
+
+def corpus_of(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"path": "a", "text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_nothing_is_judged_on_the_text_it_was_chosen_on(tmp_path: Path, limbeck_home: Path) -> None:
+    assert not set(CHOICE_TEXTS) & set(SAMPLE_TEXTS)
+    assert not set(CHOICE_CONVERSATIONS) & set(SAMPLE_CONVERSATIONS)
+    texts = [f"text {number}" for number in range(20)] * 2
+    file = corpus_of(tmp_path / "texts.jsonl", texts)
+    chosen = quantization_settings(None, texts=file).texts
+    judged = held_out_texts(file, chosen)
+    assert list(chosen) == texts[1:20:2]
+    assert judged == [text for text in texts if text not in chosen]
+    assert held_out_texts(None, chosen) == list(SAMPLE_TEXTS)
+
+
+def test_few_texts_are_judged_with_the_passages_and_texts_that_calibrate_are_not(
+    tmp_path: Path, limbeck_home: Path
+) -> None:
+    few, given = corpus_of(tmp_path / "few.jsonl", ["a", "b"]), corpus_of(tmp_path / "given.jsonl", ["b", "c"])
+    settings = quantization_settings(None, texts=few, calibration=given)
+    assert held_out_texts(few, settings.texts) == ["a", *SAMPLE_TEXTS]
+    with pytest.raises(BadInput, match=r"each of its texts is in --calibration too"):
+        held_out_texts(few, ["a", "b"])

@@ -32,5 +32,9 @@ def test_parity(make_card: Callable[..., Scorecard], make_parity: Callable[..., 
     worse = make_parity(mean_kl=0.011, top1_agreement=0.89, p99_kl=0.11, bits_per_byte=2.06)
     assert parity_outcomes(worse, **limits) == dict.fromkeys(names, "fail") | {"parity.required": "pass"}
     assert parity_outcomes(make_parity(), required=False, max_mean_kl=0.01) == {"parity.max_mean_kl": "pass"}
+    # Kept under its user's own limit: only a policy that has limits of its own accepts it.
+    above = make_parity(limits={"mean_kl": 0.03}, exceeded=("mean_kl",), max_change=0.1)
+    assert parity_outcomes(above) == {"parity.required": "fail"}
+    assert parity_outcomes(above, max_mean_kl=0.01) == {"parity.required": "pass", "parity.max_mean_kl": "pass"}
     # Parity is for ONNX variants only.
     assert outcomes({}, make_card(STUDENT.digest), STUDENT) == {"quality.min_retention": "pass"}
