@@ -28,6 +28,7 @@ from limbeck.export.server.metrics import CONTENT_TYPE
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.routes import add_completion_routes
 from limbeck.export.server.openai.routes_models import add_model_routes
+from limbeck.export.server.openai.routes_responses import add_response_routes
 from limbeck.export.server.protocol import Protocol
 from limbeck.export.server.requests import Unavailable
 from limbeck.export.server.watch import Artifact, WatchProblem
@@ -99,6 +100,7 @@ def create_app(served: ServedModel, api_key: str | None = None, max_body: int = 
     admission = Admission(api, served.metrics, api_key, max_body)
     _add_status_routes(api, served, admission)
     add_completion_routes(api, served)
+    add_response_routes(api, served)
     add_model_routes(api, served)
 
     @api.exception_handler(APIError)

@@ -19,7 +19,9 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
 from limbeck.export.runtime.text.special_tokens import SpecialTokens
 from limbeck.export.server.hot_swap import LoadedArtifact
-from limbeck.export.server.openai.answers import AnswerParser
+from limbeck.export.server.openai.answers.parser import AnswerParser
+from limbeck.export.server.openai.answers.reasoning import CLOSE, OPEN, Thinking, thinking_of_prompt
+from limbeck.export.server.openai.answers.tool_calls import CallPart
 from limbeck.export.server.openai.completions import (
     Delta,
     GenerationRequest,
@@ -40,8 +42,6 @@ from limbeck.export.server.openai.grammar import (
     schemas_of_tools,
 )
 from limbeck.export.server.openai.messages import messages_for_template
-from limbeck.export.server.openai.reasoning import CLOSE, OPEN, Thinking, thinking_of_prompt
-from limbeck.export.server.openai.tool_calls import CallPart
 from limbeck.export.server.openai.tools import (
     HERMES,
     NamedTool,

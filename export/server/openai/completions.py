@@ -17,7 +17,7 @@ from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.export.runtime.text.detokenize import Detokenizer
-from limbeck.export.server.openai.answers import AnswerPart
+from limbeck.export.server.openai.answers.parser import AnswerPart
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.scheduler import Scheduler, TokenLogprob
 from limbeck.registry.core.errors import BadInput

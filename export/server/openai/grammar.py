@@ -12,8 +12,8 @@ from annotated_types import MaxLen
 from tokenizers import Tokenizer
 
 from limbeck.export.runtime.constraint import CompiledGrammar, GrammarCompiler
+from limbeck.export.server.openai.answers.reasoning import CLOSE, OPEN, Thinking
 from limbeck.export.server.openai.errors import APIError
-from limbeck.export.server.openai.reasoning import CLOSE, OPEN, Thinking
 from limbeck.export.server.openai.tools import Tool, ToolFormat
 from limbeck.registry.core.errors import BadInput
 

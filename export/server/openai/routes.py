@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import fields
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.openai import chat, completions
-from limbeck.export.server.openai.answers import AnswerPart, join_calls
+from limbeck.export.server.openai.answers.parser import AnswerPart, join_calls
 from limbeck.export.server.openai.chat import ChatFormatter, ChatRequest
 from limbeck.export.server.openai.completions import (
     CompletionFormatter,
@@ -26,13 +24,14 @@ from limbeck.export.server.openai.completions import (
     GenerationRequest,
     Usage,
 )
-from limbeck.export.server.openai.errors import APIError
-from limbeck.export.server.requests import Unavailable
-from limbeck.registry.core.errors import BadInput
+from limbeck.export.server.openai.http import (
+    await_first_delta,
+    cancel_on_disconnect,
+    check_model,
+    error_of_stream,
+    warn_of_unknown_fields,
+)
 
-log = logging.getLogger("limbeck.serve")
-MAX_REPORTED_FIELDS = 1000  # a client may send any number of names
-_reported_fields: set[str] = set()
 Formatter = CompletionFormatter | ChatFormatter
 
 
@@ -58,22 +57,6 @@ def add_completion_routes(api: FastAPI, served: ServedModel) -> None:
         return await _respond(request, served.name, body, ChatFormatter(), results, Usage(len(prepared.prompt)))
 
 
-def check_model(served: ServedModel, name: str | None) -> None:
-    """Raise APIError if a request names a model that is not served."""
-    if name not in (None, served.name):
-        message = f"the model {name!r} is not served here; use {served.name!r}"
-        raise APIError(404, message, "model", "model_not_found")
-
-
-async def warn_of_unknown_fields(request: Request, body: Any) -> None:
-    """Log the fields of a request that `body`, a dataclass, does not have; each once."""
-    for name in (await request.json()).keys() - {field.name for field in fields(body)}:
-        field_name = f"{type(body).__name__}.{name[:100]}"
-        if field_name not in _reported_fields and len(_reported_fields) < MAX_REPORTED_FIELDS:
-            _reported_fields.add(field_name)
-            log.warning("%s: the field %r is not supported, and ignored", request.url.path, name[:100])
-
-
 async def _respond(
     request: Request,
     model: str,
@@ -87,24 +70,11 @@ async def _respond(
     head |= {"created": int(time.time()), "model": model}
     if body.stream:
         head["object"] = formatter.chunk_object_type
-        results = await _cancel_on_disconnect(request, _await_first_delta(results))
+        results = await cancel_on_disconnect(request, await_first_delta(results))
         events = _server_sent_events(head, formatter, results, usage, body.usage_is_streamed())
         return StreamingResponse(events, media_type="text/event-stream")
-    choices = await _cancel_on_disconnect(request, _collect_choices(results, usage))
+    choices = await cancel_on_disconnect(request, _collect_choices(results, usage))
     return JSONResponse({**head, "choices": [formatter.choice(choice) for choice in choices], "usage": usage.to_json()})
-
-
-async def _await_first_delta(results: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
-    """Wait for the first delta, so that an error sets the status of the answer; return all deltas."""
-    first = await anext(results)
-
-    async def all_deltas() -> AsyncGenerator[Delta]:
-        async with aclosing(results):
-            yield first
-            async for delta in results:
-                yield delta
-
-    return all_deltas()
 
 
 async def _collect_choices(results: AsyncGenerator[Delta], usage: Usage) -> list[Delta]:
@@ -144,38 +114,12 @@ async def _server_sent_events(
                 for choice in filter(None, (first, formatter.chunk(delta))):
                     yield _event({**head, "choices": [choice], **extra})
         except Exception as error:  # the status is sent already, so the error becomes an event
-            yield _event(_error_of_stream(error).body())
+            yield _event(error_of_stream(error).body())
             return
     if with_usage:
         yield _event({**head, "choices": [], "usage": usage.to_json()})
     yield "data: [DONE]\n\n"
 
 
-def _error_of_stream(error: Exception) -> APIError:
-    if isinstance(error, Unavailable):
-        return APIError(error.status, str(error), code=error.code)
-    if isinstance(error, BadInput):
-        return APIError(400, error.message)
-    return APIError(500, "internal error")
-
-
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`; cancels it when the client disconnects."""
-
-    async def wait_for_disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise APIError(499, "the client disconnected")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()

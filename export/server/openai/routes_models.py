@@ -15,7 +15,7 @@ from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.openai.chat import Conversation, JsonObject
 from limbeck.export.server.openai.completions import encode
 from limbeck.export.server.openai.errors import APIError
-from limbeck.export.server.openai.routes import check_model, warn_of_unknown_fields
+from limbeck.export.server.openai.http import check_model, warn_of_unknown_fields
 from limbeck.export.server.openai.tools import Tool
 
 

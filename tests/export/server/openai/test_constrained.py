@@ -14,8 +14,8 @@ import openai
 import pydantic
 import pytest
 
-from limbeck.export.server.openai.answers import join_calls
-from limbeck.export.server.openai.tool_calls import CallPart
+from limbeck.export.server.openai.answers.parser import join_calls
+from limbeck.export.server.openai.answers.tool_calls import CallPart
 from tests.export.chat_artifacts import CHATML, copy_with_template
 from tests.export.export_helpers import serving
 

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from limbeck.export.runtime.constraint import GrammarCompiler
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.server.openai.answers.reasoning import Thinking
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.grammar import AnswerGrammar, Schema, compile_grammar
-from limbeck.export.server.openai.reasoning import Thinking
 from limbeck.export.server.openai.tools import HERMES, LLAMA, MISTRAL, MISTRAL_NAME_FIRST, ToolFormat
 from limbeck.registry.core.errors import BadInput
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from limbeck.export.server.openai.reasoning import ReasoningSplitter, Thinking
-from limbeck.export.server.openai.tool_calls import CallPart, ToolCallParser
+from limbeck.export.server.openai.answers.reasoning import ReasoningSplitter, Thinking
+from limbeck.export.server.openai.answers.tool_calls import CallPart, ToolCallParser
 from limbeck.export.server.openai.tools import ToolFormat
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
-from limbeck.export.server.openai.tool_calls import held_back
+from limbeck.export.server.openai.answers.tool_calls import held_back
 
 OPEN, CLOSE = "<think>", "</think>"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.export.server.openai.answers import AnswerParser, join_calls
-from limbeck.export.server.openai.reasoning import Thinking
+from limbeck.export.server.openai.answers.parser import AnswerParser, join_calls
+from limbeck.export.server.openai.answers.reasoning import Thinking
 from limbeck.export.server.openai.tools import (
     HERMES,
     LLAMA,

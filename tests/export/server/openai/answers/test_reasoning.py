@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.export.server.openai.answers import AnswerParser
-from limbeck.export.server.openai.reasoning import Thinking, thinking_of_prompt
+from limbeck.export.server.openai.answers.parser import AnswerParser
+from limbeck.export.server.openai.answers.reasoning import Thinking, thinking_of_prompt
 
 CASES = [
     (Thinking.OPENED, "\nLet me </b> see.\n</think>\n\nYes. ", "Let me </b> see.", "Yes. "),

@@ -1,0 +1,1 @@
+"""The parts of an answer: text, reasoning, tool calls."""
