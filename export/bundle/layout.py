@@ -15,7 +15,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from limbeck.registry.core.digest import MANIFEST, describe_file_differences, file_digest, read_manifest
+from limbeck.registry.core.digest import (
+    MANIFEST,
+    describe_file_differences,
+    describe_manifest_changes,
+    file_digest,
+    read_manifest,
+)
 from limbeck.registry.core.errors import DamagedArtifact
 from limbeck.registry.provenance import sbom
 
@@ -36,7 +42,8 @@ def verified_artifact_folder(folder: Path) -> Path:
 
     Raises DamagedArtifact, naming the files that are missing, changed or extra.
     """
-    if problems := describe_file_differences(bundle_file_digests(folder), read_manifest(folder).get("files", {})):
+    problems = describe_file_differences(bundle_file_digests(folder), read_manifest(folder).get("files", {}))
+    if problems := problems + describe_manifest_changes(folder):
         raise DamagedArtifact(folder, problems)
     return folder / MODEL_FOLDER
 

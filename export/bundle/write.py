@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from limbeck.export.bundle.hashes import with_hashes
 from limbeck.export.bundle.layout import (
     LIBRARY_FOLDER,
     MODEL_CARD,
@@ -43,6 +45,7 @@ def write_bundle(
     manifest_fields: dict[str, Any] | None = None,
     model_card: str | None = None,
     sbom: Sbom | None = None,
+    hashes: bool = False,
 ) -> str:
     """Write the ONNX artifact in `artifact` to `output_folder` with everything that serves it. Returns its digest.
 
@@ -53,10 +56,12 @@ def write_bundle(
         digest: the digest that the artifact must have; None trusts its manifest.
         manifest_fields: extra fields of both manifests, such as the registered name and version as `model`.
         model_card: the model card, see limbeck.registry.catalog.model_card.
+        hashes: ask pip for the hashes of the packages in the requirements; it needs its index.
         sbom: the SBOM. If it is signed, the requirements include the package that checks signatures.
 
     Raises:
-        BadInput: `artifact` is not an ONNX artifact, or `output_folder` holds something else than a bundle.
+        BadInput: `artifact` is not an ONNX artifact, `output_folder` holds something else than a bundle, or pip does
+            not find the packages.
         DamagedArtifact: the files do not match the digest.
     """
     artifact, output_folder = Path(artifact), Path(output_folder)
@@ -77,7 +82,7 @@ def write_bundle(
             write_sbom(part, sbom)
         for name, source in source_files().items():
             _copy(source, part / LIBRARY_FOLDER / name)
-        _write_requirements(part, python, sbom)
+        _write_requirements(part, python, sbom, hashes)
         _write_host_files(part, fields | {"digest": digest, "precision": manifest["precision"], "python": python})
         _write_bundle_manifest(part, fields | {"bundle": True, "artifact": digest, "python": python})
         verify_files(verified_artifact_folder(part), digest)
@@ -92,10 +97,12 @@ def _check_output_folder(folder: Path) -> None:
         raise BadInput(f"{folder} exists and is not a bundle", fix="choose a new folder with --output")
 
 
-def _write_requirements(part: Path, python: str, sbom: Sbom | None) -> None:
+def _write_requirements(part: Path, python: str, sbom: Sbom | None, hashes: bool) -> None:
     signature_packages = ["cryptography"] if sbom and sbom.signatures else []
-    pins = "".join(f"{pin}\n" for pin in pinned_requirements(*signature_packages))
-    (part / REQUIREMENTS_FILE).write_text(f"# Python {python}\n{pins}")
+    pins = pinned_requirements(*signature_packages)
+    platform = f" on {sysconfig.get_platform()}" if hashes else ""
+    lines = [f"# Python {python}{platform}", *(with_hashes(pins) if hashes else pins)]
+    (part / REQUIREMENTS_FILE).write_text("\n".join(lines) + "\n")
 
 
 def _write_host_files(part: Path, values: dict[str, Any]) -> None:

@@ -14,12 +14,16 @@ from limbeck.registry.core.terminal import format_option, print_json, print_stat
 @click.option(
     "--output", "output_folder", type=click.Path(path_type=Path), required=True, help="The folder of the bundle."
 )
+@click.option(
+    "--hashes/--no-hashes", default=True, show_default=True, help="Pin packages by their SHA-256; pip needs its index."
+)
 @format_option
-def deploy(model: str, output_folder: Path, output_format: str) -> None:
+def deploy(model: str, output_folder: Path, hashes: bool, output_format: str) -> None:
     """Verify the ONNX artifact MODEL and write it to a folder with everything that serves it.
 
     The host needs Python and the folder's requirements.txt: no torch, transformers, MLflow, registry or installed
-    Limbeck. The folder's README.md explains how to start it by hand, with systemd or in a container. If MODEL is
+    Limbeck. pip installs only packages with the hashes there, which are those of this machine's platform and Python.
+    The folder's README.md explains how to start it by hand, with systemd or in a container. If MODEL is
     registered, model/README.md is its model card and sbom.json its SBOM. If LIMBECK_TRUSTED_KEYS names a file of
     keys, one of them must have signed the SBOM.
     """
@@ -40,6 +44,7 @@ def deploy(model: str, output_folder: Path, output_format: str) -> None:
         manifest_fields={"model": found.name},
         model_card=card,
         sbom=found.sbom,
+        hashes=hashes,
     )
     if output_format == "json":
         print_json(

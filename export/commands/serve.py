@@ -63,10 +63,13 @@ def serve(
     from limbeck.export.server.app import open_listener
     from limbeck.export.server.app import serve as run
     from limbeck.export.server.hot_swap import ServedModel
+    from limbeck.export.server.memory import check_memory
     from limbeck.export.server.requests import Limits
     from limbeck.export.server.watch import AliasWatcher, Artifact, FolderWatcher
 
     def load(path: Path, digest: str | None) -> Runtime:
+        if device == "cpu":
+            check_memory(path, limits.cache_bytes)
         return Runtime.load(path, threads=threads, device=device, expected_digest=digest)
 
     limits = Limits(

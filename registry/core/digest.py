@@ -83,7 +83,7 @@ def verify_files(folder: Path, expected: str | None = None) -> str:
     actual = file_digests(folder)
     manifest_file = folder / MANIFEST
     manifest = read_manifest(folder) if manifest_file.exists() else {}
-    problems = describe_file_differences(actual, manifest.get("files", actual))
+    problems = describe_file_differences(actual, manifest.get("files", actual)) + describe_manifest_changes(folder)
     digest = artifact_digest(actual)
     if not problems and expected is not None and digest != expected:
         problems = [f"digest is {digest[:12]}, expected {expected[:12]}"]
@@ -113,7 +113,19 @@ def write_manifest(folder: Path, **fields: Any) -> str:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a manifest as JSON."""
-    file.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    file.write_text(_to_json(value))
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, default=str) + "\n"
+
+
+def describe_manifest_changes(folder: Path) -> list[str]:
+    """What is wrong with the form of a folder's manifest, which lists no digest of its own: any byte too many."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file() or path.read_text() == _to_json(read_manifest(folder)):
+        return []
+    return [f"{MANIFEST} was changed after it was written"]
 
 
 def extra_manifest_fields(manifest: dict[str, Any]) -> dict[str, Any]:

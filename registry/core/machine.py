@@ -53,7 +53,11 @@ def available_memory() -> int:
     found = re.search(r"MemAvailable:\s+(\d+)", read_proc_file("/proc/meminfo"))
     free = int(found[1]) * 1024 if found else 2**63
     limit, used = (read_proc_file(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
+    if not (limit.isdecimal() and used.isdecimal()):
+        return free
+    # What a cgroup uses includes the files that Linux keeps in memory while it is free.
+    cached = re.findall(r"^(?:in)?active_file (\d+)$", read_proc_file("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+    return min(free, int(limit) - int(used) + sum(map(int, cached)))
 
 
 def keep_freed_memory() -> None:

@@ -80,7 +80,7 @@ def test_the_whole_loop_by_several_people(log_in: Callable[..., None], limbeck: 
     log_in("bob")
     entries = parse_output(limbeck("models", "history", "tiny-coder", "--format", "json"))["entries"]
     assert [(entry["action"], entry["who"]) for entry in entries] == [("promote", "ann")]
-    bundle = limbeck("deploy", "tiny-coder@production", "--output", tmp_path / "bundle")
+    bundle = limbeck("deploy", "tiny-coder@production", "--output", tmp_path / "bundle", "--no-hashes")
     assert bundle.code == 0, bundle.err
     assert limbeck("rollback", "tiny-coder").code == 2
     log_in("carl")  # may write the entry, but not delete an alias

@@ -23,6 +23,7 @@ from tests.export.export_helpers import Exported
         ("requirements.txt", "requirements.txt has sha256"),
         ("model/limbeck.json", "model/limbeck.json has sha256"),
         ("lib/limbeck/export/new.py", "lib/limbeck/export/new.py was added"),
+        ("limbeck.json", "limbeck.json was changed after it was written"),
     ],
 )
 def test_a_changed_file_is_found(bundle: Path, name: str, message: str) -> None:

@@ -27,6 +27,7 @@ def test_bad_input_is_reported_in_a_line(limbeck: Limbeck, llama: Exported, tiny
         (("export", tiny_llama, "--texts", tmp_path / "empty.jsonl"), "is empty"),
         (("export", tiny_llama, "--texts", tmp_path / "bad.jsonl"), "line 2"),
         (("export", tiny_llama, "--texts", tmp_path / "no.jsonl"), "cannot be read"),
+        (("serve", llama.fp32, "--cache-mb", 10**9), "MB of memory are available"),
         (("deploy", damaged, "--output", tmp_path / "to"), "model.onnx has sha256"),
         (("deploy", tiny_llama, "--output", tmp_path / "to"), "is a PyTorch model"),
         (("serve", damaged), "model.onnx has sha256"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("limbeck_home")
 
 
 def test_the_bundle_of_a_folder_completes_prompts(limbeck: Limbeck, llama: Exported, tmp_path: Path) -> None:
-    result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle")
+    result = limbeck("deploy", llama.fp32, "--output", tmp_path / "bundle", "--no-hashes")
     assert result.code == 0
     assert "verified" in result.out
     assert f"{tmp_path}/bundle/start" in result.err
@@ -39,7 +39,7 @@ def test_a_registered_version_is_exported_deployed_and_completed(
     assert code == 2
     assert "its ONNX variants: coder/2 (fp32), coder/3 (int8-weight)" in err
 
-    code, out, _ = limbeck("deploy", "coder/3", "--output", tmp_path / "bundle", "--format", "json")
+    code, out, _ = limbeck("deploy", "coder/3", "--output", tmp_path / "bundle", "--no-hashes", "--format", "json")
     assert code == 0
     digest = store.get("coder/3").digest
     deployed = {"bundle": str(tmp_path / "bundle"), "model": "coder/3", "digest": digest}

@@ -54,6 +54,16 @@ def test_damaged_files_are_named(make_folder: Callable[..., Path]) -> None:
         assert words in damaged.value.message
 
 
+@pytest.mark.parametrize("extra", [" ", "\n", "\n\n"])
+def test_bytes_behind_a_manifest_are_found(make_folder: Callable[..., Path], extra: str) -> None:
+    folder = make_folder("a")
+    write_manifest(folder, name="caf\u00e9", loss=float("nan"), rate=1e-7)
+    verify_files(folder)
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text() + extra)
+    with pytest.raises(DamagedArtifact, match=r"limbeck\.json was changed after it was written"):
+        verify_files(folder)
+
+
 @pytest.mark.parametrize("content", ["no JSON", "[1]", json.dumps("x")])
 def test_a_damaged_manifest(make_folder: Callable[..., Path], content: str) -> None:
     folder = make_folder("a")
