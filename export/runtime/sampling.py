@@ -99,7 +99,7 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """Choose the next token id from (V,) logits: the most likely one at temperature 0, else a random draw.
 
-        Raises ValueError if a logit is NaN or infinite; -inf is a token that may not follow.
+        Raises BadInput if a logit is NaN or infinite; -inf is a token that may not follow.
         """
         sampling = self._sampling
         logits = self._penalized(logits)
@@ -165,7 +165,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         (n,) token ids in rising order, and their (n,) float64 probabilities.
 
     Raises:
-        ValueError: a logit is NaN or infinite.
+        BadInput: a logit is NaN or infinite.
     """
     scores = logits.astype(np.float64)
     _check_highest(scores.max())
@@ -188,7 +188,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 def _check_highest(logit: float) -> None:
     if not np.isfinite(logit):
-        raise ValueError(f"the highest logit is {logit}")
+        raise BadInput(f"the model returns no numbers: its highest logit is {logit}")
 
 
 def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:

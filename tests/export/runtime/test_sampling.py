@@ -142,7 +142,7 @@ def test_all_settings_within_their_ranges_choose_a_token(logits: list[float], se
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_choose_no_token(wrong: float, temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"highest logit is {wrong}"):
+    with pytest.raises(BadInput, match=f"highest logit is {wrong}"):
         Sampler(Sampling(1, temperature=temperature), [], 0).choose(np.array([0, wrong, 1], np.float32))
     forbidden = np.array([-np.inf, 0, -np.inf], np.float32)
     assert Sampler(Sampling(1, temperature=temperature), [], 0).choose(forbidden) == 1
