@@ -27,11 +27,12 @@ class GraphBuilder:
     """Collects nodes and initializers. Methods take and return names of tensors.
 
     Attributes:
+        initializers: arrays by name; those of a model share its memory.
         keys_and_values: the new keys and values of the layers so far, by index.
     """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    initializers: dict[str, np.ndarray] = field(default_factory=dict)
     keys_and_values: dict[int, list[str]] = field(default_factory=dict)
 
     def node(
@@ -45,10 +46,7 @@ class GraphBuilder:
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add an initializer, unless there is one of this name: that one is assumed to be equal."""
-        from onnx import numpy_helper
-
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.initializers.setdefault(name, value)
         return name
 
     def number(self, name: str, value: float) -> str:

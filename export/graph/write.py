@@ -32,10 +32,12 @@ def write_graph(decoder: Decoder, path: Path) -> None:
 
     The same decoder gives the same bytes.
     """
-    save_graph(_graph_of_decoder(decoder), path, consume=True)
+    model, weights = _graph_of_decoder(decoder)
+    save_graph(model, path, weights)
 
 
-def _graph_of_decoder(decoder: Decoder) -> onnx.ModelProto:
+def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Return the graph without its initializers, and these."""
     from onnx import helper
 
     graph = GraphBuilder()
@@ -44,11 +46,11 @@ def _graph_of_decoder(decoder: Decoder) -> onnx.ModelProto:
         write_padding(graph)
     _logits(graph, decoder, _layers(graph, decoder, _embed(graph, decoder)))
     inputs, outputs = _signature(decoder)
-    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
+    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(proto, producer_name="limbeck", opset_imports=opsets, ir_version=IR_VERSION)
     helper.set_model_props(model, {"limbeck.graph": "fused"})
-    return model
+    return model, graph.initializers
 
 
 def _embed(graph: GraphBuilder, decoder: Decoder) -> str:

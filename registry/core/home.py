@@ -28,6 +28,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
     Works for files and folders; `target` is never half written.
     An existing folder is replaced: it is moved aside first, so that `target` is never half deleted either.
+    Files that a library made readable for their owner alone, as safetensors does, get the mode that the umask asks for.
     """
     import shutil
 
@@ -35,6 +36,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.part"
     try:
         yield temporary
+        _apply_umask(temporary)
         old = temporary.with_suffix(".old")
         if temporary.is_dir() and target.exists():
             os.replace(target, old)
@@ -45,6 +47,15 @@ def atomic_write(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _apply_umask(path: Path) -> None:
+    """Let others read the files in `path`, or the file `path`, as far as the umask allows."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~umask)
 
 
 @contextmanager
