@@ -34,6 +34,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option("--max-prompt-tokens", type=AT_LEAST_1, help="Per prompt. [default: the context]")
 @click.option("--max-new-tokens", type=AT_LEAST_1, help="Per choice. [default: the context]")
 @click.option("--cache-mb", type=AT_LEAST_1, help="MB for all keys and values. [default: half of the free memory]")
+@click.option("--embeddings", type=click.Choice(["mean", "last"]), help="Serve embeddings of all tokens or the last.")
 @click.option("--max-body-mb", default=4, show_default=True, type=AT_LEAST_1, help="MB per HTTP request.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages from ORIGIN use the server; * is any.")
 @click.option(
@@ -70,7 +71,8 @@ def serve(
     def load(path: Path, digest: str | None) -> Runtime:
         if device == "cpu":
             check_memory(path, limits.cache_bytes)
-        return Runtime.load(path, threads=threads, device=device, expected_digest=digest)
+        hidden = options["embeddings"] is not None
+        return Runtime.load(path, threads=threads, device=device, expected_digest=digest, hidden_states=hidden)
 
     limits = Limits(
         rows=options["max_num_seqs"],
@@ -89,7 +91,7 @@ def serve(
     try:
         artifact = watcher.current_artifact()
         name = model if "@" in model else artifact.name  # an alias keeps its name when it moves
-        served = ServedModel(name, artifact, load, limits)
+        served = ServedModel(name, artifact, load, limits, embeddings=options["embeddings"])
         listener = open_listener(host, port)
         api_key = os.environ.get("LIMBECK_API_KEY") or None
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"

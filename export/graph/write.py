@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OPSET, IR_VERSION = 21, 10
 # Added to the scores of masked positions: exp() of it is 0, float16 can hold it, and a row of it gives no NaN.
 MASKED_SCORE = -30000.0
+HIDDEN_STATES = "last_hidden_state"  # (B, T, H), what the last projection reads; the runtime makes embeddings of it
 
 
 def write_graph(decoder: Decoder, path: Path) -> None:
@@ -44,7 +45,9 @@ def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.n
     _mask(graph, decoder)
     if any(not isinstance(layer.attention, Attention) for layer in decoder.layers):
         write_padding(graph)
-    _logits(graph, decoder, _layers(graph, decoder, _embed(graph, decoder)))
+    hidden = _layers(graph, decoder, _embed(graph, decoder))
+    _logits(graph, decoder, hidden)
+    _rename(graph, hidden, HIDDEN_STATES)
     inputs, outputs = _signature(decoder)
     proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
@@ -163,6 +166,15 @@ def _logits(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
         y = graph.node("Mul", [y, cap], "logits.capped")
     graph.nodes[-1].output[0] = "logits"
     return "logits"
+
+
+def _rename(graph: GraphBuilder, old: str, new: str) -> None:
+    """Rename a tensor."""
+    for node in graph.nodes:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
 
 
 def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:

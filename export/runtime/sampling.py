@@ -12,7 +12,7 @@ from limbeck.registry.core.errors import BadInput
 
 
 class TextConstraint(Protocol):
-    """What may follow in one text, for example so that it becomes JSON (limbeck.export.runtime.constraint)."""
+    """What may follow in one text, for example so that it becomes JSON (limbeck.export.runtime.text.constraint)."""
 
     def allowed_tokens(self) -> np.ndarray:
         """(V,) bool: the tokens that may follow, at least one."""

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from limbeck.export.runtime.hidden_states import graph_with_hidden_states
 from limbeck.export.runtime.text.special_tokens import SpecialTokens
 from limbeck.export.runtime.text.token_bytes import TokenBytes
 from limbeck.registry.core.digest import MANIFEST
@@ -112,6 +113,7 @@ class Session:
         verify: bool = True,
         expected_digest: str | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
+        hidden_states: bool = False,
     ) -> Self:
         """Load the artifact in `folder`.
 
@@ -120,9 +122,10 @@ class Session:
             verify: check the files against the digests in limbeck.json before using them.
             expected_digest: the digest that the artifact must have; None accepts any. Ignored without `verify`.
             device: runs the graph and holds the cache; "cuda" needs onnxruntime-gpu (extra `gpu`).
+            hidden_states: the graph returns them too, for embeddings.
 
         Raises:
-            BadInput: the folder is not an artifact, or the device is not available.
+            BadInput: the folder is not an artifact, the device is not available, or the graph has no hidden states.
             DamagedArtifact: a file is missing, cannot be read or does not have its digest.
         """
         folder = Path(folder)
@@ -139,8 +142,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # each step has its own shape, and onnxruntime would keep a plan for each
+        graph = graph_with_hidden_states(folder / GRAPH, options) if hidden_states else str(folder / GRAPH)
         try:
-            session = ort.InferenceSession(str(folder / GRAPH), options, providers=PROVIDERS[device])
+            session = ort.InferenceSession(graph, options, providers=PROVIDERS[device])
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # both libraries raise plain exceptions
             raise DamagedArtifact(folder, [str(error).strip().splitlines()[0]]) from error

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from limbeck.export.server.admission import Admission, error_response
 from limbeck.export.server.hot_swap import ServedModel
 from limbeck.export.server.metrics import CONTENT_TYPE
+from limbeck.export.server.openai.embeddings import add_embedding_routes
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.routes import add_completion_routes
 from limbeck.export.server.openai.routes_models import add_model_routes
@@ -101,6 +102,7 @@ def create_app(served: ServedModel, api_key: str | None = None, max_body: int = 
     _add_status_routes(api, served, admission)
     add_completion_routes(api, served)
     add_response_routes(api, served)
+    add_embedding_routes(api, served)
     add_model_routes(api, served)
 
     @api.exception_handler(APIError)

@@ -136,7 +136,7 @@ class Engine:
 
     def _has_work(self) -> bool:
         """Whether there is anything to compute or clean up."""
-        if self._prefilling or any(request.prompt_logprobs or request.cancelled for request in self._requests):
+        if self._prefilling or any(request.scoring or request.cancelled for request in self._requests):
             return True
         if self._row_was_freed and any(request.waiting_rows for request in self._requests):
             return True
@@ -265,19 +265,19 @@ class Engine:
                 self._end_request(request)
 
     def _score_prompts(self) -> None:
-        """Compute a chunk of prompt logprobs of the first such request, which then moves to the end of the queue."""
+        """Compute a chunk of the first request for prompt logprobs or embeddings, which then moves to the end."""
         request = next(
-            (request for request in self._requests if request.prompt_logprobs and not _is_reader_slow(request)), None
+            (request for request in self._requests if request.scoring and not _is_reader_slow(request)), None
         )
-        if request is None or request.prompt_logprobs is None:
+        if request is None or request.scoring is None:
             return
         self._mark_started(request)
         with self._end_on_failure([request]):
             self._requests.remove(request)
             self._requests.append(request)
-            logprobs = next(request.prompt_logprobs, None)
+            logprobs = next(request.scoring, None)
             if logprobs is None:
-                self._metrics.prompt_tokens.inc(request.sent_results)
+                self._metrics.prompt_tokens.inc(request.scored_tokens)
                 self._end_request(request)
             else:
                 self._add_results(request, logprobs)

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.export.runtime.constraint import GrammarCompiler
+from limbeck.export.runtime.embeddings import Pooling
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
+from limbeck.export.runtime.text.constraint import GrammarCompiler
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits
 from limbeck.export.server.scheduler import Scheduler
@@ -46,6 +47,7 @@ class ServedModel:
         load: loads an artifact from its folder and expected digest.
         limits: what clients may take; None: the defaults.
         metrics: where to count; None: new metrics.
+        embeddings: how to pool embeddings; None: there are none. `load` must load the hidden states.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class ServedModel:
         load: Callable[[Path, str | None], Runtime],
         limits: Limits | None = None,
         metrics: Metrics | None = None,
+        embeddings: Pooling | None = None,
     ) -> None:
         self.name = name
+        self.embeddings = embeddings
         self.limits = limits or Limits()
         self.metrics = metrics or Metrics()
         self._load = load
@@ -109,5 +113,6 @@ class ServedModel:
     ) -> LoadedArtifact:
         self.metrics.model_info.clear()
         self.metrics.model_info.labels(self.name, version, digest).set(1)
-        grammars = GrammarCompiler(scheduler.runtime)
+        runtime = scheduler.runtime
+        grammars = GrammarCompiler(runtime.tokenizer, runtime.vocab_size, runtime.eos_token_ids)
         return LoadedArtifact(scheduler, version, digest, int(time.time()), template, grammars)

@@ -60,7 +60,8 @@ class QueuedRequest:
     loop: asyncio.AbstractEventLoop
     deadline_s: float  # on the clock of time.monotonic
     waiting_rows: deque[Row] = field(default_factory=deque)  # rows without a slot
-    prompt_logprobs: Iterator[list[Any]] | None = None  # chunks of prompt logprobs; None: the request generates
+    scoring: Iterator[list[Any]] | None = None  # chunks of prompt logprobs or embeddings; None: the request generates
+    scored_tokens: int = 0  # tokens of its prompts, if it does not generate
     unfinished_rows: int = 0  # rows that still generate
     running_rows: int = 0  # rows with a slot
     started: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.export.runtime.embeddings import Pooling, embed
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling, log_softmax, top_tokens
@@ -81,8 +82,21 @@ class Scheduler:
         """
         self._check_prompt_length([prompt])
         request = self._new_request()
-        request.prompt_logprobs = _prompt_logprobs(self.runtime, prompt, top_logprobs)
+        request.scoring = _prompt_logprobs(self.runtime, prompt, top_logprobs)
+        request.scored_tokens = len(prompt)
         return [logprob async for logprob in self._stream_results(request)]
+
+    async def embeddings(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> list[np.ndarray]:
+        """The embedding of each prompt, (H,) float32 of length 1; the runtime must have its hidden states.
+
+        Raises as `generate`.
+        """
+        self._check_prompt_length(prompts)
+        request = self._new_request()
+        chunks = (part for prompt in prompts for part in embed(self.runtime, prompt, pooling))
+        request.scoring = ([] if part is None else [part] for part in chunks)
+        request.scored_tokens = sum(map(len, prompts))
+        return [vector async for vector in self._stream_results(request)]
 
     def _check_prompt_length(self, prompts: Sequence[Sequence[int]]) -> None:
         longest, limit = max(map(len, prompts)), self.limits.prompt_tokens

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from limbeck.export.runtime.constraint import CompiledGrammar
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.text.chat_template import ChatTemplate
+from limbeck.export.runtime.text.constraint import CompiledGrammar
 from limbeck.export.runtime.text.special_tokens import SpecialTokens
 from limbeck.export.server.hot_swap import LoadedArtifact
 from limbeck.export.server.openai.answers.parser import AnswerParser
@@ -183,7 +183,7 @@ class ChatRequest(Conversation, GenerationRequest):
         )
         schemas = [*calls.values(), *([answer] if answer else [])]
         try:
-            return compile_grammar(loaded.grammars, grammar, loaded.scheduler.runtime.tokenizer, schemas)
+            return compile_grammar(loaded.grammars, grammar, schemas)
         except APIError:
             if has_text and not any(schema.strict for schema in schemas):
                 return None  # the calls of this request are not guaranteed to be valid

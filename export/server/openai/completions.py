@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 
-from limbeck.export.runtime.constraint import CompiledGrammar
 from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
+from limbeck.export.runtime.text.constraint import CompiledGrammar
 from limbeck.export.runtime.text.detokenize import Detokenizer
 from limbeck.export.server.openai.answers.parser import AnswerPart
 from limbeck.export.server.openai.errors import APIError

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MaxLen
 from tokenizers import Tokenizer
 
-from limbeck.export.runtime.constraint import CompiledGrammar, GrammarCompiler
+from limbeck.export.runtime.text.constraint import CompiledGrammar, GrammarCompiler
 from limbeck.export.server.openai.answers.reasoning import CLOSE, OPEN, Thinking
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.tools import Tool, ToolFormat
@@ -173,12 +173,10 @@ class AnswerGrammar:
         yield f"text_with_calls: (text_to_call body){{1,{self.max_calls}}} TEXT"
 
 
-def compile_grammar(
-    compiler: GrammarCompiler, grammar: AnswerGrammar, tokenizer: Tokenizer, schemas: Sequence[Schema]
-) -> CompiledGrammar:
+def compile_grammar(compiler: GrammarCompiler, grammar: AnswerGrammar, schemas: Sequence[Schema]) -> CompiledGrammar:
     """Compile a grammar. Raises APIError, naming the place of the fault if it is in one of `schemas`."""
     try:
-        return compiler.compile(grammar.to_lark(tokenizer))
+        return compiler.compile(grammar.to_lark(compiler.tokenizer))
     except BadInput as error:
         for schema in schemas:
             fault = _find_fault(compiler, schema)

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from limbeck.export.runtime.constraint import GrammarCompiler
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.text.constraint import GrammarCompiler
 from limbeck.export.server.openai.answers.reasoning import Thinking
 from limbeck.export.server.openai.errors import APIError
 from limbeck.export.server.openai.grammar import AnswerGrammar, Schema, compile_grammar
 from limbeck.export.server.openai.tools import HERMES, LLAMA, MISTRAL, MISTRAL_NAME_FIRST, ToolFormat
 from limbeck.registry.core.errors import BadInput
 
+END = 0  # the end-of-text token
 CALLS = {
     "f": Schema({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, "f"),
     "gé": Schema({"type": "object"}, "g"),
@@ -30,36 +31,29 @@ TWO_CALLS = {
 }
 
 
-class Artifact:
-    """The parts of a session that a compiler reads, with a tokenizer that has special tokens for calls, or none."""
-
-    def __init__(self, runtime: Runtime, special: bool) -> None:
-        self.tokenizer = Tokenizer.from_str(runtime.tokenizer.to_str())
-        if special:
-            markers = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "</think>")
-            self.tokenizer.add_special_tokens([AddedToken(text, special=True) for text in markers])
-        self.vocab_size, self.eos_token_ids = self.tokenizer.get_vocab_size(), runtime.eos_token_ids
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["as text", "as special tokens"])
-def artifact(request: pytest.FixtureRequest, runtime: Runtime) -> Any:
-    return Artifact(runtime, request.param)
+def compiler(request: pytest.FixtureRequest, runtime: Runtime) -> GrammarCompiler:
+    """With a tokenizer that has special tokens for calls, or none."""
+    tokenizer = Tokenizer.from_str(runtime.tokenizer.to_str())
+    if request.param:
+        markers = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "</think>")
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in markers])
+    return GrammarCompiler(tokenizer, tokenizer.get_vocab_size(), runtime.eos_token_ids)
 
 
-@pytest.fixture(scope="module")
-def compiler(artifact: Any) -> GrammarCompiler:
-    return GrammarCompiler(artifact)
+def plain_compiler(runtime: Runtime) -> GrammarCompiler:
+    return GrammarCompiler(runtime.tokenizer, runtime.vocab_size, runtime.eos_token_ids)
 
 
-def allows(compiler: GrammarCompiler, artifact: Any, grammar: AnswerGrammar, text: str) -> bool:
+def allows(compiler: GrammarCompiler, grammar: AnswerGrammar, text: str) -> bool:
     """Whether the answer `text` may be generated, and end there."""
-    state = compiler.compile(grammar.to_lark(artifact.tokenizer)).start()
+    state = compiler.compile(grammar.to_lark(compiler.tokenizer)).start()
     is_complete = False
-    for token in artifact.tokenizer.encode(text, add_special_tokens=False).ids:
+    for token in compiler.tokenizer.encode(text, add_special_tokens=False).ids:
         if is_complete or not state.allowed_tokens()[token]:
             return False
         is_complete = state.accept(token)
-    return is_complete or bool(state.allowed_tokens()[min(artifact.eos_token_ids)])
+    return is_complete or bool(state.allowed_tokens()[END])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -72,24 +66,24 @@ def allows(compiler: GrammarCompiler, artifact: Any, grammar: AnswerGrammar, tex
         (Thinking.POSSIBLE, ""),
     ],
 )
-def test_calls(compiler: GrammarCompiler, artifact: Any, name: str, thinking: Thinking, before: str) -> None:
-    if artifact.vocab_size > 300:
+def test_calls(compiler: GrammarCompiler, name: str, thinking: Thinking, before: str) -> None:
+    if compiler.tokenizer.get_vocab_size() > 300:
         before = before.replace("<tool_call>", "")  # as a special token it is no text
     settings: dict[str, Any] = dict(thinking=thinking, tool_format=FORMATS[name], calls=CALLS)
     two, required = TWO_CALLS[name], AnswerGrammar(**settings)
-    assert allows(compiler, artifact, required, before + two)
-    assert not allows(compiler, artifact, required, before + "Hello")
-    assert not allows(compiler, artifact, required, before + two.replace("1", '"1"'))
-    assert not allows(compiler, artifact, required, before + two.replace("gé", "h"))
-    assert not allows(compiler, artifact, AnswerGrammar(**settings, max_calls=1), before + two)
+    assert allows(compiler, required, before + two)
+    assert not allows(compiler, required, before + "Hello")
+    assert not allows(compiler, required, before + two.replace("1", '"1"'))
+    assert not allows(compiler, required, before + two.replace("gé", "h"))
+    assert not allows(compiler, AnswerGrammar(**settings, max_calls=1), before + two)
     answer = AnswerGrammar(**settings, answer=Schema({"type": "integer"}, "x"))
-    assert allows(compiler, artifact, answer, before + two)
-    assert allows(compiler, artifact, answer, before + "17")
+    assert allows(compiler, answer, before + two)
+    assert allows(compiler, answer, before + "17")
     if FORMATS[name].opener:
         auto = AnswerGrammar(**settings, has_text=True)
-        assert allows(compiler, artifact, auto, before + "Hello <tool")
-        assert allows(compiler, artifact, auto, before + "I call " + two)
-        assert not allows(compiler, artifact, auto, before + "I call " + two.replace("gé", "h"))
+        assert allows(compiler, auto, before + "Hello <tool")
+        assert allows(compiler, auto, before + "I call " + two)
+        assert not allows(compiler, auto, before + "I call " + two.replace("gé", "h"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_a_bad_schema_names_the_place(runtime: Runtime, schema: dict[str, Any], 
     given = Schema(schema, "s", strict=True)
     grammar = AnswerGrammar(thinking=Thinking.NEVER, tool_format=HERMES, calls={}, answer=given)
     with pytest.raises(APIError) as refused:
-        compile_grammar(GrammarCompiler(runtime), grammar, runtime.tokenizer, [given])
+        compile_grammar(plain_compiler(runtime), grammar, [given])
     assert refused.value.message.startswith(f"{place}: ")
     assert reason in refused.value.message
     assert (refused.value.status, refused.value.param) == (400, "s")
@@ -117,7 +111,7 @@ def test_a_bad_schema_names_the_place(runtime: Runtime, schema: dict[str, Any], 
 def test_without_strict_what_cannot_be_enforced_is_left_out(runtime: Runtime) -> None:
     schema = Schema({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "s")
     grammar = AnswerGrammar(thinking=Thinking.NEVER, tool_format=HERMES, calls={}, answer=schema)
-    assert compile_grammar(GrammarCompiler(runtime), grammar, runtime.tokenizer, [schema])
+    assert compile_grammar(plain_compiler(runtime), grammar, [schema])
 
 
 @pytest.mark.parametrize(
@@ -138,11 +132,11 @@ def test_an_expensive_schema_is_compiled_or_refused(runtime: Runtime, schema: di
     given = Schema(schema, "s", strict=True)
     grammar = AnswerGrammar(thinking=Thinking.NEVER, tool_format=HERMES, calls={}, answer=given)
     with suppress(APIError, BadInput):
-        constraint = compile_grammar(GrammarCompiler(runtime), grammar, runtime.tokenizer, [given])
+        constraint = compile_grammar(plain_compiler(runtime), grammar, [given])
         constraint.start().allowed_tokens()
 
 
-def test_names_of_functions_may_hold_any_characters(compiler: GrammarCompiler, artifact: Any) -> None:
+def test_names_of_functions_may_hold_any_characters(compiler: GrammarCompiler) -> None:
     name = 'a "b"\\\n/é*'
     grammar = AnswerGrammar(thinking=Thinking.NEVER, tool_format=ToolFormat("<tool_call>"), calls={name: CALLS["f"]})
-    assert compiler.compile(grammar.to_lark(artifact.tokenizer))
+    assert compiler.compile(grammar.to_lark(compiler.tokenizer))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.export.runtime.constraint import GrammarCompiler
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
+from limbeck.export.runtime.text.constraint import GrammarCompiler
 from limbeck.registry.core.errors import BadInput
 
 SCHEMA: dict[str, Any] = {
@@ -25,7 +25,7 @@ GRAMMAR = f"start: %json {json.dumps(SCHEMA)}"
 
 @pytest.fixture(scope="module")
 def compiler(runtime: Runtime) -> GrammarCompiler:
-    return GrammarCompiler(runtime)
+    return GrammarCompiler(runtime.tokenizer, runtime.vocab_size, runtime.eos_token_ids)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 4, "top_k": 5}, {"repetition_penalty": 1.9}])

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
 
 from limbeck.registry.core.errors import BadInput
-
-if TYPE_CHECKING:
-    from limbeck.export.runtime.session import Session
 
 CACHED_GRAMMARS = 64
 # A grammar that needs more is refused, or fails its text, since all rows of a batch wait for a mask (20 ms at most).
@@ -27,12 +25,15 @@ class GrammarCompiler:
     """Compiles grammars for one artifact's tokenizer, and keeps the latest. Thread-safe.
 
     Args:
-        session: the loaded artifact.
+        tokenizer: the artifact's.
+        vocab_size: width of the logits.
+        end_token_ids: the tokens that end a text.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._tokenizer: LLTokenizer | None = None  # made when first needed: it takes half a second
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Collection[int]) -> None:
+        self.tokenizer = tokenizer
+        self._vocab_size, self._end_token_ids = vocab_size, sorted(end_token_ids)
+        self._readable: LLTokenizer | None = None  # made when first needed: it takes half a second
         self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -42,15 +43,23 @@ class GrammarCompiler:
             if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
                 return self._compiled[grammar]
-            self._tokenizer = self._tokenizer or _read_tokenizer(self._session)
-            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=LIMITS)
+            self._readable = self._readable or self._read_tokenizer()
+            matcher = LLMatcher(self._readable, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=LIMITS)
             if matcher.is_error():
                 raise BadInput(matcher.get_error().strip())
-            compiled = CompiledGrammar(matcher, self._session.vocab_size)
+            compiled = CompiledGrammar(matcher, self._vocab_size)
             self._compiled[grammar] = compiled
             if len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
             return compiled
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        """llguidance's form of the tokenizer. Raises BadInput if it cannot read it."""
+        try:
+            return LLTokenizer(self.tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._end_token_ids or None)
+        except Exception as error:  # llguidance raises plain exceptions
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(f"this model's tokenizer cannot constrain its texts: {reason}") from None
 
 
 class CompiledGrammar:
@@ -96,14 +105,3 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise BadInput(f"the constraint failed: {self._matcher.get_error().strip()}")
-
-
-def _read_tokenizer(session: Session) -> LLTokenizer:
-    """llguidance's form of the artifact's tokenizer. Raises BadInput if it cannot read it."""
-    try:
-        return LLTokenizer(
-            session.tokenizer.to_str(), n_vocab=session.vocab_size, eos_token=sorted(session.eos_token_ids) or None
-        )
-    except Exception as error:  # llguidance raises plain exceptions
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"this model's tokenizer cannot constrain its texts: {reason}") from None
