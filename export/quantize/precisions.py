@@ -92,6 +92,10 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
     if weights.expert_nodes and settings.device == "cuda":
         raise BadInput("quantized experts have not been tried on CUDA", fix="use fp32 or fp16 on CUDA")
     with TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
+        carried = weights.carry_over(bits)
+        if bits == 4 and not carried:
+            settings.report("  calibrating (GPTQ)")
+            weights.calibrate(artifact, Path(scratch), settings.texts)
         evaluator = CandidateEvaluator(artifact, Path(scratch), settings.texts)
         choice = choose_plan(
             weights,
@@ -106,7 +110,8 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
         model = convert_to_float16(model)
     _replace_graph(folder, model)
     return {
-        "method": "weight-only",
+        "method": "weight-only" if bits == 8 or carried else "weight-only, GPTQ",
+        **({"carried_over": carried} if carried else {}),
         "chosen_on": settings.text_source,
         "chosen_on_tokens": evaluator.tokens,
         **choice.record,

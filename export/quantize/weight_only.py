@@ -1,70 +1,31 @@
 """Weights in blocks of 4 or 8 bits: com.microsoft's MatMulNBits, GatherBlockQuantized for tables of tokens, and QMoE.
 
-A block is `block_size` consecutive inputs of one output channel. It has its own scale, and a zero point unless it is
-symmetric. Activations stay float32 between operators. With accuracy_level 4 the product rounds them to int8 per token
-and block, so a text's result does not depend on the rest of the batch.
+Weights whose values lie in blocks already keep them (`carry_over`). Others are rounded by GPTQ with the moments of
+their inputs (`calibrate`), or to nearest. A block is `block_size` consecutive inputs of one output channel. It has its
+own scale, and a zero point unless it is symmetric. Activations stay float32 between operators. With accuracy_level 4
+the product rounds them to int8 per token and block, so a text's result does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from limbeck.export.quantize.blocks.calibration import input_moments
+from limbeck.export.quantize.blocks.carried import BLOCK, find_grid
+from limbeck.export.quantize.blocks.formats import BlockFormat, Packed, WeightNode, pack
+from limbeck.export.quantize.blocks.gptq import gptq, inverse_factor
+from limbeck.export.quantize.blocks.nodes import BlockNodes
 from limbeck.export.quantize.experts import ExpertNode, find_expert_nodes, quantize_experts
 from limbeck.export.quantize.token_tables import find_token_embedding, find_token_tables, load_with_gemm_as_matmul
 
 BLOCK_SIZES = (128, 64, 32, 16)
 LAYER = re.compile(r"(?:layers|h|layer|blocks)[./](\d+)[./]([a-z_]+)")
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """How a weight is stored.
-
-    Attributes:
-        bits: 4 or 8.
-        block_size: inputs that share a scale.
-        symmetric: no zero points.
-        accuracy_level: of MatMulNBits; 0 computes in float32, 4 rounds activations to int8.
-    """
-
-    bits: int
-    block_size: int
-    symmetric: bool = False
-    accuracy_level: int = 4
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Return the fields for the manifest."""
-        return {
-            "bits": self.bits,
-            "block_size": self.block_size,
-            "symmetric": self.symmetric,
-            "accuracy_level": self.accuracy_level,
-        }
-
-
-@dataclass(frozen=True)
-class WeightNode:
-    """A node that reads a weight: a product with a constant, or a lookup in a table of tokens.
-
-    Attributes:
-        output_name: the node's output.
-        weight: name of the initializer.
-        outputs_first: the weight is (out, in), not (in, out): it is a table of tokens.
-        group: part of the model that gets one format, such as "layers.3.mlp".
-    """
-
-    output_name: str
-    weight: str
-    outputs_first: bool
-    inputs: int
-    outputs: int
-    group: str
 
 
 @dataclass
@@ -85,6 +46,8 @@ class GraphWeights:
     expert_nodes: list[ExpertNode]
     embedding: str | None
     _packed: dict[tuple[str, int, int, bool], tuple[np.ndarray, ...]] = field(default_factory=dict)
+    _chosen: dict[tuple[str, int], Packed] = field(default_factory=dict)  # by weight and bits; others round to nearest
+    _carried_bits: dict[str, int] = field(default_factory=dict)  # weights that keep more bits than a plan gives them
 
     @classmethod
     def from_graph(cls, graph: Path) -> GraphWeights:
@@ -102,17 +65,68 @@ class GraphWeights:
         groups = [node.group for node in self.weight_nodes] + [node.group for node in self.expert_nodes]
         return list(dict.fromkeys(groups))
 
-    def pack(self, product: WeightNode, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
-        """Quantize a weight of K inputs and N outputs, rounding to nearest. The result is cached.
+    def carry_over(self, bits: int) -> dict[str, int]:
+        """Find the weights that were quantized before, to keep their blocks in a graph of `bits` bits.
 
-        Returns (N, K / block_size, bytes) uint8 codes, (N, K / block_size) float32 scales and, unless symmetric, packed
-        zero points.
+        In a graph of 4 bits, a weight on the levels of Q8_0 keeps its 8 bits. If some weights are on levels, those that
+        are not, such as k-quants of 6 bits, are rounded to 8 bits.
+
+        Returns how many weights keep 4 and 8 bits, and how many are `rounded`: none is if none keeps its blocks.
         """
+        counts = {"4 bits": 0, "8 bits": 0, "rounded": 0}
+        products = {product.weight: product for product in self.weight_nodes}
+        for weight, product in products.items():
+            for width in (4, 8) if bits == 4 else (8,):
+                found = find_grid(self._inputs_first(product), width)
+                if found and not (product.outputs_first and found[1].minima is not None):  # a lookup has no minima
+                    self._chosen[weight, width] = pack(*found)
+                    self._carried_bits[weight] = width
+                    break
+            counts[f"{self._carried_bits[weight]} bits" if weight in self._carried_bits else "rounded"] += 1
+        if not self._carried_bits:
+            return {}
+        if bits == 4:
+            self._carried_bits = dict.fromkeys(products, 8) | self._carried_bits
+        return counts
+
+    def calibrate(self, artifact: Path, scratch: Path, texts: Sequence[str]) -> None:
+        """Round the weights of products to 4 bits by GPTQ, with the moments of their inputs over `texts`.
+
+        Tables of tokens and weights with blocks of their own stay as they are.
+
+        Args:
+            artifact: folder with the float32 graph that this was made from.
+            scratch: an empty folder on the same disk.
+            texts: text to calibrate on.
+        """
+        readers: dict[str, list[WeightNode]] = {}
+        for product in self.weight_nodes:
+            if not product.outputs_first and product.weight not in self._carried_bits:
+                readers.setdefault(product.input_name, []).append(product)
+        widths = {name: products[0].inputs for name, products in readers.items()}
+        for name, moments in input_moments(artifact, scratch, widths, texts):
+            factor = inverse_factor(moments)
+            for product in readers[name]:
+                rounded = gptq(self._array(product.weight), np.diag(moments), factor, 4, BLOCK)
+                self._chosen[product.weight, 4] = pack(*rounded)
+
+    def pack(self, product: WeightNode, blocks: BlockFormat) -> Packed:
+        """Return a weight of K inputs and N outputs in `blocks`: as it was carried over or calibrated, or to nearest.
+
+        The result is cached.
+        """
+        chosen = self._chosen.get((product.weight, blocks.bits))
+        if chosen and not blocks.symmetric and blocks.block_size == BLOCK:
+            return chosen
         key = (product.weight, blocks.bits, blocks.block_size, blocks.symmetric)
         if key not in self._packed:
-            weight = self._array(product.weight)
-            self._packed[key] = _pack(weight.T if product.outputs_first else weight, blocks)
-        return self._packed[key]
+            self._packed[key] = _pack(self._inputs_first(product), blocks)
+        return Packed(*self._packed[key])
+
+    def _inputs_first(self, product: WeightNode) -> np.ndarray:
+        """The (K, N) weight of a product."""
+        weight = self._array(product.weight)
+        return weight.T if product.outputs_first else weight
 
     def pack_experts(self, weight: str, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
         """Quantize the weight (E, N, K) of E experts, as `pack` does. The codes of a row are one run of bytes."""
@@ -135,12 +149,21 @@ class GraphWeights:
         self._packed.clear()
 
     def format_for(self, product: WeightNode, blocks: BlockFormat) -> BlockFormat | None:
-        """Return `blocks`, for a table with a block size that divides its width; None if none does."""
+        """Return the format of a weight in a graph of `blocks`.
+
+        That is `blocks`, but for a table with a block size that divides its width (None if none does), and for weights
+        that were carried over or calibrated with theirs.
+        """
+        bits = max(blocks.bits, self._carried_bits.get(product.weight, 0))
+        if (product.weight, bits) in self._chosen:
+            return replace(blocks, bits=bits, block_size=BLOCK, symmetric=False)
+        if bits > blocks.bits:
+            blocks = replace(blocks, bits=bits, symmetric=True)
         if not product.outputs_first:
             return blocks
         for block in BLOCK_SIZES:
             if block <= blocks.block_size and product.inputs % block == 0:
-                return BlockFormat(blocks.bits, block, blocks.symmetric, blocks.accuracy_level)
+                return replace(blocks, block_size=block)
         return None
 
     def quantize(self, plan: Mapping[str, BlockFormat | None]) -> Any:
@@ -156,25 +179,25 @@ class GraphWeights:
             if blocks:
                 chosen[product.output_name] = (product, blocks)
         experts = {node.output_name: node for node in self.expert_nodes if plan.get(node.group)}
-        nodes, initializers = [], {}
+        quantized_nodes = BlockNodes()
+        nodes: list[Any] = []
+        initializers: dict[str, Any] = {}
         for node in model.graph.node:
             if node.output[0] in chosen:
                 product, blocks = chosen[node.output[0]]
-                for tensor in _tensors(product, blocks, self.pack(product, blocks)):
-                    initializers[tensor.name] = tensor
-                nodes += _nodes(node, product, blocks)
+                nodes += quantized_nodes.replace(node, product, blocks, self.pack(product, blocks))
             elif node.output[0] in experts:
                 quantized, tensors = self._quantize_experts(node, experts[node.output[0]], plan)
                 initializers |= {tensor.name: tensor for tensor in tensors}
                 nodes.append(quantized)
             else:
                 nodes.append(node)
-        nodes = _drop_unused_nodes(nodes, {item.name for item in model.graph.output})
+        nodes = _drop_unused_nodes([*quantized_nodes.constants, *nodes], {item.name for item in model.graph.output})
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         read = {name for node in nodes for name in node.input}
         model.graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in read)
-        model.graph.initializer.extend(initializers.values())
+        model.graph.initializer.extend([*initializers.values(), *quantized_nodes.tensors.values()])
         if chosen and not any(opset.domain == "com.microsoft" for opset in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
         return model
@@ -213,7 +236,8 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
         if outputs_first:
             inputs, outputs = outputs, inputs
         group = "embedding" if weight in tables else _group(node.name or node.output[0])
-        found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group))
+        source = node.input[1 if node.op_type == "Gather" else 0]
+        found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group, source))
     return found
 
 
@@ -232,54 +256,9 @@ def _pack(weight: np.ndarray, blocks: BlockFormat) -> tuple[np.ndarray, ...]:
 
     config = DefaultWeightOnlyQuantConfig(blocks.block_size, blocks.symmetric, bits=blocks.bits)
     codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight))
+    if (np.abs(scales) > 2.0**-14).all():  # a normal number in float16, which is stored in half the bytes
+        scales = scales.astype(np.float16).astype(np.float32)
     return (codes, scales) if blocks.symmetric else (codes, scales, zeros)
-
-
-def _names(product: WeightNode, blocks: BlockFormat) -> list[str]:
-    names = [f"{product.weight}_{blocks.bits}bits", f"{product.weight}_{blocks.bits}bits_scales"]
-    return names if blocks.symmetric else [*names, f"{product.weight}_{blocks.bits}bits_zeros"]
-
-
-def _tensors(product: WeightNode, blocks: BlockFormat, packed: tuple[np.ndarray, ...]) -> list[Any]:
-    from onnx import numpy_helper
-
-    tensors = list(packed)
-    names = _names(product, blocks)
-    if product.outputs_first:  # the lookup reads a row as one run of bytes, a tied head reads it as blocks
-        tensors = [packed[0].reshape(len(packed[0]), -1), *packed[1:], np.array(packed[0].shape, np.int64)]
-        names = [*names, f"{product.weight}_shape"]
-    return [numpy_helper.from_array(tensor, name) for tensor, name in zip(tensors, names, strict=True)]
-
-
-def _nodes(node: Any, product: WeightNode, blocks: BlockFormat) -> list[Any]:
-    """Return the quantized form of a MatMul or of the lookup."""
-    from onnx import helper
-
-    names, out = _names(product, blocks), node.output[0]
-    common: dict[str, Any] = {"domain": "com.microsoft", "bits": blocks.bits, "block_size": blocks.block_size}
-    if node.op_type == "Gather":
-        inputs = [names[0], node.input[1], *names[1:]]
-        return [
-            helper.make_node("GatherBlockQuantized", inputs, [out], node.name, gather_axis=0, quantize_axis=1, **common)
-        ]
-    before = []
-    if product.outputs_first:
-        blocked = f"{names[0]}_blocked"
-        before = [helper.make_node("Reshape", [names[0], f"{product.weight}_shape"], [blocked], blocked)]
-        names = [blocked, *names[1:]]
-    sizes: dict[str, Any] = {"K": product.inputs, "N": product.outputs}
-    return [
-        *before,
-        helper.make_node(
-            "MatMulNBits",
-            [node.input[0], *names],
-            [out],
-            node.name,
-            accuracy_level=blocks.accuracy_level,
-            **sizes,
-            **common,
-        ),
-    ]
 
 
 def _drop_unused_nodes(nodes: list[Any], outputs: set[str]) -> list[Any]:

@@ -52,7 +52,8 @@ def make_artifacts(folder: Path) -> dict[str, Path]:
     """Export the model in each precision. Returns precision -> folder."""
     from limbeck.export.artifact.export import export_onnx
     from limbeck.export.graph.save import save_graph
-    from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
+    from limbeck.export.quantize.blocks.formats import BlockFormat
+    from limbeck.export.quantize.weight_only import GraphWeights
 
     artifacts = {name: folder / name for name in ("fp32", "int8-weight", "int4")}
     export_onnx(folder / "torch", artifacts["fp32"])

@@ -8,9 +8,10 @@ import onnx
 import pytest
 
 from limbeck.export.artifact.parity import measure_parity
+from limbeck.export.quantize.blocks.formats import BlockFormat
 from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore
 from limbeck.export.quantize.sample_texts import SAMPLE_TEXTS
-from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
+from limbeck.export.quantize.weight_only import GraphWeights
 from tests.export.export_helpers import (
     Exported,
     copy_with_graph,

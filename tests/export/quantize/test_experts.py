@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from limbeck.export.artifact.export import export_onnx
-from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
+from limbeck.export.quantize.blocks.formats import BlockFormat
+from limbeck.export.quantize.weight_only import GraphWeights
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import make_model
 from tests.export.export_helpers import copy_with_graph, logits_of

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
+from limbeck.export.quantize.blocks.formats import BlockFormat
+from limbeck.export.quantize.weight_only import GraphWeights
 from tests.export.export_helpers import (
     Exported,
     copy_with_graph,
@@ -20,12 +21,11 @@ from tests.export.export_helpers import (
 def dequantize(weights: GraphWeights, weight: str, blocks: BlockFormat) -> np.ndarray:
     """Dequantize a weight to (in, out) float32, by the definition of MatMulNBits."""
     product = next(item for item in weights.weight_nodes if item.weight == weight)
-    codes, scales, *zeros = weights.pack(product, blocks)
+    codes, scales, packed, _ = weights.pack(product, blocks)
     if blocks.bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
     zero = np.full(scales.shape, 2 ** (blocks.bits - 1), np.float32)
-    if zeros:
-        packed = zeros[0]
+    if packed is not None:
         if blocks.bits == 4:
             packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
         zero = packed.reshape(scales.shape).astype(np.float32)
