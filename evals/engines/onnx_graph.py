@@ -17,6 +17,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from limbeck.evals.engines.batches import MAX_ATTENTION_PAIRS
+from limbeck.export.graph.blocks import COLUMNS
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.machine import physical_cores
 
@@ -42,6 +43,7 @@ def open_session(folder: Path, float_products: bool = False) -> tuple[ort.Infere
     graph = model.graph
     del graph.value_info[:]  # inferred again when the graph is loaded
     gather_before_head(graph)
+    rotate_by_position_ids(graph)
     add_tree_mask(graph)
     remove_nan_guards(graph)
     extend_rotary_tables(graph)
@@ -98,6 +100,47 @@ def gather_before_head(graph: Any) -> None:
     logits = next(output for output in graph.output if output.name == "logits")
     for dimension, name in zip(logits.type.tensor_type.shape.dim, ("one", "selected"), strict=False):
         dimension.dim_param = name
+
+
+def rotate_by_position_ids(graph: Any) -> None:
+    """Rotate queries and keys by `position_ids`: a fused graph takes the tokens' columns in the row.
+
+    In a tree, tokens of several branches have the same position. A GroupQueryAttention that rotates gets queries and
+    keys that are rotated.
+    """
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.op_type == "RotaryEmbedding" and node.input[1] == COLUMNS:
+            node.input[1] = "position_ids"
+        attributes = {item.name: item for item in node.attribute} if node.op_type == ATTENTION else {}
+        if "do_rotary" in attributes and attributes["do_rotary"].i:
+            attributes["do_rotary"].i = 0
+            nodes += _rotated_outside(graph, node, attributes)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _rotated_outside(graph: Any, attention: Any, attributes: dict[str, Any]) -> list[Any]:
+    """The nodes that split and rotate the packed queries, keys and values of `attention`, which then reads them."""
+    name, tables = attention.output[0], list(attention.input[7:9])
+    heads = {"query": attributes["num_heads"].i, "key": attributes["kv_num_heads"].i}
+    cache = next(item for item in graph.input if item.name == attention.input[3])
+    size = cache.type.tensor_type.shape.dim[3].dim_value
+    sizes = np.array([size * count for count in (heads["query"], heads["key"], heads["key"])])
+    graph.initializer.append(numpy_helper.from_array(sizes, f"{name}/sizes"))
+    parts = [f"{name}/query", f"{name}/key", f"{name}/value"]
+    nodes = [helper.make_node("Split", [attention.input[0], f"{name}/sizes"], parts, name=f"{name}/split", axis=-1)]
+    width = 2 * next(item.dims[1] for item in graph.initializer if item.name == tables[0])
+    options = {"domain": "com.microsoft", "rotary_embedding_dim": width}
+    options["interleaved"] = attributes["rotary_interleaved"].i
+    for index, (part, count) in enumerate(heads.items()):
+        out = f"{name}/{part}/rotated"
+        inputs = [parts[index], "position_ids", *tables]
+        nodes.append(helper.make_node("RotaryEmbedding", inputs, [out], name=out, num_heads=count, **options))
+        attention.input[index] = out
+    attention.input[2], attention.input[7], attention.input[8] = parts[2], "", ""
+    return nodes
 
 
 def add_tree_mask(graph: Any) -> None:

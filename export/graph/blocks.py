@@ -11,6 +11,8 @@ import numpy as np
 from limbeck.export.graph.builder import GraphBuilder
 from limbeck.export.graph.decoder import MLP, Attention, Norm, Rotary
 
+COLUMNS = "columns"  # of the new tokens in their rows, padding included
+
 
 def write_attention(graph: GraphBuilder, attention: Attention, name: str, index: int, x: str) -> str:
     """Write the attention of layer `index`, whose name is `name`, over x (B, S, H). Returns its output, (B, S, H)."""
@@ -19,15 +21,14 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
         limits = [graph.number("clip.min", -attention.clip), graph.number("clip.max", attention.clip)]
         qkv[0] = graph.node("Clip", [qkv[0], *limits], f"{name}.clipped")
     own = attention.kv_layer is None  # else the queries only
-    if own and (attention.rotary or attention.q_norm or attention.query_scale is not None):
+    rotated_inside = _is_rotated_inside(attention)
+    if own and not rotated_inside and (attention.rotary or attention.q_norm or attention.query_scale is not None):
         qkv = _split(graph, attention, name, qkv[0])
     if not attention.norm_after_rotary:
         _norm_heads(graph, attention, qkv)
-    if attention.rotary:
-        # GroupQueryAttention could rotate too, but for a prompt it counts positions from the start of the row,
-        # which is wrong for a row with left padding.
+    if attention.rotary and not rotated_inside:
         for part, heads in enumerate((attention.heads, attention.kv_heads) if own else (attention.heads,)):
-            qkv[part] = _rotate(graph, qkv[part], attention.rotary, heads)
+            qkv[part] = _rotate(graph, qkv[part], attention, heads)
     if attention.norm_after_rotary:
         _norm_heads(graph, attention, qkv)
     if attention.query_scale is not None:
@@ -47,11 +48,21 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
     return graph.linear(y, attention.output)
 
 
+def _is_rotated_inside(attention: Attention) -> bool:
+    """Whether GroupQueryAttention itself rotates queries and keys, by their columns: nothing is done in between."""
+    between = (attention.q_norm, attention.k_norm, attention.v_norm, attention.query_scale)
+    if attention.rotary is None or attention.kv_layer is not None or any(part is not None for part in between):
+        return False
+    return attention.head_size % 16 == 0 and attention.rotary.cos.shape[1] % 8 == 0  # the kernel asks for both
+
+
 def _attend(graph: GraphBuilder, attention: Attention, name: str, index: int, qkv: list[str]) -> str:
     # A layer that reads another's keys and values gets the same inputs, and drops the cache that the operator returns.
     source, present = (index, "present") if attention.kv_layer is None else (attention.kv_layer, f"{name}.present")
     cache = [f"past_key_values.{source}.key", f"past_key_values.{source}.value"]
-    inputs = [*qkv, *cache, "seqlens_k", "total_sequence_length", "", "", "", "attention_bias"]
+    rotary = attention.rotary if _is_rotated_inside(attention) else None
+    tables = _tables(graph, rotary) if rotary else ["", ""]
+    inputs = [*qkv, *cache, "seqlens_k", "total_sequence_length", *tables, "", "attention_bias"]
     if attention.sinks is not None:
         inputs.append(graph.constant(f"{name}.sinks", attention.sinks))
     return graph.node(
@@ -64,7 +75,8 @@ def _attend(graph: GraphBuilder, attention: Attention, name: str, index: int, qk
         num_heads=attention.heads,
         kv_num_heads=attention.kv_heads,
         scale=attention.scale,
-        do_rotary=0,
+        do_rotary=int(rotary is not None),
+        rotary_interleaved=int(rotary is not None and rotary.interleaved),
         local_window_size=attention.window,
         softcap=attention.softcap,
     )
@@ -103,11 +115,20 @@ def _norm_per_head(graph: GraphBuilder, x: str, norm: Norm) -> str:
     return graph.node("Add", [y, graph.constant(f"{norm.name}.bias", norm.bias)], f"{norm.name}.biased")
 
 
-def _rotate(graph: GraphBuilder, x: str, rotary: Rotary, heads: int) -> str:
-    tables = [graph.constant(f"{rotary.name}.cos", rotary.cos), graph.constant(f"{rotary.name}.sin", rotary.sin)]
+def _tables(graph: GraphBuilder, rotary: Rotary) -> list[str]:
+    return [graph.constant(f"{rotary.name}.cos", rotary.cos), graph.constant(f"{rotary.name}.sin", rotary.sin)]
+
+
+def _rotate(graph: GraphBuilder, x: str, attention: Attention, heads: int) -> str:
+    """Rotate x, which has `heads` heads, by columns: scores depend on the distance of two tokens only.
+
+    With a norm between rotary and scores they depend on the positions too.
+    """
+    rotary = attention.rotary
+    assert rotary is not None
     return graph.node(
         "RotaryEmbedding",
-        [x, "position_ids", *tables],
+        [x, "position_ids" if attention.norm_after_rotary else COLUMNS, *_tables(graph, rotary)],
         f"{x}.rotated",
         domain="com.microsoft",
         interleaved=int(rotary.interleaved),
@@ -118,9 +139,10 @@ def _rotate(graph: GraphBuilder, x: str, rotary: Rotary, heads: int) -> str:
 
 def write_mlp(graph: GraphBuilder, mlp: MLP, name: str, x: str) -> str:
     """Write an MLP over x (B, S, H). Returns its output, (B, S, H)."""
-    up = graph.linear(x, mlp.up)
-    inner = graph.linear(x, mlp.gate) if mlp.gate else up
-    y = graph.activation(inner, mlp.activation, f"{name}.mlp.act")
-    if mlp.gate:
-        y = graph.node("Mul", [y, up], f"{name}.mlp.gated")
+    if mlp.gate is None:
+        y = graph.activation(graph.linear(x, mlp.up), mlp.activation, f"{name}.mlp.act")
+        return graph.linear(y, mlp.down)
+    gate, up = f"{name}.mlp.gate", f"{name}.mlp.up"
+    graph.linear_pair(x, mlp.gate, mlp.up, f"{name}.mlp.gate_up", (gate, up))
+    y = graph.node("Mul", [graph.activation(gate, mlp.activation, f"{name}.mlp.act"), up], f"{name}.mlp.gated")
     return graph.linear(y, mlp.down)

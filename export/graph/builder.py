@@ -22,6 +22,19 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+class SideBySide:
+    """Matrices (in, out) side by side, joined as they are written: until then no copy is held."""
+
+    def __init__(self, *parts: np.ndarray) -> None:
+        self._parts = parts
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+        self.dtype = parts[0].dtype
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._parts, axis=1, dtype=dtype)
+
+
 @dataclass
 class GraphBuilder:
     """Collects nodes and initializers. Methods take and return names of tensors.
@@ -32,7 +45,7 @@ class GraphBuilder:
     """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: dict[str, np.ndarray] = field(default_factory=dict)
+    initializers: dict[str, np.ndarray | SideBySide] = field(default_factory=dict)
     keys_and_values: dict[int, list[str]] = field(default_factory=dict)
 
     def node(
@@ -44,7 +57,7 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, inputs, [output, *more], name or output, domain=domain, **attributes))
         return output
 
-    def constant(self, name: str, value: np.ndarray) -> str:
+    def constant(self, name: str, value: np.ndarray | SideBySide) -> str:
         """Add an initializer, unless there is one of this name: that one is assumed to be equal."""
         self.initializers.setdefault(name, value)
         return name
@@ -60,6 +73,16 @@ class GraphBuilder:
         if linear.bias is None:
             return y
         return self.node("Add", [y, self.constant(f"{linear.name}.bias", linear.bias)], f"{linear.name}.biased")
+
+    def linear_pair(self, x: str, first: Linear, second: Linear, name: str, outputs: tuple[str, str]) -> None:
+        """Compute two products of the same size as one: threads wait for each other once, not twice."""
+        assert (first.bias is None) == (second.bias is None)
+        weight = self.constant(f"{name}.weight", SideBySide(first.weight, second.weight))
+        both = self.node("MatMul", [x, weight], f"{name}.out")
+        if first.bias is not None and second.bias is not None:
+            bias = self.constant(f"{name}.bias", np.concatenate([first.bias, second.bias]))
+            both = self.node("Add", [both, bias], f"{name}.biased")
+        self.node("Split", [both], *outputs, axis=-1, num_outputs=2)
 
     def norm(self, x: str, norm: Norm) -> str:
         weight, out = self.constant(f"{norm.name}.weight", norm.weight), f"{norm.name}.out"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from limbeck.export.graph.builder import SideBySide
+
 if TYPE_CHECKING:
     import onnx
 
@@ -17,7 +19,7 @@ MIN_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph
 ALIGNMENT = 64  # bytes
 
 
-def save_graph(model: onnx.ModelProto, path: Path, arrays: Mapping[str, np.ndarray] | None = None) -> int:
+def save_graph(model: onnx.ModelProto, path: Path, arrays: Mapping[str, np.ndarray | SideBySide] | None = None) -> int:
     """Write `model` to `path`, and weights of more than 16 MB to `<path>_data`. Returns the bytes of the weights.
 
     The weights are written one after the other: no copy of all of them is made.
@@ -77,15 +79,15 @@ def _stored_tensors(model: onnx.ModelProto) -> Iterator[_StoredTensor]:
         )
 
 
-def _stored_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[_StoredTensor]:
+def _stored_arrays(arrays: Mapping[str, np.ndarray | SideBySide]) -> Iterator[_StoredTensor]:
     from onnx import helper, numpy_helper
 
     for name, array in arrays.items():
 
-        def contiguous(array: np.ndarray = array) -> Any:
+        def contiguous(array: np.ndarray | SideBySide = array) -> Any:
             return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
-        def proto(name: str = name, array: np.ndarray = array) -> Any:
+        def proto(name: str = name, array: np.ndarray | SideBySide = array) -> Any:
             return numpy_helper.from_array(np.ascontiguousarray(array), name)
 
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)

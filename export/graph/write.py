@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.export.graph.blocks import write_attention, write_mlp
-from limbeck.export.graph.builder import GraphBuilder
+from limbeck.export.graph.blocks import COLUMNS, write_attention, write_mlp
+from limbeck.export.graph.builder import GraphBuilder, SideBySide
 from limbeck.export.graph.decoder import Attention, Decoder, Experts, GatedDelta, Layer, ShortConvolution
 from limbeck.export.graph.experts import write_experts
 from limbeck.export.graph.recurrent import write_gated_delta, write_padding, write_short_convolution
@@ -37,12 +37,13 @@ def write_graph(decoder: Decoder, path: Path) -> None:
     save_graph(model, path, weights)
 
 
-def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.ndarray | SideBySide]]:
     """Return the graph without its initializers, and these."""
     from onnx import helper
 
     graph = GraphBuilder()
     _mask(graph, decoder)
+    _columns(graph)
     if any(not isinstance(layer.attention, Attention) for layer in decoder.layers):
         write_padding(graph)
     hidden = _layers(graph, decoder, _embed(graph, decoder))
@@ -52,8 +53,22 @@ def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.n
     proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(proto, producer_name="limbeck", opset_imports=opsets, ir_version=IR_VERSION)
-    helper.set_model_props(model, {"limbeck.graph": "fused"})
+    logits = "all" if _needs_positions(decoder) else "position_ids"
+    helper.set_model_props(model, {"limbeck.graph": "fused", "limbeck.logits": logits})
     return model, graph.initializers
+
+
+def _needs_positions(decoder: Decoder) -> bool:
+    """Whether numbers depend on a token's position in the text, not only on the distance of two tokens.
+
+    Else positions are counted from the start of the row, padding on the left included, and the input `position_ids`
+    says by its size which positions get logits. Programs that know nothing of this give all, and get all.
+    """
+    attentions = [layer.attention for layer in decoder.layers if isinstance(layer.attention, Attention)]
+    return decoder.positions is not None or any(
+        attention.query_scale is not None or (attention.rotary is not None and attention.norm_after_rotary)
+        for attention in attentions
+    )
 
 
 def _embed(graph: GraphBuilder, decoder: Decoder) -> str:
@@ -135,6 +150,23 @@ def _mask(graph: GraphBuilder, decoder: Decoder) -> None:
     graph.node("Expand", [row, shape], "attention_bias")  # (B, 1 or heads, S, T)
 
 
+def _columns(graph: GraphBuilder) -> None:
+    """Compute the column of each new token in its row, padding included: (B, S).
+
+    Rows of different lengths are in one run without a past, or with one new token each.
+    """
+    from onnx import TensorProto
+
+    new = graph.node("Cast", ["input.length"], "columns.new", to=TensorProto.INT32)
+    past = graph.node("Sub", ["total_sequence_length", new], "columns.past")
+    first = graph.node("Min", [past, "seqlens_k"], "columns.first")  # (B,)
+    first = graph.node("Cast", [first], "columns.first.int64", to=TensorProto.INT64)
+    count = graph.node("Squeeze", ["input.length"], "columns.count")
+    zero, one = (graph.constant(f"columns.{number}", np.array(number, np.int64)) for number in (0, 1))
+    following = graph.node("Range", [zero, count, one], "columns.following")
+    graph.node("Add", [graph.node("Unsqueeze", [first, graph.ints(1)], "columns.row"), following], COLUMNS)
+
+
 def _alibi(graph: GraphBuilder, slopes: np.ndarray) -> str:
     """Multiply the position of each key by the slope of each head: (B, heads, 1, T)."""
     from onnx import TensorProto
@@ -147,6 +179,8 @@ def _alibi(graph: GraphBuilder, slopes: np.ndarray) -> str:
 
 
 def _logits(graph: GraphBuilder, decoder: Decoder, x: str) -> str:
+    if not _needs_positions(decoder):
+        x = _last_positions(graph, x)
     if decoder.head:
         y = graph.linear(x, decoder.head)
     else:
@@ -175,6 +209,13 @@ def _rename(graph: GraphBuilder, old: str, new: str) -> None:
             for index, name in enumerate(names):
                 if name == old:
                     names[index] = new
+
+
+def _last_positions(graph: GraphBuilder, x: str) -> str:
+    """Keep the positions of x (B, S, H) whose `position_ids` are given: all, or the last ones of a prompt."""
+    count = graph.node("Shape", ["position_ids"], "kept.count", start=1, end=2)
+    start = graph.node("Neg", [count], "kept.start")
+    return graph.node("Slice", [x, start, graph.ints(2**63 - 1), graph.ints(1)], "kept")
 
 
 def _signature(decoder: Decoder) -> tuple[list[Any], list[Any]]:

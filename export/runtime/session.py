@@ -28,6 +28,7 @@ NUMPY_TYPES: dict[str, Any] = {
 }
 # The context length's key in config.json, by model family.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+MAX_PREFILL_TOKENS = 1024  # prompt tokens in one run: more are not faster
 PREFILL_LOGITS = 2**23  # logits computed in one run during prefill (32 MB); longer prompts are split into chunks
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
@@ -54,6 +55,7 @@ class Session:
         present_names: the cache's outputs, in the order of `past_inputs`.
         is_recurrent: parts of the cache are recurrent states, which hold all tokens so far and do not grow.
         input_names: the other inputs.
+        can_choose_logits: the graph gives logits of the last positions, as many as it gets `position_ids`.
         logits_type: numpy's type of the logits.
         eos_token_ids: the tokens that end a text.
         bos_token_id, pad_token_id: None if the configuration names none.
@@ -73,7 +75,9 @@ class Session:
     ) -> None:
         self.onnx_session = onnx_session
         self.device = device
-        self.is_fused = onnx_session.get_modelmeta().custom_metadata_map.get("limbeck.graph") == "fused"
+        metadata = onnx_session.get_modelmeta().custom_metadata_map
+        self.is_fused = metadata.get("limbeck.graph") == "fused"
+        self.can_choose_logits = metadata.get("limbeck.logits") == "position_ids"
         self.tokenizer = tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self.special_tokens = SpecialTokens(tokenizer)
@@ -238,8 +242,10 @@ class Session:
 
     @property
     def max_prefill_tokens(self) -> int:
-        """The most prompt tokens in one run, so that their logits fit in memory (`PREFILL_LOGITS`)."""
-        return max(1, PREFILL_LOGITS // self.vocab_size)
+        """The most prompt tokens in one run. If the graph gives logits of all of them, these must fit in memory."""
+        if self.can_choose_logits:
+            return MAX_PREFILL_TOKENS
+        return min(MAX_PREFILL_TOKENS, max(1, PREFILL_LOGITS // self.vocab_size))
 
     def _prefill_chunks(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[ort.OrtValue]]]:
         """Run the graph over (B, T) tokens in chunks of t: yield the (B, t, V) logits and the cache after each."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from limbeck.export.runtime.slot import Slot
 
 MIN_WIDTH = 64  # tokens
-MAX_PREFILL_TOKENS = 1024  # prompt tokens in one run: more are not faster
 MIN_LENGTH_RATIO = 0.75  # prompts share a run if the shortest has at least this share of the longest's length
 
 
@@ -109,7 +108,7 @@ class StaticCache:
         for slot, row in zip(new_slots, free_rows, strict=True):  # their rows are empty: nothing to move
             slot.row = row
             self._rows[row] = slot
-        max_tokens = min(MAX_PREFILL_TOKENS, self._session.max_prefill_tokens)
+        max_tokens = self._session.max_prefill_tokens
         groups: list[list[Slot]] = []
         for slot in new_slots:
             length = len(chunks[slot])
@@ -129,10 +128,11 @@ class StaticCache:
         tokens = np.zeros((len(slots), new), np.int64)
         for row, chunk in zip(tokens, chunks, strict=True):
             row[: len(chunk)] = chunk
+        first = int(lengths.min()) - 1 if session.can_choose_logits else 0  # the first position with logits
         arrays = {
             "input_ids": tokens,
             "attention_mask": (np.arange(start + new) < start + lengths).astype(np.int64),
-            "position_ids": np.broadcast_to(np.arange(start, start + new), tokens.shape),
+            "position_ids": np.broadcast_to(np.arange(start + first, start + new), (len(slots), new - first)),
         }
         binding = session.onnx_session.io_binding()
         for name in session.input_names:
@@ -143,7 +143,7 @@ class StaticCache:
         session.onnx_session.run_with_iobinding(binding)
         logits = ortvalue_to_numpy(binding.get_outputs()[0])
         return {
-            slot: logits[row, len(chunk) - 1].astype(np.float32)
+            slot: logits[row, len(chunk) - 1 - first].astype(np.float32)
             for row, (slot, chunk) in enumerate(zip(slots, chunks, strict=True))
         }
 

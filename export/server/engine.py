@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.session import NUMPY_TYPES, PREFILL_LOGITS, grows
+from limbeck.export.runtime.session import NUMPY_TYPES, grows
 from limbeck.export.runtime.slot import Slot
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
@@ -205,7 +205,7 @@ class Engine:
         """The most prompt tokens to compute in one turn."""
         seconds = max(PREFILL_S, self._step_s) if self._decoding else PREFILL_ALONE_S
         affordable = int(self._prefill_tokens_per_s * seconds)
-        return max(MIN_CHUNK_TOKENS, min(affordable, PREFILL_LOGITS // self._runtime.vocab_size))
+        return max(MIN_CHUNK_TOKENS, min(affordable, self._runtime.max_prefill_tokens))
 
     def _rows_of_chunk(self, max_tokens: int) -> tuple[list[Row], int]:
         """The first rows of the queue whose unread tokens fit, at least one; and the number of those tokens."""
