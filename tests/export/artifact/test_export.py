@@ -103,7 +103,10 @@ def test_a_second_export_has_the_same_digest(llama: Exported, tmp_path: Path) ->
 
 
 def test_graph_and_manifest_say_fused(fused_artifact: Path) -> None:
-    assert session(fused_artifact).get_modelmeta().custom_metadata_map == {"limbeck.graph": "fused"}
+    assert session(fused_artifact).get_modelmeta().custom_metadata_map == {
+        "limbeck.graph": "fused",
+        "limbeck.logits": "position_ids",
+    }
     assert read_manifest(fused_artifact)["graph"] == "fused"
 
 

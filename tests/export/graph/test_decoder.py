@@ -65,6 +65,17 @@ def ids() -> np.ndarray:
     return np.random.default_rng(0).integers(1, 300, (3, LENGTH))
 
 
+# Their numbers depend on the position in the text, not only on distances.
+MODEL_TYPES_WITH_POSITIONS = {
+    "gpt2",
+    "gpt_bigcode",
+    "opt",
+    "biogpt",
+    "xglm",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "nanochat",
+}
 WHOLE = np.ones((3, LENGTH), np.int64)
 LEFT = np.arange(LENGTH) >= np.array([[0], [7], [16]])  # rows of 24, 17 and 8 tokens
 LEFT = LEFT.astype(np.int64)
@@ -79,6 +90,14 @@ def test_logits_are_those_of_transformers(model: FusedModel, ids: np.ndarray) ->
     expected = model.reference(ids, WHOLE)
     assert expected.std() > 0.2, "the logits are nearly uniform"
     assert is_close(model.run(ids, WHOLE, positions(WHOLE))[0], expected)
+
+
+def test_positions_whose_ids_are_given_get_logits(model: FusedModel, ids: np.ndarray) -> None:
+    if model.session.get_modelmeta().custom_metadata_map["limbeck.logits"] == "all":
+        assert model.torch.config.model_type in MODEL_TYPES_WITH_POSITIONS
+        return
+    logits, _ = model.run(ids, WHOLE, positions(WHOLE)[:, -3:])
+    assert is_close(logits, model.reference(ids, WHOLE)[:, -3:])
 
 
 def test_left_padding_does_not_change_logits(model: FusedModel, ids: np.ndarray) -> None:
