@@ -17,7 +17,6 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from limbeck.evals.engines.batches import MAX_ATTENTION_PAIRS
-from limbeck.export.graph.blocks import COLUMNS
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.machine import physical_cores
 
@@ -26,6 +25,7 @@ ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"}  
 HEAD_OPERATORS = {"FusedMatMul", "Gemm", "MatMul", "MatMulNBits"}
 MAX_TREE_TOKENS = isqrt(MAX_ATTENTION_PAIRS)  # of a row that shares prefixes
 ATTENTION, ATTENTION_BIAS_INPUT = "GroupQueryAttention", 10  # the operator; the index of its input attention_bias
+COLUMNS = "columns"  # what a fused graph rotates by, as limbeck.export.graph.blocks names it
 IN_FLOAT32, IN_INT8 = 1, 4  # MatMulNBits' accuracy_level: the type that activations are rounded to, block by block
 
 

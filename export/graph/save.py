@@ -73,10 +73,14 @@ class _StoredTensor:
 
 def _stored_tensors(model: onnx.ModelProto) -> Iterator[_StoredTensor]:
     for item in model.graph.initializer:
-        size = len(item.raw_data)
-        yield _StoredTensor(
-            item.name, item.dims, item.data_type, size, lambda item=item: item, lambda i=item: i.raw_data
-        )
+
+        def proto(item: Any = item) -> Any:
+            return item
+
+        def data(item: Any = item) -> Any:
+            return item.raw_data
+
+        yield _StoredTensor(item.name, item.dims, item.data_type, len(item.raw_data), proto, data)
 
 
 def _stored_arrays(arrays: Mapping[str, np.ndarray | SideBySide]) -> Iterator[_StoredTensor]:
