@@ -7,6 +7,7 @@ its authors published (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruc
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = ROOT.parent / "shared" / "data"  # PIQA, BLiMP, WikiText-2: not part of the repository
 SAVE = Path(__file__).with_name("save_checkpoint.py")
 THREADS = 2
+PRECISIONS = "fp32,int8-weight,int4"
 
 # The other tests run two processes of one thread each; these run alone.
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -78,3 +80,23 @@ def wikitext() -> list[str]:
         pytest.skip("no WikiText-2 beside the repository")
     paragraphs = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     return [paragraph for paragraph in paragraphs if len(paragraph) >= 200]
+
+
+@pytest.fixture(scope="session")
+def artifacts(smollm2: Path, wikitext: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a variant of each precision, and `variants.json`: what the command printed."""
+    from click.testing import CliRunner
+
+    from limbeck.export.commands.export import export
+
+    folder = tmp_path_factory.mktemp("onnx")
+    for name, texts in (("parity", wikitext[:6]), ("calibration", wikitext[6:22])):
+        rows = [json.dumps({"path": str(number), "text": text}) for number, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    # A large --max-change: int4 keeps its 4 bits everywhere, and no search for better ones runs.
+    options = ["--precision", PRECISIONS, "--max-change", "0.5", "--output", str(folder), "--format", "json"]
+    texts = ["--texts", str(folder / "parity.jsonl"), "--calibration", str(folder / "calibration.jsonl")]
+    done = CliRunner().invoke(export, [str(smollm2), *options, *texts], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (folder / "variants.json").write_text(done.stdout)
+    return folder

@@ -15,28 +15,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from tests.conftest import Result
-
-PRECISIONS = "fp32,int8-weight,int4"
-
-
-@pytest.fixture(scope="session")
-def artifacts(smollm2: Path, wikitext: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a variant of each precision, and `variants.json`: what the command printed."""
-    from click.testing import CliRunner
-
-    from limbeck.export.commands.export import export
-
-    folder = tmp_path_factory.mktemp("onnx")
-    for name, texts in (("parity", wikitext[:6]), ("calibration", wikitext[6:22])):
-        rows = [json.dumps({"path": str(number), "text": text}) for number, text in enumerate(texts)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    # A large --max-change: int4 keeps its 4 bits everywhere, and no search for better ones runs.
-    options = ["--precision", PRECISIONS, "--max-change", "0.5", "--output", str(folder), "--format", "json"]
-    texts = ["--texts", str(folder / "parity.jsonl"), "--calibration", str(folder / "calibration.jsonl")]
-    done = CliRunner().invoke(export, [str(smollm2), *options, *texts], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    (folder / "variants.json").write_text(done.stdout)
-    return folder
+from tests.real.conftest import PRECISIONS
 
 
 @pytest.fixture(scope="session")
