@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,15 +49,28 @@ def compared_lengths(config: Any, max_length: int) -> tuple[list[int], list[int]
     return [n for n in lengths if n + AFTER <= MAX_TOKENS], [n for n in lengths if n + AFTER > MAX_TOKENS]
 
 
-def long_rows(
-    model: Any, runtime: Runtime, tokens: Sequence[int], lengths: Sequence[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run a text past the longest of `lengths`. Yields logits of PyTorch and of the runtime, (n, V) each.
+@dataclass(frozen=True)
+class LongText:
+    """A text past a length, in the runtime.
 
-    The runtime reads it in chunks with its cache, and then its last tokens one by one.
+    Attributes:
+        row: its token ids.
+        places: the tokens after which logits are compared.
+        logits: (n, V) after them, read in chunks with the cache.
+        stepped_places, stepped: some of them again, read one by one; (m, V).
+    """
+
+    row: list[int]
+    places: list[int]
+    logits: np.ndarray
+    stepped_places: list[int]
+    stepped: np.ndarray | None
+
+
+def run_long_text(runtime: Runtime, tokens: Sequence[int], lengths: Sequence[int]) -> LongText:
+    """Run a text past the longest of `lengths`: in chunks with the cache, and its last tokens one by one.
 
     Args:
-        model: the transformers model.
         tokens: repeated until they are long enough.
         lengths: ascending, at least one.
     """
@@ -64,15 +78,21 @@ def long_rows(
     row = [tokens[index % len(tokens)] for index in range(size)]
     places = sorted({place for n in lengths for place in range(n - AROUND, min(n + AROUND, size))} | {size - 1})
     places = [place for place in places if place >= 0]
-    expected = _torch_logits(model, row, places)
-    found = _pick(runtime.prompt_logits(row), places)
-    yield expected, found
+    logits = _pick(runtime.prompt_logits(row), places)
     first = min(lengths[-1] - STEPS // 2, size - STEPS)
-    if first < 1:
-        return
-    steps = [place for place in places if first <= place < min(first + STEPS, size)]
-    stepped = np.stack([logits for place, logits in _step_logits(runtime, row, first) if place in steps])
-    yield expected[[places.index(place) for place in steps]], stepped
+    steps = [place for place in places if first <= place < min(first + STEPS, size)] if first >= 1 else []
+    if not steps:
+        return LongText(row, places, logits, [], None)
+    stepped = np.stack([values for place, values in _step_logits(runtime, row, first) if place in steps])
+    return LongText(row, places, logits, steps, stepped)
+
+
+def compare_long_text(model: Any, text: LongText) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run the text in PyTorch. Yields logits of PyTorch and of the runtime, (n, V) each."""
+    expected = _torch_logits(model, text.row, text.places)
+    yield expected, text.logits
+    if text.stepped is not None:
+        yield expected[[text.places.index(place) for place in text.stepped_places]], text.stepped
 
 
 def _step_logits(runtime: Runtime, row: list[int], first: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -5,32 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from limbeck.export.artifact.long_texts import compared_lengths, long_rows
-from limbeck.export.artifact.quality import Document, describe_figure, estimate_quality, exceeded_figures
+from limbeck.export.artifact.invariance import measure_invariance, pad
+from limbeck.export.artifact.long_texts import LongText, compare_long_text, compared_lengths, run_long_text
+from limbeck.export.artifact.quality import describe_figure, estimate_quality, exceeded_figures
+from limbeck.export.artifact.totals import Totals
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_CONVERSATIONS, SAMPLE_TEXTS, render_conversations
-from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
-from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, positions_from_mask
 from limbeck.registry.checkpoints.checked import checked_facts
-from limbeck.registry.checkpoints.load import load_model, load_tokenizer
+from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
 from limbeck.registry.records import Parity
 
 MAX_LOGPROB_DIFF = 1e-3  # nats: limit of an fp32 graph against PyTorch, and against itself
 MIN_KL_LIMIT = 1e-5  # nats: the limit of other precisions is never below it
-SMALL_MODEL_PARAMETERS = 20_000_000  # smaller models run on one thread: more would mostly wait for each other
-CACHE_STEPS = 8  # last tokens of a left-padded batch, run one by one with the cache
-PROMPTS = 4  # texts whose beginnings are completed greedily, and compared alone, in a batch and with the cache
+SMALL_MODEL_BYTES = 80_000_000  # smaller models run on one thread: more would mostly wait for each other
+PROMPTS = 4  # texts whose beginnings are completed greedily
 
 
 def measure_parity(
@@ -65,26 +65,15 @@ def measure_parity(
         Refused: artifact and checkpoint tokenize a text differently.
         BadInput: no text has two tokens.
     """
-    import torch
-
-    model, tokenizer = _load_reference(torch_folder, trust_remote_code)
-    threads = 1 if model.num_parameters() < SMALL_MODEL_PARAMETERS else None
-    runtime = Runtime.load(onnx_folder, threads=threads)
-    max_tokens = min(max_tokens, runtime.max_length)
-    rows = _token_rows(tokenizer, runtime, texts, max_documents, max_tokens)
-    conversations = render_conversations(onnx_folder, SAMPLE_CONVERSATIONS)
-    chat_rows = [runtime.encode(text, add_special_tokens=False)[:max_tokens] for text in conversations]
-    totals = _Totals()
-    with torch.inference_mode(), _torch_threads(threads):
-        for row in rows + chat_rows:
-            reference = model(torch.tensor([row])).logits[0].numpy()
-            totals.add(row, reference, runtime.logits(*_pad([row]))[0])
-        # The runtime chooses no token from logits that are NaN.
-        greedy_identical = math.isfinite(totals.max_diff) and _completes_equally(
-            model, runtime, _prompts(rows, runtime.max_length), new_tokens
+    tokenizer = load_tokenizer(torch_folder, trust_remote_code)
+    config = load_config(torch_folder, trust_remote_code)
+    threads = 1 if _weight_bytes(torch_folder) < SMALL_MODEL_BYTES else None
+    # First the artifact alone, then PyTorch alone: both sets of weights are never in memory together.
+    with TemporaryFile(dir=onnx_folder) as file, _torch_threads(threads):
+        artifact = _run_artifact(
+            onnx_folder, threads, tokenizer, config, texts, (max_documents, max_tokens, new_tokens), file
         )
-        long_fields = _compare_long_text(model, runtime, rows)
-    size = sum(_predicted_bytes(runtime, row) for row in rows + chat_rows)
+        totals, fields = _compare_with_torch(torch_folder, trust_remote_code, artifact, file)
     manifest = read_manifest(onnx_folder)
     precision = manifest["precision"]
     parity = Parity(
@@ -96,16 +85,15 @@ def measure_parity(
         p99_kl=float(np.quantile(totals.kl, 0.99)),
         max_kl=float(np.max(totals.kl)),
         top1_agreement=totals.top1_matches / totals.tokens,
-        bits_per_byte_reference=totals.nats_reference / math.log(2) / size,
-        bits_per_byte=totals.nats / math.log(2) / size,
-        greedy_identical=greedy_identical,
-        documents=len(rows) + len(chat_rows),
-        conversations=len(chat_rows),
+        bits_per_byte_reference=totals.nats_reference / math.log(2) / artifact.predicted_bytes,
+        bits_per_byte=totals.nats / math.log(2) / artifact.predicted_bytes,
+        documents=len(artifact.rows),
+        conversations=artifact.conversations,
         quality=estimate_quality(totals.documents),
         limits=PRECISIONS[precision].limits,
         max_change=manifest.get("quantization", {}).get("requested", {}).get("max_change"),
-        **_invariance(runtime, _rows_of_unequal_length(rows)),
-        **long_fields,
+        **artifact.fields,
+        **fields,
         reading=_reading(torch_folder),
         passed=False,
     )
@@ -169,8 +157,8 @@ def _format_limit(limit: float) -> str:
     return f" (at most {limit:.3g})"
 
 
-def _load_reference(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load the PyTorch model in float32, set to greedy decoding, and its tokenizer."""
+def _load_reference(folder: Path, trust_remote_code: bool) -> Any:
+    """Load the PyTorch model in float32, set to greedy decoding."""
     from transformers import GenerationConfig
 
     # Eager attention, since torch's fused attention ignores what it does not support, such as Gemma 2's soft cap.
@@ -179,7 +167,7 @@ def _load_reference(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, do_sample=False
     )
-    return model, load_tokenizer(folder, trust_remote_code)
+    return model
 
 
 def _reading(folder: Path) -> dict[str, str]:
@@ -188,65 +176,112 @@ def _reading(folder: Path) -> dict[str, str]:
     return {"rotary": facts.rotary, "tokenizer": facts.tokenizer, "weights": facts.weights}
 
 
-def _compare_long_text(model: Any, runtime: Runtime, rows: list[list[int]]) -> dict[str, Any]:
-    """Compare a long text with PyTorch, if the model has a length to compare past. Returns fields of `Parity`."""
-    lengths, not_reached = compared_lengths(model.config, runtime.max_length)
-    fields: dict[str, Any] = {"lengths": tuple(lengths), "lengths_not_reached": tuple(not_reached)}
-    if lengths:
-        totals = _Totals()
-        for reference, logits in long_rows(model, runtime, list(chain(*rows)), lengths):
-            totals.compare(log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64)))
-        fields |= {"long_diff": totals.max_diff, "long_kl": float(np.mean(totals.kl))}
-    return fields
+@dataclass(frozen=True)
+class _ArtifactResults:
+    """What the artifact computed, but for the logits of the rows, which are in a file.
+
+    Attributes:
+        rows: token ids of the texts and conversations.
+        vocab_size: width of the logits.
+        completions: prompt and greedy completion, as token ids; None if the logits are not numbers.
+        long_text: None if the model has no length to compare past.
+        fields: of `Parity`.
+    """
+
+    rows: list[list[int]]
+    conversations: int
+    vocab_size: int
+    predicted_bytes: int
+    completions: list[tuple[list[int], list[int]]] | None
+    long_text: LongText | None
+    fields: dict[str, Any]
 
 
-def _completes_equally(model: Any, runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> bool:
-    """Return True if greedy completions are equal: one batch in the runtime, one by one in PyTorch."""
+def _run_artifact(
+    folder: Path,
+    threads: int | None,
+    tokenizer: Any,
+    config: Any,
+    texts: Sequence[str],
+    sizes: tuple[int, int, int],
+    file: BinaryIO,
+) -> _ArtifactResults:
+    """Run the artifact on everything that is compared, and write the (T, V) float32 logits of each row to `file`.
+
+    Args:
+        sizes: documents, tokens of each, new tokens of a completion.
+    """
+    runtime = Runtime.load(folder, threads=threads)
+    max_documents, max_tokens, new_tokens = sizes
+    max_tokens = min(max_tokens, runtime.max_length)
+    rows = _token_rows(tokenizer, runtime, texts, max_documents, max_tokens)
+    conversations = render_conversations(folder, SAMPLE_CONVERSATIONS)
+    chat_rows = [runtime.encode(text, add_special_tokens=False)[:max_tokens] for text in conversations]
+    for row in rows + chat_rows:
+        file.write(runtime.logits(*pad([row]))[0].astype(np.float32).tobytes())
+    lengths, not_reached = compared_lengths(config, runtime.max_length)
+    return _ArtifactResults(
+        rows=rows + chat_rows,
+        conversations=len(chat_rows),
+        vocab_size=runtime.vocab_size,
+        predicted_bytes=sum(_predicted_bytes(runtime, row) for row in rows + chat_rows),
+        completions=_complete(runtime, _prompts(rows, runtime.max_length), new_tokens),
+        long_text=run_long_text(runtime, list(chain(*rows)), lengths) if lengths else None,
+        fields={
+            "lengths": tuple(lengths),
+            "lengths_not_reached": tuple(not_reached),
+            **measure_invariance(runtime, rows),
+        },
+    )
+
+
+def _compare_with_torch(
+    folder: Path, trust_remote_code: bool, artifact: _ArtifactResults, file: BinaryIO
+) -> tuple[Totals, dict[str, Any]]:
+    """Compare what the artifact computed with PyTorch. Returns the totals over all rows, and fields of `Parity`."""
     import torch
 
+    model, totals = _load_reference(folder, trust_remote_code), Totals()
+    width, fields = artifact.vocab_size, {}
+    file.seek(0)
+    with torch.inference_mode():
+        for row in artifact.rows:
+            logits = np.frombuffer(file.read(4 * len(row) * width), np.float32).reshape(-1, width)
+            totals.add(row, model(torch.tensor([row])).logits[0].numpy(), logits)
+        fields["greedy_identical"] = _completes_equally(model, artifact.completions)
+        if artifact.long_text:
+            long_totals = Totals()
+            for reference, logits in compare_long_text(model, artifact.long_text):
+                long_totals.compare(log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64)))
+            fields |= {"long_diff": long_totals.max_diff, "long_kl": float(np.mean(long_totals.kl))}
+    return totals, fields
+
+
+def _complete(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], list[int]]] | None:
+    """Complete prompts greedily, as one batch; None if the logits are not numbers, which the other figures show."""
     try:
         completions = runtime.generate(prompts, max_new_tokens=new_tokens)
-    except BadInput:  # its logits are not numbers: the other figures say so
-        return False
-    for prompt, completion in zip(prompts, completions, strict=True):
+    except BadInput:
+        return None
+    return [(prompt, prompt + completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _completes_equally(model: Any, completions: list[tuple[list[int], list[int]]] | None) -> bool:
+    """Return True if PyTorch completes each prompt, alone, with the same tokens."""
+    import torch
+
+    for prompt, completed in completions or []:
         ids = torch.tensor([prompt])
-        count = min(new_tokens, runtime.max_length - len(prompt))
+        count = len(completed) - len(prompt)
         reference = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)[0]
-        if prompt + completion.token_ids != reference.tolist():
+        if completed != reference.tolist():
             return False
-    return True
+    return completions is not None
 
 
-@dataclass
-class _Totals:
-    """Running totals over tokens. `kl` has one entry per token, in nats."""
-
-    documents: list[Document] = field(default_factory=list)
-    tokens: int = 0
-    max_diff: float = 0.0
-    kl: list[float] = field(default_factory=list)
-    top1_matches: int = 0
-    nats_reference: float = 0.0
-    nats: float = 0.0
-
-    def add(self, row: list[int], reference: np.ndarray, logits: np.ndarray) -> None:
-        """Add one text: its T token ids, and (T, V) logits of reference and artifact."""
-        p, q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
-        self.tokens += len(row)
-        self.compare(p, q)
-        matches = int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-        steps = np.arange(len(row) - 1)
-        nats_reference, nats = -float(p[steps, row[1:]].sum()), -float(q[steps, row[1:]].sum())
-        self.documents.append(Document(np.array(self.kl[-len(row) :]), matches, nats_reference, nats))
-        self.top1_matches += matches
-        self.nats_reference += nats_reference
-        self.nats += nats
-
-    def compare(self, p: np.ndarray, q: np.ndarray) -> None:
-        """Add (T, V) log-probabilities of reference and artifact."""
-        # Comparisons with NaN are false: without nan_to_num a broken graph would pass.
-        self.max_diff = max(self.max_diff, float(np.nan_to_num(np.abs(p - q), nan=np.inf).max()))
-        self.kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+def _weight_bytes(folder: Path) -> int:
+    """Return the bytes of the checkpoint's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _token_rows(
@@ -276,90 +311,6 @@ def _prompts(rows: list[list[int]], max_length: int) -> list[list[int]]:
     """Return beginnings of the first rows, each half as long as the one before."""
     longest = min(48, max_length // 2)
     return [row[: max(1, longest >> step)] for step, row in enumerate(rows[:PROMPTS])]
-
-
-def _rows_of_unequal_length(rows: list[list[int]]) -> list[list[int]]:
-    """Return beginnings of the first rows, of unequal length."""
-    return [row[: max(2, len(row) * (PROMPTS - step) // PROMPTS)] for step, row in enumerate(rows[:PROMPTS])]
-
-
-def _pad(rows: list[list[int]], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and mask, each (B, T) int64."""
-    width = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, place] = row
-        mask[index, place] = 1
-    return ids, mask
-
-
-def _invariance(runtime: Runtime, rows: list[list[int]]) -> dict[str, float]:
-    """Measure how far texts alone are from the same texts in batches and with caches. Returns fields of `Parity`."""
-    alone = [log_softmax(runtime.logits(*_pad([row]))[0].astype(np.float64)) for row in rows]
-    together = runtime.logits(*_pad(rows))
-    fields: dict[str, float] = {}
-    for name, results in (
-        ("batch", ((row, 0, together[row, : len(ids)]) for row, ids in enumerate(rows))),
-        ("left_padding", _run_left_padded(runtime, rows)),
-        ("cache", _run_token_by_token(runtime, rows)),
-    ):
-        totals = _Totals()
-        for row, start, logits in results:
-            totals.compare(alone[row][start : start + len(logits)], log_softmax(logits.astype(np.float64)))
-        fields |= {f"{name}_diff": totals.max_diff, f"{name}_kl": float(np.mean(totals.kl))}
-    return fields
-
-
-def _run_left_padded(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Run rows padded on the left, the last tokens one by one. Yields (row, token, (1, V) logits after that token).
-
-    Uses the bare graph as other runtimes do: the cache outputs of a run are the inputs of the next one.
-    """
-    session = runtime.onnx_session
-    tokens, mask = _pad(rows, left=True)
-    place = positions_from_mask(mask)
-    width = tokens.shape[1]
-    inputs = session.get_inputs()
-    cache = [item for item in inputs if item.name.startswith("past_key_values.")]
-    past = [np.zeros(empty_past_shape(item, len(rows)), NUMPY_TYPES[item.type]) for item in cache]
-    outputs = ["logits", *(item.name.replace("past_key_values.", "present.", 1) for item in cache)]
-    first = width - min(CACHE_STEPS, min(map(len, rows)) - 1)
-    for start, end in pairwise([0, *range(first, width + 1)]):
-        feeds = {
-            "input_ids": tokens[:, start:end],
-            "attention_mask": mask[:, :end],
-            "position_ids": place[:, start:end],
-            **{item.name: value for item, value in zip(cache, past, strict=True)},
-        }
-        logits, *past = session.run(outputs, {item.name: feeds[item.name] for item in inputs})
-        for row in range(len(rows)):
-            for column in range(start, end):
-                if mask[row, column]:
-                    yield row, int(place[row, column]), logits[row, column - start, None]
-
-
-def _run_token_by_token(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Run the first half of each row as a prompt, the rest as a batch, token by token, with the runtime's cache.
-
-    Yields (row, token, (1, V) logits after that token).
-    """
-    batch = Batch(runtime)
-    halves = [len(row) // 2 for row in rows]
-    slots = [batch.add_prompt(row[:half]) for row, half in zip(rows, halves, strict=True)]
-    for row, slot in enumerate(slots):
-        logits = None
-        while logits is None:
-            [logits] = batch.prefill([slot], len(rows[row]))
-        yield row, halves[row] - 1, logits[None]
-    for step in range(max(len(row) - half for row, half in zip(rows, halves, strict=True))):
-        unfinished = [row for row, ids in enumerate(rows) if halves[row] + step < len(ids)]
-        tokens = [rows[row][halves[row] + step] for row in unfinished]
-        results = batch.step([slots[row] for row in unfinished], tokens)
-        for row, logits in zip(unfinished, results, strict=True):
-            yield row, halves[row] + step, logits[None].copy()
-    for slot in slots:
-        batch.remove_slot(slot)
 
 
 @contextmanager

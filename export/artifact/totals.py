@@ -1,0 +1,42 @@
+"""Running totals of a comparison of log-probabilities, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from limbeck.export.artifact.quality import Document
+from limbeck.export.runtime.sampling import log_softmax
+
+
+@dataclass
+class Totals:
+    """Running totals over tokens. `kl` has one entry per token, in nats."""
+
+    documents: list[Document] = field(default_factory=list)
+    tokens: int = 0
+    max_diff: float = 0.0
+    kl: list[float] = field(default_factory=list)
+    top1_matches: int = 0
+    nats_reference: float = 0.0
+    nats: float = 0.0
+
+    def add(self, row: list[int], reference: np.ndarray, logits: np.ndarray) -> None:
+        """Add one text: its T token ids, and (T, V) logits of reference and artifact."""
+        p, q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
+        self.tokens += len(row)
+        self.compare(p, q)
+        matches = int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+        steps = np.arange(len(row) - 1)
+        nats_reference, nats = -float(p[steps, row[1:]].sum()), -float(q[steps, row[1:]].sum())
+        self.documents.append(Document(np.array(self.kl[-len(row) :]), matches, nats_reference, nats))
+        self.top1_matches += matches
+        self.nats_reference += nats_reference
+        self.nats += nats
+
+    def compare(self, p: np.ndarray, q: np.ndarray) -> None:
+        """Add (T, V) log-probabilities of reference and artifact."""
+        # Comparisons with NaN are false: without nan_to_num a broken graph would pass.
+        self.max_diff = max(self.max_diff, float(np.nan_to_num(np.abs(p - q), nan=np.inf).max()))
+        self.kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
