@@ -25,6 +25,7 @@ from limbeck.registry.checkpoints.checked import checked_facts
 from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest
 from limbeck.registry.core.errors import BadInput, Refused
+from limbeck.registry.core.machine import return_freed_memory
 from limbeck.registry.records import Parity
 
 MAX_LOGPROB_DIFF = 1e-3  # nats: limit of an fp32 graph against PyTorch, and against itself
@@ -69,10 +70,12 @@ def measure_parity(
     config = load_config(torch_folder, trust_remote_code)
     threads = 1 if _weight_bytes(torch_folder) < SMALL_MODEL_BYTES else None
     # First the artifact alone, then PyTorch alone: both sets of weights are never in memory together.
+    return_freed_memory()
     with TemporaryFile(dir=onnx_folder) as file, _torch_threads(threads):
         artifact = _run_artifact(
             onnx_folder, threads, tokenizer, config, texts, (max_documents, max_tokens, new_tokens), file
         )
+        return_freed_memory()
         totals, fields = _compare_with_torch(torch_folder, trust_remote_code, artifact, file)
     manifest = read_manifest(onnx_folder)
     precision = manifest["precision"]

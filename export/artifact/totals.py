@@ -9,6 +9,8 @@ import numpy as np
 from limbeck.export.artifact.quality import Document
 from limbeck.export.runtime.sampling import log_softmax
 
+CHUNK = 16  # tokens at a time: (16, V) float64 log-probabilities take little memory
+
 
 @dataclass
 class Totals:
@@ -24,12 +26,17 @@ class Totals:
 
     def add(self, row: list[int], reference: np.ndarray, logits: np.ndarray) -> None:
         """Add one text: its T token ids, and (T, V) logits of reference and artifact."""
-        p, q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
         self.tokens += len(row)
-        self.compare(p, q)
-        matches = int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-        steps = np.arange(len(row) - 1)
-        nats_reference, nats = -float(p[steps, row[1:]].sum()), -float(q[steps, row[1:]].sum())
+        matches, nats_reference, nats = 0, 0.0, 0.0
+        for start in range(0, len(row), CHUNK):
+            part = slice(start, start + CHUNK)
+            p, q = log_softmax(reference[part].astype(np.float64)), log_softmax(logits[part].astype(np.float64))
+            self.compare(p, q)
+            matches += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+            following = row[start + 1 : start + 1 + CHUNK]
+            steps = np.arange(len(following))
+            nats_reference -= float(p[steps, following].sum())
+            nats -= float(q[steps, following].sum())
         self.documents.append(Document(np.array(self.kl[-len(row) :]), matches, nats_reference, nats))
         self.top1_matches += matches
         self.nats_reference += nats_reference

@@ -153,12 +153,12 @@ def require_parity(parity: Parity, label: str) -> None:
             fix="nothing was stored; this architecture is not exported correctly",
         )
     if too_far := quality_failures(parity):
-        allowed = math.ceil(105 * parity.quality["bits_per_byte_change"].high) / 100
+        allowed = max(0.01, math.ceil(105 * parity.quality["bits_per_byte_change"].high) / 100)
+        other = "int8-weight" if parity.precision == "int4" else "fp32"
         raise Refused(
             f"{label}: too far from PyTorch: over {parity.tokens} tokens of {parity.documents} texts, with 95% "
             f"intervals, {'; '.join(too_far)}",
-            fix="nothing was stored; use int8-weight or fp32, or allow more bits per byte: "
-            f"--max-change {max(0.01, allowed):g}",
+            fix=f"nothing was stored; use {other}, or allow more bits per byte: --max-change {allowed:g}",
         )
 
 

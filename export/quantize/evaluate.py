@@ -16,6 +16,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import GRAPH
 from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.machine import return_freed_memory
 
 ROW_TOKENS = 128  # at most, per text
 
@@ -87,6 +88,7 @@ class CandidateEvaluator:
         for path in self._scratch.glob(f"{GRAPH}*"):
             path.unlink()
         size = save_graph(model, self._scratch / GRAPH)
+        return_freed_memory()
         return Runtime.load(self._scratch, verify=False), size
 
     def _score(self, runtime: Runtime, size: int) -> CandidateScore:

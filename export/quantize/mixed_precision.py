@@ -103,12 +103,16 @@ class _Search:
         return raised, {"alone_in_8_bits": alone, "raised_to_8_bits": steps}
 
     def _try_format(self, blocks: BlockFormat) -> _Trial:
-        model = self.weights.quantize(dict.fromkeys(self.weights.groups, blocks))
-        self.weights.clear_packed()
-        score = self.evaluator.score(model)
+        score = self.evaluator.score(self._quantize_all(blocks))
         change = f"KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
         self.report(f"  {_describe_format(blocks)}: {change}")
         return _Trial(blocks, score)
+
+    def _quantize_all(self, blocks: BlockFormat) -> Any:
+        """Build the graph with all weights in one format. The packed weights are freed."""
+        model = self.weights.quantize(dict.fromkeys(self.weights.groups, blocks))
+        self.weights.clear_packed()
+        return model
 
     def _in_8_bits(self, blocks: BlockFormat) -> BlockFormat:
         return replace(blocks, bits=8, accuracy_level=4 if self.on_cpu else 0)
