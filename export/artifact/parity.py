@@ -245,7 +245,8 @@ def _compare_with_torch(
     import torch
 
     model, totals = _load_reference(folder, trust_remote_code), Totals()
-    width, fields = artifact.vocab_size, {}
+    width = artifact.vocab_size
+    fields: dict[str, Any] = {}
     file.seek(0)
     with torch.inference_mode():
         for row in artifact.rows:
