@@ -31,10 +31,12 @@ def test_fp32_equals_pytorch(parity: dict[str, dict[str, Any]]) -> None:
     assert parity["fp32"]["passed"]
 
 
-def test_int8_weights_change_little(parity: dict[str, dict[str, Any]]) -> None:
+def test_int8_weights_are_within_the_limits_in_text_and_in_chat(parity: dict[str, dict[str, Any]]) -> None:
     report = parity["int8-weight"]
-    assert report["mean_kl"] < 0.02
-    assert report["bits_per_byte"] < 1.01 * report["bits_per_byte_reference"]
+    assert report["conversations"] == 8
+    assert report["exceeded"] == []
+    assert report["quality"]["mean_kl"]["high"] < 0.015
+    assert report["quality"]["p99_kl"]["high"] < 0.15
 
 
 def test_int4_weights_are_worse_and_still_a_language_model(parity: dict[str, dict[str, Any]]) -> None:
@@ -46,7 +48,7 @@ def test_each_precision_computes_the_same_in_batches_and_with_its_cache(parity: 
     assert set(parity) == set(PRECISIONS.split(","))
     for precision, report in parity.items():
         for condition in ("batch", "left_padding", "cache"):
-            assert report[f"{condition}_kl"] <= max(1e-5, 4 * report["mean_kl"]), (precision, condition)
+            assert report[f"{condition}_kl"] <= max(1e-5, report["mean_kl"]), (precision, condition)
 
 
 def test_greedy_text_equals_that_of_transformers(artifacts: Path, smollm2: Path) -> None:

@@ -36,6 +36,20 @@ def test_a_file_or_folder_is_written_completely_or_not_at_all(tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["below", "file", "folder", "two"]
 
 
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "folder") as part:
+            part.mkdir()
+            for name, mode in (("weights.safetensors", 0o600), ("start.sh", 0o755)):
+                (part / name).write_text("")
+                (part / name).chmod(mode)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "folder").iterdir()}
+    assert modes == {"weights.safetensors": 0o640, "start.sh": 0o755}
+
+
 def test_the_environment_decides_where_the_state_is(limbeck_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (home(), tracking_uri()) == (limbeck_home, f"sqlite:///{limbeck_home}/mlflow.db")
     monkeypatch.delenv("LIMBECK_HOME")
