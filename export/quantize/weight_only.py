@@ -92,7 +92,8 @@ class GraphWeights:
     def calibrate(self, artifact: Path, scratch: Path, texts: Sequence[str]) -> None:
         """Round the weights of products to 4 bits by GPTQ, with the moments of their inputs over `texts`.
 
-        Tables of tokens and weights with blocks of their own stay as they are.
+        Tables that are only looked up and weights with blocks of their own stay as they are. A table that a tied head
+        multiplies is rounded for the head.
 
         Args:
             artifact: folder with the float32 graph that this was made from.
@@ -101,13 +102,14 @@ class GraphWeights:
         """
         readers: dict[str, list[WeightNode]] = {}
         for product in self.weight_nodes:
-            if not product.outputs_first and product.weight not in self._carried_bits:
+            odd_table = product.outputs_first and product.inputs % BLOCK  # a lookup has no shorter last block
+            if product.input_name and not odd_table and product.weight not in self._carried_bits:
                 readers.setdefault(product.input_name, []).append(product)
         widths = {name: products[0].inputs for name, products in readers.items()}
         for name, moments in input_moments(artifact, scratch, widths, texts):
             factor = inverse_factor(moments)
             for product in readers[name]:
-                rounded = gptq(self._array(product.weight), np.diag(moments), factor, 4, BLOCK)
+                rounded = gptq(self._inputs_first(product), np.diag(moments), factor, 4, BLOCK)
                 self._chosen[product.weight, 4] = pack(*rounded)
 
     def pack(self, product: WeightNode, blocks: BlockFormat) -> Packed:
@@ -236,7 +238,7 @@ def _find_weight_nodes(graph: Any) -> list[WeightNode]:
         if outputs_first:
             inputs, outputs = outputs, inputs
         group = "embedding" if weight in tables else _group(node.name or node.output[0])
-        source = node.input[1 if node.op_type == "Gather" else 0]
+        source = "" if node.op_type == "Gather" else node.input[0]
         found.append(WeightNode(node.output[0], weight, outputs_first, inputs, outputs, group, source))
     return found
 

@@ -50,7 +50,7 @@ class WeightNode:
         weight: name of the initializer.
         outputs_first: the weight is (out, in), not (in, out): it is a table of tokens.
         group: part of the model that gets one format, such as "layers.3.mlp".
-        input_name: the tensor that is multiplied, or the token ids of a lookup.
+        input_name: the tensor that is multiplied; "" for a lookup.
     """
 
     output_name: str

@@ -1,0 +1,172 @@
+"""Quality of int4 beside llama.cpp's formats: the same Llama weights, the same text, KL to the float32 model.
+
+    python -m tests.bench.quality [MODEL] [TEXT.jsonl]
+
+MODEL is a checkpoint of a Llama (the quickstart's teacher), TEXT has {"text": ...} per line (the standard library's
+modules): the first half of its documents calibrates int4 and the mixed formats, the second half is scored. llama.cpp
+quantizes an F32 GGUF file of the weights without an importance matrix, as the files that people download mostly are.
+Sizes are of weights and graph, without the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
+from tests import ROOT
+
+TOKENS, ROW_TOKENS = 4096, 256  # scored, and of one document
+FORMATS = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama.cpp's llama_ftype
+
+Logits = Callable[[list[int]], np.ndarray]  # T token ids -> (T, V) logits
+
+
+def main(model: Path = ROOT / "quickstart/teacher", text: Path | None = None) -> None:
+    """Quantize the model in each format and print a table."""
+    from limbeck.export.artifact.export import export_onnx
+    from limbeck.export.quantize.settings import QuantizationSettings
+    from limbeck.export.runtime.runtime import Runtime
+
+    quiet_libraries()
+    texts = read_texts(text)
+    half = len(texts) // 2
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        export_onnx(model, folder / "fp32")
+        settings = QuantizationSettings(texts[:half], report=print_status)
+        runtime = Runtime.load(folder / "fp32", verify=False)
+        rows = rows_of(runtime, texts[half:])
+        contestants: dict[str, tuple[int, Logits]] = {}
+        for precision in ("int8-weight", "int4"):
+            export_onnx(model, folder / precision, precision, fp32_artifact=folder / "fp32", settings=settings)
+            size = sum(path.stat().st_size for path in (folder / precision).glob("model.onnx*"))
+            contestants[f"Limbeck, {precision}"] = size, logits_of(folder / precision)
+        contestants |= {f"llama.cpp, {name}": found for name, found in llama_cpp_formats(model, folder)}
+        print_scores(logits_of(folder / "fp32"), contestants, rows, runtime.decode)
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """Return the documents of a JSON Lines file; without one, modules of Python's standard library."""
+    if path:
+        from limbeck.registry.core.jsonl import read_rows
+
+        return [text for (text,) in read_rows(path, ("text",), None)]
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [module.read_text(encoding="utf-8", errors="ignore") for module in modules]
+    return texts[::2] + texts[1::2]
+
+
+def rows_of(runtime: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return beginnings of the texts, TOKENS in all."""
+    rows = (runtime.encode(text[: 16 * ROW_TOKENS])[:ROW_TOKENS] for text in texts)
+    return [row for row in rows if len(row) > 1][: TOKENS // ROW_TOKENS]
+
+
+def logits_of(artifact: Path) -> Logits:
+    """Return the logits of an artifact as a function of the tokens."""
+    from limbeck.export.runtime.runtime import Runtime
+
+    runtime = Runtime.load(artifact, verify=False)
+    return lambda row: runtime.logits(np.array([row]), np.ones((1, len(row)), np.int64))[0]
+
+
+def llama_cpp_formats(model: Path, folder: Path) -> Iterator[tuple[str, tuple[int, Logits]]]:
+    """Quantize the model by llama.cpp. Yields format -> size and logits; nothing if llama-cpp-python is missing."""
+    try:
+        import llama_cpp
+    except ImportError:
+        print_status("llama-cpp-python is not installed (extra `bench`): skipped")
+        return
+    source = folder / "f32.gguf"
+    write_llama_gguf(model, source)
+    for name, kind in FORMATS.items():
+        path = folder / f"{name}.gguf"
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = kind
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
+            raise RuntimeError(f"llama.cpp could not quantize to {name}")
+        llama = llama_cpp.Llama(str(path), n_ctx=ROW_TOKENS, n_batch=ROW_TOKENS, logits_all=True, verbose=False)
+
+        def logits(row: list[int], llama: Any = llama) -> np.ndarray:
+            llama.reset()
+            llama.eval(row)
+            return np.array(llama.scores[: len(row)])
+
+        yield name, (path.stat().st_size, logits)
+
+
+def write_llama_gguf(model: Path, path: Path) -> None:
+    """Write the checkpoint of a Llama as GGUF in float32, without its tokenizer."""
+    import gguf
+
+    from limbeck.registry.checkpoints.load import load_model
+
+    loaded: Any = load_model(model)
+    config = loaded.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in loaded.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        count = heads.get(name.split(".")[-2])
+        if count:  # llama.cpp rotates neighbours, transformers halves
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def print_scores(
+    reference: Logits,
+    contestants: dict[str, tuple[int, Logits]],
+    rows: list[list[int]],
+    decode: Callable[[list[int], bool], str],
+) -> None:
+    """Print size, KL, bits per byte and top-1 agreement of each contestant."""
+    from limbeck.export.runtime.sampling import log_softmax
+
+    size = sum(len(decode(row[1:], False).encode()) for row in rows)
+    wanted = [log_softmax(reference(row).astype(np.float64)) for row in rows]
+    table = []
+    for name, (bytes_, logits) in contestants.items():
+        kl, same, nats = [], [], 0.0
+        for row, p in zip(rows, wanted, strict=True):
+            q = log_softmax(logits(row).astype(np.float64))
+            kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+            same += (p.argmax(axis=1) == q.argmax(axis=1)).tolist()
+            nats -= float(q[np.arange(len(row) - 1), row[1:]].sum())
+        figures = [f"{bytes_ / 1e6:.1f}", f"{np.mean(kl):.4f}", f"{np.quantile(kl, 0.99):.3f}"]
+        table.append([name, *figures, f"{nats / math.log(2) / size:.4f}", f"{np.mean(same):.1%}"])
+    bits = -sum(float(p[np.arange(len(r) - 1), r[1:]].sum()) for r, p in zip(rows, wanted, strict=True))
+    print_table(
+        f"{sum(map(len, rows)):,} tokens, KL to float32, whose bits per byte are {bits / math.log(2) / size:.4f}",
+        ["", "MB", "KL, nats", "99% of tokens below", "bits per byte", "top-1 agreement"],
+        table,
+    )
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
