@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import openai
@@ -16,19 +16,15 @@ from tests.export.export_helpers import serving
 
 
 @pytest.fixture(scope="module")
-def client(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    from limbeck.export.artifact.export import export_onnx
-
-    folder = tmp_path_factory.mktemp("serving") / "smollm2"
-    export_onnx(smollm2, folder)
-    with serving(folder, "", "--embeddings", "mean") as served:
+def client(artifacts: Path) -> Iterator[openai.OpenAI]:
+    with serving(artifacts / "int8-weight", "", "--embeddings", "mean") as served:
         yield openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=240)
 
 
 class Person(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=40)
     born: int = pydantic.Field(ge=0, le=2100)
-    fields: list[str] = pydantic.Field(min_length=1, max_length=3)
+    fields: list[Annotated[str, pydantic.Field(max_length=40)]] = pydantic.Field(min_length=1, max_length=3)
 
 
 WEATHER: Any = {
@@ -50,7 +46,7 @@ WEATHER: Any = {
 def test_json_answers_always_parse(client: openai.OpenAI, temperature: float) -> None:
     for person in ("Marie Curie", "a famous mathematician"):
         answer = client.chat.completions.parse(
-            model="smollm2",
+            model="int8-weight",
             messages=[{"role": "user", "content": f"Describe {person} as JSON."}],
             response_format=Person,
             temperature=temperature,
@@ -63,7 +59,7 @@ def test_json_answers_always_parse(client: openai.OpenAI, temperature: float) ->
 
 def test_a_required_call_is_valid_and_streams(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = dict(
-        model="smollm2",
+        model="int8-weight",
         messages=[{"role": "user", "content": "What is the weather in Paris, in Celsius?"}],
         tools=[WEATHER],
         tool_choice="required",
@@ -83,7 +79,7 @@ def test_a_required_call_is_valid_and_streams(client: openai.OpenAI) -> None:
 
 def test_embeddings_tell_what_texts_are_about(client: openai.OpenAI) -> None:
     texts = ["The cat sat on the mat.", "A kitten is lying on a rug.", "Interest rates rose by half a point."]
-    vectors = np.array([item.embedding for item in client.embeddings.create(model="smollm2", input=texts).data])
+    vectors = np.array([item.embedding for item in client.embeddings.create(model="int8-weight", input=texts).data])
     similar, other = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
     assert similar > other
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
