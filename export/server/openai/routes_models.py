@@ -31,7 +31,8 @@ class TokenizeRequest:
     chat_template_kwargs: JsonObject | None = None
     model: str | None = None
     add_special_tokens: bool | None = None  # default: True for a text; a chat template writes them itself
-    parse_special: bool | None = None  # as in the other requests
+    # As in the other requests, but special tokens in a prompt are tokens by default: lm-eval asks for their ids here.
+    parse_special: bool | None = None
     return_token_strs: bool | None = None
 
     def token_ids(self, runtime: Runtime, template: ChatTemplate | None) -> list[int]:
@@ -40,7 +41,9 @@ class TokenizeRequest:
             raise APIError(400, "give either prompt or messages", "prompt")
         if self.messages is None:
             options = {"add_special_tokens": self.add_special_tokens is not False}
-            return encode(runtime, self.prompt or "", "prompt", parse_special=bool(self.parse_special), **options)
+            return encode(
+                runtime, self.prompt or "", "prompt", parse_special=self.parse_special is not False, **options
+            )
         conversation = Conversation(
             messages=self.messages,
             tools=self.tools,

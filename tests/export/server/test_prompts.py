@@ -38,8 +38,11 @@ ATTACK = f"a{BOS}b"
 
 def test_special_tokens_of_a_prompt_are_text_unless_asked_for(http: httpx.Client) -> None:
     assert tokens(http, prompt="ab")[0] == BOS
-    assert tokens(http, prompt=ATTACK).count(BOS) == 1
-    assert tokens(http, prompt=ATTACK, parse_special=True).count(BOS) == 2
+    assert tokens(http, prompt=ATTACK, parse_special=False).count(BOS) == 1
+    assert tokens(http, prompt=ATTACK).count(BOS) == 2  # who asks for ids may also send them
+    assert post(http, "/v1/completions", prompt=ATTACK, max_tokens=1)["usage"]["prompt_tokens"] == len(
+        tokens(http, prompt=ATTACK, parse_special=False)
+    )
     for parse_special in (False, True):
         ids = post(http, "/tokenize", prompt=ATTACK, parse_special=parse_special)["tokens"]
         assert post(http, "/detokenize", tokens=ids)["prompt"] == BOS + ATTACK
