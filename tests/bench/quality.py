@@ -22,9 +22,10 @@ import numpy as np
 
 from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
+from tests.bench._llama_cpp import quantize_by_llama_cpp
 
 TOKENS, ROW_TOKENS = 4096, 256  # scored, and of one document
-FORMATS = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama.cpp's llama_ftype
+FORMATS = ("Q4_0", "Q4_K_M", "Q8_0")
 
 Logits = Callable[[list[int]], np.ndarray]  # T token ids -> (T, V) logits
 
@@ -80,19 +81,9 @@ def logits_of(artifact: Path) -> Logits:
 
 def llama_cpp_formats(model: Path, folder: Path) -> Iterator[tuple[str, tuple[int, Logits]]]:
     """Quantize the model by llama.cpp. Yields format -> size and logits; nothing if llama-cpp-python is missing."""
-    try:
+    for name, path in quantize_by_llama_cpp(model, folder, FORMATS).items():
         import llama_cpp
-    except ImportError:
-        print_status("llama-cpp-python is not installed (extra `bench`): skipped")
-        return
-    source = folder / "f32.gguf"
-    write_llama_gguf(model, source)
-    for name, kind in FORMATS.items():
-        path = folder / f"{name}.gguf"
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = kind
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
-            raise RuntimeError(f"llama.cpp could not quantize to {name}")
+
         llama = llama_cpp.Llama(str(path), n_ctx=ROW_TOKENS, n_batch=ROW_TOKENS, logits_all=True, verbose=False)
 
         def logits(row: list[int], llama: Any = llama) -> np.ndarray:
@@ -101,42 +92,6 @@ def llama_cpp_formats(model: Path, folder: Path) -> Iterator[tuple[str, tuple[in
             return np.array(llama.scores[: len(row)])
 
         yield name, (path.stat().st_size, logits)
-
-
-def write_llama_gguf(model: Path, path: Path) -> None:
-    """Write the checkpoint of a Llama as GGUF in float32, without its tokenizer."""
-    import gguf
-
-    from limbeck.registry.checkpoints.load import load_model
-
-    loaded: Any = load_model(model)
-    config = loaded.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in loaded.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = tensor.numpy()
-        count = heads.get(name.split(".")[-2])
-        if count:  # llama.cpp rotates neighbours, transformers halves
-            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def print_scores(
