@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 
 from limbeck.export.graph.save import save_graph
 from limbeck.export.quantize.sample_texts import CHOICE_CONVERSATIONS, render_conversations
+from limbeck.export.quantize.switches import SWITCHES, SwitchedGraph
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import log_softmax
-from limbeck.export.runtime.session import GRAPH
+from limbeck.export.runtime.session import GRAPH, NUMPY_TYPES, empty_past_shape
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import return_freed_memory
 
@@ -83,6 +84,23 @@ class CandidateEvaluator:
         runtime, size = self._load(model)
         return self._score(runtime, size)
 
+    def open_switches(self, graph: SwitchedGraph, size: int) -> Callable[..., CandidateScore]:
+        """Load a graph with switches once. Returns a function that scores it with the second form of some parts.
+
+        The function takes the parts and `step`, to use every `step`-th text only.
+
+        Args:
+            size: bytes of the weights with the first form of every part.
+        """
+        runtime, _ = self._load(graph.model)
+
+        def score(parts: Iterable[str], step: int = 1) -> CandidateScore:
+            taken = set(parts)
+            bytes_ = size + sum(graph.added_bytes[part] for part in taken)
+            return self._score(runtime, bytes_, {SWITCHES: graph.switches(taken)}, step)
+
+        return score
+
     def _load(self, model: Any) -> tuple[Runtime, int]:
         """Load the candidate. Returns its runtime and the bytes of its weights."""
         for path in self._scratch.glob(f"{GRAPH}*"):
@@ -91,20 +109,30 @@ class CandidateEvaluator:
         return_freed_memory()
         return Runtime.load(self._scratch, verify=False), size
 
-    def _score(self, runtime: Runtime, size: int) -> CandidateScore:
+    def _score(
+        self, runtime: Runtime, size: int, more_inputs: Mapping[str, np.ndarray] | None = None, step: int = 1
+    ) -> CandidateScore:
         kl, nats, reference = 0.0, 0.0, 0.0
-        for row, p in zip(self._rows, self._reference, strict=True):
-            q = self._logprobs(runtime, row)
+        tokens = sum(map(len, self._rows[::step]))
+        for row, p in zip(self._rows[::step], self._reference[::step], strict=True):
+            q = self._logprobs(runtime, row, more_inputs)
             kl += float((np.exp(p) * (p - q)).sum())
             steps = np.arange(len(row) - 1)
             nats -= float(q[steps, row[1:]].sum())
             reference -= float(p[steps, row[1:]].sum())
-        return CandidateScore(kl / self.tokens, nats / reference - 1, kl / reference, size)
+        return CandidateScore(kl / tokens, nats / reference - 1, kl / reference, size)
 
-    def _logprobs(self, runtime: Runtime, row: list[int]) -> np.ndarray:
+    def _logprobs(
+        self, runtime: Runtime, row: list[int], more_inputs: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
         """Return (T, V) float32 log-probabilities of one text."""
         ids = np.array([row], np.int64)
-        return log_softmax(runtime.logits(ids, np.ones_like(ids))[0].astype(np.float64)).astype(np.float32)
+        values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
+        feeds = {name: values[name] for name in runtime.input_names} | dict(more_inputs or {})
+        for name, item in runtime.past_inputs.items():
+            feeds[name] = np.zeros(empty_past_shape(item, 1), NUMPY_TYPES[item.type])
+        [logits] = runtime.onnx_session.run(["logits"], feeds)
+        return log_softmax(logits[0].astype(np.float64)).astype(np.float32)
 
 
 def _rows(runtime: Runtime, texts: Sequence[str], tokens: int) -> list[list[int]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from limbeck.export.quantize.blocks.formats import BlockFormat
 from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore
+from limbeck.export.quantize.switches import SwitchedGraph, switch_graphs
 from limbeck.export.quantize.weight_only import GraphWeights
+from limbeck.registry.core.digest import json_digest, write_json
+from limbeck.registry.core.home import atomic_write, home
 
 # Formats to try, by bits. Larger blocks save little: in 8 bits, blocks of 64 are 6% smaller than blocks of 32, and have
 # 1.5 times their KL (SmolLM2-135M).
@@ -16,6 +20,8 @@ CANDIDATES = {
     8: (BlockFormat(8, 32, symmetric=True),),
     4: (BlockFormat(4, 32),),
 }
+
+RANKING_STEP = 4  # parts are ranked on every fourth text
 
 
 @dataclass(frozen=True)
@@ -80,27 +86,64 @@ class _Search:
     def raise_parts_to_8_bits(self, plan: Mapping[str, BlockFormat]) -> tuple[dict[str, BlockFormat], dict[str, Any]]:
         """Give parts 8 bits, best gain per byte first, until the loss is at most the limit.
 
-        Returns the new plan, and for the manifest the score of each part alone in 8 bits, and the scores as parts were
-        added one after the other. The record is empty if the plan is within the limit from the start.
+        Each part is tried alone, on some of the texts. Gains add up nearly, so the number of parts is then found by
+        bisection, on all texts.
+
+        Returns the new plan, and for the manifest the score of each part alone in 8 bits, and the scores with the first
+        parts raised, by their number. The record is empty if the plan is within the limit from the start.
         """
         start = self.evaluator.score(self.weights.quantize(plan))
         if start.loss <= self.max_loss:
             return dict(plan), {}
-        alone, gains = {}, {}
-        for part, blocks in plan.items():
-            score = self.evaluator.score(self.weights.quantize({**plan, part: self._in_8_bits(blocks)}))
-            alone[part] = score.to_manifest()
-            gains[part] = (start.kl - score.kl) / max(1, score.bytes - start.bytes)
-            self.report(f"  {part} in 8 bits: KL {start.kl:.4f} -> {score.kl:.4f}")
-        steps = [{"part": None, **start.to_manifest()}]
-        raised = dict(plan)
-        for part in sorted(gains, key=gains.__getitem__, reverse=True):
-            raised[part] = self._in_8_bits(raised[part])
-            score = self.evaluator.score(self.weights.quantize(raised))
-            steps.append({"part": part, **score.to_manifest()})
-            if score.loss <= self.max_loss:
+        in_8_bits = {part: self._in_8_bits(blocks) for part, blocks in plan.items()}
+        nodes = [*self.weights.weight_nodes, *self.weights.expert_nodes]
+        graph = switch_graphs(
+            self.weights.quantize(plan),
+            self.weights.quantize(in_8_bits),
+            {node.output_name: node.group for node in nodes},
+        )
+        score = self.evaluator.open_switches(graph, start.bytes)
+        on_some_texts = score([], step=RANKING_STEP)
+        alone = self._score_alone(graph, on_some_texts, score)
+        ranked = sorted(alone, key=lambda part: (alone[part].kl - on_some_texts.kl) / max(1, graph.added_bytes[part]))
+        steps = {0: start}
+        low, high = 0, len(ranked)  # with `low` parts the loss is above the limit
+        while high - low > 1 or high not in steps:
+            count = (low + high) // 2 if high in steps else high
+            steps[count] = score(ranked[:count])
+            if steps[count].loss <= self.max_loss:
+                high = count
+            elif count == high:
                 break
-        return raised, {"alone_in_8_bits": alone, "raised_to_8_bits": steps}
+            else:
+                low = count
+        record = [{"parts": count, **steps[count].to_manifest()} for count in sorted(steps)]
+        return {**plan, **{part: in_8_bits[part] for part in ranked[:high]}}, {
+            "alone_in_8_bits": {part: alone[part].to_manifest() for part in ranked},
+            "raised_to_8_bits": record,
+        }
+
+    def _score_alone(
+        self, graph: SwitchedGraph, start: CandidateScore, score: Callable[..., CandidateScore]
+    ) -> dict[str, CandidateScore]:
+        """Score each part alone in 8 bits. A search that was interrupted goes on where it stopped.
+
+        The scores so far are in a file of the state folder, under a digest of the first score: another model, text or
+        format has another.
+        """
+        key = json_digest({"start": start.to_manifest(), "parts": graph.added_bytes})
+        file = home() / "searches" / f"{key[:16]}.json"
+        file.parent.mkdir(exist_ok=True)
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        alone = {part: CandidateScore(**fields) for part, fields in known.items()}
+        for part in graph.parts:
+            if part not in alone:
+                alone[part] = score([part], step=RANKING_STEP)
+                with atomic_write(file) as temporary:
+                    write_json(temporary, {name: found.to_manifest() for name, found in alone.items()})
+            self.report(f"  {part} in 8 bits: KL {start.kl:.4f} -> {alone[part].kl:.4f}")
+        file.unlink(missing_ok=True)
+        return alone
 
     def _try_format(self, blocks: BlockFormat) -> _Trial:
         score = self.evaluator.score(self._quantize_all(blocks))

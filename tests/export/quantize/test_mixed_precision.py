@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.quantize.evaluate import CandidateEvaluator
 from limbeck.export.quantize.mixed_precision import choose_plan
 from limbeck.export.quantize.settings import QuantizationSettings
-from limbeck.export.quantize.weight_only import GraphWeights
+from limbeck.export.quantize.switches import switch_graphs
+from limbeck.export.quantize.weight_only import BlockFormat, GraphWeights
 from limbeck.registry.core.digest import read_manifest
 from tests.export.export_helpers import (
     Exported,
@@ -23,20 +27,31 @@ def test_parts_get_8_bits_until_the_loss_is_within_the_limit(llama: Exported, ev
     all_raised = choose_plan(weights, evaluator, 4, max_loss=1e-9)
     assert {blocks.bits for blocks in all_raised.plan.values()} == {8}
     curve = all_raised.record["raised_to_8_bits"]
-    assert curve[0]["part"] is None
-    assert {point["part"] for point in curve[1:]} == set(weights.groups)
-    assert [point["bytes"] for point in curve] == sorted(point["bytes"] for point in curve)
+    assert [point["parts"] for point in curve] == [0, len(weights.groups)]
     assert curve[-1]["kl"] < curve[0]["kl"] / 10
     alone = all_raised.record["alone_in_8_bits"]
-    gain = {part: (curve[0]["kl"] - one["kl"]) / (one["bytes"] - curve[0]["bytes"]) for part, one in alone.items()}
-    assert [point["part"] for point in curve[1:]] == sorted(gain, key=lambda part: -gain[part])
-    limit = min(max(one["expected_change"], one["bits_per_byte_change"]) for one in free.record["tried"]) / 2
+    assert set(alone) == set(weights.groups)
+    limit = max(free.record["tried"][0]["expected_change"], free.record["tried"][0]["bits_per_byte_change"]) / 2
     some = choose_plan(weights, evaluator, 4, max_loss=limit)
-    *before, last = [
-        max(point["expected_change"], point["bits_per_byte_change"]) for point in some.record["raised_to_8_bits"]
-    ]
-    assert last <= limit < min(before)
-    assert {blocks.bits for blocks in some.plan.values()} == {4, 8}
+    raised = [part for part in alone if some.plan[part].bits == 8]
+    assert 0 < len(raised) < len(weights.groups)
+    assert set(raised) == set(list(alone)[: len(raised)]), "not those that gain most"
+    assert evaluator.score(weights.quantize(some.plan)).loss <= limit
+
+
+def test_a_graph_with_switches_computes_what_each_plan_computes(llama: Exported, evaluator: CandidateEvaluator) -> None:
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+    four, eight = (dict.fromkeys(weights.groups, BlockFormat(bits, 32)) for bits in (4, 8))
+    part_of_output = {node.output_name: node.group for node in weights.weight_nodes}
+    graph = switch_graphs(weights.quantize(four), weights.quantize(eight), part_of_output)
+    assert graph.parts == weights.groups
+    first = evaluator.score(weights.quantize(four))
+    score = evaluator.open_switches(graph, first.bytes)
+    for parts in ([], ["embedding"], weights.groups[1:3], weights.groups):
+        plan = four | {part: eight[part] for part in parts}
+        expected = evaluator.score(weights.quantize(plan))
+        assert score(parts).kl == pytest.approx(expected.kl, rel=1e-4)
+        assert score(parts).bytes == pytest.approx(expected.bytes, abs=64)
 
 
 def test_the_manifest_lists_all_formats_that_were_tried(llama: Exported, tmp_path: Path) -> None:
@@ -52,3 +67,22 @@ def test_the_manifest_lists_all_formats_that_were_tried(llama: Exported, tmp_pat
     assert all(one["kl"] > 0 and one["bytes"] > 0 for one in record["tried"])
     assert record["chosen_on"] == "a test"
     assert record["chosen"]["symmetric"] is False
+
+
+def test_an_interrupted_search_goes_on(llama: Exported, evaluator: CandidateEvaluator, limbeck_home: Path) -> None:
+    weights = GraphWeights.from_graph(llama.fp32 / "model.onnx")
+
+    def stop_after_two(line: str) -> None:
+        if f"{weights.groups[2]} in 8 bits" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        choose_plan(weights, evaluator, 4, max_loss=1e-9, report=stop_after_two)
+    [file] = (limbeck_home / "searches").iterdir()
+    assert list(json.loads(file.read_text())) == weights.groups[:3]
+    known = json.loads(file.read_text())
+    known[weights.groups[0]]["kl"] = 1.25  # to see that it is not measured again
+    file.write_text(json.dumps(known))
+    plan = choose_plan(weights, evaluator, 4, max_loss=1e-9)
+    assert plan.record["alone_in_8_bits"][weights.groups[0]]["kl"] == 1.25
+    assert not any((limbeck_home / "searches").iterdir())
