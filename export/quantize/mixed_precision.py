@@ -96,7 +96,7 @@ class _Search:
         if start.loss <= self.max_loss:
             return dict(plan), {}
         in_8_bits = {part: self._in_8_bits(blocks) for part, blocks in plan.items()}
-        nodes = [*self.weights.weight_nodes, *self.weights.expert_nodes]
+        nodes: list[Any] = [*self.weights.weight_nodes, *self.weights.expert_nodes]
         graph = switch_graphs(
             self.weights.quantize(plan),
             self.weights.quantize(in_8_bits),
