@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing, suppress
 from pathlib import Path
 
 import click
@@ -70,9 +71,7 @@ def ui(
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30
     )
-    try:
+    # uvicorn raises Ctrl-C again after its shutdown, but not in every case.
+    with closing(listener), suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        print_status("stopped")
-    finally:
-        listener.close()
+    print_status("stopped")
