@@ -13,6 +13,7 @@ from limbeck.export.graph.save import save_graph
 from limbeck.export.quantize.evaluate import CandidateEvaluator
 from limbeck.export.quantize.float16 import convert_to_float16, load_as_float16
 from limbeck.export.quantize.mixed_precision import choose_plan
+from limbeck.export.quantize.sample_texts import CHOICE_CONVERSATIONS, render_conversations
 from limbeck.export.quantize.settings import QuantizationSettings
 from limbeck.export.quantize.weight_only import GraphWeights
 from limbeck.export.runtime.session import GRAPH
@@ -94,7 +95,8 @@ def _to_weight_only(artifact: Path, folder: Path, settings: QuantizationSettings
         if bits == 4 and not carried:
             settings.report("  calibrating (GPTQ)")
             (folder_for_calibration := Path(scratch) / "calibration").mkdir()
-            weights.calibrate(artifact, folder_for_calibration, settings.texts)
+            conversations = render_conversations(artifact, CHOICE_CONVERSATIONS)
+            weights.calibrate(artifact, folder_for_calibration, [*settings.texts, *conversations])
         choice = choose_plan(
             weights,
             evaluator,

@@ -14,7 +14,7 @@ from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.session import GRAPH, positions_from_mask
 from limbeck.registry.core.errors import BadInput
 
-CALIBRATION_TOKENS = 8192  # at most, from all texts together
+CALIBRATION_TOKENS = 4096  # at most, from all texts together
 ROW_TOKENS = 256  # at most, from one text
 MOMENTS_BYTES = 2**27  # moments held at a time; the graph runs over the text once for each part of its products
 
