@@ -14,6 +14,7 @@ from limbeck.evals.engines.batches import CPU_TOKENS, ContinuationScore, NanLogi
 from limbeck.evals.engines.onnx_batches import OnnxForward
 from limbeck.evals.engines.torch_batches import TorchForward
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.sampling import NonFiniteLogits
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.checkpoints import load as checkpoints
 from limbeck.registry.core.errors import BadInput
@@ -163,9 +164,10 @@ class OnnxEngine:
         if self._runtime is None:
             self._forward = None
             self._runtime = Runtime.load(self.folder, verify=False)  # it was verified when the model was resolved
-            (first,) = self._runtime.generate(prompts[:1], max_new_tokens=1, logprobs=0)
-            if np.isnan(first.logprobs or []).any():  # the generated text would look normal
-                raise NanLogits(0)
+            try:
+                self._runtime.generate(prompts[:1], max_new_tokens=1)
+            except NonFiniteLogits:
+                raise NanLogits(0) from None
         completions = self._runtime.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, **settings)
         return [completion.token_ids for completion in completions]
 

@@ -11,6 +11,10 @@ import numpy as np
 from limbeck.registry.core.errors import BadInput
 
 
+class NonFiniteLogits(BadInput):
+    """The highest logit of a token is NaN or infinite."""
+
+
 class TextConstraint(Protocol):
     """What may follow in one text, for example so that it becomes JSON (limbeck.export.runtime.text.constraint)."""
 
@@ -99,7 +103,7 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """Choose the next token id from (V,) logits: the most likely one at temperature 0, else a random draw.
 
-        Raises BadInput if a logit is NaN or infinite; -inf is a token that may not follow.
+        Raises NonFiniteLogits if a logit is NaN or infinite; -inf is a token that may not follow.
         """
         sampling = self._sampling
         logits = self._penalized(logits)
@@ -188,7 +192,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 def _check_highest(logit: float) -> None:
     if not np.isfinite(logit):
-        raise BadInput(f"the model returns no numbers: its highest logit is {logit}")
+        raise NonFiniteLogits(f"the model returns no numbers: its highest logit is {logit}")
 
 
 def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
