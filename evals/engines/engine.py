@@ -7,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-
 from limbeck.evals.engines import batches
 from limbeck.evals.engines.batches import CPU_TOKENS, ContinuationScore, NanLogits, TokenCounter
 from limbeck.evals.engines.onnx_batches import OnnxForward
