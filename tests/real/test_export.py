@@ -39,9 +39,11 @@ def test_int8_weights_are_within_the_limits_in_text_and_in_chat(parity: dict[str
     assert report["quality"]["p99_kl"]["high"] < 0.15
 
 
-def test_int4_weights_are_worse_and_still_a_language_model(parity: dict[str, dict[str, Any]]) -> None:
-    assert parity["int8-weight"]["mean_kl"] < parity["int4"]["mean_kl"] < 1.0
-    assert parity["int4"]["bits_per_byte"] < 1.2 * parity["int4"]["bits_per_byte_reference"]
+def test_int4_keeps_the_blocks_of_the_gguf(parity: dict[str, dict[str, Any]]) -> None:
+    """The weights were quantized to Q4_1 before: only the rounding of activations changes numbers."""
+    report = parity["int4"]
+    assert report["mean_kl"] < 0.02
+    assert report["bits_per_byte"] < 1.01 * report["bits_per_byte_reference"]
 
 
 def test_each_precision_computes_the_same_in_batches_and_with_its_cache(parity: dict[str, dict[str, Any]]) -> None:

@@ -77,7 +77,7 @@ def test_a_prompt_has_the_tokens_of_transformers_and_no_control_tokens_from_outs
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3  # system, user, assistant
     as_text = tokenizer(ATTACK, split_special_tokens=True).input_ids
-    assert post(client, "/tokenize", prompt=ATTACK)["tokens"] == as_text
+    assert post(client, "/tokenize", prompt=ATTACK, parse_special=False)["tokens"] == as_text
 
 
 def test_a_request_that_fails_leaves_the_others_alone(client: openai.OpenAI) -> None:
