@@ -48,6 +48,11 @@ def write_attention(graph: GraphBuilder, attention: Attention, name: str, index:
     return graph.linear(y, attention.output)
 
 
+def rotates_by_columns(attention: Attention) -> bool:
+    """Whether the tensor COLUMNS is read: by the rotation of queries and keys before GroupQueryAttention."""
+    return attention.rotary is not None and not _is_rotated_inside(attention) and not attention.norm_after_rotary
+
+
 def _is_rotated_inside(attention: Attention) -> bool:
     """Whether GroupQueryAttention itself rotates queries and keys, by their columns: nothing is done in between."""
     between = (attention.q_norm, attention.k_norm, attention.v_norm, attention.query_scale)
@@ -128,7 +133,7 @@ def _rotate(graph: GraphBuilder, x: str, attention: Attention, heads: int) -> st
     assert rotary is not None
     return graph.node(
         "RotaryEmbedding",
-        [x, "position_ids" if attention.norm_after_rotary else COLUMNS, *_tables(graph, rotary)],
+        [x, COLUMNS if rotates_by_columns(attention) else "position_ids", *_tables(graph, rotary)],
         f"{x}.rotated",
         domain="com.microsoft",
         interleaved=int(rotary.interleaved),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from limbeck.export.graph.blocks import COLUMNS, write_attention, write_mlp
+from limbeck.export.graph.blocks import COLUMNS, rotates_by_columns, write_attention, write_mlp
 from limbeck.export.graph.builder import GraphBuilder, SideBySide
 from limbeck.export.graph.decoder import Attention, Decoder, Experts, GatedDelta, Layer, ShortConvolution
 from limbeck.export.graph.experts import write_experts
@@ -43,7 +43,8 @@ def _graph_of_decoder(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, np.n
 
     graph = GraphBuilder()
     _mask(graph, decoder)
-    _columns(graph)
+    if any(isinstance(layer.attention, Attention) and rotates_by_columns(layer.attention) for layer in decoder.layers):
+        _columns(graph)
     if any(not isinstance(layer.attention, Attention) for layer in decoder.layers):
         write_padding(graph)
     hidden = _layers(graph, decoder, _embed(graph, decoder))
