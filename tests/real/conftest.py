@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -20,7 +21,7 @@ from limbeck.registry.core.overlay import install_overlay, overlay_environment
 from tests import ROOT
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DATA = ROOT.parent / "shared" / "data"  # PIQA, BLiMP, WikiText-2: not part of the repository
+DATA = ROOT.parent / "shared" / "data"  # PIQA, BLiMP, WikiText-2: not part of the repository, used where they are
 SAVE = Path(__file__).with_name("save_checkpoint.py")
 THREADS = 2
 PRECISIONS = "fp32,int8-weight,int4"
@@ -73,24 +74,25 @@ def smollm2_v4(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wikitext() -> list[str]:
-    """Paragraphs of WikiText-2 with 200 characters or more."""
+def paragraphs() -> list[str]:
+    """Paragraphs of 200 characters or more: of WikiText-2, or of Python's language reference where that is missing."""
     file = DATA / "wikitext2_valid.txt"
-    if not file.is_file():
-        pytest.skip("no WikiText-2 beside the repository")
-    paragraphs = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return [paragraph for paragraph in paragraphs if len(paragraph) >= 200]
+    if file.is_file():
+        found = file.read_text(encoding="utf-8").splitlines()
+    else:
+        found = [text for topic in sorted(topics) for text in topics[topic].split("\n\n")]
+    return [text for text in (" ".join(each.split()) for each in found) if len(text) >= 200]
 
 
 @pytest.fixture(scope="session")
-def artifacts(smollm2: Path, wikitext: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(smollm2: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a variant of each precision, and `variants.json`: what the command printed."""
     from click.testing import CliRunner
 
     from limbeck.export.commands.export import export
 
     folder = tmp_path_factory.mktemp("onnx")
-    for name, texts in (("parity", wikitext[:6]), ("calibration", wikitext[6:22])):
+    for name, texts in (("parity", paragraphs[:6]), ("calibration", paragraphs[6:22])):
         rows = [json.dumps({"path": str(number), "text": text}) for number, text in enumerate(texts)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
     # A large --max-change: int4 keeps its 4 bits everywhere, and no search for better ones runs.

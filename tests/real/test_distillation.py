@@ -36,10 +36,10 @@ eval_steps = 4
 
 
 def test_a_student_of_half_the_depth(
-    smollm2: Path, wikitext: list[str], store: Store, limbeck: Callable[..., Result], tmp_path: Path
+    smollm2: Path, paragraphs: list[str], store: Store, limbeck: Callable[..., Result], tmp_path: Path
 ) -> None:
     (tmp_path / "text.jsonl").write_text(
-        "\n".join(json.dumps({"path": str(number), "text": text}) for number, text in enumerate(wikitext[:120]))
+        "\n".join(json.dumps({"path": str(number), "text": text}) for number, text in enumerate(paragraphs[:120]))
     )
     (tmp_path / "recipe.toml").write_text(RECIPE.format(text=tmp_path / "text.jsonl", teacher=smollm2))
     done = limbeck("distill", tmp_path / "recipe.toml", "--format", "json")

@@ -64,9 +64,9 @@ def test_greedy_text_equals_that_of_transformers(artifacts: Path, smollm2: Path)
         assert ids + completion.token_ids == expected[0].tolist()
 
 
-def test_a_batch_of_mixed_lengths(artifacts: Path, smollm2: Path, wikitext: list[str]) -> None:
+def test_a_batch_of_mixed_lengths(artifacts: Path, smollm2: Path, paragraphs: list[str]) -> None:
     tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
-    ids = tokenizer(" ".join(wikitext[:30]))["input_ids"]
+    ids = tokenizer(" ".join(paragraphs[:30]))["input_ids"]
     rows = [ids[:2], ids[:700], ids[5:45], ids[50:51]]
     width = max(map(len, rows))
     tokens, mask = np.zeros((2, len(rows), width), np.int64)
@@ -80,9 +80,9 @@ def test_a_batch_of_mixed_lengths(artifacts: Path, smollm2: Path, wikitext: list
         assert np.abs(difference).max() < 1e-3
 
 
-def test_a_prompt_of_4000_tokens(artifacts: Path, smollm2: Path, wikitext: list[str]) -> None:
+def test_a_prompt_of_4000_tokens(artifacts: Path, smollm2: Path, paragraphs: list[str]) -> None:
     tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
-    ids = tokenizer(" ".join(wikitext))["input_ids"][:4000]
+    ids = tokenizer(" ".join(paragraphs))["input_ids"][:4000]
     assert len(ids) == 4000
     [completion] = Runtime.load(artifacts / "fp32").generate([ids], max_new_tokens=8, logprobs=0)
     row = torch.tensor([ids])

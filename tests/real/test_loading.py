@@ -38,9 +38,9 @@ def test_all_forms_have_the_same_logits(loaded_folders: dict[str, Path], smollm2
     assert torch.equal(logits["transformers 4"], logits["transformers 5"])
 
 
-def test_all_forms_have_the_same_tokens(loaded_folders: dict[str, Path], smollm2: Path, wikitext: list[str]) -> None:
+def test_all_forms_have_the_same_tokens(loaded_folders: dict[str, Path], smollm2: Path, paragraphs: list[str]) -> None:
     """The reference is tokenizer.json itself, read by the tokenizers library."""
-    texts = TEXTS + wikitext
+    texts = TEXTS + paragraphs
     raw = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     expected = [encoding.ids for encoding in raw.encode_batch(texts)]
     for form, folder in loaded_folders.items():
