@@ -4,7 +4,8 @@
 
 MODEL is a checkpoint of a Llama with a context of 1,152 tokens or more (for one without, the long columns are left
 out). Precisions are paired by size: float32, 8 bits, 4 bits. The contestants take turns, ROUNDS times; each figure is
-the best of its rounds.
+the best of its rounds. The limit is reading the weights once per token, as in `tests.bench.decode`; llama.cpp's weights
+are the bytes of its file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from limbeck.registry.core.terminal import print_status, print_table, quiet_libraries
 from tests import ROOT
 from tests.bench._llama_cpp import quantize_by_llama_cpp
+from tests.bench.decode import bytes_per_token, read_bandwidth
 from tests.bench.quality import read_texts
 
 ROUNDS, NEW_TOKENS, THREADS = 5, 64, (1, 2)
@@ -46,7 +48,9 @@ def main(model: Path = ROOT / "quickstart/teacher") -> None:
         for threads in THREADS:
             contestants = {name: _llama_cpp(path, threads) for name, path in files.items()}
             contestants |= {name: _limbeck(folder / name, threads) for name in PAIRS}
-            _print_speeds(_measure(contestants, _context(model)), threads)
+            weights = {name: path.stat().st_size for name, path in files.items()}
+            weights |= {name: bytes_per_token(folder / name / "model.onnx") for name in PAIRS}
+            _print_speeds(_measure(contestants, _context(model)), threads, weights)
 
 
 def _context(model: Path) -> int:
@@ -105,30 +109,33 @@ def _tokens(count: int, vocab_size: int) -> list[int]:
     return np.random.default_rng(count).integers(3, vocab_size, count).tolist()
 
 
-def _measure(contestants: dict[str, Contestant], context: int) -> dict[str, list[float]]:
-    """Return tokens per second of each contestant: a figure for each of PROMPTS, then of PASTS."""
-    prompts = [length for length in PROMPTS if length < context]
-    pasts = [length for length in PASTS if length + NEW_TOKENS <= context]
-    best: dict[str, list[float]] = {name: [0.0] * (len(prompts) + len(pasts)) for name in contestants}
+def _measure(contestants: dict[str, Contestant], context: int) -> dict[str, dict[str, float]]:
+    """Return tokens per second of each contestant by what was measured."""
+    prompts = {f"prefill of {length}": length for length in PROMPTS if length < context}
+    pasts = {f"decode after {length}": length for length in PASTS if length + NEW_TOKENS <= context}
+    best = {name: dict.fromkeys([*prompts, *pasts], 0.0) for name in contestants}
     for _ in range(ROUNDS):
         for name, run in contestants.items():
-            speeds = [length / run(length, 0)[0] for length in prompts]
-            speeds += [NEW_TOKENS / run(length, NEW_TOKENS)[1] for length in pasts]
-            best[name] = list(map(max, best[name], speeds))
+            speeds = {column: length / run(length, 0)[0] for column, length in prompts.items()}
+            speeds |= {column: NEW_TOKENS / run(length, NEW_TOKENS)[1] for column, length in pasts.items()}
+            best[name] = {column: max(best[name][column], speed) for column, speed in speeds.items()}
     return best
 
 
-def _print_speeds(speeds: dict[str, list[float]], threads: int) -> None:
-    rows = []
+def _print_speeds(speeds: dict[str, dict[str, float]], threads: int, weights: dict[str, int]) -> None:
+    """Print a row for each contestant; `weights` are the bytes that it reads for a token."""
+    bandwidth, rows, decode = read_bandwidth(threads), [], f"decode after {PASTS[0]}"
+    columns = list(next(iter(speeds.values())))
     for precision, peers in PAIRS.items():
         for name in (precision, *(peer for peer in peers if peer in speeds)):
-            row = [f"{speed:,.0f}" for speed in speeds[name]]
+            row = [f"{speeds[name][column]:,.0f}" for column in columns]
             if name != precision:
-                ratios = zip(speeds[precision], speeds[name], strict=True)
-                row = [f"{cell} (we {ours / theirs:.2f})" for cell, (ours, theirs) in zip(row, ratios, strict=True)]
-            rows.append([f"llama.cpp, {name}" if name in peers else f"Limbeck, {name}", *row])
-    columns = [f"prefill of {length}" for length in PROMPTS] + [f"decode after {length}" for length in PASTS]
-    print_table(f"tokens per second, {threads} threads", ["", *columns[: len(rows[0]) - 1]], rows)
+                ratios = [speeds[precision][column] / speeds[name][column] for column in columns]
+                row = [f"{cell} (we {ratio:.2f})" for cell, ratio in zip(row, ratios, strict=True)]
+            share = f"{speeds[name][decode] * weights[name] / bandwidth:.0%}"
+            rows.append([f"llama.cpp, {name}" if name in peers else f"Limbeck, {name}", *row, share])
+    title = f"tokens per second, {threads} threads; memory is read at {bandwidth / 1e9:.1f} GB/s"
+    print_table(title, ["", *columns, f"of the limit, {decode}"], rows)
 
 
 if __name__ == "__main__":
