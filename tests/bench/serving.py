@@ -2,7 +2,8 @@
 
 Each client streams one greedy answer after another over one connection. Every answer is compared with that of the
 offline runtime ("ties": the two most likely tokens are nearly equal and swapped; "wrong": all other differences).
-Then 10,000 short requests to a small model, with the server's memory after a fifth of them and after all.
+Then a prompt of 4,000 tokens that arrives while another answer streams: the pauses of the stream. Then 10,000 short
+requests to a small model, with the server's memory after a fifth of them and after all.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tests import ROOT
 
 LOADS = {1: 6, 4: 12, 16: 48, 64: 128}  # clients -> requests of all of them
 PROMPT, NEW = 32, 64
+LONG, STREAMED = 4000, 256  # tokens of a long prompt, and of the answer that streams meanwhile
 SHORT = 10_000
 # 49 million parameters: more than the processor's cache holds.
 LARGE = dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10)
@@ -56,12 +58,13 @@ def main(*precisions: str) -> None:
         print_status(
             f"a random Llama of {params / 1e6:.0f}M parameters; server and clients share {os.cpu_count()} processors"
         )
-        rows = []
+        rows, pauses = [], []
         export_onnx(folder / "torch", folder / "fp32")
         for precision in wanted:
             if precision != "fp32":
                 export_onnx(folder / "torch", folder / precision, precision, fp32_artifact=folder / "fp32")
             rows += loads(folder / precision, precision)
+            pauses.append([precision, *asyncio.run(pauses_of_a_stream(folder / precision))])
         columns = [
             "precision",
             "clients",
@@ -75,6 +78,8 @@ def main(*precisions: str) -> None:
             "ties",
         ]
         print_table(f"{PROMPT} prompt tokens, {NEW} new, streamed; milliseconds", columns, rows)
+        columns = ["precision", "alone, p50", "beside it, p50", "p99", "longest", "first token of the long prompt"]
+        print_table(f"from token to token of a stream, beside a prompt of {LONG} tokens; milliseconds", columns, pauses)
         make_llama(folder / "small", SMALL)
         export_onnx(folder / "small", folder / "short")
         print_table(f"{SHORT} short requests, 8 clients", ["after", "resident MB"], short_requests(folder / "short"))
@@ -157,6 +162,30 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pro
     return Answer(text, tokens, first - start, time.perf_counter() - start)
 
 
+async def pauses_of_a_stream(artifact: Path) -> list[str]:
+    """Stream one answer, send a long prompt in the middle of it, and return the milliseconds of a row of the table."""
+    [long_prompt] = prompts(1, LONG)
+    times: list[float] = []
+    with serving(artifact) as (port, _):
+        (reader, writer), other = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        body = {"prompt": long_prompt[:PROMPT], "max_tokens": STREAMED, "temperature": 0, "ignore_eos": True}
+        send(writer, {**body, "stream": True})
+        long_answer: asyncio.Task[Answer] | None = None
+        began = 0
+        while len(times) < STREAMED:
+            if (await reader.readline()).startswith(b"data: {"):
+                times.append(time.perf_counter())
+            if len(times) == STREAMED // 4 and long_answer is None:
+                began, long_answer = len(times), asyncio.create_task(stream(*other, long_prompt))
+        assert long_answer
+        first_s = (await long_answer).first_s
+    gaps = np.diff(times) * 1e3
+    beside = gaps[(np.array(times[1:]) > times[began - 1]) & (np.array(times[1:]) < times[began - 1] + first_s)]
+    alone = gaps[1 : began - 1]
+    figures = [np.median(alone), np.median(beside), np.percentile(beside, 99), beside.max(), first_s * 1e3]
+    return [f"{figure:.1f}" for figure in figures]
+
+
 def short_requests(artifact: Path) -> list[list[str]]:
     """Measure the server's memory while it answers many short requests."""
     rows, done = [], 0
@@ -232,7 +261,7 @@ def make_llama(folder: Path, sizes: dict[str, int]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "quickstart/teacher")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     torch.manual_seed(0)
-    more = {"max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
+    more = {"max_position_embeddings": LONG + STREAMED, "tie_word_embeddings": True, "initializer_range": 0.05}
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), **ids, **more, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
