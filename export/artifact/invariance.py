@@ -10,7 +10,6 @@ import numpy as np
 from limbeck.export.artifact.totals import Totals
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.sampling import log_softmax
 from limbeck.export.runtime.session import NUMPY_TYPES, empty_past_shape, positions_from_mask
 
 ROWS, ROW_TOKENS = 4, 64  # texts that are compared, and at most so many tokens of each
@@ -24,17 +23,16 @@ def measure_invariance(runtime: Runtime, rows: list[list[int]]) -> dict[str, flo
         rows: token ids; beginnings of the first ones are used, of unequal length.
     """
     rows = _rows_of_unequal_length(rows)
-    alone = [log_softmax(runtime.logits(*pad([row]))[0].astype(np.float64)) for row in rows]
-    together = runtime.logits(*pad(rows))
+    alone = [runtime.logits(*pad([row]))[0] for row in rows]
     fields: dict[str, float] = {}
     for name, results in (
-        ("batch", ((row, 0, together[row, : len(ids)]) for row, ids in enumerate(rows))),
+        ("batch", _run_together(runtime, rows)),
         ("left_padding", _run_left_padded(runtime, rows)),
         ("cache", _run_token_by_token(runtime, rows)),
     ):
         totals = Totals()
         for row, start, logits in results:
-            totals.compare(alone[row][start : start + len(logits)], log_softmax(logits.astype(np.float64)))
+            totals.compare_logits(alone[row][start : start + len(logits)], logits)
         fields |= {f"{name}_diff": totals.max_diff, f"{name}_kl": float(np.mean(totals.kl))}
     return fields
 
@@ -56,6 +54,13 @@ def pad(rows: list[list[int]], left: bool = False) -> tuple[np.ndarray, np.ndarr
         ids[index, place] = row
         mask[index, place] = 1
     return ids, mask
+
+
+def _run_together(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Run rows padded on the right. Yields (row, 0, (T, V) logits)."""
+    logits = runtime.logits(*pad(rows))
+    for row, ids in enumerate(rows):
+        yield row, 0, logits[row, : len(ids)]
 
 
 def _run_left_padded(runtime: Runtime, rows: list[list[int]]) -> Iterator[tuple[int, int, np.ndarray]]:

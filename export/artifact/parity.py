@@ -20,7 +20,6 @@ from limbeck.export.artifact.totals import Totals
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_CONVERSATIONS, SAMPLE_TEXTS, render_conversations
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.sampling import log_softmax
 from limbeck.registry.checkpoints.checked import checked_facts
 from limbeck.registry.checkpoints.load import load_config, load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest, read_manifest
@@ -256,7 +255,7 @@ def _compare_with_torch(
         if artifact.long_text:
             long_totals = Totals()
             for reference, logits in compare_long_text(model, artifact.long_text):
-                long_totals.compare(log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64)))
+                long_totals.compare_logits(reference, logits)
             fields |= {"long_diff": long_totals.max_diff, "long_kl": float(np.mean(long_totals.kl))}
     return totals, fields
 

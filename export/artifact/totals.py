@@ -42,6 +42,12 @@ class Totals:
         self.nats_reference += nats_reference
         self.nats += nats
 
+    def compare_logits(self, reference: np.ndarray, logits: np.ndarray) -> None:
+        """Add (T, V) logits of reference and artifact."""
+        for start in range(0, len(logits), CHUNK):
+            part = slice(start, start + CHUNK)
+            self.compare(*(log_softmax(each[part].astype(np.float64)) for each in (reference, logits)))
+
     def compare(self, p: np.ndarray, q: np.ndarray) -> None:
         """Add (T, V) log-probabilities of reference and artifact."""
         # Comparisons with NaN are false: without nan_to_num a broken graph would pass.

@@ -1,11 +1,11 @@
-"""Choose the block format of a graph's weights by measurement; sensitive parts of the model get more bits."""
+"""Choose the parts of a model that need more than 4 bits, by measurement."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from limbeck.export.quantize.blocks.formats import BlockFormat
 from limbeck.export.quantize.evaluate import CandidateEvaluator, CandidateScore
@@ -13,13 +13,6 @@ from limbeck.export.quantize.switches import SwitchedGraph, switch_graphs
 from limbeck.export.quantize.weight_only import GraphWeights
 from limbeck.registry.core.digest import json_digest, write_json
 from limbeck.registry.core.home import atomic_write, home
-
-# Formats to try, by bits. Larger blocks save little: in 8 bits, blocks of 64 are 6% smaller than blocks of 32, and have
-# 1.5 times their KL (SmolLM2-135M).
-CANDIDATES = {
-    8: (BlockFormat(8, 32, symmetric=True),),
-    4: (BlockFormat(4, 32),),
-}
 
 RANKING_STEP = 4  # parts are ranked on every fourth text
 
@@ -35,53 +28,31 @@ class ChosenPlan:
 def choose_plan(
     weights: GraphWeights,
     evaluator: CandidateEvaluator,
-    bits: int,
+    formats: Mapping[int, BlockFormat],
     *,
     max_loss: float,
-    on_cpu: bool = True,
     report: Callable[[str], None] = lambda text: None,
 ) -> ChosenPlan:
-    """Choose the block format of `bits` bits with the least KL. The same model and text give the same choice.
+    """Give all parts of the model 4 bits, and as many as needed 8 bits until the loss is at most `max_loss`.
 
-    If bits is 4 and no format reaches `max_loss`, parts of the model get 8 bits until the loss is at most `max_loss`,
-    starting with the part that gains most per byte.
+    The part that gains most per byte comes first. The same model and text give the same choice.
 
     Args:
+        formats: of 4 and of 8 bits.
         max_loss: limit of `CandidateScore.loss`.
-        on_cpu: False if the artifact will run on CUDA, where products compute in float.
     """
-    search = _Search(weights, evaluator, max_loss, on_cpu, report)
-    blocks, trials = search.choose_format(bits)
-    plan = dict.fromkeys(weights.groups, blocks)
-    record: dict[str, Any] = {"chosen": blocks.to_manifest(), "tried": trials}
-    if bits < 8:
-        plan, raised = search.raise_parts_to_8_bits(plan)
-        record |= raised
+    search = _Search(weights, evaluator, formats[8], max_loss, report)
+    plan, record = search.raise_parts_to_8_bits(dict.fromkeys(weights.groups, formats[4]))
     return ChosenPlan(plan, record)
-
-
-class _Trial(NamedTuple):
-    """One measured format."""
-
-    blocks: BlockFormat
-    score: CandidateScore
 
 
 @dataclass(frozen=True)
 class _Search:
     weights: GraphWeights
     evaluator: CandidateEvaluator
+    in_8_bits: BlockFormat
     max_loss: float
-    on_cpu: bool
     report: Callable[[str], None]
-
-    def choose_format(self, bits: int) -> tuple[BlockFormat, list[dict[str, Any]]]:
-        """Try formats of `bits` bits for all weights. Returns the best, and all trials for the manifest."""
-        trials = [
-            self._try_format(replace(blocks, accuracy_level=4 if self.on_cpu else 0)) for blocks in CANDIDATES[bits]
-        ]
-        best = min(trials, key=lambda trial: trial.score.kl)
-        return best.blocks, [trial.blocks.to_manifest() | trial.score.to_manifest() for trial in trials]
 
     def raise_parts_to_8_bits(self, plan: Mapping[str, BlockFormat]) -> tuple[dict[str, BlockFormat], dict[str, Any]]:
         """Give parts 8 bits, best gain per byte first, until the loss is at most the limit.
@@ -89,13 +60,15 @@ class _Search:
         Each part is tried alone, on some of the texts. Gains add up nearly, so the number of parts is then found by
         bisection, on all texts.
 
-        Returns the new plan, and for the manifest the score of each part alone in 8 bits, and the scores with the first
-        parts raised, by their number. The record is empty if the plan is within the limit from the start.
+        Returns the new plan, and for the manifest the score of the plan, of each part alone in 8 bits, and with the
+        first parts raised, by their number; only the first if it is within the limit.
         """
         start = self.evaluator.score(self.weights.quantize(plan))
+        self.report(f"  4 bits: KL {start.kl:.4f}, bits per byte {start.bits_per_byte_change:+.2%}")
+        in_4_bits = {"in_4_bits": start.to_manifest()}
         if start.loss <= self.max_loss:
-            return dict(plan), {}
-        in_8_bits = {part: self._in_8_bits(blocks) for part, blocks in plan.items()}
+            return dict(plan), in_4_bits
+        in_8_bits = dict.fromkeys(plan, self.in_8_bits)
         nodes: list[Any] = [*self.weights.weight_nodes, *self.weights.expert_nodes]
         graph = switch_graphs(
             self.weights.quantize(plan),
@@ -118,7 +91,8 @@ class _Search:
             else:
                 low = count
         record = [{"parts": count, **steps[count].to_manifest()} for count in sorted(steps)]
-        return {**plan, **{part: in_8_bits[part] for part in ranked[:high]}}, {
+        return {**plan, **dict.fromkeys(ranked[:high], self.in_8_bits)}, {
+            **in_4_bits,
             "alone_in_8_bits": {part: alone[part].to_manifest() for part in ranked},
             "raised_to_8_bits": record,
         }
@@ -144,25 +118,3 @@ class _Search:
             self.report(f"  {part} in 8 bits: KL {start.kl:.4f} -> {alone[part].kl:.4f}")
         file.unlink(missing_ok=True)
         return alone
-
-    def _try_format(self, blocks: BlockFormat) -> _Trial:
-        score = self.evaluator.score(self._quantize_all(blocks))
-        change = f"KL {score.kl:.4f}, bits per byte {score.bits_per_byte_change:+.2%}"
-        self.report(f"  {_describe_format(blocks)}: {change}")
-        return _Trial(blocks, score)
-
-    def _quantize_all(self, blocks: BlockFormat) -> Any:
-        """Build the graph with all weights in one format. The packed weights are freed."""
-        model = self.weights.quantize(dict.fromkeys(self.weights.groups, blocks))
-        self.weights.clear_packed()
-        return model
-
-    def _in_8_bits(self, blocks: BlockFormat) -> BlockFormat:
-        return replace(blocks, bits=8, accuracy_level=4 if self.on_cpu else 0)
-
-
-def _describe_format(blocks: BlockFormat) -> str:
-    text = f"{blocks.bits} bits, blocks of {blocks.block_size}"
-    if blocks.symmetric:
-        text += ", symmetric"
-    return text

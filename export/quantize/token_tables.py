@@ -6,16 +6,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from limbeck.export.graph.external_data import load_graph
+
 
 def load_with_gemm_as_matmul(graph: Path) -> Any:
-    """Load a graph, convert each Gemm to MatMul and Add, and drop the inferred types of its tensors."""
+    """Load a graph, convert each Gemm to MatMul and Add, and drop the inferred types of its tensors.
+
+    Its large weights stay on disk (`limbeck.export.graph.external_data`), unless there is a Gemm.
+    """
     import onnx
     from onnxruntime.quantization.onnx_model import ONNXModel
 
-    wrapper = ONNXModel(onnx.load(graph))
-    wrapper.replace_gemm_with_matmul()
-    del wrapper.model.graph.value_info[:]
-    return wrapper.model
+    model = load_graph(graph)
+    if any(node.op_type == "Gemm" for node in model.graph.node):
+        wrapper = ONNXModel(onnx.load(graph))
+        wrapper.replace_gemm_with_matmul()
+        model = wrapper.model
+    del model.graph.value_info[:]
+    return model
 
 
 def find_token_embedding(graph: Any) -> str | None:

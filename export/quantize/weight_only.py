@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.export.graph.external_data import tensor_array, with_data
 from limbeck.export.quantize.blocks.calibration import input_moments
 from limbeck.export.quantize.blocks.carried import BLOCK, find_grid
 from limbeck.export.quantize.blocks.formats import BlockFormat, Packed, WeightNode, pack
@@ -33,6 +34,7 @@ class GraphWeights:
     """A float32 graph taken apart into nodes and weights, to build quantized graphs from.
 
     Attributes:
+        graph: the graph's file; large weights stay in the file beside it, until they are needed.
         model: onnx.ModelProto without its initializers.
         tensors: the initializers by name.
         weight_nodes: the nodes whose weight can be quantized, in the graph's order.
@@ -40,6 +42,7 @@ class GraphWeights:
         embedding: name of the token embedding; a tied head reads it too. None if there is none to quantize.
     """
 
+    graph: Path
     model: Any
     tensors: dict[str, Any]
     weight_nodes: list[WeightNode]
@@ -57,7 +60,7 @@ class GraphWeights:
         experts = find_expert_nodes(model.graph, _group)
         tensors = {item.name: item for item in model.graph.initializer}
         del model.graph.initializer[:]
-        return cls(model, tensors, products, experts, embedding)
+        return cls(graph, model, tensors, products, experts, embedding)
 
     @property
     def groups(self) -> list[str]:
@@ -142,9 +145,7 @@ class GraphWeights:
         return self._packed[key]
 
     def _array(self, weight: str) -> np.ndarray:
-        from onnx import numpy_helper
-
-        return numpy_helper.to_array(self.tensors[weight])
+        return tensor_array(self.tensors[weight], self.graph)
 
     def clear_packed(self) -> None:
         """Free the cache of quantized weights."""
@@ -198,7 +199,8 @@ class GraphWeights:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         read = {name for node in nodes for name in node.input}
-        model.graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in read)
+        kept = (with_data(tensor, self.graph) for name, tensor in self.tensors.items() if name in read)
+        model.graph.initializer.extend(kept)
         model.graph.initializer.extend([*initializers.values(), *quantized_nodes.tensors.values()])
         if chosen and not any(opset.domain == "com.microsoft" for opset in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -75,7 +76,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 def return_freed_memory() -> None:
-    """Give the memory that was freed back to the system, where the C library can: it keeps what lies between blocks."""
+    """Give the memory of what is no longer used back to the system, where the C library can: it keeps freed blocks."""
+    gc.collect()  # models and graphs have circular references
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
