@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
+from limbeck.export.runtime.speculative.speculation import SpeculationCounts
 from limbeck.registry.checkpoints.load import load_model, load_tokenizer
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import BadInput
@@ -32,6 +33,8 @@ class TimedCompletion:
     load_s: float
     prefill_s: float
     decode_s: float
+    acceptance_length: float | None = None  # tokens of one run that checks proposed ones; None: none did
+    speculative_speedup: float | None = None  # over one token at a time, by the time of such steps in between
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -44,31 +47,44 @@ class TimedCompletion:
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
 
 
+@dataclass(frozen=True)
+class Proposals:
+    """Who proposes tokens, as `limbeck.export.runtime.speculative.speculation.Speculation`; `draft` is a folder."""
+
+    prompt_lookup_num_tokens: int = 0
+    draft: Path | None = None
+
+
 def complete_onnx(
     folder: Path,
     prompt: str,
     sampling: Sampling,
     *,
-    threads: int | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
     digest: str | None = None,
     parse_special: bool = False,
+    proposals: Proposals | None = None,
+    **options: Any,
 ) -> TimedCompletion:
     """Complete `prompt` with an ONNX artifact, after checking its files (and its digest, if `digest` is given).
 
     Args:
         parse_special: special tokens in the prompt are tokens, not text.
+        proposals: of speculative decoding; None: one token at a time.
+        **options: `threads` and `device` of `Runtime.load`.
 
     Raises:
-        BadInput: the folder is not an artifact, or the prompt fills the context.
+        BadInput: the folder is not an artifact, the prompt fills the context, or the graph cannot take proposals.
         DamagedArtifact: files do not match the manifest or the digest.
     """
     start = time.perf_counter()
-    runtime = Runtime.load(folder, threads=threads, device=device, expected_digest=digest)
+    runtime = Runtime.load(folder, expected_digest=digest, **options)
+    draft = Runtime.load(proposals.draft, **options) if proposals and proposals.draft else None
     loaded = time.perf_counter()
     ids = runtime.prompt_ids(prompt, parse_special=parse_special)
     runtime.generate([ids[:1]], max_new_tokens=2, ignore_eos=True)
+    runtime.speculate(proposals.prompt_lookup_num_tokens if proposals else 0, draft)
     result = runtime.generate([ids], **vars(sampling))[0]
+    counts = runtime.speculation.counts if runtime.speculation else SpeculationCounts()
     return TimedCompletion(
         text=result.text,
         finish_reason=result.finish_reason,
@@ -78,6 +94,8 @@ def complete_onnx(
         load_s=loaded - start,
         prefill_s=result.prefill_s,
         decode_s=result.decode_s,
+        acceptance_length=counts.acceptance_length,
+        speculative_speedup=counts.speedup,
     )
 
 

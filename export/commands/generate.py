@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from limbeck.export.commands.options import device_option, threads_option
-from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries
+from limbeck.export.commands.options import device_option, draft_option, prompt_lookup_option, threads_option
+from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table, quiet_libraries
 
 if TYPE_CHECKING:
     from limbeck.export.commands.locate import FoundArtifact
@@ -30,6 +31,8 @@ COLUMNS = ["model", "engine", "digest", "new tokens", "load", "prefill", "decode
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--stop", multiple=True, help="Stop before this text; can be repeated.")
 @click.option("--parse-special", is_flag=True, help="Special tokens in PROMPT are tokens, not text.")
+@prompt_lookup_option
+@draft_option
 @click.option("--against", metavar="TEACHER", help="Complete the same prompt with this model too, to compare speed.")
 @threads_option
 @device_option
@@ -42,28 +45,44 @@ def generate(
     threads: int | None,
     device: Literal["cpu", "cuda"],
     output_format: str,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
     """Complete PROMPT (or standard input) with MODEL, and report the speed.
 
     An ONNX artifact runs in the torch-free runtime, a PyTorch model in transformers. The digest of the files is
-    checked first.
+    checked first. With --prompt-lookup-num-tokens or --draft, MODEL checks several proposed tokens in one run; the text
+    is its own.
     """
     quiet_libraries()
-    from limbeck.export.commands.locate import find_artifact
+    from limbeck.export.artifact.complete import Proposals
+    from limbeck.export.commands.locate import find_artifact, find_onnx_artifact
     from limbeck.export.runtime.sampling import Sampling
 
-    request = Sampling(**sampling)
+    lookup, draft = settings.pop("prompt_lookup_num_tokens"), settings.pop("draft")
+    request = Sampling(**settings)
     if prompt is None:
         prompt = sys.stdin.read()
     names = [model, against] if against else [model]
     options = {"threads": threads, "device": device, "parse_special": parse_special}
-    results = [_complete(find_artifact(name), prompt, request, options) for name in names]
+    found = [find_artifact(name) for name in names]
+    proposals = None
+    if lookup or draft:
+        if found[0].engine != "onnxruntime":
+            raise BadInput(f"{model} is a PyTorch model, which checks no proposed tokens", fix="export it first")
+        proposals = Proposals(lookup, find_onnx_artifact(draft).path if draft else None)
+    results = [_complete(found[0], prompt, request, options | ({"proposals": proposals} if proposals else {}))]
+    results += [_complete(other, prompt, request, options) for other in found[1:]]
     if output_format == "json":
         print_json(results)
         return
     print(prompt + results[0]["text"])
     print_table("", COLUMNS, map(_speed_row, results))
+    if length := results[0]["acceptance_length"]:
+        faster = results[0]["speculative_speedup"]
+        print_status(
+            f"proposed tokens: {length:.1f} tokens for each run that checked them"
+            + (f", {faster:.2f} times as fast as one at a time" if faster else "")
+        )
 
 
 def _complete(found: FoundArtifact, prompt: str, sampling: Sampling, options: dict[str, Any]) -> dict[str, Any]:

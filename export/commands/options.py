@@ -14,3 +14,14 @@ device_option = click.option(
     show_default=True,
     help="cuda needs the extra `gpu`.",
 )
+prompt_lookup_option = click.option(
+    "--prompt-lookup-num-tokens",
+    metavar="N",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Propose up to N tokens that followed the same words before, and check them in one run; 0: none.",
+)
+draft_option = click.option(
+    "--draft", metavar="STUDENT", help="Let this smaller model of the same vocabulary propose tokens."
+)

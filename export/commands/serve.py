@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from limbeck.export.commands.options import device_option, threads_option
+from limbeck.export.commands.options import device_option, draft_option, prompt_lookup_option, threads_option
 from limbeck.registry.core.terminal import print_status
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option("--max-prompt-tokens", type=AT_LEAST_1, help="Per prompt. [default: the context]")
 @click.option("--max-new-tokens", type=AT_LEAST_1, help="Per choice. [default: the context]")
 @click.option("--cache-mb", type=AT_LEAST_1, help="MB for all keys and values. [default: half of the free memory]")
+@prompt_lookup_option
+@draft_option
 @click.option("--embeddings", type=click.Choice(["mean", "last"]), help="Serve embeddings of all tokens or the last.")
 @click.option("--max-body-mb", default=4, show_default=True, type=AT_LEAST_1, help="MB per HTTP request.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages from ORIGIN use the server; * is any.")
@@ -58,6 +60,9 @@ def serve(
     The server watches an alias: when it moves, new requests go to the new artifact, and running ones finish on the
     old one. Until then both are in memory, so have room for twice the model. A damaged artifact is refused and the
     old one stays. If MODEL is a folder, it is loaded again when its limbeck.json changes, and at once on SIGHUP.
+
+    With --prompt-lookup-num-tokens or --draft, a request that decodes alone gets several tokens in one run where the
+    proposed ones are what MODEL chooses; /metrics counts them.
     """
     from limbeck.export.commands.locate import find_onnx_artifact
     from limbeck.export.runtime.runtime import Runtime
@@ -72,7 +77,9 @@ def serve(
         if device == "cpu":
             check_memory(path, limits.cache_bytes)
         hidden = options["embeddings"] is not None
-        return Runtime.load(path, threads=threads, device=device, expected_digest=digest, hidden_states=hidden)
+        runtime = Runtime.load(path, threads=threads, device=device, expected_digest=digest, hidden_states=hidden)
+        runtime.speculate(options["prompt_lookup_num_tokens"], draft)
+        return runtime
 
     limits = Limits(
         rows=options["max_num_seqs"],
@@ -82,6 +89,10 @@ def serve(
         new_tokens=options["max_new_tokens"],
         cache_bytes=options["cache_mb"] and options["cache_mb"] * 2**20,
     )
+    draft: Runtime | None = None
+    if options["draft"]:
+        student = find_onnx_artifact(options["draft"])
+        draft = Runtime.load(student.path, threads=threads, device=device, expected_digest=student.digest)
     watcher: AliasWatcher | FolderWatcher
     if Path(model).expanduser().is_dir():
         folder = find_onnx_artifact(model)

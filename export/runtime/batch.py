@@ -82,6 +82,25 @@ class Batch:
             slot.length += 1
         return logits
 
+    def verify(self, slot: Slot, tokens: Sequence[int]) -> np.ndarray:
+        """Compute what would follow each of `tokens` after a slot's text: (len(tokens), V) float32 logits.
+
+        The text stays as it is: `accept` the tokens that belong to it, in their order. For a fused graph without
+        recurrent states only.
+        """
+        assert isinstance(self._cache, StaticCache)
+        return self._cache.verify(slot, tokens)
+
+    def accept(self, slot: Slot, token: int) -> None:
+        """Append the next of the tokens of the last `verify` to a slot's text; nothing is computed."""
+        slot.generated_tokens.append(token)
+        slot.length += 1
+
+    def truncate(self, slot: Slot, length: int) -> None:
+        """Drop all but the first `length` tokens of a slot's text, at least its prompt."""
+        del slot.generated_tokens[max(0, length - len(slot.prompt)) :]
+        slot.length = length
+
     def remove_slot(self, slot: Slot) -> None:
         """Remove a row and put its text into the prefix cache."""
         tokens = slot.cached_tokens

@@ -98,6 +98,10 @@ class GenerationState:
         top = top_tokens(logprobs, self.sampling.logprobs)
         return TokenEvent(self.index, token, text, self.finish_reason, float(logprobs[token]), top)
 
+    def is_near_tie(self, logits: np.ndarray, distance: float) -> bool:
+        """Whether greedy decoding has a choice between two tokens whose (V,) logits are closer than `distance`."""
+        return self.sampling.temperature == 0 and self._sampler.is_near_tie(self._mask_forbidden(logits), distance)
+
     def _mask_forbidden(self, logits: np.ndarray) -> np.ndarray:
         """(V,) logits, -inf for the tokens that may not follow; does not change its argument."""
         if self._constraint is not None:

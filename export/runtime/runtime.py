@@ -18,6 +18,7 @@ from limbeck.export.runtime.generation import Completion, GenerationState, Token
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.export.runtime.session import Session
 from limbeck.export.runtime.slot import Slot
+from limbeck.export.runtime.speculative.speculation import Speculation
 from limbeck.registry.core.errors import BadInput
 
 
@@ -26,7 +27,22 @@ class Runtime(Session):
 
     The parts of generation: `Sampling` are the settings, `GenerationState` is one prompt, `Batch` runs the model over
     all prompts with a static or dynamic cache. Not thread-safe.
+
+    Attributes:
+        speculation: how tokens are proposed; None: one token at a time. A text that is decoded alone uses it.
     """
+
+    speculation: Speculation | None = None
+
+    def speculate(self, prompt_lookup_num_tokens: int = 0, draft: Session | None = None) -> None:
+        """Propose tokens from now on, as `Speculation` says; without both, no longer.
+
+        Raises BadInput if the graph cannot take proposed tokens back, or if `draft` has another vocabulary.
+        """
+        speculates = prompt_lookup_num_tokens > 0 or draft is not None
+        self.speculation = (
+            Speculation(self, prompt_lookup_num_tokens=prompt_lookup_num_tokens, draft=draft) if speculates else None
+        )
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], *, parse_special: bool = False, **sampling: Any
@@ -95,8 +111,22 @@ class Runtime(Session):
                 if state.finish_reason:
                     batch.remove_slot(slot)
             rows = [(state, slot) for state, slot in rows if not state.finish_reason]
+            if len(rows) == 1 and self.speculation:
+                yield from self._speculate(batch, *rows[0])
+                return
             if rows:
                 logits = list(batch.step([slot for _, slot in rows], [state.last_token for state, _ in rows]))
+
+    def _speculate(self, batch: Batch, state: GenerationState, slot: Slot) -> Iterator[TokenEvent]:
+        """Yield the tokens of the last row to its end."""
+        assert self.speculation
+        speculator, text = self.speculation.start(), [*slot.cached_tokens, state.last_token]
+        while not state.finish_reason:
+            for logits in speculator.run(batch, slot, state, text):
+                event = state.choose_token(logits)
+                text.append(event.token_id)
+                yield event
+        batch.remove_slot(slot)
 
     def _prefill(self, batch: Batch, slots: list[Slot]) -> list[np.ndarray]:
         """(V,) logits after each prompt; computes the prompts in chunks whose logits fit in memory."""

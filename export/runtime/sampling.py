@@ -122,6 +122,13 @@ class Sampler:
             self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
+    def is_near_tie(self, logits: np.ndarray, distance: float) -> bool:
+        """Whether the two highest of (V,) logits, after bias and penalties, are closer than `distance`."""
+        logits = self._penalized(logits).copy()
+        best = logits.argmax()
+        highest, logits[best] = logits[best], -np.inf
+        return not highest - logits.max() >= distance  # True for NaN
+
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         """(V,) logits after bias and penalties; does not change its argument."""
         sampling = self._sampling

@@ -122,13 +122,29 @@ class StaticCache:
 
     def _prefill_group(self, slots: Sequence[Slot], chunks: Sequence[Sequence[int]]) -> dict[Slot, np.ndarray]:
         """Run the graph once over one slot, or over slots without a past in adjacent rows, padded on the right."""
+        lengths = [len(chunk) for chunk in chunks]
+        first = min(lengths) - 1 if self._session.can_choose_logits else 0  # the first position with logits
+        value = self._run(slots, chunks, first)
+        logits = ortvalue_to_numpy(value)
+        return {
+            slot: logits[row, length - 1 - first].astype(np.float32)
+            for row, (slot, length) in enumerate(zip(slots, lengths, strict=True))
+        }
+
+    def verify(self, slot: Slot, tokens: Sequence[int]) -> np.ndarray:
+        """Compute tokens after a slot's text, which stays as it is: (len(tokens), V) float32 logits, one after each."""
+        self._ensure_width(slot.length + len(tokens))
+        value = self._run([slot], [tokens], 0)
+        return ortvalue_to_numpy(value)[0].astype(np.float32)
+
+    def _run(self, slots: Sequence[Slot], chunks: Sequence[Sequence[int]], first: int) -> ort.OrtValue:
+        """Run the graph over a chunk of each slot: (B, T - first, V) logits from position `first` of the chunks on."""
         session, start = self._session, slots[0].length
         lengths = np.array([len(chunk) for chunk in chunks])[:, None]
         new = int(lengths.max())
         tokens = np.zeros((len(slots), new), np.int64)
         for row, chunk in zip(tokens, chunks, strict=True):
             row[: len(chunk)] = chunk
-        first = int(lengths.min()) - 1 if session.can_choose_logits else 0  # the first position with logits
         arrays = {
             "input_ids": tokens,
             "attention_mask": (np.arange(start + new) < start + lengths).astype(np.int64),
@@ -141,11 +157,7 @@ class StaticCache:
         for buffer, past, present in zip(self._buffers, session.past_inputs, session.present_names, strict=True):
             buffer.bind(binding, past, present, slots[0].row, len(slots))
         session.onnx_session.run_with_iobinding(binding)
-        logits = ortvalue_to_numpy(binding.get_outputs()[0])
-        return {
-            slot: logits[row, len(chunk) - 1 - first].astype(np.float32)
-            for row, (slot, chunk) in enumerate(zip(slots, chunks, strict=True))
-        }
+        return binding.get_outputs()[0]
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> np.ndarray:
         """Append one token to each slot; return (n, V) float32 logits, which the next step overwrites."""

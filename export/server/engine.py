@@ -18,8 +18,9 @@ import numpy as np
 
 from limbeck.export.runtime.batch import Batch
 from limbeck.export.runtime.runtime import Runtime
-from limbeck.export.runtime.session import NUMPY_TYPES, grows
 from limbeck.export.runtime.slot import Slot
+from limbeck.export.runtime.speculative.speculation import Speculation
+from limbeck.export.server.memory import cache_bytes_per_token
 from limbeck.export.server.metrics import Metrics
 from limbeck.export.server.requests import Limits, QueuedRequest, Row, Unavailable
 from limbeck.registry.core.errors import BadInput
@@ -29,7 +30,6 @@ from limbeck.registry.core.machine import available_memory
 PREFILL_S = 0.05
 PREFILL_ALONE_S = 0.25  # the same if no row is decoding; new requests wait this long
 MIN_CHUNK_TOKENS = 16  # the smallest chunk of a prompt, however slow the model is
-MAX_UNREAD_RESULTS = 256  # unread results per row at which the rows of a request pause
 FREE_TOKENS_PER_ROW = 32  # tokens that the cache must have free for each row before another row joins
 RATE_WINDOW = 64  # finished requests over which the rate is measured
 
@@ -57,7 +57,7 @@ class Engine:
         self._runtime, self._limits, self._metrics = runtime, limits, metrics
         self._batch = Batch(runtime)
         budget = available_memory() // 2 if limits.cache_bytes is None else limits.cache_bytes
-        self._cache_tokens = max(1, budget // _bytes_per_token(runtime))
+        self._cache_tokens = max(1, budget // cache_bytes_per_token(runtime))
         self._inbox: queue.SimpleQueue[QueuedRequest | None] = queue.SimpleQueue()
         self._requests: list[QueuedRequest] = []  # all unfinished requests, in order of arrival
         self._prefilling: deque[Row] = deque()
@@ -140,7 +140,7 @@ class Engine:
             return True
         if self._row_was_freed and any(request.waiting_rows for request in self._requests):
             return True
-        return any(not _is_reader_slow(row.request) for row in self._decoding)
+        return any(not row.request.is_reader_slow for row in self._decoding)
 
     def _end_dead_requests(self) -> None:
         """End requests whose reader has left or whose time is up."""
@@ -222,15 +222,34 @@ class Engine:
     def _decode_step(self) -> None:
         """Generate one more token for each row whose reader keeps up."""
         self._preempt_rows()
-        rows = [row for row in self._decoding if not _is_reader_slow(row.request)]
+        rows = [row for row in self._decoding if not row.request.is_reader_slow]
         if not rows:
             return
         with self._end_on_failure([row.request for row in rows]):
+            if len(rows) == 1 and self._runtime.speculation:
+                self._speculate(rows[0], self._runtime.speculation)
+                return
             start = time.monotonic()
             logits = self._batch.step([_slot(row) for row in rows], [row.generation.last_token for row in rows])
             self._step_s += (time.monotonic() - start - self._step_s) / 4
             for row, values in zip(rows, logits, strict=True):
                 self._sample_token(row, values)
+
+    def _speculate(self, row: Row, speculation: Speculation) -> None:
+        """Generate one token or more for a row that decodes alone."""
+        row.speculator = row.speculator or speculation.start()
+        before = replace(counts := speculation.counts)
+        start = time.monotonic()
+        for logits in row.speculator.run(self._batch, _slot(row), row.generation, row.tokens):
+            self._sample_token(row, logits)
+            if row.slot is None:
+                break
+        if counts.verifications == before.verifications:
+            self._step_s += (time.monotonic() - start - self._step_s) / 4
+        self._metrics.verifications.inc(counts.verifications - before.verifications)
+        self._metrics.proposed_tokens.inc(counts.proposed - before.proposed)
+        self._metrics.accepted_tokens.inc(counts.accepted - before.accepted)
+        self._metrics.speculative_speedup.set(counts.speedup or 1)
 
     def _sample_token(self, row: Row, logits: np.ndarray) -> None:
         """Choose a row's next token from (V,) logits, and end the row if it is the last one.
@@ -266,9 +285,7 @@ class Engine:
 
     def _score_prompts(self) -> None:
         """Compute a chunk of the first request for prompt logprobs or embeddings, which then moves to the end."""
-        request = next(
-            (request for request in self._requests if request.scoring and not _is_reader_slow(request)), None
-        )
+        request = next((request for request in self._requests if request.scoring and not request.is_reader_slow), None)
         if request is None or request.scoring is None:
             return
         self._mark_started(request)
@@ -371,11 +388,6 @@ def _failure(error: Exception) -> RuntimeError:
     return failure
 
 
-def _is_reader_slow(request: QueuedRequest) -> bool:
-    """Whether so many results are unread that the request's rows must pause."""
-    return request.unread_results >= MAX_UNREAD_RESULTS * max(1, request.running_rows)
-
-
 def _slot(row: Row) -> Slot:
     assert row.slot is not None
     return row.slot
@@ -384,13 +396,3 @@ def _slot(row: Row) -> Slot:
 def _length(row: Row) -> int:
     """Tokens that the row has in the cache, or will have after prefill."""
     return len(row.tokens)
-
-
-def _bytes_per_token(runtime: Runtime) -> int:
-    """Bytes of the key-value cache for one token of one row. A recurrent state does not grow with its tokens."""
-    total = 0
-    for item in runtime.past_inputs.values():
-        if grows(item):
-            fixed = [size for size in item.shape if isinstance(size, int)]
-            total += int(np.prod(fixed)) * np.dtype(NUMPY_TYPES[item.type]).itemsize
-    return max(1, total)

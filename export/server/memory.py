@@ -1,9 +1,14 @@
-"""Whether an artifact fits in memory, checked before it is loaded: the kernel kills a process that takes too much."""
+"""Memory of a server: whether an artifact fits, since the kernel kills a process that takes too much; its cache."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
+
+from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.session import NUMPY_TYPES, grows
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.machine import available_memory
 
@@ -28,3 +33,13 @@ def check_memory(artifact: Path, cache_bytes: int | None) -> None:
 
 def _mb(size: int) -> str:
     return f"{size / 2**20:,.0f} MB"
+
+
+def cache_bytes_per_token(runtime: Runtime) -> int:
+    """Bytes of the key-value cache for one token of one row. A recurrent state does not grow with its tokens."""
+    total = 0
+    for item in runtime.past_inputs.values():
+        if grows(item):
+            fixed = [size for size in item.shape if isinstance(size, int)]
+            total += math.prod(fixed) * np.dtype(NUMPY_TYPES[item.type]).itemsize
+    return max(1, total)

@@ -29,6 +29,12 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
         self.cached_tokens = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self.verifications = counter("spec_decode_num_drafts", "Runs that checked proposed tokens.")
+        self.proposed_tokens = counter("spec_decode_num_draft_tokens", "Proposed tokens.")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Proposed tokens that were accepted.")
+        self.speculative_speedup = gauge(
+            "spec_decode_speedup", "Speed of texts with proposals over that of one token at a time, since the start."
+        )
         self.requests_waiting = gauge("num_requests_waiting", "Requests that wait for their first row.")
         self.rows_running = gauge("num_rows_running", "Rows in prefill or decoding.")
         self.preemptions = counter("num_preemptions", "Rows removed for lack of memory, to be computed again.")

@@ -11,6 +11,9 @@ from typing import Any
 
 from limbeck.export.runtime.generation import GenerationState
 from limbeck.export.runtime.slot import Slot
+from limbeck.export.runtime.speculative.speculation import Speculator
+
+MAX_UNREAD_RESULTS = 256  # unread results per row at which the rows of a request pause
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Row:
     generation: GenerationState
     tokens: list[int]  # to compute: the prompt, and the new tokens so far if the row was preempted
     slot: Slot | None = None  # None: the row is waiting
+    speculator: Speculator | None = None  # of a row that has decoded alone with proposals
     last_token_s: float = 0.0  # time of its newest token
 
 
@@ -76,3 +80,8 @@ class QueuedRequest:
     def unread_results(self) -> int:
         """Number of results that the reader has not taken."""
         return self.sent_results - self.taken_results
+
+    @property
+    def is_reader_slow(self) -> bool:
+        """Whether so many results are unread that the request's rows must pause."""
+        return self.unread_results >= MAX_UNREAD_RESULTS * max(1, self.running_rows)

@@ -20,9 +20,8 @@ from limbeck.export.runtime.generation import TokenEvent
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling, log_softmax
 from limbeck.export.runtime.slot import Slot
-from limbeck.export.server.engine import MAX_UNREAD_RESULTS
 from limbeck.export.server.metrics import Metrics
-from limbeck.export.server.requests import Limits, Unavailable
+from limbeck.export.server.requests import MAX_UNREAD_RESULTS, Limits, Unavailable
 from limbeck.export.server.scheduler import Scheduler
 from limbeck.registry.core.errors import BadInput
 from tests.export.export_helpers import Exported
@@ -73,6 +72,30 @@ def test_each_request_gets_what_it_would_get_alone(family: Exported, limits: Lim
     count = metrics.registry.get_sample_value
     assert count("limbeck:generation_tokens_total") == sum(len(row) for rows in expected for row in rows)
     assert count("limbeck:prompt_tokens_total") == sum(len(prompt) for prompts, _ in requests for prompt in prompts)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(rows=2, cache_bytes=1)], ids=str)
+def test_rows_that_decode_alone_take_proposed_tokens(llama: Exported, limits: Limits) -> None:
+    runtime = Runtime.load(llama.fp32, threads=1)
+    requests = [([runtime.encode(text)], Sampling(max_new_tokens=60, ignore_eos=True, logprobs=1)) for text in TEXTS]
+    requests += [([[1, 2, 3, 1, 2]], Sampling(max_new_tokens=30, temperature=0.5, seed=3))]
+    expected = [alone(runtime, prompts, sampling) for prompts, sampling in requests]
+    runtime.speculate(prompt_lookup_num_tokens=8, draft=Runtime.load(llama.fp32, threads=1))
+    metrics = Metrics()
+
+    async def one_by_one_and_together() -> list[Any]:
+        scheduler = Scheduler(runtime, limits, metrics)
+        first = [await tokens(scheduler.generate(p, s), len(p)) for p, s in requests]
+        return first + await asyncio.gather(*[tokens(scheduler.generate(p, s), len(p)) for p, s in requests])
+
+    assert run(one_by_one_and_together) == expected + expected
+    count = metrics.registry.get_sample_value
+    drafts, proposed, accepted = (
+        count(f"limbeck:spec_decode_num_{name}_total") for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    assert drafts > 0
+    assert 0 < accepted <= proposed
+    assert count("limbeck:generation_tokens_total") == 2 * (60 * len(TEXTS) + len(expected[-1][0]))
 
 
 def test_rows_that_outgrow_the_cache_are_preempted_and_continue(llama: Exported) -> None:
