@@ -5,12 +5,13 @@
 MODEL is a checkpoint of a Llama (the quickstart's teacher), TEXT has {"text": ...} per line (the standard library's
 modules): the first half of its documents calibrates int4 and the mixed formats, the second half is scored. llama.cpp
 quantizes an F32 GGUF file of the weights without an importance matrix, as the files that people download mostly are.
-Sizes are of weights and graph, without the tokenizer.
+If int4 has parts of 8 bits, it is also made as large as Q4_K_M: with the parts that gain most per byte in 8 bits. Sizes are of weights and graph, without the tokenizer.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,38 @@ def main(model: Path = ROOT / "quickstart/teacher", text: Path | None = None) ->
             export_onnx(model, folder / precision, precision, fp32_artifact=folder / "fp32", settings=settings)
             size = sum(path.stat().st_size for path in (folder / precision).glob("model.onnx*"))
             contestants[f"Limbeck, {precision}"] = size, logits_of(folder / precision)
-        contestants |= {f"llama.cpp, {name}": found for name, found in llama_cpp_formats(model, folder)}
+        peers = dict(llama_cpp_formats(model, folder))
+        if "Q4_K_M" in peers and (found := int4_of_size(folder, texts[:half], peers["Q4_K_M"][0])):
+            contestants["Limbeck, int4 at the size of Q4_K_M"] = found
+        contestants |= {f"llama.cpp, {name}": found for name, found in peers.items()}
         print_scores(logits_of(folder / "fp32"), contestants, rows, runtime.decode)
+
+
+def int4_of_size(folder: Path, texts: Sequence[str], limit: int) -> tuple[int, Logits] | None:
+    """Make int4 of at most `limit` bytes from the parts that the search of `folder/int4` ranked; None if it ran none."""
+    from limbeck.export.graph.save import save_graph
+    from limbeck.export.quantize.precisions import FORMATS
+    from limbeck.export.quantize.sample_texts import CHOICE_CONVERSATIONS, render_conversations
+    from limbeck.export.quantize.weight_only import GraphWeights
+    from limbeck.registry.core.digest import read_manifest
+
+    ranked = list(read_manifest(folder / "int4")["quantization"].get("alone_in_8_bits", ()))
+    if not ranked:
+        return None
+    weights, output = GraphWeights.from_graph(folder / "fp32/model.onnx"), folder / "int4-of-size"
+    with TemporaryDirectory(dir=folder) as scratch:
+        weights.calibrate(
+            folder / "fp32", Path(scratch), [*texts, *render_conversations(folder / "fp32", CHOICE_CONVERSATIONS)]
+        )
+    shutil.copytree(folder / "int4", output)
+    low, high = 0, len(ranked) + 1  # as many parts in 8 bits fit, and do not fit
+    while True:
+        count = (low + high) // 2 if high - low > 1 else low
+        plan = dict.fromkeys(weights.groups, FORMATS[4]) | dict.fromkeys(ranked[:count], FORMATS[8])
+        size = save_graph(weights.quantize(plan), output / "model.onnx") + (output / "model.onnx").stat().st_size
+        if high - low == 1:
+            return size, logits_of(output)
+        low, high = (count, high) if size <= limit else (low, count)
 
 
 def read_texts(path: Path | None) -> list[str]:

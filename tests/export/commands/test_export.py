@@ -55,7 +55,7 @@ def test_each_precision_is_made_and_described(
     rows = json.loads(out)
     assert [row["precision"] for row in rows] == ["fp16", "int8-weight"]
     assert rows[1]["quantization"]["chosen"]["bits"] == 8
-    assert "8 bits, blocks of 32" in err
+    assert "int8-weight: exporting" in err
 
 
 def test_an_engine_that_cannot_make_the_graph_is_refused(
