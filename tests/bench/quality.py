@@ -5,7 +5,8 @@
 MODEL is a checkpoint of a Llama (the quickstart's teacher), TEXT has {"text": ...} per line (the standard library's
 modules): the first half of its documents calibrates int4 and the mixed formats, the second half is scored. llama.cpp
 quantizes an F32 GGUF file of the weights without an importance matrix, as the files that people download mostly are.
-If int4 has parts of 8 bits, it is also made as large as Q4_K_M: with the parts that gain most per byte in 8 bits. Sizes are of weights and graph, without the tokenizer.
+If int4 has parts of 8 bits, it is also made as large as Q4_K_M: with the parts that gain most per byte in 8 bits.
+Sizes are of weights and graph, without the tokenizer.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(model: Path = ROOT / "quickstart/teacher", text: Path | None = None) ->
 
 
 def int4_of_size(folder: Path, texts: Sequence[str], limit: int) -> tuple[int, Logits] | None:
-    """Make int4 of at most `limit` bytes from the parts that the search of `folder/int4` ranked; None if it ran none."""
+    """Make int4 of at most `limit` bytes, by the ranking of parts in `folder/int4`; None if it has none."""
     from limbeck.export.graph.save import save_graph
     from limbeck.export.quantize.precisions import FORMATS
     from limbeck.export.quantize.sample_texts import CHOICE_CONVERSATIONS, render_conversations
