@@ -49,10 +49,16 @@ class TimedCompletion:
 
 @dataclass(frozen=True)
 class Proposals:
-    """Who proposes tokens, as `limbeck.export.runtime.speculative.speculation.Speculation`; `draft` is a folder."""
+    """Who proposes tokens, as `limbeck.export.runtime.speculative.speculation.Speculation` has it.
+
+    Attributes:
+        draft: folder of the draft model; None: there is none.
+        draft_digest: that it must have; None accepts any.
+    """
 
     prompt_lookup_num_tokens: int = 0
     draft: Path | None = None
+    draft_digest: str | None = None
 
 
 def complete_onnx(
@@ -78,7 +84,9 @@ def complete_onnx(
     """
     start = time.perf_counter()
     runtime = Runtime.load(folder, expected_digest=digest, **options)
-    draft = Runtime.load(proposals.draft, **options) if proposals and proposals.draft else None
+    draft = None
+    if proposals and proposals.draft:
+        draft = Runtime.load(proposals.draft, expected_digest=proposals.draft_digest, **options)
     loaded = time.perf_counter()
     ids = runtime.prompt_ids(prompt, parse_special=parse_special)
     runtime.generate([ids[:1]], max_new_tokens=2, ignore_eos=True)

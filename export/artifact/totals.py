@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,9 +29,7 @@ class Totals:
         """Add one text: its T token ids, and (T, V) logits of reference and artifact."""
         self.tokens += len(row)
         matches, nats_reference, nats = 0, 0.0, 0.0
-        for start in range(0, len(row), CHUNK):
-            part = slice(start, start + CHUNK)
-            p, q = log_softmax(reference[part].astype(np.float64)), log_softmax(logits[part].astype(np.float64))
+        for start, p, q in _log_probabilities(reference, logits):
             self.compare(p, q)
             matches += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
             following = row[start + 1 : start + 1 + CHUNK]
@@ -44,12 +43,18 @@ class Totals:
 
     def compare_logits(self, reference: np.ndarray, logits: np.ndarray) -> None:
         """Add (T, V) logits of reference and artifact."""
-        for start in range(0, len(logits), CHUNK):
-            part = slice(start, start + CHUNK)
-            self.compare(*(log_softmax(each[part].astype(np.float64)) for each in (reference, logits)))
+        for _, p, q in _log_probabilities(reference, logits):
+            self.compare(p, q)
 
     def compare(self, p: np.ndarray, q: np.ndarray) -> None:
         """Add (T, V) log-probabilities of reference and artifact."""
         # Comparisons with NaN are false: without nan_to_num a broken graph would pass.
         self.max_diff = max(self.max_diff, float(np.nan_to_num(np.abs(p - q), nan=np.inf).max()))
         self.kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+
+
+def _log_probabilities(reference: np.ndarray, logits: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield the first token of each chunk, and the (t, V) float64 log-probabilities of both there."""
+    for start in range(0, len(logits), CHUNK):
+        p, q = (log_softmax(each[start : start + CHUNK].astype(np.float64)) for each in (reference, logits))
+        yield start, p, q

@@ -50,8 +50,8 @@ def generate(
     """Complete PROMPT (or standard input) with MODEL, and report the speed.
 
     An ONNX artifact runs in the torch-free runtime, a PyTorch model in transformers. The digest of the files is
-    checked first. With --prompt-lookup-num-tokens or --draft, MODEL checks several proposed tokens in one run; the text
-    is its own.
+    checked first. With --prompt-lookup-num-tokens or --draft, MODEL checks several proposed tokens in one run; in fp32
+    the text is the same without, else it may differ where two tokens are nearly as likely.
     """
     quiet_libraries()
     from limbeck.export.artifact.complete import Proposals
@@ -69,8 +69,12 @@ def generate(
     if lookup or draft:
         if found[0].engine != "onnxruntime":
             raise BadInput(f"{model} is a PyTorch model, which checks no proposed tokens", fix="export it first")
-        proposals = Proposals(lookup, find_onnx_artifact(draft).path if draft else None)
-    results = [_complete(found[0], prompt, request, options | ({"proposals": proposals} if proposals else {}))]
+        proposals = Proposals(lookup)
+        if draft:
+            student = find_onnx_artifact(draft)
+            proposals = Proposals(lookup, student.path, student.digest)
+    own_options = options | ({"proposals": proposals} if proposals else {})
+    results = [_complete(found[0], prompt, request, own_options)]
     results += [_complete(other, prompt, request, options) for other in found[1:]]
     if output_format == "json":
         print_json(results)

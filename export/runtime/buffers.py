@@ -59,7 +59,7 @@ def _untouched_array(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndar
     SmolLM2-135M takes 377 MB when its first token is written, and a stream beside it pauses that long.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not size or not hasattr(mmap, "MADV_NOHUGEPAGE"):  # not Linux
+    if not size or not hasattr(mmap, "MADV_NOHUGEPAGE"):  # nothing to map, or not Linux
         return np.empty(shape, dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
     memory.madvise(mmap.MADV_NOHUGEPAGE)

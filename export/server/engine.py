@@ -220,7 +220,7 @@ class Engine:
         return rows, tokens
 
     def _decode_step(self) -> None:
-        """Generate one more token for each row whose reader keeps up."""
+        """Generate one more token for each row whose reader keeps up, or several for one that decodes alone."""
         self._preempt_rows()
         rows = [row for row in self._decoding if not row.request.is_reader_slow]
         if not rows:
@@ -238,7 +238,8 @@ class Engine:
     def _speculate(self, row: Row, speculation: Speculation) -> None:
         """Generate one token or more for a row that decodes alone."""
         row.speculator = row.speculator or speculation.start()
-        before = replace(counts := speculation.counts)
+        counts = speculation.counts
+        before = replace(counts)
         start = time.monotonic()
         for logits in row.speculator.run(self._batch, _slot(row), row.generation, row.tokens):
             self._sample_token(row, logits)

@@ -33,7 +33,8 @@ class Metrics:
         self.proposed_tokens = counter("spec_decode_num_draft_tokens", "Proposed tokens.")
         self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Proposed tokens that were accepted.")
         self.speculative_speedup = gauge(
-            "spec_decode_speedup", "Speed of texts with proposals over that of one token at a time, since the start."
+            "spec_decode_speedup",
+            "Speed with proposals over that of one token at a time, since the artifact was loaded.",
         )
         self.requests_waiting = gauge("num_requests_waiting", "Requests that wait for their first row.")
         self.rows_running = gauge("num_rows_running", "Rows in prefill or decoding.")

@@ -64,6 +64,22 @@ def test_greedy_text_equals_that_of_transformers(artifacts: Path, smollm2: Path)
         assert ids + completion.token_ids == expected[0].tolist()
 
 
+def test_proposed_tokens_change_no_text_in_fp32(artifacts: Path, paragraphs: list[str]) -> None:
+    """A passage, and the beginning of the passage again: greedy, sampled, and with int4 as the draft model."""
+    runtime, draft = (Runtime.load(artifacts / name) for name in ("fp32", "int4"))
+    prompts = [f"{text[:400]}\n\n{text[:40]}" for text in paragraphs[:3]]
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.7, "seed": 5}]
+    texts = []
+    for lookup, model in ((0, None), (10, None), (0, draft)):
+        runtime.speculate(lookup, model)
+        done = [runtime.generate([prompt], max_new_tokens=48, **each)[0] for prompt in prompts for each in settings]
+        texts.append([completion.token_ids for completion in done])
+        if runtime.speculation:
+            assert (runtime.speculation.counts.acceptance_length or 0) > 1
+    assert texts[1] == texts[0]
+    assert texts[2] == texts[0]
+
+
 def test_a_batch_of_mixed_lengths(artifacts: Path, smollm2: Path, paragraphs: list[str]) -> None:
     tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
     ids = tokenizer(" ".join(paragraphs[:30]))["input_ids"]

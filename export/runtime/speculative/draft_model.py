@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from limbeck.export.runtime.batch import Batch
+from limbeck.export.runtime.session import PREFILL_LOGITS
 from limbeck.export.runtime.slot import Slot
 from limbeck.registry.core.errors import BadInput
 
@@ -30,11 +31,13 @@ class DraftModel:
     def propose(self, text: Sequence[int], count: int) -> list[int]:
         """Return `count` tokens that may follow `text`; fewer at the end of the draft model's context.
 
+        [] if `text` has a token id beyond the draft model's table, which may be padded less than the model's.
+
         Args:
             text: the text of the call before, and more tokens.
         """
         count = min(count, self._session.max_length - len(text))
-        if count < 1:
+        if count < 1 or max(text) >= self._session.vocab_size:
             return []
         proposed: list[int] = []
         logits = self._read(text)
@@ -47,17 +50,22 @@ class DraftModel:
 
     def _read(self, text: Sequence[int]) -> np.ndarray:
         """(V,) logits after `text`; the tokens that the cache has are not computed again."""
+        logits: np.ndarray | None = None
         if self._slot is None:
             self._slot = self._batch.add_prompt(text)
-            logits = None
             while logits is None:
                 [logits] = self._batch.prefill([self._slot], self._session.max_prefill_tokens)
             return logits
         known = self._slot.shared_prefix_length(tuple(text[:-1]))
         self._batch.truncate(self._slot, known)
-        logits = self._batch.verify(self._slot, text[known:])[-1]
-        for token in text[known:]:
-            self._batch.accept(self._slot, token)
+        # Many tokens are new where the row decoded with others meanwhile: their logits have to fit in memory.
+        size = max(1, PREFILL_LOGITS // self._session.vocab_size)
+        for start in range(known, len(text), size):
+            chunk = text[start : start + size]
+            logits = self._batch.verify(self._slot, chunk)[-1]
+            for token in chunk:
+                self._batch.accept(self._slot, token)
+        assert logits is not None  # the last token is always computed
         return logits
 
 

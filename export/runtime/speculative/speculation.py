@@ -1,4 +1,4 @@
-"""Speculative decoding: proposed tokens are checked in one run, and the text is the one that the model alone makes.
+"""Speculative decoding: the model checks proposed tokens in one run. In float32 the text is the one it makes alone.
 
 Leviathan et al., 2023: Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192); Chen et al., 2023
 (arXiv:2302.01318). Each token is chosen from the model's own logits in the ordinary way, and a proposal only saves the
@@ -91,8 +91,7 @@ class Speculation:
         if draft is not None:
             check_draft(draft, session)
         self.counts = SpeculationCounts()
-        self.draft, self.prompt_lookup_num_tokens = draft, prompt_lookup_num_tokens
-        self.vocab_size, self.max_length = session.vocab_size, session.max_length
+        self.session, self.draft, self.prompt_lookup_num_tokens = session, draft, prompt_lookup_num_tokens
 
     def start(self) -> Speculator:
         """The speculative decoding of one text."""
@@ -154,13 +153,13 @@ class Speculator:
             self._pause -= 1
             return []
         speculation = self._speculation
-        room = min(state.max_new_tokens - state.token_count - 1, speculation.max_length - len(text))
+        room = min(state.max_new_tokens - state.token_count - 1, speculation.session.max_length - len(text))
         proposed: list[int] = []
         if self._lookup:
             proposed = self._lookup.propose(text, min(self._count, speculation.prompt_lookup_num_tokens, room))
         if self._draft and not proposed:
             proposed = self._draft.propose(text, min(self._count, DRAFT_TOKENS, room))
-        return [token for token in proposed if token < speculation.vocab_size]
+        return [token for token in proposed if token < speculation.session.vocab_size]
 
     def _note_plain(self, seconds: float) -> None:
         counts = self._speculation.counts

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from limbeck.export.artifact.export import export_onnx
 from limbeck.export.runtime.runtime import Runtime
+from limbeck.export.runtime.speculative import draft_model
+from limbeck.export.runtime.speculative.draft_model import DraftModel
 from limbeck.export.runtime.speculative.prompt_lookup import MAX_NGRAM, MIN_NGRAM, PromptLookup
 from limbeck.registry.core.errors import BadInput
 from tests.conftest import make_model
@@ -85,6 +87,17 @@ def test_the_text_is_the_same_with_a_draft_model(
     assert length > 3 or seed == 1
 
 
+def test_a_draft_model_reads_what_it_missed_in_parts(llama: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a while in which the text decoded in a batch, without proposals."""
+    draft, text = Runtime.load(llama.fp32, threads=1), list(range(2, 42))
+    expected = DraftModel(draft).propose(text, 4)
+    monkeypatch.setattr(draft_model, "PREFILL_LOGITS", 8 * draft.vocab_size)  # 8 tokens at a time
+    late = DraftModel(draft)
+    late.propose(text[:3], 2)
+    assert late.propose(text, 4) == expected
+    assert late.propose([*text, draft.vocab_size], 4) == []
+
+
 def test_a_text_at_the_end_of_the_context_ends_where_it_would_alone(llama: Exported) -> None:
     runtime = Runtime.load(llama.fp32, threads=1)
     prompt = runtime.encode("a b a b a b a b a b a b")
@@ -104,9 +117,7 @@ def test_rows_that_decode_together_do_not_speculate_until_one_is_left(llama: Exp
     assert [done.token_ids for done in runtime.generate(PROMPTS, **settings)] == expected
 
 
-def test_what_cannot_take_tokens_back_is_refused(
-    llama: Exported, optimum_artifact: Any, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_take_tokens_back_is_refused(llama: Exported, optimum_artifact: Any) -> None:
     dynamic = Runtime.load(optimum_artifact(llama.torch), threads=1)
     with pytest.raises(BadInput, match="the model's graph cannot take proposed tokens back"):
         dynamic.speculate(prompt_lookup_num_tokens=4)

@@ -120,20 +120,27 @@ def test_rows_that_outgrow_the_cache_are_preempted_and_continue(llama: Exported)
 
 def test_requests_share_their_steps(endless: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
+    all_are_sent = threading.Event()
     step = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda self, slots, ids: (sizes.append(len(slots)), step(self, slots, ids))[1])
 
-    async def until_all_share_one() -> None:
+    def counted(batch: Batch, slots: Sequence[Slot], ids: Sequence[int]) -> np.ndarray:
+        assert all_are_sent.wait(20)
+        sizes.append(len(slots))
+        return step(batch, slots, ids)
+
+    monkeypatch.setattr(Batch, "step", counted)
+    sampling = Sampling(max_new_tokens=40, ignore_eos=True)
+
+    async def together() -> None:
         scheduler = Scheduler(endless)
-        readers = [asyncio.create_task(tokens(scheduler.generate([[1, 2, 3]], ENDLESS))) for _ in range(8)]
-        while not sizes or sizes[-1] < 8:
-            await asyncio.sleep(0.01)
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
+        readers = [asyncio.create_task(tokens(scheduler.generate([[1, 2, 3]], sampling))) for _ in range(8)]
+        await asyncio.sleep(0)  # each request is sent before its reader waits
+        all_are_sent.set()
+        await asyncio.gather(*readers)
 
-    run(until_all_share_one)
+    run(together)
     assert max(sizes) == 8
+    assert len(sizes) < 3 * 40  # one after the other: 8 * 39
 
 
 def test_a_request_with_many_rows_does_not_block_others(endless: Runtime) -> None:

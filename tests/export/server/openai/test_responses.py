@@ -113,7 +113,7 @@ def test_an_answer_follows_its_schema(client: openai.OpenAI) -> None:
     class City(pydantic.BaseModel):
         city: Literal["Rom", "Bern"]
 
-    answer = client.responses.parse(model="fp32", input="def f", text_format=City, max_output_tokens=300)
+    answer = client.responses.parse(model="fp32", input="def f", temperature=0, text_format=City, max_output_tokens=300)
     assert isinstance(answer.output_parsed, City)
 
 
