@@ -81,6 +81,7 @@ def tasks(
 )
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by a model.")
 @click.option("--cost/--no-cost", default=True, help="Also measure speed, memory and dollars. [default: --cost]")
+@click.option("--draft", metavar="STUDENT", help="Also time ONNX artifacts with this artifact's proposals of tokens.")
 @price_options
 @click.option("--tokenizer", metavar="MODEL", help="The tokenizer of endpoints (http://HOST:PORT/v1#NAME).")
 @click.option(
@@ -107,6 +108,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     gen_kwargs: str | None,
     confirm_run_unsafe_code: bool,
     cost: bool,
+    draft: str | None,
     prices_file: Path | None,
     usd_per_hour: float | None,
     tokenizer: str | None,
@@ -132,6 +134,12 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     http: dict[str, Any] = {"tokenizer": tokenizer, "num_concurrent": num_concurrent}
     found = resolve_models(models, **http)
     teacher = resolve_model(against, **http) if against else None
+    proposing = resolve_model(draft) if draft else None
+    if proposing and (proposing.engine != "onnxruntime" or not cost):
+        raise BadInput(
+            f"--draft {draft}: a draft model is an ONNX artifact, and is timed with the cost",
+            fix="export it first; leave --no-cost out",
+        )
     store = Store() if any(model.version for model in (*found, *filter(None, [teacher]))) else None
     task_set = TaskSet.load(
         [name.strip() for name in names.split(",") if name.strip()],
@@ -145,7 +153,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
-    options = EvalOptions(cost=cost, prices=prices, force=force, trust_remote_code=trust_remote_code)
+    options = EvalOptions(cost=cost, prices=prices, draft=proposing, force=force, trust_remote_code=trust_remote_code)
     cards = run(found, task_set, store, against=teacher, options=options)
     if output_format == "json":
         print_json(cards)

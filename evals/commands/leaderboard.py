@@ -21,6 +21,8 @@ LICENCE_MARKS = {
     "or register it with --parent",
 }
 
+WHERE_MEASURED = ("acceptance_length", "speculative_speedup")  # cost figures in the table where some version has them
+
 
 @click.command()
 @click.argument("name")
@@ -135,7 +137,9 @@ def _table(rows: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[l
     from limbeck.evals.leaderboard.ranking import sort_value
 
     metrics = {task: str(quality["metric"]) for row in rows for task, quality in row.quality.items()}
-    columns = ["version", "what", *task_headers(metrics), "retention", figure_header(cost), *RATIO_HEADERS, "verdict"]
+    figures = [cost, *(each for each in WHERE_MEASURED if any(row.cost and row.cost[each] for row in rows))]
+    columns = ["version", "what", *task_headers(metrics), "retention", *map(figure_header, dict.fromkeys(figures))]
+    columns += [*RATIO_HEADERS, "verdict"]
     lines = []
     for row in rows:
         values = [sort_value(row, task) for task in metrics]
@@ -146,7 +150,7 @@ def _table(rows: Sequence[LeaderboardRow], cost: str) -> tuple[list[str], list[l
                 describe_version(row),
                 *(f"{each:.3f}" if isinstance(each, float) else None for each in values),
                 f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else None,
-                figure_cell(row.cost, cost),
+                *(figure_cell(row.cost, each) for each in dict.fromkeys(figures)),
                 *ratio_cells(row.cost_ratio, row.speedup),
                 " ".join(filter(None, [row.verdict, *row.aliases])) or None,
             ]

@@ -20,6 +20,7 @@ from limbeck.evals.cost.measure import (
     reprice,
 )
 from limbeck.evals.cost.prices import Prices
+from limbeck.evals.cost.speculation import measure_speculation, task_prompts
 from limbeck.evals.scores.harness import score_model
 from limbeck.evals.scores.stored_scorecards import (
     StoredScorecard,
@@ -32,6 +33,7 @@ from limbeck.evals.stats.retention import check_numbers, compare_with_teacher
 from limbeck.evals.tasks.contamination import measure_contamination
 from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.catalog.model_ref import ResolvedModel
+from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import print_status, progress_bar
 from limbeck.registry.records import Contamination, Cost, Estimate, Relative, Scorecard, top_level_tasks
 
@@ -46,12 +48,14 @@ class EvalOptions:
     Attributes:
         cost: whether to measure costs that are unknown.
         prices: of machines; None for those that Limbeck ships.
+        draft: measure speculative decoding with this ONNX artifact, too.
         force: score and measure everything again.
         trust_remote_code: run Python code that comes with a model.
     """
 
     cost: bool = True
     prices: Prices | None = None
+    draft: ResolvedModel | None = None
     force: bool = False
     trust_remote_code: bool = False
 
@@ -145,6 +149,7 @@ class _Evaluation:
     def _complete(self, model: ResolvedModel, cost: Cost | None, teacher_cost: Cost | None) -> None:
         """Add to a model's scores its cost, its overlap and its comparison with the teacher; store the scorecard."""
         scored = self.scored[model.label]
+        cost = self._with_speculation(model, cost, scored)
         update = {"model": model.label, "created": datetime.now(UTC), "cost": self._at_current_price(cost)}
         if self.overlaps[model.label]:
             update["contamination"] = self.overlaps[model.label]
@@ -160,6 +165,23 @@ class _Evaluation:
         stored = store_scorecard(own, model, self.store, [*self.stored[model.label], scored])
         self.complete[model.label] = stored.card
         print_status(f"  {_summary_line(stored.card)}")
+
+    def _with_speculation(self, model: ResolvedModel, cost: Cost | None, scored: StoredScorecard) -> Cost | None:
+        """The cost, with the figures of speculative decoding if a draft model was named and can serve this one."""
+        draft = self.options.draft
+        if not cost or not draft or model.engine != "onnxruntime" or model.digest == draft.digest:
+            return cost
+        if cost.draft == draft.digest and not self.options.force:
+            return cost
+        prompts = task_prompts(parquet.read_table(scored.documents, columns=["prompt_end"]))
+        if not prompts:
+            return cost
+        try:
+            with _progress_bar(f"{model.label}: with proposals of {draft.label}", "prompts") as on_prompt:
+                return measure_speculation(model, draft, prompts, cost, on_prompt)
+        except BadInput as error:
+            print_status(f"  {model.label} was not timed with proposals of {draft.label}: {error}")
+            return cost
 
     def _at_current_price(self, cost: Cost | None) -> Cost | None:
         return reprice(cost, *self.prices.machine_price(cost.machine)) if cost else None
@@ -304,4 +326,6 @@ def _summary_line(card: Scorecard) -> str:
         words.append(f"retention {retention.value:.3f} [{retention.low:.3f}, {retention.high:.3f}]")
     if card.cost:
         words.append(f"{card.cost.decode_tokens_per_s:,.0f} tokens/s")
+        if card.cost.speculative_speedup:
+            words.append(f"{card.cost.speculative_speedup:.2f} times as fast with a draft model")
     return f"{card.model}: {', '.join(words)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from limbeck.export.artifact.torch_threads import torch_threads
 from limbeck.export.runtime.runtime import Runtime
 from limbeck.export.runtime.sampling import Sampling
 from limbeck.export.runtime.speculative.speculation import SpeculationCounts
@@ -129,7 +130,15 @@ def complete_torch(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("torch found no CUDA device", fix="use --device cpu")
-    torch.set_num_threads(threads or physical_cores())  # the runtime's default, so that speeds are comparable
+    with torch_threads(threads or physical_cores()):  # the runtime's default, so that speeds are comparable
+        return _complete_torch(folder, prompt, sampling, device, digest, parse_special)
+
+
+def _complete_torch(
+    folder: Path, prompt: str, sampling: Sampling, device: str, digest: str | None, parse_special: bool
+) -> TimedCompletion:
+    import torch
+
     start = time.perf_counter()
     model: Any = load_model(folder)  # first: it names a model's own code and what else makes it no model
     tokenizer: Any = load_tokenizer(folder)

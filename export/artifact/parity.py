@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from limbeck.export.artifact.invariance import measure_invariance, pad
 from limbeck.export.artifact.long_texts import LongText, compare_long_text, compared_lengths, run_long_text
 from limbeck.export.artifact.quality import describe_figure, estimate_quality, exceeded_figures
+from limbeck.export.artifact.torch_threads import torch_threads
 from limbeck.export.artifact.totals import Totals
 from limbeck.export.quantize.precisions import PRECISIONS
 from limbeck.export.quantize.sample_texts import SAMPLE_CONVERSATIONS, SAMPLE_TEXTS, render_conversations
@@ -70,7 +70,7 @@ def measure_parity(
     threads = 1 if _weight_bytes(torch_folder) < SMALL_MODEL_BYTES else None
     # First the artifact alone, then PyTorch alone: both sets of weights are never in memory together.
     return_freed_memory()
-    with TemporaryFile(dir=onnx_folder) as file, _torch_threads(threads):
+    with TemporaryFile(dir=onnx_folder) as file, torch_threads(threads):
         artifact = _run_artifact(
             onnx_folder, threads, tokenizer, config, texts, (max_documents, max_tokens, new_tokens), file
         )
@@ -314,19 +314,6 @@ def _prompts(rows: list[list[int]], max_length: int) -> list[list[int]]:
     """Return beginnings of the first rows, each half as long as the one before."""
     longest = min(48, max_length // 2)
     return [row[: max(1, longest >> step)] for step, row in enumerate(rows[:PROMPTS])]
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    """Run PyTorch on `count` threads within the block; None changes nothing."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _predicted_bytes(runtime: Runtime, row: list[int]) -> int:

@@ -105,6 +105,25 @@ class Cost(Record):
         int | None,
         Figure("GPU memory MB", "bytes of a GPU's memory at their peak", ",.0f", 1e-6, varies_with="machine"),
     ] = None
+    acceptance_length: Annotated[
+        float | None,
+        Figure(
+            "tokens a run",
+            "new tokens that one run settles, of those that check the tokens of a draft model",
+            ".2f",
+            higher_is_better=True,
+        ),
+    ] = None
+    speculative_speedup: Annotated[
+        float | None,
+        Figure(
+            "speed-up by draft",
+            "times as fast with a draft model as one token at a time",
+            ".2f",
+            higher_is_better=True,
+            varies_with="time",
+        ),
+    ] = None
     intervals: dict[str, Estimate] = {}  # figure -> its interval over the rounds of a run
     usd_per_hour: float
     prompt_tokens: int
@@ -117,6 +136,7 @@ class Cost(Record):
     device: str = "cpu"  # cpu or cuda
     price: str | None = None  # where usd_per_hour comes from: name, date and source
     loads: tuple[BatchCost, ...] = ()  # by batch size, batch 1 first
+    draft: str | None = None  # digest of the draft model of acceptance_length and speculative_speedup
 
     @property
     def setting(self) -> tuple[str, int, int, int, float, int]:

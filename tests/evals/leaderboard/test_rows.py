@@ -61,6 +61,8 @@ def test_a_row_has_everything_known_of_a_version(store: Store, add_version: Call
         "p50_ms",
         "p95_ms",
         "usd_per_million_tokens",
+        "acceptance_length",
+        "speculative_speedup",
     }
     assert row.pop("retention") == pytest.approx({"value": 0.8, "low": 0.75, "high": 0.85})
     single = {"metric": "acc", "value": 0.5, "stderr": 0.01, "higher_is_better": True}
@@ -201,7 +203,7 @@ def test_unknown_keys_and_values_are_refused(
         ("--sort", "p50_m", "--sort 'p50_m' is unknown\n  did you mean p50_ms?"),
         ("--sort", "singel", "did you mean single?"),
         ("--cost", "usd_per_million_token", "did you mean usd_per_million_tokens?"),
-        ("--cost", "verdict", "choose one of: decode_tokens_per_s, "),
+        ("--cost", "verdict", "choose one of: acceptance_length, "),
         ("--recipe", "smal", "--recipe 'smal' is unknown\n  did you mean small?"),
         ("--precision", "x", "choose one of: fp32, int8-weight"),
         ("--kind", "students", "did you mean student?"),

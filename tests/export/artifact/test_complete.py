@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import onnxruntime as ort
 import pytest
+import torch
 
 from tests.export.export_helpers import Exported
 
@@ -20,8 +21,10 @@ def test_sampling_settings_have_the_meaning_of_transformers(
     limbeck: Limbeck, llama: Exported, options: tuple[object, ...]
 ) -> None:
     command = ("generate", llama.fp32, "for i in", "--against", llama.torch, "--max-new-tokens", 40, "--format", "json")
+    threads = torch.get_num_threads()
     code, out, _ = limbeck(*command, *options)
     assert code == 0
+    assert torch.get_num_threads() == threads
     ours, theirs = json.loads(out)
     assert ours["text"] == theirs["text"]
     (plain,) = json.loads(limbeck("generate", llama.fp32, "for i in", "--max-new-tokens", 40, "--format", "json")[1])
