@@ -58,8 +58,8 @@ def compare(  # noqa: PLR0913 (one parameter per option)
     """Compare A with B, document by document: what is the difference, and is A as good as B?
 
     The difference is A - B with its 95% interval, paired by document and clustered by file. A passes if the one-sided
-    95% lower bound of its advantage lies above minus the margin, also after Holm's correction over the tasks. It fails
-    if the upper bound lies below minus the margin. Set the margin before you look.
+    95% lower bound of its advantage lies above minus the margin. It fails if the upper bound lies below minus the
+    margin. Set the margin before you look.
 
     For an inconclusive task the table says about how many documents would settle it if the difference stays the same.
     "Detectable" is the margin that these documents would show in four of five cases for an equally good model.
@@ -98,7 +98,7 @@ def _print(comparison: ComparedModels) -> None:
     rows = [*comparison.tasks, *comparison.over_all]
     columns = ["task", "metric", a, b, "difference, paired", "better"]
     print_table("", columns, [_difference_cells(row) for row in rows])
-    columns = ["task", "margin", "lower bound", "p", "p, Holm", "verdict", "detectable", "what would settle it"]
+    columns = ["task", "margin", "lower bound", "p", "verdict", "detectable", "what would settle it"]
     print_table(f"is {a} as good as {b}?", columns, [_verdict_cells(row) for row in rows])
     columns = ["task", "documents", "clusters", "retention", "right to\nwrong", "wrong to\nright", "McNemar\np", "KL"]
     print_table(f"how the answers of {a} differ", columns, [_answer_cells(row) for row in rows])
@@ -124,7 +124,7 @@ def _difference_cells(row: ComparedTask) -> list[str]:
 
 def _verdict_cells(row: ComparedTask) -> list[str | None]:
     test = row.noninferiority
-    numbers = f"{test.margin:g}", f"{test.lower:+.4f}", f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
+    numbers = f"{test.margin:g}", f"{test.lower:+.4f}", f"{test.p_value:.2g}"
     return [_name(row), *numbers, test.verdict, f"{test.detectable:.2g}", _missing_evidence(test)]
 
 
@@ -132,8 +132,6 @@ def _missing_evidence(test: Noninferiority) -> str | None:
     """What would settle an inconclusive test; None if it is not inconclusive."""
     if test.verdict != "inconclusive":
         return None
-    if test.uncorrected == "pass":
-        return "it passes alone, but not after the correction"
     if test.documents_needed is None:
         return "nothing: it equals the margin"
     return f"about {_round_up(test.documents_needed)} documents"

@@ -15,7 +15,7 @@ from limbeck.evals.scores.scorecard import EvalOptions, evaluate
 from limbeck.evals.scores.stored_scorecards import stored_scorecards
 from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS, find_flips
 from limbeck.evals.stats.noninferiority import Margins
-from limbeck.evals.stats.paired_comparison import compare_to_reference, correct_candidates_by_holm
+from limbeck.evals.stats.paired_comparison import compare_to_reference
 from limbeck.evals.stats.retention import leaf_tasks, pair_documents
 from limbeck.registry.catalog.model_ref import REGISTERED, resolve_model
 from limbeck.registry.core.errors import BadInput
@@ -67,8 +67,8 @@ def compare_models(
         reference_digest=theirs.card.artifact,
         harness=ours.card.harness,
         retention=comparison.retention,
-        tasks=tuple(correct_candidates_by_holm([comparison.tasks])[0]),
-        over_all=tuple(correct_candidates_by_holm([comparison.over_all])[0]),
+        tasks=tuple(comparison.tasks),
+        over_all=tuple(comparison.over_all),
         unknown_tasks=comparison.unknown_tasks,
         flips=tuple(find_flips(pairs, max_flips)),
     )

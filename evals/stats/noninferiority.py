@@ -70,7 +70,7 @@ class Margins:
 def noninferiority_test(
     difference: Difference, margin: float, *, higher_is_better: bool, documents: int, clusters: int
 ) -> Noninferiority:
-    """Test one difference by itself; `correct_by_holm` corrects for other tests.
+    """Test one difference by itself; `correct_over_candidates` corrects for the number of candidates.
 
     Args:
         difference: candidate minus reference.
@@ -117,17 +117,27 @@ def passing_margin(advantage: Difference, level: float) -> float:
     return -advantage.bounds(1 - level)[0]
 
 
-def correct_by_holm(tests: Sequence[Noninferiority]) -> list[Noninferiority]:
-    """The same tests, Holm-corrected for each other: a test that no longer passes is inconclusive."""
+def correct_over_candidates(candidates: Sequence[Sequence[Noninferiority]]) -> list[list[Noninferiority]]:
+    """Correct the tests of several candidates for their number; a test that no longer passes is inconclusive.
 
-    def verdict(test: Noninferiority, p_holm: float) -> Outcome:
-        return "inconclusive" if test.uncorrected == "pass" and p_holm >= SIGNIFICANCE_LEVEL else test.uncorrected
+    A candidate is as good if it passes on every task: an intersection-union test, whose p-value is the largest of its
+    tasks (Berger 1982, "Multiparameter Hypothesis Testing and Acceptance Sampling"). It owes no correction for the
+    number of its tasks. These p-values get Holm's correction, and each test the factor of its candidate.
 
-    adjusted = holm_adjusted_p_values([test.p_value for test in tests])
-    return [
-        test.model_copy(update={"p_holm": p_holm, "verdict": verdict(test, p_holm)})
-        for test, p_holm in zip(tests, adjusted, strict=True)
-    ]
+    Args:
+        candidates: the tests of each.
+    """
+    largest = [max((test.p_value for test in tests), default=1.0) for tests in candidates]
+    corrected = []
+    for tests, p_value, p_holm in zip(candidates, largest, holm_adjusted_p_values(largest), strict=True):
+        factor = p_holm / p_value if p_value else 1.0
+        corrected.append([_with_p_holm(test, min(1.0, factor * test.p_value)) for test in tests])
+    return corrected
+
+
+def _with_p_holm(test: Noninferiority, p_holm: float) -> Noninferiority:
+    revoked = test.uncorrected == "pass" and p_holm >= SIGNIFICANCE_LEVEL
+    return test.model_copy(update={"p_holm": p_holm, "verdict": "inconclusive" if revoked else test.uncorrected})
 
 
 def holm_adjusted_p_values(p_values: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from limbeck.evals.stats.diagnostics import compare_answers
 from limbeck.evals.stats.estimates import Difference, average_differences
-from limbeck.evals.stats.noninferiority import Margins, correct_by_holm, noninferiority_test
+from limbeck.evals.stats.noninferiority import Margins, correct_over_candidates, noninferiority_test
 from limbeck.evals.stats.retention import compare_pairs, leaf_tasks, paired_difference
 from limbeck.registry.records import ComparedTask, Estimate, TaskResult, top_level_tasks
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PairedComparison(NamedTuple):
-    """A candidate compared with its reference; `correct_candidates_by_holm` corrects its tests for each other."""
+    """A candidate compared with its reference; `correct_candidates` corrects for the number of candidates."""
 
     tasks: list[ComparedTask]  # top-level tasks and groups
     over_all: list[ComparedTask]  # macro, then pooled, for each metric that several tasks share
@@ -68,11 +68,14 @@ def compare_to_reference(
     )
 
 
-def correct_candidates_by_holm(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
-    """The rows of several candidates, each test Holm-corrected for all tests of all candidates."""
+def correct_candidates(families: Iterable[Sequence[ComparedTask]]) -> list[list[ComparedTask]]:
+    """The rows of several candidates, corrected for the number of candidates."""
     families = [list(rows) for rows in families]
-    tests = iter(correct_by_holm([row.noninferiority for rows in families for row in rows]))
-    return [[row.model_copy(update={"noninferiority": next(tests)}) for row in rows] for rows in families]
+    corrected = correct_over_candidates([[row.noninferiority for row in rows] for rows in families])
+    return [
+        [row.model_copy(update={"noninferiority": test}) for row, test in zip(rows, tests, strict=True)]
+        for rows, tests in zip(families, corrected, strict=True)
+    ]
 
 
 class _RowSubject(NamedTuple):

@@ -7,6 +7,7 @@ document by document (Miller, "Adding Error Bars to Evals", arXiv 2411.00640). `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from limbeck.evals.stats.estimates import (
     cluster_codes,
     clustered_difference,
     clustered_mean,
-    delta_method,
 )
+from limbeck.evals.stats.ratio import Ratio, mean_ratio
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Estimate, TaskResult, top_level_tasks
 
@@ -53,9 +54,9 @@ def compare_with_teacher(student: pa.Table, teacher: pa.Table, tasks: Mapping[st
     The retention of a task is (student - chance) / (teacher - chance): the share of the teacher's quality above
     guessing that the student keeps. It holds for metrics with lower values better too: with 8 bits per byte as chance
     it is the share of the teacher's saving over incompressible text. Without a chance level it is student / teacher, or
-    teacher / student if lower is better. Its interval is by the delta method on the paired documents. A task is left
-    out if the teacher's interval reaches chance, since there is nothing to keep. The mean counts each top-level task
-    once; a file that two tasks use is one cluster in it, so their covariance counts.
+    teacher / student if lower is better. Its interval is that of `limbeck.evals.stats.ratio`. A task is left out if the
+    teacher's interval reaches chance, since there is nothing to keep. The mean counts each top-level task once; a file
+    that two tasks use is one cluster in it, so their covariance counts.
 
     Args:
         student, teacher: the `documents` of `limbeck.evals.scores.harness.score_model`.
@@ -71,17 +72,20 @@ def compare_pairs(
     pairs: pd.DataFrame, tasks: Mapping[str, TaskResult], reference: str = "the teacher"
 ) -> TeacherComparison:
     """As `compare_with_teacher`, for the result of `pair_documents`; `reference` names the teacher in messages."""
-    differences, retentions, left_out = {}, {}, {}
+    differences: dict[str, Estimate] = {}
+    retentions: dict[str, Ratio] = {}
+    left_out: dict[str, str] = {}
     for name, result in tasks.items():
         rows = pairs[pairs["task"].isin(leaf_tasks(name, tasks))]
         if rows["code"].nunique() < 2:
             left_out[name] = "a confidence interval needs documents of two groups or more"
             continue
         weights, clusters = rows["weight"].to_numpy(), rows["code"].to_numpy()
-        differences[name] = paired_difference(rows).interval()
+        difference = paired_difference(rows)
+        differences[name] = difference.interval()
         student, teacher = (clustered_mean(rows[side].to_numpy(), weights, clusters) for side in SIDES)
         if _is_above_chance(teacher, result):
-            retentions[name] = _retention(student, teacher, result)
+            retentions[name] = _retention(student, teacher, difference, result)
         else:
             interval = teacher.interval()
             left_out[name] = (
@@ -90,10 +94,9 @@ def compare_pairs(
                 "nothing to keep"
             )
     top = [retentions[name] for name in top_level_tasks(tasks) if name in retentions]
-    average = float(np.mean([estimate.value for estimate in top])) if top else 0.0
     return TeacherComparison(
-        retention=delta_method(average, *((1 / len(top), estimate) for estimate in top)).interval() if top else None,
-        task_retention={name: estimate.interval() for name, estimate in retentions.items()},
+        retention=mean_ratio(top) if top else None,
+        task_retention={name: ratio.interval() for name, ratio in retentions.items()},
         difference=differences,
         left_out=left_out,
     )
@@ -164,13 +167,25 @@ def _is_above_chance(teacher: ClusteredEstimate, result: TaskResult) -> bool:
     return interval.low > result.chance if result.higher_is_better else interval.high < result.chance
 
 
-def _retention(student: ClusteredEstimate, teacher: ClusteredEstimate, result: TaskResult) -> ClusteredEstimate:
-    numerator, denominator = student, teacher
-    if result.chance is None and not result.higher_is_better:
-        numerator, denominator = teacher, student
-    above_chance = denominator.value - (result.chance or 0.0)
-    ratio = (numerator.value - (result.chance or 0.0)) / above_chance
-    return delta_method(ratio, (1 / above_chance, numerator), (-ratio / above_chance, denominator))
+def _retention(
+    student: ClusteredEstimate, teacher: ClusteredEstimate, difference: Difference, result: TaskResult
+) -> Ratio:
+    """What the student keeps of the teacher's quality above chance; `difference` is student minus teacher."""
+    if result.higher_is_better:
+        chance = result.chance or 0.0
+        return Ratio(_shifted(student, -chance), _shifted(teacher, -chance), difference, chance)
+    if result.chance is None:
+        return Ratio(teacher, student, difference.negate())
+    saved = (_shifted(_negated(each), result.chance) for each in (student, teacher))
+    return Ratio(*saved, difference.negate(), 1 - result.chance)  # the chance that an error rate is no error
+
+
+def _shifted(estimate: ClusteredEstimate, by: float) -> ClusteredEstimate:
+    return replace(estimate, value=estimate.value + by)
+
+
+def _negated(estimate: ClusteredEstimate) -> ClusteredEstimate:
+    return replace(estimate, value=-estimate.value, errors=-estimate.errors)
 
 
 def _name_documents(rows: pd.DataFrame) -> str:

@@ -1,8 +1,9 @@
 """Is the giant a waste here? Decide from the stored scores of a model's versions; no model runs.
 
 Compares every candidate with the teacher, document by document, on the tasks that both were scored on. A candidate
-is as good if every top-level task passes a one-sided test of non-inferiority, corrected over all tasks and all
-candidates (Holm): without the correction, the best of many candidates could be as good by luck.
+is as good if every top-level task passes a one-sided test of non-inferiority. Passing on all of them owes no correction
+for their number; but the best of many candidates could be as good by luck, so the tests are corrected for the number
+of candidates (Holm).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from limbeck.evals.scores.candidates import Teacher, find_teacher, scorecards_of
 from limbeck.evals.scores.compare import LazyScorecard, read_documents
 from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS
 from limbeck.evals.stats.noninferiority import SIGNIFICANCE_LEVEL, Margins, documents_factor, passing_margin
-from limbeck.evals.stats.paired_comparison import PairedComparison, compare_to_reference, correct_candidates_by_holm
+from limbeck.evals.stats.paired_comparison import PairedComparison, compare_to_reference, correct_candidates
 from limbeck.evals.stats.retention import pair_documents
 from limbeck.evals.verdict.caveats import describe_caveats
 from limbeck.evals.verdict.records import Candidate, OpenTask, VerdictAnswer, VerdictReport
@@ -101,7 +102,6 @@ def decide_verdict(
         requested_tasks=tuple(tasks),
         margins={task: margins_of.margin_for(task, results[task].metric) for task in top_level_tasks(results)},
         default_margins=margins is None,
-        tests=sum(len(each.tasks) for each in candidates),
         candidates=tuple(candidates),
         left_out=chosen.left_out,
         other_tasks=tuple(
@@ -217,9 +217,8 @@ def _payback(card: Scorecard, training_cost: TrainingCost | None, context: _Verd
 
 
 def _correct_candidates(tested: Sequence[tuple[Candidate, PairedComparison]]) -> Iterator[Candidate]:
-    """Correct every test for all the others, and decide the quality of each candidate."""
-    families = correct_candidates_by_holm([each.tasks for each, _ in tested])
-    tests = sum(map(len, families))
+    """Correct for the number of candidates, and decide the quality of each."""
+    families = correct_candidates([each.tasks for each, _ in tested])
     for (candidate, comparison), tasks in zip(tested, families, strict=True):
         outcomes = {task.noninferiority.verdict for task in tasks}
         quality: Outcome = "inconclusive"
@@ -228,21 +227,21 @@ def _correct_candidates(tested: Sequence[tuple[Candidate, PairedComparison]]) ->
         elif outcomes == {"pass"} and not candidate.unknown_tasks:
             quality = "pass"
         inconclusive = [task for task in tasks if task.noninferiority.verdict == "inconclusive"]
-        open_tasks = tuple(_open_task(task, comparison.differences[task.task], tests) for task in inconclusive)
+        open_tasks = tuple(_open_task(task, comparison.differences[task.task], len(tested)) for task in inconclusive)
         yield candidate.model_copy(update={"tasks": tuple(tasks), "quality": quality, "open_tasks": open_tasks})
 
 
-def _open_task(task: ComparedTask, difference: Difference, tests: int) -> OpenTask:
+def _open_task(task: ComparedTask, difference: Difference, candidates: int) -> OpenTask:
     """What would settle an inconclusive task. To pass, it must at worst be the first of Holm's steps; failing needs no
     correction."""
     advantage, margin = difference if task.higher_is_better else difference.negate(), task.noninferiority.margin
     as_good = advantage.estimate.value > -margin
-    times = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL / tests if as_good else SIGNIFICANCE_LEVEL)
+    times = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL / candidates if as_good else SIGNIFICANCE_LEVEL)
     return OpenTask(
         task=task.task,
         documents=max(math.ceil(task.documents * times), task.documents + 1) if times is not None else None,
         as_good=as_good,
-        margin=passing_margin(advantage, SIGNIFICANCE_LEVEL / tests),
+        margin=passing_margin(advantage, SIGNIFICANCE_LEVEL / candidates),
     )
 
 

@@ -103,7 +103,7 @@ def _answer(report: VerdictReport) -> Iterator[str]:
         margins = "by less than the margin: " + ", ".join(f"{task} {m:g}" for task, m in report.margins.items())
     yield (
         f"*As good* means worse {escape_markdown(margins)}, in each metric's units, with 95% confidence on every task, "
-        f"corrected for {report.tests} tests ({len(report.candidates)} candidates; Holm). "
+        f"corrected for {len(report.candidates)} candidates (Holm). "
         + (
             "This margin is the default; set your own with `--margin` before you look at the scores."
             if report.default_margins

@@ -17,7 +17,7 @@ class OpenTask(Frozen):
     task: str
     documents: int | None  # about this many; None: the difference equals the margin, so no number would settle it
     as_good: bool  # whether they would show it as good, or as worse
-    margin: float  # it passes at a larger margin than this, corrected for all tests
+    margin: float  # it passes at a larger margin than this, corrected for all candidates
 
 
 class Candidate(Frozen):
@@ -62,7 +62,6 @@ class VerdictReport(Frozen):
     requested_tasks: tuple[str, ...]  # the tasks that the user named; empty: those that were scored
     margins: dict[str, float]  # by task, in the metric's own units
     default_margins: bool
-    tests: int  # the number of tests that the correction covers
     candidates: tuple[Candidate, ...]  # as good, then not settled, then worse; each cheapest first
     left_out: dict[str, str]  # NAME/VERSION -> why it is not a candidate
     other_tasks: tuple[str, ...]  # other tasks that versions are scored on

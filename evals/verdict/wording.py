@@ -89,7 +89,7 @@ def describe_next_steps(report: VerdictReport) -> tuple[str, ...]:
 def _settle(report: VerdictReport, best: Candidate) -> Iterator[str]:
     tasks = {task.task: task for task in best.tasks}
     for open_task in best.open_tasks:
-        yield _settle_task(tasks[open_task.task], open_task, report.tests)
+        yield _settle_task(tasks[open_task.task], open_task, len(report.candidates))
     for name, why in best.unknown_tasks.items():
         yield f"{name}: {why}."
     again = f"limbeck eval {best.version} --tasks {','.join(report.margins)} --against {report.teacher}"
@@ -99,11 +99,11 @@ def _settle(report: VerdictReport, best: Candidate) -> Iterator[str]:
         yield f"Measure its cost again on an idle machine: {again} --force"
 
 
-def _settle_task(task: ComparedTask, open_task: OpenTask, tests: int) -> str:
+def _settle_task(task: ComparedTask, open_task: OpenTask, candidates: int) -> str:
     test = task.noninferiority
     words = f"{task.task}: the difference is {format_difference(task.difference)}, the margin {test.margin:g}."
     if test.uncorrected == "pass":
-        words += f" Alone it would pass; corrected for all {tests} tests it does not (p = {test.p_holm:.2g})."
+        words += f" Alone it would pass; corrected for {candidates} candidates it does not (p = {test.p_holm:.2g})."
     if open_task.documents:
         needed, now = format_large_number(open_task.documents), format_large_number(task.documents)
         words += f" About {needed} documents (now {now}) would settle it and show it "

@@ -12,14 +12,14 @@ class Noninferiority(Record):
 
     The candidate's advantage is its mean difference, with the sign by which more is better. A test passes if the
     lower bound of the advantage is above -margin, fails if the upper bound is below -margin, and is inconclusive
-    otherwise. The verdict passes only if the test still passes after Holm's correction over tasks and candidates.
+    otherwise. The verdict passes only if the test still passes after Holm's correction over candidates.
     """
 
     margin: float  # above 0, in the metric's own units
     lower: float  # of the advantage; one-sided, 95%
     upper: float  # of the advantage; one-sided, 95%
     p_value: float  # of the hypothesis that the candidate is worse by the margin or more
-    p_holm: float  # the p-value after Holm's correction over all tests
+    p_holm: float  # the p-value after Holm's correction over candidates; `compare` has one
     uncorrected: Outcome  # of this test before the correction
     verdict: Outcome
     detectable: float  # the smallest margin that these documents show with 80% power if there is no difference

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -14,7 +15,7 @@ from limbeck.evals.stats.estimates import Difference, average_differences, clust
 from limbeck.evals.stats.noninferiority import (
     SIGNIFICANCE_LEVEL,
     Margins,
-    correct_by_holm,
+    correct_over_candidates,
     holm_adjusted_p_values,
     noninferiority_test,
 )
@@ -261,10 +262,41 @@ def test_a_pass_that_holm_revokes_is_inconclusive() -> None:
     clear, near, bad = (difference_of(shift + noise, np.zeros(100)) for shift in (2.0, just, -2.0))
     tests = [run_test(each, 0.05) for each in (clear, near, bad)]
     assert [test.uncorrected for test in tests] == ["pass", "pass", "fail"]
-    found = correct_by_holm(tests)
+    found = [test for [test] in correct_over_candidates([[test] for test in tests])]
     assert [test.verdict for test in found] == ["pass", "inconclusive", "fail"]
-    assert [test.p_holm for test in found] == holm_adjusted_p_values([test.p_value for test in tests])
-    assert correct_by_holm(tests[1:2])[0].verdict == "pass"  # a single test needs no correction
+    assert [test.p_holm for test in found] == pytest.approx(holm_adjusted_p_values([test.p_value for test in tests]))
+    # The tasks of a single candidate need no correction.
+    assert [test.verdict for test in correct_over_candidates([tests])[0]] == ["pass", "pass", "fail"]
+
+
+def test_no_candidate_passes_by_luck_and_tasks_cost_no_power() -> None:
+    """Twelve candidates on three tasks. Simulated p-values, of tests at the margin and of tests of good candidates."""
+    random, draws, shape = np.random.default_rng(5), 500, (12, 3)
+    alike = run_test(difference_of(np.tile([1.0, -1.0], 50), np.zeros(100)), 5.0)
+
+    def share_that_pass(effect: np.ndarray, corrects: bool = True) -> float:
+        """How often some candidate passes on all its tasks; `effect` is in standard errors above the margin."""
+        passed = 0
+        for _ in range(draws):
+            p_values = norm.sf(random.normal(effect))
+            if corrects:
+                tests = [[alike.model_copy(update={"p_value": p}) for p in row] for row in p_values]
+                adjusted = np.array([[test.p_holm for test in row] for row in correct_over_candidates(tests)])
+            else:
+                adjusted = np.reshape(holm_adjusted_p_values(p_values.ravel()), shape)
+            passed += bool((adjusted.max(axis=1) < 0.05).any())
+        return passed / draws
+
+    # Each candidate is worse by just the margin on one task, and far better on the others.
+    bad = np.full(shape, 9.0)
+    bad[:, 0] = 0.0
+    error = 3 * np.sqrt(0.05 * 0.95 / draws)
+    assert 0.05 - error <= share_that_pass(bad) <= 0.05 + error
+    assert share_that_pass(np.zeros(shape)) <= 0.01
+    # One candidate is good: a correction over all 36 tests would find it less often.
+    good = np.zeros(shape)
+    good[0] = 3.0
+    assert share_that_pass(good) >= 1.5 * share_that_pass(good, corrects=False)
 
 
 # --- margins

@@ -169,8 +169,8 @@ def test_95_percent_intervals_cover_the_truth() -> None:
         found = compare_pairs(same_rows(student, teacher), tasks).retention
         assert found is not None
         covered.append(found.low <= truth <= found.high)
-    # Three standard errors of 95% at 400 draws, and some more for the delta method.
-    assert 0.91 <= np.mean(covered) <= 0.98
+    # Three standard errors of 95% at 400 draws; more, since the lower bound also has to satisfy the difference's.
+    assert 0.91 <= np.mean(covered) <= 0.99
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3])
@@ -207,7 +207,9 @@ def test_the_interval_agrees_with_a_cluster_bootstrap() -> None:
             retained.append((s - result_of.chance) / (t - result_of.chance))
         means.append(np.mean(retained))
     low, high = np.quantile(means, [0.025, 0.975])
-    assert found.high - found.low == pytest.approx(high - low, rel=0.12)
+    # One document of the choice task, 4e-3 here, is added to the bound.
+    assert found.high - found.value == pytest.approx(high - np.mean(means), rel=0.2)
+    assert found.low < low
 
 
 def test_a_group_counts_once_and_pools_its_documents() -> None:
