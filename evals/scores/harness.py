@@ -127,6 +127,7 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
     """Convert lm-eval's results to `Scores`."""
     chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
     tables = {name: document_table(task, chosen[name], results["samples"][name]) for name, task in tasks.tasks.items()}
+    chances = {name: output_type_of(task).chance(task, chosen[name]) for name, task in tasks.tasks.items()}
     members = {
         group: leaves
         for group, leaves in outermost_groups(tasks.groups).items()
@@ -150,18 +151,17 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         columns = (table[column].to_numpy() for column in ("value", "weight", "cluster"))
         hashes = [tasks.task_hashes[leaf] for leaf in leaves]
         prompts = [json_digest(tables[leaf]["prompt_hash"].to_pylist()) for leaf in leaves]
-        chances = [
-            (output_type_of(tasks.tasks[leaf]).chance(tasks.tasks[leaf], metric.name), _total(tables[leaf]))
-            for leaf in leaves
-        ]
-        known = [chance for chance, _ in chances if chance is not None]
+        known = {leaf: chances[leaf].value for leaf in leaves if chances[leaf].value is not None}
         return TaskResult(
             metric=metric.name,
             value=float(results["results"][name][metric.key]),
             stderr=mean_and_stderr(*columns)[1],
             higher_is_better=bool(task.higher_is_better().get(metric.name, True)),
             documents=table.num_rows,
-            chance=float(np.average(known, weights=[w for _, w in chances])) if len(known) == len(leaves) else None,
+            chance=float(np.average([*known.values()], weights=[_total(tables[leaf]) for leaf in leaves]))
+            if len(known) == len(leaves)
+            else None,
+            chance_source=", ".join(dict.fromkeys(filter(None, (chances[leaf].source for leaf in leaves)))) or None,
             task_hash=hashes[0] if leaves == [name] else json_digest(hashes),
             prompt_hash=prompts[0] if leaves == [name] else json_digest(prompts),
             group=group,

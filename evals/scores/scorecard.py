@@ -292,6 +292,8 @@ def _relative(
         parquet.read_table(own.documents), parquet.read_table(teacher_scores.documents), teacher_scores.card.tasks
     )
     warnings = {f"{task} has no retention: {why}" for task, why in found.left_out.items()}
+    if sources := _chance_sources(teacher_scores.card):
+        warnings.add(f"retention counts from {sources}")
     cost, cost_ratio, speedup = own.card.cost, None, None
     if cost and teacher_cost:
         cost_ratio = paired_cost_ratio(cost, teacher_cost)
@@ -316,6 +318,12 @@ def _relative(
         teacher_cost=teacher_cost,
     )
     return relative, warnings
+
+
+def _chance_sources(card: Scorecard) -> str:
+    """What the retention of each top-level task counts from."""
+    results = {task: card.tasks[task] for task in top_level_tasks(card.tasks)}
+    return ", ".join(f"{r.chance:.3g} on {task} ({r.chance_source})" for task, r in results.items() if r.chance_source)
 
 
 def _summary_line(card: Scorecard) -> str:

@@ -51,12 +51,12 @@ def mean_and_stderr(
 def compare_with_teacher(student: pa.Table, teacher: pa.Table, tasks: Mapping[str, TaskResult]) -> TeacherComparison:
     """Compare two models document by document.
 
-    The retention of a task is (student - chance) / (teacher - chance): the share of the teacher's quality above
-    guessing that the student keeps. It holds for metrics with lower values better too: with 8 bits per byte as chance
-    it is the share of the teacher's saving over incompressible text. Without a chance level it is student / teacher, or
-    teacher / student if lower is better. Its interval is that of `limbeck.evals.stats.ratio`. A task is left out if the
-    teacher's interval reaches chance, since there is nothing to keep. The mean counts each top-level task once; a file
-    that two tasks use is one cluster in it, so their covariance counts.
+    The retention of a task is (student - chance) / (teacher - chance): the share of the teacher's quality above what
+    costs nothing (`limbeck.evals.tasks.chance`) that the student keeps. It holds for metrics with lower values better
+    too: for bits per byte it is the share of the teacher's saving over the best compressor. Without a chance level it
+    is student / teacher, or teacher / student if lower is better. Its interval is that of `limbeck.evals.stats.ratio`.
+    A task is left out if the teacher's interval reaches chance, since there is nothing to keep. The mean counts each
+    top-level task once; a file that two tasks use is one cluster in it, so their covariance counts.
 
     Args:
         student, teacher: the `documents` of `limbeck.evals.scores.harness.score_model`.
@@ -90,8 +90,9 @@ def compare_pairs(
             interval = teacher.interval()
             left_out[name] = (
                 f"retention is undefined: {reference}'s {result.metric} of {interval.value:.4g} [{interval.low:.4g}, "
-                f"{interval.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}, so there is "
-                "nothing to keep"
+                f"{interval.high:.4g}] is not clearly better than chance, {result.chance or 0:.4g}"
+                + (f" ({result.chance_source})" if result.chance_source else "")
+                + ", so there is nothing to keep"
             )
     top = [retentions[name] for name in top_level_tasks(tasks) if name in retentions]
     return TeacherComparison(
@@ -176,8 +177,8 @@ def _retention(
         return Ratio(_shifted(student, -chance), _shifted(teacher, -chance), difference, chance)
     if result.chance is None:
         return Ratio(teacher, student, difference.negate())
-    saved = (_shifted(_negated(each), result.chance) for each in (student, teacher))
-    return Ratio(*saved, difference.negate(), 1 - result.chance)  # the chance that an error rate is no error
+    kept, whole = (_shifted(_negated(each), result.chance) for each in (student, teacher))
+    return Ratio(kept, whole, difference.negate(), 1 - result.chance)  # the chance that an error rate is no error
 
 
 def _shifted(estimate: ClusteredEstimate, by: float) -> ClusteredEstimate:

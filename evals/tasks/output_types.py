@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from limbeck.evals.tasks.chance import Chance, best_constant_answer, free_bits_per_byte
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+    from limbeck.evals.tasks.task_set import Metric
+
 MAX_TEXT_CHARACTERS = 1000  # of a target and of a response in a documents table
-BITS_OF_A_RANDOM_BYTE = 8.0  # a byte drawn from all 256
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # metrics that take one choice as the answer
 
 
@@ -29,9 +31,20 @@ class OutputType:
         """A document's prompt without few-shot examples, and its right answer: what contamination looks for."""
         return _texts_of_parts([task.doc_to_text(doc), task.doc_to_target(doc)], choices=[])
 
-    def chance(self, task: Task, metric: str) -> float | None:
-        """The metric's value for a model that guesses; None if guessing has no meaning for the metric."""
-        return BITS_OF_A_RANDOM_BYTE if metric == "bits_per_byte" else None
+    def chance(self, task: Task, metric: Metric) -> Chance:
+        """The metric's value that costs nothing: the better of what is found and `metadata: {chance: ...}`."""
+        found, known = self._chance(task, metric), (getattr(task.config, "metadata", None) or {}).get("chance")
+        if known is None:
+            return found
+        value = found.value
+        if value is not None and (value >= known) == bool(task.higher_is_better().get(metric.name, True)):
+            return found
+        return Chance(float(known), "the task's metadata")
+
+    def _chance(self, task: Task, metric: Metric) -> Chance:
+        if metric.name != "bits_per_byte":
+            return Chance(None)
+        return free_bits_per_byte([self.document_texts(task, doc)[-1] for doc in _docs(task)])
 
     def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
         """The target, response and choice columns of one document (see `documents.DOCUMENT_SCHEMA`).
@@ -62,12 +75,10 @@ class MultipleChoice(OutputType):
     def document_texts(self, task: Task, doc: Any) -> list[str]:
         return _texts_of_parts([task.doc_to_text(doc), task.doc_to_target(doc)], task.doc_to_choice(doc))
 
-    def chance(self, task: Task, metric: str) -> float | None:
-        """For an accuracy the mean of 1 / (number of choices) over documents."""
-        if metric not in ACCURACIES:
-            return super().chance(task, metric)
-        docs = {instance.doc_id: instance.doc for instance in task.instances}
-        return float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in docs.values()]))
+    def _chance(self, task: Task, metric: Metric) -> Chance:
+        if metric.name not in ACCURACIES:
+            return super()._chance(task, metric)
+        return Chance(float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in _docs(task)])), "any of the choices")
 
     def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
         """The response is the choice that lm-eval's `process_results` takes for this metric."""
@@ -97,11 +108,10 @@ class GenerateUntil(OutputType):
 
     uses_gen_kwargs = True
 
-    def chance(self, task: Task, metric: str) -> float | None:
-        """0 if a higher value is better: a random text is never right."""
-        if metric != "bits_per_byte" and task.higher_is_better().get(metric, True):
-            return 0.0
-        return super().chance(task, metric)
+    def _chance(self, task: Task, metric: Metric) -> Chance:
+        if metric.name != "bits_per_byte" and task.higher_is_better().get(metric.name, True):
+            return best_constant_answer(task, metric, _docs(task))
+        return super()._chance(task, metric)
 
     def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
         return {"target": _truncated_text(sample["target"]), "response": _truncated_text(sample["resps"][0][0])}
@@ -125,6 +135,11 @@ def output_type_of(task: Task) -> OutputType:
         f"task {task.task_name} has the unknown output type {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
         fix=f"known output types: {', '.join(OUTPUT_TYPES)}",
     )
+
+
+def _docs(task: Task) -> list[Any]:
+    """The documents that are scored."""
+    return [*{instance.doc_id: instance.doc for instance in task.instances}.values()]
 
 
 def _texts_of_parts(parts: list[Any], choices: list[Any]) -> list[str]:

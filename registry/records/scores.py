@@ -17,7 +17,8 @@ class TaskResult(Record):
     stderr: float | None  # clustered by document group if the task names one
     higher_is_better: bool
     documents: int
-    chance: float | None = None  # the metric's value for guessing; None if guessing has no meaning
+    chance: float | None = None  # the metric's value that costs nothing; None if that has no meaning
+    chance_source: str | None = None  # what has it: any of the choices, a constant answer, a compressor, metadata
     task_hash: str  # of the task's configuration and documents
     prompt_hash: str  # of all the rendered prompts, in order
     group: str | None = None  # the group it is a sub-task of

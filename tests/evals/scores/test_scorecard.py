@@ -98,8 +98,8 @@ def test_students_are_scored_relative_to_their_teacher(
     own, exported = (card.relative for card in cards)
     assert own
     assert exported
-    assert own.retention
-    assert (own.retention.value, own.retention.low, own.cost_ratio, own.speedup) == (1.0, 1.0, 1.0, 1.0)
+    assert own.retention is None  # random weights are worse than a compressor
+    assert (own.cost_ratio, own.speedup) == (1.0, 1.0)
     assert exported.teacher == "m/1"
     assert exported.teacher_digest == teacher.digest
     assert exported.difference["text_bits_per_byte"].value == pytest.approx(0, abs=1e-4)  # fp32 ONNX is PyTorch

@@ -7,12 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from lm_eval.api.filter import FilterEnsemble
 
+from limbeck.evals.tasks.chance import best_constant_answer, free_bits_per_byte, word_frequency_bits
 from limbeck.evals.tasks.output_types import OUTPUT_TYPES, output_type_of
-from limbeck.evals.tasks.task_set import TaskSet
+from limbeck.evals.tasks.task_set import Metric, TaskSet
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
+from tests.evals.task_files import write_task
 
 DOC = {"question": "1 + 1 =", "choices": ["2", "3", "4", "5"], "label": 0}
 
@@ -23,11 +27,14 @@ def fake_task(output_type: str, **attributes: Any) -> Any:
         OUTPUT_TYPE=output_type,
         task_name="sums",
         multiple_input=False,
+        config=SimpleNamespace(metadata=None),
+        _filters=[FilterEnsemble("none", [])],
+        process_results=lambda doc, results: {"exact_match": results[0] == [str(doc["label"])]},
         instances=[SimpleNamespace(doc_id=0, doc=DOC)],
         doc_to_text=lambda doc: doc["question"],
         doc_to_target=lambda doc: doc["label"],
         doc_to_choice=lambda doc: doc["choices"],
-        higher_is_better=lambda: {"exact_match": True, "edits": False},
+        higher_is_better=lambda: {"exact_match": True, "edits": False, "bits_per_byte": False},
     )
     return SimpleNamespace(**parts | attributes)
 
@@ -61,18 +68,61 @@ def test_a_task_of_an_unknown_output_type_is_not_loaded(tmp_path: Path, monkeypa
     ("name", "metric", "chance"),
     [
         ("loglikelihood", "acc", None),
-        ("loglikelihood_rolling", "bits_per_byte", 8.0),
+        ("loglikelihood_rolling", "bits_per_byte", 8.0),  # one byte of text: no code is shorter
         ("loglikelihood_rolling", "word_perplexity", None),
         ("multiple_choice", "acc", 0.25),
         ("multiple_choice", "acc_norm", 0.25),
         ("multiple_choice", "brier_score", None),
-        ("generate_until", "exact_match", 0.0),
+        ("generate_until", "exact_match", 1.0),
         ("generate_until", "edits", None),
         ("generate_until", "bits_per_byte", 8.0),
     ],
 )
 def test_the_chance_level(name: str, metric: str, chance: float | None) -> None:
-    assert OUTPUT_TYPES[name].chance(fake_task(name), metric) == chance
+    assert OUTPUT_TYPES[name].chance(fake_task(name), Metric(metric, "none")).value == chance
+
+
+@pytest.mark.parametrize(("name", "metric", "said", "chance"), [
+    ("multiple_choice", "acc", 0.4, 0.4), ("multiple_choice", "acc", 0.1, 0.25), ("loglikelihood", "acc", 0.1, 0.1),
+    ("loglikelihood_rolling", "bits_per_byte", 9.0, 8.0), ("loglikelihood_rolling", "bits_per_byte", 1.5, 1.5),
+])  # fmt: skip
+def test_metadata_only_raise_the_chance_level(name: str, metric: str, said: float, chance: float) -> None:
+    task = fake_task(name, config=SimpleNamespace(metadata={"chance": said}))
+    assert OUTPUT_TYPES[name].chance(task, Metric(metric, "none")).value == chance
+
+
+def test_a_generative_task_counts_from_its_best_constant_answer(tmp_path: Path) -> None:
+    """Letters of choices, in the form that benchmarks have them: read by a regex, three of five are (B)."""
+    targets = "BABCB" * 20
+    documents = [
+        {"question": f"{n}?", "answer": f"(A) is wrong. The answer is ({target})"} for n, target in enumerate(targets)
+    ]
+    write_task(
+        tmp_path, "letters", documents, output_type="generate_until", doc_to_choice=None, doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["\n"]},
+        filter_list=[{"name": "letter", "filter": [
+            {"function": "regex", "regex_pattern": "answer is \\((.)\\)"}, {"function": "take_first"}]}],
+        process_docs=None, metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                      "regexes_to_ignore": [".*answer is \\(", "\\)"]}],
+    )  # fmt: skip
+    [task] = TaskSet.load(["letters"], [tmp_path]).tasks.values()
+    found = best_constant_answer(task, Metric("exact_match", "letter"), documents)
+    assert found.value == pytest.approx(0.6)
+    assert found.source is not None
+    assert "B" in found.source
+
+
+def test_a_text_counts_from_what_needs_no_model() -> None:
+    text = "the cat sat on the mat and the dog sat on the log\n" * 400
+    assert free_bits_per_byte([text]).value < 0.1
+    random = "".join(map(chr, np.random.default_rng(0).integers(33, 127, 20_000)))
+    assert free_bits_per_byte([random]).value == pytest.approx(np.log2(94), rel=0.02)
+    words = np.array([f"w{n}" for n in range(50)])[np.random.default_rng(0).integers(0, 50, 4000)]
+    text = " ".join(words)
+    # Each word costs log2(50) bits, and the space after it nearly nothing more than its share of one bit.
+    by_frequency = word_frequency_bits(text.encode())
+    assert np.log2(50) < by_frequency / 4000 < np.log2(50) + 2.3
+    assert free_bits_per_byte([]).value == 8.0
 
 
 @pytest.mark.parametrize(
