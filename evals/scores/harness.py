@@ -12,6 +12,7 @@ from limbeck.evals.engines.batches import BATCH_TOKENS
 from limbeck.evals.engines.lazy import open_engine
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
+from limbeck.evals.tasks.clusters import cluster_documents
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
 from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, choose_metric, hide_progress_bars, outermost_groups
@@ -126,7 +127,13 @@ def _chat_template(engine: Engine, requested: bool | str) -> str | None:
 def _scores(tasks: TaskSet, results: Any) -> Scores:
     """Convert lm-eval's results to `Scores`."""
     chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
-    tables = {name: document_table(task, chosen[name], results["samples"][name]) for name, task in tasks.tasks.items()}
+    clusters = {
+        name: cluster_documents(task, _documents(results["samples"][name])) for name, task in tasks.tasks.items()
+    }
+    tables = {
+        name: document_table(task, chosen[name], results["samples"][name], clusters[name].labels)
+        for name, task in tasks.tasks.items()
+    }
     chances = {name: output_type_of(task).chance(task, chosen[name]) for name, task in tasks.tasks.items()}
     members = {
         group: leaves
@@ -158,6 +165,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
             stderr=mean_and_stderr(*columns)[1],
             higher_is_better=bool(task.higher_is_better().get(metric.name, True)),
             documents=table.num_rows,
+            clusters=len(set(table["cluster"].to_pylist())),
+            repeats=sum(clusters[leaf].repeats for leaf in leaves),
             chance=float(np.average([*known.values()], weights=[_total(tables[leaf]) for leaf in leaves]))
             if len(known) == len(leaves)
             else None,
@@ -173,6 +182,11 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
     prompts = {name: scored[name].prompt_hash for name in tasks.tasks}
     in_order = {name: scored[name] for name in (*tasks.names, *scored) if name in scored}
     return Scores(in_order, json_digest(prompts), pa.concat_tables(tables.values()))
+
+
+def _documents(samples: Sequence[dict[str, Any]]) -> dict[int, Any]:
+    """Document number -> document, of samples as lm-eval logs them."""
+    return {sample["doc_id"]: sample["doc"] for sample in samples}
 
 
 def _total(table: pa.Table) -> float:

@@ -224,6 +224,12 @@ def _run_tasks(model: ResolvedModel, tasks: TaskSet, options: EvalOptions) -> St
             trust_remote_code=options.trust_remote_code,
         )
     check_numbers(scores.documents, model.label)
+    for name, result in scores.tasks.items():
+        if result.repeats:
+            print_status(
+                f"  {name}: {result.repeats} of {result.documents} documents repeat others, so the error is that of "
+                f"{result.clusters} independent ones"
+            )
     card = Scorecard(
         artifact=model.digest,
         model=model.label,

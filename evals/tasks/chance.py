@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval.api.instance import Instance
-
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
@@ -75,6 +73,8 @@ def _target_texts(task: Task, doc: Any) -> list[str]:
 
 def _filtered(task: Task, metric: Metric, answers: Sequence[str], docs: Sequence[Any]) -> list[Any]:
     """The answers, as the task's filter reads them."""
+    from lm_eval.api.instance import Instance
+
     instances = [
         Instance(request_type="generate_until", doc=doc, arguments=("", {}), idx=0, resps=[answer])
         for answer, doc in zip(answers, docs, strict=True)

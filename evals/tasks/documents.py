@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +36,14 @@ DOCUMENT_SCHEMA = pa.schema(
 )
 
 
-def document_table(task: Task, metric: Metric, samples: Sequence[dict[str, Any]]) -> pa.Table:
-    """A task's samples, as lm-eval logs them, in the columns of `DOCUMENT_SCHEMA`."""
+def document_table(
+    task: Task, metric: Metric, samples: Sequence[dict[str, Any]], clusters: Mapping[int, str]
+) -> pa.Table:
+    """A task's samples, as lm-eval logs them, in the columns of `DOCUMENT_SCHEMA`.
+
+    Args:
+        clusters: document number -> cluster.
+    """
     output_type = output_type_of(task)
     rows = []
     for sample in samples:
@@ -47,8 +53,6 @@ def document_table(task: Task, metric: Metric, samples: Sequence[dict[str, Any]]
         if isinstance(value, tuple):  # (log-probability, size in bytes) of a text: its bits per byte
             nats, weight = value
             value = -nats / weight / np.log(2)
-        doc = sample["doc"]
-        path = doc.get("path") if isinstance(doc, dict) else None
         rows.append(
             {
                 "task": task.task_name,
@@ -58,7 +62,7 @@ def document_table(task: Task, metric: Metric, samples: Sequence[dict[str, Any]]
                 "metric": metric.name,
                 "value": float(value),
                 "weight": float(weight),
-                "cluster": str(path or f"{task.task_name}:{sample['doc_id']}"),
+                "cluster": clusters[sample["doc_id"]],
                 "prompt_end": str(sample["arguments"][0][0])[-PROMPT_END_CHARACTERS:],
                 **output_type.answer_columns(task, metric.name, sample),
             }

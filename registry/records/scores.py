@@ -17,6 +17,8 @@ class TaskResult(Record):
     stderr: float | None  # clustered by document group if the task names one
     higher_is_better: bool
     documents: int
+    clusters: int | None = None  # of documents that belong together; the error is that of so many
+    repeats: int = 0  # documents that repeat another, in the same words or nearly the same
     chance: float | None = None  # the metric's value that costs nothing; None if that has no meaning
     chance_source: str | None = None  # what has it: any of the choices, a constant answer, a compressor, metadata
     task_hash: str  # of the task's configuration and documents
