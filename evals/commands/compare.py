@@ -132,6 +132,10 @@ def _missing_evidence(test: Noninferiority) -> str | None:
     """What would settle an inconclusive test; None if it is not inconclusive."""
     if test.verdict != "inconclusive":
         return None
+    from limbeck.evals.stats.skew import FEW
+
+    if test.carried_by_few:
+        return f"{FEW} documents carry {test.carried_by_few:.0%}"
     if test.documents_needed is None:
         return "nothing: it equals the margin"
     return f"about {_round_up(test.documents_needed)} documents"

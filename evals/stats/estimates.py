@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
+from limbeck.evals.stats.skew import heaviest_share, upper_p_value, upper_reach
 from limbeck.registry.records import Estimate
 
 CONFIDENCE = 0.95
@@ -89,6 +90,7 @@ class Difference:
     documents. The standard error is too small if few documents changed, or if all changes go one way; then the bound
     is that of Wilson's interval for this share. Scores of 0 and 1 also move in steps, so the bounds are one document
     wider. Without both, a student that is worse by exactly the margin would pass far more often than 5% of the time.
+    Other scores may be skewed: see `limbeck.evals.stats.skew`.
 
     Attributes:
         estimate: of the mean difference.
@@ -119,8 +121,16 @@ class Difference:
 
     def p_value_above(self, threshold: float) -> float:
         """The p-value of "at most `threshold`": it is below 0.05 if and only if the 95% lower bound is above."""
+        if self.effective_documents is None:
+            errors, distance = -self.estimate.errors, self.estimate.value - threshold
+            return upper_p_value(errors, distance, self.estimate.degrees_of_freedom)
         gap = self.estimate.value - self.step - threshold
         return float(stdtr(self.estimate.degrees_of_freedom, -self._t_statistic(gap, threshold)))
+
+    @property
+    def heaviest_share(self) -> float:
+        """The share of the variance that `skew.FEW` clusters carry; 0 for scores of 0 and 1."""
+        return heaviest_share(self.estimate.errors) if self.effective_documents is None else 0.0
 
     def stderr_at(self, truth: float) -> float:
         """The standard error if the true difference were `truth`."""
@@ -135,10 +145,11 @@ class Difference:
         return self._bounds(0.0, quantile)[1]
 
     def _bounds(self, value: float, quantile: float) -> tuple[float, float]:
+        if self.effective_documents is None:
+            errors = self.estimate.errors
+            return value - upper_reach(-errors, quantile), value + upper_reach(errors, quantile)
         reach = quantile * self.estimate.stderr
         low, high = value - self.step, value + self.step
-        if self.effective_documents is None:
-            return low - reach, high + reach
         return (
             min(low - reach, -_wilson(-low, self.effective_documents, quantile)),
             max(high + reach, _wilson(high, self.effective_documents, quantile)),

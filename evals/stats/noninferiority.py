@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from limbeck.evals.stats.estimates import Difference
+from limbeck.evals.stats.skew import HALF
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.records import Noninferiority, Outcome
 
@@ -84,6 +85,11 @@ def noninferiority_test(
         outcome = "pass"
     elif upper < -margin:
         outcome = "fail"
+    carried = advantage.heaviest_share
+    # A difference that a few documents carry has to pass with twice the reach, else it is theirs, not the model's.
+    rests_on_few = outcome == "pass" and carried > HALF and 2 * lower - advantage.estimate.value <= -margin
+    if rests_on_few:
+        outcome = "inconclusive"
     p_value = advantage.p_value_above(-margin)
     factor = documents_factor(advantage, margin, SIGNIFICANCE_LEVEL) if outcome == "inconclusive" else None
     if factor is not None:
@@ -97,6 +103,7 @@ def noninferiority_test(
         uncorrected=outcome,
         verdict=outcome,
         detectable=advantage.detectable(1 - SIGNIFICANCE_LEVEL, POWER),
+        carried_by_few=carried if rests_on_few else None,
         documents_needed=math.ceil(documents * factor) if factor else None,
         clusters_needed=math.ceil(clusters * factor) if factor else None,
     )

@@ -10,6 +10,8 @@ passes by the margin (1 - r) * whole.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,10 +84,16 @@ class Ratio:
                 return np.inf
         return float(brentq(excess, self.value, self.value + sign * reach)) if excess(self.value) < 0 else self.value
 
+    @functools.cached_property
+    def _products(self) -> tuple[float, float, float]:
+        """The variances and the covariance of kept and whole: (kept, covariance, whole)."""
+        kept, whole = _equal_lengths(self.kept.errors, self.whole.errors)
+        return float(kept @ kept), float(kept @ whole), float(whole @ whole)
+
     def _stderr_at(self, r: float) -> float:
         """The standard error of kept - r * whole, at least that of answers that flip one way only."""
-        kept, whole = _equal_lengths(self.kept.errors, self.whole.errors)
-        measured = float(np.linalg.norm(kept - r * whole))
+        kept2, both, whole2 = self._products
+        measured = math.sqrt(max(0.0, kept2 - 2 * r * both + r * r * whole2))
         if self.difference.effective_documents is None:
             return measured
         right = min(1.0, self.whole.value + self.chance)  # of the teacher
@@ -97,7 +105,7 @@ class Ratio:
             flipped = min(flipped, 1 - right)
             square = right * (1 - r) ** 2 + flipped
         variance = square - ((1 - r) * self.chance) ** 2
-        return max(measured, float(np.sqrt(max(0.0, variance) / self.difference.effective_documents)))
+        return max(measured, math.sqrt(max(0.0, variance) / self.difference.effective_documents))
 
 
 def mean_ratio(ratios: Sequence[Ratio]) -> Estimate:

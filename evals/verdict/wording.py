@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from limbeck.evals.leaderboard.columns import describe_version
-from limbeck.registry.records import ComparedTask, Estimate
+from limbeck.evals.stats.skew import FEW
+from limbeck.registry.records import ComparedTask, Estimate, Noninferiority
 
 if TYPE_CHECKING:
     from limbeck.evals.cost.payback import BreakEvenRange
@@ -102,6 +103,8 @@ def _settle(report: VerdictReport, best: Candidate) -> Iterator[str]:
 def _settle_task(task: ComparedTask, open_task: OpenTask, candidates: int) -> str:
     test = task.noninferiority
     words = f"{task.task}: the difference is {format_difference(task.difference)}, the margin {test.margin:g}."
+    if test.carried_by_few:
+        return f"{words} {describe_carried(test)}"
     if test.uncorrected == "pass":
         words += f" Alone it would pass; corrected for {candidates} candidates it does not (p = {test.p_holm:.2g})."
     if open_task.documents:
@@ -114,6 +117,11 @@ def _settle_task(task: ComparedTask, open_task: OpenTask, candidates: int) -> st
 
 
 # --- numbers as text
+
+
+def describe_carried(test: Noninferiority) -> str:
+    """Why a test whose bound passes is inconclusive: the difference is that of a few documents."""
+    return f"{FEW} documents carry {format_percent(test.carried_by_few or 0.0)} of its variance; add documents."
 
 
 def describe_candidate(candidate: Candidate) -> str:

@@ -23,6 +23,8 @@ class Noninferiority(Record):
     uncorrected: Outcome  # of this test before the correction
     verdict: Outcome
     detectable: float  # the smallest margin that these documents show with 80% power if there is no difference
+    # If inconclusive although the bound passes: the share of the difference's variance that three clusters carry.
+    carried_by_few: float | None = None
     # If inconclusive: about how many documents, and clusters of them, would decide it with 80% power if the
     # difference stays the same; None if no number would, since the difference is at the margin.
     documents_needed: int | None = None

@@ -36,19 +36,76 @@ def difference_of(candidate: np.ndarray, reference: np.ndarray, clusters: np.nda
     )
 
 
-def test_independent_documents_equal_a_one_sided_t_test() -> None:
+def test_independent_documents_without_skewness_equal_a_one_sided_t_test() -> None:
+    """One to two documents like the worst are added to the bound."""
     random = np.random.default_rng(0)
-    reference = random.normal(size=60)
-    candidate = reference - 0.1 + 0.5 * random.normal(size=60)
+    reference, half = random.normal(size=60), 0.5 * random.normal(size=30)
+    difference = -0.1 + np.concatenate([half, -half])
+    share = half.max() ** 2 / (2 * half @ half) if half.max() > -half.min() else half.min() ** 2 / (2 * half @ half)
+    step = np.abs(half).max() / 60 / np.sqrt(1 - 1 / 60) * (1 + min(1, 4 * share))
     for margin in (0.05, 0.2, 0.5):
-        expected = stats.ttest_1samp(candidate - reference, -margin, alternative="greater")
-        found = run_test(difference_of(candidate, reference), margin)
+        expected = stats.ttest_1samp(difference - step, -margin, alternative="greater")
+        found = run_test(difference_of(reference + difference, reference), margin)
         assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
         assert found.lower == pytest.approx(expected.confidence_interval(0.95).low, rel=1e-9)
-        less = stats.ttest_1samp(candidate - reference, -margin, alternative="less")
+        less = stats.ttest_1samp(difference + step, -margin, alternative="less")
         assert found.upper == pytest.approx(less.confidence_interval(0.95).high, rel=1e-9)
         assert (found.uncorrected == "pass") == (expected.pvalue < 0.05)
         assert (found.uncorrected == "fail") == (less.pvalue < 0.05)
+
+
+def test_the_bound_of_skewed_scores_is_that_of_hall() -> None:
+    """Hall 1992, by his formula for n documents, and Student's t on the side that the skewness makes narrower."""
+    worse = np.random.default_rng(3).lognormal(size=80)
+    found = difference_of(worse, np.zeros(80))
+    n, g, s, t = 80, stats.skew(worse), worse.std(ddof=1), stats.t.ppf(0.95, 79)
+    inverse = 3 / g * (np.cbrt(1 + g * (-t / np.sqrt(n) - g / (6 * n))) - 1)
+    share = (worse.max() - worse.mean()) ** 2 / ((worse - worse.mean()) ** 2).sum()
+    above, below = worse.max() - worse.mean(), worse.mean() - worse.min()
+    step = above / n / np.sqrt(1 - 1 / n) * (1 + min(1, 4 * share))
+    low, high = found.bounds(0.95)
+    assert high == pytest.approx(worse.mean() - s * inverse + step, rel=0.01)  # g has another small-sample factor
+    assert worse.mean() - low == pytest.approx(t * s / np.sqrt(n) + below / n, rel=0.01)
+    assert found.negate().p_value_above(-high) == pytest.approx(0.05)
+    assert found.p_value_above(low) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("losses", ["log-normal", "log-normal, wide", "Pareto 2.1", "a tenth of the documents"])
+def test_skewed_losses_pass_at_the_margin_at_most_7_percent_of_the_time(losses: str) -> None:
+    random, sets = np.random.default_rng(7), 1000
+    rates = {}
+    for clusters, size in ((100, 1), (300, 1), (100, 3)):
+        codes = np.repeat(np.arange(clusters), size)
+        passed = 0
+        for _ in range(sets):
+            loss, mean = draw_losses(random, losses, clusters)
+            found = difference_of(np.repeat(loss, size), np.zeros(clusters * size), codes)
+            passed += run_test(found, mean, higher_is_better=False).verdict == "pass"
+        rates[clusters, size] = passed / sets
+    assert max(rates.values()) <= 0.07, rates
+
+
+def draw_losses(random: np.random.Generator, kind: str, count: int) -> tuple[np.ndarray, float]:
+    """(count,) differences in bits per byte, with rare large ones, and their true mean."""
+    if kind == "log-normal":
+        return random.lognormal(size=count), float(np.exp(0.5))
+    if kind == "log-normal, wide":
+        return random.lognormal(sigma=1.5, size=count), float(np.exp(1.125))
+    if kind == "Pareto 2.1":
+        return random.pareto(2.1, count), 1 / 1.1
+    rare = random.random(count) < 0.1
+    return np.where(rare, random.lognormal(size=count), 0.1 * random.normal(size=count)), 0.1 * float(np.exp(0.5))
+
+
+def test_a_difference_that_few_documents_carry_is_inconclusive() -> None:
+    """Ten bits per byte worse on two documents of two hundred, and no difference on the others."""
+    worse = 0.01 * np.random.default_rng(2).normal(size=200)
+    worse[:2] = 10.0
+    found = run_test(difference_of(worse, np.zeros(200)), 0.75, higher_is_better=False)
+    assert found.uncorrected == "inconclusive"
+    assert found.carried_by_few == pytest.approx(1, abs=0.02)
+    # Even twice as far away is within this margin.
+    assert run_test(difference_of(worse, np.zeros(200)), 3.0, higher_is_better=False).uncorrected == "pass"
 
 
 def test_lower_is_better_is_the_same_test_with_opposite_signs() -> None:

@@ -88,7 +88,10 @@ def test_the_difference_is_paired_and_equals_statsmodels() -> None:
     sizes = np.bincount(labels)
     half = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1) * stderr
     found = comparison.difference["t"]
-    assert (found.value, found.low, found.high) == pytest.approx((value, value - half, value + half), rel=1e-9)
+    assert found.value == pytest.approx(value, rel=1e-9)
+    # At least Student's t; skewness and the worst file make it wider.
+    assert half < found.high - value < 1.4 * half
+    assert half < value - found.low < 1.4 * half
     unpaired = mean_and_stderr(student, np.ones(len(labels)), labels)[1]
     assert unpaired is not None
     assert found.high - found.low < unpaired  # pairing removes the shared part of the error
