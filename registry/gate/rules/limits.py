@@ -46,18 +46,17 @@ def interval_outcome(low: float, high: float, limit: float, *, is_maximum: bool 
     return "fail" if fails else "inconclusive"
 
 
-def estimate_at_confidence(estimate: Estimate, confidence: float, *, wilson: bool = False) -> Estimate | None:
+def estimate_at_confidence(estimate: Estimate, confidence: float) -> Estimate | None:
     """The estimate with its interval at another confidence; None if the stored interval does not allow that.
 
-    Each side is scaled by the ratio of the quantiles of Student's t at the estimate's degrees of freedom. Without
+    Each side is narrowed by the ratio of the quantiles of Student's t at the estimate's degrees of freedom. It is widened
+    by the square of that ratio: bounds of scores of 0 and 1, and of skewed ones, grow faster than the quantile. Without
     degrees of freedom an interval is only narrowed: normal quantiles narrow it less than Student's t would, and would
     widen it too little.
 
     Args:
         estimate: the value with its interval.
         confidence: two-sided, between 0 and 1.
-        wilson: the estimate is a paired difference, whose bounds are Wilson's if the scores are 0 or 1. Those grow
-            faster than the quantile, but never faster than its square, so they are widened by the square.
     """
     if confidence == estimate.confidence:
         return estimate
@@ -67,7 +66,7 @@ def estimate_at_confidence(estimate: Estimate, confidence: float, *, wilson: boo
     scale = _quantile((1 + confidence) / 2, estimate.degrees_of_freedom) / _quantile(
         (1 + estimate.confidence) / 2, estimate.degrees_of_freedom
     )
-    if widens and wilson:
+    if widens:
         scale *= scale
     low, high = (estimate.value + scale * (end - estimate.value) for end in (estimate.low, estimate.high))
     return estimate.model_copy(update={"low": low, "high": high, "confidence": confidence})

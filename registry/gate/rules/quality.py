@@ -153,7 +153,7 @@ def _margin_results(
         if task not in relative.difference:
             yield rule_result(name, "inconclusive", f"not compared with the teacher on {task}; run: {eval_command}")
             continue
-        advantage = estimate_at_confidence(relative.difference[task], rules.confidence, wilson=True)
+        advantage = estimate_at_confidence(relative.difference[task], rules.confidence)
         if advantage and not result.higher_is_better:
             advantage = _negated(advantage)
         bound = _Bound(name, f"advantage over the teacher in {result.metric} on {task}", -margin, result.documents)
