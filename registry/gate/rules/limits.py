@@ -49,10 +49,10 @@ def interval_outcome(low: float, high: float, limit: float, *, is_maximum: bool 
 def estimate_at_confidence(estimate: Estimate, confidence: float) -> Estimate | None:
     """The estimate with its interval at another confidence; None if the stored interval does not allow that.
 
-    Each side is narrowed by the ratio of the quantiles of Student's t at the estimate's degrees of freedom. It is widened
-    by the square of that ratio: bounds of scores of 0 and 1, and of skewed ones, grow faster than the quantile. Without
-    degrees of freedom an interval is only narrowed: normal quantiles narrow it less than Student's t would, and would
-    widen it too little.
+    Each side is narrowed by the ratio of the quantiles of Student's t at the estimate's degrees of freedom. It is
+    widened by the square of that ratio: bounds of scores of 0 and 1, and of skewed ones, grow faster than the quantile.
+    Without degrees of freedom an interval is only narrowed: normal quantiles narrow it less than Student's t would, and
+    would widen it too little.
 
     Args:
         estimate: the value with its interval.
