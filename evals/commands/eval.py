@@ -1,4 +1,4 @@
-"""`limbeck tasks` and `limbeck eval`."""
+"""`limbeck eval`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from limbeck.evals.commands.tasks import allow_task_code_option
 from limbeck.evals.cost.prices import Prices, price_options
 from limbeck.evals.leaderboard.columns import RATIO_HEADERS, figure_cell, figure_header, ratio_cells, task_headers
 from limbeck.registry.core.errors import BadInput
@@ -18,39 +19,6 @@ if TYPE_CHECKING:
     from limbeck.registry.records import Scorecard
 
 OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the table, beside dollars
-
-
-@click.command()
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="The prefix of the task names.")
-@click.option(
-    "--output",
-    "folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The folder to write; give it to `limbeck eval --include-path`.",
-)
-@click.option("--kind", "kinds", multiple=True, help="bits_per_byte, next_line or minimal_pairs. [default: all]")
-@click.option("--documents", type=click.IntRange(min=1), help="At most this many documents of each task.")
-@format_option
-def tasks(
-    corpus: Path, name: str, folder: Path, kinds: tuple[str, ...], documents: int | None, output_format: str
-) -> None:
-    """Make lm-eval tasks from the held-out text in CORPUS: JSON lines with "path" and "text".
-
-    Three kinds: bits per byte of the text; choosing the true next line among lines of the same file; and, for Python,
-    pairs of a snippet and a copy with one error. lm-eval itself can run these tasks too.
-    """
-    quiet_libraries()
-    from limbeck.evals.tasks.make_tasks import TASK_KINDS, make_tasks
-
-    made = make_tasks(corpus, folder, name, kinds or TASK_KINDS, documents=documents)
-    if output_format == "json":
-        print_json(made)
-        return
-    for task in made:
-        print(task)
-    print_status(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {folder}")
 
 
 @click.command("eval")
@@ -80,6 +48,7 @@ def tasks(
     help="Settings of generation, such as do_sample=true,temperature=0.7, or JSON.",
 )
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by a model.")
+@allow_task_code_option
 @click.option("--cost/--no-cost", default=True, help="Also measure speed, memory and dollars. [default: --cost]")
 @click.option("--draft", metavar="STUDENT", help="Also time ONNX artifacts with this artifact's proposals of tokens.")
 @price_options
@@ -107,6 +76,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     system_instruction: str | None,
     gen_kwargs: str | None,
     confirm_run_unsafe_code: bool,
+    allow_task_code: bool,
     cost: bool,
     draft: str | None,
     prices_file: Path | None,
@@ -120,12 +90,13 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     """Score each MODEL with lm-eval and measure its cost, relative to a teacher.
 
     A NAME alone means all its versions. Stored scores, by digest of files and tasks, are not computed again, and
-    neither are requests that a model answered before.
+    neither are requests that a model answered before. The tasks are checked first, as by `limbeck tasks check`.
     Retention is the share of the teacher's quality above chance that a model keeps, with its 95% interval.
     """
     quiet_libraries()
     from limbeck.evals.scores.scorecard import EvalOptions
     from limbeck.evals.scores.scorecard import evaluate as run
+    from limbeck.evals.scores.vocabulary import tokenizer_faults
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
     from limbeck.registry.mlflow.store import Store
@@ -152,6 +123,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         system_instruction=system_instruction,
         gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
+        allow_task_code=allow_task_code,
+        other_faults=tokenizer_faults([*found, *filter(None, [teacher])], trust_remote_code),
     )
     options = EvalOptions(cost=cost, prices=prices, draft=proposing, force=force, trust_remote_code=trust_remote_code)
     cards = run(found, task_set, store, against=teacher, options=options)

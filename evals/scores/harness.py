@@ -14,8 +14,10 @@ from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.clusters import cluster_documents
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
+from limbeck.evals.tasks.loading import show_warnings
+from limbeck.evals.tasks.metrics import choose_metric, outermost_groups
 from limbeck.evals.tasks.output_types import output_type_of
-from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, choose_metric, hide_progress_bars, outermost_groups
+from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, hide_progress_bars
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, Unreachable
@@ -75,7 +77,7 @@ def score_model(
 
     settings = tasks.settings
     engine = open_engine(model, trust_remote_code)
-    with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars():
+    with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars(), show_warnings():
         lm = LimbeckLM(
             engine,
             names=RequestNames(model.label, settings.document_numbers),

@@ -119,7 +119,8 @@ def test_a_template_without_a_system_role_gets_no_system_message(
 
 
 def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> None:
-    write_task(sums, "answers", [{"question": "1?", "answer": "1"}], **GSM8K)
+    rows = [{"question": f"{n}?", "answer": f"{n}"} for n in range(3)]
+    write_task(sums, "answers", rows, fewshot_split="test", **GSM8K)
 
     def hashes(**settings: Any) -> dict[str, str]:
         return TaskSet.load(["sums", "answers"], [sums], **settings).task_hashes

@@ -143,7 +143,7 @@ def test_a_limit_takes_the_first_documents(folder: Path, tiny_llama: Path) -> No
 
 
 def test_few_shot_examples_change_the_prompts(tmp_path: Path, tiny_llama: Path) -> None:
-    write_task(tmp_path, "sums", questions(6))
+    write_task(tmp_path, "sums", questions(6), fewshot_split="test")
     write_task(tmp_path, "fixed", questions(6), num_fewshot=0)
     zero_shot, two_shot = (TaskSet.load(["sums", "fixed"], [tmp_path], num_fewshot=count) for count in (None, 2))
     assert two_shot.digest != zero_shot.digest
@@ -269,7 +269,7 @@ def test_an_unknown_task_is_refused_with_a_similar_name(folder: Path) -> None:
 
 def test_an_unreadable_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("task: broken\n  metric_list: [")
-    with pytest.raises(BadInput, match=r"broken\.yaml cannot be read"):
+    with pytest.raises(BadInput, match=r"broken\.yaml: cannot be read"):
         TaskSet.load(["broken"], [tmp_path])
 
 
@@ -277,11 +277,10 @@ def test_missing_data_and_fields_are_named(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder / "std", tmp_path / "std")
     yaml = tmp_path / "std/std_next_line.yaml"
     yaml.write_text(yaml.read_text().replace("/std_next_line.jsonl", "/gone.jsonl"))
-    with pytest.raises(BadInput, match=r"std_next_line cannot be loaded: .*gone\.jsonl") as raised:
+    with pytest.raises(BadInput, match=r"std_next_line\n.*gone\.jsonl: it does not exist"):
         TaskSet.load(["std_next_line"], [tmp_path])
-    assert str(yaml) in str(raised.value)
     write_task(tmp_path, "odd", questions(2), output_type="guess")
-    with pytest.raises(BadInput, match=r"odd cannot be loaded: .*guess"):
+    with pytest.raises(BadInput, match=r"cannot be loaded, task odd\n.*odd\.yaml: .*guess"):
         TaskSet.load(["odd"], [tmp_path])
     with pytest.raises(BadInput, match="nowhere is not a folder"):
         TaskSet.load(["odd"], [tmp_path / "nowhere"])
