@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
+UNPICKLING = ("pandas", "iceberg")  # formats of the library datasets
 MAX_WARNING = 300  # characters of a warning of lm-eval
 
 
@@ -217,8 +218,8 @@ def _checked_construction(manager: TaskManager, allow_code: bool) -> Iterator[No
     class AnyFirstDocument(ConfigurableTask):
         def __init__(self, config: dict[str, Any]) -> None:
             if not allow_code and config["task"].split("::")[0] not in own_names:
-                for metric in _foreign_metrics(config, metric_registry):
-                    raise _TaskCode(f"metric {metric!r} is not one of lm-eval; it would be loaded and run as code")
+                for way in _ways_to_code(config, metric_registry):
+                    raise _TaskCode(way)
             try:
                 super().__init__(config=config)
             except Exception:
@@ -235,16 +236,18 @@ def _checked_construction(manager: TaskManager, allow_code: bool) -> Iterator[No
         _factory.ConfigurableTask = ConfigurableTask  # type: ignore[misc]
 
 
-def _foreign_metrics(config: dict[str, Any], known: Any) -> list[str]:
-    """The metrics that lm-eval would load with the library `evaluate`, which runs Python from the hub or a folder."""
-    if config.get("process_results") is not None:
-        return []
-    named = [each for each in config.get("metric_list") or [] if isinstance(each, dict)]
-    return [
-        each["metric"]
-        for each in named
-        if isinstance(each.get("metric"), str) and (each.get("hf_evaluate") is True or each["metric"] not in known)
-    ]
+def _ways_to_code(config: dict[str, Any], metrics: Any) -> Iterator[str]:
+    """How a task's configuration would have code run, without `!function`.
+
+    Args:
+        metrics: the names of lm-eval's own metrics. The library `evaluate` loads others, as Python from the hub or disk.
+    """
+    if config.get("dataset_path") in UNPICKLING:
+        yield f"dataset_path {config['dataset_path']!r} reads pickle files, which can hold code"
+    for each in config.get("metric_list") or [] if config.get("process_results") is None else []:
+        metric = each.get("metric") if isinstance(each, dict) else None
+        if isinstance(metric, str) and (each.get("hf_evaluate") is True or metric not in metrics):
+            yield f"metric {metric!r} is not lm-eval's own: it would be loaded and run as code"
 
 
 def _use_sandbox() -> None:

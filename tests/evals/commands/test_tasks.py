@@ -259,9 +259,12 @@ def test_no_other_way_runs_code(tmp_path: Path) -> None:
     write_task(tmp_path, "measured", questions(2), metric_list=[{"metric": str(tmp_path / "metric.py")}])
     known = [{"metric": "acc", "hf_evaluate": True}]
     write_task(tmp_path, "loaded", questions(2), metric_list=known)
+    pickled = {"dataset_path": "pandas", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.pkl")}}}
+    (tmp_path / "rows.pkl").write_bytes(f"cos\nsystem\n(S'touch {ran}'\ntR.".encode())
+    write_task(tmp_path, "pickled", questions(2), **pickled)
     escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
     write_task(tmp_path, "template", questions(1), doc_to_text=escape)
-    for name in ("installed", "measured", "loaded"):
+    for name in ("installed", "measured", "loaded", "pickled"):
         assert faults_of(tmp_path, name) == [("code of a task", None, None)]
     assert {kind for kind, _, _ in faults_of(tmp_path, "template")} == {"document that does not fit the task"}
     assert not ran.exists()
