@@ -27,7 +27,8 @@ OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the tab
 @click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
 @click.option("--against", metavar="TEACHER", help="The model to compare with.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples in each prompt.")
-@click.option("--limit", type=click.IntRange(min=1), help="Score only the first N documents of each task.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score a random sample of N documents of each task.")
+@click.option("--limit-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that sample.")
 @click.option("--samples", metavar="JSON|FILE", help='Score only these documents of a task: {"TASK": [0, 5], ...}.')
 @click.option(
     "--apply-chat-template",
@@ -70,6 +71,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     against: str | None,
     num_fewshot: int | None,
     limit: int | None,
+    limit_seed: int,
     samples: str | None,
     apply_chat_template: str | None,
     fewshot_as_multiturn: bool | None,
@@ -117,6 +119,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         include_path,
         num_fewshot=num_fewshot,
         limit=limit,
+        limit_seed=limit_seed,
         samples=_samples(samples) if samples else None,
         apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
         fewshot_as_multiturn=fewshot_as_multiturn,
@@ -132,6 +135,10 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         print_json(cards)
         return
     _print_cards(cards)
+    for task, result in cards[0].tasks.items():
+        if result.limit_seed is not None and result.group is None:
+            of_all = f"{result.documents:,} of {result.of_documents:,} documents"
+            print_status(f"{task}: a random sample of {of_all} (seed {result.limit_seed})")
     for price in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
         print_status(f"dollars: {price}")
 

@@ -80,7 +80,7 @@ def score_model(
     with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars(), show_warnings():
         lm = LimbeckLM(
             engine,
-            names=RequestNames(model.label, settings.document_numbers),
+            names=RequestNames(model.label, tasks.numbers.get),
             cache=cache,
             harness=tasks.harness,
             chat_template=_chat_template(engine, settings.apply_chat_template),
@@ -93,10 +93,7 @@ def score_model(
             results = evaluate(
                 lm,
                 {"tasks": tasks.tasks, "groups": tasks.groups},
-                limit=settings.limit,
-                samples={name: settings.document_numbers(name) for name in settings.samples}
-                if settings.samples
-                else None,
+                samples={name: numbers for name, numbers in tasks.numbers.items() if numbers is not None} or None,
                 bootstrap_iters=0,
                 log_samples=True,
                 system_instruction=settings.system_instruction,
@@ -167,6 +164,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
             stderr=mean_and_stderr(*columns)[1],
             higher_is_better=bool(task.higher_is_better().get(metric.name, True)),
             documents=table.num_rows,
+            of_documents=sum(len(tasks.tasks[leaf].eval_docs) for leaf in leaves),
+            limit_seed=tasks.settings.limit_seed if tasks.is_random_sample(leaves) else None,
             clusters=len(set(table["cluster"].to_pylist())),
             repeats=sum(clusters[leaf].repeats for leaf in leaves),
             chance=float(np.average([*known.values()], weights=[_total(tables[leaf]) for leaf in leaves]))

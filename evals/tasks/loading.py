@@ -240,7 +240,7 @@ def _ways_to_code(config: dict[str, Any], metrics: Any) -> Iterator[str]:
     """How a task's configuration would have code run, without `!function`.
 
     Args:
-        metrics: the names of lm-eval's own metrics. The library `evaluate` loads others, as Python from the hub or disk.
+        metrics: lm-eval's own by name. The library `evaluate` loads others, as Python from the hub or disk.
     """
     if config.get("dataset_path") in UNPICKLING:
         yield f"dataset_path {config['dataset_path']!r} reads pickle files, which can hold code"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from limbeck.evals.tasks.document_faults import CheckedDocuments, recorded_examples
 from limbeck.evals.tasks.faults import Fault, FaultyTasks, fault_lines
 from limbeck.evals.tasks.loading import first_line, load_tasks
@@ -25,13 +27,25 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
+class DocumentNumbers(list[int]):
+    """Numbers of documents, ascending, without duplicates. lm-eval asks for each document whether it is among them."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        super().__init__(sorted(set(numbers)))
+        self._set = frozenset(self)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._set
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """How prompts are built, by lm-eval's own names. Everything but the last two fields goes into the task hashes.
 
     Attributes:
         num_fewshot: examples in each prompt, unless the task fixes it to 0; None is the task's own number, else 0.
-        limit: the first N documents of each task; None is all.
+        limit: at most N documents of each task, a random sample; None is all.
+        limit_seed: of that sample. A larger limit adds documents to those of a smaller one.
         samples: task -> indices of the documents to use; other tasks use all. Cannot be combined with limit.
         apply_chat_template: True, or the name of one of the tokenizer's templates.
         fewshot_as_multiturn: each example is a chat turn of its own; None is True with a chat template, else False.
@@ -43,6 +57,7 @@ class TaskSettings:
 
     num_fewshot: int | None = None
     limit: int | None = None
+    limit_seed: int = 0
     samples: Mapping[str, Sequence[int]] | None = None
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool | None = None
@@ -58,15 +73,23 @@ class TaskSettings:
             return bool(self.apply_chat_template)
         return self.fewshot_as_multiturn
 
-    def document_numbers(self, task: str) -> list[int] | None:
-        """The indices of the documents to use of one task, ascending; None for all, or for the first `limit`."""
-        samples = (self.samples or {}).get(task)
-        return None if samples is None else sorted(set(samples))
+    def document_numbers(self, task: str, count: int) -> DocumentNumbers | None:
+        """The numbers of the documents to use of one task, which has `count`, ascending; None for all."""
+        if (picked := (self.samples or {}).get(task)) is not None:
+            return DocumentNumbers(picked)
+        if self.limit is None or self.limit >= count:
+            return None
+        return DocumentNumbers(np.random.default_rng(self.limit_seed).permutation(count)[: self.limit].tolist())
 
-    def hashed_settings(self, task: str) -> dict[str, Any]:
-        """The settings that differ from lm-eval's defaults and are not in the task's own configuration."""
+    def hashed_settings(self, numbers: Sequence[int] | None) -> dict[str, Any]:
+        """The settings that differ from lm-eval's defaults and are not in the task's own configuration.
+
+        Args:
+            numbers: of the documents that are used; None for all.
+        """
         settings = {
-            "samples": self.document_numbers(task),
+            "samples": numbers,
+            "limit_seed": None if numbers is None or self.limit is None else self.limit_seed,
             "apply_chat_template": self.apply_chat_template or None,
             "fewshot_as_multiturn": self.uses_multiturn or None,
             "system_instruction": self.system_instruction,
@@ -86,6 +109,7 @@ class TaskSet:
         task_hashes: task -> hash of its configuration, documents and settings, but not of file paths.
         tasks, groups: lm-eval's own objects, by name.
         settings: how prompts are built.
+        numbers: task -> the numbers of the documents that are used; None for all.
     """
 
     names: list[str]
@@ -96,6 +120,11 @@ class TaskSet:
     tasks: dict[str, Task]
     groups: dict[str, Group]
     settings: TaskSettings
+    numbers: dict[str, DocumentNumbers | None]
+
+    def is_random_sample(self, names: Iterable[str]) -> bool:
+        """Whether the documents of any of these tasks are a random sample, not all of them or picked ones."""
+        return self.settings.limit is not None and any(self.numbers[name] is not None for name in names)
 
     @classmethod
     def load(
@@ -141,6 +170,7 @@ class TaskSet:
             _check_samples(found.tasks, task_settings)
         tasks: dict[str, Task] = {}
         hashes: dict[str, str] = {}
+        numbers: dict[str, DocumentNumbers | None] = {}
         for name, task in found.tasks.items():
             file = found.yaml_files.get(name)
             try:
@@ -150,13 +180,14 @@ class TaskSet:
                 detail = "; ".join(part for part in (error.message, error.fix) if part)
                 faults.append(Fault(kind="task that cannot be scored", detail=detail, task=name, file=file))
                 continue
-            task_hash, of_task = _prepare(task, task_settings, file)
+            numbers[name] = task_settings.document_numbers(name, len(task.eval_docs))
+            task_hash, of_task = _prepare(task, task_settings, numbers[name], file)
             faults += of_task
             if task_hash:
                 tasks[name], hashes[name] = task, task_hash
         requests = sum(instance.repeats for task in tasks.values() for instance in task.instances)
         harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
-        made = cls(names, json_digest(hashes), harness, requests, hashes, tasks, found.groups, task_settings)
+        made = cls(names, json_digest(hashes), harness, requests, hashes, tasks, found.groups, task_settings, numbers)
         return made, faults
 
 
@@ -194,7 +225,9 @@ def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:
             raise BadInput(f"samples of {name} name {named}", fix=f"it has documents 0 to {count - 1}")
 
 
-def _prepare(task: Task, settings: TaskSettings, file: str | None) -> tuple[str | None, list[Fault]]:
+def _prepare(
+    task: Task, settings: TaskSettings, numbers: DocumentNumbers | None, file: str | None
+) -> tuple[str | None, list[Fault]]:
     """Configure a task as lm-eval's simple_evaluate does, check its documents, and build its prompts.
 
     Returns its hash and faults; None for the hash if the prompts cannot be built.
@@ -205,23 +238,22 @@ def _prepare(task: Task, settings: TaskSettings, file: str | None) -> tuple[str 
     if own_fewshot is None or (settings.num_fewshot is not None and own_fewshot != 0):  # a task that fixes 0 keeps 0
         task.set_config("num_fewshot", settings.num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    limit, numbers = settings.limit, settings.document_numbers(task.task_name)
-    documents = [document for _, document in task.doc_iterator(limit=limit, samples=numbers)]
+    documents = [document for _, document in task.doc_iterator(samples=numbers)]
     checked = CheckedDocuments(task, dict(zip(numbers or range(len(documents)), documents, strict=True)))
     faults = checked.faults()
     try:
         with hide_progress_bars(), recorded_examples(task) as examples:
             # Without the chat template, which belongs to the model; prompt hashes cover the model's own prompts.
-            task.build_all_requests(limit=limit, samples=numbers, system_instruction=settings.system_instruction)
+            task.build_all_requests(samples=numbers, system_instruction=settings.system_instruction)
     except Exception as error:  # a template that does not fit the documents raises any type
         if not faults:
             detail = f"its prompts cannot be built: {first_line(error)}"
             faults.append(Fault(kind="task that cannot be scored", detail=detail, task=task.task_name, file=file))
         return None, faults
-    return _task_hash(task, documents, settings), [*faults, *checked.example_faults(examples)]
+    return _task_hash(task, documents, settings.hashed_settings(numbers)), [*faults, *checked.example_faults(examples)]
 
 
-def _task_hash(task: Task, documents: Sequence[Any], settings: TaskSettings) -> str:
+def _task_hash(task: Task, documents: Sequence[Any], settings: Mapping[str, Any]) -> str:
     """The hash of a task's configuration, documents and settings."""
     from lm_eval.utils import handle_non_serializable
 
@@ -232,10 +264,7 @@ def _task_hash(task: Task, documents: Sequence[Any], settings: TaskSettings) -> 
     # Without keys that hold file paths: the documents themselves are hashed.
     excluded = ("dataset_kwargs", "metadata")
     config = {key: value for key, value in task.dump_config().items() if key not in excluded}
-    hashed = [config, documents, settings.limit]
-    if hashed_settings := settings.hashed_settings(task.task_name):
-        hashed.append(hashed_settings)
-    return text_digest(json.dumps(hashed, sort_keys=True, default=plain))
+    return text_digest(json.dumps([config, documents, settings], sort_keys=True, default=plain))
 
 
 @contextmanager

@@ -17,6 +17,8 @@ class TaskResult(Record):
     stderr: float | None  # clustered by document group if the task names one
     higher_is_better: bool
     documents: int
+    of_documents: int | None = None  # that the task has; more than `documents` for a subset
+    limit_seed: int | None = None  # of the random sample; None: all documents, or picked ones
     clusters: int | None = None  # of documents that belong together; the error is that of so many
     repeats: int = 0  # documents that repeat another, in the same words or nearly the same
     chance: float | None = None  # the metric's value that costs nothing; None if that has no meaning
