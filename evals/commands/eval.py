@@ -31,6 +31,20 @@ OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the tab
 @click.option("--limit-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that sample.")
 @click.option("--samples", metavar="JSON|FILE", help='Score only these documents of a task: {"TASK": [0, 5], ...}.')
 @click.option(
+    "--metric",
+    "metrics",
+    metavar="TASK=NAME",
+    multiple=True,
+    help="The metric to record of a task or group, such as arc_easy=acc_norm; repeatable. [default: its first mean]",
+)
+@click.option(
+    "--filter",
+    "filters",
+    metavar="TASK=NAME",
+    multiple=True,
+    help="The lm-eval filter to record it after, such as gsm8k=flexible-extract; repeatable. [default: its first]",
+)
+@click.option(
     "--apply-chat-template",
     metavar="[NAME]",
     is_flag=False,
@@ -73,6 +87,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     limit: int | None,
     limit_seed: int,
     samples: str | None,
+    metrics: tuple[str, ...],
+    filters: tuple[str, ...],
     apply_chat_template: str | None,
     fewshot_as_multiturn: bool | None,
     system_instruction: str | None,
@@ -99,6 +115,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     from limbeck.evals.scores.scorecard import EvalOptions
     from limbeck.evals.scores.scorecard import evaluate as run
     from limbeck.evals.scores.vocabulary import tokenizer_faults
+    from limbeck.evals.tasks.metrics import MetricChoice
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
     from limbeck.registry.mlflow.store import Store
@@ -121,6 +138,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         limit=limit,
         limit_seed=limit_seed,
         samples=_samples(samples) if samples else None,
+        choice=MetricChoice(_by_task("--metric", metrics), _by_task("--filter", filters)),
         apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
         fewshot_as_multiturn=fewshot_as_multiturn,
         system_instruction=system_instruction,
@@ -152,6 +170,19 @@ def _samples(text: str) -> dict[str, list[int]]:
     numbers = found.values() if isinstance(found, dict) else [None]
     if not all(isinstance(each, list) and all(type(index) is int for index in each) for each in numbers):
         raise BadInput("--samples has the wrong form", fix='give {"TASK": [0, 5], ...}')
+    return found
+
+
+def _by_task(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Task or group -> name, from several TASK=NAME."""
+    found: dict[str, str] = {}
+    for text in texts:
+        task, _, name = (part.strip() for part in text.partition("="))
+        if not task or not name:
+            raise BadInput(f"{option} {text!r} is not TASK=NAME", fix=f"such as {option} arc_easy=acc_norm")
+        if found.get(task, name) != name:
+            raise BadInput(f"{option} names {task} twice: {found[task]} and {name}", fix="leave one of them out")
+        found[task] = name
     return found
 
 

@@ -114,7 +114,9 @@ def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]
         return
     for name in ours:
         here, there = card.tasks[name], other.tasks[name]
-        if here.documents != there.documents:
+        if here.full_metric != there.full_metric:
+            yield f"{here.full_metric} of {name}, not {there.full_metric}"
+        elif here.documents != there.documents:
             yield f"{here.documents:,} documents of {name}, not {there.documents:,}"
         elif here.limit_seed != there.limit_seed:
             yield f"{_sample(here)} of {name}, not {_sample(there)}"

@@ -132,7 +132,11 @@ class _Side(NamedTuple):
         return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in stored])
 
     def describe_scored_tasks(self) -> str:
-        known = dict.fromkeys(task for scored in self.scores for task in top_level_tasks(scored.card.tasks))
+        known = dict.fromkeys(
+            f"{task} ({scored.card.tasks[task].full_metric})"
+            for scored in self.scores
+            for task in top_level_tasks(scored.card.tasks)
+        )
         return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
 
 

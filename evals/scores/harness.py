@@ -15,7 +15,7 @@ from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.clusters import cluster_documents
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
 from limbeck.evals.tasks.loading import show_warnings
-from limbeck.evals.tasks.metrics import choose_metric, outermost_groups
+from limbeck.evals.tasks.metrics import group_aggregation, outermost_groups
 from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, hide_progress_bars
 from limbeck.registry.catalog.model_ref import ResolvedModel
@@ -125,7 +125,7 @@ def _chat_template(engine: Engine, requested: bool | str) -> str | None:
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:
     """Convert lm-eval's results to `Scores`."""
-    chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
+    chosen = tasks.metrics
     clusters = {
         name: cluster_documents(task, _documents(results["samples"][name])) for name, task in tasks.tasks.items()
     }
@@ -140,7 +140,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         if chosen[leaves[0]].key in results["results"][group]
     }
     for group, names in members.items():
-        if not tasks.groups[group].aggregate_metric_list[0].weight_by_size:  # type: ignore[index]
+        how = group_aggregation(tasks.groups[group], chosen[names[0]].name)
+        if how and not how.weight_by_size:
             # The group's value is the mean of its tasks' means. Within a task all documents weigh the same.
             documents = sum(tables[name].num_rows for name in names)
             for name in names:
@@ -160,6 +161,7 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         known = {leaf: chances[leaf].value for leaf in leaves if chances[leaf].value is not None}
         return TaskResult(
             metric=metric.name,
+            filter=metric.filter,
             value=float(results["results"][name][metric.key]),
             stderr=mean_and_stderr(*columns)[1],
             higher_is_better=bool(task.higher_is_better().get(metric.name, True)),

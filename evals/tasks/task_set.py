@@ -14,7 +14,7 @@ import numpy as np
 from limbeck.evals.tasks.document_faults import CheckedDocuments, recorded_examples
 from limbeck.evals.tasks.faults import Fault, FaultyTasks, fault_lines
 from limbeck.evals.tasks.loading import first_line, load_tasks
-from limbeck.evals.tasks.metrics import choose_metric
+from limbeck.evals.tasks.metrics import DEFAULT_CHOICE, Metric, MetricChoice, check_one_metric, choose_metric
 from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.registry.core.digest import json_digest, text_digest
 from limbeck.registry.core.errors import BadInput
@@ -51,6 +51,7 @@ class TaskSettings:
         fewshot_as_multiturn: each example is a chat turn of its own; None is True with a chat template, else False.
         system_instruction: comes before each prompt.
         gen_kwargs: overrides the generation settings of generate_until tasks.
+        choice: the metrics and filters that are recorded, where they are not a task's first ones.
         confirm_run_unsafe_code: allows tasks that run the code that a model writes.
         allow_task_code: allows Python code that the task files of a user's folder name.
     """
@@ -63,6 +64,7 @@ class TaskSettings:
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: Mapping[str, Any] | None = None
+    choice: MetricChoice = DEFAULT_CHOICE
     confirm_run_unsafe_code: bool = False
     allow_task_code: bool = False
 
@@ -81,13 +83,15 @@ class TaskSettings:
             return None
         return DocumentNumbers(np.random.default_rng(self.limit_seed).permutation(count)[: self.limit].tolist())
 
-    def hashed_settings(self, numbers: Sequence[int] | None) -> dict[str, Any]:
+    def hashed_settings(self, numbers: Sequence[int] | None, metric: Metric | None) -> dict[str, Any]:
         """The settings that differ from lm-eval's defaults and are not in the task's own configuration.
 
         Args:
             numbers: of the documents that are used; None for all.
+            metric: None if it is the one that the task itself would record.
         """
         settings = {
+            "metric": metric and metric.key,
             "samples": numbers,
             "limit_seed": None if numbers is None or self.limit is None else self.limit_seed,
             "apply_chat_template": self.apply_chat_template or None,
@@ -110,6 +114,7 @@ class TaskSet:
         tasks, groups: lm-eval's own objects, by name.
         settings: how prompts are built.
         numbers: task -> the numbers of the documents that are used; None for all.
+        metrics: task -> the one metric that is recorded.
     """
 
     names: list[str]
@@ -121,6 +126,7 @@ class TaskSet:
     groups: dict[str, Group]
     settings: TaskSettings
     numbers: dict[str, DocumentNumbers | None]
+    metrics: dict[str, Metric]
 
     def is_random_sample(self, names: Iterable[str]) -> bool:
         """Whether the documents of any of these tasks are a random sample, not all of them or picked ones."""
@@ -168,26 +174,34 @@ class TaskSet:
         faults = list(found.faults)
         if not faults:
             _check_samples(found.tasks, task_settings)
+            task_settings.choice.check_names([*found.groups, *found.tasks])
         tasks: dict[str, Task] = {}
         hashes: dict[str, str] = {}
         numbers: dict[str, DocumentNumbers | None] = {}
+        metrics: dict[str, Metric] = {}
         for name, task in found.tasks.items():
             file = found.yaml_files.get(name)
             try:
                 _check_supported(name, task, task_settings)
-                choose_metric(name, task, found.groups)
+                metrics[name] = choose_metric(name, task, found.groups, task_settings.choice)
             except BadInput as error:
                 detail = "; ".join(part for part in (error.message, error.fix) if part)
                 faults.append(Fault(kind="task that cannot be scored", detail=detail, task=name, file=file))
                 continue
             numbers[name] = task_settings.document_numbers(name, len(task.eval_docs))
-            task_hash, of_task = _prepare(task, task_settings, numbers[name], file)
+            differing = metrics[name] != choose_metric(name, task, found.groups)
+            hashed = task_settings.hashed_settings(numbers[name], metrics[name] if differing else None)
+            task_hash, of_task = _prepare(task, task_settings, numbers[name], hashed, file)
             faults += of_task
             if task_hash:
                 tasks[name], hashes[name] = task, task_hash
+        if any(task_settings.choice):
+            check_one_metric(metrics, found.groups)
         requests = sum(instance.repeats for task in tasks.values() for instance in task.instances)
         harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
-        made = cls(names, json_digest(hashes), harness, requests, hashes, tasks, found.groups, task_settings, numbers)
+        made = cls(
+            names, json_digest(hashes), harness, requests, hashes, tasks, found.groups, task_settings, numbers, metrics
+        )
         return made, faults
 
 
@@ -226,7 +240,7 @@ def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:
 
 
 def _prepare(
-    task: Task, settings: TaskSettings, numbers: DocumentNumbers | None, file: str | None
+    task: Task, settings: TaskSettings, numbers: DocumentNumbers | None, hashed: Mapping[str, Any], file: str | None
 ) -> tuple[str | None, list[Fault]]:
     """Configure a task as lm-eval's simple_evaluate does, check its documents, and build its prompts.
 
@@ -250,7 +264,7 @@ def _prepare(
             detail = f"its prompts cannot be built: {first_line(error)}"
             faults.append(Fault(kind="task that cannot be scored", detail=detail, task=task.task_name, file=file))
         return None, faults
-    return _task_hash(task, documents, settings.hashed_settings(numbers)), [*faults, *checked.example_faults(examples)]
+    return _task_hash(task, documents, hashed), [*faults, *checked.example_faults(examples)]
 
 
 def _task_hash(task: Task, documents: Sequence[Any], settings: Mapping[str, Any]) -> str:
