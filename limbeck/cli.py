@@ -28,6 +28,10 @@ MODELS: Table = {
     "sbom": ("limbeck.registry.commands.sbom:sbom", "The SBOM of a version: print, store, sign, verify."),
     "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
 }
+TASKS: Table = {
+    "make": ("limbeck.evals.commands.tasks:make", "Make lm-eval tasks from held-out text."),
+    "check": ("limbeck.evals.commands.tasks:check", "Find what is wrong with tasks before anything is scored."),
+}
 KEYS: Table = {
     "new": ("limbeck.registry.commands.keys:new", "Make a private key in a file."),
     "show": ("limbeck.registry.commands.keys:show", "Print a public key, as a line for a file of trusted keys."),
@@ -58,7 +62,7 @@ COMMANDS: Table = {
         "limbeck.registry.commands.register:register",
         "Register a checkpoint or ONNX artifact that exists already.",
     ),
-    "tasks": ("limbeck.evals.commands.eval:tasks", "Make lm-eval tasks from held-out text."),
+    "tasks": (TASKS, "Make and check lm-eval tasks."),
     "eval": (
         "limbeck.evals.commands.eval:evaluate",
         "Score models with lm-eval, quality and cost relative to a teacher.",

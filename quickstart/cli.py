@@ -72,7 +72,7 @@ def steps(
     yield (
         "Scores: quality on three lm-eval tasks made from the held-out files, and cost, relative to the teacher",
         [
-            ("tasks", heldout, "--name", "stdlib", "--output", tasks),
+            ("tasks", "make", heldout, "--name", "stdlib", "--output", tasks),
             ("eval", name, "--tasks", ",".join(TASKS), "--include-path", tasks, "--against", teacher, *limits),
         ],
     )

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from limbeck.evals.commands.tasks import allow_task_code_option
 from limbeck.registry.core.errors import Refused
 from limbeck.registry.core.terminal import format_option, print_json, print_table, quiet_libraries
 
 if TYPE_CHECKING:
     from limbeck.evals.tasks.task_set import TaskSet
+    from limbeck.registry.catalog.model_ref import ResolvedModel
     from limbeck.registry.records import ComparedModels, ComparedTask, Flip, Noninferiority
 
 MAX_TEXT_CHARACTERS = 90
@@ -26,6 +28,7 @@ DEFAULT_FLIPS = 10  # documents of each task, if --show-flips has no number
     "--tasks", metavar="TASK,...", default="", help="Only these tasks or groups; score what is not scored yet."
 )
 @click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
+@allow_task_code_option
 @click.option(
     "--margin",
     "margins",
@@ -49,6 +52,7 @@ def compare(  # noqa: PLR0913 (one parameter per option)
     b: str,
     tasks: str,
     include_path: tuple[Path, ...],
+    allow_task_code: bool,
     margins: tuple[str, ...],
     show_flips: int | None,
     check: bool,
@@ -75,10 +79,16 @@ def compare(  # noqa: PLR0913 (one parameter per option)
     allowed = Margins.parse(margins)
     store = Store()
 
-    def load() -> TaskSet:
+    def load(models: Sequence[ResolvedModel]) -> TaskSet:
+        from limbeck.evals.scores.vocabulary import tokenizer_faults
         from limbeck.evals.tasks.task_set import TaskSet
 
-        return TaskSet.load(names, include_path)
+        return TaskSet.load(
+            names,
+            include_path,
+            allow_task_code=allow_task_code,
+            other_faults=tokenizer_faults(models, trust_remote_code),
+        )
 
     compared: Sequence[str] = names
     if names:

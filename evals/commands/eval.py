@@ -1,4 +1,4 @@
-"""`limbeck tasks` and `limbeck eval`."""
+"""`limbeck eval`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from limbeck.evals.commands.tasks import allow_task_code_option
 from limbeck.evals.cost.prices import Prices, price_options
 from limbeck.evals.leaderboard.columns import RATIO_HEADERS, figure_cell, figure_header, ratio_cells, task_headers
 from limbeck.registry.core.errors import BadInput
@@ -20,47 +21,29 @@ if TYPE_CHECKING:
 OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the table, beside dollars
 
 
-@click.command()
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="The prefix of the task names.")
-@click.option(
-    "--output",
-    "folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The folder to write; give it to `limbeck eval --include-path`.",
-)
-@click.option("--kind", "kinds", multiple=True, help="bits_per_byte, next_line or minimal_pairs. [default: all]")
-@click.option("--documents", type=click.IntRange(min=1), help="At most this many documents of each task.")
-@format_option
-def tasks(
-    corpus: Path, name: str, folder: Path, kinds: tuple[str, ...], documents: int | None, output_format: str
-) -> None:
-    """Make lm-eval tasks from the held-out text in CORPUS: JSON lines with "path" and "text".
-
-    Three kinds: bits per byte of the text; choosing the true next line among lines of the same file; and, for Python,
-    pairs of a snippet and a copy with one error. lm-eval itself can run these tasks too.
-    """
-    quiet_libraries()
-    from limbeck.evals.tasks.make_tasks import TASK_KINDS, make_tasks
-
-    made = make_tasks(corpus, folder, name, kinds or TASK_KINDS, documents=documents)
-    if output_format == "json":
-        print_json(made)
-        return
-    for task in made:
-        print(task)
-    print_status(f"score them: limbeck eval MODEL --tasks {','.join(made)} --include-path {folder}")
-
-
 @click.command("eval")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--tasks", "names", required=True, metavar="TASK,...", help="lm-eval tasks or groups.")
 @click.option("--include-path", type=click.Path(path_type=Path), multiple=True, help="A folder of lm-eval tasks.")
 @click.option("--against", metavar="TEACHER", help="The model to compare with.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples in each prompt.")
-@click.option("--limit", type=click.IntRange(min=1), help="Score only the first N documents of each task.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score a random sample of N documents of each task.")
+@click.option("--limit-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that sample.")
 @click.option("--samples", metavar="JSON|FILE", help='Score only these documents of a task: {"TASK": [0, 5], ...}.')
+@click.option(
+    "--metric",
+    "metrics",
+    metavar="TASK=NAME",
+    multiple=True,
+    help="The metric to record of a task or group, such as arc_easy=acc_norm; repeatable. [default: its first mean]",
+)
+@click.option(
+    "--filter",
+    "filters",
+    metavar="TASK=NAME",
+    multiple=True,
+    help="The lm-eval filter to record it after, such as gsm8k=flexible-extract; repeatable. [default: its first]",
+)
 @click.option(
     "--apply-chat-template",
     metavar="[NAME]",
@@ -80,6 +63,7 @@ def tasks(
     help="Settings of generation, such as do_sample=true,temperature=0.7, or JSON.",
 )
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by a model.")
+@allow_task_code_option
 @click.option("--cost/--no-cost", default=True, help="Also measure speed, memory and dollars. [default: --cost]")
 @click.option("--draft", metavar="STUDENT", help="Also time ONNX artifacts with this artifact's proposals of tokens.")
 @price_options
@@ -101,12 +85,16 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     against: str | None,
     num_fewshot: int | None,
     limit: int | None,
+    limit_seed: int,
     samples: str | None,
+    metrics: tuple[str, ...],
+    filters: tuple[str, ...],
     apply_chat_template: str | None,
     fewshot_as_multiturn: bool | None,
     system_instruction: str | None,
     gen_kwargs: str | None,
     confirm_run_unsafe_code: bool,
+    allow_task_code: bool,
     cost: bool,
     draft: str | None,
     prices_file: Path | None,
@@ -120,12 +108,14 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     """Score each MODEL with lm-eval and measure its cost, relative to a teacher.
 
     A NAME alone means all its versions. Stored scores, by digest of files and tasks, are not computed again, and
-    neither are requests that a model answered before.
+    neither are requests that a model answered before. The tasks are checked first, as by `limbeck tasks check`.
     Retention is the share of the teacher's quality above chance that a model keeps, with its 95% interval.
     """
     quiet_libraries()
     from limbeck.evals.scores.scorecard import EvalOptions
     from limbeck.evals.scores.scorecard import evaluate as run
+    from limbeck.evals.scores.vocabulary import tokenizer_faults
+    from limbeck.evals.tasks.metrics import MetricChoice
     from limbeck.evals.tasks.task_set import TaskSet
     from limbeck.registry.catalog.model_ref import resolve_model, resolve_models
     from limbeck.registry.mlflow.store import Store
@@ -146,12 +136,16 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         include_path,
         num_fewshot=num_fewshot,
         limit=limit,
+        limit_seed=limit_seed,
         samples=_samples(samples) if samples else None,
+        choice=MetricChoice(_by_task("--metric", metrics), _by_task("--filter", filters)),
         apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
         fewshot_as_multiturn=fewshot_as_multiturn,
         system_instruction=system_instruction,
         gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
+        allow_task_code=allow_task_code,
+        other_faults=tokenizer_faults([*found, *filter(None, [teacher])], trust_remote_code),
     )
     options = EvalOptions(cost=cost, prices=prices, draft=proposing, force=force, trust_remote_code=trust_remote_code)
     cards = run(found, task_set, store, against=teacher, options=options)
@@ -159,6 +153,10 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         print_json(cards)
         return
     _print_cards(cards)
+    for task, result in cards[0].tasks.items():
+        if result.limit_seed is not None and result.group is None:
+            of_all = f"{result.documents:,} of {result.of_documents:,} documents"
+            print_status(f"{task}: a random sample of {of_all} (seed {result.limit_seed})")
     for price in dict.fromkeys(card.cost.price for card in cards if card.cost and card.cost.price):
         print_status(f"dollars: {price}")
 
@@ -172,6 +170,19 @@ def _samples(text: str) -> dict[str, list[int]]:
     numbers = found.values() if isinstance(found, dict) else [None]
     if not all(isinstance(each, list) and all(type(index) is int for index in each) for each in numbers):
         raise BadInput("--samples has the wrong form", fix='give {"TASK": [0, 5], ...}')
+    return found
+
+
+def _by_task(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Task or group -> name, from several TASK=NAME."""
+    found: dict[str, str] = {}
+    for text in texts:
+        task, _, name = (part.strip() for part in text.partition("="))
+        if not task or not name:
+            raise BadInput(f"{option} {text!r} is not TASK=NAME", fix=f"such as {option} arc_easy=acc_norm")
+        if found.get(task, name) != name:
+            raise BadInput(f"{option} names {task} twice: {found[task]} and {name}", fix="leave one of them out")
+        found[task] = name
     return found
 
 

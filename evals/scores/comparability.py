@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from limbeck.registry.records import Cost, Relative, Scorecard, top_level_tasks
+from limbeck.registry.records import Cost, Relative, Scorecard, TaskResult, top_level_tasks
 
 
 class MeasurementSetting(NamedTuple):
@@ -114,12 +114,23 @@ def _tasks(card: Scorecard, other: Scorecard, task: str | None) -> Iterator[str]
         return
     for name in ours:
         here, there = card.tasks[name], other.tasks[name]
-        if here.documents != there.documents:
+        if here.full_metric != there.full_metric:
+            yield f"{here.full_metric} of {name}, not {there.full_metric}"
+        elif here.documents != there.documents:
             yield f"{here.documents:,} documents of {name}, not {there.documents:,}"
+        elif here.limit_seed != there.limit_seed:
+            yield f"{_sample(here)} of {name}, not {_sample(there)}"
         elif here.task_hash != there.task_hash:
             yield f"another version, or other documents, of {name}"
         elif here.prompt_hash != there.prompt_hash:
             yield f"other prompts of {name}"
+
+
+def _sample(result: TaskResult) -> str:
+    """How the documents were chosen, in words."""
+    if result.limit_seed is not None:
+        return f"the sample with seed {result.limit_seed}"
+    return "picked documents" if result.documents != (result.of_documents or result.documents) else "all documents"
 
 
 def _teacher(ours: Relative | None, theirs: Relative | None) -> str:

@@ -17,7 +17,7 @@ from limbeck.evals.stats.diagnostics import DIAGNOSTIC_COLUMNS, find_flips
 from limbeck.evals.stats.noninferiority import Margins
 from limbeck.evals.stats.paired_comparison import compare_to_reference
 from limbeck.evals.stats.retention import leaf_tasks, pair_documents
-from limbeck.registry.catalog.model_ref import REGISTERED, resolve_model
+from limbeck.registry.catalog.model_ref import REGISTERED, ResolvedModel, resolve_model
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import ComparedModels, Scorecard, TaskResult, top_level_tasks
@@ -78,7 +78,7 @@ def score_missing_tasks(
     candidate: str,
     reference: str,
     tasks: Sequence[str],
-    load_tasks: Callable[[], TaskSet],
+    load_tasks: Callable[[Sequence[ResolvedModel]], TaskSet],
     *,
     store: Store | None = None,
     trust_remote_code: bool = False,
@@ -87,7 +87,7 @@ def score_missing_tasks(
 
     Args:
         tasks: tasks or groups.
-        load_tasks: returns the task set of `tasks`; called only if something has to be scored.
+        load_tasks: returns the task set of `tasks`, for these models; called only if something has to be scored.
 
     Returns:
         The tasks to compare by: `tasks`, but for a group without a value of its own its tasks.
@@ -101,7 +101,7 @@ def score_missing_tasks(
         return tasks
     models = [resolve_model(text, store) for text in (candidate, reference)]
     options = EvalOptions(cost=False, trust_remote_code=trust_remote_code)
-    card = evaluate(models, load_tasks(), store, options=options)[0]
+    card = evaluate(models, load_tasks(models), store, options=options)[0]
     return top_level_tasks(card.tasks)
 
 
@@ -132,7 +132,11 @@ class _Side(NamedTuple):
         return cls(model.label, [LazyScorecard(each.card, partial(Path, each.documents)) for each in stored])
 
     def describe_scored_tasks(self) -> str:
-        known = dict.fromkeys(task for scored in self.scores for task in top_level_tasks(scored.card.tasks))
+        known = dict.fromkeys(
+            f"{task} ({scored.card.tasks[task].full_metric})"
+            for scored in self.scores
+            for task in top_level_tasks(scored.card.tasks)
+        )
         return f"{self.label} was scored on {', '.join(known) or 'nothing'}"
 
 

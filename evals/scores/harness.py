@@ -14,8 +14,10 @@ from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
 from limbeck.evals.tasks.clusters import cluster_documents
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
+from limbeck.evals.tasks.loading import show_warnings
+from limbeck.evals.tasks.metrics import group_aggregation, outermost_groups
 from limbeck.evals.tasks.output_types import output_type_of
-from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, choose_metric, hide_progress_bars, outermost_groups
+from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, hide_progress_bars
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.errors import BadInput, Unreachable
@@ -75,10 +77,10 @@ def score_model(
 
     settings = tasks.settings
     engine = open_engine(model, trust_remote_code)
-    with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars():
+    with ScoreCache(model.digest, overwrite=force) as cache, hide_progress_bars(), show_warnings():
         lm = LimbeckLM(
             engine,
-            names=RequestNames(model.label, settings.document_numbers),
+            names=RequestNames(model.label, tasks.numbers.get),
             cache=cache,
             harness=tasks.harness,
             chat_template=_chat_template(engine, settings.apply_chat_template),
@@ -91,10 +93,7 @@ def score_model(
             results = evaluate(
                 lm,
                 {"tasks": tasks.tasks, "groups": tasks.groups},
-                limit=settings.limit,
-                samples={name: settings.document_numbers(name) for name in settings.samples}
-                if settings.samples
-                else None,
+                samples={name: numbers for name, numbers in tasks.numbers.items() if numbers is not None} or None,
                 bootstrap_iters=0,
                 log_samples=True,
                 system_instruction=settings.system_instruction,
@@ -126,7 +125,7 @@ def _chat_template(engine: Engine, requested: bool | str) -> str | None:
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:
     """Convert lm-eval's results to `Scores`."""
-    chosen = {name: choose_metric(name, task, tasks.groups) for name, task in tasks.tasks.items()}
+    chosen = tasks.metrics
     clusters = {
         name: cluster_documents(task, _documents(results["samples"][name])) for name, task in tasks.tasks.items()
     }
@@ -141,7 +140,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         if chosen[leaves[0]].key in results["results"][group]
     }
     for group, names in members.items():
-        if not tasks.groups[group].aggregate_metric_list[0].weight_by_size:  # type: ignore[index]
+        how = group_aggregation(tasks.groups[group], chosen[names[0]].name)
+        if how and not how.weight_by_size:
             # The group's value is the mean of its tasks' means. Within a task all documents weigh the same.
             documents = sum(tables[name].num_rows for name in names)
             for name in names:
@@ -161,10 +161,13 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         known = {leaf: chances[leaf].value for leaf in leaves if chances[leaf].value is not None}
         return TaskResult(
             metric=metric.name,
+            filter=metric.filter,
             value=float(results["results"][name][metric.key]),
             stderr=mean_and_stderr(*columns)[1],
             higher_is_better=bool(task.higher_is_better().get(metric.name, True)),
             documents=table.num_rows,
+            of_documents=sum(len(tasks.tasks[leaf].eval_docs) for leaf in leaves),
+            limit_seed=tasks.settings.limit_seed if tasks.is_random_sample(leaves) else None,
             clusters=len(set(table["cluster"].to_pylist())),
             repeats=sum(clusters[leaf].repeats for leaf in leaves),
             chance=float(np.average([*known.values()], weights=[_total(tables[leaf]) for leaf in leaves]))

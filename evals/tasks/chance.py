@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from limbeck.evals.tasks.task_set import Metric
+    from limbeck.evals.tasks.metrics import Metric
 
 BITS_OF_A_RANDOM_BYTE = 8.0  # a byte drawn from all 256
 MAX_ANSWERS = 5  # constant answers that are tried: the most common targets, as they are and as the filter reads them

@@ -28,7 +28,7 @@ from limbeck.registry.records import Contamination, Overlap
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from limbeck.evals.tasks.task_set import TaskSet, TaskSettings
+    from limbeck.evals.tasks.task_set import TaskSet
 
 NGRAM = 13  # words
 MAX_SHARED_DOCUMENTS = 10  # of one n-gram that still counts
@@ -58,7 +58,7 @@ def measure_contamination(
     cache_file = home() / "contamination" / f"{key[:16]}.json"
     if cache_file.exists():
         return Contamination.model_validate_json(cache_file.read_text())
-    texts = {name: list(_document_texts(task, tasks.settings)) for name, task in tasks.tasks.items()}
+    texts = {name: list(_document_texts(task, tasks.numbers[name])) for name, task in tasks.tasks.items()}
     by_task = overlaps(texts, _training_texts(train, on_progress))
     contamination = Contamination(data_digest=data_digest, ngram=NGRAM, tasks=by_task)
     with atomic_write(cache_file) as temporary:
@@ -151,8 +151,8 @@ def _training_texts(path: Path, on_progress: Callable[[int, None], None]) -> Ite
         on_progress(number, None)
 
 
-def _document_texts(task: Task, settings: TaskSettings) -> Iterator[str]:
+def _document_texts(task: Task, numbers: list[int] | None) -> Iterator[str]:
     """The text of each document that is scored: its prompt without examples, and its right answer."""
     output_type = output_type_of(task)
-    for _, doc in task.doc_iterator(limit=settings.limit, samples=settings.document_numbers(task.task_name)):
+    for _, doc in task.doc_iterator(samples=numbers):
         yield " ".join(output_type.document_texts(task, doc))

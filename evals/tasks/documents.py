@@ -13,7 +13,7 @@ from limbeck.evals.tasks.output_types import output_type_of
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from limbeck.evals.tasks.task_set import Metric
+    from limbeck.evals.tasks.metrics import Metric
 
 PROMPT_END_CHARACTERS = 300  # of a prompt in a documents table: its end
 DOCUMENT_SCHEMA = pa.schema(
@@ -52,7 +52,7 @@ def document_table(
         value, weight = sample[metric.name], 1.0
         if isinstance(value, tuple):  # (log-probability, size in bytes) of a text: its bits per byte
             nats, weight = value
-            value = -nats / weight / np.log(2)
+            value = -nats / weight / np.log(2) if weight else 0.0  # an empty text counts with weight 0
         rows.append(
             {
                 "task": task.task_name,

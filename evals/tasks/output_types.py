@@ -6,26 +6,61 @@ To support a new output type, write its class and add it to `OUTPUT_TYPES`. Noth
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from limbeck.evals.tasks.chance import Chance, best_constant_answer, free_bits_per_byte
+from limbeck.evals.tasks.faults import Kind
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from limbeck.evals.tasks.task_set import Metric
+    from limbeck.evals.tasks.metrics import Metric
 
+MAX_LABEL_CHARACTERS = 60  # in a message
 MAX_TEXT_CHARACTERS = 1000  # of a target and of a response in a documents table
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # metrics that take one choice as the answer
+
+
+class Rendered(NamedTuple):
+    """A document as its task renders it.
+
+    Attributes:
+        choices: None if the type has none.
+        label: what names the right choice: its number, its text, or several of them.
+    """
+
+    prompt: Any
+    target: Any
+    choices: Any = None
+    label: Any = None
+
+    @property
+    def has_no_prompt(self) -> bool:
+        """Whether the prompt is a text, and blank."""
+        return isinstance(self.prompt, str) and not self.prompt.strip()
 
 
 class OutputType:
     """The base of all output types. Its methods give what holds for a type without special treatment."""
 
     uses_gen_kwargs = False  # the task has generation settings, which --gen-kwargs overrides
+
+    def render(self, task: Task, doc: Any) -> Rendered:
+        """A document's parts. Raises whatever the task's templates and functions raise."""
+        return Rendered(task.doc_to_text(doc), task.doc_to_target(doc))
+
+    def faults(self, rendered: Rendered, *, has_prompts: bool) -> Iterator[tuple[Kind, str]]:
+        """(kind, detail) of what is wrong with a document.
+
+        Args:
+            has_prompts: whether some of the task's documents have a prompt; else all that differs is the rest.
+        """
+        if rendered.has_no_prompt and has_prompts:
+            yield "empty document", "its prompt is empty"
 
     def document_texts(self, task: Task, doc: Any) -> list[str]:
         """A document's prompt without few-shot examples, and its right answer: what contamination looks for."""
@@ -58,6 +93,11 @@ class OutputType:
 class Loglikelihood(OutputType):
     """`loglikelihood`: the log-probability of one continuation."""
 
+    def faults(self, rendered: Rendered, *, has_prompts: bool) -> Iterator[tuple[Kind, str]]:
+        yield from super().faults(rendered, has_prompts=has_prompts)
+        if rendered.target in ("", None):
+            yield "empty document", "its target is empty"
+
     def answer_columns(self, task: Task, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
         return {"target": _truncated_text(sample["target"])}
 
@@ -65,12 +105,40 @@ class Loglikelihood(OutputType):
 class LoglikelihoodRolling(OutputType):
     """`loglikelihood_rolling`: the log-probability of a whole text. The target is the text; there is no prompt."""
 
+    def faults(self, rendered: Rendered, *, has_prompts: bool) -> Iterator[tuple[Kind, str]]:
+        if not rendered.target:
+            yield "empty text", "it counts with weight 0"
+
     def document_texts(self, task: Task, doc: Any) -> list[str]:
         return _texts_of_parts([task.doc_to_target(doc)], choices=[])
 
 
 class MultipleChoice(OutputType):
     """`multiple_choice`: the log-probability of each choice; the likeliest is the answer."""
+
+    def render(self, task: Task, doc: Any) -> Rendered:
+        prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
+        # If each choice makes a prompt of its own, doc_to_text gives the number of the right choice.
+        return Rendered(prompt, target, task.doc_to_choice(doc), prompt if task.multiple_input else target)
+
+    def faults(self, rendered: Rendered, *, has_prompts: bool) -> Iterator[tuple[Kind, str]]:
+        yield from super().faults(rendered, has_prompts=has_prompts)
+        choices = rendered.choices
+        if not isinstance(choices, list | tuple) or not choices:
+            yield "empty choice", "it has no choices"
+            return
+        empty = [str(number) for number, choice in enumerate(choices) if choice in ("", None)]
+        if empty:
+            yield "empty choice", f"choice {', '.join(empty)} of its choices 0 to {len(choices) - 1} is empty"
+        several = isinstance(rendered.label, list | tuple)
+        labels = rendered.label if several else [rendered.label]
+        if not labels:
+            yield "label out of range", "it has no label"
+        for label in labels:
+            named = isinstance(label, str) and not several and label in choices
+            if not named and not (isinstance(label, int | float) and label in range(len(choices))):
+                known = f"its choices 0 to {len(choices) - 1}"
+                yield "label out of range", f"label {str(label)[:MAX_LABEL_CHARACTERS]!r} is none of {known}"
 
     def document_texts(self, task: Task, doc: Any) -> list[str]:
         return _texts_of_parts([task.doc_to_text(doc), task.doc_to_target(doc)], task.doc_to_choice(doc))
@@ -107,6 +175,9 @@ class GenerateUntil(OutputType):
     """`generate_until`: text generated up to a stop string."""
 
     uses_gen_kwargs = True
+
+    def faults(self, rendered: Rendered, *, has_prompts: bool) -> Iterator[tuple[Kind, str]]:
+        return super().faults(rendered, has_prompts=True)
 
     def _chance(self, task: Task, metric: Metric) -> Chance:
         if metric.name != "bits_per_byte" and task.higher_is_better().get(metric.name, True):

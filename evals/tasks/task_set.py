@@ -1,51 +1,72 @@
-"""Loads, checks and hashes lm-eval tasks, and chooses the one metric that Limbeck records for each."""
+"""Loads, checks and hashes lm-eval tasks."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from limbeck.evals.tasks.document_faults import CheckedDocuments, recorded_examples
+from limbeck.evals.tasks.faults import Fault, FaultyTasks, fault_lines
+from limbeck.evals.tasks.loading import first_line, load_tasks
+from limbeck.evals.tasks.metrics import DEFAULT_CHOICE, Metric, MetricChoice, check_one_metric, choose_metric
 from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.registry.core.digest import json_digest, text_digest
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.terminal import quiet_libraries
+from limbeck.registry.core.terminal import print_status, quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
-    from lm_eval.tasks import TaskManager
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
+class DocumentNumbers(list[int]):
+    """Numbers of documents, ascending, without duplicates. lm-eval asks for each document whether it is among them."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        super().__init__(sorted(set(numbers)))
+        self._set = frozenset(self)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._set
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """How prompts are built, by lm-eval's own names. Everything but the last field goes into the task hashes.
+    """How prompts are built, by lm-eval's own names. Everything but the last two fields goes into the task hashes.
 
     Attributes:
         num_fewshot: examples in each prompt, unless the task fixes it to 0; None is the task's own number, else 0.
-        limit: the first N documents of each task; None is all.
+        limit: at most N documents of each task, a random sample; None is all.
+        limit_seed: of that sample. A larger limit adds documents to those of a smaller one.
         samples: task -> indices of the documents to use; other tasks use all. Cannot be combined with limit.
         apply_chat_template: True, or the name of one of the tokenizer's templates.
         fewshot_as_multiturn: each example is a chat turn of its own; None is True with a chat template, else False.
         system_instruction: comes before each prompt.
         gen_kwargs: overrides the generation settings of generate_until tasks.
+        choice: the metrics and filters that are recorded, where they are not a task's first ones.
         confirm_run_unsafe_code: allows tasks that run the code that a model writes.
+        allow_task_code: allows Python code that the task files of a user's folder name.
     """
 
     num_fewshot: int | None = None
     limit: int | None = None
+    limit_seed: int = 0
     samples: Mapping[str, Sequence[int]] | None = None
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: Mapping[str, Any] | None = None
+    choice: MetricChoice = DEFAULT_CHOICE
     confirm_run_unsafe_code: bool = False
+    allow_task_code: bool = False
 
     @property
     def uses_multiturn(self) -> bool:
@@ -54,15 +75,25 @@ class TaskSettings:
             return bool(self.apply_chat_template)
         return self.fewshot_as_multiturn
 
-    def document_numbers(self, task: str) -> list[int] | None:
-        """The indices of the documents to use of one task, ascending; None for all, or for the first `limit`."""
-        samples = (self.samples or {}).get(task)
-        return None if samples is None else sorted(set(samples))
+    def document_numbers(self, task: str, count: int) -> DocumentNumbers | None:
+        """The numbers of the documents to use of one task, which has `count`, ascending; None for all."""
+        if (picked := (self.samples or {}).get(task)) is not None:
+            return DocumentNumbers(picked)
+        if self.limit is None or self.limit >= count:
+            return None
+        return DocumentNumbers(np.random.default_rng(self.limit_seed).permutation(count)[: self.limit].tolist())
 
-    def hashed_settings(self, task: str) -> dict[str, Any]:
-        """The settings that differ from lm-eval's defaults and are not in the task's own configuration."""
+    def hashed_settings(self, numbers: Sequence[int] | None, metric: Metric | None) -> dict[str, Any]:
+        """The settings that differ from lm-eval's defaults and are not in the task's own configuration.
+
+        Args:
+            numbers: of the documents that are used; None for all.
+            metric: None if it is the one that the task itself would record.
+        """
         settings = {
-            "samples": self.document_numbers(task),
+            "metric": metric and metric.key,
+            "samples": numbers,
+            "limit_seed": None if numbers is None or self.limit is None else self.limit_seed,
             "apply_chat_template": self.apply_chat_template or None,
             "fewshot_as_multiturn": self.uses_multiturn or None,
             "system_instruction": self.system_instruction,
@@ -82,6 +113,8 @@ class TaskSet:
         task_hashes: task -> hash of its configuration, documents and settings, but not of file paths.
         tasks, groups: lm-eval's own objects, by name.
         settings: how prompts are built.
+        numbers: task -> the numbers of the documents that are used; None for all.
+        metrics: task -> the one metric that is recorded.
     """
 
     names: list[str]
@@ -92,151 +125,84 @@ class TaskSet:
     tasks: dict[str, Task]
     groups: dict[str, Group]
     settings: TaskSettings
+    numbers: dict[str, DocumentNumbers | None]
+    metrics: dict[str, Metric]
+
+    def is_random_sample(self, names: Iterable[str]) -> bool:
+        """Whether the documents of any of these tasks are a random sample, not all of them or picked ones."""
+        return self.settings.limit is not None and any(self.numbers[name] is not None for name in names)
 
     @classmethod
-    def load(cls, names: Sequence[str], include_path: Sequence[Path] = (), **settings: Any) -> TaskSet:
-        """Load tasks by name: from the YAML files below `include_path`, else lm-eval's own.
+    def load(
+        cls,
+        names: Sequence[str],
+        include_path: Sequence[Path] = (),
+        *,
+        other_faults: Iterable[Fault] = (),
+        **settings: Any,
+    ) -> TaskSet:
+        """Load tasks by name: from the YAML files below `include_path`, else lm-eval's own. Check all they score.
 
         Args:
+            other_faults: of the models, to name with those of the tasks.
             **settings: the fields of `TaskSettings`.
 
         Raises:
-            BadInput: an unknown task, folder or output type; YAML that cannot be loaded; missing data; a task
-                without a metric that is a mean over documents; samples that do not exist; a task that runs
-                code although that was not confirmed.
+            BadInput: an unknown task or folder; samples that do not exist; settings that contradict each other.
+            FaultyTasks: what is wrong with the tasks, their files and documents, all at once.
         """
+        tasks, faults = cls.check(names, include_path, **settings)
+        faults = [*faults, *other_faults]
+        if any(fault.stops for fault in faults):
+            raise FaultyTasks(faults)
+        for line in fault_lines(faults):
+            print_status(line)
+        return tasks
+
+    @classmethod
+    def check(
+        cls, names: Sequence[str], include_path: Sequence[Path] = (), **settings: Any
+    ) -> tuple[TaskSet, list[Fault]]:
+        """As `load`, but returns the faults beside the tasks, which lack those that cannot be scored."""
         quiet_libraries()
         import importlib.metadata
 
         task_settings = TaskSettings(**settings)
         names = list(dict.fromkeys(names))
-        if not names:
-            raise BadInput("no tasks are given", fix="name one or more with --tasks")
-        if task_settings.samples is not None and task_settings.limit is not None:
-            raise BadInput("--samples and --limit cannot be combined", fix="leave out one of them")
-        if task_settings.uses_multiturn and not task_settings.apply_chat_template:
-            raise BadInput("--fewshot-as-multiturn needs a chat template", fix="give --apply-chat-template too")
-        manager = _manager(names, [Path(folder) for folder in include_path])
+        _check_settings(names, task_settings)
+        found = load_tasks(names, [Path(folder) for folder in include_path], allow_code=task_settings.allow_task_code)
+        faults = list(found.faults)
+        if not faults:
+            _check_samples(found.tasks, task_settings)
+            task_settings.choice.check_names([*found.groups, *found.tasks])
         tasks: dict[str, Task] = {}
-        groups: dict[str, Group] = {}
-        for name in names:
-            for known, found in zip((tasks, groups), _load_task(manager, name), strict=True):
-                known.update(found)
-        _check_samples(tasks, task_settings)
-        hashes = {}
-        for name, task in tasks.items():
-            _check_supported(name, task, task_settings)
+        hashes: dict[str, str] = {}
+        numbers: dict[str, DocumentNumbers | None] = {}
+        metrics: dict[str, Metric] = {}
+        for name, task in found.tasks.items():
+            file = found.yaml_files.get(name)
             try:
-                hashes[name] = _prepare(task, task_settings)
-            except Exception as error:  # a template that does not fit the documents raises any type
-                raise BadInput(
-                    f"task {name}: its prompts cannot be built: {_first_error_line(error)}",
-                    fix=_defined_in(manager, name),
-                ) from error
-            choose_metric(name, task, groups)
+                _check_supported(name, task, task_settings)
+                metrics[name] = choose_metric(name, task, found.groups, task_settings.choice)
+            except BadInput as error:
+                detail = "; ".join(part for part in (error.message, error.fix) if part)
+                faults.append(Fault(kind="task that cannot be scored", detail=detail, task=name, file=file))
+                continue
+            numbers[name] = task_settings.document_numbers(name, len(task.eval_docs))
+            differing = metrics[name] != choose_metric(name, task, found.groups)
+            hashed = task_settings.hashed_settings(numbers[name], metrics[name] if differing else None)
+            task_hash, of_task = _prepare(task, task_settings, numbers[name], hashed, file)
+            faults += of_task
+            if task_hash:
+                tasks[name], hashes[name] = task, task_hash
+        if any(task_settings.choice):
+            check_one_metric(metrics, found.groups)
         requests = sum(instance.repeats for task in tasks.values() for instance in task.instances)
         harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
-        return cls(names, json_digest(hashes), harness, requests, hashes, tasks, groups, task_settings)
-
-
-class Metric(NamedTuple):
-    """The one metric that is recorded for a task, and the lm-eval filter it is computed after."""
-
-    name: str
-    filter: str
-
-    @property
-    def key(self) -> str:
-        """The key in lm-eval's results."""
-        return f"{self.name},{self.filter}"
-
-
-def choose_metric(name: str, task: Task, groups: dict[str, Group]) -> Metric:
-    """The metric of the task's group, else the task's first metric that is a mean over documents.
-
-    Raises BadInput if the task has no such metric.
-    """
-    from lm_eval.api.metrics import bits_per_byte, mean
-
-    means = [metric for metric, how in task.aggregation().items() if how in (mean, bits_per_byte)]
-    first_filter = task._filters[0].name
-    for group, leaves in outermost_groups(groups).items():
-        of_group = groups[group].aggregate_metric_list[0]  # type: ignore[index]
-        if name in leaves and of_group.metric in means:
-            return Metric(of_group.metric, (of_group.filter_list or [first_filter])[0])
-    if not means:
-        raise BadInput(
-            f"task {name} has no metric that is a mean over its documents: {', '.join(task.aggregation())}",
-            fix="give it acc, exact_match or bits_per_byte",
+        made = cls(
+            names, json_digest(hashes), harness, requests, hashes, tasks, found.groups, task_settings, numbers, metrics
         )
-    return Metric(means[0], first_filter)
-
-
-def outermost_groups(groups: dict[str, Group]) -> dict[str, list[str]]:
-    """Group -> its tasks, for each group that has a value of its own and is in no other such group."""
-    valued = [group for group in groups.values() if group.has_aggregation]
-    inner = {below.name for group in valued for below in group.get_all_groups()}
-    return {
-        group.name: [task.task_name for task in group.get_all_tasks()] for group in valued if group.name not in inner
-    }
-
-
-def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
-    """A manager of the tasks below `folders`, and of lm-eval's own (10 s) if `folders` lack one of the names.
-
-    Raises BadInput for a folder that does not exist and for a task that neither has.
-    """
-    import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
-
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadInput(f"{folder} is not a folder", fix="give --include-path a folder with the tasks' YAML files")
-    paths: list[str | Path] = list(folders)
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    missing = [name for name in names if name not in manager.task_index]
-    if not missing:
-        return manager
-    _check_yaml(folders)
-    # Searching lm-eval's 14,000 files is faster than parsing them: a typing mistake is reported at once.
-    own = [path for path in Path(lm_eval.tasks.__path__[0]).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    text = b"".join(path.read_bytes() for path in own)
-    known = set(manager.all_tasks) | {path.stem for path in own}
-    if all(name.encode() in text for name in missing):
-        manager = TaskManager(include_path=paths)
-        known = set(manager.all_tasks)
-        missing = [name for name in names if name not in manager.task_index]
-    else:
-        missing = [name for name in missing if name.encode() not in text]
-    if missing:
-        near = difflib.get_close_matches(missing[0], known, n=3)
-        raise BadInput(
-            f"unknown task {missing[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-            fix=f"lm-eval has no such task; --include-path: {', '.join(map(str, folders)) or 'none'}",
-        )
-    return manager
-
-
-def _check_yaml(folders: Sequence[Path]) -> None:
-    """Raise BadInput for the first YAML file that lm-eval cannot read: lm-eval itself skips it silently."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for path in sorted(path for folder in folders for path in folder.rglob("*.yaml")):
-        try:
-            load_yaml(path, resolve_func=False)
-        except Exception as error:  # YAML, include and decoding errors have no common base class
-            raise BadInput(f"{path} cannot be read as a task: {error}") from error
-
-
-def _load_task(manager: TaskManager, name: str) -> tuple[dict[str, Task], dict[str, Group]]:
-    """lm-eval's (tasks, groups) of one name. Raises BadInput, with the YAML file, if lm-eval cannot load it."""
-    try:
-        loaded = manager.load([name])
-    except Exception as error:  # lm-eval, datasets and jinja raise any type
-        raise BadInput(
-            f"task {name} cannot be loaded: {_first_error_line(error)}", fix=_defined_in(manager, name)
-        ) from error
-    return loaded["tasks"], loaded.get("groups", {})
+        return made, faults
 
 
 def _check_supported(name: str, task: Task, settings: TaskSettings) -> None:
@@ -251,6 +217,16 @@ def _check_supported(name: str, task: Task, settings: TaskSettings) -> None:
         )
 
 
+def _check_settings(names: Sequence[str], settings: TaskSettings) -> None:
+    """Raise BadInput for settings that contradict each other."""
+    if not names:
+        raise BadInput("no tasks are given", fix="name one or more with --tasks")
+    if settings.samples is not None and settings.limit is not None:
+        raise BadInput("--samples and --limit cannot be combined", fix="leave out one of them")
+    if settings.uses_multiturn and not settings.apply_chat_template:
+        raise BadInput("--fewshot-as-multiturn needs a chat template", fix="give --apply-chat-template too")
+
+
 def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:
     """Raise BadInput for samples of a task that is not scored, and for indices that no document has."""
     for name, indices in (settings.samples or {}).items():
@@ -263,18 +239,36 @@ def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:
             raise BadInput(f"samples of {name} name {named}", fix=f"it has documents 0 to {count - 1}")
 
 
-def _prepare(task: Task, settings: TaskSettings) -> str:
-    """Configure a task as lm-eval's simple_evaluate does, build its prompts, and return its hash."""
+def _prepare(
+    task: Task, settings: TaskSettings, numbers: DocumentNumbers | None, hashed: Mapping[str, Any], file: str | None
+) -> tuple[str | None, list[Fault]]:
+    """Configure a task as lm-eval's simple_evaluate does, check its documents, and build its prompts.
+
+    Returns its hash and faults; None for the hash if the prompts cannot be built.
+    """
     if settings.gen_kwargs and output_type_of(task).uses_gen_kwargs:
         task.set_config("generation_kwargs", dict(settings.gen_kwargs), update=True)
     own_fewshot = task.get_config("num_fewshot")
     if own_fewshot is None or (settings.num_fewshot is not None and own_fewshot != 0):  # a task that fixes 0 keeps 0
         task.set_config("num_fewshot", settings.num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    limit, samples = settings.limit, settings.document_numbers(task.task_name)
-    with hide_progress_bars():
-        # Without the chat template, which belongs to the model; prompt hashes cover the model's own prompts.
-        task.build_all_requests(limit=limit, samples=samples, system_instruction=settings.system_instruction)
+    documents = [document for _, document in task.doc_iterator(samples=numbers)]
+    checked = CheckedDocuments(task, dict(zip(numbers or range(len(documents)), documents, strict=True)))
+    faults = checked.faults()
+    try:
+        with hide_progress_bars(), recorded_examples(task) as examples:
+            # Without the chat template, which belongs to the model; prompt hashes cover the model's own prompts.
+            task.build_all_requests(samples=numbers, system_instruction=settings.system_instruction)
+    except Exception as error:  # a template that does not fit the documents raises any type
+        if not faults:
+            detail = f"its prompts cannot be built: {first_line(error)}"
+            faults.append(Fault(kind="task that cannot be scored", detail=detail, task=task.task_name, file=file))
+        return None, faults
+    return _task_hash(task, documents, hashed), [*faults, *checked.example_faults(examples)]
+
+
+def _task_hash(task: Task, documents: Sequence[Any], settings: Mapping[str, Any]) -> str:
+    """The hash of a task's configuration, documents and settings."""
     from lm_eval.utils import handle_non_serializable
 
     def plain(value: Any) -> Any:
@@ -284,11 +278,7 @@ def _prepare(task: Task, settings: TaskSettings) -> str:
     # Without keys that hold file paths: the documents themselves are hashed.
     excluded = ("dataset_kwargs", "metadata")
     config = {key: value for key, value in task.dump_config().items() if key not in excluded}
-    documents = [document for _, document in task.doc_iterator(limit=limit, samples=samples)]
-    hashed = [config, documents, limit]
-    if hashed_settings := settings.hashed_settings(task.task_name):
-        hashed.append(hashed_settings)
-    return text_digest(json.dumps(hashed, sort_keys=True, default=plain))
+    return text_digest(json.dumps([config, documents, settings], sort_keys=True, default=plain))
 
 
 @contextmanager
@@ -302,15 +292,3 @@ def hide_progress_bars() -> Iterator[None]:
         yield
     finally:
         module.tqdm = bar
-
-
-def _first_error_line(error: BaseException) -> str:
-    """The first line of an error's message; the datasets library hides it in the cause."""
-    text = str(error.__cause__ or error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-def _defined_in(manager: TaskManager, name: str) -> str | None:
-    """The YAML file of a task, as the fix of an error."""
-    entry = manager.task_index.get(name)
-    return f"it is defined in {entry.yaml_path}" if entry and entry.yaml_path else None

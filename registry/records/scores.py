@@ -13,10 +13,13 @@ class TaskResult(Record):
     """One metric of one lm-eval task for one artifact."""
 
     metric: str
+    filter: str = "none"  # of lm-eval, applied to the answers before the metric
     value: float
     stderr: float | None  # clustered by document group if the task names one
     higher_is_better: bool
     documents: int
+    of_documents: int | None = None  # that the task has; more than `documents` for a subset
+    limit_seed: int | None = None  # of the random sample; None: all documents, or picked ones
     clusters: int | None = None  # of documents that belong together; the error is that of so many
     repeats: int = 0  # documents that repeat another, in the same words or nearly the same
     chance: float | None = None  # the metric's value that costs nothing; None if that has no meaning
@@ -24,6 +27,11 @@ class TaskResult(Record):
     task_hash: str  # of the task's configuration and documents
     prompt_hash: str  # of all the rendered prompts, in order
     group: str | None = None  # the group it is a sub-task of
+
+    @property
+    def full_metric(self) -> str:
+        """The metric, with its filter if it has one: "exact_match after strict-match"."""
+        return self.metric if self.filter == "none" else f"{self.metric} after {self.filter}"
 
 
 def top_level_tasks(tasks: Mapping[str, TaskResult]) -> list[str]:

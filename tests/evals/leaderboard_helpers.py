@@ -63,6 +63,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"tasks_digest": "others", "tasks": {"single": {"task_hash": "new", "documents": 5}}},
         "5 documents of single, not 9",
     ),
+    "sample": (
+        {"tasks_digest": "others", "tasks": {"single": {"task_hash": "new", "of_documents": 20, "limit_seed": 3}}},
+        "the sample with seed 3 of single, not all documents",
+    ),
     "prompts": ({"prompts_digest": "q", "tasks": {"single": {"prompt_hash": "q"}}}, "other prompts of single"),
     "harness": ({"harness": "lm-eval 1"}, "scored with lm-eval 1, not lm-eval 0"),
     "teacher": ({"teacher": "f" * 64}, "against other files of m/1 as the teacher"),

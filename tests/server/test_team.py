@@ -40,7 +40,7 @@ def test_the_whole_loop_by_several_people(log_in: Callable[..., None], limbeck: 
     assert limbeck("export", "tiny-coder/2", "--precision", "fp32").code == 0
     heldout = home() / "data" / "tiny-coder" / "heldout.jsonl"
     tasks = tmp_path / "tasks"
-    assert limbeck("tasks", heldout, "--name", "stdlib", "--output", tasks, "--kind", "bits_per_byte").code == 0
+    assert limbeck("tasks", "make", heldout, "--name", "stdlib", "--output", tasks, "--kind", "bits_per_byte").code == 0
     score = ("--tasks", "stdlib_bits_per_byte", "--include-path", tasks, "--against", "tiny-coder/1", "--limit", 12)
     done = limbeck("eval", "tiny-coder", *score)
     assert done.code == 0, done.err

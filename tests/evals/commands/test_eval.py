@@ -1,4 +1,4 @@
-"""`limbeck eval` and `limbeck tasks`: options, output and refusals."""
+"""`limbeck eval` and `limbeck tasks make`: options, output and refusals."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_bad_models_and_options_are_refused(
 def test_tasks_are_made_and_their_names_printed(
     limbeck: Callable[..., Result], limbeck_home: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_line")
+    done = limbeck("tasks", "make", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_line")
     assert (done.code, done.out) == (0, "mine_next_line\n")
     assert list((tmp_path / "t").rglob("*.yaml"))
-    done = limbeck("tasks", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_lime")
+    done = limbeck("tasks", "make", corpus, "--name", "mine", "--output", tmp_path / "t", "--kind", "next_lime")
     assert done.code == 2
     assert "did you mean next_line" in done.err

@@ -119,7 +119,8 @@ def test_a_template_without_a_system_role_gets_no_system_message(
 
 
 def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> None:
-    write_task(sums, "answers", [{"question": "1?", "answer": "1"}], **GSM8K)
+    rows = [{"question": f"{n}?", "answer": f"{n}"} for n in range(3)]
+    write_task(sums, "answers", rows, fewshot_split="test", **GSM8K)
 
     def hashes(**settings: Any) -> dict[str, str]:
         return TaskSet.load(["sums", "answers"], [sums], **settings).task_hashes
@@ -129,6 +130,7 @@ def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> No
     several: list[dict[str, Any]] = [
         {"num_fewshot": 1},
         {"limit": 1},
+        {"limit": 1, "limit_seed": 7},
         {"samples": {"sums": [1, 3], "answers": [0]}},
         {"apply_chat_template": True},
         {"apply_chat_template": "shout"},
@@ -141,7 +143,7 @@ def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> No
     cooler = hashes(gen_kwargs={"max_gen_toks": 5})
     assert (cooler["sums"] == plain["sums"], cooler["answers"] == plain["answers"]) == (True, False)
     some = hashes(samples={"sums": [3, 1, 3]})
-    assert (some["sums"], some["answers"]) == (made[3]["sums"], plain["answers"])
+    assert (some["sums"], some["answers"]) == (made[4]["sums"], plain["answers"])
 
 
 def test_samples_selects_documents(sums: Path, tiny_llama: Path, limbeck: Callable[..., Result]) -> None:
@@ -221,7 +223,7 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(
     warning = "requests of {} are longer than the context of 128 tokens and lost their beginning"
     assert f"4 of 6 {warning.format('long')}" in result.err
     assert f"1 of 1 {warning.format('say')}" in result.err
-    again = run(limbeck, tiny_llama, tmp_path, "--limit", "1", tasks="long")
+    again = run(limbeck, tiny_llama, tmp_path, "--samples", '{"long": [0]}', tasks="long")
     assert "lost their beginning" not in again.err
 
 

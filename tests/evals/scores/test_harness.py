@@ -14,7 +14,7 @@ import pytest
 from limbeck.evals.scores.harness import Scores, score_model
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 from limbeck.evals.tasks.make_tasks import make_tasks
-from limbeck.evals.tasks.task_set import TaskSet
+from limbeck.evals.tasks.task_set import TaskSet, TaskSettings
 from limbeck.registry.catalog.model_ref import resolve_model
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
@@ -137,13 +137,35 @@ def test_the_digest_covers_documents_and_settings_but_not_paths(folder: Path, tm
     assert len({first, digest(tmp_path / "more"), digest(folder, limit=4)}) == 3
 
 
-def test_a_limit_takes_the_first_documents(folder: Path, tiny_llama: Path) -> None:
-    few = score_model(resolve_model(str(tiny_llama)), TaskSet.load(["std_bits_per_byte"], [folder], limit=3))
-    assert few.documents["doc_id"].to_pylist() == [0, 1, 2]
+def test_a_limit_takes_a_random_sample_that_the_result_records(tmp_path: Path, tiny_llama: Path) -> None:
+    write_task(tmp_path, "sums", questions(200))
+    model = resolve_model(str(tiny_llama))
+
+    def sampled(limit: int, seed: int = 0) -> tuple[list[int], Any]:
+        scores = score_model(model, TaskSet.load(["sums"], [tmp_path], limit=limit, limit_seed=seed))
+        return scores.documents["doc_id"].to_pylist(), scores.tasks["sums"]
+
+    (few, result), (more, _), (other, _), (all_of_them, whole) = sampled(6), sampled(8), sampled(6, 1), sampled(200)
+    assert (result.documents, result.of_documents, result.limit_seed) == (6, 200, 0)
+    assert (whole.documents, whole.of_documents, whole.limit_seed) == (200, 200, None)
+    assert whole.task_hash == TaskSet.load(["sums"], [tmp_path]).task_hashes["sums"]
+    assert few == sorted(few)
+    assert set(few) < set(more)  # so that a larger limit answers only the new requests
+    assert few not in (other, list(range(6)))
+    assert all_of_them == list(range(200))
+    picked = TaskSet.load(["sums"], [tmp_path], samples={"sums": few})
+    assert picked.digest != TaskSet.load(["sums"], [tmp_path], limit=6).digest  # picked documents are no random sample
+
+
+def test_a_sample_gives_every_document_the_same_chance() -> None:
+    drawn = [TaskSettings(limit=20, limit_seed=seed).document_numbers("any", 100) or [] for seed in range(500)]
+    counts = np.bincount(np.concatenate(drawn), minlength=100)  # of each, expected 100 with a deviation of 9
+    assert (counts.sum(), len(counts)) == (10_000, 100)
+    assert np.abs(counts - 100).max() < 40
 
 
 def test_few_shot_examples_change_the_prompts(tmp_path: Path, tiny_llama: Path) -> None:
-    write_task(tmp_path, "sums", questions(6))
+    write_task(tmp_path, "sums", questions(6), fewshot_split="test")
     write_task(tmp_path, "fixed", questions(6), num_fewshot=0)
     zero_shot, two_shot = (TaskSet.load(["sums", "fixed"], [tmp_path], num_fewshot=count) for count in (None, 2))
     assert two_shot.digest != zero_shot.digest
@@ -269,7 +291,7 @@ def test_an_unknown_task_is_refused_with_a_similar_name(folder: Path) -> None:
 
 def test_an_unreadable_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("task: broken\n  metric_list: [")
-    with pytest.raises(BadInput, match=r"broken\.yaml cannot be read"):
+    with pytest.raises(BadInput, match=r"broken\.yaml: cannot be read"):
         TaskSet.load(["broken"], [tmp_path])
 
 
@@ -277,11 +299,10 @@ def test_missing_data_and_fields_are_named(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder / "std", tmp_path / "std")
     yaml = tmp_path / "std/std_next_line.yaml"
     yaml.write_text(yaml.read_text().replace("/std_next_line.jsonl", "/gone.jsonl"))
-    with pytest.raises(BadInput, match=r"std_next_line cannot be loaded: .*gone\.jsonl") as raised:
+    with pytest.raises(BadInput, match=r"std_next_line\n.*gone\.jsonl: it does not exist"):
         TaskSet.load(["std_next_line"], [tmp_path])
-    assert str(yaml) in str(raised.value)
     write_task(tmp_path, "odd", questions(2), output_type="guess")
-    with pytest.raises(BadInput, match=r"odd cannot be loaded: .*guess"):
+    with pytest.raises(BadInput, match=r"cannot be loaded, task odd\n.*odd\.yaml: .*guess"):
         TaskSet.load(["odd"], [tmp_path])
     with pytest.raises(BadInput, match="nowhere is not a folder"):
         TaskSet.load(["odd"], [tmp_path / "nowhere"])

@@ -12,8 +12,9 @@ import pytest
 from lm_eval.api.filter import FilterEnsemble
 
 from limbeck.evals.tasks.chance import best_constant_answer, free_bits_per_byte, word_frequency_bits
+from limbeck.evals.tasks.metrics import Metric
 from limbeck.evals.tasks.output_types import OUTPUT_TYPES, output_type_of
-from limbeck.evals.tasks.task_set import Metric, TaskSet
+from limbeck.evals.tasks.task_set import TaskSet
 from limbeck.registry.core.errors import BadInput
 from tests import ROOT
 from tests.evals.task_files import write_task
