@@ -88,15 +88,15 @@ class Difference:
 
     Scores of 0 and 1 need more than the standard error. A mean difference d needs at least a share |d| of changed
     documents. The standard error is too small if few documents changed, or if all changes go one way; then the bound
-    is that of Wilson's interval for this share. Scores of 0 and 1 also move in steps, so the bounds are one document
-    wider. Without both, a student that is worse by exactly the margin would pass far more often than 5% of the time.
-    Other scores may be skewed: see `limbeck.evals.stats.skew`.
+    is that of Wilson's interval for this share. Scores of 0 and 1 also move in steps, so the bounds are one independent
+    document wider. Without both, a student that is worse by exactly the margin would pass far more often than 5% of the
+    time. Other scores may be skewed: see `limbeck.evals.stats.skew`.
 
     Attributes:
         estimate: of the mean difference.
         effective_documents: for scores of 0 and 1, the number of independent documents with the same information
             about a share; None for other scores.
-        step: for scores of 0 and 1, the change of the mean by one document; else 0.
+        step: for scores of 0 and 1, the change of the mean by one independent document; else 0.
     """
 
     estimate: ClusteredEstimate
@@ -184,7 +184,7 @@ def clustered_difference(
     # Without effects both models are right on all documents, or wrong on all: a cluster counts as one document.
     clusters = min(documents, estimate.degrees_of_freedom + 1)
     effective = documents / max(1.0, *effects) if effects else clusters
-    return Difference(estimate, effective, 1 / documents)
+    return Difference(estimate, effective, 1 / effective)
 
 
 def average_differences(differences: Sequence[Difference]) -> Difference:

@@ -3,9 +3,9 @@
 The bound of a ratio kept / whole at a limit r asks whether kept - r * whole is above 0. It is a mean over the same
 documents, so its error counts that of the teacher too (Fieller 1954, "Some Problems in Interval Estimation"). For
 scores of 0 and 1 that error is 0 where no answer flipped: it is at least the error that a student would have who
-keeps just r and whose answers all flip one way, and the bound is one document wider, as for `Difference`. The lower
-bound is never above what the difference's own bound says with the teacher as measured, so that what passes by retention
-passes by the margin (1 - r) * whole.
+keeps just r and whose answers all flip one way, and the bound is one independent document wider, as for `Difference`.
+The lower bound is never above what the difference's own bound says with the teacher as measured, so that what passes by
+retention passes by the margin (1 - r) * whole.
 """
 
 from __future__ import annotations

@@ -143,6 +143,13 @@ def test_a_few_documents_without_a_change_are_inconclusive() -> None:
     assert run_test(difference_of(np.ones(2000), np.ones(2000), files), 0.01).uncorrected == "inconclusive"
 
 
+def test_repeated_documents_add_nothing() -> None:
+    once = binary((150, 12, 4, 34))
+    repeated = difference_of(*(np.repeat(side, 20) for side in once), np.repeat(np.arange(200), 20))
+    expected = difference_of(*once).bounds(0.95)
+    assert repeated.bounds(0.95) == pytest.approx(expected, abs=5e-4)  # the design effect is estimated
+
+
 def test_the_verdict_agrees_with_the_p_value_and_with_the_bounds() -> None:
     random = np.random.default_rng(2)
     seen = set()
