@@ -52,6 +52,12 @@ OTHER_FIGURES = ("decode_tokens_per_s", "disk_bytes")  # cost figures in the tab
     help="Use the tokenizer's chat template, or the one named NAME.",
 )
 @click.option(
+    "--chat-template-args", metavar="JSON", help='Variables of the chat template, such as {"enable_thinking": true}.'
+)
+@click.option(
+    "--think-end", metavar="TEXT", help="What ends a model's thoughts, such as </think>: its answer begins after it."
+)
+@click.option(
     "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
     default=None,
     help="Put each few-shot example into a chat turn of its own. [default: yes with a chat template]",
@@ -90,6 +96,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
     metrics: tuple[str, ...],
     filters: tuple[str, ...],
     apply_chat_template: str | None,
+    chat_template_args: str | None,
+    think_end: str | None,
     fewshot_as_multiturn: bool | None,
     system_instruction: str | None,
     gen_kwargs: str | None,
@@ -140,6 +148,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
         samples=_samples(samples) if samples else None,
         choice=MetricChoice(_by_task("--metric", metrics), _by_task("--filter", filters)),
         apply_chat_template=apply_chat_template is not None and (apply_chat_template or True),
+        chat_template_args=_template_args(chat_template_args) if chat_template_args else {},
+        think_end=think_end or None,
         fewshot_as_multiturn=fewshot_as_multiturn,
         system_instruction=system_instruction,
         gen_kwargs=_gen_kwargs(gen_kwargs) if gen_kwargs else None,
@@ -183,6 +193,17 @@ def _by_task(option: str, texts: Sequence[str]) -> dict[str, str]:
         if found.get(task, name) != name:
             raise BadInput(f"{option} names {task} twice: {found[task]} and {name}", fix="leave one of them out")
         found[task] = name
+    return found
+
+
+def _template_args(text: str) -> dict[str, Any]:
+    """Variables of a chat template, from a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"--chat-template-args is not JSON: {error}", fix='such as {"enable_thinking": true}') from None
+    if not isinstance(found, dict):
+        raise BadInput("--chat-template-args is not a JSON object", fix='such as {"enable_thinking": true}')
     return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
@@ -46,6 +46,21 @@ class RequestNames:
         return f"{self.model}: task {request.task_name}, document {document}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """How a model is talked to.
+
+    Attributes:
+        template: the name of the tokenizer's chat template; None is its only or default one.
+        template_args: further variables of the template, such as `{"enable_thinking": True}`.
+        think_end: the text after which a generated answer begins, such as "</think>"; None: a model does not think.
+    """
+
+    template: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    think_end: str | None = None
+
+
 class LimbeckLM(TemplateLM):
     """An `Engine` as an lm-eval model.
 
@@ -56,7 +71,7 @@ class LimbeckLM(TemplateLM):
         names: how messages name a request.
         cache: stores answers; without it they are reused within a call only.
         harness: name and version of lm-eval, for the cache keys.
-        chat_template: the name of the tokenizer's chat template; None is its only or default one.
+        chat: how the model is talked to; None for the defaults.
         batch_tokens: the most tokens of one forward pass, padding included; a longer text runs alone.
         on_requests: called with the number of requests that were just finished.
     """
@@ -68,7 +83,7 @@ class LimbeckLM(TemplateLM):
         names: RequestNames | None = None,
         cache: ScoreCache | None = None,
         harness: str = "",
-        chat_template: str | None = None,
+        chat: ChatSettings | None = None,
         batch_tokens: int = BATCH_TOKENS,
         on_requests: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -78,7 +93,7 @@ class LimbeckLM(TemplateLM):
         self.max_length = engine.max_length
         self.names = names or RequestNames()
         self.cache = cache
-        self.template = chat_template
+        self.chat = chat or ChatSettings()
         self.batch_tokens = batch_tokens
         self.on_requests = on_requests
         self._key_parts = [harness, engine.identity, engine.max_length]
@@ -115,7 +130,8 @@ class LimbeckLM(TemplateLM):
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
-            "chat_template": self.template,
+            "chat_template": self.chat.template,
+            **self.chat.template_args,
         }
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, **settings))
@@ -232,29 +248,53 @@ class LimbeckLM(TemplateLM):
         yield from answers.cached()
         missing = sorted(answers.missing, key=lambda key: -len(prompts[answers.first_index(key)]))
         firsts = [answers.first_index(key) for key in missing]
-        done = 0
+        done = unfinished = 0
         for batch in split_by_tokens([prompts[index] for index in firsts], self.batch_tokens, settings.new_tokens):
             try:
                 generated = self._generate(batch, settings)
             except NanLogits as error:
                 raise self._nan_error(requests[firsts[done + error.index]], error) from None
             for new in generated:
-                text = new if isinstance(new, str) else self.tokenizer.decode(new, skip_special_tokens=True)
+                text, thinks = self._answer(new)
+                unfinished += thinks
                 yield from answers.add(missing[done], postprocess_generated_text(text, settings.until, None))
                 done += 1
+        if unfinished:
+            print_status(
+                f"{unfinished} of {done} texts of {requests[0].task_name} have no {self.chat.think_end!r} within "
+                f"{settings.new_tokens} tokens, and count as answers, as in lm-eval: raise max_gen_toks by --gen-kwargs"
+            )
+
+    def _answer(self, generated: list[int] | str) -> tuple[str, bool]:
+        """What comes after the thoughts, and whether these did not end; all, if the model does not think."""
+        end = self.chat.think_end
+        if end is None or isinstance(generated, str):
+            text = generated if isinstance(generated, str) else self._decode(generated)
+        else:
+            tokens = list(generated)
+            special = self.tokenizer.convert_tokens_to_ids(end) if end in self.tokenizer.all_special_tokens else None
+            if special in tokens:  # the decoded text would not have it
+                return self._decode(tokens[len(tokens) - tokens[::-1].index(special) :]).lstrip(), False
+            text = self._decode(tokens)
+        if end is None:
+            return text, False
+        return postprocess_generated_text(text, None, end) if end in text else text, end not in text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _generation_settings(self, request: Instance) -> _GenerationSettings:
         """The settings of a generate_until request. Raises BadInput if they leave no room for a prompt."""
         sampling: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
-        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        eos = str(self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False))
         until = handle_stop_sequences(sampling.pop("until"), eos=eos)
-        new_tokens = sampling.pop("max_gen_toks")
+        new_tokens, end = sampling.pop("max_gen_toks"), self.chat.think_end
         if new_tokens >= self.max_length:
             raise BadInput(
                 f"the task generates up to {new_tokens} tokens, but the model's context has only {self.max_length}",
                 fix="set a smaller max_gen_toks in the task's generation_kwargs, or with --gen-kwargs",
             )
-        return _GenerationSettings(until, new_tokens, sampling)
+        return _GenerationSettings(until, new_tokens, sampling, end, until if end is None else [eos])
 
     def _generation_keys(
         self, requests: Sequence[Instance], prompts: Sequence[list[int]], settings: _GenerationSettings
@@ -272,7 +312,7 @@ class LimbeckLM(TemplateLM):
     def _generate(self, prompts: Sequence[list[int]], settings: _GenerationSettings) -> Iterable[list[int] | str]:
         """See `Engine.generate`. Raises BadInput for settings that the library does not know."""
         try:
-            return self.engine.generate(prompts, settings.new_tokens, settings.until, **settings.sampling)
+            return self.engine.generate(prompts, settings.new_tokens, settings.engine_until, **settings.sampling)
         except (TypeError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
             raise BadInput(f"the model cannot generate with {settings.sampling}: {line}") from error
@@ -293,6 +333,8 @@ class _GenerationSettings(NamedTuple):
     until: list[str]
     new_tokens: int
     sampling: dict[str, Any]  # do_sample, temperature and others, as transformers takes them
+    think_end: str | None
+    engine_until: list[str]  # what ends generation: only EOS ends thoughts, in which the task's own strings may occur
 
 
 class _Answers:

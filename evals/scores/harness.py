@@ -66,7 +66,7 @@ def score_model(
     quiet_libraries()
     from lm_eval.evaluator import evaluate
 
-    from limbeck.evals.engines.lm_eval_model import LimbeckLM, RequestNames
+    from limbeck.evals.engines.lm_eval_model import ChatSettings, LimbeckLM, RequestNames
 
     done = 0
 
@@ -83,7 +83,11 @@ def score_model(
             names=RequestNames(model.label, tasks.numbers.get),
             cache=cache,
             harness=tasks.harness,
-            chat_template=_chat_template(engine, settings.apply_chat_template),
+            chat=ChatSettings(
+                template=_chat_template(engine, settings.apply_chat_template),
+                template_args=settings.chat_template_args,
+                think_end=settings.think_end,
+            ),
             batch_tokens=batch_tokens or BATCH_TOKENS,
             on_requests=advance,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
+TEMPLATE_SETTINGS = {"tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation"}
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
@@ -48,6 +49,9 @@ class TaskSettings:
         limit_seed: of that sample. A larger limit adds documents to those of a smaller one.
         samples: task -> indices of the documents to use; other tasks use all. Cannot be combined with limit.
         apply_chat_template: True, or the name of one of the tokenizer's templates.
+        chat_template_args: further variables of the template, such as `{"enable_thinking": True}`.
+        think_end: the text, such as "</think>", after which a generated answer begins. A task's stop strings end only
+            what comes after it.
         fewshot_as_multiturn: each example is a chat turn of its own; None is True with a chat template, else False.
         system_instruction: comes before each prompt.
         gen_kwargs: overrides the generation settings of generate_until tasks.
@@ -61,6 +65,8 @@ class TaskSettings:
     limit_seed: int = 0
     samples: Mapping[str, Sequence[int]] | None = None
     apply_chat_template: bool | str = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    think_end: str | None = None
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: Mapping[str, Any] | None = None
@@ -74,6 +80,11 @@ class TaskSettings:
         if self.fewshot_as_multiturn is None:
             return bool(self.apply_chat_template)
         return self.fewshot_as_multiturn
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the chat template is asked for thoughts."""
+        return bool(self.chat_template_args.get("enable_thinking"))
 
     def document_numbers(self, task: str, count: int) -> DocumentNumbers | None:
         """The numbers of the documents to use of one task, which has `count`, ascending; None for all."""
@@ -95,6 +106,8 @@ class TaskSettings:
             "samples": numbers,
             "limit_seed": None if numbers is None or self.limit is None else self.limit_seed,
             "apply_chat_template": self.apply_chat_template or None,
+            "chat_template_args": dict(self.chat_template_args) or None,
+            "think_end": self.think_end,
             "fewshot_as_multiturn": self.uses_multiturn or None,
             "system_instruction": self.system_instruction,
         }
@@ -207,7 +220,8 @@ class TaskSet:
 
 def _check_supported(name: str, task: Task, settings: TaskSettings) -> None:
     """Raise BadInput for a task that Limbeck does not support, or that runs code without confirmation."""
-    output_type_of(task)
+    if settings.thinks and not output_type_of(task).uses_gen_kwargs:
+        raise BadInput(f"task {name} is scored without generating, so the model cannot think before it answers")
     if getattr(task, "MULTIMODAL", False):
         raise BadInput(f"task {name} needs images or sound; Limbeck supports text only")
     if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
@@ -225,6 +239,14 @@ def _check_settings(names: Sequence[str], settings: TaskSettings) -> None:
         raise BadInput("--samples and --limit cannot be combined", fix="leave out one of them")
     if settings.uses_multiturn and not settings.apply_chat_template:
         raise BadInput("--fewshot-as-multiturn needs a chat template", fix="give --apply-chat-template too")
+    if settings.chat_template_args and not settings.apply_chat_template:
+        raise BadInput("--chat-template-args needs a chat template", fix="give --apply-chat-template too")
+    if taken := sorted(TEMPLATE_SETTINGS & settings.chat_template_args.keys()):
+        raise BadInput(f"--chat-template-args sets {', '.join(taken)}, which Limbeck sets itself", fix="leave it out")
+    if settings.thinks and settings.think_end is None:
+        raise BadInput(
+            "enable_thinking needs the text that ends a thought", fix="give it, such as --think-end '</think>'"
+        )
 
 
 def _check_samples(tasks: dict[str, Task], settings: TaskSettings) -> None:

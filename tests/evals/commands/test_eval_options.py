@@ -24,6 +24,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+THINKING = CHAT.replace("<assistant>{% endif", "<assistant>{{ '<think>' if enable_thinking else '' }}{{ end }}{% endif")
 SHOTS = {"fewshot_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
 MATCH = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
 GSM8K = {
@@ -118,6 +119,97 @@ def test_a_template_without_a_system_role_gets_no_system_message(
     assert capsys.readouterr().err.count("no system role): retrying without the system message") == 1
 
 
+def test_variables_reach_the_chat_template_as_in_lm_eval(
+    sums: Path, make_chat_model: Callable[[Any], Path], limbeck: Callable[..., Result]
+) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = make_chat_model(THINKING)
+    rows = [{"question": f"{n} + {n}?", "answer": f"{2 * n}"} for n in range(4)]
+    write_task(sums, "written", rows, **GSM8K)
+    found = {}
+    for thinks in (True, False):
+        args = {"enable_thinking": thinks, "end": "now"}
+        settings = {"apply_chat_template": True, "chat_template_args": args, "think_end": "</think>"}
+        scores = score_model(resolve_model(str(model)), TaskSet.load(["written"], [sums], **settings))
+        lm = HFLM(
+            pretrained=str(model),
+            device="cpu",
+            dtype="float32",
+            enable_thinking=thinks,
+            think_end_token="</think>",
+            chat_template_args={"end": "now"},
+        )
+        manager = TaskManager(include_path=str(sums), include_defaults=False)
+        theirs = lm_eval.simple_evaluate(
+            lm, tasks=["written"], task_manager=manager, bootstrap_iters=0, apply_chat_template=True
+        )
+        assert theirs is not None
+        for ours, sample in zip(scores.documents.to_pylist(), theirs["samples"]["written"], strict=True):
+            assert ours["prompt_hash"] == sample["prompt_hash"]
+            assert ours["response"] == sample["resps"][0][0]
+        found[thinks] = scores.documents["prompt_end"][0].as_py()
+    assert found[True].endswith("<assistant><think>now")
+    assert found[False].endswith("<assistant>now")
+    given = ["--apply-chat-template", "--chat-template-args", '{"enable_thinking": true}', "--think-end", "</think>"]
+    done = run(limbeck, model, sums, *given, tasks="written")
+    assert done.code == 0
+    assert "4 of 4 texts of written have no '</think>' within 12 tokens" in done.err
+    refused = run(limbeck, model, sums, *given, tasks="sums")
+    assert refused.code == 2
+    assert "task sums: " not in refused.out
+    assert "scored without generating" in refused.err
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_an_answer_begins_after_the_thoughts(
+    tmp_path: Path, tiny_llama: Path, onnx: Callable[[Path], Path], engine: str
+) -> None:
+    write_task(tmp_path, "who", [{"question": "Who is there?", "answer": "1"}], **{**GSM8K, "doc_to_text": "question"})
+    model = tiny_llama if engine == "torch" else onnx(tiny_llama)
+
+    def response(think_end: str | None, *until: str) -> str:
+        settings: dict[str, Any] = {"gen_kwargs": {"until": [*until], "max_gen_toks": 40}, "think_end": think_end}
+        scores = score_model(resolve_model(str(model)), TaskSet.load(["who"], [tmp_path], **settings))
+        return str(scores.documents["response"][0].as_py())
+
+    whole = response(None, "no such text")  # such as "??????nnnnn  "
+    change = len(whole) - len(whole.lstrip(whole[0]))
+    end = whole[change - 1 : change + 1]
+    thoughts, answer = whole.split(end)
+    rest = answer.lstrip(answer[0])
+    assert thoughts
+    assert answer != rest != ""
+    stops = thoughts[:2], rest[:1]  # the first occurs in the thoughts, where it ends nothing
+    assert response(None, *stops) == ""
+    assert response(end, *stops) == answer.removesuffix(rest)
+    assert response("</think>", "no such text") == whole  # thoughts without an end, as in lm-eval
+
+
+def test_thoughts_that_end_with_a_special_token(tmp_path: Path, tiny_llama: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_task(tmp_path, "gsm", [{"question": "Why?", "answer": "1"}], **{**GSM8K, "doc_to_text": "Why?"})
+
+    def response(model: Path, think_end: str | None) -> str:
+        tasks = TaskSet.load(["gsm"], [tmp_path], gen_kwargs={"until": ["no such text"]}, think_end=think_end)
+        return str(score_model(resolve_model(str(model)), tasks).documents["response"][0].as_py())
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    whole = response(tiny_llama, None)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    end = next(token for at, token in enumerate(tokenizer.convert_ids_to_tokens(ids)) if at > 2 and token.isalpha())
+    special = tmp_path / "special"
+    shutil.copytree(tiny_llama, special)
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(special)
+    assert end in whole
+    assert end not in response(special, None)
+    assert response(special, end) == whole.split(end)[-1].lstrip()
+
+
 def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> None:
     rows = [{"question": f"{n}?", "answer": f"{n}"} for n in range(3)]
     write_task(sums, "answers", rows, fewshot_split="test", **GSM8K)
@@ -136,6 +228,8 @@ def test_each_setting_changes_the_hash_of_the_tasks_it_affects(sums: Path) -> No
         {"apply_chat_template": "shout"},
         {"apply_chat_template": True, "fewshot_as_multiturn": False},
         {"system_instruction": "Be brief."},
+        {"apply_chat_template": True, "chat_template_args": {"style": 1}},
+        {"think_end": "</think>"},
     ]
     made = [plain, *(hashes(**settings) for settings in several)]
     for task in ("sums", "answers"):
@@ -176,6 +270,11 @@ def test_options_that_cannot_work_are_refused(sums: Path, tiny_llama: Path, limb
         ("sums", ["--samples", '{"sums": [0]}', "--limit", "2"], "cannot be combined"),
         ("sums", ["--fewshot-as-multiturn"], "give --apply-chat-template too"),
         ("sums", ["--apply-chat-template"], "has no chat template"),
+        ("sums", ["--chat-template-args", '{"enable_thinking": false}'], "give --apply-chat-template too"),
+        ("sums", ["--apply-chat-template", "--chat-template-args", "[1]"], "not a JSON object"),
+        ("sums", ["--apply-chat-template", "--chat-template-args", "{"], "not JSON"),
+        ("sums", ["--apply-chat-template", "--chat-template-args", '{"tokenize": true}'], "sets tokenize"),
+        ("sums", ["--apply-chat-template", "--chat-template-args", '{"enable_thinking": true}'], "--think-end"),
         ("sums", ["--gen-kwargs", "temperature"], "a key without a value"),
         ("code", [], "--confirm-run-unsafe-code"),
     ]
