@@ -1,7 +1,7 @@
 """How often does a student pass that is just not good enough, and how often do intervals cover the truth?
 
 Simulated: retention at its limit, real-valued losses at the margin, and several candidates at once. The tables of
-docs/statistics.md are from here: `python -m tests.bench statistics`, about 15 minutes on two cores.
+docs/statistics.md are from here: `python -m tests.bench statistics`, about half an hour on two cores.
 """
 
 from __future__ import annotations
