@@ -37,8 +37,7 @@ def find_anchor(store: Store, name: str) -> Anchor | None:
     """The anchor of a registered model; None if no entry was ever written."""
     run_ids = _RUN_IDS.setdefault(store, {})
     if name not in run_ids:
-        root = _find_root_run(store)
-        run_id = store.client.get_run(root).data.params.get(name) if root else None
+        run_id = _root_params(store).get(name)
         if run_id is None:
             return None
         run_ids[name] = run_id
@@ -55,7 +54,10 @@ def ensure_anchor(store: Store, name: str) -> Anchor:
     if existing := find_anchor(store, name):
         return existing
     root = _find_root_run(store) or _create_root_run(store)
-    experiment = store.client.get_run(root).info.experiment_id
+    try:
+        experiment = store.client.get_run(root).info.experiment_id
+    except NotFound:
+        raise _deleted_run_error(root) from None
     run = store.client.create_run(experiment, run_name=f"ledger of {name}").info.run_id
     store.client.set_terminated(run)
     if _write_param_once(store, root, name, run) != run:
@@ -76,7 +78,10 @@ def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
         store.client.log_param(run_id, key, value)
         return value
     except LimbeckError as error:
-        run = store.client.get_run(run_id)
+        try:
+            run = store.client.get_run(run_id)
+        except NotFound:
+            raise _deleted_run_error(run_id) from error
         if run.info.lifecycle_stage != "active":
             raise _deleted_run_error(run_id) from error
         if key not in run.data.params:
@@ -87,6 +92,15 @@ def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
 def _find_root_run(store: Store) -> str | None:
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
     return experiment.tags.get(ROOT_RUN_TAG) if experiment else None
+
+
+def _root_params(store: Store) -> dict[str, str]:
+    """Registered model -> the run of its anchor; empty if there is no root run, or if it was deleted for good."""
+    root = _find_root_run(store)
+    try:
+        return dict(store.client.get_run(root).data.params) if root else {}
+    except NotFound:
+        return {}
 
 
 def _create_root_run(store: Store) -> str:
@@ -110,5 +124,5 @@ def _create_root_run(store: Store) -> str:
 def _deleted_run_error(run_id: str) -> BadInput:
     return BadInput(
         f"the MLflow run {run_id}, which anchors the ledger, was deleted",
-        fix=f"restore it: mlflow runs restore --run-id {run_id}",
+        fix="restore it: limbeck doctor --repair",
     )

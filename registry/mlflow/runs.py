@@ -12,7 +12,7 @@ from typing import Any
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
 from limbeck.registry.mlflow import layout
-from limbeck.registry.mlflow.client import AlreadyExists, RetryingMlflowClient, is_server
+from limbeck.registry.mlflow.client import AlreadyExists, NotFound, RetryingMlflowClient, is_server
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.records import TrainingCost, Version
 
@@ -117,10 +117,16 @@ class Runs:
             self._client.set_terminated(run.id, status=status)
 
     def training_cost(self, version: Version) -> TrainingCost | None:
-        """The cost of training a version, an ONNX variant has that of its student; None if it was not recorded."""
+        """The cost of training a version, an ONNX variant has that of its student.
+
+        None if it was not recorded, or if the run that recorded it was deleted for good.
+        """
         if version.run_id is None:
             return None
-        recorded = self._client.get_run(version.run_id).data.tags.get(TRAINING_COST_TAG)
+        try:
+            recorded = self._client.get_run(version.run_id).data.tags.get(TRAINING_COST_TAG)
+        except NotFound:
+            return None
         return TrainingCost.model_validate_json(recorded) if recorded else None
 
     def experiment_id(self) -> str:

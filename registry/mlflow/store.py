@@ -23,7 +23,7 @@ from limbeck.registry.mlflow.artifacts import Artifacts
 from limbeck.registry.mlflow.client import AlreadyExists, Locked
 from limbeck.registry.mlflow.filters import Condition, parse_filter
 from limbeck.registry.mlflow.findings import Findings, VersionFindings
-from limbeck.registry.mlflow.layout import DIGEST_TAG, check_layout
+from limbeck.registry.mlflow.layout import CURRENT_MARK, DIGEST_TAG, check_layout
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions, read_aliases
 from limbeck.registry.mlflow.runs import Runs, mlflow_key
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, to_version, to_version_or_error, version_tags
@@ -106,7 +106,7 @@ class Store:
             self.client.finalize_logged_model(model.model_id, "READY")
             with suppress(AlreadyExists):
                 self.client.create_registered_model(wanted.name)
-            all_tags = tags | {mlflow_key(key): str(value) for key, value in extra_tags.items()}
+            all_tags = tags | CURRENT_MARK | {mlflow_key(key): str(value) for key, value in extra_tags.items()}
             return to_version(self._create_model_version(wanted, model, all_tags))
         except (Unreachable, KeyboardInterrupt):  # the same command resumes the upload
             raise

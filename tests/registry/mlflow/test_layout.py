@@ -21,10 +21,11 @@ from tests.registry.conftest import Still
 def set_mark(mark: str | None) -> None:
     """Write another mark into MLflow's database, or remove it: stores without one were written before there was one."""
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
-        if mark is None:
-            database.execute("DELETE FROM experiment_tags WHERE key = ?", [layout.LAYOUT_TAG])
-        else:
-            database.execute("UPDATE experiment_tags SET value = ? WHERE key = ?", [mark, layout.LAYOUT_TAG])
+        for table in layout.TABLES_WITH_MARK:
+            if mark is None:
+                database.execute(f"DELETE FROM {table} WHERE key = ?", [layout.LAYOUT_TAG])
+            else:
+                database.execute(f"UPDATE {table} SET value = ? WHERE key = ?", [mark, layout.LAYOUT_TAG])
 
 
 def mark_of(store: Store) -> str:
@@ -57,6 +58,12 @@ def test_versions_of_another_layout_are_refused(
     doctor = limbeck("doctor")
     assert doctor.code == 1
     assert line in doctor.out
+
+
+def test_a_workspace_of_a_newer_limbeck_asks_for_an_update(still: Still) -> None:
+    set_mark("99")
+    with pytest.raises(BadInput, match=r"written by a newer Limbeck \(layout 99\): update Limbeck"):
+        Store()
 
 
 def test_a_database_elsewhere_is_named(
