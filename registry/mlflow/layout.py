@@ -1,12 +1,17 @@
-"""The layout of what Limbeck keeps in MLflow: one number, a tag of the experiment `limbeck` and of each version.
+"""The layout of what Limbeck keeps in MLflow, and the place of a workspace.
 
+The layout is one number, a tag of the experiment `limbeck` and of each version.
 Change LAYOUT if code no longer reads what was written before. A store of another layout is refused as a whole, so
 no other code has to read older tags or records.
+
+MLflow records absolute paths. A workspace that was moved or copied, `home()` with its SQLite file and its folder
+`artifacts`, gets the paths of its own folder on first use, so nothing is ever written into the one it came from.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +19,7 @@ from typing import Any
 
 from limbeck.registry.core.errors import BadInput, redact_urls
 from limbeck.registry.core.home import home
-from limbeck.registry.mlflow.client import RetryingMlflowClient, sqlite_file
+from limbeck.registry.mlflow.client import RetryingMlflowClient, call_with_retries, sqlite_file
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 
 LAYOUT = "1"
@@ -26,6 +31,12 @@ DIGEST_TAG = TAG_PREFIX + "digest"  # every version that Limbeck registered has 
 # The experiment may have been renamed, or deleted for good.
 TABLES_WITH_MARK = ("experiment_tags", "model_version_tags")
 SQLITE_MARKS = [f"SELECT value FROM {table} WHERE key = ? LIMIT 1" for table in TABLES_WITH_MARK]
+PATHS_OF_FILES = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 SQLITE_HAS_VERSIONS = "SELECT EXISTS (SELECT 1 FROM model_version_tags WHERE key = ?)"
 
 
@@ -49,6 +60,57 @@ def check_layout(client: RetryingMlflowClient, tracking_uri: str) -> None:
             f"{workspace} was written under {written_under} of Limbeck: "
             f"move it away, or set {variable} to another, and run again"
         )
+
+
+def relocate_workspace(tracking_uri: str) -> int:
+    """Make a moved or copied workspace record the paths of its own folder; does nothing for any other store.
+
+    The path of a file stays if the file exists only there, as after a copy of the database alone. What is made later
+    goes into the folder of this workspace in any case.
+
+    Returns the number of changed paths of runs, models and versions. Raises Locked.
+    """
+    file = sqlite_file(tracking_uri)
+    if file is None or file.parent != home():
+        return 0
+    return call_with_retries(tracking_uri, lambda: _relocate(file))
+
+
+def _relocate(file: Path) -> int:
+    folder = str(file.parent / "artifacts")
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=20)) as database:
+        try:
+            recorded = dict(database.execute("SELECT experiment_id, artifact_location FROM experiments"))
+        except sqlite3.Error:  # the first call of MLflow explains it
+            return 0
+        places = {str(location).removesuffix(f"/{number}") for number, location in recorded.items()}
+        former = {place for place in places if re.fullmatch(r"/.*/artifacts", place)} - {folder}
+        if not former:
+            return 0
+
+        def path_here(path: str) -> str:
+            place = next((each for each in former if f"{path}/".startswith(f"{each}/")), None)
+            return path if place is None else folder + path[len(place) :]
+
+        def path_of_files(path: str) -> str:
+            here = path_here(path)
+            return path if os.path.exists(path) and not os.path.exists(here) else here
+
+        database.create_function("path_here", 1, path_here)
+        database.create_function("path_of_files", 1, path_of_files)
+        changed = 0
+        try:
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("UPDATE experiments SET artifact_location = path_here(artifact_location)")
+                for table, column in PATHS_OF_FILES:
+                    moved = f"{column} IS NOT NULL AND path_of_files({column}) != {column}"
+                    query = f"UPDATE {table} SET {column} = path_of_files({column}) WHERE {moved}"
+                    changed += database.execute(query).rowcount
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+        return changed
 
 
 def write_mark(client: RetryingMlflowClient, experiment: Any) -> None:

@@ -16,14 +16,15 @@ from typing import Any
 
 from limbeck.registry.core.digest import verify_files
 from limbeck.registry.core.errors import BadInput, Unreachable
-from limbeck.registry.core.home import machine_lock
+from limbeck.registry.core.home import home, machine_lock
 from limbeck.registry.core.home import tracking_uri as default_tracking_uri
+from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow import client, identity, transfer
 from limbeck.registry.mlflow.artifacts import Artifacts
 from limbeck.registry.mlflow.client import AlreadyExists, Locked
 from limbeck.registry.mlflow.filters import Condition, parse_filter
 from limbeck.registry.mlflow.findings import Findings, VersionFindings
-from limbeck.registry.mlflow.layout import CURRENT_MARK, DIGEST_TAG, check_layout
+from limbeck.registry.mlflow.layout import CURRENT_MARK, DIGEST_TAG, check_layout, relocate_workspace
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions, read_aliases
 from limbeck.registry.mlflow.runs import Runs, mlflow_key
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, to_version, to_version_or_error, version_tags
@@ -55,6 +56,8 @@ class Store:
         self.is_server = client.is_server(self.tracking_uri)
         self.client = client.connect(self.tracking_uri)
         check_layout(self.client, self.tracking_uri)
+        if moved := relocate_workspace(self.tracking_uri):
+            print_status(f"this workspace was moved or copied to {home()}: {moved} recorded paths follow it")
         self.runs = Runs(self.client, self.tracking_uri)
         self.artifacts = Artifacts(self.client)
         self.findings = Findings(self.client, self.runs)

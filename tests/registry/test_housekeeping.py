@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,38 @@ from click.testing import CliRunner
 
 from limbeck.registry.core.home import home, tracking_uri
 from limbeck.registry.gate.evidence import DELETED, gather_evidence
+from limbeck.registry.gate.promotion import promote
 from limbeck.registry.ledger import anchor, log
 from limbeck.registry.mlflow.runs import EXPERIMENT
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
 from tests.conftest import Result
-from tests.registry.conftest import POLICY, Still
+from tests.registry.conftest import POLICY, Still, copy_prepared, make_artifact, make_still
 from tests.web.conftest import write_answers
 
 Limbeck = Callable[..., Result]
 
 
+@pytest.fixture(scope="module")
+def promoted_workspace(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, Still]:
+    """A state folder where the teacher and two variants are scored, and the int8 variant is in production."""
+    root = tmp_path_factory.mktemp("promoted")
+    (root / "home").mkdir()
+    shutil.copy(empty_database, root / "home" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(root / "home"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        still = make_still(Store(), partial(make_artifact, root / "made"), root)
+        for version, wrong in ((still.teacher, 4), (still.variants["fp32"], 5), (still.variants["int8-weight"], 7)):
+            still.documents = write_answers(root / f"{version.version}.parquet", wrong)
+            still.score(version)
+        promote(still.store, "still/4", "production", POLICY)
+    return root / "home", still
+
+
 @pytest.fixture
-def promoted(still: Still, tmp_path: Path, policy: Path, limbeck: Limbeck) -> Still:
-    """The teacher and two variants are scored, and the int8 variant was promoted to production."""
-    for version, wrong in ((still.teacher, 4), (still.variants["fp32"], 5), (still.variants["int8-weight"], 7)):
-        still.documents = write_answers(tmp_path / f"{version.version}.parquet", wrong)
-        still.score(version)
-    assert limbeck("promote", "still/4").code == 0
-    return still
+def promoted(store: Store, promoted_workspace: tuple[Path, Still], policy: Path) -> Still:
+    return copy_prepared(*promoted_workspace, store, promoted_workspace[1].documents)
 
 
 def purge(store: Store) -> None:
