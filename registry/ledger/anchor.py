@@ -10,6 +10,7 @@ experiment `limbeck-ledger`; if the server has accounts, people who promote need
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -53,7 +54,7 @@ def ensure_anchor(store: Store, name: str) -> Anchor:
     """The anchor of a registered model, created if it is missing."""
     if existing := find_anchor(store, name):
         return existing
-    root = _find_root_run(store) or _create_root_run(store)
+    root = find_root_run(store) or _create_root_run(store)
     try:
         experiment = store.client.get_run(root).info.experiment_id
     except NotFound:
@@ -70,6 +71,41 @@ def ensure_anchor(store: Store, name: str) -> Anchor:
 def claim_sequence_number(store: Store, run_id: str, number: int, digest: str) -> bool:
     """Claim a sequence number for the entry with hash `digest`; False if another entry has the number."""
     return _write_param_once(store, run_id, f"{number:06d}", digest) == digest
+
+
+def set_anchor(store: Store, name: str, run_id: str | None, hashes: Mapping[int, str]) -> None:
+    """Name the anchor of a model anew, after its run or the root run was deleted for good.
+
+    A root run takes one value for each model, so another value needs another root run. Entries name their anchor: the
+    ledger reports a new one until somebody adopts it.
+
+    Args:
+        run_id: of an anchor that still exists; None to make one with `hashes`: those of the entries that are left.
+    """
+    client, old = store.client, _root_params(store)
+    root = find_root_run(store)
+    if root is None or store.runs.lifecycle(root) is None:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        root = _new_root_run(store, experiment.experiment_id, {}) if experiment else _create_root_run(store)
+    experiment_id = client.get_run(root).info.experiment_id
+    if run_id is None:
+        run_id = client.create_run(experiment_id, run_name=f"ledger of {name}").info.run_id
+        client.set_terminated(run_id)
+        client.log_params(run_id, {f"{number:06d}": digest for number, digest in sorted(hashes.items())})
+    if name in old:
+        _new_root_run(store, experiment_id, old | {name: run_id})
+    else:
+        client.log_param(root, name, run_id)
+    _RUN_IDS.pop(store, None)
+
+
+def _new_root_run(store: Store, experiment_id: str, params: Mapping[str, str]) -> str:
+    """Create a root run with these anchors in an existing experiment, and name it there."""
+    run = store.client.create_run(experiment_id, run_name="ledgers").info.run_id
+    store.client.set_terminated(run)
+    store.client.log_params(run, dict(params))
+    store.client.set_experiment_tag(experiment_id, ROOT_RUN_TAG, run)
+    return str(run)
 
 
 def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
@@ -89,14 +125,15 @@ def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
         return str(run.data.params[key])
 
 
-def _find_root_run(store: Store) -> str | None:
+def find_root_run(store: Store) -> str | None:
+    """The id of the run that names the anchors of all models; None if there is none."""
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
     return experiment.tags.get(ROOT_RUN_TAG) if experiment else None
 
 
 def _root_params(store: Store) -> dict[str, str]:
     """Registered model -> the run of its anchor; empty if there is no root run, or if it was deleted for good."""
-    root = _find_root_run(store)
+    root = find_root_run(store)
     try:
         return dict(store.client.get_run(root).data.params) if root else {}
     except NotFound:
@@ -115,7 +152,7 @@ def _create_root_run(store: Store) -> str:
         client.rename_experiment(draft, EXPERIMENT)
     except LimbeckError:  # another process was first
         client.delete_experiment(draft)
-        if (root := _find_root_run(store)) is None:
+        if (root := find_root_run(store)) is None:
             raise
         return root
     return str(run)

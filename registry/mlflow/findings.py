@@ -21,6 +21,7 @@ from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.client import Forbidden, NotFound, RetryingMlflowClient
+from limbeck.registry.mlflow.layout import DIGEST_TAG
 from limbeck.registry.mlflow.runs import Runs
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, TAG_PREFIX
 from limbeck.registry.records import Parity, Scorecard, Verdict, Version
@@ -111,6 +112,30 @@ class Findings:
             except ValueError as error:
                 raise DamagedArtifact(label, [f"it cannot be read: {error}"]) from None
         return sorted(cards, key=lambda card: card.created), missing
+
+    def scorecard_runs(self, version: Version, tags: Mapping[str, str]) -> dict[str, str]:
+        """Digest of a scorecard -> the run that its files are with."""
+        return {pointer["digest"]: pointer["run_id"] for pointer in _scorecard_pointers(version.ref, tags)}
+
+    def restore_scorecard(self, version: Version, digest: str) -> bool:
+        """Store a scorecard whose run was deleted again, from this machine's cache; False if it is not there."""
+        (pointer,) = _scorecard_pointers(version.ref, self._read_tags(version), digest[:16])
+        files = {_cached_file(digest, "scorecard.json"): "file", _cached_file(digest, "documents.parquet"): "documents"}
+        if not all(file.exists() and file_digest(file) == pointer[field] for file, field in files.items()):
+            return False
+        run_tags = {f"{TAG_PREFIX}version": version.ref, DIGEST_TAG: version.digest}
+        with self._runs.start(f"score {version.ref}", tags=run_tags) as run:
+            for file in files:
+                run.log_artifact(file)
+            card = _read_scorecard(next(iter(files)))
+            run.log_metrics(_metrics(card), model_id=self._logged_model(self._read_tags(version)))
+        self._write_tag(version, f"{SCORECARD_TAG_PREFIX}{digest[:16]}", json.dumps(pointer | {"run_id": run.id}))
+        return True
+
+    def forget_scorecard(self, version: Version, digest: str) -> None:
+        """Delete the tag that points at a scorecard."""
+        key = f"{SCORECARD_TAG_PREFIX}{digest[:16]}"
+        self._client.delete_model_version_tag(version.name, str(version.version), key)
 
     def documents(self, version: Version, card: Scorecard) -> Path:
         """The local parquet file of a scorecard's documents.

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sqlite3
+from collections.abc import Iterable, Set
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput, redact_urls
-from limbeck.registry.core.home import home
+from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.mlflow.client import RetryingMlflowClient, call_with_retries, sqlite_file
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 
@@ -37,6 +39,7 @@ PATHS_OF_FILES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
+PATH_OF_FILES = re.compile(r"(?P<place>/.*/artifacts)/(?P<rest>(models/m-\w+|[0-9a-f]{32})/artifacts)")
 SQLITE_HAS_VERSIONS = "SELECT EXISTS (SELECT 1 FROM model_version_tags WHERE key = ?)"
 
 
@@ -70,47 +73,83 @@ def relocate_workspace(tracking_uri: str) -> int:
 
     Returns the number of changed paths of runs, models and versions. Raises Locked.
     """
-    file = sqlite_file(tracking_uri)
-    if file is None or file.parent != home():
+    file = _workspace_file(tracking_uri)
+    if file is None:
         return 0
-    return call_with_retries(tracking_uri, lambda: _relocate(file))
+    locations = _read_column(file, "experiments", "artifact_location")
+    former = {re.sub(r"/\d+$", "", location) for location in locations}  # MLflow adds the id of an experiment
+    return _relocate(tracking_uri, file, {place for place in former if re.fullmatch(r"/.*/artifacts", place)})
 
 
-def _relocate(file: Path) -> int:
+def paths_outside_workspace(tracking_uri: str) -> list[Path]:
+    """The folders of runs and versions that exist elsewhere, for a workspace; none for any other store."""
+    file = _workspace_file(tracking_uri)
+    recorded = {path for place in PATHS_OF_FILES for path in (_read_column(file, *place) if file else ())}
+    inside = f"{home() / 'artifacts'}/"
+    outside = {Path(path) for path in recorded if PATH_OF_FILES.fullmatch(path) and not path.startswith(inside)}
+    return sorted(path for path in outside if path.is_dir())
+
+
+def bring_into_workspace(tracking_uri: str, paths: Iterable[Path]) -> None:
+    """Copy folders that `paths_outside_workspace` found into the workspace, and record their new paths."""
+    file = _workspace_file(tracking_uri)
+    former = set()
+    for path in paths:
+        match = PATH_OF_FILES.fullmatch(str(path))
+        if file is None or match is None:
+            continue
+        former.add(match["place"])
+        if not (target := home() / "artifacts" / match["rest"]).exists():
+            with atomic_write(target) as part:
+                shutil.copytree(path, part)
+    if file is not None:
+        _relocate(tracking_uri, file, former)
+
+
+def _workspace_file(tracking_uri: str) -> Path | None:
+    """The database of a workspace: a SQLite file in `home()`."""
+    file = sqlite_file(tracking_uri)
+    return file if file is not None and file.parent == home() else None
+
+
+def _read_column(file: Path, table: str, column: str) -> list[str]:
+    """The texts in a column; none if there is no such table: the first call of MLflow explains it."""
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as database:
+            return [str(row[0]) for row in database.execute(f"SELECT DISTINCT {column} FROM {table}")]
+    except sqlite3.Error:
+        return []
+
+
+def _relocate(tracking_uri: str, file: Path, former: Set[str]) -> int:
+    """Replace the folders `former` in all recorded paths by that of this workspace."""
     folder = str(file.parent / "artifacts")
-    with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=20)) as database:
-        try:
-            recorded = dict(database.execute("SELECT experiment_id, artifact_location FROM experiments"))
-        except sqlite3.Error:  # the first call of MLflow explains it
-            return 0
-        places = {str(location).removesuffix(f"/{number}") for number, location in recorded.items()}
-        former = {place for place in places if re.fullmatch(r"/.*/artifacts", place)} - {folder}
-        if not former:
-            return 0
+    former = former - {folder}
 
-        def path_here(path: str) -> str:
-            place = next((each for each in former if f"{path}/".startswith(f"{each}/")), None)
-            return path if place is None else folder + path[len(place) :]
+    def path_here(path: str) -> str:
+        place = next((each for each in former if f"{path}/".startswith(f"{each}/")), None)
+        return path if place is None else folder + path[len(place) :]
 
-        def path_of_files(path: str) -> str:
-            here = path_here(path)
-            return path if os.path.exists(path) and not os.path.exists(here) else here
+    def path_of_files(path: str) -> str:
+        here = path_here(path)
+        return path if os.path.exists(path) and not os.path.exists(here) else here
 
-        database.create_function("path_here", 1, path_here)
-        database.create_function("path_of_files", 1, path_of_files)
+    def update() -> int:
         changed = 0
-        try:
-            with database:
-                database.execute("BEGIN IMMEDIATE")
-                database.execute("UPDATE experiments SET artifact_location = path_here(artifact_location)")
-                for table, column in PATHS_OF_FILES:
-                    moved = f"{column} IS NOT NULL AND path_of_files({column}) != {column}"
-                    query = f"UPDATE {table} SET {column} = path_of_files({column}) WHERE {moved}"
-                    changed += database.execute(query).rowcount
-        except sqlite3.OperationalError as error:
-            if "readonly" not in str(error):
-                raise
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=20)) as database, database:
+            database.create_function("path_here", 1, path_here)
+            database.create_function("path_of_files", 1, path_of_files)
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("UPDATE experiments SET artifact_location = path_here(artifact_location)")
+            for table, column in PATHS_OF_FILES:
+                moved = f"{column} IS NOT NULL AND path_of_files({column}) != {column}"
+                query = f"UPDATE {table} SET {column} = path_of_files({column}) WHERE {moved}"
+                changed += database.execute(query).rowcount
         return changed
+
+    if not former or not os.access(file, os.W_OK):  # nothing is written into a database that only can be read
+        return 0
+    return call_with_retries(tracking_uri, update)
 
 
 def write_mark(client: RetryingMlflowClient, experiment: Any) -> None:

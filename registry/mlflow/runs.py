@@ -129,6 +129,34 @@ class Runs:
             return None
         return TrainingCost.model_validate_json(recorded) if recorded else None
 
+    def lifecycle(self, run_id: str) -> str | None:
+        """`active` or `deleted`; None for a run that was deleted for good."""
+        try:
+            return str(self._client.get_run(run_id).info.lifecycle_stage)
+        except NotFound:
+            return None
+
+    def lifecycles(self) -> dict[str, str]:
+        """Run id -> `active` or `deleted`, of all runs; one that was deleted for good is not there."""
+        from mlflow.entities import ViewType
+
+        ids = [each.experiment_id for each in self.experiments()]
+        found: dict[str, str] = {}
+        token = None
+        while ids:
+            page = self._client.search_runs(ids, "", ViewType.ALL, max_results=1000, page_token=token)
+            found |= {run.info.run_id: run.info.lifecycle_stage for run in page}
+            token = page.token
+            if not token:
+                break
+        return found
+
+    def experiments(self) -> list[Any]:
+        """All experiments of MLflow, the deleted ones too."""
+        from mlflow.entities import ViewType
+
+        return list(self._client.search_experiments(ViewType.ALL, max_results=1000))
+
     def experiment_id(self) -> str:
         """The id of the experiment `limbeck`, created if it is missing. A local one keeps its artifacts in `home()`.
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from limbeck.registry.core.home import home, tracking_uri
+from limbeck.registry.doctor.housekeeping import faults
 from limbeck.registry.gate.evidence import DELETED, gather_evidence
 from limbeck.registry.gate.promotion import promote
 from limbeck.registry.ledger import anchor, log
@@ -79,6 +80,13 @@ def works(limbeck: Limbeck, name: str = "still") -> None:
         assert result.code == 0, (command, result.err)
 
 
+def found_by_doctor(*, repair: bool = False) -> dict[str, str]:
+    """Subject -> what is wrong with it, or was mended. What is only worth knowing is left out."""
+    checks = [fault.check(repair=repair) for fault in faults(Store())]
+    wrong = {check.subject: f"wrong: {check.found}" for check in checks if check.state == "wrong"}
+    return wrong | {check.subject: check.found for check in checks if "; done: " in check.found}
+
+
 def pages_work(store: Store, *paths: str) -> None:
     from fastapi.testclient import TestClient
 
@@ -104,9 +112,18 @@ def test_a_purged_score_run_is_one_missing_scorecard(promoted: Still, limbeck: L
     pages_work(store, "/", "/models/still", "/models/still/3", "/models/still/4")
     promoted.score(promoted.variants["fp32"], usd=3.0)  # scored again
     assert len(store.findings.scorecards(promoted.variants["fp32"])) == 1
+    assert "is missing: the run" in found_by_doctor()["still/3"]
+    assert "forget it" in found_by_doctor(repair=True)["still/3"]  # it is nowhere
+    assert found_by_doctor() == {}
+    store.client.delete_run(run_of_scorecard(promoted, 4))
+    assert "of its scorecard" in found_by_doctor()["still/4"]  # deleted, and not purged yet
+    assert "done: restore it" in found_by_doctor(repair=True)["still/4"]
+    assert found_by_doctor() == {}
 
 
-def test_a_purged_training_run_leaves_the_version(store: Store, make_folder: Callable[..., Path]) -> None:
+def test_a_purged_training_run_leaves_the_version(
+    store: Store, make_folder: Callable[..., Path], limbeck: Limbeck
+) -> None:
     with store.runs.start("training") as run:
         run.log_params({"steps": 3})
     version = store.register(NewVersion(name="still", kind="student", run_id=run.id), make_folder("a"))
@@ -115,6 +132,8 @@ def test_a_purged_training_run_leaves_the_version(store: Store, make_folder: Cal
     assert store.get("still/1") == version
     assert store.runs.training_cost(version) is None
     pages_work(store, "/models/still/1")
+    assert found_by_doctor() == {}  # worth knowing, but nothing can be done
+    assert "its recipe and cost are unknown" in limbeck("doctor").out
 
 
 def test_a_deleted_parent_leaves_its_variants_inconclusive(promoted: Still, limbeck: Limbeck) -> None:
@@ -142,15 +161,23 @@ def test_a_purged_logged_model_still_takes_scores(promoted: Still, limbeck: Limb
 
 
 @pytest.mark.parametrize("name", [EXPERIMENT, anchor.EXPERIMENT])
-def test_a_renamed_or_purged_experiment(promoted: Still, limbeck: Limbeck, name: str) -> None:
+def test_a_renamed_deleted_or_purged_experiment(promoted: Still, limbeck: Limbeck, name: str) -> None:
     client, number = promoted.store.client, experiment_id(promoted.store, name)
     client.rename_experiment(number, "other")
     works(limbeck)
+    assert found_by_doctor()[f"experiment {name}"] == "wrong: it was renamed to other"
+    assert "done: rename it back" in found_by_doctor(repair=True)[f"experiment {name}"]
+    client.delete_experiment(number)
+    assert found_by_doctor(repair=True)[f"experiment {name}"].endswith("it was deleted; done: restore it")
+    assert found_by_doctor() == {}
     client.delete_experiment(number)
     purge(promoted.store)
     works(limbeck)
     assert [entry.to_version for entry in log.read_entries(Store(), "still")] == [4]
     pages_work(Store(), "/", "/models/still", "/models/still/4")
+    found_by_doctor(repair=True)
+    limbeck("models", "history", "still", "--adopt", "--reason", "somebody purged it")
+    assert found_by_doctor() == {}
 
 
 def test_a_purged_anchor_leaves_the_entries(promoted: Still, limbeck: Limbeck) -> None:
@@ -164,6 +191,14 @@ def test_a_purged_anchor_leaves_the_entries(promoted: Still, limbeck: Limbeck) -
     found = json.loads(history.out)
     assert [entry["to_version"] for entry in found["entries"]] == [4]
     assert found["problems"] == [f"the MLflow run {run_id}, which anchors the ledger, was deleted"]
+    assert "deleted for good" in found_by_doctor()["ledger of still"]
+    assert "done: make a new one" in found_by_doctor(repair=True)["ledger of still"]
+    history = limbeck("models", "history", "still", "--verify")
+    assert f"entry 1 is anchored in the run {run_id}, the ledger in" in history.err
+    assert limbeck("models", "history", "still", "--adopt", "--reason", "somebody purged it").code == 0
+    assert limbeck("promote", "still/3").code == 0
+    assert [entry.sequence for entry in log.read_entries(Store(), "still")] == [1, 2, 3]
+    assert found_by_doctor() == {}
 
 
 def test_a_purged_root_of_the_anchors_is_one_problem(promoted: Still, limbeck: Limbeck) -> None:
@@ -173,9 +208,43 @@ def test_a_purged_root_of_the_anchors_is_one_problem(promoted: Still, limbeck: L
     works(limbeck)
     history = limbeck("models", "history", "still", "--verify", "--format", "json")
     assert len(json.loads(history.out)["problems"]) == 1
+    assert "done: name it again" in found_by_doctor(repair=True)["ledger of still"]
+    assert limbeck("models", "history", "still", "--verify").code == 0
+    assert limbeck("promote", "still/3").code == 0
 
 
 def test_a_renamed_model(promoted: Still, limbeck: Limbeck) -> None:
     promoted.store.client.rename_registered_model("still", "kettle")
     works(limbeck, "kettle")
     pages_work(promoted.store, "/", "/models/kettle", "/models/kettle/4")
+    assert "parent still/2 was deleted" not in limbeck("doctor").out
+    repaired = found_by_doctor(repair=True)
+    assert repaired["model kettle"] == "it was renamed from still; done: let lineages name kettle too"
+    assert [promoted.store.get(f"kettle/{number}").parent for number in (2, 3)] == ["kettle/1", "kettle/2"]
+    history = limbeck("models", "history", "kettle", "--verify")
+    assert history.err.count("\n  ") == 2  # the entry is of still, and how to adopt that
+    assert "entry 1 is of still, not of kettle" in history.err
+    limbeck("models", "history", "kettle", "--adopt", "--reason", "renamed")
+    assert limbeck("promote", "kettle/3").code == 0
+    assert found_by_doctor() == {}
+
+
+def test_doctor_copies_lost_files_from_a_version_that_has_the_same(
+    promoted: Still, limbeck: Limbeck, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store, lost = promoted.store, promoted.student
+    same = NewVersion(name="kettle", kind="student")
+    store.register(same, store.artifacts.verified_folder(lost))
+    shutil.rmtree(store.artifacts.verified_folder(lost))
+    doctor = limbeck("doctor")
+    assert (doctor.code, "its files are gone" in doctor.out) == (1, True)
+    assert "still/2: copy the same files from kettle/1: limbeck doctor --repair" in doctor.err
+    assert limbeck("doctor", "--repair").code == 0
+    assert store.artifacts.verified_folder(lost).is_dir()
+    origin = home()
+    monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "copy"))
+    shutil.copy(origin / "mlflow.db", home())  # without the files
+    assert "of its folders are elsewhere" in found_by_doctor()["workspace"]
+    found_by_doctor(repair=True)
+    shutil.rmtree(origin)
+    assert limbeck("doctor", "--deep").code == 0
