@@ -94,6 +94,8 @@ COMMANDS: Table = {
     "generate": ("limbeck.export.commands.generate:generate", "Complete a prompt and report the speed."),
     "webhooks": (WEBHOOKS, "Webhooks: notices of what happens to models."),
     "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
+    "backup": ("limbeck.registry.commands.backup:backup", "Write the workspace into one file."),
+    "restore": ("limbeck.registry.commands.backup:restore", "Make the workspace from a backup."),
     "doctor": (
         "limbeck.registry.commands.doctor:doctor",
         "Check the installation, the machine and the registry.",

@@ -53,16 +53,26 @@ def check_layout(client: RetryingMlflowClient, tracking_uri: str) -> None:
         mark, has_versions = _read_sqlite(file)
     else:
         mark, has_versions = _read_mlflow(client)
-    if has_versions and mark != LAYOUT:
-        workspace = _describe_workspace(tracking_uri, file)
-        if mark is not None and mark.isdecimal() and int(mark) > int(LAYOUT):
-            raise BadInput(f"{workspace} was written by a newer Limbeck (layout {mark}): update Limbeck and run again")
-        written_under = "another layout" if mark is None else f"layout {mark}"
-        variable = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "LIMBECK_HOME"
-        raise BadInput(
-            f"{workspace} was written under {written_under} of Limbeck: "
-            f"move it away, or set {variable} to another, and run again"
-        )
+    if has_versions:
+        check_layout_number(mark, _describe_workspace(tracking_uri, file))
+
+
+def check_layout_number(mark: str | None, subject: str) -> None:
+    """Raise BadInput if something was not written under the current layout; None: it has no mark.
+
+    Args:
+        subject: what was written, for the message.
+    """
+    if mark == LAYOUT:
+        return
+    if mark is not None and mark.isdecimal() and int(mark) > int(LAYOUT):
+        raise BadInput(f"{subject} was written by a newer Limbeck (layout {mark}): update Limbeck and run again")
+    written_under = "another layout" if mark is None else f"layout {mark}"
+    variable = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "LIMBECK_HOME"
+    raise BadInput(
+        f"{subject} was written under {written_under} of Limbeck: "
+        f"move it away, or set {variable} to another, and run again"
+    )
 
 
 def relocate_workspace(tracking_uri: str) -> int:
