@@ -27,6 +27,7 @@ MODELS: Table = {
     "diff": ("limbeck.evals.commands.diff:diff", "Compare two versions: recipe, scores, cost."),
     "sbom": ("limbeck.registry.commands.sbom:sbom", "The SBOM of a version: print, store, sign, verify."),
     "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
+    "copy": ("limbeck.registry.commands.copy:copy", "Copy a version with its evidence to another tracking store."),
 }
 TASKS: Table = {
     "make": ("limbeck.evals.commands.tasks:make", "Make lm-eval tasks from held-out text."),

@@ -16,8 +16,7 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from limbeck.registry.core.errors import BadInput, LimbeckError
-from limbeck.registry.core.home import home
-from limbeck.registry.mlflow.client import NotFound
+from limbeck.registry.mlflow.client import NotFound, artifact_location
 from limbeck.registry.mlflow.store import Store
 
 EXPERIMENT = "limbeck-ledger"
@@ -143,7 +142,7 @@ def _root_params(store: Store) -> dict[str, str]:
 def _create_root_run(store: Store) -> str:
     """Create the root run in a draft experiment, which gets its name when complete; the first one named wins."""
     client = store.client
-    location = None if store.is_server else str(home() / "artifacts")
+    location = artifact_location(store.tracking_uri)
     draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=location)
     run = client.create_run(draft, run_name="ledgers").info.run_id
     client.set_terminated(run)

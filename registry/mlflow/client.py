@@ -71,6 +71,14 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     return Path(tracking_uri.removeprefix("sqlite:///")).resolve()
 
 
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where a store's experiments keep their files: beside a SQLite database; None: a server decides."""
+    if is_server(tracking_uri):
+        return None
+    file = sqlite_file(tracking_uri)
+    return str((file.parent if file else home()) / "artifacts")
+
+
 def is_server(tracking_uri: str) -> bool:
     """True for an MLflow server reached over HTTP; False for a database opened directly."""
     return urlsplit(tracking_uri).scheme in ("http", "https")
@@ -381,7 +389,7 @@ def _create_database(path: Path) -> None:
 
         _quiet_logs()
         with atomic_write(path) as part:
-            store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
+            store = SqlAlchemyStore(f"sqlite:///{part}", str(path.parent / "artifacts"))
             store.engine.dispose()
 
 

@@ -117,6 +117,14 @@ class Findings:
         """Digest of a scorecard -> the run that its files are with."""
         return {pointer["digest"]: pointer["run_id"] for pointer in _scorecard_pointers(version.ref, tags)}
 
+    def verify_stored_scorecards(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Fetch the files of all scorecards of a version, past the cache. Raises MissingRecord or DamagedArtifact."""
+        for pointer in _scorecard_pointers(version.ref, tags):
+            label = f"the scorecard {pointer['digest'][:12]} of {version.ref}"
+            for file, field in (("scorecard.json", "file"), ("documents.parquet", "documents")):
+                with TemporaryDirectory() as temporary:
+                    self._download(pointer, file, pointer[field], Path(temporary), label)
+
     def restore_scorecard(self, version: Version, digest: str) -> bool:
         """Store a scorecard whose run was deleted again, from this machine's cache; False if it is not there."""
         (pointer,) = _scorecard_pointers(version.ref, self._read_tags(version), digest[:16])
@@ -205,23 +213,28 @@ class Findings:
         cached = _cached_file(pointer["digest"], file)
         if cached.exists() and file_digest(cached) == digest:
             return cached
+        with TemporaryDirectory() as temporary, atomic_write(cached) as part:
+            shutil.copyfile(self._download(pointer, file, digest, Path(temporary), label), part)
+        return cached
+
+    def _download(self, pointer: dict[str, str], file: str, digest: str, folder: Path, label: str) -> Path:
+        """Download a file of a scorecard's run into a folder, and compare it with its digest."""
         run_id = pointer["run_id"]
         try:
             uri = self._client.get_run(run_id).info.artifact_uri
         except NotFound:
             raise _missing_record(label, f"the MLflow run {run_id} was deleted") from None
-        with TemporaryDirectory() as temporary, atomic_write(cached) as part:
-            try:
-                shutil.copyfile(self._client.download(f"{uri}/{file}", Path(temporary)), part)
-            except (Unreachable, Forbidden):
+        try:
+            downloaded = self._client.download(f"{uri}/{file}", folder)
+        except (Unreachable, Forbidden):
+            raise
+        except LimbeckError:
+            if file in self._client.file_sizes(uri):
                 raise
-            except LimbeckError:
-                if file in self._client.file_sizes(uri):
-                    raise
-                raise _missing_record(label, f"the MLflow run {run_id} has no file {file}") from None
-            if file_digest(part) != digest:
-                raise DamagedArtifact(label, [f"{uri}/{file} is not what was recorded"])
-        return cached
+            raise _missing_record(label, f"the MLflow run {run_id} has no file {file}") from None
+        if file_digest(downloaded) != digest:
+            raise DamagedArtifact(label, [f"{uri}/{file} is not what was recorded"])
+        return downloaded
 
 
 def _missing_record(label: str, why: str) -> MissingRecord:

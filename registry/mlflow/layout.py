@@ -4,8 +4,8 @@ The layout is one number, a tag of the experiment `limbeck` and of each version.
 Change LAYOUT if code no longer reads what was written before. A store of another layout is refused as a whole, so
 no other code has to read older tags or records.
 
-MLflow records absolute paths. A workspace that was moved or copied, `home()` with its SQLite file and its folder
-`artifacts`, gets the paths of its own folder on first use, so nothing is ever written into the one it came from.
+MLflow records absolute paths. A workspace, a SQLite file and the folder `artifacts` beside it, that was moved or
+copied gets the paths of its own folder on first use, so nothing is ever written into the one it came from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from limbeck.registry.core.errors import BadInput, redact_urls
 from limbeck.registry.core.home import atomic_write, home
-from limbeck.registry.mlflow.client import RetryingMlflowClient, call_with_retries, sqlite_file
+from limbeck.registry.mlflow.client import RetryingMlflowClient, artifact_location, call_with_retries, sqlite_file
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 
 LAYOUT = "1"
@@ -83,7 +83,7 @@ def relocate_workspace(tracking_uri: str) -> int:
 
     Returns the number of changed paths of runs, models and versions. Raises Locked.
     """
-    file = _workspace_file(tracking_uri)
+    file = sqlite_file(tracking_uri)
     if file is None:
         return 0
     locations = _read_column(file, "experiments", "artifact_location")
@@ -92,34 +92,28 @@ def relocate_workspace(tracking_uri: str) -> int:
 
 
 def paths_outside_workspace(tracking_uri: str) -> list[Path]:
-    """The folders of runs and versions that exist elsewhere, for a workspace; none for any other store."""
-    file = _workspace_file(tracking_uri)
+    """The folders of runs and versions that exist elsewhere, of a SQLite store; none for any other."""
+    file = sqlite_file(tracking_uri)
     recorded = {path for place in PATHS_OF_FILES for path in (_read_column(file, *place) if file else ())}
-    inside = f"{home() / 'artifacts'}/"
+    inside = f"{artifact_location(tracking_uri)}/"
     outside = {Path(path) for path in recorded if PATH_OF_FILES.fullmatch(path) and not path.startswith(inside)}
     return sorted(path for path in outside if path.is_dir())
 
 
 def bring_into_workspace(tracking_uri: str, paths: Iterable[Path]) -> None:
     """Copy folders that `paths_outside_workspace` found into the workspace, and record their new paths."""
-    file = _workspace_file(tracking_uri)
+    file = sqlite_file(tracking_uri)
     former = set()
     for path in paths:
         match = PATH_OF_FILES.fullmatch(str(path))
         if file is None or match is None:
             continue
         former.add(match["place"])
-        if not (target := home() / "artifacts" / match["rest"]).exists():
+        if not (target := file.parent / "artifacts" / match["rest"]).exists():
             with atomic_write(target) as part:
                 shutil.copytree(path, part)
     if file is not None:
         _relocate(tracking_uri, file, former)
-
-
-def _workspace_file(tracking_uri: str) -> Path | None:
-    """The database of a workspace: a SQLite file in `home()`."""
-    file = sqlite_file(tracking_uri)
-    return file if file is not None and file.parent == home() else None
 
 
 def _read_column(file: Path, table: str, column: str) -> list[str]:

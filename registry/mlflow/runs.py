@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.home import home
 from limbeck.registry.mlflow import layout
-from limbeck.registry.mlflow.client import AlreadyExists, NotFound, RetryingMlflowClient, is_server
+from limbeck.registry.mlflow.client import AlreadyExists, NotFound, RetryingMlflowClient, artifact_location
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.records import TrainingCost, Version
 
@@ -158,7 +157,7 @@ class Runs:
         return list(self._client.search_experiments(ViewType.ALL, max_results=1000))
 
     def experiment_id(self) -> str:
-        """The id of the experiment `limbeck`, created if it is missing. A local one keeps its artifacts in `home()`.
+        """The id of the experiment `limbeck`, created if it is missing.
 
         Raises BadInput if the experiment was deleted.
         """
@@ -169,7 +168,7 @@ class Runs:
     def _find_or_create_experiment(self) -> str:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            location = None if is_server(self._tracking_uri) else str(home() / "artifacts")
+            location = artifact_location(self._tracking_uri)
             try:
                 return str(
                     self._client.create_experiment(EXPERIMENT, artifact_location=location, tags=layout.CURRENT_MARK)

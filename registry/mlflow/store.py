@@ -16,7 +16,7 @@ from typing import Any
 
 from limbeck.registry.core.digest import verify_files
 from limbeck.registry.core.errors import BadInput, Unreachable
-from limbeck.registry.core.home import home, machine_lock
+from limbeck.registry.core.home import machine_lock
 from limbeck.registry.core.home import tracking_uri as default_tracking_uri
 from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow import client, identity, transfer
@@ -58,7 +58,7 @@ class Store:
         self.client = client.connect(self.tracking_uri)
         check_layout(self.client, self.tracking_uri)
         if moved := relocate_workspace(self.tracking_uri):
-            print_status(f"this workspace was moved or copied to {home()}: {moved} recorded paths follow it")
+            print_status(f"{self.tracking_uri} was moved or copied here: {moved} recorded paths follow it")
         self.runs = Runs(self.client, self.tracking_uri)
         self.artifacts = Artifacts(self.client)
         self.findings = Findings(self.client, self.runs)
