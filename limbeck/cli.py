@@ -27,6 +27,7 @@ MODELS: Table = {
     "diff": ("limbeck.evals.commands.diff:diff", "Compare two versions: recipe, scores, cost."),
     "sbom": ("limbeck.registry.commands.sbom:sbom", "The SBOM of a version: print, store, sign, verify."),
     "history": ("limbeck.registry.commands.history:history", "The alias moves of NAME, from its ledger."),
+    "copy": ("limbeck.registry.commands.copy:copy", "Copy a version with its evidence to another tracking store."),
 }
 TASKS: Table = {
     "make": ("limbeck.evals.commands.tasks:make", "Make lm-eval tasks from held-out text."),
@@ -94,6 +95,8 @@ COMMANDS: Table = {
     "generate": ("limbeck.export.commands.generate:generate", "Complete a prompt and report the speed."),
     "webhooks": (WEBHOOKS, "Webhooks: notices of what happens to models."),
     "ui": ("limbeck.web.cli:ui", "The registry as web pages: look, compare, promote, roll back."),
+    "backup": ("limbeck.registry.commands.backup:backup", "Write the workspace into one file."),
+    "restore": ("limbeck.registry.commands.backup:restore", "Make the workspace from a backup."),
     "doctor": (
         "limbeck.registry.commands.doctor:doctor",
         "Check the installation, the machine and the registry.",

@@ -8,6 +8,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from fastapi import Request
 
+from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import Policy
 from limbeck.web.leaderboards import LeaderboardCache
@@ -29,10 +30,13 @@ class Site:
         return LeaderboardCache(self.store)
 
     def run_link(self, run_id: str) -> str | None:
-        """The address of a run in MLflow's own pages; None if their address is unknown."""
+        """The address of a run in MLflow's own pages; None if their address is unknown or the run was deleted."""
         if self.mlflow_ui is None:
             return None
-        experiment = self.store.client.get_run(run_id).info.experiment_id
+        try:
+            experiment = self.store.client.get_run(run_id).info.experiment_id
+        except NotFound:
+            return None
         return f"{self.mlflow_ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
 
 

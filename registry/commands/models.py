@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from limbeck.registry.core.errors import BadInput
+from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.core.terminal import (
     format_option,
     indent_lines,
@@ -131,14 +131,16 @@ def show(ref: str, output_format: str) -> None:
     parity = store.findings.parity(version)
     verdicts = store.findings.verdicts(version)
     files = _local_files(store, version)
+    origin = _origin(store, version)
     requests_and_sbom = _requests_and_sbom(store, version)
     if output_format == "json":
         fields: dict[str, Any] = {"scorecards": scorecards, "parity": parity, "verdicts": verdicts, "files": files}
+        fields |= {"origin": origin}
         fields |= {"lineage": [node.ref for node in lineage_path(store, version)]}
         fields |= {"use": command_snippets(version), "python": python_snippets(version)}
         print_json(version.model_dump(mode="json") | fields | requests_and_sbom)
         return
-    print_table(version.ref, ["field", "value"], _version_fields(store, version).items())
+    print_table(version.ref, ["field", "value"], (_version_fields(store, version) | _origin_row(origin)).items())
     if files:
         print_table("files", ["file", "bytes"], [(file, f"{size:,}") for file, size in files.items()])
     _print_findings(scorecards, parity, verdicts)
@@ -148,6 +150,25 @@ def show(ref: str, output_format: str) -> None:
     print_table("use it", ["command"], [(line,) for line in command_snippets(version)])
     for library, lines in python_snippets(version).items():
         print(f"\nin Python, with {library}:\n" + "\n".join(indent_lines(lines)))
+
+
+def _origin(store: Store, version: Version) -> dict[str, Any] | None:
+    """Where a copied version comes from, after its ledger there was verified; None if it is not a copy."""
+    from limbeck.registry.catalog.copy_version import read_origin
+
+    try:
+        found = read_origin(store, version)
+    except LimbeckError as error:
+        print_status(str(error))
+        return None
+    return found and {"tracking_uri": found.tracking_uri, "version": found.version, "entries": found.entries}
+
+
+def _origin_row(origin: dict[str, Any] | None) -> dict[str, str]:
+    if origin is None:
+        return {}
+    entries = f"{len(origin['entries'])} ledger entries"
+    return {"copied from": f"{origin['version']} of {origin['tracking_uri']}, with {entries}"}
 
 
 def _version_fields(store: Store, version: Version) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from limbeck.registry.core.errors import BadInput
 from limbeck.registry.gate import approvals
 from limbeck.registry.ledger import log
 from limbeck.registry.mlflow.store import Store
@@ -15,6 +16,8 @@ from limbeck.registry.policy.schema import CostLimits, LicenceRules, Policy
 from limbeck.registry.provenance import licences
 from limbeck.registry.provenance.licences import LineageLicence
 from limbeck.registry.records import Approval, Parity, Request, Scorecard, Version
+
+DELETED = "deleted"  # in place of the digest of a deleted teacher or parent; it equals no digest, so nothing is of it
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def gather_evidence_for_versions(
     """The same for versions of one name. Reads their tags in one query, and each parent and teacher once."""
     tags = store.tags(versions)
     refs = {ref for version in versions for ref in (version.teacher, version.parent) if ref}
-    digests = {ref: store.get(ref).digest for ref in sorted(refs)}
+    digests = {ref: _digest_or_deleted(store, ref) for ref in sorted(refs)}
     entries = log.read_entries(store, versions[0].name) if policy.approvals.needed and versions else []
 
     def evidence(version: Version) -> Evidence:
@@ -71,6 +74,13 @@ def gather_evidence_for_versions(
         )
 
     return [evidence(version) for version in versions]
+
+
+def _digest_or_deleted(store: Store, ref: str) -> str:
+    try:
+        return store.get(ref).digest
+    except BadInput:
+        return DELETED
 
 
 def _needs_licences(policy: Policy) -> bool:

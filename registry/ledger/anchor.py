@@ -10,13 +10,13 @@ experiment `limbeck-ledger`; if the server has accounts, people who promote need
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from limbeck.registry.core.errors import BadInput, LimbeckError
-from limbeck.registry.core.home import home
-from limbeck.registry.mlflow.client import NotFound
+from limbeck.registry.mlflow.client import NotFound, artifact_location
 from limbeck.registry.mlflow.store import Store
 
 EXPERIMENT = "limbeck-ledger"
@@ -37,8 +37,7 @@ def find_anchor(store: Store, name: str) -> Anchor | None:
     """The anchor of a registered model; None if no entry was ever written."""
     run_ids = _RUN_IDS.setdefault(store, {})
     if name not in run_ids:
-        root = _find_root_run(store)
-        run_id = store.client.get_run(root).data.params.get(name) if root else None
+        run_id = _root_params(store).get(name)
         if run_id is None:
             return None
         run_ids[name] = run_id
@@ -54,8 +53,11 @@ def ensure_anchor(store: Store, name: str) -> Anchor:
     """The anchor of a registered model, created if it is missing."""
     if existing := find_anchor(store, name):
         return existing
-    root = _find_root_run(store) or _create_root_run(store)
-    experiment = store.client.get_run(root).info.experiment_id
+    root = find_root_run(store) or _create_root_run(store)
+    try:
+        experiment = store.client.get_run(root).info.experiment_id
+    except NotFound:
+        raise _deleted_run_error(root) from None
     run = store.client.create_run(experiment, run_name=f"ledger of {name}").info.run_id
     store.client.set_terminated(run)
     if _write_param_once(store, root, name, run) != run:
@@ -70,13 +72,51 @@ def claim_sequence_number(store: Store, run_id: str, number: int, digest: str) -
     return _write_param_once(store, run_id, f"{number:06d}", digest) == digest
 
 
+def set_anchor(store: Store, name: str, run_id: str | None, hashes: Mapping[int, str]) -> None:
+    """Name the anchor of a model anew, after its run or the root run was deleted for good.
+
+    A root run takes one value for each model, so another value needs another root run. Entries name their anchor: the
+    ledger reports a new one until somebody adopts it.
+
+    Args:
+        run_id: of an anchor that still exists; None to make one with `hashes`: those of the entries that are left.
+    """
+    client, old = store.client, _root_params(store)
+    root = find_root_run(store)
+    if root is None or store.runs.lifecycle(root) is None:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        root = _new_root_run(store, experiment.experiment_id, {}) if experiment else _create_root_run(store)
+    experiment_id = client.get_run(root).info.experiment_id
+    if run_id is None:
+        run_id = client.create_run(experiment_id, run_name=f"ledger of {name}").info.run_id
+        client.set_terminated(run_id)
+        client.log_params(run_id, {f"{number:06d}": digest for number, digest in sorted(hashes.items())})
+    if name in old:
+        _new_root_run(store, experiment_id, old | {name: run_id})
+    else:
+        client.log_param(root, name, run_id)
+    _RUN_IDS.pop(store, None)
+
+
+def _new_root_run(store: Store, experiment_id: str, params: Mapping[str, str]) -> str:
+    """Create a root run with these anchors in an existing experiment, and name it there."""
+    run = store.client.create_run(experiment_id, run_name="ledgers").info.run_id
+    store.client.set_terminated(run)
+    store.client.log_params(run, dict(params))
+    store.client.set_experiment_tag(experiment_id, ROOT_RUN_TAG, run)
+    return str(run)
+
+
 def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
     """Write a parameter that has no value yet. Returns its value: the given one, or that of the first writer."""
     try:
         store.client.log_param(run_id, key, value)
         return value
     except LimbeckError as error:
-        run = store.client.get_run(run_id)
+        try:
+            run = store.client.get_run(run_id)
+        except NotFound:
+            raise _deleted_run_error(run_id) from error
         if run.info.lifecycle_stage != "active":
             raise _deleted_run_error(run_id) from error
         if key not in run.data.params:
@@ -84,15 +124,25 @@ def _write_param_once(store: Store, run_id: str, key: str, value: str) -> str:
         return str(run.data.params[key])
 
 
-def _find_root_run(store: Store) -> str | None:
+def find_root_run(store: Store) -> str | None:
+    """The id of the run that names the anchors of all models; None if there is none."""
     experiment = store.client.get_experiment_by_name(EXPERIMENT)
     return experiment.tags.get(ROOT_RUN_TAG) if experiment else None
+
+
+def _root_params(store: Store) -> dict[str, str]:
+    """Registered model -> the run of its anchor; empty if there is no root run, or if it was deleted for good."""
+    root = find_root_run(store)
+    try:
+        return dict(store.client.get_run(root).data.params) if root else {}
+    except NotFound:
+        return {}
 
 
 def _create_root_run(store: Store) -> str:
     """Create the root run in a draft experiment, which gets its name when complete; the first one named wins."""
     client = store.client
-    location = None if store.is_server else str(home() / "artifacts")
+    location = artifact_location(store.tracking_uri)
     draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=location)
     run = client.create_run(draft, run_name="ledgers").info.run_id
     client.set_terminated(run)
@@ -101,7 +151,7 @@ def _create_root_run(store: Store) -> str:
         client.rename_experiment(draft, EXPERIMENT)
     except LimbeckError:  # another process was first
         client.delete_experiment(draft)
-        if (root := _find_root_run(store)) is None:
+        if (root := find_root_run(store)) is None:
             raise
         return root
     return str(run)
@@ -110,5 +160,5 @@ def _create_root_run(store: Store) -> str:
 def _deleted_run_error(run_id: str) -> BadInput:
     return BadInput(
         f"the MLflow run {run_id}, which anchors the ledger, was deleted",
-        fix=f"restore it: mlflow runs restore --run-id {run_id}",
+        fix="restore it: limbeck doctor --repair",
     )

@@ -80,7 +80,7 @@ class Ledger:
                     problems.append(f"the entry {place} was never written to the ledger: the anchor does not know it")
             elif entry is None:
                 problems.append(f"the entry {place} cannot be read")
-            elif self.anchored_hashes or self.anchor is None:  # else it is being written, as the first one
+            elif self.anchored_hashes or self.anchor is None or self.anchor.deleted:  # else it is being written
                 entries.append(entry)
                 if not is_in_place:
                     problems.append(f"the entry {place} is in the place of another")

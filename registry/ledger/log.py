@@ -136,7 +136,7 @@ def _anchor_run(store: Store, ledger: Ledger) -> str:
         raise BadInput(
             f"the ledger of {ledger.name} has entries, but its anchor is gone: "
             f"the MLflow run {ledger.entries[0].anchor}",
-            fix=f"restore the MLflow experiment {anchor.EXPERIMENT} and its tag {anchor.ROOT_RUN_TAG}",
+            fix="restore it: limbeck doctor --repair",
         )
     return anchor.ensure_anchor(store, ledger.name).run_id
 

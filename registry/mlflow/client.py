@@ -71,6 +71,14 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     return Path(tracking_uri.removeprefix("sqlite:///")).resolve()
 
 
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where a store's experiments keep their files: beside a SQLite database; None: a server decides."""
+    if is_server(tracking_uri):
+        return None
+    file = sqlite_file(tracking_uri)
+    return str((file.parent if file else home()) / "artifacts")
+
+
 def is_server(tracking_uri: str) -> bool:
     """True for an MLflow server reached over HTTP; False for a database opened directly."""
     return urlsplit(tracking_uri).scheme in ("http", "https")
@@ -98,28 +106,6 @@ def probe(tracking_uri: str) -> float:
     if answer.status_code >= 500:
         raise _unreachable(tracking_uri, f"it answers {answer.status_code} {answer.reason}")
     return time.monotonic() - start
-
-
-def get_rest_json(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
-    """Send a GET request to an MLflow server, for what MLflow's client has no method for.
-
-    Args:
-        path: below the server's address, such as `/api/2.0/mlflow/users/current`.
-
-    Returns:
-        The HTTP status and the JSON object of the answer; {} if it is not a JSON object.
-    """
-
-    def request() -> tuple[int, dict[str, Any]]:
-        from mlflow.utils.credentials import get_default_host_creds
-        from mlflow.utils.rest_utils import http_request
-
-        answer = http_request(get_default_host_creds(tracking_uri), path, "GET", params=params)
-        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
-        found = answer.json() if is_json else None
-        return answer.status_code, found if isinstance(found, dict) else {}
-
-    return call_with_retries(tracking_uri, request)
 
 
 def call_with_retries(tracking_uri: str, call: Callable[[], Found]) -> Found:
@@ -300,14 +286,31 @@ def _mlflow_error(error: Exception, tracking_uri: str) -> LimbeckError | None:
     }
     if code in classes:
         return classes[code](text)
-    if "out-of-date database schema" in text:
-        return LimbeckError(
-            f"{tracking_uri} was written by another version of MLflow",
-            fix=f"copy it to be safe, then run: mlflow db upgrade {tracking_uri}",
-        )
+    if schema := re.search(r"out-of-date database schema \(found version (\w+)", text):
+        return _schema_error(schema[1], tracking_uri)
     if code or isinstance(error, OSError):
         return LimbeckError(f"{tracking_uri}: {text}")
     return None
+
+
+def _schema_error(revision: str, tracking_uri: str) -> LimbeckError:
+    """The error of a database whose schema is another than that of the installed MLflow: older or newer."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+    from mlflow.store.db.utils import _get_alembic_config
+
+    try:
+        ScriptDirectory.from_config(_get_alembic_config(tracking_uri)).get_revision(revision)
+    except CommandError:
+        return LimbeckError(
+            f"{tracking_uri} was written by a newer MLflow than {mlflow.__version__}, which is installed here",
+            fix="install the newer one: pip install --upgrade mlflow",
+        )
+    return LimbeckError(
+        f"{tracking_uri} was written by an older MLflow than {mlflow.__version__}, which is installed here",
+        fix=f"back it up (limbeck backup FILE), then run: mlflow db upgrade {tracking_uri}",
+    )
 
 
 def _permission_error(chain: list[BaseException], tracking_uri: str) -> LimbeckError | None:
@@ -386,7 +389,7 @@ def _create_database(path: Path) -> None:
 
         _quiet_logs()
         with atomic_write(path) as part:
-            store = SqlAlchemyStore(f"sqlite:///{part}", str(home() / "artifacts"))
+            store = SqlAlchemyStore(f"sqlite:///{part}", str(path.parent / "artifacts"))
             store.engine.dispose()
 
 

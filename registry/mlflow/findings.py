@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from limbeck.registry.core.digest import file_digest
-from limbeck.registry.core.errors import BadInput, DamagedArtifact
+from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Unreachable
 from limbeck.registry.core.home import atomic_write, home
-from limbeck.registry.mlflow.client import RetryingMlflowClient
+from limbeck.registry.core.terminal import print_status
+from limbeck.registry.mlflow.client import Forbidden, NotFound, RetryingMlflowClient
+from limbeck.registry.mlflow.layout import DIGEST_TAG
 from limbeck.registry.mlflow.runs import Runs
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, TAG_PREFIX
 from limbeck.registry.records import Parity, Scorecard, Verdict, Version
@@ -30,6 +32,10 @@ SCORECARD_TAG_PREFIX, VERDICT_TAG_PREFIX = TAG_PREFIX + "scorecard.", TAG_PREFIX
 # What a scorecard's tag holds. digest: of the record; file, documents: SHA-256 of its two files.
 POINTER = {"digest": r"[0-9a-f]{64}", "run_id": r"[0-9a-f]{32}", "file": r"[0-9a-f]{64}", "documents": r"[0-9a-f]{64}"}
 TagRecord = TypeVar("TagRecord", Parity, Verdict)
+
+
+class MissingRecord(BadInput):
+    """A record that a tag points at, whose run or file was deleted in MLflow for good."""
 
 
 class VersionFindings(NamedTuple):
@@ -46,6 +52,7 @@ class Findings:
     def __init__(self, client: RetryingMlflowClient, runs: Runs) -> None:
         self._client = client
         self._runs = runs
+        self._reported: set[str] = set()  # missing scorecards, each printed once
 
     def add_scorecard(self, version: Version, card: Scorecard, documents: Path) -> None:
         """Store a scorecard and its parquet of documents with the version, in an MLflow run of its own.
@@ -67,7 +74,7 @@ class Findings:
             parquet = Path(temporary) / "documents.parquet"
             shutil.copyfile(documents, parquet)
             run.log_artifact(parquet)
-            run.log_metrics(_metrics(card), model_id=version_tags.get(MODEL_ID_TAG))
+            run.log_metrics(_metrics(card), model_id=self._logged_model(version_tags))
             with atomic_write(_cached_file(digest, file.name)) as part:  # this machine need not fetch it
                 shutil.copyfile(file, part)
         pointer = {"digest": digest, "run_id": run.id, "file": card_file_digest, "documents": file_digest(documents)}
@@ -76,32 +83,80 @@ class Findings:
     def scorecards(self, version: Version, tags: Mapping[str, str] | None = None) -> list[Scorecard]:
         """The scorecards of a version, newest last. Each is read from MLflow once, then from `home()`.
 
+        One whose run was deleted for good is left out, and a line says so.
+
         Args:
             tags: of the version, if they were read already.
 
         Raises DamagedArtifact if one is not what was recorded.
         """
+        cards, missing = self.scorecards_and_missing(version, tags)
+        for problem in missing:
+            if problem not in self._reported:
+                self._reported.add(problem)
+                print_status(problem)
+        return cards
+
+    def scorecards_and_missing(
+        self, version: Version, tags: Mapping[str, str] | None = None
+    ) -> tuple[list[Scorecard], list[str]]:
+        """As `scorecards`, with a line for each scorecard that is missing instead of printing it."""
         tags = self._read_tags(version) if tags is None else tags
-        cards = []
+        cards, missing = [], []
         for pointer in _scorecard_pointers(version.ref, tags):
-            label = f"the scorecard of {version.ref}"
-            path = self._fetch_file(pointer, "scorecard.json", pointer["file"], label)
+            label = f"the scorecard {pointer['digest'][:12]} of {version.ref}"
             try:
-                cards.append(_read_scorecard(path))
+                cards.append(_read_scorecard(self._fetch_file(pointer, "scorecard.json", pointer["file"], label)))
+            except MissingRecord as error:
+                missing.append(error.message)
             except ValueError as error:
                 raise DamagedArtifact(label, [f"it cannot be read: {error}"]) from None
-        return sorted(cards, key=lambda card: card.created)
+        return sorted(cards, key=lambda card: card.created), missing
+
+    def scorecard_runs(self, version: Version, tags: Mapping[str, str]) -> dict[str, str]:
+        """Digest of a scorecard -> the run that its files are with."""
+        return {pointer["digest"]: pointer["run_id"] for pointer in _scorecard_pointers(version.ref, tags)}
+
+    def verify_stored_scorecards(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Fetch the files of all scorecards of a version, past the cache. Raises MissingRecord or DamagedArtifact."""
+        for pointer in _scorecard_pointers(version.ref, tags):
+            label = f"the scorecard {pointer['digest'][:12]} of {version.ref}"
+            for file, field in (("scorecard.json", "file"), ("documents.parquet", "documents")):
+                with TemporaryDirectory() as temporary:
+                    self._download(pointer, file, pointer[field], Path(temporary), label)
+
+    def restore_scorecard(self, version: Version, digest: str) -> bool:
+        """Store a scorecard whose run was deleted again, from this machine's cache; False if it is not there."""
+        (pointer,) = _scorecard_pointers(version.ref, self._read_tags(version), digest[:16])
+        files = {_cached_file(digest, "scorecard.json"): "file", _cached_file(digest, "documents.parquet"): "documents"}
+        if not all(file.exists() and file_digest(file) == pointer[field] for file, field in files.items()):
+            return False
+        run_tags = {f"{TAG_PREFIX}version": version.ref, DIGEST_TAG: version.digest}
+        with self._runs.start(f"score {version.ref}", tags=run_tags) as run:
+            for file in files:
+                run.log_artifact(file)
+            card = _read_scorecard(next(iter(files)))
+            run.log_metrics(_metrics(card), model_id=self._logged_model(self._read_tags(version)))
+        self._write_tag(version, f"{SCORECARD_TAG_PREFIX}{digest[:16]}", json.dumps(pointer | {"run_id": run.id}))
+        return True
+
+    def forget_scorecard(self, version: Version, digest: str) -> None:
+        """Delete the tag that points at a scorecard."""
+        key = f"{SCORECARD_TAG_PREFIX}{digest[:16]}"
+        self._client.delete_model_version_tag(version.name, str(version.version), key)
 
     def documents(self, version: Version, card: Scorecard) -> Path:
         """The local parquet file of a scorecard's documents.
 
-        Raises BadInput if the version has no such scorecard, DamagedArtifact if the file is not what was recorded.
+        Raises BadInput if the version has no such scorecard, MissingRecord if the file was deleted, DamagedArtifact if
+        it is not what was recorded.
         """
         pointers = _scorecard_pointers(version.ref, self._read_tags(version), card.digest()[:16])
         if not pointers:
             raise BadInput(f"{version.ref} has no such scorecard", fix=f"limbeck eval {version.ref} --tasks ...")
         digest = pointers[0]["documents"]
-        return self._fetch_file(pointers[0], "documents.parquet", digest, f"the documents of {version.ref}")
+        label = f"the documents of the scorecard {card.digest()[:12]} of {version.ref}"
+        return self._fetch_file(pointers[0], "documents.parquet", digest, label)
 
     def add_parity(self, version: Version, parity: Parity) -> None:
         """Store how an ONNX variant compares with its PyTorch model; it replaces the report before."""
@@ -142,17 +197,50 @@ class Findings:
     def _write_tag(self, version: Version, key: str, value: str) -> None:
         self._client.set_model_version_tag(version.name, str(version.version), key, value)
 
+    def _logged_model(self, version_tags: Mapping[str, str]) -> str | None:
+        """The id of a version's LoggedModel; None if that was deleted, since MLflow takes no metrics for it then."""
+        try:
+            model_id = version_tags.get(MODEL_ID_TAG)
+            return str(self._client.get_logged_model(model_id).model_id) if model_id else None
+        except NotFound:
+            return None
+
     def _fetch_file(self, pointer: dict[str, str], file: str, digest: str, label: str) -> Path:
-        """An artifact of a scorecard's run, cached in `home()`; fetched again if the cached file was damaged."""
+        """An artifact of a scorecard's run, cached in `home()`; fetched again if the cached file was damaged.
+
+        Raises MissingRecord if the run or the file was deleted.
+        """
         cached = _cached_file(pointer["digest"], file)
         if cached.exists() and file_digest(cached) == digest:
             return cached
-        uri = self._client.get_run(pointer["run_id"]).info.artifact_uri
         with TemporaryDirectory() as temporary, atomic_write(cached) as part:
-            shutil.copyfile(self._client.download(f"{uri}/{file}", Path(temporary)), part)
-            if file_digest(part) != digest:
-                raise DamagedArtifact(label, [f"{uri}/{file} is not what was recorded"])
+            shutil.copyfile(self._download(pointer, file, digest, Path(temporary), label), part)
         return cached
+
+    def _download(self, pointer: dict[str, str], file: str, digest: str, folder: Path, label: str) -> Path:
+        """Download a file of a scorecard's run into a folder, and compare it with its digest."""
+        run_id = pointer["run_id"]
+        try:
+            uri = self._client.get_run(run_id).info.artifact_uri
+        except NotFound:
+            raise _missing_record(label, f"the MLflow run {run_id} was deleted") from None
+        try:
+            downloaded = self._client.download(f"{uri}/{file}", folder)
+        except (Unreachable, Forbidden):
+            raise
+        except LimbeckError:
+            if file in self._client.file_sizes(uri):
+                raise
+            raise _missing_record(label, f"the MLflow run {run_id} has no file {file}") from None
+        if file_digest(downloaded) != digest:
+            raise DamagedArtifact(label, [f"{uri}/{file} is not what was recorded"])
+        return downloaded
+
+
+def _missing_record(label: str, why: str) -> MissingRecord:
+    return MissingRecord(
+        f"{label} is missing: {why}", fix="restore it from a backup, or score the version again: limbeck eval"
+    )
 
 
 def _cached_file(digest: str, file: str) -> Path:

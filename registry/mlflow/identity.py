@@ -39,7 +39,7 @@ def can_manage(tracking_uri: str, name: str) -> bool | None:
     if account.get("is_admin"):
         return True
     query = {"username": account["username"], "resource_type": "registered_model", "resource_id": name}
-    status, answer = client.get_rest_json(tracking_uri, PERMISSION_PATH, **query)
+    status, answer = get_rest_json(tracking_uri, PERMISSION_PATH, **query)
     return status == 200 and answer.get("permission") == "MANAGE"
 
 
@@ -51,7 +51,29 @@ def _current_account(tracking_uri: str) -> dict[str, Any] | None:
 
 @lru_cache  # a server takes up to half a second to check a password
 def _fetch_account(tracking_uri: str, *credentials: str | None) -> dict[str, Any] | None:
-    status, answer = client.get_rest_json(tracking_uri, CURRENT_USER_PATH)
+    status, answer = get_rest_json(tracking_uri, CURRENT_USER_PATH)
     if status == 404:
         return None
     return answer.get("user", {}) if status == 200 else {}
+
+
+def get_rest_json(tracking_uri: str, path: str, **params: str) -> tuple[int, dict[str, Any]]:
+    """Send a GET request to an MLflow server, for what MLflow's client has no method for.
+
+    Args:
+        path: below the server's address, such as `/api/2.0/mlflow/users/current`.
+
+    Returns:
+        The HTTP status and the JSON object of the answer; {} if it is not a JSON object.
+    """
+
+    def request() -> tuple[int, dict[str, Any]]:
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        answer = http_request(get_default_host_creds(tracking_uri), path, "GET", params=params)
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        found = answer.json() if is_json else None
+        return answer.status_code, found if isinstance(found, dict) else {}
+
+    return client.call_with_retries(tracking_uri, request)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput
-from limbeck.registry.core.home import home
 from limbeck.registry.mlflow import layout
-from limbeck.registry.mlflow.client import AlreadyExists, RetryingMlflowClient, is_server
+from limbeck.registry.mlflow.client import AlreadyExists, NotFound, RetryingMlflowClient, artifact_location
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.records import TrainingCost, Version
 
@@ -117,14 +116,48 @@ class Runs:
             self._client.set_terminated(run.id, status=status)
 
     def training_cost(self, version: Version) -> TrainingCost | None:
-        """The cost of training a version, an ONNX variant has that of its student; None if it was not recorded."""
+        """The cost of training a version, an ONNX variant has that of its student.
+
+        None if it was not recorded, or if the run that recorded it was deleted for good.
+        """
         if version.run_id is None:
             return None
-        recorded = self._client.get_run(version.run_id).data.tags.get(TRAINING_COST_TAG)
+        try:
+            recorded = self._client.get_run(version.run_id).data.tags.get(TRAINING_COST_TAG)
+        except NotFound:
+            return None
         return TrainingCost.model_validate_json(recorded) if recorded else None
 
+    def lifecycle(self, run_id: str) -> str | None:
+        """`active` or `deleted`; None for a run that was deleted for good."""
+        try:
+            return str(self._client.get_run(run_id).info.lifecycle_stage)
+        except NotFound:
+            return None
+
+    def lifecycles(self) -> dict[str, str]:
+        """Run id -> `active` or `deleted`, of all runs; one that was deleted for good is not there."""
+        from mlflow.entities import ViewType
+
+        ids = [each.experiment_id for each in self.experiments()]
+        found: dict[str, str] = {}
+        token = None
+        while ids:
+            page = self._client.search_runs(ids, "", ViewType.ALL, max_results=1000, page_token=token)
+            found |= {run.info.run_id: run.info.lifecycle_stage for run in page}
+            token = page.token
+            if not token:
+                break
+        return found
+
+    def experiments(self) -> list[Any]:
+        """All experiments of MLflow, the deleted ones too."""
+        from mlflow.entities import ViewType
+
+        return list(self._client.search_experiments(ViewType.ALL, max_results=1000))
+
     def experiment_id(self) -> str:
-        """The id of the experiment `limbeck`, created if it is missing. A local one keeps its artifacts in `home()`.
+        """The id of the experiment `limbeck`, created if it is missing.
 
         Raises BadInput if the experiment was deleted.
         """
@@ -135,7 +168,7 @@ class Runs:
     def _find_or_create_experiment(self) -> str:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            location = None if is_server(self._tracking_uri) else str(home() / "artifacts")
+            location = artifact_location(self._tracking_uri)
             try:
                 return str(
                     self._client.create_experiment(EXPERIMENT, artifact_location=location, tags=layout.CURRENT_MARK)

@@ -18,18 +18,20 @@ from limbeck.registry.core.digest import verify_files
 from limbeck.registry.core.errors import BadInput, Unreachable
 from limbeck.registry.core.home import machine_lock
 from limbeck.registry.core.home import tracking_uri as default_tracking_uri
+from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow import client, identity, transfer
 from limbeck.registry.mlflow.artifacts import Artifacts
-from limbeck.registry.mlflow.client import AlreadyExists, Locked
+from limbeck.registry.mlflow.client import AlreadyExists, Forbidden, Locked
 from limbeck.registry.mlflow.filters import Condition, parse_filter
 from limbeck.registry.mlflow.findings import Findings, VersionFindings
-from limbeck.registry.mlflow.layout import DIGEST_TAG, check_layout
+from limbeck.registry.mlflow.layout import CURRENT_MARK, DIGEST_TAG, check_layout, relocate_workspace
 from limbeck.registry.mlflow.listing import ListedVersion, list_versions, read_aliases
 from limbeck.registry.mlflow.runs import Runs, mlflow_key
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, to_version, to_version_or_error, version_tags
 from limbeck.registry.records import NewVersion, Version
 
 NAME = re.compile(r"[^\W_][\w.-]{0,199}")
+SAME_VERSION = ("digest", "parent", "recipe", "recipe_digest")  # versions of one name that have these in common
 REF = re.compile(r"(?:models:/+)?(?P<name>[^/@]+)(?:/(?P<version>\d{1,9})|@(?P<alias>[^/@]+))")
 
 
@@ -55,6 +57,8 @@ class Store:
         self.is_server = client.is_server(self.tracking_uri)
         self.client = client.connect(self.tracking_uri)
         check_layout(self.client, self.tracking_uri)
+        if moved := relocate_workspace(self.tracking_uri):
+            print_status(f"{self.tracking_uri} was moved or copied here: {moved} recorded paths follow it")
         self.runs = Runs(self.client, self.tracking_uri)
         self.artifacts = Artifacts(self.client)
         self.findings = Findings(self.client, self.runs)
@@ -93,7 +97,7 @@ class Store:
             created=datetime.now(UTC),
         )
         with machine_lock(f"register-{new.name}"):
-            same = {"digest": digest, **new.model_dump(include={"parent", "recipe", "recipe_digest"})}
+            same = {field: getattr(wanted, field) for field in SAME_VERSION}
             if existing := self.find_version(new.name, **same):
                 return existing
             return self._store_version(wanted, folder, extra_tags or {})
@@ -106,14 +110,38 @@ class Store:
             self.client.finalize_logged_model(model.model_id, "READY")
             with suppress(AlreadyExists):
                 self.client.create_registered_model(wanted.name)
-            all_tags = tags | {mlflow_key(key): str(value) for key, value in extra_tags.items()}
-            return to_version(self._create_model_version(wanted, model, all_tags))
+            all_tags = tags | CURRENT_MARK | {mlflow_key(key): str(value) for key, value in extra_tags.items()}
+            created = to_version(self._create_model_version(wanted, model, all_tags))
         except (Unreachable, KeyboardInterrupt):  # the same command resumes the upload
             raise
         except BaseException:  # no version shows the upload, so a failure to discard it does no harm
             with suppress(Exception):
-                transfer.discard_upload(self.client, model.model_id, model.artifact_location)
+                self._discard(model, wanted.name)
             raise
+        return self._first_of_same(created, model)
+
+    def _first_of_same(self, created: Version, model: Any) -> Version:
+        """The oldest version that is the same as one just created; that one is deleted if it is not the oldest.
+
+        Another machine may register the same folder at the same moment. Each of the two lists the versions after it
+        created its own, and MLflow gives each another number, so both see the same one as the oldest.
+        """
+        same = [
+            each
+            for each in self.versions(created.name)
+            if all(getattr(each, field) == getattr(created, field) for field in SAME_VERSION)
+        ]
+        if not same or same[0].version == created.version:
+            return created
+        with suppress(Forbidden):  # a server may let nobody delete; the oldest counts all the same
+            self.client.delete_model_version(created.name, str(created.version))
+            self._discard(model, created.name)
+        return same[0]
+
+    def _discard(self, model: Any, name: str) -> None:
+        """Delete an upload, unless a version has its files: another machine may have finished it."""
+        if all(listed.tags.get(MODEL_ID_TAG) != model.model_id for listed in self._list_registered(name)):
+            transfer.discard_upload(self.client, model.model_id, model.artifact_location)
 
     def _create_model_version(self, wanted: Version, model: Any, tags: Mapping[str, str]) -> Any:
         """Create the model version of a LoggedModel whose files are stored; exactly once, even if an answer is lost."""

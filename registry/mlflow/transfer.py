@@ -86,13 +86,14 @@ def download_folder(client: RetryingMlflowClient, uri: str, folder: Path, label:
 
 
 class UnfinishedUpload(NamedTuple):
-    """An upload that never became a version."""
+    """An upload that never became a version, or whose version was deleted."""
 
     model_id: str
     uri: str
     name: str  # of the registered model
     started_at: datetime
     size: int  # bytes
+    is_complete: bool  # a version had it
 
 
 def unfinished_uploads(client: RetryingMlflowClient, registered: Set[str]) -> list[UnfinishedUpload]:
@@ -101,30 +102,33 @@ def unfinished_uploads(client: RetryingMlflowClient, registered: Set[str]) -> li
     Args:
         registered: the ids of the LoggedModels that are versions.
     """
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return []
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_logged_models(experiment_ids=[experiment.experiment_id], page_token=token)
-        found += [model for model in page if DIGEST_TAG in model.tags and model.model_id not in registered]
-        token = page.token
-        if not token:
-            break
+    found = [model for model in uploads(client) if model.model_id not in registered]
     last_moment = datetime.now(UTC) - ABANDONED_AFTER
     abandoned = [model for model in found if _to_datetime(model.last_updated_timestamp) < last_moment]
-    uploads = [
+    unfinished = [
         UnfinishedUpload(
             model.model_id,
             model.artifact_location,
             model.tags.get(NAME_TAG, model.name),
             _to_datetime(model.creation_timestamp),
             sum(client.file_sizes(model.artifact_location).values()),
+            str(model.status) == "READY",
         )
         for model in abandoned
     ]
-    return sorted(uploads, key=lambda upload: upload.started_at)
+    return sorted(unfinished, key=lambda upload: upload.started_at)
+
+
+def uploads(client: RetryingMlflowClient) -> Iterator[Any]:
+    """The LoggedModels that Limbeck made: the files of versions, and unfinished uploads."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    token = None
+    while experiment is not None:
+        page = client.search_logged_models(experiment_ids=[experiment.experiment_id], page_token=token)
+        yield from (model for model in page if DIGEST_TAG in model.tags)
+        token = page.token
+        if not token:
+            return
 
 
 def discard_upload(client: RetryingMlflowClient, model_id: str, uri: str) -> None:

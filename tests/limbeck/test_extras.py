@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from limbeck.cli import EXTRAS, missing_package
 from limbeck.registry.core.extras import distribution_of_module, install_command, packages_of_extras
 from limbeck.registry.core.overlay import overlay_versions
-from limbeck.registry.doctor import read_tested_versions
+from limbeck.registry.doctor.checks import read_tested_versions
 from limbeck.registry.mlflow.store import Store
 from tests import ROOT
 from tests.limbeck.host_helpers import distributions_of_host, run_limbeck_on_host, run_on_host

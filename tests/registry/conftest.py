@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from limbeck.registry.core.home import home
+from limbeck.registry.mlflow import layout
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.policy.schema import CostLimits, Policy, QualityRules
 from limbeck.registry.records import Estimate, NewVersion, Parity, Relative, Scorecard, TaskResult, Version
@@ -108,20 +107,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     return lambda scored: make(scored, os.environ.get("LIMBECK_USER"))  # the versions record their author
 
 
-PATHS = {"runs": "artifact_uri", "logged_models": "artifact_location", "experiments": "artifact_location"}
-PATHS_OF_VERSIONS = ("source", "storage_location")
-
-
 def copy_prepared(root: Path, still: Still, store: Store, documents: Path) -> Still:
     """Copy a prepared state folder over that of an unused store. Returns `still` as it is there."""
     shutil.copytree(root, home(), dirs_exist_ok=True)
-    moved = (str(root), str(home()))
-    with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
-        for table, column in [*PATHS.items(), *(("model_versions", column) for column in PATHS_OF_VERSIONS)]:
-            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
+    layout.relocate_workspace(store.tracking_uri)
 
     def here(version: Version) -> Version:
-        return version.model_copy(update={"source": version.source.replace(*moved)})
+        return version.model_copy(update={"source": version.source.replace(str(root), str(home()))})
 
     variants = {precision: here(version) for precision, version in still.variants.items()}
     return Still(store, here(still.teacher), here(still.student), variants, documents, copied=True)

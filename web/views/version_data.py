@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from limbeck.registry.catalog import snippets
 from limbeck.registry.catalog.lineage import LineageNode, lineage_trees, run_parameters
 from limbeck.registry.core.digest import read_manifest
-from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, Unreachable
+from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError, Unreachable
 from limbeck.registry.mlflow.client import NotFound
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance import licences
@@ -53,7 +53,11 @@ class VersionData:
     @cached_property
     def scorecards(self) -> list[Scorecard]:
         """Newest last."""
-        return self._read_part("scorecards", lambda: self.store.findings.scorecards(self.version), [])
+        read = self.store.findings.scorecards_and_missing
+        cards, missing = self._read_part("scorecards", lambda: read(self.version), ([], []))
+        if missing:
+            self.problems["scorecards"] = BadInput("; ".join(missing))
+        return cards
 
     @property
     def card(self) -> Scorecard | None:

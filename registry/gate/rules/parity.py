@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from limbeck.registry.gate.evidence import Evidence
+from limbeck.registry.gate.evidence import DELETED, Evidence
 from limbeck.registry.gate.rules.limits import check_limit, rule_result
 from limbeck.registry.policy.schema import ParityLimits
 from limbeck.registry.records import Parity, RuleResult
@@ -22,6 +22,8 @@ def parity_results(limits: ParityLimits, evidence: Evidence) -> Iterator[RuleRes
         return
     if evidence.parent_digest is not None and parity.reference != evidence.parent_digest:
         message = f"compared with another model than its parent {version.parent}; {export}"
+        if evidence.parent_digest == DELETED:
+            message = f"its parent {version.parent} is deleted, so it is unknown whether it was compared with that"
         yield rule_result("parity.required", "inconclusive", message)
         return
     if limits.required:

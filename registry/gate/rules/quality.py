@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-from limbeck.registry.gate.evidence import Evidence
+from limbeck.registry.gate.evidence import DELETED, Evidence
 from limbeck.registry.gate.rules.limits import (
     describe_documents_needed,
     estimate_at_confidence,
@@ -101,6 +101,8 @@ def _teacher_results(evidence: Evidence, relative: Relative, eval_command: str) 
         yield rule_result("quality.teacher", "inconclusive", f"scored against itself; run: {eval_command}")
     elif evidence.teacher_digest is not None and relative.teacher_digest != evidence.teacher_digest:
         message = f"scored against {relative.teacher}, which is not its teacher {version.teacher}"
+        if evidence.teacher_digest == DELETED:
+            message = f"its teacher {version.teacher} is deleted, so it is unknown whether it was scored against that"
         yield rule_result("quality.teacher", "inconclusive", f"{message}; run: {eval_command}")
     elif version.teacher is None:
         message = f"no teacher is recorded for it; it was scored against {relative.teacher}"

@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.registry.core.home import home
 from limbeck.registry.core.overlay import overlay_versions
-from limbeck.registry.doctor import read_tested_versions
+from limbeck.registry.doctor.checks import read_tested_versions
 from tests.conftest import Result
 from tests.registry.conftest import Still
 
@@ -121,7 +121,7 @@ def test_doctor_knows_the_tested_versions_or_says_that_it_does_not(
 ) -> None:
     assert read_tested_versions()["lm-eval"]
     pins = tmp_path / "constraints.txt"
-    monkeypatch.setattr("limbeck.registry.doctor.CONSTRAINTS", pins)
+    monkeypatch.setattr("limbeck.registry.doctor.checks.CONSTRAINTS", pins)
     pins.write_text("# pins\nclick==1.0\n")
     result = limbeck("doctor", "--format", "json")
     assert (states(result)["click"], "tested with 1.0" in findings(result)["click"]) == ("note", True)

@@ -132,7 +132,7 @@ def test_an_anchor_that_was_deleted_or_replaced(moved: Still) -> None:
     assert ledger.anchor is not None
     moved.store.client.delete_run(ledger.anchor.run_id)
     assert problems(moved) == f"the MLflow run {ledger.anchor.run_id}, which anchors the ledger, was deleted"
-    with pytest.raises(BadInput, match=f"mlflow runs restore --run-id {ledger.anchor.run_id}"):
+    with pytest.raises(BadInput, match="limbeck doctor --repair"):
         move(moved, 3, 5)
     moved.store.client.restore_run(ledger.anchor.run_id)
     assert problems(moved) == ""

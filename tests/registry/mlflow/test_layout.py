@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,20 +12,22 @@ import pytest
 
 from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.home import home
+from limbeck.registry.gate.promotion import promote
 from limbeck.registry.mlflow import layout
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
 from tests.conftest import Result
-from tests.registry.conftest import Still
+from tests.registry.conftest import POLICY, Still
 
 
 def set_mark(mark: str | None) -> None:
     """Write another mark into MLflow's database, or remove it: stores without one were written before there was one."""
     with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
-        if mark is None:
-            database.execute("DELETE FROM experiment_tags WHERE key = ?", [layout.LAYOUT_TAG])
-        else:
-            database.execute("UPDATE experiment_tags SET value = ? WHERE key = ?", [mark, layout.LAYOUT_TAG])
+        for table in layout.TABLES_WITH_MARK:
+            if mark is None:
+                database.execute(f"DELETE FROM {table} WHERE key = ?", [layout.LAYOUT_TAG])
+            else:
+                database.execute(f"UPDATE {table} SET value = ? WHERE key = ?", [mark, layout.LAYOUT_TAG])
 
 
 def mark_of(store: Store) -> str:
@@ -59,6 +62,12 @@ def test_versions_of_another_layout_are_refused(
     assert line in doctor.out
 
 
+def test_a_workspace_of_a_newer_limbeck_asks_for_an_update(still: Still) -> None:
+    set_mark("99")
+    with pytest.raises(BadInput, match=r"written by a newer Limbeck \(layout 99\): update Limbeck"):
+        Store()
+
+
 def test_a_database_elsewhere_is_named(
     still: Still, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -77,3 +86,65 @@ def test_a_store_that_only_others_used_is_marked(store: Store, make_folder: Call
     again = Store()
     again.register(NewVersion(name="still", kind="teacher"), make_folder("a"))
     assert mark_of(Store()) == layout.LAYOUT
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    """Path -> time of its last change."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_copied_workspace_never_writes_into_its_origin(
+    scored: Still, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    origin = home()
+    monkeypatch.setenv("LIMBECK_HOME", str(shutil.copytree(origin, tmp_path / "copy")))
+    before = files_below(origin)
+    copy = Store()
+    made = copy.register(NewVersion(name="still", kind="student"), make_folder("new"))
+    scored.store = copy
+    scored.score(made)
+    promote(copy, "still/3", "production", POLICY)
+    for version in copy.versions():
+        assert copy.artifacts.verified_folder(version).is_relative_to(home())
+    shutil.rmtree(home() / "scorecards")
+    assert len(copy.findings.scorecards(made)) == len(copy.findings.scorecards(copy.get("still/4"))) == 1
+    assert files_below(origin) == before
+
+
+def test_a_moved_workspace_works(
+    scored: Still, limbeck: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIMBECK_HOME", str(home().rename(tmp_path / "moved")))
+    first = limbeck("models", "show", "still/4")
+    assert (first.code, first.err.count("recorded paths follow it")) == (0, 1)
+    assert limbeck("models", "show", "still/4").err == ""
+    assert limbeck("doctor", "--deep").code == 0
+
+
+def test_a_copied_database_reads_the_files_of_its_origin(
+    scored: Still, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    origin = home()
+    monkeypatch.setenv("LIMBECK_HOME", str(tmp_path / "copy"))
+    shutil.copy(origin / "mlflow.db", home())
+    before = files_below(origin)
+    copy = Store()
+    made = copy.register(NewVersion(name="still", kind="student"), make_folder("new"))
+    assert copy.artifacts.verified_folder(made).is_relative_to(home())
+    assert copy.artifacts.verified_folder(copy.get("still/1")).is_relative_to(origin)
+    assert files_below(origin) == before
+
+
+@pytest.mark.parametrize(("revision", "line"), [("f" * 12, "by a newer MLflow than"), ("451aebb31d03", "by an older")])
+def test_a_database_of_another_mlflow_is_refused_in_one_line(
+    still: Still, limbeck: Callable[..., Result], revision: str, line: str
+) -> None:
+    with closing(sqlite3.connect(home() / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = ?", [revision])
+    result = limbeck("models", "list")
+    assert (result.code, result.out) == (2, "")
+    error, fix = result.err.splitlines()
+    assert line in error
+    assert fix.startswith("  ")
+    doctor = limbeck("doctor")
+    assert (doctor.code, line in doctor.out) == (1, True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,36 @@ def test_registering_the_same_again_stores_nothing(store: Store, make_folder: Ma
     )
     assert (other.version, other.digest) == (2, first.digest)  # another parent makes another version
     assert len(stored_models(store)) == 2 * 2
+
+
+def register_together(home: str, uri: str, folders: list[Path], start: Barrier) -> None:
+    """Register folders on a machine with a state folder of its own, each at the same moment as another machine."""
+    os.environ |= {"LIMBECK_HOME": home, "MLFLOW_TRACKING_URI": uri}
+    store = Store()
+    for folder in folders:
+        start.wait(60)
+        store.register(NewVersion(name="still", kind="student"), folder)
+
+
+def test_two_machines_that_register_the_same_folder_make_one_version(
+    limbeck_home: Path, empty_database: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'shared.db')}"
+    context = get_context("fork")  # MLflow is imported, and nobody has opened this database yet
+    start = context.Barrier(2)
+    folders = [make_folder(letter) for letter in "abcd"]
+    homes = [str(tmp_path / machine) for machine in ("one", "two")]
+    machines = [context.Process(target=register_together, args=(each, uri, folders, start)) for each in homes]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join()
+    assert [machine.exitcode for machine in machines] == [0, 0]
+    store = Store(uri)
+    versions = store.versions("still")
+    assert [version.digest for version in versions] == [folder_digest(folder) for folder in folders]
+    for version in versions:
+        store.artifacts.verified_folder(version)
 
 
 def test_versions_are_found_by_name_reference_alias_and_field(store: Store, make_folder: MakeFolder) -> None:

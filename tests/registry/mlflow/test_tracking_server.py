@@ -15,15 +15,19 @@ from typing import NamedTuple
 
 import pytest
 import requests
+from click.testing import CliRunner
+from mlflow.cli import cli as mlflow_command
 
+from limbeck.registry.catalog.copy_version import copy_version
 from limbeck.registry.core.digest import folder_digest
 from limbeck.registry.core.errors import DamagedArtifact, Unreachable
 from limbeck.registry.core.home import home
+from limbeck.registry.doctor.housekeeping import faults
 from limbeck.registry.gate.promotion import promote, rollback
 from limbeck.registry.ledger import log as ledger
 from limbeck.registry.mlflow import client, layout, transfer
 from limbeck.registry.mlflow.store import Store
-from limbeck.registry.records import NewVersion
+from limbeck.registry.records import NewVersion, Scorecard
 from tests import ROOT
 from tests.conftest import Result
 from tests.flaky_proxy import FlakyProxy, flaky_proxy
@@ -152,6 +156,42 @@ def test_the_whole_gate_through_a_server(
     with pytest.raises(DamagedArtifact):
         store.artifacts.verified_folder(int8)
     assert not (home() / "artifacts-cache" / int8.digest).exists()
+
+
+def test_a_version_is_copied_to_a_server_and_survives_a_purge_there(
+    server: Server,
+    store: Store,
+    empty_database: Path,
+    files: Path,
+    documents: Path,
+    make_card: Callable[..., Scorecard],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "staging").mkdir()
+    database = shutil.copy(empty_database, tmp_path / "staging")
+    staging = Store(f"sqlite:///{database}")
+    teacher = staging.register(NewVersion(name="copied", kind="teacher"), files)
+    for usd in (1.0, 2.0):
+        staging.findings.add_scorecard(teacher, make_card(teacher.digest, usd=usd), documents)
+    ledger.adopt_alias(staging, "copied", "production", who="me", reason="")
+    copied = copy_version(staging, "copied/1", store)
+    assert [(each.copy, each.scorecards) for each in copied] == [("copied/1", 2)]
+    copy = store.get("copied/1")
+    assert folder_digest(store.artifacts.verified_folder(copy)) == teacher.digest
+    assert store.findings.scorecards(copy) == staging.findings.scorecards(teacher)
+
+    digest, run_id = next(iter(store.findings.scorecard_runs(copy, store.tags([copy])[copy.ref]).items()))
+    store.client.delete_run(run_id)
+    backend = ("--backend-store-uri", f"sqlite:///{server.files.parent}/mlflow.db")
+    purge = ("gc", *backend, "--artifacts-destination", str(server.files), "--tracking-uri", server.uri)
+    assert CliRunner().invoke(mlflow_command, purge).exit_code == 0
+    shutil.rmtree(home() / "scorecards")  # another machine
+    cards, missing = Store().findings.scorecards_and_missing(copy)
+    assert (len(cards), len(missing), digest[:12] in missing[0]) == (1, 1, True)
+    (fault,) = [each for each in faults(Store()) if each.subject == "copied/1" and each.mend]
+    assert fault.check(repair=True).state == "note"
+    assert len(copy_version(staging, "copied/1", store)) == 1  # brings it back
+    assert len(Store().findings.scorecards(copy)) == 2
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from limbeck.registry.core.digest import read_manifest
 from limbeck.registry.core.errors import DamagedArtifact, LimbeckError, redact_urls
@@ -23,6 +24,8 @@ from limbeck.registry.core.home import home, tracking_uri
 from limbeck.registry.core.machine import cpu_bf16_flags, read_proc_file
 from limbeck.registry.core.overlay import INSTALL_COMMAND, find_overlay, overlay_versions
 from limbeck.registry.core.terminal import format_bytes, progress_bar
+from limbeck.registry.doctor.check import Check, Fault
+from limbeck.registry.doctor.housekeeping import faults
 from limbeck.registry.gate import audit
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.mlflow.transfer import discard_upload
@@ -38,26 +41,13 @@ LEAST_DISK = 2**30  # bytes
 HUB_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
-class Check:
-    """The result of one check."""
-
-    state: Literal["ok", "note", "wrong"]  # note: works, but worth knowing
-    subject: str
-    found: str
-    fix: str | None = None  # what to do if it is wrong
-
-    def json(self) -> dict[str, Any]:
-        """`{state, subject, found, fix}`."""
-        return asdict(self)
-
-
-def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
+def run_checks(*, deep: bool = False, clean: bool = False, repair: bool = False) -> Iterator[Check]:
     """Run all checks; after one that fails, the next ones still run.
 
     Args:
         deep: verify the digest of every version's files; from a server they are downloaded.
-        clean: delete the uploads that no command resumed for a day.
+        clean: delete the uploads that no command resumed for a day, and the files of deleted versions.
+        repair: mend what can be mended of what was deleted, renamed or moved.
     """
     yield Check("ok", "python", f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
@@ -65,12 +55,12 @@ def run_checks(*, deep: bool = False, clean: bool = False) -> Iterator[Check]:
     yield from _machine()
     yield _hub()
     try:
-        yield from _registry(deep, clean)
+        yield from _registry(deep, clean, repair)
     except ModuleNotFoundError as error:
         yield Check("note", "registry", _not_checked(error))
 
 
-def _registry(deep: bool, clean: bool) -> Iterator[Check]:
+def _registry(deep: bool, clean: bool, repair: bool) -> Iterator[Check]:
     """The tracking store, and what is registered there."""
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
@@ -86,7 +76,10 @@ def _registry(deep: bool, clean: bool) -> Iterator[Check]:
         return
     took = time.monotonic() - start
     yield Check("ok", "tracking store", f"{redact_urls(uri)} lists {len(versions)} versions in {took * 1000:.0f} ms")
-    yield from _artifacts(store, versions, deep)
+    for fault in faults(store):
+        yield fault.check(repair=repair)
+    versions = store.versions()
+    yield from _artifacts(store, versions, deep, repair)
     yield from _uploads(store, clean)
     for name in sorted({version.name for version in versions}):
         yield from _aliases(store, name, {v.version for v in versions if v.name == name})
@@ -243,7 +236,7 @@ def _not_checked(error: ModuleNotFoundError) -> str:
     return f"not checked: {error.name} is not installed; to install: {install}"
 
 
-def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Check]:
+def _artifacts(store: Store, versions: list[Version], deep: bool, repair: bool) -> Iterator[Check]:
     """Check that the files of every version exist, and with `deep` that they match its digest."""
     damaged = 0
     with progress_bar() as bar:
@@ -255,19 +248,32 @@ def _artifacts(store: Store, versions: list[Version], deep: bool) -> Iterator[Ch
                 elif store.artifacts.is_local(version):
                     _check_files_present(version, store.artifacts.find_local_folder(version))
             except LimbeckError as error:
-                damaged += 1
-                yield Check("wrong", version.ref, error.message, error.fix or "register it again")
+                check = _damaged(store, version, versions, error).check(repair=repair)
+                damaged += check.state == "wrong"
+                yield check
             bar.advance(task)
     if not damaged:
         digests = "their digests verified" if deep else "--deep verifies their digests"
         yield Check("ok", "artifacts", f"the files of all {len(versions)} versions are there; {digests}")
 
 
+def _damaged(store: Store, version: Version, versions: list[Version], error: LimbeckError) -> Fault:
+    """The fault of a version whose files are gone or changed. Another version with the same files mends it."""
+    for other in versions:
+        if other.digest == version.digest and other.source != version.source:
+            with suppress(LimbeckError):
+                folder = store.artifacts.verified_folder(other)
+                mend = partial(store.artifacts.upload, folder, version.source, version)
+                return Fault(version.ref, error.message, f"copy the same files from {other.ref}", mend)
+    return Fault(version.ref, error.message, error.fix or "register it again")
+
+
 def _uploads(store: Store, clean: bool) -> Iterator[Check]:
-    """Report the uploads that never became a version; no other command shows them."""
+    """Report the uploads that are no version, or no more; no other command shows them."""
     try:
         for each in store.unfinished_uploads():
-            found = f"begun {each.started_at:%Y-%m-%d %H:%M}, never finished, {format_bytes(each.size)}"
+            begun = f"begun {each.started_at:%Y-%m-%d %H:%M}, never finished"
+            found = f"{'of a deleted version' if each.is_complete else begun}, {format_bytes(each.size)}"
             if clean:
                 discard_upload(store.client, each.model_id, each.uri)
             after = "deleted" if clean else "register it again to resume it, or delete it: limbeck doctor --clean"

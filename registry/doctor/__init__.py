@@ -1,0 +1,1 @@
+"""What `limbeck doctor` checks and repairs. Start at `checks`."""
