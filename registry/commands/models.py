@@ -161,7 +161,9 @@ def _origin(store: Store, version: Version) -> dict[str, Any] | None:
     except LimbeckError as error:
         print_status(str(error))
         return None
-    return found and {"tracking_uri": found.tracking_uri, "version": found.version, "entries": found.entries}
+    if found is None:
+        return None
+    return {"tracking_uri": found.tracking_uri, "version": found.version, "entries": found.entries}
 
 
 def _origin_row(origin: dict[str, Any] | None) -> dict[str, str]:

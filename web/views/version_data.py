@@ -54,7 +54,8 @@ class VersionData:
     def scorecards(self) -> list[Scorecard]:
         """Newest last."""
         read = self.store.findings.scorecards_and_missing
-        cards, missing = self._read_part("scorecards", lambda: read(self.version), ([], []))
+        nothing: tuple[list[Scorecard], list[str]] = ([], [])
+        cards, missing = self._read_part("scorecards", lambda: read(self.version), nothing)
         if missing:
             self.problems["scorecards"] = BadInput("; ".join(missing))
         return cards
