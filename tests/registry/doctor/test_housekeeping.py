@@ -48,13 +48,14 @@ def promoted(store: Store, promoted_workspace: tuple[Path, Still], policy: Path)
     return copy_prepared(*promoted_workspace, store, promoted_workspace[1].documents)
 
 
-def purge(store: Store) -> None:
+def purge(store: Store, *, keep_caches: bool = False) -> None:
     """`mlflow gc`: what was deleted is deleted for good. Caches of other machines do not have it."""
     from mlflow.cli import cli
 
     done = CliRunner().invoke(cli, ["gc", "--backend-store-uri", tracking_uri(), "--tracking-uri", tracking_uri()])
     assert done.exit_code == 0, done.output
-    shutil.rmtree(home() / "scorecards", ignore_errors=True)
+    if not keep_caches:
+        shutil.rmtree(home() / "scorecards", ignore_errors=True)
 
 
 def run_of_scorecard(still: Still, number: int) -> str:
@@ -118,6 +119,21 @@ def test_a_purged_score_run_is_one_missing_scorecard(promoted: Still, limbeck: L
     store.client.delete_run(run_of_scorecard(promoted, 4))
     assert "of its scorecard" in found_by_doctor()["still/4"]  # deleted, and not purged yet
     assert "done: restore it" in found_by_doctor(repair=True)["still/4"]
+    assert found_by_doctor() == {}
+
+
+def test_a_cached_scorecard_counts_with_its_documents_only_and_is_restored(promoted: Still, limbeck: Limbeck) -> None:
+    findings, fp32, int8 = promoted.store.findings, promoted.variants["fp32"], promoted.variants["int8-weight"]
+    (card,) = findings.scorecards(int8)
+    findings.documents(int8, card)  # now this machine has them
+    for version in (fp32, int8):
+        promoted.store.client.delete_run(run_of_scorecard(promoted, version.version))
+    purge(promoted.store, keep_caches=True)
+    assert (findings.scorecards(fp32), findings.scorecards(int8)) == ([], [card])
+    assert limbeck("verdict", "still").code == 0
+    found_by_doctor(repair=True)
+    shutil.rmtree(home() / "scorecards")
+    assert (findings.scorecards(fp32), findings.scorecards(int8)) == ([], [card])
     assert found_by_doctor() == {}
 
 
