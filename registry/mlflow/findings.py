@@ -208,8 +208,7 @@ class Findings:
         folder = self._runs.local_folder(pointer["run_id"])
         if folder is None or (folder / file).exists() or _cached_file(pointer["digest"], file).exists():
             return
-        with TemporaryDirectory() as temporary:  # they may be elsewhere
-            self._download(pointer, file, pointer["documents"], Path(temporary), label)
+        self._fetch_file(pointer, file, pointer["documents"], label)  # they may be elsewhere
 
     def _logged_model(self, version_tags: Mapping[str, str]) -> str | None:
         """The id of a version's LoggedModel; None if that was deleted, since MLflow takes no metrics for it then."""

@@ -264,3 +264,19 @@ def test_doctor_copies_lost_files_from_a_version_that_has_the_same(
     found_by_doctor(repair=True)
     shutil.rmtree(origin)
     assert limbeck("doctor", "--deep").code == 0
+
+
+def test_a_deleted_model_can_be_registered_again(promoted: Still, limbeck: Limbeck) -> None:
+    store = promoted.store
+    store.register(NewVersion(name="kettle", kind="student", parent="still/1"), Path(promoted.student.source))
+    store.client.delete_registered_model("still")
+    for command in (("models", "list"), ("models", "show", "kettle/1"), ("models", "lineage", "kettle/1")):
+        assert limbeck(*command).code == 0
+    pages_work(store, "/", "/models/kettle", "/models/kettle/1")
+    doctor = limbeck("doctor")
+    assert doctor.code == 0  # somebody may have wanted it
+    assert "its parent still/1 was deleted" in doctor.out
+    assert "5 of its versions were deleted, and their files remain, such as" in doctor.out
+    again = store.register(NewVersion(name="still", kind="teacher"), Path(promoted.teacher.source))
+    assert (again.ref, again.digest) == ("still/1", promoted.teacher.digest)
+    assert "4 of its versions were deleted" in limbeck("doctor").out
