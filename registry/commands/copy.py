@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from limbeck.registry.core.errors import Refused
+from limbeck.registry.core.errors import Refused, redact_urls
 from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
 
 
@@ -54,4 +54,5 @@ def copy(ref: str, tracking_uri: str, output_format: str) -> None:
         for each in copied
     ]
     print_table("copied and verified", columns, rows)
-    print_status(f"no alias moved; to promote it there: limbeck promote {copied[-1].copy}")
+    there = redact_urls(tracking_uri)
+    print_status(f"no alias moved; to promote it: MLFLOW_TRACKING_URI={there} limbeck promote {copied[-1].copy}")

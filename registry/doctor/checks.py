@@ -130,12 +130,13 @@ def _requirements_of_extras() -> dict[str, list[Requirement]]:
     from packaging.requirements import Requirement
 
     found: dict[str, list[Requirement]] = {}
+    known = packages_of_extras().keys() - FOR_DEVELOPERS
     for requirement in map(Requirement, metadata.requires("limbeck") or []):
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
             found.setdefault("", []).append(requirement)
             continue
-        for extra in packages_of_extras().keys() - FOR_DEVELOPERS:
+        for extra in known:
             if requirement.name != "limbeck" and marker.evaluate({"extra": extra}):
                 found.setdefault(extra, []).append(requirement)
     return found

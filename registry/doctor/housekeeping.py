@@ -36,6 +36,7 @@ def faults(store: Store) -> Iterator[Fault]:
     versions = _versions(store)
     known = {version.ref for _, version in versions}
     yield from _deleted_ancestors(versions, known, {former for former, _ in renamed})
+    yield from _deleted_versions(store, versions)
     yield from _runs(store, versions)
 
 
@@ -126,6 +127,19 @@ def _deleted_ancestors(versions: Versions, known: Set[str], renamed: Set[str]) -
             if match and match["version"] and ref not in known and match["name"] not in renamed:
                 found = f"its {field} {ref} was deleted: rules of a policy about it are inconclusive"
                 yield Fault(version.ref, found, "", is_wrong=False)
+
+
+def _deleted_versions(store: Store, versions: Versions) -> Iterator[Fault]:
+    """Versions, or whole models, that were deleted while their files remain. Somebody may have wanted that."""
+    known = {listed.tags.get(MODEL_ID_TAG) for listed, _ in versions}
+    places: dict[str, list[str]] = defaultdict(list)
+    for upload in transfer.uploads(store.client):
+        if str(upload.status) == "READY" and upload.model_id not in known:
+            places[upload.tags.get(transfer.NAME_TAG, upload.name)].append(upload.artifact_location)
+    for name, folders in places.items():
+        found = f"{len(folders)} of its versions were deleted, and their files remain, such as {folders[0]}"
+        again = f"limbeck register FOLDER --name {name}"
+        yield Fault(f"model {name}", f"{found}; to have them again: {again}", "", is_wrong=False)
 
 
 def _runs(store: Store, versions: Versions) -> Iterator[Fault]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from limbeck.registry.core.errors import BadInput, LimbeckError
 from limbeck.registry.mlflow.client import NotFound, artifact_location
+from limbeck.registry.mlflow.layout import place_tag
 from limbeck.registry.mlflow.store import Store
 
 EXPERIMENT = "limbeck-ledger"
@@ -143,7 +144,8 @@ def _create_root_run(store: Store) -> str:
     """Create the root run in a draft experiment, which gets its name when complete; the first one named wins."""
     client = store.client
     location = artifact_location(store.tracking_uri)
-    draft = client.create_experiment(f"{EXPERIMENT}-{uuid4().hex[:8]}", artifact_location=location)
+    name = f"{EXPERIMENT}-{uuid4().hex[:8]}"
+    draft = client.create_experiment(name, artifact_location=location, tags=place_tag(location))
     run = client.create_run(draft, run_name="ledgers").info.run_id
     client.set_terminated(run)
     client.set_experiment_tag(draft, ROOT_RUN_TAG, run)

@@ -296,13 +296,9 @@ def _mlflow_error(error: Exception, tracking_uri: str) -> LimbeckError | None:
 def _schema_error(revision: str, tracking_uri: str) -> LimbeckError:
     """The error of a database whose schema is another than that of the installed MLflow: older or newer."""
     import mlflow
-    from alembic.script import ScriptDirectory
-    from alembic.util import CommandError
-    from mlflow.store.db.utils import _get_alembic_config
 
-    try:
-        ScriptDirectory.from_config(_get_alembic_config(tracking_uri)).get_revision(revision)
-    except CommandError:
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if not any(migrations.glob(f"{revision}_*.py")):
         return LimbeckError(
             f"{tracking_uri} was written by a newer MLflow than {mlflow.__version__}, which is installed here",
             fix="install the newer one: pip install --upgrade mlflow",

@@ -106,7 +106,9 @@ class Findings:
         for pointer in _scorecard_pointers(version.ref, tags):
             label = f"the scorecard {pointer['digest'][:12]} of {version.ref}"
             try:
-                cards.append(_read_scorecard(self._fetch_file(pointer, "scorecard.json", pointer["file"], label)))
+                path = self._fetch_file(pointer, "scorecard.json", pointer["file"], label)
+                self._check_documents(pointer, label)
+                cards.append(_read_scorecard(path))
             except MissingRecord as error:
                 missing.append(error.message)
             except ValueError as error:
@@ -196,6 +198,17 @@ class Findings:
 
     def _write_tag(self, version: Version, key: str, value: str) -> None:
         self._client.set_model_version_tag(version.name, str(version.version), key, value)
+
+    def _check_documents(self, pointer: dict[str, str], label: str) -> None:
+        """Raise MissingRecord if the documents of a cached scorecard are gone from a workspace: it proves nothing then.
+
+        A server is not asked, since that takes a request for each scorecard.
+        """
+        file = "documents.parquet"
+        folder = self._runs.local_folder(pointer["run_id"])
+        if folder is None or (folder / file).exists() or _cached_file(pointer["digest"], file).exists():
+            return
+        self._fetch_file(pointer, file, pointer["documents"], label)  # they may be elsewhere
 
     def _logged_model(self, version_tags: Mapping[str, str]) -> str | None:
         """The id of a version's LoggedModel; None if that was deleted, since MLflow takes no metrics for it then."""

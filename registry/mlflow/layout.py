@@ -4,8 +4,9 @@ The layout is one number, a tag of the experiment `limbeck` and of each version.
 Change LAYOUT if code no longer reads what was written before. A store of another layout is refused as a whole, so
 no other code has to read older tags or records.
 
-MLflow records absolute paths. A workspace, a SQLite file and the folder `artifacts` beside it, that was moved or
-copied gets the paths of its own folder on first use, so nothing is ever written into the one it came from.
+MLflow records absolute paths. A workspace is a SQLite file and the folder `artifacts` beside it. One that was moved or
+copied gets the paths of its own folder on first use, so nothing is ever written into the one it came from. Its
+experiments have that folder as a tag, so a database whose files somebody keeps elsewhere on purpose stays as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from limbeck.registry.mlflow.versions import TAG_PREFIX
 LAYOUT = "1"
 LAYOUT_TAG = TAG_PREFIX + "layout"
 CURRENT_MARK = {LAYOUT_TAG: LAYOUT}
+PLACE_TAG = TAG_PREFIX + "place"  # of an experiment of a workspace: the folder of its files, as MLflow recorded it
 EXPERIMENT = "limbeck"
 DIGEST_TAG = TAG_PREFIX + "digest"  # every version that Limbeck registered has it
 
@@ -84,17 +86,20 @@ def relocate_workspace(tracking_uri: str) -> int:
     Returns the number of changed paths of runs, models and versions. Raises Locked.
     """
     file = sqlite_file(tracking_uri)
-    if file is None:
-        return 0
-    locations = _read_column(file, "experiments", "artifact_location")
-    former = {re.sub(r"/\d+$", "", location) for location in locations}  # MLflow adds the id of an experiment
-    return _relocate(tracking_uri, file, {place for place in former if re.fullmatch(r"/.*/artifacts", place)})
+    return _relocate(tracking_uri, file, _recorded_places(file)) if file else 0
+
+
+def place_tag(location: str | None) -> dict[str, str]:
+    """The tag of an experiment whose files a workspace keeps in `location`; none for a server, which decides itself."""
+    return {PLACE_TAG: location} if location else {}
 
 
 def paths_outside_workspace(tracking_uri: str) -> list[Path]:
     """The folders of runs and versions that exist elsewhere, of a SQLite store; none for any other."""
     file = sqlite_file(tracking_uri)
-    recorded = {path for place in PATHS_OF_FILES for path in (_read_column(file, *place) if file else ())}
+    if file is None or not _recorded_places(file):
+        return []
+    recorded = {path for place in PATHS_OF_FILES for path in _read_column(file, *place)}
     inside = f"{artifact_location(tracking_uri)}/"
     outside = {Path(path) for path in recorded if PATH_OF_FILES.fullmatch(path) and not path.startswith(inside)}
     return sorted(path for path in outside if path.is_dir())
@@ -116,11 +121,16 @@ def bring_into_workspace(tracking_uri: str, paths: Iterable[Path]) -> None:
         _relocate(tracking_uri, file, former)
 
 
-def _read_column(file: Path, table: str, column: str) -> list[str]:
+def _recorded_places(file: Path) -> set[str]:
+    """The folder of a workspace's files when its database was last used; empty if it is no workspace."""
+    return set(_read_column(file, "experiment_tags", "value", f"key = '{PLACE_TAG}'"))
+
+
+def _read_column(file: Path, table: str, column: str, condition: str = "TRUE") -> list[str]:
     """The texts in a column; none if there is no such table: the first call of MLflow explains it."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as database:
-            return [str(row[0]) for row in database.execute(f"SELECT DISTINCT {column} FROM {table}")]
+            return [str(row[0]) for row in database.execute(f"SELECT DISTINCT {column} FROM {table} WHERE {condition}")]
     except sqlite3.Error:
         return []
 
@@ -145,6 +155,7 @@ def _relocate(tracking_uri: str, file: Path, former: Set[str]) -> int:
             database.create_function("path_of_files", 1, path_of_files)
             database.execute("BEGIN IMMEDIATE")
             database.execute("UPDATE experiments SET artifact_location = path_here(artifact_location)")
+            database.execute("UPDATE experiment_tags SET value = ? WHERE key = ?", [folder, PLACE_TAG])
             for table, column in PATHS_OF_FILES:
                 moved = f"{column} IS NOT NULL AND path_of_files({column}) != {column}"
                 query = f"UPDATE {table} SET {column} = path_of_files({column}) WHERE {moved}"

@@ -128,6 +128,11 @@ class Runs:
             return None
         return TrainingCost.model_validate_json(recorded) if recorded else None
 
+    def local_folder(self, run_id: str) -> Path | None:
+        """Where the files of a run are in a workspace, without asking MLflow; None for another store."""
+        location = artifact_location(self._tracking_uri)
+        return Path(location) / run_id / "artifacts" if location else None
+
     def lifecycle(self, run_id: str) -> str | None:
         """`active` or `deleted`; None for a run that was deleted for good."""
         try:
@@ -170,9 +175,8 @@ class Runs:
         if experiment is None:
             location = artifact_location(self._tracking_uri)
             try:
-                return str(
-                    self._client.create_experiment(EXPERIMENT, artifact_location=location, tags=layout.CURRENT_MARK)
-                )
+                tags = layout.CURRENT_MARK | layout.place_tag(location)
+                return str(self._client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
             except AlreadyExists:  # another process was faster
                 experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment.lifecycle_stage != "active":

@@ -48,13 +48,14 @@ def promoted(store: Store, promoted_workspace: tuple[Path, Still], policy: Path)
     return copy_prepared(*promoted_workspace, store, promoted_workspace[1].documents)
 
 
-def purge(store: Store) -> None:
+def purge(store: Store, *, keep_caches: bool = False) -> None:
     """`mlflow gc`: what was deleted is deleted for good. Caches of other machines do not have it."""
     from mlflow.cli import cli
 
     done = CliRunner().invoke(cli, ["gc", "--backend-store-uri", tracking_uri(), "--tracking-uri", tracking_uri()])
     assert done.exit_code == 0, done.output
-    shutil.rmtree(home() / "scorecards", ignore_errors=True)
+    if not keep_caches:
+        shutil.rmtree(home() / "scorecards", ignore_errors=True)
 
 
 def run_of_scorecard(still: Still, number: int) -> str:
@@ -85,6 +86,12 @@ def found_by_doctor(*, repair: bool = False) -> dict[str, str]:
     checks = [fault.check(repair=repair) for fault in faults(Store())]
     wrong = {check.subject: f"wrong: {check.found}" for check in checks if check.state == "wrong"}
     return wrong | {check.subject: check.found for check in checks if "; done: " in check.found}
+
+
+def notes() -> list[str]:
+    """What is worth knowing, and cannot be mended."""
+    checks = [fault.check(repair=False) for fault in faults(Store())]
+    return [f"{check.subject}: {check.found}" for check in checks if check.state == "note"]
 
 
 def pages_work(store: Store, *paths: str) -> None:
@@ -121,9 +128,22 @@ def test_a_purged_score_run_is_one_missing_scorecard(promoted: Still, limbeck: L
     assert found_by_doctor() == {}
 
 
-def test_a_purged_training_run_leaves_the_version(
-    store: Store, make_folder: Callable[..., Path], limbeck: Limbeck
-) -> None:
+def test_a_cached_scorecard_counts_with_its_documents_only_and_is_restored(promoted: Still, limbeck: Limbeck) -> None:
+    findings, fp32, int8 = promoted.store.findings, promoted.variants["fp32"], promoted.variants["int8-weight"]
+    (card,) = findings.scorecards(int8)
+    findings.documents(int8, card)  # now this machine has them
+    for version in (fp32, int8):
+        promoted.store.client.delete_run(run_of_scorecard(promoted, version.version))
+    purge(promoted.store, keep_caches=True)
+    assert (findings.scorecards(fp32), findings.scorecards(int8)) == ([], [card])
+    assert limbeck("verdict", "still").code == 0
+    found_by_doctor(repair=True)
+    shutil.rmtree(home() / "scorecards")
+    assert (findings.scorecards(fp32), findings.scorecards(int8)) == ([], [card])
+    assert found_by_doctor() == {}
+
+
+def test_a_purged_training_run_leaves_the_version(store: Store, make_folder: Callable[..., Path]) -> None:
     with store.runs.start("training") as run:
         run.log_params({"steps": 3})
     version = store.register(NewVersion(name="still", kind="student", run_id=run.id), make_folder("a"))
@@ -133,7 +153,8 @@ def test_a_purged_training_run_leaves_the_version(
     assert store.runs.training_cost(version) is None
     pages_work(store, "/models/still/1")
     assert found_by_doctor() == {}  # worth knowing, but nothing can be done
-    assert "its recipe and cost are unknown" in limbeck("doctor").out
+    (note,) = notes()
+    assert note.endswith("was deleted for good: its recipe and cost are unknown")
 
 
 def test_a_deleted_parent_leaves_its_variants_inconclusive(promoted: Still, limbeck: Limbeck) -> None:
@@ -217,7 +238,7 @@ def test_a_renamed_model(promoted: Still, limbeck: Limbeck) -> None:
     promoted.store.client.rename_registered_model("still", "kettle")
     works(limbeck, "kettle")
     pages_work(promoted.store, "/", "/models/kettle", "/models/kettle/4")
-    assert "parent still/2 was deleted" not in limbeck("doctor").out
+    assert notes() == []
     repaired = found_by_doctor(repair=True)
     assert repaired["model kettle"] == "it was renamed from still; done: let lineages name kettle too"
     assert [promoted.store.get(f"kettle/{number}").parent for number in (2, 3)] == ["kettle/1", "kettle/2"]
@@ -248,3 +269,19 @@ def test_doctor_copies_lost_files_from_a_version_that_has_the_same(
     found_by_doctor(repair=True)
     shutil.rmtree(origin)
     assert limbeck("doctor", "--deep").code == 0
+
+
+def test_a_deleted_model_can_be_registered_again(promoted: Still, limbeck: Limbeck) -> None:
+    store = promoted.store
+    store.register(NewVersion(name="kettle", kind="student", parent="still/1"), Path(promoted.student.source))
+    store.client.delete_registered_model("still")
+    for command in (("models", "list"), ("models", "show", "kettle/1"), ("models", "lineage", "kettle/1")):
+        assert limbeck(*command).code == 0
+    pages_work(store, "/", "/models/kettle", "/models/kettle/1")
+    assert found_by_doctor() == {}  # somebody may have wanted it
+    kettle, still = notes()
+    assert kettle.startswith("kettle/1: its parent still/1 was deleted")
+    assert still.startswith("model still: 5 of its versions were deleted, and their files remain, such as")
+    again = store.register(NewVersion(name="still", kind="teacher"), Path(promoted.teacher.source))
+    assert (again.ref, again.digest) == ("still/1", promoted.teacher.digest)
+    assert "4 of its versions were deleted" in notes()[0]

@@ -148,3 +148,13 @@ def test_a_database_of_another_mlflow_is_refused_in_one_line(
     assert fix.startswith("  ")
     doctor = limbeck("doctor")
     assert (doctor.code, line in doctor.out) == (1, True)
+
+
+def test_a_database_whose_files_are_elsewhere_on_purpose_stays_as_it_is(
+    store: Store, make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "disk" / "artifacts"
+    store.client.create_experiment(layout.EXPERIMENT, artifact_location=str(elsewhere))
+    made = Store().register(NewVersion(name="still", kind="teacher"), make_folder("a"))
+    assert Store().artifacts.verified_folder(made).is_relative_to(elsewhere)
+    assert layout.paths_outside_workspace(store.tracking_uri) == []

@@ -319,10 +319,10 @@ def test_versions_of_another_layout_are_refused(
     store.register(NewVersion(name="layout", kind="student"), files)
     experiment = store.client.get_experiment_by_name(layout.EXPERIMENT).experiment_id
     try:
-        store.client.delete_experiment_tag(experiment, layout.LAYOUT_TAG)
+        store.client.set_experiment_tag(experiment, layout.LAYOUT_TAG, "0")
         result = limbeck("models", "list")
         assert (result.code, result.out) == (2, "")
-        line = f"the tracking server {server.uri} was written under another layout of Limbeck: move it away"
+        line = f"the tracking server {server.uri} was written under layout 0 of Limbeck: move it away"
         assert result.err == f"error: {line}, or set MLFLOW_TRACKING_URI to another, and run again\n"
     finally:
         store.client.set_experiment_tag(experiment, layout.LAYOUT_TAG, layout.LAYOUT)
