@@ -34,7 +34,7 @@ def parse_output(result: Result) -> Any:
 
 def test_the_whole_loop_by_several_people(log_in: Callable[..., None], limbeck: Limbeck, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE.format(teacher=TEACHER).replace(LABELS, ""))
-    (tmp_path / "policy.toml").write_text(POLICY.format(0.01) + APPROVALS)
+    (tmp_path / "policy.toml").write_text(POLICY + APPROVALS)
     log_in("ann")
     parse_output(limbeck("distill", "recipe.toml", "--format", "json"))
     assert limbeck("export", "tiny-coder/2", "--precision", "fp32").code == 0
