@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +208,17 @@ def _default_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@contextmanager
+def new_workspace(folder: Path, database: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Within it, LIMBECK_HOME is `folder`, a new workspace with this empty database."""
+    folder.mkdir()
+    shutil.copy(database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield patch
 
 
 @pytest.fixture

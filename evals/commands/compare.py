@@ -140,10 +140,10 @@ def _verdict_cells(row: ComparedTask) -> list[str | None]:
 
 def _missing_evidence(test: Noninferiority) -> str | None:
     """What would settle an inconclusive test; None if it is not inconclusive."""
-    if test.verdict != "inconclusive":
-        return None
     from limbeck.evals.stats.skew import FEW
 
+    if test.verdict != "inconclusive":
+        return None
     if test.carried_by_few:
         return f"{FEW} documents carry {test.carried_by_few:.0%}"
     if test.documents_needed is None:

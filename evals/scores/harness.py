@@ -12,11 +12,10 @@ from limbeck.evals.engines.batches import BATCH_TOKENS
 from limbeck.evals.engines.lazy import open_engine
 from limbeck.evals.engines.score_cache import ScoreCache
 from limbeck.evals.stats.retention import mean_and_stderr
-from limbeck.evals.tasks.clusters import cluster_documents
+from limbeck.evals.tasks.chance import Chance
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA, document_table
 from limbeck.evals.tasks.loading import show_warnings
 from limbeck.evals.tasks.metrics import group_aggregation, outermost_groups
-from limbeck.evals.tasks.output_types import output_type_of
 from limbeck.evals.tasks.task_set import FEWSHOT_SEED, TaskSet, hide_progress_bars
 from limbeck.registry.catalog.model_ref import ResolvedModel
 from limbeck.registry.core.digest import json_digest
@@ -129,15 +128,11 @@ def _chat_template(engine: Engine, requested: bool | str) -> str | None:
 
 def _scores(tasks: TaskSet, results: Any) -> Scores:
     """Convert lm-eval's results to `Scores`."""
-    chosen = tasks.metrics
-    clusters = {
-        name: cluster_documents(task, _documents(results["samples"][name])) for name, task in tasks.tasks.items()
-    }
+    chosen, clusters = tasks.metrics, tasks.clusters
     tables = {
         name: document_table(task, chosen[name], results["samples"][name], clusters[name].labels)
         for name, task in tasks.tasks.items()
     }
-    chances = {name: output_type_of(task).chance(task, chosen[name]) for name, task in tasks.tasks.items()}
     members = {
         group: leaves
         for group, leaves in outermost_groups(tasks.groups).items()
@@ -162,7 +157,7 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
         columns = (table[column].to_numpy() for column in ("value", "weight", "cluster"))
         hashes = [tasks.task_hashes[leaf] for leaf in leaves]
         prompts = [json_digest(tables[leaf]["prompt_hash"].to_pylist()) for leaf in leaves]
-        known = {leaf: chances[leaf].value for leaf in leaves if chances[leaf].value is not None}
+        chance = _mean_chance([tasks.chances[leaf] for leaf in leaves], [_total(tables[leaf]) for leaf in leaves])
         return TaskResult(
             metric=metric.name,
             filter=metric.filter,
@@ -174,10 +169,8 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
             limit_seed=tasks.settings.limit_seed if tasks.is_random_sample(leaves) else None,
             clusters=len(set(table["cluster"].to_pylist())),
             repeats=sum(clusters[leaf].repeats for leaf in leaves),
-            chance=float(np.average([*known.values()], weights=[_total(tables[leaf]) for leaf in leaves]))
-            if len(known) == len(leaves)
-            else None,
-            chance_source=", ".join(dict.fromkeys(filter(None, (chances[leaf].source for leaf in leaves)))) or None,
+            chance=chance.value,
+            chance_source=chance.source,
             task_hash=hashes[0] if leaves == [name] else json_digest(hashes),
             prompt_hash=prompts[0] if leaves == [name] else json_digest(prompts),
             group=group,
@@ -191,9 +184,12 @@ def _scores(tasks: TaskSet, results: Any) -> Scores:
     return Scores(in_order, json_digest(prompts), pa.concat_tables(tables.values()))
 
 
-def _documents(samples: Sequence[dict[str, Any]]) -> dict[int, Any]:
-    """Document number -> document, of samples as lm-eval logs them."""
-    return {sample["doc_id"]: sample["doc"] for sample in samples}
+def _mean_chance(chances: Sequence[Chance], weights: Sequence[float]) -> Chance:
+    """The chance level of several tasks together; without a value if one of them has none."""
+    known = [chance.value for chance in chances if chance.value is not None]
+    sources = dict.fromkeys(chance.source for chance in chances if chance.source)
+    value = float(np.average(known, weights=weights)) if len(known) == len(chances) else None
+    return Chance(value, ", ".join(sources) or None)
 
 
 def _total(table: pa.Table) -> float:

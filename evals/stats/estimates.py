@@ -49,6 +49,10 @@ class ClusteredEstimate:
             value=self.value, low=low, high=high, confidence=CONFIDENCE, degrees_of_freedom=self.degrees_of_freedom
         )
 
+    def negate(self) -> ClusteredEstimate:
+        """The estimate with the opposite sign."""
+        return replace(self, value=-self.value, errors=-self.errors)
+
     def quantile(self, probability: float) -> float:
         """A quantile of the t distribution."""
         return float(stdtrit(self.degrees_of_freedom, probability))
@@ -105,7 +109,7 @@ class Difference:
 
     def negate(self) -> Difference:
         """The difference reference minus candidate."""
-        return replace(self, estimate=replace(self.estimate, value=-self.estimate.value, errors=-self.estimate.errors))
+        return replace(self, estimate=self.estimate.negate())
 
     def bounds(self, probability: float) -> tuple[float, float]:
         """One-sided lower and upper bounds, each with this confidence."""

@@ -47,7 +47,11 @@ class Ratio:
     @property
     def degrees_of_freedom(self) -> float:
         """Of its bounds."""
-        return min(self.kept.degrees_of_freedom, self.whole.degrees_of_freedom)
+        return self._with_fewest_clusters.degrees_of_freedom
+
+    @property
+    def _with_fewest_clusters(self) -> ClusteredEstimate:
+        return min(self.kept, self.whole, key=lambda each: each.degrees_of_freedom)
 
     @property
     def errors(self) -> np.ndarray:
@@ -57,7 +61,7 @@ class Ratio:
 
     def bounds(self, probability: float) -> tuple[float, float]:
         """One-sided lower and upper bounds, each with this confidence."""
-        quantile = min(self.kept, self.whole, key=lambda each: each.degrees_of_freedom).quantile(probability)
+        quantile = self._with_fewest_clusters.quantile(probability)
         by_difference = [1 + bound / self.whole.value for bound in self.difference.bounds(probability)]
         low, high = (self._end(sign, quantile) for sign in (-1, 1))
         low = min(low, by_difference[0])

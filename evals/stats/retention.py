@@ -177,16 +177,12 @@ def _retention(
         return Ratio(_shifted(student, -chance), _shifted(teacher, -chance), difference, chance)
     if result.chance is None:
         return Ratio(teacher, student, difference.negate())
-    kept, whole = (_shifted(_negated(each), result.chance) for each in (student, teacher))
+    kept, whole = (_shifted(each.negate(), result.chance) for each in (student, teacher))
     return Ratio(kept, whole, difference.negate(), 1 - result.chance)  # the chance that an error rate is no error
 
 
 def _shifted(estimate: ClusteredEstimate, by: float) -> ClusteredEstimate:
     return replace(estimate, value=estimate.value + by)
-
-
-def _negated(estimate: ClusteredEstimate) -> ClusteredEstimate:
-    return replace(estimate, value=-estimate.value, errors=-estimate.errors)
 
 
 def _name_documents(rows: pd.DataFrame) -> str:

@@ -49,9 +49,10 @@ def best_constant_answer(task: Task, metric: Metric, docs: Sequence[Any]) -> Cha
         return Chance(0.0, NO_ANSWER)
     docs = docs[:: -(-len(docs) // MAX_DOCUMENTS) or 1]
     targets = Counter(text for doc in docs for text in _target_texts(task, doc))
-    read = Counter(dict.fromkeys(targets, 0))
-    for text, count in targets.items():
-        read[str(_filtered(task, metric, [text], docs[:1])[0])] += count
+    read = Counter[str]()
+    as_read = _filtered(task, metric, [*targets], [docs[0]] * len(targets)) if targets else []
+    for count, text in zip(targets.values(), as_read, strict=True):
+        read[str(text)] += count
     answers = dict.fromkeys(text for found in (targets, read) for text, _ in found.most_common(MAX_ANSWERS))
     best = 0.0, NO_ANSWER
     for answer in answers:

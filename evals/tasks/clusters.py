@@ -12,8 +12,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from limbeck.evals.tasks.contamination import WORD
-from limbeck.evals.tasks.output_types import output_type_of
+from limbeck.evals.tasks.documents import document_text, split_words
 from limbeck.registry.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def cluster_documents(task: Task, documents: Mapping[int, Any]) -> Clusters:
         joined.join(group)
     for group in _shared_contexts(docs):
         joined.join(group)
-    texts = [_words(task, doc) for doc in docs]
+    texts = [" ".join(split_words(document_text(task, doc))) for doc in docs]
     repeats = 0
     for group in _repeats(texts):
         repeats += len(group) - 1
@@ -62,11 +61,6 @@ def cluster_documents(task: Task, documents: Mapping[int, Any]) -> Clusters:
     return Clusters(
         {numbers[place]: _label(task, docs[root], numbers[root]) for place, root in enumerate(roots)}, repeats
     )
-
-
-def _words(task: Task, doc: Any) -> str:
-    """The words of a document and its right answer; case and punctuation do not count."""
-    return " ".join(WORD.findall(" ".join(output_type_of(task).document_texts(task, doc)).casefold()))
 
 
 def _label(task: Task, doc: Any, doc_id: int) -> str:

@@ -12,29 +12,23 @@ used only a part of it, the result is an upper bound. What a pretrained model sa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from limbeck.evals.tasks.output_types import output_type_of
+from limbeck.evals.tasks.documents import document_text, split_words
 from limbeck.registry.core import jsonl
 from limbeck.registry.core.digest import json_digest
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.records import Contamination, Overlap
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import Task
-
     from limbeck.evals.tasks.task_set import TaskSet
 
 NGRAM = 13  # words
 MAX_SHARED_DOCUMENTS = 10  # of one n-gram that still counts
-# Scripts without spaces between words are split into characters.
-_UNSPACED_SCRIPTS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"
-WORD = re.compile(rf"[{_UNSPACED_SCRIPTS}]|[^\W_{_UNSPACED_SCRIPTS}]+")
 _FACTOR = 0x9E3779B97F4A7C15  # of the polynomial hash, modulo 2**64; any odd number
 
 
@@ -58,7 +52,9 @@ def measure_contamination(
     cache_file = home() / "contamination" / f"{key[:16]}.json"
     if cache_file.exists():
         return Contamination.model_validate_json(cache_file.read_text())
-    texts = {name: list(_document_texts(task, tasks.numbers[name])) for name, task in tasks.tasks.items()}
+    texts = {
+        name: [document_text(task, doc) for doc in tasks.documents(name).values()] for name, task in tasks.tasks.items()
+    }
     by_task = overlaps(texts, _training_texts(train, on_progress))
     contamination = Contamination(data_digest=data_digest, ngram=NGRAM, tasks=by_task)
     with atomic_write(cache_file) as temporary:
@@ -111,11 +107,6 @@ class _NgramIndex:
         self.seen[places[self.hashes[places] == hashes]] = True
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text in lower case; in scripts without spaces, its characters."""
-    return WORD.findall(text.lower())
-
-
 def _document_ngrams(codes: np.ndarray) -> tuple[int, np.ndarray]:
     """The size of a document's n-grams, at most NGRAM, and their hashes."""
     size = min(NGRAM, len(codes))
@@ -149,10 +140,3 @@ def _training_texts(path: Path, on_progress: Callable[[int, None], None]) -> Ite
     for number, row in enumerate(jsonl.read_objects(path), 1):
         yield row["text"]
         on_progress(number, None)
-
-
-def _document_texts(task: Task, numbers: list[int] | None) -> Iterator[str]:
-    """The text of each document that is scored: its prompt without examples, and its right answer."""
-    output_type = output_type_of(task)
-    for _, doc in task.doc_iterator(samples=numbers):
-        yield " ".join(output_type.document_texts(task, doc))

@@ -1,7 +1,8 @@
-"""The documents table of a scorecard: one row for each document that a model was scored on."""
+"""The documents of a task: their words, and their table in a scorecard, with one row for each that was scored."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from limbeck.evals.tasks.metrics import Metric
 
+# Scripts without spaces between words are split into characters.
+_UNSPACED_SCRIPTS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"
+WORD = re.compile(rf"[{_UNSPACED_SCRIPTS}]|[^\W_{_UNSPACED_SCRIPTS}]+")
 PROMPT_END_CHARACTERS = 300  # of a prompt in a documents table: its end
 DOCUMENT_SCHEMA = pa.schema(
     {
@@ -34,6 +38,16 @@ DOCUMENT_SCHEMA = pa.schema(
         "prompt_end": pa.string(),
     }
 )
+
+
+def document_text(task: Task, doc: Any) -> str:
+    """A document's prompt without few-shot examples, and its right answer."""
+    return " ".join(output_type_of(task).document_texts(task, doc))
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case; in scripts without spaces, its characters."""
+    return WORD.findall(text.lower())
 
 
 def document_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from limbeck.evals.tasks.chance import Chance
+from limbeck.evals.tasks.clusters import Clusters, cluster_documents
 from limbeck.evals.tasks.document_faults import CheckedDocuments, recorded_examples
 from limbeck.evals.tasks.faults import Fault, FaultyTasks, fault_lines
 from limbeck.evals.tasks.loading import first_line, load_tasks
@@ -140,6 +143,20 @@ class TaskSet:
     settings: TaskSettings
     numbers: dict[str, DocumentNumbers | None]
     metrics: dict[str, Metric]
+
+    def documents(self, name: str) -> dict[int, Any]:
+        """Number -> document, of those of a task that are used."""
+        return _documents(self.tasks[name], self.numbers[name])
+
+    @functools.cached_property
+    def clusters(self) -> dict[str, Clusters]:
+        """Task -> which of its documents belong together. Raises BadInput if a task names a column that is missing."""
+        return {name: cluster_documents(task, self.documents(name)) for name, task in self.tasks.items()}
+
+    @functools.cached_property
+    def chances(self) -> dict[str, Chance]:
+        """Task -> the value of its metric that costs nothing."""
+        return {name: output_type_of(task).chance(task, self.metrics[name]) for name, task in self.tasks.items()}
 
     def is_random_sample(self, names: Iterable[str]) -> bool:
         """Whether the documents of any of these tasks are a random sample, not all of them or picked ones."""
@@ -274,8 +291,8 @@ def _prepare(
     if own_fewshot is None or (settings.num_fewshot is not None and own_fewshot != 0):  # a task that fixes 0 keeps 0
         task.set_config("num_fewshot", settings.num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    documents = [document for _, document in task.doc_iterator(samples=numbers)]
-    checked = CheckedDocuments(task, dict(zip(numbers or range(len(documents)), documents, strict=True)))
+    documents = _documents(task, numbers)
+    checked = CheckedDocuments(task, documents)
     faults = checked.faults()
     try:
         with hide_progress_bars(), recorded_examples(task) as examples:
@@ -286,7 +303,13 @@ def _prepare(
             detail = f"its prompts cannot be built: {first_line(error)}"
             faults.append(Fault(kind="task that cannot be scored", detail=detail, task=task.task_name, file=file))
         return None, faults
-    return _task_hash(task, documents, hashed), [*faults, *checked.example_faults(examples)]
+    return _task_hash(task, [*documents.values()], hashed), [*faults, *checked.example_faults(examples)]
+
+
+def _documents(task: Task, numbers: DocumentNumbers | None) -> dict[int, Any]:
+    """Number -> document, of those that are used."""
+    documents = [document for _, document in task.doc_iterator(samples=numbers)]
+    return dict(zip(numbers or range(len(documents)), documents, strict=True))
 
 
 def _task_hash(task: Task, documents: Sequence[Any], settings: Mapping[str, Any]) -> str:

@@ -96,12 +96,11 @@ def restore(file: Path) -> Backup:
     with TemporaryDirectory(dir=target, prefix=".restore-") as temporary:
         folder = Path(temporary)
         digest = _extract_verified(file, folder)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        names = [path for path in folder.rglob("*") if path.is_file()]
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
         for name in (*FOLDERS, DATABASE):  # the database last: what can be seen is complete
             if (folder / name).exists():
                 (folder / name).rename(target / name)
-    return Backup(file, len(names), size, digest)
+    return Backup(file, len(sizes), sum(sizes), digest)
 
 
 def _require_local() -> Path:

@@ -25,13 +25,12 @@ from limbeck.registry.mlflow.findings import PARITY_TAG, VERDICT_TAG_PREFIX
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.mlflow.versions import TAG_PREFIX
 from limbeck.registry.provenance.attestation import SBOM_TAG_PREFIX, SIGNATURE_TAG_PREFIX
-from limbeck.registry.records import LedgerEntry, NewVersion, Version
+from limbeck.registry.records import REFERENCES, LedgerEntry, NewVersion, Version
 
 CARRIED_TAGS = (PARITY_TAG, VERDICT_TAG_PREFIX, SBOM_TAG_PREFIX, SIGNATURE_TAG_PREFIX)
 ORIGIN_TAG = TAG_PREFIX + "origin"  # of a copied version: see `Origin`
 COPIED_RUN_TAG = TAG_PREFIX + "copied_run"  # of a copied run: the id of its original
 LEDGER_FILE = "ledger.jsonl"
-REFERENCES = ("parent", "teacher", "base_model")  # fields that may name another version
 
 
 @dataclass(frozen=True)

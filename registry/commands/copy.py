@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from limbeck.registry.core.errors import Refused, redact_urls
-from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
+from limbeck.registry.core.errors import redact_urls
+from limbeck.registry.core.terminal import format_option, print_json, print_status, print_table
 
 
 @click.command()
@@ -31,11 +31,10 @@ def copy(ref: str, tracking_uri: str, output_format: str) -> None:
 
     source = Store()
     name = source.get(ref).name
-    if problems := audit.audit_ledger(source, name).problems():
-        raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
-            fix=f"look at: limbeck models history {name}; to accept the current state, add --adopt",
-        )
+    ledger = audit.audit_ledger(source, name)
+    if problems := ledger.problems():
+        fix = f"look at: limbeck models history {name}; to accept the current state, add --adopt"
+        raise ledger.disagreement(problems, fix)
     copied = copy_version(source, ref, Store(tracking_uri))
     if output_format == "json":
         print_json([each.json() for each in copied])

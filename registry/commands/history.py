@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from limbeck.registry.core.errors import BadInput, Refused
+from limbeck.registry.core.errors import BadInput
 from limbeck.registry.core.terminal import format_option, indent_lines, print_json, print_status, print_table
 
 if TYPE_CHECKING:
@@ -48,10 +48,8 @@ def history(name: str, alias: str | None, verify: bool, adopt: bool, reason: str
         print_entries(name, entries)
     _print_notes(ledger, entries)
     if verify and problems:
-        raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
-            fix=f"to accept them as they are: limbeck models history {name} --adopt --reason ...",
-        )
+        fix = f"to accept them as they are: limbeck models history {name} --adopt --reason ..."
+        raise ledger.disagreement(problems, fix)
     if problems:
         print_status("\n".join(["problems:", *indent_lines(problems)]))
     elif verify:

@@ -17,9 +17,8 @@ from limbeck.registry.mlflow import layout, transfer
 from limbeck.registry.mlflow.listing import ListedVersion
 from limbeck.registry.mlflow.store import REF, Store
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, TAG_PREFIX
-from limbeck.registry.records import Version
+from limbeck.registry.records import REFERENCES, Version
 
-REFERENCES = ("parent", "teacher", "base_model")  # fields of a version that may name another as NAME/VERSION
 Versions = Sequence[tuple[ListedVersion, Version]]
 
 
@@ -48,9 +47,8 @@ def _paths_elsewhere(store: Store) -> Iterator[Fault]:
     """Files that a copied database still reads where it came from."""
     if paths := layout.paths_outside_workspace(store.tracking_uri):
         found = f"{len(paths)} of its folders are elsewhere, such as {paths[0]}"
-        yield Fault(
-            "workspace", found, "copy them here", lambda: layout.bring_into_workspace(store.tracking_uri, paths)
-        )
+        bring = partial(layout.bring_into_workspace, store.tracking_uri, paths)
+        yield Fault("workspace", found, "copy them here", bring)
 
 
 def _experiments(store: Store) -> Iterator[Fault]:
@@ -93,9 +91,8 @@ def _follow_rename(store: Store, former: str, name: str, model_ids: Sequence[str
 def _anchors(store: Store, names: Sequence[str]) -> Iterator[Fault]:
     """Anchors of ledgers, and their root run, that were deleted."""
     if (root := anchor.find_root_run(store)) and store.runs.lifecycle(root) == "deleted":
-        yield Fault(
-            "ledgers", f"their root run {root} was deleted", "restore it", lambda: store.client.restore_run(root)
-        )
+        restore = partial(store.client.restore_run, root)
+        yield Fault("ledgers", f"their root run {root} was deleted", "restore it", restore)
     for name in names:
         ledger = log.read_ledger(store, name)
         subject, hashes = f"ledger of {name}", {entry.sequence: entry.hash for entry in ledger.entries}
@@ -104,7 +101,9 @@ def _anchors(store: Store, names: Sequence[str]) -> Iterator[Fault]:
             continue
         lifecycle = store.runs.lifecycle(run_id)
         if lifecycle == "deleted":
-            yield Fault(subject, f"its anchor {run_id} was deleted", "restore it", partial(_restore_run, store, run_id))
+            yield Fault(
+                subject, f"its anchor {run_id} was deleted", "restore it", partial(store.client.restore_run, run_id)
+            )
         if lifecycle is None:
             mend = partial(anchor.set_anchor, store, name, None, hashes)
             mending = f"make a new one, to be accepted by: limbeck models history {name} --adopt --reason ..."
@@ -112,10 +111,6 @@ def _anchors(store: Store, names: Sequence[str]) -> Iterator[Fault]:
         elif ledger.anchor is None:
             mend = partial(anchor.set_anchor, store, name, run_id, {})
             yield Fault(subject, f"no root run names its anchor {run_id} any more", "name it again", mend)
-
-
-def _restore_run(store: Store, run_id: str) -> None:
-    store.client.restore_run(run_id)
 
 
 def _deleted_ancestors(versions: Versions, known: Set[str], renamed: Set[str]) -> Iterator[Fault]:
@@ -153,7 +148,7 @@ def _runs(store: Store, versions: Versions) -> Iterator[Fault]:
                 found = f"the run that made it, {run_id}, was deleted for good: its recipe and cost are unknown"
                 yield Fault(version.ref, found, "", is_wrong=False)
             elif lifecycles[run_id] == "deleted":
-                restore = partial(_restore_run, store, run_id)
+                restore = partial(store.client.restore_run, run_id)
                 yield Fault(version.ref, f"the run that made it, {run_id}, was deleted", "restore it", restore)
         yield from _scorecards(store, listed, version, lifecycles)
 
@@ -167,7 +162,7 @@ def _scorecards(store: Store, listed: ListedVersion, version: Version, lifecycle
     for digest, run_id in runs.items():
         label = f"its scorecard {digest[:12]}"
         if lifecycles.get(run_id) == "deleted":
-            restore = partial(_restore_run, store, run_id)
+            restore = partial(store.client.restore_run, run_id)
             yield Fault(version.ref, f"the run {run_id} of {label} was deleted", "restore it", restore)
         elif run_id not in lifecycles:
             mend = partial(_restore_or_forget_scorecard, store, version, digest)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.registry.core.errors import BadInput, Refused
-from limbeck.registry.core.terminal import indent_lines
 from limbeck.registry.gate import protection
 from limbeck.registry.gate.evidence import Evidence, gather_evidence_for_versions
 from limbeck.registry.gate.rules.apply_policy import apply_policy
@@ -275,10 +274,8 @@ def _consistent_ledger(store: Store, name: str, alias: str, who: str, *, adopt: 
     if not problems:
         return ledger
     if not adopt:
-        raise Refused(
-            "\n".join([f"the ledger of {name} and its aliases do not agree:", *indent_lines(problems)]),
-            fix=f"look at: limbeck models history {name}; to accept the current state, add --adopt",
-        )
+        fix = f"look at: limbeck models history {name}; to accept the current state, add --adopt"
+        raise ledger.disagreement(problems, fix)
     if dry_run:
         return ledger
     log.adopt_alias(store, name, alias, who=who, reason="; ".join(problems)[: log.LONGEST_REASON])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from limbeck.registry.core.digest import json_digest, text_digest
+from limbeck.registry.core.errors import Refused
+from limbeck.registry.core.terminal import indent_lines
 from limbeck.registry.ledger.anchor import Anchor
 from limbeck.registry.policy import stored
 from limbeck.registry.records import LedgerEntry
@@ -57,6 +59,11 @@ class Ledger:
     aliases: Mapping[str, int]  # alias -> version number in MLflow now
     anchor: Anchor | None  # None: no entry was ever written
     audit_problems: tuple[str, ...] = ()  # with the records that entries name, see limbeck.registry.gate.audit
+
+    def disagreement(self, problems: Iterable[str], fix: str) -> Refused:
+        """The error that refuses a command because of these problems."""
+        lines = [f"the ledger of {self.name} and its aliases do not agree:", *indent_lines(problems)]
+        return Refused("\n".join(lines), fix=fix)
 
     @property
     def anchored_hashes(self) -> dict[int, str]:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -21,8 +22,7 @@ from limbeck.registry.core.errors import BadInput, DamagedArtifact, LimbeckError
 from limbeck.registry.core.home import atomic_write, home
 from limbeck.registry.core.terminal import print_status
 from limbeck.registry.mlflow.client import Forbidden, NotFound, RetryingMlflowClient
-from limbeck.registry.mlflow.layout import DIGEST_TAG
-from limbeck.registry.mlflow.runs import Runs
+from limbeck.registry.mlflow.runs import Run, Runs
 from limbeck.registry.mlflow.versions import MODEL_ID_TAG, TAG_PREFIX
 from limbeck.registry.records import Parity, Scorecard, Verdict, Version
 
@@ -64,9 +64,7 @@ class Findings:
         version_tags = self._read_tags(version)
         if key in version_tags:
             return
-        about = {"version": version.ref, "digest": version.digest, "tasks": card.tasks_digest}
-        run_tags = {TAG_PREFIX + name: value for name, value in about.items()}
-        with TemporaryDirectory() as temporary, self._runs.start(f"score {version.ref}", tags=run_tags) as run:
+        with TemporaryDirectory() as temporary, self._start_run(version, card) as run:
             file = Path(temporary) / "scorecard.json"
             file.write_text(card.model_dump_json(indent=1))
             run.log_artifact(file)
@@ -133,11 +131,10 @@ class Findings:
         files = {_cached_file(digest, "scorecard.json"): "file", _cached_file(digest, "documents.parquet"): "documents"}
         if not all(file.exists() and file_digest(file) == pointer[field] for file, field in files.items()):
             return False
-        run_tags = {f"{TAG_PREFIX}version": version.ref, DIGEST_TAG: version.digest}
-        with self._runs.start(f"score {version.ref}", tags=run_tags) as run:
+        card = _read_scorecard(next(iter(files)))
+        with self._start_run(version, card) as run:
             for file in files:
                 run.log_artifact(file)
-            card = _read_scorecard(next(iter(files)))
             run.log_metrics(_metrics(card), model_id=self._logged_model(self._read_tags(version)))
         self._write_tag(version, f"{SCORECARD_TAG_PREFIX}{digest[:16]}", json.dumps(pointer | {"run_id": run.id}))
         return True
@@ -198,6 +195,13 @@ class Findings:
 
     def _write_tag(self, version: Version, key: str, value: str) -> None:
         self._client.set_model_version_tag(version.name, str(version.version), key, value)
+
+    def _start_run(self, version: Version, card: Scorecard) -> AbstractContextManager[Run]:
+        """A new run that holds the files of a scorecard."""
+        about = {"version": version.ref, "digest": version.digest, "tasks": card.tasks_digest}
+        return self._runs.start(
+            f"score {version.ref}", tags={TAG_PREFIX + name: value for name, value in about.items()}
+        )
 
     def _check_documents(self, pointer: dict[str, str], label: str) -> None:
         """Raise MissingRecord if the documents of a cached scorecard are gone from a workspace: it proves nothing then.

@@ -29,11 +29,12 @@ from limbeck.registry.records.scores import (
     TaskResult,
     top_level_tasks,
 )
-from limbeck.registry.records.version import NewVersion, TrainingCost, Version
+from limbeck.registry.records.version import REFERENCES, NewVersion, TrainingCost, Version
 
 __all__ = [
     "FIGURES",
     "HEADLINES",
+    "REFERENCES",
     "USD",
     "AnswerDifferences",
     "Approval",

@@ -6,6 +6,8 @@ from datetime import datetime
 
 from limbeck.registry.records.base import Engine, Frozen, Kind, Record
 
+REFERENCES = ("parent", "teacher", "base_model")  # fields that may name another version as NAME/VERSION
+
 
 class NewVersion(Frozen):
     """What the maker of an artifact states of it: the input of `limbeck.registry.mlflow.store.Store.register`."""

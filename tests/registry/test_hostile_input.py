@@ -28,7 +28,7 @@ from limbeck.registry.gate.promotion import promote
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.provenance.attestation import SBOM_TAG_PREFIX
 from limbeck.registry.records import NewVersion
-from tests.conftest import Result
+from tests.conftest import Result, new_workspace
 from tests.registry.conftest import POLICY, Still, make_artifact, make_still
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202egnp\u200f\x9b31m\r"
@@ -40,12 +40,8 @@ NFC, NFD = (unicodedata.normalize(form, "modèle") for form in ("NFC", "NFD"))
 def registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Still]:
     """The model `still`, shared by all tests here: `production` points at version 3, requested and approved."""
     folder = tmp_path_factory.mktemp("hostile")
-    (folder / "home").mkdir()
-    shutil.copy(empty_database, folder / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIMBECK_HOME", str(folder / "home"))
+    with new_workspace(folder / "home", empty_database) as patch:
         patch.setenv("LIMBECK_USER", "ada")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         (documents := folder / "documents.parquet").write_bytes(b"documents")
         still = make_still(Store(), partial(make_artifact, folder / "made"), documents)
         still.score(still.variants["fp32"])

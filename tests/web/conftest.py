@@ -20,6 +20,7 @@ from pyarrow import parquet
 from limbeck.evals.tasks.documents import DOCUMENT_SCHEMA
 from limbeck.registry.mlflow.store import Store
 from limbeck.web.app import create_app
+from tests.conftest import new_workspace
 from tests.registry.conftest import POLICY, Still, copy_prepared, make_artifact, make_still
 
 if TYPE_CHECKING:
@@ -68,12 +69,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory, scored_registry: tuple[Pa
 def scored_registry(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, Still]:
     """A state folder with the model `still`, its scores and their documents; modules copy it, which is faster."""
     folder = tmp_path_factory.mktemp("scored")
-    (folder / "home").mkdir()
-    shutil.copy(empty_database, folder / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIMBECK_HOME", str(folder / "home"))
+    with new_workspace(folder / "home", empty_database) as patch:
         patch.setenv("LIMBECK_USER", "ada")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         still = make_still(Store(), partial(make_artifact, folder / "made"), folder / "none")
         for precision, wrong, scores in (
             ("fp32", 5, dict(usd=2.0)),

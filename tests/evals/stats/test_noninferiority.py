@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -342,7 +341,7 @@ def test_no_candidate_passes_by_luck_and_tasks_cost_no_power() -> None:
         """How often some candidate passes on all its tasks; `effect` is in standard errors above the margin."""
         passed = 0
         for _ in range(draws):
-            p_values = norm.sf(random.normal(effect))
+            p_values = stats.norm.sf(random.normal(effect))
             if corrects:
                 tests = [[alike.model_copy(update={"p_value": p}) for p in row] for row in p_values]
                 adjusted = np.array([[test.p_holm for test in row] for row in correct_over_candidates(tests)])

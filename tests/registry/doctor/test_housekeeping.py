@@ -19,7 +19,7 @@ from limbeck.registry.ledger import anchor, log
 from limbeck.registry.mlflow.runs import EXPERIMENT
 from limbeck.registry.mlflow.store import Store
 from limbeck.registry.records import NewVersion
-from tests.conftest import Result
+from tests.conftest import Result, new_workspace
 from tests.registry.conftest import POLICY, Still, copy_prepared, make_artifact, make_still
 from tests.web.conftest import write_answers
 
@@ -30,11 +30,7 @@ Limbeck = Callable[..., Result]
 def promoted_workspace(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, Still]:
     """A state folder where the teacher and two variants are scored, and the int8 variant is in production."""
     root = tmp_path_factory.mktemp("promoted")
-    (root / "home").mkdir()
-    shutil.copy(empty_database, root / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIMBECK_HOME", str(root / "home"))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with new_workspace(root / "home", empty_database):
         still = make_still(Store(), partial(make_artifact, root / "made"), root)
         for version, wrong in ((still.teacher, 4), (still.variants["fp32"], 5), (still.variants["int8-weight"], 7)):
             still.documents = write_answers(root / f"{version.version}.parquet", wrong)
